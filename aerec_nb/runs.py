@@ -29,12 +29,13 @@ def atomic_path(path:Path # where the file shall be
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00a_runs.ipynb #ee00e793
+# %% ../nbs/00a_runs.ipynb #9ff0ef80
 def write_json(path:Path, # file to write
-               obj # anything JSON can say
+               obj, # anything JSON can say
+               sort_keys:bool=True # False keeps the order of dicts
               ) -> None:
-    "Write sorted, indented JSON atomically."
-    with atomic_path(path) as p: p.write_text(json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)+'\n', encoding='utf-8')
+    "Write indented JSON atomically."
+    with atomic_path(path) as p: p.write_text(json.dumps(obj, indent=1, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)+'\n', encoding='utf-8')
 
 def read_json(path:Path # file to read
              ): # -> what it says
@@ -325,7 +326,7 @@ def _build(run:Run, stage:str, build, fingerprint:str, changed:dict=None) -> Pat
             'settings': _setting_values(run.settings, s.reads), 'outputs': outputs, 'metrics': metrics, 'versions': versions(),
             'inputs': {name: {'path': f'{run.name}/{name}', 'sha256': sha256_file(run.folder/name/'manifest.json')} for name in s.inputs},
             'measured': {'seconds': round(time.perf_counter()-clock, 3), 'peak_memory_mib': round(peak_memory_mib(), 1),
-                         'started': started.isoformat(timespec='seconds')}})
+                         'started': started.isoformat(timespec='seconds')}}, sort_keys=False)
         return _place(run, stage, folder)
 
 def _adopt(run:Run, stage:str, earlier:Path) -> Path:
