@@ -1,0 +1,241 @@
+"The service as a process: real HTTP, kill -9, SIGTERM, keys, load. Loopback only, bounded."
+import os, signal, sqlite3, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+import httpx, numpy as np, pandas as pd, pytest
+from scipy.sparse import csr_matrix
+from aerec_nb.events import EventLog, sqlite_url
+from aerec_nb.inference import Recommender
+from aerec_nb.modeling import create_model
+from aerec_nb.monitoring import run_monitors
+from aerec_nb.packaging import save_bundle
+from aerec_nb.postprocessing import Chain
+from aerec_nb.serving import drive_service, service
+
+BANNED = [3, 5]
+
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory):
+    "200 users, 60 items with integer ids, two of them banned."
+    rng = np.random.default_rng(0)
+    x = csr_matrix((rng.random((200, 60)) < .15*np.linspace(2, .3, 60)).astype(np.float32))
+    table = pd.DataFrame({'item_id': np.arange(60), 'title': [f'Film {n}' for n in range(60)], 'genres': 'Drama'})
+    r = Recommender(create_model('ease').fit(x), np.arange(60), np.arange(1000, 1200), x, chain=Chain(banned_items=BANNED), item_table=table)
+    return save_bundle(r, tmp_path_factory.mktemp('bundles')/'b', {'name': 'films'})
+
+
+@pytest.fixture
+def log_url(tmp_path): return sqlite_url(tmp_path/'events.db')
+
+
+@pytest.fixture(scope='module')
+def running(bundle, tmp_path_factory):
+    "One service for all tests that only ask."
+    with service(bundle, sqlite_url(tmp_path_factory.mktemp('log')/'events.db'), variables={'AEREC_SERVING__REQUIRE_AUTH': 'false'}) as s:
+        with httpx.Client(base_url=s.url, trust_env=False, timeout=30) as client: yield client
+
+
+def report(n, tag='e'): return [{'event_id': f'{tag}{i}', 'kind': 'feedback', 'user_id': 1000, 'item_id': i % 60, 'value': 1} for i in range(n)]
+
+
+def is_problem(answer, status):
+    assert answer.status_code == status, answer.text
+    assert answer.headers['content-type'] == 'application/problem+json'
+    body = answer.json()
+    assert body['status'] == status and body['detail'] and body['title'] and body['type'] and '\n' not in body['detail']
+    assert 'Traceback' not in answer.text
+    return body
+
+
+def test_known_user(running):
+    a = running.get('/v1/recommend/1000', params={'k': 10}).json()
+    assert len(a['items']) == 10 and not a['fallback_used'] and a['model'] == 'films' and len(a['version']) == 16 and a['request_id'] and a['warnings'] == []
+    assert [i['rank'] for i in a['items']] == list(range(1, 11)) and all(isinstance(i['item_id'], int) for i in a['items'])
+    assert a['items'][0]['title'] == f"Film {a['items'][0]['item_id']}"
+    assert running.get('/v1/recommend/1000').json()['items'] == a['items']
+
+
+def test_banned_items_never_appear(running):
+    asks = [running.get(f'/v1/recommend/{u}', params={'k': 60, 'exclude_seen': seen}) for u in [*range(1000, 1030), 'nobody'] for seen in ('true', 'false')]
+    asks += [running.post('/v1/recommend', json={'history': h, 'k': 60}) for h in ([], [3], [5, 3, 1], ['7'])]
+    for a in asks:
+        ids = [i['item_id'] for i in a.json()['items']]
+        assert ids and not set(ids) & set(BANNED) and len(set(ids)) == len(ids)
+
+
+def test_seen_items_are_left_out(running):
+    a = running.post('/v1/recommend', json={'history': [10, 11, 12], 'k': 50}).json()
+    assert not {10, 11, 12} & {i['item_id'] for i in a['items']}
+    assert len(a['items']) == 50
+
+
+def test_fewer_than_k_says_so(running):
+    a = running.post('/v1/recommend', json={'history': [10], 'k': 1000}).json()
+    assert len(a['items']) == 57 and '57 items instead of 1000' in a['warnings'][0]
+
+
+def test_unknown_user(running):
+    a = running.get('/v1/recommend/nobody').json()
+    assert a['fallback_used'] and any('nobody' in w for w in a['warnings']) and len(a['items']) == 10 and a['items'][0]['source'] == 'popular'
+    assert 'nobody' in is_problem(running.get('/v1/recommend/nobody', params={'fallback': 'none'}), 404)['detail']
+    assert running.get('/v1/recommend/nobody', params={'fallback': 'none', 'k': 0}).status_code == 422
+
+
+def test_history_with_user_and_unknown_items(running):
+    a = running.post('/v1/recommend', json={'history': [10, 'no such film', 999, 10], 'k': 5, 'user_id': 'visitor'}).json()
+    assert not a['fallback_used'] and len(a['items']) == 5
+    assert any("'no such film', 999" in w for w in a['warnings'])
+
+
+@pytest.mark.parametrize('path', ['/v1/recommend/1000?k=0', f'/v1/recommend/1000?k={10**9}', '/v1/recommend/1000?k=-1', '/v1/recommend/1000?k=ten', '/v1/recommend/1000?k=1e3',
+                                  f'/v1/recommend/1000?k={"9"*5000}', '/v1/recommend/1000?n=10', '/v1/recommend/1000?fallback=maybe', f'/v1/recommend/{"x"*201}'])
+def test_wrong_queries(running, path): is_problem(running.get(path), 422)
+
+
+@pytest.mark.parametrize('body,status', [('{"history": [1, 2', 400), ('', 422), ('null', 422), ('[]', 422), ('"x"', 422), ('{"history": "12"}', 422), ('{"history": [1.5]}', 422),
+    ('{"history": [null]}', 422), ('{"history": [true]}', 422), ('{"history": [[1]]}', 422), ('{"history": {"a": 1}}', 422), ('{"k": 0}', 422), ('{"k": 1000000000}', 422),
+    ('{"k": "5"}', 422), ('{"k": 2.5}', 422), ('{"k": NaN}', 422), ('{"histroy": [1]}', 422), ('{"user_id": {"$gt": ""}}', 422), ('{"history": [' + ','.join(['1']*10_001) + ']}', 422),
+    ('{"history": [1' + ' '*(2*2**20) + ']}', 413), ('\xff\xfe', 400), ('['*100_000, 400)])
+def test_wrong_bodies(running, body, status):
+    a = running.post('/v1/recommend', content=body.encode('latin-1'), headers={'content-type': 'application/json'})
+    is_problem(a, status)
+    assert running.get('/health/live').status_code == 200
+
+
+def test_other_wrong_requests(running):
+    is_problem(running.get('/nowhere'), 404)
+    is_problem(running.delete('/v1/recommend'), 405)
+    is_problem(running.post('/v1/events', content='{', headers={'content-type': 'application/json'}), 400)
+    is_problem(running.post('/v1/events', content='{}'), 415)
+    is_problem(running.post('/v1/recommend', data={'history': '1'}), 415)
+    for wrong in ([], {}, [{'event_id': 'a'}], [{'event_id': 'a', 'kind': 'request'}], {'event_id': 'a', 'kind': 'feedback', 'stars': 5}, report(1001)):
+        is_problem(running.post('/v1/events', json=wrong), 422)
+
+
+def test_events_are_idempotent_and_all_or_nothing(running):
+    assert {k: v for k, v in running.post('/v1/events', json=report(3, 'i')).json().items() if k != 'request_id'} == {'accepted': 3, 'duplicates': 0}
+    again = running.post('/v1/events', json=report(5, 'i')).json()
+    assert (again['accepted'], again['duplicates']) == (2, 3)
+    assert running.post('/v1/events', json=report(1, 'one')[0]).json()['accepted'] == 1
+    is_problem(running.post('/v1/events', json=[*report(2, 'bad'), {'event_id': 'bad9', 'kind': 'nonsense'}]), 422)
+    assert running.post('/v1/events', json=report(2, 'bad')).json()['accepted'] == 2
+
+
+def test_request_ids(running):
+    a = running.get('/v1/recommend/1000', headers={'X-Request-ID': 'mine-1'})
+    assert a.json()['request_id'] == a.headers['x-request-id'] == 'mine-1'
+    assert running.get('/v1/recommend/1000', headers={'X-Request-ID': 'no\tgood; {}'}).json()['request_id'] != 'no\tgood; {}'
+    assert is_problem(running.get('/v1/recommend/1000?k=0', headers={'X-Request-ID': 'mine-2'}), 422)['request_id'] == 'mine-2'
+
+
+def test_health_version_metrics(running):
+    assert running.get('/health/live').json() == {'status': 'alive'}
+    assert running.get('/health/ready').json()['status'] == 'ready'
+    assert running.get('/version').json()['n_banned'] == 2
+    running.get('/v1/recommend/1001'); running.get('/v1/recommend/a-very-secret-user')
+    text = running.get('/metrics').text
+    assert 'secret' not in text and '1001' not in text and 'aerec_http_requests_total' in text and 'aerec_request_events_dropped_total 0' in text
+
+
+def committed(client): return int(float(next(l.split()[-1] for l in client.get('/metrics').text.splitlines() if l.startswith('aerec_request_events_committed_total '))))
+
+
+def test_events_answered_survive_kill_9(bundle, log_url):
+    "Three times: report as fast as possible, kill -9 in the middle; whatever was answered 2xx is in the log, whole."
+    answered, asked = set(), 0
+    for life in range(3):
+        with service(bundle, log_url, variables={'AEREC_SERVING__REQUIRE_AUTH': 'false'}) as s:
+            lock = threading.Lock()
+            def send(worker):
+                with httpx.Client(base_url=s.url, trust_env=False, timeout=5) as client:
+                    for n in range(10**6):
+                        events = report(7, f'{life}-{worker}-{n}-')
+                        try: ok = client.post('/v1/events', json=events).status_code == 200
+                        except httpx.TransportError: return
+                        if ok:
+                            with lock: answered.update(e['event_id'] for e in events)
+            workers = [threading.Thread(target=send, args=(w,)) for w in range(4)]
+            for w in workers: w.start()
+            time.sleep(.7)
+            os.kill(s.process.pid, signal.SIGKILL)
+            for w in workers: w.join()
+        assert s.process.returncode == -signal.SIGKILL
+    log = EventLog(log_url)
+    kept = log.read('feedback').event_id
+    assert len(answered) > 100 and answered <= set(kept) and kept.is_unique and len(kept) % 7 == 0
+    with sqlite3.connect(log_url.removeprefix('sqlite:///')) as db: assert db.execute('PRAGMA integrity_check').fetchone() == ('ok',)
+
+
+def test_request_events_after_kill_9(bundle, log_url):
+    "What the counter called committed is in the log."
+    with service(bundle, log_url, variables={'AEREC_SERVING__REQUIRE_AUTH': 'false'}) as s:
+        with httpx.Client(base_url=s.url, trust_env=False) as client:
+            for n in range(100): client.get(f'/v1/recommend/{1000+n}')
+            time.sleep(.3)
+            for n in range(20): client.get(f'/v1/recommend/{1000+n}')
+            counted = committed(client)
+        os.kill(s.process.pid, signal.SIGKILL)
+    assert counted >= 100 and counted <= EventLog(log_url).count() <= 120
+
+
+def test_stopping_loses_nothing(bundle, log_url):
+    "SIGTERM: requests are finished, the queue is committed, the exit code is 0."
+    with service(bundle, log_url, variables={'AEREC_SERVING__REQUIRE_AUTH': 'false'}) as s:
+        with httpx.Client(base_url=s.url, trust_env=False) as client:
+            for n in range(50): assert client.get(f'/v1/recommend/{1000+n}').status_code == 200
+    assert s.process.returncode == 0
+    assert EventLog(log_url).count() == 50
+
+
+def test_keys(bundle, log_url):
+    with service(bundle, log_url, variables={'AEREC_SERVING__REQUIRE_AUTH': 'true', 'AEREC_SERVING__API_KEYS': 'first-key,second-key'}) as s:
+        with httpx.Client(base_url=s.url, trust_env=False) as client:
+            for headers in ({}, {'X-API-Key': ''}, {'X-API-Key': 'first-ke'}, {'X-API-Key': 'FIRST-KEY'}, {'Authorization': 'first-key'}):
+                is_problem(client.get('/v1/recommend/1000', headers=headers), 401)
+                is_problem(client.post('/v1/events', content='{', headers=headers), 401)
+            assert client.get('/v1/recommend/1000', headers={'X-API-Key': 'second-key'}).status_code == 200
+            assert client.get('/health/ready').status_code == 200
+            assert 'first-key' not in client.get('/metrics').text + client.get('/openapi.json').text
+
+
+def start(bundle, log_url, *more, **variables):
+    "What it says when it does not start."
+    command = [sys.executable, '-c', 'from aerec_nb.serving import main; main()', '--bundle', str(bundle), '--port', '0', '--events', log_url, *more]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
+
+
+def test_refuses_to_start(bundle, log_url, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != 'AEREC_SERVING__API_KEYS'}
+    command = [sys.executable, '-c', 'from aerec_nb.serving import main; main()', '--bundle', str(bundle), '--port', '0', '--events', log_url]
+    no_key = subprocess.run(command, env={**env, 'AEREC_SERVING__REQUIRE_AUTH': 'true'}, capture_output=True, text=True, timeout=60)
+    assert no_key.returncode == 1 and 'AEREC_SERVING__API_KEYS' in no_key.stderr and 'Traceback' not in no_key.stderr
+    nothing = start(tmp_path/'nothing', log_url, AEREC_SERVING__REQUIRE_AUTH='false')
+    assert nothing.returncode == 1 and 'no bundle here' in nothing.stderr and 'Traceback' not in nothing.stderr
+
+
+def test_many_at_once(bundle, log_url):
+    "A bounded load: nothing fails, every request is in the log, answers are the same as one by one."
+    with service(bundle, log_url, variables={'AEREC_SERVING__REQUIRE_AUTH': 'false'}) as s:
+        with httpx.Client(base_url=s.url, trust_env=False, timeout=30) as client:
+            alone = {u: client.get(f'/v1/recommend/{u}').json()['items'] for u in range(1000, 1040)}
+            with ThreadPoolExecutor(16) as pool: answers = list(pool.map(lambda n: (1000+n % 40, client.get(f'/v1/recommend/{1000+n % 40}')), range(800)))
+    assert all(a.status_code == 200 and a.json()['items'] == alone[u] for u, a in answers)
+    assert EventLog(log_url).count() == 840
+
+
+def test_simulated_visitors_and_monitors(bundle, log_url):
+    with service(bundle, log_url, variables={'AEREC_SERVING__REQUIRE_AUTH': 'false'}) as s:
+        latencies, answers = drive_service(s.url, list(range(1000, 1200)), list(range(60)), n_requests=120)
+    assert (latencies.status == 200).all() and {a['what'] for a in answers} == {'known user', 'bare history', 'unknown user'}
+    events = EventLog(log_url).read()
+    assert events.simulated.all() and (events.kind == 'request').sum() == 120 and (events.kind == 'feedback').any()
+    table = run_monitors(events, bundle).set_index('monitor')
+    assert table.status[['errors', 'ban violations', 'seen violations', 'coverage']].tolist() == ['ok']*4
+
+
+def test_answers_are_not_held_back(running):
+    "Nagle's algorithm and delayed acknowledgement together would make every answer 40 ms late."
+    seconds = []
+    for _ in range(40):
+        started = time.perf_counter(); running.get('/v1/recommend/1000'); seconds.append(time.perf_counter()-started)
+    assert np.median(seconds) < .03

@@ -1,0 +1,65 @@
+"Every stage runs alone under plain papermill, from any folder; knobs arrive, misspelt ones are refused, stray copies do no harm."
+import json, shutil
+from pathlib import Path
+import nbformat, pytest
+from conftest import BIN, ROOT, run
+from test_structure import STAGES
+
+
+def papermill(source, target, *options, env, cwd, timeout=280):
+    return run(BIN/'papermill', '--no-progress-bar', source, target, *options, env=env, cwd=cwd, timeout=timeout)
+
+
+def manifests(environ, stage): return [json.loads(p.read_text()) for p in Path(environ['AEREC_RUNS_DIR']).glob(f'*/{stage}/manifest.json')]
+
+
+@pytest.mark.parametrize('path', STAGES, ids=lambda p: p.stem)
+def test_stage_runs_alone_from_an_unrelated_folder(path, environ, tmp_path):
+    done = papermill(path, tmp_path/'out.ipynb', env=environ, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stage = path.stem.split('_', 1)[1]
+    assert len(manifests(environ, stage)) == 1
+    result = [o for c in nbformat.read(tmp_path/'out.ipynb', 4).cells for o in c.get('outputs', [])]
+    assert any('image/png' in o.get('data', {}) for o in result) and any('text/html' in o.get('data', {}) for o in result), 'a table and a plot'
+
+
+@pytest.mark.parametrize('path', STAGES, ids=lambda p: p.stem)
+def test_misspelt_parameter_names_the_valid_ones(path, environ, tmp_path):
+    done = papermill(path, tmp_path/'out.ipynb', '-p', 'runn', 'x', env=environ, cwd=tmp_path)
+    assert done.returncode != 0 and "unknown parameter 'runn': did you mean 'run'? valid names are" in done.stderr
+    assert not Path(environ['AEREC_RUNS_DIR']).exists()
+
+
+@pytest.mark.parametrize('where', ['.', 'nbs'])
+def test_lr_arrives_from_the_root_and_from_nbs(where, environ, tmp_path):
+    source = {'.': 'nbs/03_training.ipynb', 'nbs': '03_training.ipynb'}[where]
+    done = papermill(source, tmp_path/'out.ipynb', '-p', 'lr', '0.001', env=environ, cwd=ROOT/where)
+    assert done.returncode == 0, done.stderr[-3000:]
+    manifest, = manifests(environ, 'training')
+    assert manifest['settings']['training.lr'] == {'value': '0.001', 'source': 'argument'}
+    shown = json.dumps([c.get('outputs') for c in nbformat.read(tmp_path/'out.ipynb', 4).cells])
+    assert '0.001' in shown
+
+
+def test_upstream_artifacts_are_reused_by_fingerprint(environ, tmp_path):
+    first = papermill(ROOT/'nbs'/'01b_model_preprocessing.ipynb', tmp_path/'a.ipynb', env=environ, cwd=tmp_path)
+    again = papermill(ROOT/'nbs'/'02_modeling.ipynb', tmp_path/'b.ipynb', env=environ, cwd=tmp_path)
+    other = papermill(ROOT/'nbs'/'02_modeling.ipynb', tmp_path/'c.ipynb', '-p', 'random_seed', '7', env=environ, cwd=tmp_path)
+    assert [first.returncode, again.returncode, other.returncode] == [0, 0, 0], other.stderr[-2000:]
+    text = {n: json.dumps(nbformat.read(tmp_path/f'{n}.ipynb', 4)) for n in 'bc'}
+    assert 'model_preprocessing: taken from run' in text['b']
+    assert 'model_preprocessing: building' in text['c'] and 'business_preprocessing: taken from run' in text['c']
+
+
+def test_a_stray_executed_copy_leaves_the_package_alone(project, environ):
+    before = {p.name: p.read_bytes() for p in (project/'aerec_nb').glob('*.py')}
+    done = papermill('03_training.ipynb', 'out.ipynb', '-p', 'lr', '0.001', env={**environ, 'PYTHONPATH': str(project)}, cwd=project/'nbs')
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run(BIN/'nbdev_export', env=environ, cwd=project).returncode == 0
+    assert {p.name: p.read_bytes() for p in (project/'aerec_nb').glob('*.py')} == before
+
+
+@pytest.mark.parametrize('name', ['01b_model_preprocessing', '04a_postprocessing'])
+def test_jupyter_kernel_runs_it_with_the_working_folder_nbs(name, environ, tmp_path):
+    done = run(BIN/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', f'{name}.ipynb', '--output-dir', tmp_path, env=environ, cwd=ROOT/'nbs')
+    assert done.returncode == 0, done.stderr[-3000:]
