@@ -34,13 +34,20 @@ def _id(name:str, value) -> str|None:
     if value is None: return None
     text = str(value)
     if not 0 < len(text) <= MAX_ID: raise AerecError(f'event: {name} must have 1 to {MAX_ID} characters, not {len(text)}')
+    return _storable(name, text)
+
+def _storable(name:str, text:str) -> str:
+    "Text that a database can keep: no zero character, no half of a surrogate pair."
+    try: text.encode()
+    except UnicodeEncodeError: text = '\0'
+    if '\0' in text: raise AerecError(f'event: {name} holds a character that cannot be stored')
     return text
 
 def _number(name:str, value) -> float|None:
     "A finite number."
     if value is None: return None
     try: number = float(value)
-    except (TypeError, ValueError): number = math.nan
+    except (TypeError, ValueError, OverflowError): number = math.nan
     if not math.isfinite(number): raise AerecError(f'event: {name} must be a finite number, not {value!r}')
     return number
 
@@ -57,7 +64,7 @@ def check_event(event:dict # any of the columns; `event_id` and `kind` must be t
     except (TypeError, ValueError) as e: raise AerecError(f'event: payload is not JSON: {e}') from None
     when = _number('time', event.get('time'))
     return {'kind': event['kind'], 'time': time.time() if when is None else when, 'value': _number('value', event.get('value')),
-            'payload': payload, 'simulated': bool(event.get('simulated', False)),
+            'payload': _storable('payload', payload), 'simulated': bool(event.get('simulated', False)),
             **{name: _id(name, event.get(name)) for name in ('event_id', 'request_id', 'user_id', 'item_id')}}
 
 # %% ../nbs/00b_events.ipynb #c4e12e4c

@@ -6,7 +6,7 @@
 __all__ = ['check_histories', 'check_value', 'check_device', 'Model', 'block_rows', 'Plan', 'free_gib', 'check_plan',
            'model_names', 'register_model', 'model_class', 'hyperparameters', 'create_model', 'plan', 'save_model',
            'load_model', 'score_blocks', 'mask_history', 'top_k', 'Blend', 'AutoEncoder', 'configured_models',
-           'model_code', 'build_modeling', 'describe_models', 'plot_plan']
+           'build_modeling', 'describe_models', 'plot_plan']
 
 # %% ../nbs/02_modeling.ipynb #e910e62b
 import importlib, inspect, json, math
@@ -28,7 +28,7 @@ from torch import nn
 
 from .configuration import AerecError
 from .model_preprocessing import Split
-from .runs import atomic_path, code_hash, read_json, sha256_bytes, write_json, write_parquet
+from .runs import atomic_path, read_json, write_json, write_parquet
 
 # %% ../nbs/02_modeling.ipynb #45e20e05
 def check_histories(
@@ -419,15 +419,6 @@ def configured_models(settings,     # sections model, training and run are read
             raise AerecError(f"{knob} = {knobs[knob]!r}: none of the models {', '.join(names)} has it; leave it out, or choose a model that does")
     knobs['random_seed'] = settings.run.random_seed
     return [dict(name=name, hyperparameters=create_model(name, **{k: v for k,v in knobs.items() if k in hp}).hyperparameters) for name,hp in own.items()]
-
-# %% ../nbs/02_modeling.ipynb #7b9870ef
-def model_code(settings # section model is read
-              ) -> dict: # model -> sha256
-    "The code behind the models that compete."
-    def fingerprint(name):
-        module = model_class(name).__module__
-        return code_hash(module) if module.startswith('aerec_nb.') else sha256_bytes(inspect.getsource(model_class(name)).encode())
-    return {name: fingerprint(name) for name in ([settings.model.model] if settings.model.model else settings.model.models)}
 
 # %% ../nbs/02_modeling.ipynb #8b91299f
 def build_modeling(run,         # `Run` from `aerec_nb.runs`

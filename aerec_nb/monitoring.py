@@ -8,8 +8,9 @@ __all__ = ['MONITORS', 'OFFLINE', 'COLORS', 'MARKS', 'Window', 'Monitor', 'regis
            'last_headline', 'monitor_trend', 'alerts', 'shown', 'plot_monitors', 'simulate_traffic', 'monitor',
            'describe_events', 'build_monitoring', 'describe_monitoring']
 
-# %% ../nbs/06_monitoring.ipynb #84c7be2e
+# %% ../nbs/06_monitoring.ipynb #4ffe7008
 import time
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from .configuration import load_settings
 from .events import EventLog, events_url, load_events, new_event, simulated_reaction
 from .inference import Recommender
 from .packaging import head_items, headline, load_bundle
-from .postprocessing import IdIndex
+from .postprocessing import load_ban_list
 from .runs import all_runs, open_run, read_json, write_json, write_parquet
 
 # %% ../nbs/06_monitoring.ipynb #fcc08b64
@@ -72,6 +73,7 @@ class Monitor:
     fires:str # 'above' or 'below' the limit
     severity:str # 'critical' or 'warning'
     definition:str # what the number is, in words
+    needs:object = lambda limit, window: 1 # function(limit, Window) -> least number of cases; fewer: no data
 
 MONITORS = {} # name -> Monitor
 
@@ -110,7 +112,7 @@ def seen_violations(w:Window) -> tuple: # places, places that must not be seen o
     excluding = w.requests.exclude_seen.astype(bool).to_numpy()[w.places.request]
     return int(w.seen[excluding].sum()), int(excluding.sum())
 
-register_monitor(Monitor('ban violations', ban_violations, 0, 'above', 'critical', "places of lists that went to an item of the ban list"))
+register_monitor(Monitor('ban violations', ban_violations, 0, 'above', 'critical', 'places of lists that went to an item which is banned now, by the bundle or by the settings'))
 register_monitor(Monitor('seen violations', seen_violations, 0, 'above', 'critical', "places of lists that went to an item which the user's known history, or the one sent, has; without requests that asked for seen items"))
 
 # %% ../nbs/06_monitoring.ipynb #3733e202
@@ -124,14 +126,14 @@ def popularity_share(w:Window) -> tuple: # share, places
     items = w.places.item[w.places.item >= 0]
     return (float(head_items(w.recommender.popularity)[items].mean()) if len(items) else None), len(items)
 
-register_monitor(Monitor('coverage', coverage, 'min_coverage', 'below', 'warning', 'share of the catalogue that was in at least one list; no data below ten places for each item that the threshold asks for'))
+register_monitor(Monitor('coverage', coverage, 'min_coverage', 'below', 'warning', 'share of the catalogue that was in at least one list; no data below ten places for each item that the threshold asks for',
+                         lambda limit, window: 10*limit*window.recommender.n_items))
 register_monitor(Monitor('popularity share', popularity_share, 'max_popularity_share', 'above', 'warning', 'share of all places of lists that went to the 1 % of items with most users'))
 
 # %% ../nbs/06_monitoring.ipynb #6f5a12b0
 def _status(monitor:Monitor, value, n:int, limit:float, window:Window) -> str:
     "ok, firing or no data."
-    if value is None or not n: return 'no data'
-    if monitor.name == 'coverage' and n < 10*limit*window.recommender.n_items: return 'no data'
+    if value is None or n < max(1, monitor.needs(limit, window)): return 'no data'
     return 'firing' if (value > limit if monitor.fires == 'above' else value < limit) else 'ok'
 
 OFFLINE = ('relative loss of the test NDCG in the card of the bundle against the latest other run on the same data and split; negative: it got better; '
@@ -219,46 +221,46 @@ def plot_monitors(table:pd.DataFrame, # from `run_monitors`
                  ): # -> matplotlib Figure
     "A light for every monitor, and how its number moved."
     names = table.monitor.tolist()
-    fig = plt.figure(figsize=(9, .62*len(names)+.9), layout='constrained')
-    fig.get_layout_engine().set(hspace=.0, h_pad=.03)
-    grid = fig.add_gridspec(len(names), 2, width_ratios=[1.15, 1])
-    lights = fig.add_subplot(grid[:, 0])
+    rows = len(names)+1.2 # a row a monitor, and some room below
+    fig = plt.figure(figsize=(9, .58*rows+.4))
+    top, height = 1-.4/(.58*rows+.4), 1/(rows+.4/.58)
+    lights = fig.add_axes([.01, top-height*len(names), .54, height*len(names)])
     for y,m in enumerate(table.itertuples()):
+        weight = 'bold' if m.status == 'firing' else 'normal'
         lights.plot(0, y, MARKS[m.status], color=COLORS[m.status], ms=11)
-        lights.text(.1, y, m.monitor, va='center', fontsize=10, weight='bold' if m.status == 'firing' else 'normal')
-        lights.text(.95, y, shown(m.value), va='center', ha='right', fontsize=10, weight='bold' if m.status == 'firing' else 'normal')
+        lights.text(.1, y, m.monitor, va='center', fontsize=10, weight=weight)
+        lights.text(.95, y, shown(m.value), va='center', ha='right', fontsize=10, weight=weight)
         lights.text(1.02, y, f"{'at least' if m.monitor == 'coverage' else 'at most'} {shown(m.threshold)}", va='center', fontsize=9, color='#555555')
     lights.set(xlim=(-.08, 1.42), ylim=(len(names)-.5, -.5), title='Monitors')
     lights.axis('off')
     lights.legend([plt.Line2D([], [], ls='', marker=MARKS[s], color=c, ms=8) for s,c in COLORS.items()], list(COLORS), loc='upper center', bbox_to_anchor=(.5, 0), ncols=3, fontsize=9, frameon=False)
-    _plot_trends(fig, grid, table, trend)
+    if trend is not None and len(trend): _plot_trends(fig, table, trend, top, height)
     plt.close(fig)
     return fig
 
-def _plot_trends(fig, grid, table, trend) -> None:
+def _plot_trends(fig, table, trend, top, height) -> None:
     "A small line beside each light; the dashed line is the limit."
-    if trend is None or not len(trend): return
-    minutes, unit = (trend.time-trend.time.iloc[0])/60, 'minutes'
-    if minutes.iloc[-1] > 180: minutes, unit = minutes/60, 'hours'
-    elif minutes.iloc[-1] < 3: minutes, unit = minutes*60, 'seconds'
+    passed, unit = trend.time-trend.time.iloc[0], 'seconds'
+    if passed.iloc[-1] > 3*3600: passed, unit = passed/3600, 'hours'
+    elif passed.iloc[-1] > 180: passed, unit = passed/60, 'minutes'
     axes = []
     for y,m in enumerate(table.itertuples()):
         if m.monitor not in trend or not trend[m.monitor].notna().any(): continue
-        ax = fig.add_subplot(grid[y, 1], sharex=axes[0] if axes else None)
-        ax.plot(minutes, trend[m.monitor], '.-', ms=4, lw=1.2, color=COLORS[m.status])
-        high = max(trend[m.monitor].max(), m.value)
-        if m.threshold <= 4*high: high = max(high, m.threshold)
-        ax.axhline(m.threshold, color='#555555', ls='--', lw=.8)
-        top = 1.3*high if high else 1.
-        ax.set(ylim=(-.08*top, top), yticks=[0, high or 1])
+        ax = fig.add_axes([.62, top-height*(y+.86), .365, .72*height])
+        ax.plot(passed, trend[m.monitor], '.-', ms=4, lw=1.2, color=COLORS[m.status])
+        limited = m.monitor != 'coverage' # of a short span it is always less
+        high = max(trend[m.monitor].max(), m.threshold if limited and m.threshold <= 4*trend[m.monitor].max() else 0)
+        if limited: ax.axhline(m.threshold, color='#555555', ls='--', lw=.8)
+        ceiling = 1.25*high or 1.
+        ax.set(xlim=(-.02*passed.iloc[-1], 1.02*passed.iloc[-1]) if passed.iloc[-1] else None, ylim=(-.1*ceiling, ceiling), yticks=[0, high or 1])
         ax.set_yticklabels(['0', shown(high or 1)], fontsize=7)
         ax.tick_params(axis='x', labelsize=7, labelbottom=False)
         ax.spines[['top', 'right']].set_visible(False)
         axes.append(ax)
-    if axes:
-        axes[0].set_title('Span by span (dashed: the limit)', fontsize=10)
-        axes[-1].tick_params(labelbottom=True)
-        axes[-1].set_xlabel(f'{unit} since the first request', fontsize=8)
+    if not axes: return
+    axes[0].set_title('Span by span (dashed: the limit)')
+    axes[-1].tick_params(axis='x', labelbottom=True)
+    axes[-1].set_xlabel(f'{unit} since the first request', fontsize=8)
 
 # %% ../nbs/06_monitoring.ipynb #90f3dbf9
 def simulate_traffic(recommender:Recommender, # that answers
@@ -292,6 +294,8 @@ def monitor(settings, # from `load_settings`
            ) -> pd.DataFrame: # as `run_monitors` gives it
     "All monitors over the configured event log, without simulated events; prints which log that is."
     recommender, log, now = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle), EventLog(events_url(settings)), time.time()
+    recommender = copy(recommender)
+    recommender.chain = recommender.chain.with_bans(load_ban_list(settings)) # as the service does
     events = log.read(since=now-3600*settings.monitoring.window_hours, simulated=False)
     print(describe_events(events, f'the real log {log.url}', settings.monitoring.window_hours))
     log.close()

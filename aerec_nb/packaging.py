@@ -7,8 +7,8 @@ __all__ = ['SCHEMA', 'ALIASES', 'golden_requests', 'same_answer', 'head_items', 
            'save_bundle', 'bundle_id', 'verify_bundle', 'load_bundle', 'Registry', 'headline', 'model_card',
            'build_packaging', 'describe_packaging', 'bundle_files', 'plot_packaging']
 
-# %% ../nbs/05_packaging.ipynb #b039eded
-import getpass, json, logging, os, shutil, time
+# %% ../nbs/05_packaging.ipynb #f4222caf
+import getpass, json, logging, os, re, shutil, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -17,8 +17,6 @@ import pandas as pd
 import sqlalchemy as sa
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from IPython.display import Markdown
-from matplotlib.ticker import MaxNLocator
 from safetensors.numpy import load_file, save
 from scipy.sparse import csr_matrix
 from .configuration import AerecError, load_settings, project_dir
@@ -216,9 +214,12 @@ def _locked(path:Path, seconds:float=60):
 def _registry_client(uri:str):
     "MLflow's client for model versions alone: it makes no folder for experiments."
     for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow.tracking._model_registry.client import ModelRegistryClient
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='IProgress not found') # MLflow asks for a progress bar that it does not use here
+        from mlflow.tracking._model_registry.client import ModelRegistryClient
     for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.WARNING)
-    return ModelRegistryClient(uri, uri)
+    try: return ModelRegistryClient(uri, uri)
+    except Exception as e: raise AerecError(f'packaging.registry_uri {uri}: MLflow cannot open it: {str(e).splitlines()[0]}') from None
 
 # %% ../nbs/05_packaging.ipynb #50519158
 def _history_table() -> sa.Table:
@@ -246,6 +247,7 @@ class Registry:
         name:str='aerec', # of the registered model
         promoters=() # who may promote: names, or a function of an alias that gives them; empty: anyone
     ):
+        if not re.fullmatch(r'[\w .-]{1,200}', name): raise AerecError(f"packaging.model_name {name!r}: use letters, digits, blanks and . _ - only")
         self.uri, self.bundles_dir, self.name, self.promoters = uri, Path(bundles_dir).absolute(), name, promoters
         own = sa.make_url(uri) if uri.startswith('sqlite') else None
         self._file = Path(own.database).absolute() if own is not None else self.bundles_dir.parent/'registry_history.db'
@@ -494,10 +496,9 @@ def plot_packaging(run, # `Run` from `aerec_nb.runs`, with the stage done
     for row in known[known.aliases != ''].itertuples():
         right.annotate(row.aliases, (row.version, row.value), xytext=(7, 5), textcoords='offset points', fontsize=9, weight='bold')
     right.set(title='Registered versions (bars: 95 % interval)', xlabel='version', ylabel='test result in the card')
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(known):
-        right.set_xlim(known.version.min()-.7, known.version.max()+.7)
-        right.legend(fontsize=8, loc='lower right')
+        right.set(xlim=(known.version.min()-.7, known.version.max()+.7), xticks=known.version)
+        right.legend(fontsize=8)
     for ax in (left, right): ax.spines[['top', 'right']].set_visible(False)
     plt.close(fig)
     return fig

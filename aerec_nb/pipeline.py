@@ -6,8 +6,8 @@
 __all__ = ['Outcome', 'execute_notebook', 'notebook_page', 'stage_table', 'write_report', 'PipelineResult', 'run_pipeline',
            'summary', 'find_bundle', 'main', 'draw_process', 'plot_stages', 'build_docs']
 
-# %% ../nbs/07_pipeline.ipynb #be8f5f8e
-import argparse, io, json, logging, os, re, shutil, sys, time
+# %% ../nbs/07_pipeline.ipynb #5018c287
+import argparse, io, json, logging, os, re, sys, time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +16,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.patches import FancyBboxPatch
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 from pygments.formatters import HtmlFormatter
 from .configuration import AerecError, diff_settings, load_settings, project_dir, settings_table
 from .data_import import FETCHED
 from .monitoring import monitor
 from .packaging import Registry, load_bundle
-from .runs import STAGES, Run, all_runs, open_run, read_json, read_manifest, write_json
+from .runs import STAGES, Run, all_runs, open_run, read_json, read_manifest, remove_run, write_run_file
 from .serving import serve
 
 # %% ../nbs/07_pipeline.ipynb #7f8b98ad
@@ -47,7 +48,7 @@ def execute_notebook(source:Path, # notebook to run
     logging.getLogger('papermill').setLevel(logging.ERROR)
     try:
         papermill.execute_notebook(str(source), re.sub(r'([{}])', r'\1\1', str(hidden)), parameters=parameters, kernel_name='python3',
-                                   progress_bar=False, extra_arguments=['--log-level=40']) # the kernel says nothing but errors
+                                   progress_bar=False, extra_arguments=['--log-level=50']) # what goes wrong in the kernel stands in the notebook
     except PapermillExecutionError as e: error, is_mistake = f'{e.ename}: {e.evalue}', e.ename == 'AerecError'
     finally:
         if hidden.exists(): os.replace(hidden, target)
@@ -63,10 +64,10 @@ blockquote{margin:.2em 0 1em;color:var(--soft);font-size:1.1em} code,pre{font:13
 .input_area,.output_text pre,.output_stream pre{background:#fff;border:1px solid var(--line);border-radius:6px;padding:8px 12px;overflow-x:auto;margin:6px 0}
 .output_subarea{overflow-x:auto} img{max-width:100%;height:auto} table{border-collapse:collapse;font-size:13px;margin:8px 0;background:#fff}
 th,td{border:1px solid var(--line);padding:4px 9px;text-align:right;vertical-align:top} thead th{background:#eef2f6} tbody th{text-align:left;font-weight:600}
-td:first-child{text-align:left} .bar{position:sticky;top:0;background:#fffd;border-bottom:1px solid var(--line);padding:8px 20px;display:flex;gap:18px;align-items:center;z-index:2}
+td:first-child,th:first-child{text-align:left} .bar{position:sticky;top:0;background:#fffd;border-bottom:1px solid var(--line);padding:8px 20px;display:flex;gap:18px;align-items:center;z-index:2}
 #code:not(:checked)~main .input{display:none} .cards{display:flex;flex-wrap:wrap;gap:14px;margin:16px 0}
 .card{background:#fff;border:1px solid var(--line);border-radius:8px;padding:12px 16px;min-width:150px} .card b{display:block;font-size:1.5em} .card span{color:var(--soft);font-size:.85em}
-.done{color:var(--good);font-weight:600} .failed,.firing{color:var(--bad);font-weight:600} .missing{color:var(--soft)} .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:16px}
+.done{color:var(--good);font-weight:600} .failed,.firing{color:var(--bad);font-weight:600} .missing{color:var(--soft)} .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(440px,1fr));gap:16px}
 .gallery figure{margin:0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:10px} figcaption{font-size:.85em;color:var(--soft)}
 @media print{.bar{display:none} body{background:#fff}}
 '''
@@ -81,7 +82,9 @@ def notebook_page(path:Path, # executed notebook
                  ) -> str: # a whole HTML page that needs nothing else
     "An executed notebook as one self-contained page with its code folded."
     nb = nbformat.read(path, as_version=4)
-    body, _ = HTMLExporter(template_name='basic').from_notebook_node(nb)
+    exporter = HTMLExporter(template_name='basic')
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True) # a progress bar becomes its last line
+    body, _ = exporter.from_notebook_node(nb)
     return jinja2.Template(_PAGE).render(title=Path(path).stem, style=_STYLE, pygments=HtmlFormatter().get_style_defs('.highlight'), body=body, home=home)
 
 # %% ../nbs/07_pipeline.ipynb #ec373da1
@@ -172,9 +175,14 @@ def _data_line(run:Run) -> str:
     return read_json(source)['description'] if source.exists() else 'no data was imported'
 
 def _leaderboard(run:Run):
-    "The leaderboard of the run, or None."
+    "The leaderboard of the run as people read it, or None."
     path = run.folder/'validation'/'leaderboard.parquet'
-    return pd.read_parquet(path) if path.exists() else None
+    if not path.exists(): return None
+    board, k = pd.read_parquet(path), read_manifest(path.parent)['settings']['validation.topk']['value']
+    def with_error(value, error): return [f'{v:.4f} ± {e:.4f}' for v,e in zip(board[value], board[error])]
+    return pd.DataFrame({'model': board.model.where(~board.bound, board.model + ' (bound)'), f'NDCG@{k} on validation': with_error('valid_ndcg', 'valid_se'),
+                         f'NDCG@{k} on test': with_error('test_ndcg', 'test_se'), f'recall@{k} on test': with_error('recall', 'recall_se'),
+                         'coverage': board.coverage.map('{:.3f}'.format)})
 
 def _example_list(run:Run, k:int=10) -> tuple:
     "A user of the data and ten recommendations with titles, from the packaged bundle; (None, None) where there is none."
@@ -206,8 +214,8 @@ def run_pipeline(env:str=None, # dev, stage, live or test; None as configured
     if not opened.settings.training.trains:
         raise AerecError(f'environment {opened.env} does not train: run the pipeline in dev, then promote its bundle (aerec promote --help)')
     begun = not opened.folder.exists()
-    opened.folder.mkdir(parents=True, exist_ok=True)
-    _begin(opened)
+
+    write_run_file(opened) # gives environment and overrides to the notebooks that follow
     result = PipelineResult(opened)
     print(f'run {opened.name}, environment {opened.env}')
     for i,stage in enumerate(STAGES.values(), 1):
@@ -218,12 +226,7 @@ def run_pipeline(env:str=None, # dev, stage, live or test; None as configured
     result.report = write_report(opened, result.outcomes)
     return result
 
-# %% ../nbs/07_pipeline.ipynb #d09a2dda
-def _begin(run:Run) -> None:
-    "Give the run's settings to the notebooks that follow."
-    from aerec_nb.runs import _write_run_file
-    _write_run_file(run)
-
+# %% ../nbs/07_pipeline.ipynb #261fb17f
 def _one_stage(run:Run, stage, i:int) -> Outcome:
     "Execute one stage's notebook and say what it did."
     print(f'[{i:2}/{len(STAGES)}] {stage.notebook:26}', end='', flush=True)
@@ -238,9 +241,7 @@ def _one_stage(run:Run, stage, i:int) -> Outcome:
 
 def _undo(run:Run, begun:bool, outcome:Outcome) -> None:
     "After a user's mistake a run that was begun for it leaves no trace; the mistake is said in one line."
-    if begun:
-        shutil.rmtree(run.folder, ignore_errors=True)
-        if run.folder.parent.exists() and not any(run.folder.parent.iterdir()): run.folder.parent.rmdir()
+    if begun: remove_run(run.folder)
     raise AerecError(outcome.error.removeprefix('AerecError: '))
 
 # %% ../nbs/07_pipeline.ipynb #f3d210cd
@@ -250,7 +251,7 @@ def summary(result:PipelineResult # of `run_pipeline`
     run = result.run
     lines = ['', _data_line(run)]
     board = _leaderboard(run)
-    if board is not None: lines += ['', 'Leaderboard (chosen on validation, test read once)', board.to_string(index=False, float_format=lambda v: f'{v:.4f}')]
+    if board is not None: lines += ['', 'Leaderboard (chosen on validation, test read once)', board.to_string(index=False)]
     user, recommended = _example_list(run)
     if recommended is not None: lines += ['', f'Ten recommendations for user {user}', recommended.to_string(index=False, float_format=lambda v: f'{v:.4f}')]
     lines += ['', f'report: {result.report}']

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'atomic_path', 'write_json', 'read_json', 'write_parquet', 'sha256_bytes', 'sha256_file', 'sha256_json',
            'Stage', 'code_modules', 'code_hash', 'unexported_changes', 'read_manifest', 'peak_memory_mib', 'versions',
-           'Run', 'all_runs', 'open_run']
+           'remove_run', 'Run', 'all_runs', 'write_run_file', 'open_run']
 
 # %% ../nbs/00a_runs.ipynb #c0824f16
 import ast, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource, secrets, shutil, time
@@ -115,9 +115,10 @@ def _module_file(module:str) -> Path:
     return Path(importlib.util.find_spec('aerec_nb').origin).parent/f"{module.split('.')[-1]}.py"
 
 def _imported(source:str) -> set:
-    "Modules of this package that a source imports at its top level."
+    "Modules of this package that a source imports, or names as 'aerec_nb.module:Class' to resolve when called."
     found = set()
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str): found |= set(re.findall(r'^(aerec_nb\.\w+):\w+$', node.value))
         if isinstance(node, ast.ImportFrom) and node.module:
             if node.level == 1: found.add(f'aerec_nb.{node.module}')
             elif node.module.startswith('aerec_nb.'): found.add(node.module)
@@ -195,6 +196,13 @@ def _counting_settings(used:dict) -> dict:
     "The settings that enter the fingerprint: all but folders and secrets."
     return {k: v['value'] for k,v in used.items() if not k.startswith('paths.') and k != 'serving.api_keys'}
 
+# %% ../nbs/00a_runs.ipynb #9b3a773a
+def remove_run(folder:Path # of a run
+              ) -> None:
+    "Delete a run, and the folder of runs with it if nothing else is there."
+    shutil.rmtree(folder, ignore_errors=True)
+    if Path(folder).parent.exists() and not any(Path(folder).parent.iterdir()): Path(folder).parent.rmdir()
+
 # %% ../nbs/00a_runs.ipynb #16486f5b
 @dataclass
 class Run:
@@ -242,8 +250,13 @@ class Run:
         if not self.settings.training.trains and stage in ('training', 'validation'):
             raise AerecError(f'environment {self.env} does not train: promote a bundle that dev has trained (aerec promote), or set training.trains')
         changed = unexported_changes(STAGES[stage].module, notebook.get('In', [])) if notebook else {}
-        for name in STAGES[stage].inputs: self.ensure(name)
-        return _build(self, stage, build or STAGES[stage].builder(), self.fingerprint(stage, changed), changed)
+        begun = not self.folder.exists()
+        try:
+            for name in STAGES[stage].inputs: self.ensure(name)
+            return _build(self, stage, build or STAGES[stage].builder(), self.fingerprint(stage, changed), changed)
+        except AerecError:
+            if begun: remove_run(self.folder)
+            raise
 
     def _say(self, text):
         if not self.quiet: print(text)
@@ -269,6 +282,16 @@ def _find(runs_dir:Path, stage:str, fingerprint:str) -> Path|None:
         manifest = read_manifest(run/stage)
         if manifest and manifest['fingerprint'] == fingerprint: return run/stage
     return None
+
+# %% ../nbs/00a_runs.ipynb #20b14c35
+def write_run_file(run:Run # its folder may not exist yet
+                  ) -> None:
+    "Keep environment and overrides in run.json for the run's later stages."
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder/'run.json'
+    known = read_json(path) if path.exists() else {'created': datetime.now(timezone.utc).isoformat(timespec='microseconds')}
+    fresh = {**known, 'name': run.name, 'env': run.env, 'overrides': run.overrides}
+    if fresh != known: write_json(path, fresh)
 
 # %% ../nbs/00a_runs.ipynb #8b97a58d
 @contextmanager
@@ -296,20 +319,12 @@ def _sweep(workshop:Path) -> None:
 
 def _place(run:Run, stage:str, folder:Path) -> Path:
     "Move a finished artifact to its place, the run's own file first."
-    run.folder.mkdir(parents=True, exist_ok=True)
-    _write_run_file(run)
+    write_run_file(run)
     target = run.folder/stage
     if target.exists(): os.rename(target, folder.with_name(f'{folder.name}.old.{os.getpid()}.x'))
     os.rename(folder, target)
     for old in folder.parent.glob(f'{folder.name}.old.*'): shutil.rmtree(old, ignore_errors=True)
     return target
-
-def _write_run_file(run:Run) -> None:
-    "Keep environment and overrides for the run's later stages."
-    path = run.folder/'run.json'
-    known = read_json(path) if path.exists() else {'created': datetime.now(timezone.utc).isoformat(timespec='microseconds')}
-    fresh = {**known, 'name': run.name, 'env': run.env, 'overrides': run.overrides}
-    if fresh != known: write_json(path, fresh)
 
 # %% ../nbs/00a_runs.ipynb #7c277d31
 def _build(run:Run, stage:str, build, fingerprint:str, changed:dict=None) -> Path:

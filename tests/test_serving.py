@@ -95,7 +95,7 @@ def test_wrong_queries(running, path): is_problem(running.get(path), 422)
 @pytest.mark.parametrize('body,status', [('{"history": [1, 2', 400), ('', 422), ('null', 422), ('[]', 422), ('"x"', 422), ('{"history": "12"}', 422), ('{"history": [1.5]}', 422),
     ('{"history": [null]}', 422), ('{"history": [true]}', 422), ('{"history": [[1]]}', 422), ('{"history": {"a": 1}}', 422), ('{"k": 0}', 422), ('{"k": 1000000000}', 422),
     ('{"k": "5"}', 422), ('{"k": 2.5}', 422), ('{"k": NaN}', 422), ('{"histroy": [1]}', 422), ('{"user_id": {"$gt": ""}}', 422), ('{"history": [' + ','.join(['1']*10_001) + ']}', 422),
-    ('{"history": [1' + ' '*(2*2**20) + ']}', 413), ('\xff\xfe', 400), ('['*100_000, 400)])
+    ('{"history": [1' + ' '*(2*2**20) + ']}', 413), ('\xff\xfe', 400), ('{"history": ["\\ud800"]}', 422), ('{"history": [%s]}' % ('9'*5000), 400), ('{"user_id": %s}' % ('9'*100), 422), ('{"user_id": "a\\u0000"}', 422), ('['*100_000, 400)])
 def test_wrong_bodies(running, body, status):
     a = running.post('/v1/recommend', content=body.encode('latin-1'), headers={'content-type': 'application/json'})
     is_problem(a, status)
@@ -106,9 +106,13 @@ def test_other_wrong_requests(running):
     is_problem(running.get('/nowhere'), 404)
     is_problem(running.delete('/v1/recommend'), 405)
     is_problem(running.post('/v1/events', content='{', headers={'content-type': 'application/json'}), 400)
+    for payload in ('{"x": "\\ud800"}', '{"x": NaN}', '[]'):
+        is_problem(running.post('/v1/events', content='{"event_id": "p", "kind": "feedback", "payload": %s}' % payload, headers={'content-type': 'application/json'}), 422)
+    is_problem(running.get('/v1/recommend/a%00b'), 422)
     is_problem(running.post('/v1/events', content='{}'), 415)
     is_problem(running.post('/v1/recommend', data={'history': '1'}), 415)
-    for wrong in ([], {}, [{'event_id': 'a'}], [{'event_id': 'a', 'kind': 'request'}], {'event_id': 'a', 'kind': 'feedback', 'stars': 5}, report(1001)):
+    for wrong in ([], {}, [{'event_id': 'a'}], [{'event_id': 'a', 'kind': 'request'}], {'event_id': 'a', 'kind': 'feedback', 'stars': 5}, report(1001),
+                  {'event_id': 'a', 'kind': 'feedback', 'value': 10**400}, {'event_id': 'a', 'kind': 'feedback', 'time': 10**400}, {'event_id': 'x\0', 'kind': 'feedback'}):
         is_problem(running.post('/v1/events', json=wrong), 422)
 
 
