@@ -20,7 +20,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 from pygments.formatters import HtmlFormatter
 from .configuration import AerecError, diff_settings, load_settings, project_dir, settings_table
-from .data_import import FETCHED
+from .data_import import FETCHED, describe_source
 from .monitoring import monitor
 from .packaging import Registry, load_bundle
 from .runs import STAGES, Run, all_runs, open_run, read_json, read_manifest, remove_run, write_run_file
@@ -168,11 +168,11 @@ def _cards(run:Run, table:pd.DataFrame) -> list:
     if choice.exists(): found.append(('model chosen on validation', read_json(choice)['model']))
     return found
 
-# %% ../nbs/07_pipeline.ipynb #03422817
+# %% ../nbs/07_pipeline.ipynb #9d7c23d1
 def _data_line(run:Run) -> str:
     "Which data the run used, in the words of the import stage."
-    source = run.folder/'data_import'/'source.json'
-    return read_json(source)['description'] if source.exists() else 'no data was imported'
+    folder = run.folder/'data_import'
+    return describe_source(folder) if folder.exists() else 'No data was imported.'
 
 def _leaderboard(run:Run):
     "The leaderboard of the run as people read it, or None."

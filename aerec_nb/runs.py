@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'atomic_path', 'write_json', 'read_json', 'write_parquet', 'sha256_bytes', 'sha256_file', 'sha256_json',
-           'Stage', 'code_modules', 'code_hash', 'unexported_changes', 'read_manifest', 'peak_memory_mib', 'versions',
-           'remove_run', 'Run', 'all_runs', 'write_run_file', 'open_run']
+           'Stage', 'upstream', 'code_modules', 'code_hash', 'unexported_changes', 'read_manifest', 'peak_memory_mib',
+           'versions', 'remove_run', 'Run', 'all_runs', 'write_run_file', 'open_run']
 
 # %% ../nbs/00a_runs.ipynb #c0824f16
 import ast, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource, secrets, shutil, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 import pandas as pd
 from .configuration import AerecError, KNOBS, SECTIONS, Settings, load_settings, show_value
@@ -99,6 +100,14 @@ STAGES = {s.name: s for s in [
           ('monitoring', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env')),
 ]}
 
+# %% ../nbs/00a_runs.ipynb #1c11994c
+def upstream(stage:str # name of a stage
+            ) -> list: # names, inputs before their readers
+    "Everything a stage needs, however far up."
+    needed = set(STAGES[stage].inputs)
+    for name in reversed(STAGES): needed |= set(STAGES[name].inputs) if name in needed else set()
+    return [name for name in STAGES if name in needed]
+
 # %% ../nbs/00a_runs.ipynb #52c1859b
 class _Declared:
     "Settings of which only the declared ones can be read."
@@ -114,10 +123,21 @@ def _module_file(module:str) -> Path:
     "Where the source of a module of this package lies."
     return Path(importlib.util.find_spec('aerec_nb').origin).parent/f"{module.split('.')[-1]}.py"
 
-def _imported(source:str) -> set:
+@lru_cache(maxsize=128)
+def _parsed(path:Path, mtime_ns:int, size:int) -> tuple:
+    "Modules that a source uses and the hash of its syntax tree; read again when the file has changed."
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    return frozenset(_imported(tree)), sha256_bytes(ast.dump(tree).encode())
+
+def _module(module:str) -> tuple:
+    "What `_parsed` says of a module as it is now."
+    path = _module_file(module)
+    return _parsed(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+def _imported(tree:ast.AST) -> set:
     "Modules of this package that a source imports, or names as 'aerec_nb.module:Class' to resolve when called."
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str): found |= set(re.findall(r'^(aerec_nb\.\w+):\w+$', node.value))
         if isinstance(node, ast.ImportFrom) and node.module:
             if node.level == 1: found.add(f'aerec_nb.{node.module}')
@@ -133,15 +153,14 @@ def code_modules(module:str # e.g. 'aerec_nb.training'
         name = todo.pop()
         if name in seen: continue
         seen.add(name)
-        todo += _imported(_module_file(name).read_text(encoding='utf-8'))
+        todo += _module(name)[0]
     return sorted(seen)
 
 # %% ../nbs/00a_runs.ipynb #550b5764
 def code_hash(module:str # e.g. 'aerec_nb.training'
              ) -> str: # 64 hexadecimal digits
     "Fingerprint of the code behind a stage; markdown and cell numbers do not count."
-    trees = [ast.dump(ast.parse(_module_file(m).read_text(encoding='utf-8'))) for m in code_modules(module)]
-    return sha256_json(trees)
+    return sha256_json({m: _module(m)[1] for m in code_modules(module)})
 
 # %% ../nbs/00a_runs.ipynb #ac5df096
 def _definitions(source:str) -> dict:
@@ -236,7 +255,13 @@ class Run:
 
     def ensure(self, stage:str) -> Path:
         "Folder of the stage's artifact: this run's own, linked from an earlier run with the same fingerprint, or built now."
-        for name in STAGES[stage].inputs: self.ensure(name)
+        self._ensure_upstream(stage)
+        return self._ensure_one(stage)
+
+    def _ensure_upstream(self, stage):
+        for name in upstream(stage): self._ensure_one(name)
+
+    def _ensure_one(self, stage):
         wanted, own = self.fingerprint(stage), self.manifest(stage)
         if own and own['fingerprint'] == wanted: return self.folder/stage
         if (own and _changed_by_hand(own)): return self.folder/stage # made from changed cells of a notebook, on purpose
@@ -252,7 +277,7 @@ class Run:
         changed = unexported_changes(STAGES[stage].module, notebook.get('In', [])) if notebook else {}
         begun = not self.folder.exists()
         try:
-            for name in STAGES[stage].inputs: self.ensure(name)
+            self._ensure_upstream(stage)
             return _build(self, stage, build or STAGES[stage].builder(), self.fingerprint(stage, changed), changed)
         except AerecError:
             if begun: remove_run(self.folder)

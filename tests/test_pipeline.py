@@ -44,7 +44,7 @@ def plays(): return sample().iloc[:8000][['userId', 'movieId']].assign(plays=lam
 def without_times(): return sample().iloc[:8000].drop(columns='timestamp')
 
 
-@pytest.mark.parametrize('make, said', [(two_columns, 'every row is an interaction'), (plays, 'count'), (without_times, 'no times')])
+@pytest.mark.parametrize('make, said', [(two_columns, 'every row is an interaction'), (plays, 'counts, which become weights'), (without_times, 'without times')])
 def test_data_of_another_shape_runs_through(make, said, environ, tmp_path):
     (tmp_path/'mine').mkdir()
     make().to_csv(tmp_path/'mine'/'ratings.csv', index=False)
