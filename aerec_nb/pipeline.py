@@ -21,6 +21,7 @@ from papermill.exceptions import PapermillExecutionError
 from pygments.formatters import HtmlFormatter
 from .configuration import AerecError, diff_settings, load_settings, project_dir, settings_table
 from .data_import import FETCHED, describe_source
+from .modeling import configured_models
 from .monitoring import monitor
 from .packaging import Registry, load_bundle
 from .runs import STAGES, Run, all_runs, open_run, read_json, read_manifest, remove_run, write_run_file
@@ -213,6 +214,7 @@ def run_pipeline(env:str=None, # dev, stage, live or test; None as configured
     opened = open_run(run, env=env, source=data, **knobs)
     if not opened.settings.training.trains:
         raise AerecError(f'environment {opened.env} does not train: run the pipeline in dev, then promote its bundle (aerec promote --help)')
+    configured_models(opened.settings, opened.overrides) # refuses unknown models and knobs that no model has, before anything is read
     begun = not opened.folder.exists()
 
     write_run_file(opened) # gives environment and overrides to the notebooks that follow
@@ -302,7 +304,7 @@ def _cmd_serve(args) -> int:
 
 def _cmd_monitor(args) -> int:
     settings = load_settings(args.env, event_source='real')
-    table = monitor(settings, find_bundle(settings, args.run))
+    with redirect_stdout(sys.stderr): table = monitor(settings, find_bundle(settings, args.run)) # which log it was
     print(table.to_json(orient='records') if args.json else table.to_string(index=False))
     return 3 if (table.status == 'firing').any() else 0
 

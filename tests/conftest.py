@@ -25,12 +25,15 @@ def project(tmp_path):
     return copy
 
 
+def variables(folder):
+    "Variables for a child process: the environment `test`, stores of its own in `folder`, one thread, no variables of the caller's."
+    kept = {k: v for k, v in os.environ.items() if not k.startswith('AEREC_') and k not in ('IN_TEST', 'MPLBACKEND')}
+    return {**kept, 'AEREC_ENV': 'test', 'AEREC_RUNS_DIR': str(folder/'runs'), 'AEREC_PATHS__VAR_DIR': str(folder/'var'),
+            'OMP_NUM_THREADS': '1', 'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}'}
+
+
 @pytest.fixture
-def environ(tmp_path):
-    "Variables for a child process: the environment `test`, stores of its own, one thread, no variables of the caller's."
-    kept = {k: v for k, v in os.environ.items() if not k.startswith('AEREC_') and k != 'IN_TEST'}
-    return {**kept, 'AEREC_ENV': 'test', 'AEREC_RUNS_DIR': str(tmp_path/'runs'), 'AEREC_PATHS__VAR_DIR': str(tmp_path/'var'),
-            'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}'}
+def environ(tmp_path): return variables(tmp_path)
 
 
 def run(*command, env, cwd, timeout=280):

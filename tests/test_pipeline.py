@@ -1,8 +1,8 @@
 "The whole way: data of every shape through the twelve stages, mistakes in one line, the report, the command."
-import json, os, re, shutil, subprocess
+import json, re, shutil, signal, socket, subprocess, time
 from pathlib import Path
-import pandas as pd, pytest
-from conftest import BIN, ROOT, run
+import httpx, matplotlib.image, numpy as np, pandas as pd, pytest
+from conftest import BIN, ROOT, run, variables
 
 REAL = ROOT.parent/'shared'/'data'
 
@@ -18,25 +18,101 @@ def only_run(environ):
 def sample(): return pd.read_csv(ROOT/'dataset'/'sample'/'ratings.csv')
 
 
-def test_twelve_stages_on_the_sample(environ, tmp_path):
-    done = aerec('run', env=environ, cwd=tmp_path)
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "The pipeline, run once on the sample: its variables, folder and what it printed."
+    folder = tmp_path_factory.mktemp('finished')
+    environ = variables(folder)
+    done = aerec('run', env=environ, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    folder = only_run(environ)
-    assert 'sample' in done.stdout and 'Leaderboard' in done.stdout and f'report: {folder/"index.html"}' in done.stdout and 'serve' in done.stdout
+    return environ, only_run(environ), done.stdout
+
+
+@pytest.mark.xdist_group("finished")
+def test_twelve_stages_on_the_sample(finished):
+    environ, folder, said = finished
+    assert 'sample' in said and 'Leaderboard' in said and '±' in said and f'report: {folder/"index.html"}' in said and 'serve' in said
+    assert said.count(' model\n') == 10, 'ten recommendations'
     assert len(list(folder.glob('*/manifest.json'))) == 12 and len(list((folder/'report').glob('*.html'))) == 12
-    index = (folder/'index.html').read_text()
-    assert all(f'report/{p.stem}.html' in index for p in (folder/'report').glob('*.html'))
-    for page in [folder/'index.html', *(folder/'report').glob('*.html')]:
-        assert not re.search(r'<script|<link|src="http', page.read_text()), f'{page.name} needs something from outside'
     board = pd.read_parquet(folder/'validation'/'leaderboard.parquet').set_index('model')
-    ndcg = next(c for c in board.columns if c.startswith('test_ndcg'))
-    assert board.loc['ease', ndcg] > 1.5*board.loc['popularity', ndcg], board
-    listed = aerec('recommend', '--user', str(sample().userId[0]), '-k', '5', '--json', env=environ, cwd=tmp_path)
+    assert board.loc['ease', 'test_ndcg'] > 1.5*board.loc['popularity', 'test_ndcg'], board
+    assert not [p for p in folder.rglob('*') if p.suffix in ('.pkl', '.pickle', '.pt', '.npy', '.npz', '.joblib')]
+
+
+@pytest.mark.xdist_group("finished")
+def test_the_report_needs_nothing_else(finished):
+    environ, folder, said = finished
+    index = (folder/'index.html').read_text()
+    pages = list((folder/'report').glob('*.html'))
+    assert all(f'report/{p.name}' in index for p in pages)
+    for page in [folder/'index.html', *pages]:
+        assert not re.search(r'<script|<link|src="http|Traceback \(most', page.read_text()), f'{page.name} needs something from outside, or shows a traceback'
+
+
+@pytest.mark.xdist_group("finished")
+@pytest.mark.skipif(not shutil.which('chromium'), reason='no chromium here (Debian: apt-get install chromium)')
+def test_the_report_in_a_browser(finished, tmp_path):
+    environ, folder, said = finished
+    picture = tmp_path/'index.png'
+    shown = run('chromium', '--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync',
+                '--no-first-run', f'--user-data-dir={tmp_path/"profile"}', '--window-size=1100,2000', f'--screenshot={picture}', f'file://{folder/"index.html"}',
+                env=environ, cwd=tmp_path, timeout=120)
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[:2] == (2000, 1100), shown.stderr
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 200, 'the page is all but blank'
+
+
+@pytest.mark.xdist_group("finished")
+def test_recommend_from_the_registry(finished, tmp_path):
+    environ, folder, said = finished
+    user = int(sample().userId[0])
+    listed = aerec('recommend', '--user', user, '-k', '5', '--json', env=environ, cwd=tmp_path)
     assert listed.returncode == 0 and len(json.loads(listed.stdout)) == 5, listed.stderr
-    again = aerec('run', '--run', folder.name, env=environ, cwd=tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
-    for stage in ('data_import', 'business_preprocessing', 'model_preprocessing', 'modeling', 'training', 'validation', 'inference', 'postprocessing'):
-        assert (folder/stage/'manifest.json').exists()
+    assert not set(row['item_id'] for row in json.loads(listed.stdout)) & set(sample().query('userId == @user and rating >= 3').movieId)
+    from_history = aerec('recommend', '--history', '1,2,3', '--run', folder.name, '--json', env=environ, cwd=tmp_path)
+    assert len(json.loads(from_history.stdout)) == 10, from_history.stderr
+    unknown = aerec('recommend', '--user', '987654', '--json', env=environ, cwd=tmp_path)
+    assert len(json.loads(unknown.stdout)) == 10 and 'note: ' in unknown.stderr
+    refused = aerec('recommend', '--user', user, '-k', '0', env=environ, cwd=tmp_path)
+    assert refused.returncode == 2 and 'Traceback' not in refused.stderr, refused.stderr
+
+
+@pytest.mark.xdist_group("finished")
+def test_serve_and_monitor_from_the_command_line(finished, tmp_path):
+    environ, folder, said = finished
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    server = subprocess.Popen([BIN/'aerec', 'serve', '--port', str(port)], env=environ, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(f'http://127.0.0.1:{port}/health/ready', server)
+        answer = httpx.get(f'http://127.0.0.1:{port}/v1/recommend/{sample().userId[0]}', params={'k': 5}).json()
+        assert len(answer['items']) == 5 and not answer['fallback_used']
+        clicked = {'event_id': 'click-1', 'kind': 'feedback', 'request_id': answer['request_id'], 'user_id': str(sample().userId[0]), 'item_id': str(answer['items'][0]['item_id']), 'value': 1.0}
+        assert httpx.post(f'http://127.0.0.1:{port}/v1/events', json=[clicked]).status_code in (200, 201, 202)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        printed = server.communicate(timeout=30)[0]
+    watched = aerec('monitor', '--json', env=environ, cwd=tmp_path)
+    assert watched.returncode in (0, 3), watched.stderr + printed
+    monitors = {row['monitor']: row for row in json.loads(watched.stdout)}
+    assert monitors['errors']['status'] == 'ok' and monitors['ban violations']['status'] == 'ok', monitors
+
+
+def wait_for(url, process, seconds=60):
+    for _ in range(seconds*10):
+        assert process.poll() is None, process.stdout.read()
+        try:
+            if httpx.get(url).status_code == 200: return
+        except httpx.TransportError: pass
+        time.sleep(.1)
+    raise AssertionError(f'{url} was not ready within {seconds} s')
+
+
+@pytest.mark.xdist_group("finished")
+def test_a_run_goes_on(finished, tmp_path):
+    environ, folder, said = finished
+    done = run(BIN/'papermill', '--no-progress-bar', ROOT/'nbs'/'06_monitoring.ipynb', tmp_path/'out.ipynb', '-p', 'run', folder.name, env=environ, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'building' not in (tmp_path/'out.ipynb').read_text(), 'an upstream stage was built again'
 
 
 def two_columns(): return sample().iloc[:8000][['userId', 'movieId']]
@@ -80,7 +156,8 @@ def test_bad_input_gives_one_line_and_changes_nothing(what, environ, tmp_path):
     before = listing()
     done = aerec('run', '--data', 'mine', env=environ, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and said in done.stderr and 'mine' in done.stderr + done.stdout, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and said in done.stderr, done.stderr
+    assert 'mine' in done.stderr or 'ratings.csv' in done.stderr or 'interactions' in done.stderr, 'the line names the file'
     assert not Path(environ['AEREC_RUNS_DIR']).exists() and listing() == before
 
 

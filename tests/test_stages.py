@@ -3,11 +3,15 @@ import json, shutil
 from pathlib import Path
 import nbformat, pytest
 from conftest import BIN, ROOT, run
-from test_structure import STAGES
+from test_structure import NOTEBOOKS, STAGES
 
 
 def papermill(source, target, *options, env, cwd, timeout=280):
     return run(BIN/'papermill', '--no-progress-bar', source, target, *options, env=env, cwd=cwd, timeout=timeout)
+
+
+@pytest.fixture(scope='module')
+def shared_runs(tmp_path_factory): return tmp_path_factory.mktemp('shared')/'runs'
 
 
 def manifests(environ, stage): return [json.loads(p.read_text()) for p in Path(environ['AEREC_RUNS_DIR']).glob(f'*/{stage}/manifest.json')]
@@ -59,7 +63,8 @@ def test_a_stray_executed_copy_leaves_the_package_alone(project, environ):
     assert {p.name: p.read_bytes() for p in (project/'aerec_nb').glob('*.py')} == before
 
 
-@pytest.mark.parametrize('name', ['01b_model_preprocessing', '04a_postprocessing'])
-def test_jupyter_kernel_runs_it_with_the_working_folder_nbs(name, environ, tmp_path):
-    done = run(BIN/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', f'{name}.ipynb', '--output-dir', tmp_path, env=environ, cwd=ROOT/'nbs')
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name == 'nbs'], ids=lambda p: p.stem)
+def test_jupyter_kernel_runs_it_with_the_working_folder_nbs(path, environ, tmp_path, shared_runs):
+    environ['AEREC_RUNS_DIR'] = str(shared_runs)
+    done = run(BIN/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', path.name, '--output-dir', tmp_path, env=environ, cwd=ROOT/'nbs')
     assert done.returncode == 0, done.stderr[-3000:]
