@@ -6,6 +6,7 @@ from nbconvert import MarkdownExporter
 
 root = Path(__file__).resolve().parent.parent
 nb = nbformat.read(root/'nbs'/'index.ipynb', as_version=4)
+nb.metadata['language_info'] = {'name': 'python'}  # names the language of code blocks
 nb.cells = [c for c in nb.cells if not re.match(r'\s*#\s*\|\s*hide\b', c.source)]
 for cell in nb.cells:
     if cell.cell_type == 'code': cell.source = re.sub(r'^#\s*\|.*\n?', '', cell.source, flags=re.M).strip('\n')

@@ -93,6 +93,7 @@ class Section(BaseModel):
     "A group of settings: fixed names, checked types, no changes after loading."
     model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True)
 
+# %% ../nbs/00_configuration.ipynb #92dfc805
 class RunSettings(Section):
     "What holds for a whole run."
     random_seed: int = Field(42, ge=0, description='seed of everything that is random')
@@ -104,6 +105,7 @@ class PathSettings(Section):
     var_dir: Path = Field(Path('var'), description='stores that outlive runs: registry, bundles, event log')
     dataset_dir: Path = Field(Path('dataset'), description="the user's own files and cached downloads")
 
+# %% ../nbs/00_configuration.ipynb #995274da
 class DataSettings(Section):
     "What `01_data_import` reads."
     source: str = Field('auto', min_length=1, description='auto, sample, ml-latest-small, ml-100k, or a folder, file or URL')
@@ -118,6 +120,7 @@ class RuleSettings(Section):
     excluded_users: Ids = Field([], description='user ids to leave out')
     min_item_interactions: int = Field(1, ge=1, description='items with fewer interactions are left out')
 
+# %% ../nbs/00_configuration.ipynb #396be5d6
 class SplitSettings(Section):
     "How `01b_model_preprocessing` holds out."
     split: Literal['auto', 'leave_last', 'holdout', 'lecture', 'strong'] = Field('auto', description='protocol; auto: leave_last with times, else holdout')
@@ -134,6 +137,7 @@ class ModelSettings(Section):
     weight_decay: float|None = Field(None, ge=0, description='L2 of gradient-trained models')
     max_memory_gib: float|None = Field(None, gt=0, description='what the planner may use; None: 80 % of what is free')
 
+# %% ../nbs/00_configuration.ipynb #c538f31a
 class TrainingSettings(Section):
     "How `03_training` trains; None is the model's own default."
     trains: bool = Field(True, description='may this environment train? stage and live receive bundles by promotion')
@@ -149,6 +153,7 @@ class ValidationSettings(Section):
     n_bootstrap: int = Field(1000, ge=100, description='resamples behind each interval')
     lecture_replay: Literal['auto', 'on', 'off'] = Field('auto', description="replay of the lecture's leak; auto: on small data that allow it")
 
+# %% ../nbs/00_configuration.ipynb #f9a187e5
 class InferenceSettings(Section):
     "What `04_inference` keeps."
     n_candidates: int = Field(100, ge=1, description='candidates a user handed to postprocessing')
@@ -166,6 +171,7 @@ class PackagingSettings(Section):
     registry_uri: str|None = Field(None, description='MLflow registry; None: the embedded SQLite file in var/')
     promoters: Texts = Field([], description='who may promote; empty: anyone')
 
+# %% ../nbs/00_configuration.ipynb #e08ab615
 class EventSettings(Section):
     "Where `00b_events` keeps what happened."
     events_url: str|None = Field(None, description='SQLAlchemy URL of the event log; None: events.db in var/')
@@ -180,6 +186,7 @@ class ServingSettings(Section):
     queue_size: int = Field(10000, ge=1, description='request events that may wait for the log')
     n_requests: int = Field(200, ge=1, description='simulated requests of the stage')
 
+# %% ../nbs/00_configuration.ipynb #42fbe03f
 class MonitoringSettings(Section):
     "When `06_monitoring` raises an alert."
     event_source: Literal['simulated', 'real'] = Field('simulated', description="events of the run's simulated traffic, or the real log")

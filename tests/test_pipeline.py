@@ -209,3 +209,10 @@ def test_the_lectures_facts(data, environ, tmp_path):
     assert .22 <= leaky[ndcg] <= .30 and .25 <= leaky[hit] <= .32, replay
     ease = replay[replay.iloc[:, 0].str.contains('ease', case=False)].iloc[0]
     assert round(ease[ndcg], 4) == .2154 and round(ease[hit], 4) == .1857, replay
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    board = pd.read_parquet(folder/'validation'/'leaderboard.parquet').set_index('model')
+    said = {name: [float('0'+n) for n in re.findall(r'(\.\d{4})', row)] for name, row in re.findall(r'^\| (autoencoder|ease|popularity)\b[^|]*\|(.*)$', readme[:readme.index('HIT@10')], re.M)}
+    for name in ('ease', 'popularity', 'autoencoder'):  # a net's last digits may differ between processors
+        assert np.allclose(said[name], board.loc[name, ['valid_ndcg', 'valid_se', 'test_ndcg', 'test_se']].astype(float), atol=.005 if name == 'autoencoder' else .0002), (name, said[name])
+    for (way, row), (_, measured) in zip(re.findall(r"^\| (the lecture's way|the same, list|the same training|popularity|EASE, lam)[^|]*\|(.*)$", readme[readme.index('HIT@10'):], re.M), replay.iterrows()):
+        assert np.allclose([float('0'+n) for n in re.findall(r'(\.\d{4})', row)], measured[['ndcg', 'ndcg_se', 'hit']].astype(float), atol=.02 if 'the ' in way.lower() else .0002), way
