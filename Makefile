@@ -29,7 +29,7 @@ test: $(READY)
 	@$(BIN)/python tests/run.py
 
 soak: $(READY)
-	@AEREC_SOAK=1 $(BIN)/python tests/run.py
+	@SOAK=1 $(BIN)/python tests/run.py
 
 lab: $(READY)
 	@$(BIN)/jupyter lab nbs
