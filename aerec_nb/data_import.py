@@ -420,7 +420,7 @@ def _auto(dataset_dir, timeout, fetchers=FETCHED):
         except AerecError as e:
             why.append(str(e).split('; name a folder')[0].replace(f'source {name}', fetchers[name][0]))
             continue
-        source.why = '; '.join(why) + ('; this one is cached, no network used' if cached else '; fetched now')
+        source.why = '; '.join(why) + ('; this one is in dataset/.cache' if cached else '; fetched now')
         return source
     source = _sample(dataset_dir)
     source.why = '; '.join(why)

@@ -6,8 +6,8 @@
 __all__ = ['Outcome', 'execute_notebook', 'notebook_page', 'stage_table', 'write_report', 'PipelineResult', 'run_pipeline',
            'summary', 'find_bundle', 'main', 'draw_process', 'plot_stages', 'build_docs']
 
-# %% ../nbs/07_pipeline.ipynb #5018c287
-import argparse, io, json, logging, os, re, sys, time
+# %% ../nbs/07_pipeline.ipynb #be8f5f8e
+import argparse, io, json, logging, os, re, shutil, sys, time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -319,6 +319,11 @@ def _cmd_promote(args) -> int:
     print(moved)
     return 0
 
+# %% ../nbs/07_pipeline.ipynb #573091fe
+def _cmd_rollback(args) -> int:
+    print(Registry.from_settings(load_settings(args.env)).rollback(args.alias, by=args.by, why=args.why))
+    return 0
+
 # %% ../nbs/07_pipeline.ipynb #36d1912f
 def _parser() -> argparse.ArgumentParser:
     "Every command with its options."
@@ -351,6 +356,9 @@ def _parser() -> argparse.ArgumentParser:
     p = command('promote', _cmd_promote, 'point stage or live to a registered version', "aerec promote 3 live --by release-manager --why 'better on test'")
     p.add_argument('version', type=int); p.add_argument('alias', choices=['dev', 'stage', 'live'])
     p.add_argument('--by', required=True, help='who promotes'); p.add_argument('--why', required=True, help='why')
+    p = command('rollback', _cmd_rollback, 'point an alias to where it pointed before its last promotion', "aerec rollback live --by release-manager --why 'errors'")
+    p.add_argument('alias', choices=['dev', 'stage', 'live'])
+    p.add_argument('--by', required=True, help='who rolls back'); p.add_argument('--why', required=True, help='why')
     return parser
 
 # %% ../nbs/07_pipeline.ipynb #235baa62
@@ -412,4 +420,11 @@ def build_docs(target:Path, # folder to write the site to
     target.mkdir(parents=True, exist_ok=True)
     notebooks = sorted(p for p in source.rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(source).parts))
     for path in notebooks: (target/f'{path.stem}.html').write_text(notebook_page(path, home='index.html'), encoding='utf-8')
-    return target/'index.html'
+    if (source/'images').is_dir(): shutil.copytree(source/'images', target/'images', dirs_exist_ok=True)
+    index = target/'index.html'
+    index.write_text(_with_links(index.read_text(encoding='utf-8'), [p.stem for p in notebooks]), encoding='utf-8')
+    return index
+
+def _with_links(page:str, names:list) -> str:
+    "A page whose mentions of notebooks lead to their pages."
+    return re.sub(r'<code>(\w+)</code>', lambda m: f'<a href="{m[1]}.html">{m[0]}</a>' if m[1] in names else m[0], page)

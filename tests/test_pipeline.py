@@ -216,3 +216,22 @@ def test_the_lectures_facts(data, environ, tmp_path):
         assert np.allclose(said[name], board.loc[name, ['valid_ndcg', 'valid_se', 'test_ndcg', 'test_se']].astype(float), atol=.005 if name == 'autoencoder' else .0002), (name, said[name])
     for (way, row), (_, measured) in zip(re.findall(r"^\| (the lecture's way|the same, list|the same training|popularity|EASE, lam)[^|]*\|(.*)$", readme[readme.index('HIT@10'):], re.M), replay.iterrows()):
         assert np.allclose([float('0'+n) for n in re.findall(r'(\.\d{4})', row)], measured[['ndcg', 'ndcg_se', 'hit']].astype(float), atol=.02 if 'the ' in way.lower() else .0002), way
+
+
+@pytest.mark.xdist_group("finished")
+def test_promote_and_roll_back(finished, tmp_path):
+    environ, folder, said = finished
+    refused = aerec('promote', '1', 'live', '--by', 'somebody', '--why', 'a try', env=environ, cwd=ROOT)
+    assert refused.returncode == 2 and "'somebody' may not move live" in refused.stderr, refused.stdout + refused.stderr
+    moved = aerec('promote', '1', 'live', '--by', 'release-manager', '--why', 'first', env=environ, cwd=ROOT)
+    assert moved.returncode == 0 and 'live is version 1' in moved.stdout, moved.stderr
+    nowhere = aerec('rollback', 'live', '--by', 'release-manager', '--why', 'a try', env=environ, cwd=ROOT)
+    assert nowhere.returncode == 2 and 'no earlier version' in nowhere.stderr, nowhere.stderr
+
+
+def test_the_site_is_built_offline(project, environ):
+    made = run(BIN/'python', '-c', "from aerec_nb.pipeline import build_docs; build_docs('_docs')", env={**environ, 'PYTHONPATH': str(project), 'AEREC_PROJECT': str(project)}, cwd=project)
+    assert made.returncode == 0, made.stderr
+    index = (project/'_docs'/'index.html').read_text()
+    for target in re.findall(r'(?:src|href)="([\w/]+\.(?:html|svg))"', index): assert (project/'_docs'/target).exists(), target
+    assert 'href="03_training.html"' in index and 'src="images/stages.svg"' in index
