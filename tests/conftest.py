@@ -8,8 +8,8 @@ BIN = Path(sys.executable).parent
 
 
 def tracked(pattern='*'):
-    "Files of the project as git knows them (also new ones that it does not ignore); everything where there is no git."
-    listed = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', '--', pattern], cwd=ROOT, capture_output=True, text=True)
+    "Files that git tracks; everything where there is no git. An executed copy that papermill left in nbs/ is none of ours."
+    listed = subprocess.run(['git', 'ls-files', '-z', '--', pattern], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0: return sorted(ROOT/name for name in listed.stdout.split('\0') if name and (ROOT/name).exists())
     return sorted(p for p in ROOT.glob(pattern) if p.is_file())
 
