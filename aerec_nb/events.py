@@ -14,7 +14,7 @@ import pandas as pd
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateIndex, CreateTable
-from .configuration import AerecError, project_dir
+from .configuration import AerecError, hide_secrets, project_dir
 
 # %% ../nbs/00b_events.ipynb #e7124788
 KINDS = ('request', 'impression', 'feedback') # what was asked, what was shown, what people did with it
@@ -93,10 +93,10 @@ def open_engine(url:str # SQLAlchemy URL (sqlite or postgresql)
                ) -> sa.Engine: # SQLite: in WAL mode, commits reach the disk
     "Connect, making the folder of a SQLite file; raises `AerecError` where the log cannot be opened."
     try: address = sa.make_url(url)
-    except sa.exc.ArgumentError: raise AerecError(f"events_url {url!r} is not a URL; write sqlite:////folder/events.db or postgresql://user@host/name") from None
+    except (sa.exc.ArgumentError, ValueError): raise AerecError(f"events_url {hide_secrets(url)!r} is not a URL; write sqlite:////folder/events.db or postgresql://user@host/name") from None
     if address.get_backend_name() not in ('sqlite', 'postgresql'):
         raise AerecError(f'events_url: {address.get_backend_name()} is not supported; use sqlite or postgresql')
-    shown = address.render_as_string(hide_password=True)
+    shown = hide_secrets(address.render_as_string(hide_password=True))
     try:
         if address.get_backend_name() == 'sqlite' and address.database: Path(address.database).parent.mkdir(parents=True, exist_ok=True)
         engine = sa.create_engine(address)
@@ -113,7 +113,7 @@ class EventLog:
                 ):
         self.engine = open_engine(sqlite_url(url) if isinstance(url, Path) else url)
         self.table, self._lock = _events_table(), threading.Lock()
-        self.url = self.engine.url.render_as_string(hide_password=True)
+        self.url = hide_secrets(self.engine.url.render_as_string(hide_password=True))
         try:
             with self.engine.begin() as db:
                 db.execute(CreateTable(self.table, if_not_exists=True))

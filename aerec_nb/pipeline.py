@@ -6,8 +6,8 @@
 __all__ = ['Outcome', 'execute_notebook', 'notebook_page', 'stage_table', 'write_report', 'PipelineResult', 'run_pipeline',
            'summary', 'find_bundle', 'main', 'draw_process', 'plot_stages', 'build_docs']
 
-# %% ../nbs/07_pipeline.ipynb #be8f5f8e
-import argparse, io, json, logging, os, re, shutil, sys, time
+# %% ../nbs/07_pipeline.ipynb #49ed9d3d
+import argparse, logging, os, re, shutil, sys, time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from .data_import import FETCHED, describe_source
 from .modeling import configured_models
 from .monitoring import monitor
 from .packaging import Registry, load_bundle
-from .runs import STAGES, Run, all_runs, open_run, read_json, read_manifest, remove_run, write_run_file
+from .runs import STAGES, Run, check_stages, open_run, read_json, read_manifest, remove_run, write_run_file
 from .serving import serve
 
 # %% ../nbs/07_pipeline.ipynb #7f8b98ad
@@ -215,6 +215,7 @@ def run_pipeline(env:str=None, # dev, stage, live or test; None as configured
     if not opened.settings.training.trains:
         raise AerecError(f'environment {opened.env} does not train: run the pipeline in dev, then promote its bundle (aerec promote --help)')
     configured_models(opened.settings, opened.overrides) # refuses unknown models and knobs that no model has, before anything is read
+    check_stages(opened.settings, elsewhere=True) # and rules that cannot be applied
     begun = not opened.folder.exists()
 
     write_run_file(opened) # gives environment and overrides to the notebooks that follow
@@ -268,7 +269,7 @@ def _command() -> str:
 # %% ../nbs/07_pipeline.ipynb #75b5c45d
 def _absolute_source(data:str|None) -> str|None:
     "A path on the command line is relative to the caller's folder; names and URLs stay as they are."
-    if data is None or data in ('auto', 'sample', *FETCHED) or '://' in data: return data
+    if data is None or data in ('auto', 'sample', 'events', *FETCHED) or '://' in data: return data
     return str(Path(data).expanduser().absolute())
 
 # %% ../nbs/07_pipeline.ipynb #6a7d922c

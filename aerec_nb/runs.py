@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'atomic_path', 'write_json', 'read_json', 'write_parquet', 'sha256_bytes', 'sha256_file', 'sha256_json',
-           'Stage', 'upstream', 'code_modules', 'code_hash', 'unexported_changes', 'read_manifest', 'peak_memory_mib',
-           'versions', 'remove_run', 'Run', 'all_runs', 'write_run_file', 'open_run']
+           'Stage', 'upstream', 'check_stages', 'code_modules', 'code_hash', 'unexported_changes', 'read_manifest',
+           'peak_memory_mib', 'versions', 'remove_run', 'Run', 'all_runs', 'write_run_file', 'open_run']
 
 # %% ../nbs/00a_runs.ipynb #c0824f16
 import ast, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource, secrets, shutil, time
@@ -73,7 +73,8 @@ class Stage:
     notebook:str # file in nbs/, without its ending
     inputs:tuple # stages whose artifacts it reads
     reads:tuple # settings it reads: sections, or dotted names
-    external:str = None # function of the module that hashes what comes from outside, called with the settings
+    external:str = None # function of the module that hashes what comes from outside: called with the settings, a dict of label -> sha256
+    check:str = None # function of the module that refuses bad settings before anything is read, see `check_stages`
 
     @property
     def module(self): return f'aerec_nb.{self.name}'
@@ -83,16 +84,17 @@ class Stage:
 # %% ../nbs/00a_runs.ipynb #5b6f3c23
 STAGES = {s.name: s for s in [
     Stage('configuration', '00_configuration', (), ('env', *SECTIONS)),
-    Stage('data_import', '01_data_import', (), ('data', 'paths'), external='source_files'),
-    Stage('business_preprocessing', '01a_business_preprocessing', ('data_import',), ('rules',)),
-    Stage('model_preprocessing', '01b_model_preprocessing', ('data_import', 'business_preprocessing'), ('split', 'run.random_seed')),
+    Stage('data_import', '01_data_import', (), ('data', 'paths', 'events.events_url'), external='source_files'),
+    Stage('business_preprocessing', '01a_business_preprocessing', ('data_import',), ('rules',), external='rule_files', check='check_rules'),
+    Stage('model_preprocessing', '01b_model_preprocessing', ('data_import', 'business_preprocessing'), ('split', 'run.random_seed'),
+          external='tag_files'),
     Stage('modeling', '02_modeling', ('model_preprocessing',), ('model', 'training', 'run.random_seed')),
     Stage('training', '03_training', ('model_preprocessing', 'modeling'), ('model', 'training', 'run.random_seed', 'validation.topk')),
     Stage('validation', '03a_validation', ('data_import', 'model_preprocessing', 'training'), ('validation', 'training.device', 'run.random_seed')),
-    Stage('inference', '04_inference', ('data_import', 'model_preprocessing', 'validation'), ('inference', 'validation.topk', 'run.random_seed')),
+    Stage('inference', '04_inference', ('data_import', 'business_preprocessing', 'model_preprocessing', 'validation'), ('inference', 'validation.topk', 'run.random_seed')),
     Stage('postprocessing', '04a_postprocessing', ('data_import', 'model_preprocessing', 'inference'), ('postprocessing', 'validation.topk'),
           external='ban_list_files'),
-    Stage('packaging', '05_packaging', ('data_import', 'model_preprocessing', 'validation', 'inference', 'postprocessing'),
+    Stage('packaging', '05_packaging', ('data_import', 'business_preprocessing', 'model_preprocessing', 'validation', 'inference', 'postprocessing'),
           ('packaging', 'paths', 'postprocessing', 'validation.topk', 'env')),
     Stage('serving', '05a_serving', ('data_import', 'model_preprocessing', 'packaging'),
           ('serving', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env')),
@@ -107,6 +109,15 @@ def upstream(stage:str # name of a stage
     needed = set(STAGES[stage].inputs)
     for name in reversed(STAGES): needed |= set(STAGES[name].inputs) if name in needed else set()
     return [name for name in STAGES if name in needed]
+
+# %% ../nbs/00a_runs.ipynb #f5d6b66f
+def check_stages(settings:Settings, # of the whole run
+                 stages=STAGES, # names of the stages that are going to run
+                 elsewhere:bool=False # will they run in processes of their own, which know nothing of this one's?
+                ) -> None:
+    "Let each stage look at the settings; raises `AerecError` where one refuses them."
+    for s in map(STAGES.get, stages):
+        if s.check: s.function(s.check)(settings, elsewhere)
 
 # %% ../nbs/00a_runs.ipynb #52c1859b
 class _Declared:
@@ -212,8 +223,8 @@ def _setting_values(settings:Settings, reads:tuple) -> dict:
     return used
 
 def _counting_settings(used:dict) -> dict:
-    "The settings that enter the fingerprint: all but folders and secrets."
-    return {k: v['value'] for k,v in used.items() if not k.startswith('paths.') and k != 'serving.api_keys'}
+    "The settings that enter the fingerprint: all but secrets and those that say where or how often, not what."
+    return {k: v['value'] for k,v in used.items() if not k.startswith('paths.') and k not in ('serving.api_keys', 'training.tracking_uri', 'training.checkpoint_s')}
 
 # %% ../nbs/00a_runs.ipynb #9b3a773a
 def remove_run(folder:Path # of a run
@@ -230,6 +241,7 @@ class Run:
     settings:Settings # of the whole run; inside a build only what the stage declares
     overrides:dict = field(default_factory=dict) # knobs given to this run, kept in run.json for its later stages
     quiet:bool = False # say nothing about upstream artifacts
+    found:dict = None # inside a build: what the stage's external function found for the fingerprint
 
     @property
     def name(self): return self.folder.name
@@ -246,15 +258,24 @@ class Run:
             raise AerecError(f'run {self.name} has no finished {stage}: run {STAGES[stage].notebook}.ipynb with -p run {self.name} first')
         return self.folder/stage
 
-    def fingerprint(self, stage:str, changed:dict=None) -> str:
-        "What the artifact of a stage depends on: code, settings, contents of its inputs; inputs must be there."
+    def unfinished(self, stage:str) -> Path:
+        "Where a stage may keep what it has come to so far: it outlives a kill, and is removed once the artifact is in its place."
+        return self.folder/f'.{stage}'
+
+    def outside(self, stage:str) -> dict:
+        "What comes from outside the runs, by its hashes; {} for most stages."
         s = STAGES[stage]
-        outside = s.function(s.external)(self.settings) if s.external else {}
+        return s.function(s.external)(self.settings) if s.external else {}
+
+    def fingerprint(self, stage:str, changed:dict=None, found:dict=None) -> str:
+        "What the artifact of a stage depends on: code, settings, contents of its inputs; inputs must be there."
+        s, outside = STAGES[stage], self.outside(stage) if found is None else found
         contents = {name: sha256_json(read_manifest(self.need(name))['outputs']) for name in s.inputs}
         return sha256_json([stage, code_hash(s.module), changed or {}, _counting_settings(_setting_values(self.settings, s.reads)), outside, contents])
 
     def ensure(self, stage:str) -> Path:
         "Folder of the stage's artifact: this run's own, linked from an earlier run with the same fingerprint, or built now."
+        check_stages(self.settings, [*upstream(stage), stage])
         self._ensure_upstream(stage)
         return self._ensure_one(stage)
 
@@ -262,25 +283,30 @@ class Run:
         for name in upstream(stage): self._ensure_one(name)
 
     def _ensure_one(self, stage):
-        wanted, own = self.fingerprint(stage), self.manifest(stage)
+        own = self.manifest(stage)
+        if own and own.get('live') and own['fingerprint'] == self.fingerprint(stage, found=own['outside']): return self.folder/stage
+        found = self.outside(stage)
+        wanted = self.fingerprint(stage, found=found)
         if own and own['fingerprint'] == wanted: return self.folder/stage
         if (own and _changed_by_hand(own)): return self.folder/stage # made from changed cells of a notebook, on purpose
         earlier = _find(self.settings.paths.runs_dir, stage, wanted)
         if earlier: return _adopt(self, stage, earlier)
         self._say(f'{stage}: building')
-        return _build(self, stage, STAGES[stage].builder(), wanted)
+        return _build(self, stage, STAGES[stage].builder(), wanted, found=found)
 
     def execute(self, stage:str, build=None, notebook:dict=None) -> Path:
         "Build a stage anew, with `build` or the module's own function, after its inputs; `notebook` is the caller's globals()."
         if not self.settings.training.trains and stage in ('training', 'validation'):
             raise AerecError(f'environment {self.env} does not train: promote a bundle that dev has trained (aerec promote), or set training.trains')
+        check_stages(self.settings, [*upstream(stage), stage])
         changed = unexported_changes(STAGES[stage].module, notebook.get('In', [])) if notebook else {}
         begun = not self.folder.exists()
         try:
             self._ensure_upstream(stage)
-            return _build(self, stage, build or STAGES[stage].builder(), self.fingerprint(stage, changed), changed)
+            found = self.outside(stage)
+            return _build(self, stage, build or STAGES[stage].builder(), self.fingerprint(stage, changed, found), changed, found)
         except AerecError:
-            if begun: remove_run(self.folder)
+            if begun and not self.unfinished(stage).exists(): remove_run(self.folder)
             raise
 
     def _say(self, text):
@@ -352,22 +378,24 @@ def _place(run:Run, stage:str, folder:Path) -> Path:
     return target
 
 # %% ../nbs/00a_runs.ipynb #7c277d31
-def _build(run:Run, stage:str, build, fingerprint:str, changed:dict=None) -> Path:
+def _build(run:Run, stage:str, build, fingerprint:str, changed:dict=None, found:dict=None) -> Path:
     "Build an artifact in a temporary folder, write its manifest last, move it into place."
     s = STAGES[stage]
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     visible = run.settings if {'env', *SECTIONS} <= set(s.reads) else _Declared(run.settings, stage, '', s.reads)
-    declared = Run(run.folder, visible, run.overrides, run.quiet)
+    declared = Run(run.folder, visible, run.overrides, run.quiet, found)
     with _building(run, stage) as folder:
         metrics = build(declared, folder) or {}
         outputs = _outputs(folder)
         write_json(folder/'manifest.json', {
             'stage': stage, 'run': run.name, 'fingerprint': fingerprint, 'code': code_hash(s.module), 'unexported': sorted(changed or {}),
-            'settings': _setting_values(run.settings, s.reads), 'outputs': outputs, 'metrics': metrics, 'versions': versions(),
+            'settings': _setting_values(run.settings, s.reads), 'outside': dict(found or {}), 'live': getattr(found, 'live', False), 'outputs': outputs, 'metrics': metrics, 'versions': versions(),
             'inputs': {name: {'path': f'{run.name}/{name}', 'sha256': sha256_file(run.folder/name/'manifest.json')} for name in s.inputs},
             'measured': {'seconds': round(time.perf_counter()-clock, 3), 'peak_memory_mib': round(peak_memory_mib(), 1),
                          'started': started.isoformat(timespec='seconds')}}, sort_keys=False)
-        return _place(run, stage, folder)
+        placed = _place(run, stage, folder)
+        shutil.rmtree(run.unfinished(stage), ignore_errors=True)
+        return placed
 
 def _adopt(run:Run, stage:str, earlier:Path) -> Path:
     "Link an earlier run's artifact into this run, so that a run stays whole when others are deleted."

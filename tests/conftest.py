@@ -1,5 +1,5 @@
 "What the tests share: the project, its virtual environment, and a scratch copy of what git tracks."
-import os, shutil, subprocess, sys
+import os, pwd, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.parse, uuid
 from pathlib import Path
 import pytest
 
@@ -39,3 +39,68 @@ def environ(tmp_path): return variables(tmp_path)
 def run(*command, env, cwd, timeout=280):
     "Run a command and return it with its output as text."
     return subprocess.run([str(c) for c in command], env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    "Tests of one xdist_group go to one worker. xdist 3.8 appends the group to `_nodeid`, which pytest 9.2 no longer reads: without this a group's costly fixture is made by every worker."
+    for item in items if config.getoption('loadgroup', False) else ():
+        group = item.get_closest_marker('xdist_group')
+        if group and not item.nodeid.endswith(f'@{group.args[0]}'): item._id = type(item._id).parse(f'{item.nodeid}@{group.args[0]}')
+
+
+# --- a PostgreSQL of our own --------------------------------------------------------------------------------------------------------------------------
+
+def postgres_program(name):
+    "Where a program of PostgreSQL is, or None; Debian keeps the server's outside the search path."
+    return shutil.which(name) or next((str(p) for p in sorted(Path('/usr/lib/postgresql').glob(f'*/bin/{name}'), reverse=True)), None)
+
+
+@pytest.fixture(scope='session')
+def postgres_url():
+    "The URL (with a password) of an empty database of a private PostgreSQL, on a free loopback port, in a temporary folder; one a worker: mark tests with xdist_group('postgres')."
+    if not postgres_program('initdb'): pytest.skip('no PostgreSQL here (Debian: apt-get install postgresql)')
+    password, folder = 'p@ss:w/rd s3cret', Path(tempfile.mkdtemp(prefix='aerec_nb-postgres-'))
+    server = None
+    try:
+        as_user = {}
+        if os.geteuid() == 0: # the server refuses root
+            user = next(pwd.getpwnam(name) for name in ('postgres', 'nobody') if any(u.pw_name == name for u in pwd.getpwall()))
+            as_user = dict(user=user.pw_uid, group=user.pw_gid, extra_groups=[])
+            os.chown(folder, user.pw_uid, user.pw_gid)
+        (folder/'password').write_text(password); (folder/'password').chmod(0o644)
+        made = subprocess.run([postgres_program('initdb'), '-D', folder/'data', '-U', 'aerec', '-A', 'scram-sha-256', '--pwfile', folder/'password', '-E', 'UTF8', '--locale', 'C', '--no-sync'],
+                              cwd=folder, capture_output=True, text=True, **as_user)
+        assert made.returncode == 0, made.stdout + made.stderr
+        with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+        with open(folder/'log', 'w') as log:
+            server = subprocess.Popen([postgres_program('postgres'), '-D', folder/'data', '-h', '127.0.0.1', '-p', str(port), '-c', 'unix_socket_directories=', '-c', 'fsync=off', '-c', 'shared_buffers=32MB'],
+                                      cwd=folder, stdout=log, stderr=log, **as_user)
+        url = f'postgresql://aerec:{urllib.parse.quote(password, safe="")}@127.0.0.1:{port}/postgres'
+        _wait_for_postgres(url, server, folder/'log')
+        yield url
+    finally:
+        if server is not None and server.poll() is None:
+            server.send_signal(signal.SIGINT) # fast shutdown: open connections are ended
+            try: server.wait(20)
+            except subprocess.TimeoutExpired: server.kill(); server.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for_postgres(url, server, log, seconds=60):
+    import psycopg
+    for _ in range(seconds*10):
+        assert server.poll() is None, log.read_text()
+        try: return psycopg.connect(url, connect_timeout=5).close()
+        except psycopg.OperationalError: time.sleep(.1)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture
+def fresh_database(postgres_url):
+    "The URL of a database that only this test uses."
+    import psycopg
+    name = f't{uuid.uuid4().hex}'
+    with psycopg.connect(postgres_url, autocommit=True) as c: c.execute(f'CREATE DATABASE {name}')
+    yield f'{postgres_url.rpartition("/")[0]}/{name}'
+    with psycopg.connect(postgres_url, autocommit=True) as c: c.execute(f'DROP DATABASE {name} WITH (FORCE)')
