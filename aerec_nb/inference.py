@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_USERS', 'UnknownUser', 'Recommendations', 'best_eligible', 'Recommender', 'check_k', 'known_numbers',
-           'load_recommender', 'candidate_users', 'make_candidates', 'build_inference', 'describe_inference',
-           'example_user', 'show_history', 'plot_candidates']
+           'pair_matrix', 'load_recommender', 'candidate_users', 'make_candidates', 'build_inference',
+           'describe_inference', 'example_user', 'show_history', 'plot_candidates']
 
 # %% ../nbs/04_inference.ipynb #9d5692b9
 import html
@@ -72,12 +72,15 @@ class Recommender:
                  popularity=None, # [n_items], what the fallback ranks by; None: users per item in `histories`
                  chain:Chain=None, # postprocessing; None: exclude seen items, nothing banned
                  item_table:pd.DataFrame=None, # item_id, and if there title and genres; None: ids only
-                 info:dict=None # what is known of the bundle it came from
+                 info:dict=None, # what is known of the bundle it came from
+                 negatives:csr_matrix=None # bool [n_users, n_items]: what each user rated too low to want it, see `pair_matrix`; None: nothing
                 ):
         self.model, self.item_index, self.user_index = model, IdIndex(items), IdIndex(users)
         self.histories = csr_matrix((len(self.user_index), len(self.item_index)), dtype=np.float32) if histories is None else histories
         if self.histories.shape != (len(self.user_index), len(self.item_index)):
             raise AerecError(f'histories are {self.histories.shape}, but there are {len(self.user_index)} users and {len(self.item_index)} items')
+        self.negatives = csr_matrix(self.histories.shape, dtype=bool) if negatives is None else negatives
+        if self.negatives.shape != self.histories.shape: raise AerecError(f'negatives are {self.negatives.shape}, but histories are {self.histories.shape}')
         counts = np.bincount(self.histories.indices, minlength=len(self.item_index))
         self.popularity = np.asarray(counts if popularity is None else popularity, np.float32)
         self.chain, self.info = (chain or Chain()).bind(self.item_index), dict(info or {})
@@ -163,19 +166,20 @@ def recommend(self:Recommender,
               user_id=None, # a known user; None or unknown: the history alone counts
               history=None, # item ids, added to what is known of the user; None: only that
               k:int=10, # length of the list
-              exclude_seen:bool=True, # leave out what the user or the history has
+              exclude_seen:bool=True, # leave out what the user or the history has, and what the user rated too low to want it
               exclude=(), # further item ids to leave out of this answer
               fallback:str='popular' # 'popular': where nothing is known, popular items; 'none': raise `UnknownUser`
              ) -> Recommendations: # k items unless fewer are eligible
     "The best k items for one user, or for a history without one."
     k, warnings = check_k(k), []
     if fallback not in ('popular', 'none'): raise AerecError(f"fallback must be 'popular' or 'none', not {fallback!r}")
-    items, weights, _ = _evidence(self, user_id, history, warnings)
+    items, weights, user = _evidence(self, user_id, history, warnings)
     fallback_used = len(items) == 0
     if fallback_used: _fall_back(fallback, user_id, history, warnings)
     scores = self.popularity[None] if fallback_used else self.model.score(_row(items, weights, self.n_items))
     seen = np.zeros((1, self.n_items), bool)
     seen[0, items] = True
+    if user >= 0: seen[0, self.negatives.indices[self.negatives.indptr[user]:self.negatives.indptr[user+1]]] = True
     eligible, _ = self.chain.eligible(Candidates(self._all[None], seen), skip=() if exclude_seen else ('exclude_seen',))
     eligible[0, known_numbers(self, exclude, 'exclude', warnings)] = False
     best, values, counts = best_eligible(scores, eligible, k)
@@ -206,7 +210,7 @@ def _item(self:Recommender, n:int, rank:int, score:float, source:str) -> dict:
 def recommend_batch(self:Recommender,
                     user_ids=None, # list of ids; None: all known users
                     k:int=10, # length of each list
-                    exclude_seen:bool=True # leave out what the user has
+                    exclude_seen:bool=True # leave out what the user has, or rated too low to want it
                    ) -> pd.DataFrame: # user_id, item_id, rank, score, source; k rows a user unless fewer are eligible
     "Lists for many users, a block at a time; users of whom nothing is known get popular items."
     k, blocks = check_k(k), []
@@ -214,18 +218,29 @@ def recommend_batch(self:Recommender,
     rows = self.user_index.numbers(user_ids)
     for start in range(0, len(rows), block_rows(self.n_items)):
         block = rows[start:start+block_rows(self.n_items)]
-        history = self.histories[np.maximum(block, 0)]
-        if (block < 0).any(): history = history.multiply((block >= 0)[:, None].astype(np.float32)).tocsr(); history.eliminate_zeros()
-        blocks.append(_block_lists(self, history.astype(np.float32), start, k, exclude_seen))
+        blocks.append(_block_lists(self, _rows_of(self.histories, block), _rows_of(self.negatives, block), start, k, exclude_seen))
     lists = pd.concat(blocks, ignore_index=True) if blocks else pd.DataFrame({'user': [], 'item': [], 'rank': [], 'score': [], 'source': []})
     ids = pd.DataFrame({'user_id': pd.Series(user_ids, dtype=None if user_ids else object).take(lists.user.astype(int)).to_numpy(),
                         'item_id': pd.Series(self.items).take(lists.item.astype(int)).to_numpy()})
     return pd.concat([ids, lists[['rank', 'score', 'source']]], axis=1)
 
-def _block_lists(r:Recommender, history:csr_matrix, start:int, k:int, exclude_seen:bool) -> pd.DataFrame:
+def _rows_of(matrix:csr_matrix, rows) -> csr_matrix:
+    "Some rows of a matrix; an empty one for -1."
+    found = matrix[np.maximum(rows, 0)]
+    if (rows < 0).any():
+        found.data[np.repeat(rows < 0, np.diff(found.indptr))] = 0
+        found.eliminate_zeros()
+    return found
+
+def _seen(*matrices) -> np.ndarray:
+    "Dense bool: what any of some sparse blocks has."
+    seen = np.zeros(matrices[0].shape, bool)
+    for m in matrices: seen[np.repeat(np.arange(m.shape[0]), np.diff(m.indptr)), m.indices] = True
+    return seen
+
+def _block_lists(r:Recommender, history:csr_matrix, disliked:csr_matrix, start:int, k:int, exclude_seen:bool) -> pd.DataFrame:
     "Lists of one block of histories, by numbers of users and items."
-    n_known, seen = np.diff(history.indptr), np.zeros(history.shape, bool)
-    seen[np.repeat(np.arange(len(n_known)), n_known), history.indices] = True
+    n_known, seen = np.diff(history.indptr), _seen(history, disliked)
     scores = r.model.score(history)
     scores[n_known == 0] = r.popularity
     eligible, _ = r.chain.eligible(Candidates(r._all[None], seen), skip=() if exclude_seen else ('exclude_seen',))
@@ -235,6 +250,22 @@ def _block_lists(r:Recommender, history:csr_matrix, start:int, k:int, exclude_se
     return pd.DataFrame({'user': user+start, 'item': items[counts_in], 'rank': (place+1).astype(np.int32), 'score': values[counts_in],
                          'source': np.where(n_known[user] == 0, 'popular', 'model')})
 
+# %% ../nbs/04_inference.ipynb #c209a65d
+def pair_matrix(pairs:pd.DataFrame, # user_id, item_id; ids may be categorical
+                users, # ids of the rows
+                items # ids of the columns
+               ) -> csr_matrix: # bool [len(users), len(items)]
+    "Pairs of ids as a sparse matrix; those with an id that is not among the users and items are left out."
+    rows, columns = _numbers_in(pairs.user_id, users), _numbers_in(pairs.item_id, items)
+    known = (rows >= 0) & (columns >= 0)
+    return csr_matrix((np.ones(np.count_nonzero(known), bool), (rows[known], columns[known])), shape=(len(users), len(items)))
+
+def _numbers_in(ids:pd.Series, vocabulary) -> np.ndarray:
+    "Number of each id in a vocabulary, -1 where unknown; categories are looked up once each."
+    index = pd.Index(vocabulary)
+    if isinstance(ids.dtype, pd.CategoricalDtype): return index.get_indexer(ids.cat.categories)[ids.cat.codes]
+    return index.get_indexer(ids)
+
 # %% ../nbs/04_inference.ipynb #7d72c6b1
 def load_recommender(run, # `Run` from `aerec_nb.runs`, with validation done
                      chain:Chain=None # postprocessing; None: exclude seen items, nothing banned
@@ -242,8 +273,9 @@ def load_recommender(run, # `Run` from `aerec_nb.runs`, with validation done
     "The chosen model with all that is known of users and items."
     split = Split.load(run.need('model_preprocessing')/'split')
     items, table = split.refit().items, run.need('data_import')/'items.parquet'
+    negatives = pd.read_parquet(run.need('business_preprocessing')/'negatives.parquet')
     return Recommender(load_model(run.need('validation')/'model'), items, split.interactions.users, split.interactions.over(items), chain=chain,
-                       item_table=pd.read_parquet(table) if table.exists() else None)
+                       item_table=pd.read_parquet(table) if table.exists() else None, negatives=pair_matrix(negatives, split.interactions.users, items))
 
 # %% ../nbs/04_inference.ipynb #d94b9884
 MAX_USERS = 2000 # users whose candidates a run keeps
@@ -263,11 +295,10 @@ def make_candidates(recommender:Recommender, # of the run
                     n:int=100 # unseen candidates a user
                    ) -> pd.DataFrame: # user_id, item_id, rank, score, seen
     "Each user's ranking down to the n-th unseen item."
-    history, blocks = recommender.histories[recommender.user_index.numbers(user_ids)], []
+    numbers, blocks = recommender.user_index.numbers(user_ids), []
+    history, disliked = recommender.histories[numbers], recommender.negatives[numbers]
     for rows,scores in score_blocks(recommender.model, history):
-        seen = np.zeros(scores.shape, bool)
-        block = history[rows]
-        seen[np.repeat(np.arange(len(scores)), np.diff(block.indptr)), block.indices] = True
+        seen = _seen(history[rows], disliked[rows])
         items, values = top_k(np.maximum(scores, np.finfo(np.float32).min), n + int(seen.sum(1).max()))
         was_seen = np.take_along_axis(seen, items, 1)
         unseen_so_far = np.cumsum(~was_seen, axis=1)
@@ -288,7 +319,7 @@ def build_inference(run, # `Run` from `aerec_nb.runs`
     candidates = make_candidates(recommender, users, max(run.settings.inference.n_candidates, run.settings.validation.topk))
     write_parquet(folder/'candidates.parquet', candidates)
     return {'model': recommender.model.name, 'n_users': len(users), 'n_users_known': recommender.n_users, 'n_items': recommender.n_items,
-            'n_candidates': len(candidates), 'n_seen': int(candidates.seen.sum()), 'n_items_proposed': int(candidates.item_id.nunique())}
+            'n_negatives': int(recommender.negatives.nnz), 'n_candidates': len(candidates), 'n_seen': int(candidates.seen.sum()), 'n_items_proposed': int(candidates.item_id.nunique())}
 
 # %% ../nbs/04_inference.ipynb #e20ae9ef
 def describe_inference(run # `Run` from `aerec_nb.runs`, with the stage done

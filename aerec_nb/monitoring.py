@@ -48,12 +48,14 @@ class Window:
 
     @cached_property
     def seen(self) -> np.ndarray: # bool, a value a place
-        "Was what is shown already known of the user, or sent in the request's history?"
+        "Was what is shown already known of the user, rated too low by them, or sent in the request's history?"
         r, p = self.recommender, self.places
         users = r.user_index.numbers(self.requests.user_id.tolist())[p.request] if len(p) else np.array([], int)
         found = np.zeros(len(p), bool)
         known = (users >= 0) & (p.item.to_numpy() >= 0)
-        if known.any(): found[known] = np.asarray(r.histories[users[known], p.item.to_numpy()[known]]).ravel() > 0
+        if known.any():
+            at = users[known], p.item.to_numpy()[known]
+            found[known] = (np.asarray(r.histories[at]).ravel() > 0) | np.asarray(r.negatives[at]).ravel()
         sent = {(n, i) for n in sorted(set(p.request)) for i in r.item_index.numbers(self._sent[n]).tolist() if i >= 0}
         if sent: found |= np.fromiter(((n, i) in sent for n,i in zip(p.request.tolist(), p.item.tolist())), bool, len(p))
         return found
@@ -113,7 +115,7 @@ def seen_violations(w:Window) -> tuple: # places, places that must not be seen o
     return int(w.seen[excluding].sum()), int(excluding.sum())
 
 register_monitor(Monitor('ban violations', ban_violations, 0, 'above', 'critical', 'places of lists that went to an item which is banned now, by the bundle or by the settings'))
-register_monitor(Monitor('seen violations', seen_violations, 0, 'above', 'critical', "places of lists that went to an item which the user's known history, or the one sent, has; without requests that asked for seen items"))
+register_monitor(Monitor('seen violations', seen_violations, 0, 'above', 'critical', "places of lists that went to an item which the user's known history, or the one sent, has, or which the user rated too low; without requests that asked for seen items"))
 
 # %% ../nbs/06_monitoring.ipynb #3733e202
 def coverage(w:Window) -> tuple: # share, places

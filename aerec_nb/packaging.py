@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from safetensors.numpy import load_file, save
 from scipy.sparse import csr_matrix
-from .configuration import AerecError, load_settings, project_dir
+from .configuration import AerecError, hide_secrets, load_settings, project_dir
 from .inference import Recommender, load_recommender
 from .modeling import load_model, save_model
 from .postprocessing import Chain
@@ -39,6 +39,7 @@ def golden_requests(recommender:Recommender, # to be packed
     known = np.flatnonzero(n_known)
     by_length = known[np.argsort(n_known[known], kind='stable')]
     users = [recommender.users[by_length[round(q*(len(by_length)-1))]] for q in (0, .5, 1)] if len(known) else []
+    if recommender.negatives.nnz: users.append(recommender.users[np.diff(recommender.negatives.indptr).argmax()])
     popular = [recommender.items[i] for i in np.argsort(-recommender.popularity, kind='stable')[:3]]
     return [{'user_id': user, 'k': k} for user in dict.fromkeys(users)] + [{'history': popular, 'k': k}, {'history': [], 'k': k}]
 
@@ -127,8 +128,9 @@ def _write_files(r:Recommender, folder:Path, card:dict, k:int) -> None:
     write_parquet(folder/'users.parquet', pd.DataFrame({'user_id': r.users}))
     table = pd.DataFrame({'item_id': r.items, 'title': r.item_table.title.astype('string'), 'genres': r.item_table.genres.astype('string'), 'popularity': r.popularity})
     write_parquet(folder/'items.parquet', table)
-    h = r.histories
-    _write(folder/'histories.safetensors', save({'indptr': h.indptr.astype(np.int64), 'indices': h.indices.astype(np.int32), 'data': h.data.astype(np.float32)}))
+    h, disliked = r.histories, r.negatives
+    _write(folder/'histories.safetensors', save({'indptr': h.indptr.astype(np.int64), 'indices': h.indices.astype(np.int32), 'data': h.data.astype(np.float32),
+                                                 'negatives.indptr': disliked.indptr.astype(np.int64), 'negatives.indices': disliked.indices.astype(np.int32)}))
     write_json(folder/'chain.json', {'steps': r.chain.steps, 'banned_items': r.chain.banned_items})
     golden = golden_requests(r, k)
     write_json(folder/'golden.json', [{'request': request, 'answer': _answer(r, request)} for request in golden])
@@ -184,9 +186,11 @@ def load_bundle(folder:Path # a bundle
     items, users, chain = pd.read_parquet(folder/'items.parquet'), pd.read_parquet(folder/'users.parquet'), read_json(folder/'chain.json')
     h = load_file(folder/'histories.safetensors')
     histories = csr_matrix((h['data'], h['indices'], h['indptr'].astype(np.int32)), shape=(len(users), len(items)))
+    negatives = None if 'negatives.indptr' not in h else csr_matrix((np.ones(len(h['negatives.indices']), bool), h['negatives.indices'], h['negatives.indptr'].astype(np.int32)),
+                                                                    shape=histories.shape) # a bundle of before has none
     model, card = load_model(folder), read_json(folder/'card.json')
     recommender = Recommender(model, items.item_id.tolist(), users.user_id.tolist(), histories, items.popularity.to_numpy(), Chain(chain['steps'], chain['banned_items']), items,
-                              info={'id': id, 'card': card, 'reference': read_json(folder/'reference.json'), 'folder': str(folder)})
+                              info={'id': id, 'card': card, 'reference': read_json(folder/'reference.json'), 'folder': str(folder)}, negatives=negatives)
     for golden in read_json(folder/'golden.json'):
         if not same_answer(golden['answer'], _answer(recommender, golden['request'])):
             raise AerecError(f"bundle {folder}: the golden request {json.dumps(golden['request'])} is answered differently than when it was packed "
@@ -219,7 +223,7 @@ def _registry_client(uri:str):
         from mlflow.tracking._model_registry.client import ModelRegistryClient
     for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.WARNING)
     try: return ModelRegistryClient(uri, uri)
-    except Exception as e: raise AerecError(f'packaging.registry_uri {uri}: MLflow cannot open it: {str(e).splitlines()[0]}') from None
+    except Exception as e: raise AerecError(hide_secrets(f'packaging.registry_uri {uri}: MLflow cannot open it: {str(e).splitlines()[0]}')) from None
 
 # %% ../nbs/05_packaging.ipynb #50519158
 def _history_table() -> sa.Table:
@@ -436,7 +440,7 @@ def model_card(run, # `Run` from `aerec_nb.runs`, with validation and postproces
     models = board[[c for c in board.columns if c in _CARD_COLUMNS]].rename(columns={c: n.format(choice['k']) for c,n in _CARD_COLUMNS.items()})
     return {'name': run.settings.packaging.model_name, 'purpose': 'Recommends items to users from their histories; a new user needs a history, not a new training.',
             'data': {'source': source['name'], 'what': source['description'], 'feedback': source['feedback'], 'users': recommender.n_users, 'items': recommender.n_items,
-                     'interactions': int(recommender.histories.nnz), 'split': split['kind'], 'random seed': split['seed']},
+                     'interactions': int(recommender.histories.nnz), 'explicit negatives': int(recommender.negatives.nnz), 'split': split['kind'], 'random seed': split['seed']},
             'model': {'kind': recommender.model.name, 'hyperparameters': recommender.model.hyperparameters, 'why': choice.get('why')},
             'headline': headline(run.folder), 'metrics': [{c: _plain(v) for c,v in row.items()} for row in models.to_dict('records')],
             'limitations': ['The figures hold for users of the same kind, measured offline: what people would have done with these lists was not observed.',

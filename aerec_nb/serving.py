@@ -54,7 +54,7 @@ class RecommendQuery(_Strict):
     "What may follow the question mark."
     k: int|None = Field(None, ge=1, description='length of the list; the service has an upper limit')
     fallback: Literal['popular', 'none'] = Field('popular', description='where nothing is known: popular items, or 404')
-    exclude_seen: bool = Field(True, description='leave out what the user has')
+    exclude_seen: bool = Field(True, description='leave out what the user has, or rated too low')
     exclude: list[str] = Field([], max_length=MAX_HISTORY, description='further item ids to leave out')
 
 class RecommendBody(_Strict):

@@ -7,9 +7,9 @@ __all__ = ['METRICS', 'get_ndcg', 'get_hit', 'ranking_metrics', 'Evaluation', 'r
            'audit_leaks', 'choose', 'lecture_replay', 'replay_allowed', 'plot_replay', 'leaderboard',
            'build_validation', 'describe_leaderboard', 'plot_leaderboard']
 
-# %% ../nbs/03a_validation.ipynb #2bdd14ce
+# %% ../nbs/03a_validation.ipynb #1e807127
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
