@@ -149,6 +149,7 @@ class DataSettings(Section):
     on_duplicate: Literal['last', 'first', 'max', 'mean', 'sum', 'raise'] = Field('last', description='which of several ratings of one pair counts')
     download_timeout: float = Field(10., gt=0, description='seconds without a single byte (name look-up included) after which a download is given up')
     max_users: int|None = Field(None, ge=1, description='take only the first so many users; None: all')
+    large_mb: float = Field(500., ge=0, description='files of more megabytes than this (as plain text) are read piece by piece, through DuckDB')
 
     @field_validator('as_of', mode='before')
     @classmethod

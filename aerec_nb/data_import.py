@@ -8,12 +8,14 @@ __all__ = ['NAMES', 'ON_DUPLICATE', 'ON_BAD', 'CONTRACT', 'VERSION', 'GENRES', '
            'validate_items', 'handover_contract', 'handover_schema', 'check_handover', 'write_handover',
            'generate_sample', 'write_sample', 'Source', 'Parts', 'unpack', 'Zip', 'Zipped', 'download', 'Database',
            'Query', 'feedback_ratings', 'Feedback', 'resolve_source', 'SourceFiles', 'source_files', 'found_source',
-           'load_ratings', 'load_items', 'feedback_of', 'ratings_facts', 'facts_table', 'describe_ratings', 'log_axis',
-           'plot_ratings', 'plot_activity', 'js_distance', 'psi', 'compare_ratings', 'ratings_distances',
-           'plot_comparison', 'describe_source', 'build_data_import', 'quarantine_table', 'plot_quarantine']
+           'small_pages', 'side_by_side', 'check_large', 'check_source', 'load_ratings', 'load_items', 'feedback_of',
+           'ratings_facts', 'facts_table', 'describe_ratings', 'log_axis', 'plot_ratings', 'plot_activity',
+           'js_distance', 'psi', 'compare_ratings', 'ratings_distances', 'plot_comparison', 'describe_source',
+           'build_data_import', 'quarantine_table', 'plot_quarantine']
 
 # %% ../nbs/01_data_import.ipynb #abbd7005
 import bz2, codecs, csv, gzip, hashlib, io, lzma, os, re, shutil, subprocess, sys, tempfile, threading, time, urllib.request, zipfile, zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -23,6 +25,7 @@ import base64, difflib, errno, http.client, itertools, json, stat, urllib.error,
 from datetime import date, datetime
 from decimal import Decimal
 
+import duckdb
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 import numpy as np
@@ -187,19 +190,24 @@ def _records(lines, sep, where):
     except csv.Error as e: raise AerecError(f'{where}, line {begun}: cannot be read ({e}); is a quote missing before it?') from None
     raise AerecError(f'{where}, line {last}: a quote opens there and is never closed; close it, or double a quote that is part of the text')
 
-def _read_lines(f, layout, where):
-    "The table line by line; lines with too many or too few fields are marked as faulty."
+def _line_records(f, layout, where):
+    "Of each record its values, as many as the layout has columns, and what is wrong with it (None: nothing)."
     text, n = io.TextIOWrapper(f, layout.encoding, newline=''), len(layout.names)
     records = _records(text, layout.sep, where)
     if not layout.headless: next(records)
-    rows, faults = [], []
     for line, fields in records:
         if len(fields) == n+1 and not fields[-1].strip(): fields.pop() # a separator at the end of the line
-        if len(fields) != n:
-            many, first = 'many' if len(fields) > n else 'few', 'first line' if layout.headless else 'header'
-            faults.append((len(rows), f'too {many} fields: {len(fields)} in line {line}, {n} in the {first}'))
-        rows.append([v.strip() or None for v in (fields + ['']*n)[:n]])
+        many, first = 'many' if len(fields) > n else 'few', 'first line' if layout.headless else 'header'
+        fault = None if len(fields) == n else f'too {many} fields: {len(fields)} in line {line}, {n} in the {first}'
+        yield [v.strip() or None for v in (fields + ['']*n)[:n]], fault
     text.detach()
+
+def _read_lines(f, layout, where):
+    "The table line by line; lines with too many or too few fields are marked as faulty."
+    rows, faults = [], []
+    for values, fault in _line_records(f, layout, where):
+        if fault: faults.append((len(rows), fault))
+        rows.append(values)
     df = pd.DataFrame(rows, columns=layout.names, dtype='str')
     if faults: df[_FAULT] = pd.Series(dict(faults), dtype='str').reindex(df.index)
     return df
@@ -509,6 +517,9 @@ class Checked:
     why: str               # how the kind of feedback was told
     n_later: int = 0       # rows that were not known as of the moment asked for
     n_duplicates: int = 0  # rows that the rule for duplicates left out
+    n_rows: int = 0        # of the table
+    unused: tuple = ()     # columns that are not used
+    encoding: str = None   # of a text that is not UTF-8 and was taken for something else
 
 def _standard_columns(raw, where, columns):
     "Standard name -> own name of the columns to use, and how the kind of feedback was told."
@@ -549,7 +560,9 @@ def check_ratings(
         typed = _convert(raw[good].reset_index(drop=True), found, where).set_axis(raw.index[good])
     known = typed if at is None else known_at(typed, at, where)
     ratings, n_duplicates = _one_per_pair(known.drop(columns=['ingested_at', 'event_id'], errors='ignore'), on_duplicate, where)
-    return Checked(ratings.reset_index(drop=True), _set_aside(problems, raw), found, why, len(typed)-len(known), n_duplicates)
+    unused = [f'{c} (empty)' if raw[c].isna().all() else str(c) for c in raw.columns if c not in found.values() and c != _FAULT]
+    return Checked(ratings.reset_index(drop=True), _set_aside(problems, raw), found, why, len(typed)-len(known), n_duplicates,
+                   len(raw), unused, raw.attrs.get('encoding'))
 
 def validate(
     raw: pd.DataFrame, # as it was read
@@ -1571,6 +1584,572 @@ def found_source(
     "The source to build from."
     return getattr(run.found, 'source', None) or resolve_source(run.settings)
 
+# %% ../nbs/01_data_import.ipynb #49d7fd37
+@contextmanager
+def small_pages():
+    "Let numpy take memory in small pages: huge ones, beside busy threads or on a virtual machine, can take longer than the work."
+    madvise = getattr(np._core.multiarray, '_set_madvise_hugepage', lambda on: on) # NUMPY_MADVISE_HUGEPAGE, while the process runs
+    before = madvise(False)
+    try: yield
+    finally: madvise(before)
+
+def side_by_side(
+    function, # that spends its time in numpy, scipy or Arrow, which let others run meanwhile
+    *arguments: list, # as for `map`
+) -> list: # the results, in order
+    "`map` on all cores."
+    with ThreadPoolExecutor(_n_threads()) as pool: return list(pool.map(function, *arguments))
+
+def _n_threads(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+class _Growing:
+    "An array that grows at its end; where about `expected` are to come, it has the room, which is no memory before it is written to."
+    def __init__(self, dtype, expected=2**16): self.array, self.n = np.empty(expected, dtype), 0
+    def add(self, part):
+        if self.n+len(part) > len(self.array): self.array.resize(max(5*len(self.array)//4, self.n+len(part)), refcheck=False)
+        self.array[self.n:self.n+len(part)] = part
+        self.n += len(part)
+    def whole(self):
+        self.array.resize(self.n, refcheck=False)
+        return self.array
+
+# %% ../nbs/01_data_import.ipynb #f1b4ffc0
+def _is_text(t): return pyarrow.types.is_string(t) or pyarrow.types.is_large_string(t) or pyarrow.types.is_string_view(t)
+
+def _whole_numbers(text):
+    "int64 values of texts (without gaps) and their lengths; None where one is not even like a whole number."
+    offsets = np.frombuffer(text.buffers()[1], np.int32)[text.offset:text.offset+len(text)+1]
+    if np.frombuffer(text.buffers()[2] or b'', np.uint8)[offsets[0]:offsets[-1]].max(initial=0) > ord('9'): return None
+    try: return pc.cast(text, pyarrow.int64()).to_numpy(), np.diff(offsets)
+    except pyarrow.ArrowInvalid: return None
+
+def _stored(part):
+    "An Arrow array in a type that can be looked up: no dictionaries, no extensions, one kind of text."
+    if pyarrow.types.is_dictionary(part.type): part = part.dictionary_decode()
+    if isinstance(part, pyarrow.ExtensionArray): part = part.storage
+    return part.cast(pyarrow.string()) if _is_text(part.type) else part
+
+class _Ids:
+    "The distinct values of a column in order of first appearance, and for each row the number of its value (-1: missing)."
+    limit = 2**24 # of the table
+    def __init__(self, expected=2**16):
+        self.codes, self.table = _Growing(np.int32, expected), np.full(2**16, -1, np.int32)
+        self.found, self.digits = np.empty(0, np.int64), np.empty(0, np.int64)
+        self.values = self.type = None # values: Arrow array, once the table does not do
+        self.n_missing = 0
+
+    def add(self, column):
+        self.type = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+        parts = [_stored(part) for part in column.chunks]
+        self.n_missing += sum(part.null_count for part in parts)
+        while self.values is None and parts:
+            known = self.found
+            if (codes := self._by_table(parts[0])) is not None: self.codes.add(codes); parts.pop(0)
+            else: self.values = pyarrow.array(known).cast(parts[0].type) if len(known) else parts[0][:0]
+        if parts: self._by_value(parts)
+
+    def _by_table(self, part):
+        "Codes of whole numbers; None where some are not such, or are too large."
+        if part.null_count:
+            codes, inner = np.full(len(part), -1, np.int32), self._by_table(part.drop_null())
+            if inner is not None: codes[part.is_valid().to_numpy(zero_copy_only=False)] = inner
+            return None if inner is None else codes
+        if not len(part): return np.empty(0, np.int32)
+        whole = pyarrow.types.is_integer(part.type)
+        numbers, lengths = (part.to_numpy(), None) if whole else _is_text(part.type) and _whole_numbers(part) or (None, None)
+        if numbers is None or numbers.min() < 0 or numbers.max() >= self.limit: return None
+        while numbers.max() >= len(self.table): self.table = np.append(self.table, np.full_like(self.table, -1))
+        codes = self.table[numbers]
+        if codes.min() < 0: codes = self._learn(numbers[codes < 0].astype(np.int64))[numbers]
+        return codes if lengths is None or (self.digits[codes] == lengths).all() else None
+
+    def _learn(self, numbers):
+        fresh = pd.unique(numbers[np.append(True, numbers[1:] != numbers[:-1])]) # often they come in runs
+        self.table[fresh] = np.arange(len(self.found), len(self.found)+len(fresh))
+        self.found = np.append(self.found, fresh)
+        self.digits = np.append(self.digits, np.searchsorted(10**np.arange(1, 10), fresh, 'right')+1)
+        return self.table
+
+    def _by_value(self, parts):
+        "Codes from a dictionary that begins with the values known so far."
+        known = [self.values]*bool(len(self.values))
+        encoded = pyarrow.chunked_array(known + parts).dictionary_encode()
+        for part in encoded.chunks[len(known):]: self.codes.add(part.indices.fill_null(-1).to_numpy())
+        if encoded.num_chunks: self.values = encoded.chunk(0).dictionary
+
+    def distinct(self):
+        "The distinct values as an Arrow array."
+        if self.values is None: return pyarrow.array(self.found)
+        return pyarrow.ExtensionArray.from_storage(self.type, self.values) if isinstance(self.type, pyarrow.BaseExtensionType) else self.values
+
+# %% ../nbs/01_data_import.ipynb #58292895
+_NO_TIME = np.iinfo(np.int64).min
+
+def _bare(texts):
+    "Arrow texts without blanks around them, missing where there is nothing else."
+    bare = pc.ascii_trim_whitespace(texts)
+    return pc.if_else(pc.equal(bare, ''), None, bare)
+
+class _Values:
+    "The values of a column row by row: NaN, or of times the least integer, where there is none that can be used."
+    def __init__(self, standard, may_be_empty, trim, expected=2**16):
+        self.make, self.empty, self.trim, self.n = _MAKE[standard], may_be_empty, trim, 0
+        self.times = self.make is _seconds
+        self.kind, self.missing = (pyarrow.int64(), _NO_TIME) if self.times else (pyarrow.float64(), np.nan)
+        self.values = _Growing(self.kind.to_pandas_dtype(), expected)
+        self.least, self.most = np.inf, -np.inf # NaN where one is missing
+
+    def add(self, column):
+        for part in column.chunks:
+            values = self._convert(part)
+            if len(values): self.least, self.most = np.minimum(self.least, values.min()), np.maximum(self.most, values.max())
+            if self.empty and not self._nothing(part, values):
+                self.empty = False
+                self.values.add(np.full(self.n, self.missing))
+            self.n += len(part)
+            if not self.empty: self.values.add(values)
+
+    def _convert(self, part):
+        if not _is_text(part.type):
+            if not (self.times and pyarrow.types.is_signed_integer(part.type)): return self._filled(self.make(_from_arrow(pyarrow.table({'x': part}))['x']))
+            return self._in_seconds(part.cast(self.kind))
+        try: values = pc.cast(part, self.kind)
+        except pyarrow.ArrowInvalid:
+            encoded = part.dictionary_encode()
+            values = np.append(self._filled(self.make(self._tidy(encoded.dictionary))), self.kind.to_pandas_dtype()(self.missing))
+            return values[encoded.indices.fill_null(len(values)-1).to_numpy()]
+        return self._in_seconds(values) if self.times else values.to_numpy(zero_copy_only=False)
+
+    def _in_seconds(self, values):
+        values = values.fill_null(_NO_TIME).to_numpy()
+        return values if values.max(initial=0) < _UNITS[-1][0] else _in_seconds(pd.Series(values)).to_numpy()
+
+    def _filled(self, made):
+        values = made.to_numpy()
+        if not self.times or values.dtype == np.int64: return values
+        whole = np.full(len(values), _NO_TIME)
+        whole[np.isfinite(values)] = values[np.isfinite(values)]
+        return whole
+
+    def _tidy(self, texts): return pd.Series(_bare(texts) if self.trim else texts, dtype='str')
+
+    def _nothing(self, part, values):
+        if not ((values == _NO_TIME) if self.times else np.isnan(values)).all(): return False
+        return bool(_empty(self._tidy(part.unique()))) if _is_text(part.type) else True
+
+# %% ../nbs/01_data_import.ipynb #1ced116a
+_LINES = 2**18        # rows of a piece of the thorough reader
+_MOST_BAD = 1_000_000 # bad rows that are looked at one by one
+
+class _Stumbled(Exception):
+    "A way to read a file that does not do."
+
+def _duckdb(folder):
+    "A connection that takes no more than a part of the memory, leaves nothing behind and fetches nothing."
+    con = duckdb.connect(config=dict(memory_limit='1GB', threads=_n_threads(), temp_directory=str(folder), autoinstall_known_extensions=False))
+    con.execute("set preserve_insertion_order = true; set streaming_buffer_size = '64MB'") # parsed ahead while a piece is worked on
+    return con
+
+def _check_whole(path):
+    "Unpack a file once: DuckDB does not see that one ends too early."
+    with open_table(path) as f:
+        while f.read(2**22): pass
+
+def _written(column):
+    "How many bytes the values of an Arrow column are written with: texts, or whole numbers."
+    if _is_text(column.type): return sum(int(np.diff(np.frombuffer(p.buffers()[1], np.int32)[[p.offset, p.offset+len(p)]])[0]) for p in column.chunks)
+    n = 0
+    for part in column.chunks:
+        numbers = part.drop_null().to_numpy()
+        if numbers.min(initial=0) < 0: n, numbers = n + np.count_nonzero(numbers < 0), np.abs(numbers)
+        least, most = (len(str(m)) for m in (numbers.min(initial=10**9), numbers.max(initial=0)))
+        n += least*len(numbers) + sum(np.count_nonzero(numbers >= 10**k) for k in range(least, most))
+    return int(n)
+
+# %% ../nbs/01_data_import.ipynb #a4ae68be
+@dataclass
+class _TextFile:
+    "A text file that is read in pieces."
+    path: Path
+    name: str
+    layout: _Layout
+    way: str      # typed, text or lines
+    head: bytes
+    packed: str   # none, or how: gzip, zstd or else
+    @property
+    def header(self): return self.layout.names
+    @property
+    def expected(self): # rows, about
+        return 2**16 if self.packed != 'none' else int(1.05*self.path.stat().st_size*self.head.count(b'\n')/max(1, len(self.head)))
+
+    def pieces(self, columns, as_text=False):
+        "Tables of the columns."
+        if self.way == 'lines': return self._by_lines(columns)
+        types = self._types() if self.way == 'typed' and not as_text and sorted(columns) == sorted(self.header) else {}
+        return self._as_written(columns, types) if types else self._by_duckdb(columns, {})
+
+    def _types(self):
+        "Column -> type in SQL, of those that hold whole numbers in the head; none where a piece could not be checked against the bytes."
+        head = self.head.replace(b'\r\n', b'\n')
+        if self.packed != 'none' or self.layout.sep not in '\t,' or b'"' in head or b'\r' in head or head.startswith(b'\xef\xbb\xbf'): return {}
+        lines = head.decode(errors='replace').split('\n')[self.layout.skip:-1]
+        fields = zip(*(line.split(self.layout.sep) for line in lines if line.count(self.layout.sep) == len(self.header)-1))
+        whole = {c: [int(v) for v in values if v] for c, values in zip(self.header, fields) if all(re.fullmatch(r'|0|-?[1-9][0-9]{0,17}', v) for v in values)}
+        return {c: 'INTEGER' if max(map(abs, values)) < 2_000_000_000 else 'BIGINT' for c, values in whole.items() if values}
+
+    def _as_written(self, columns, types):
+        "Pieces of typed columns, as long as they are what is written in the file."
+        newline, size = b'\r\n' if b'\r\n' in self.head else b'\n', self.path.stat().st_size
+        no_letters, block = len(types) == len(columns), np.empty(2**20, np.uint8)
+        with open(self.path, 'rb') as f:
+            for _ in range(self.layout.skip): f.readline()
+            at = f.tell()
+            for piece in self._by_duckdb(columns, types):
+                end = at + len(piece)*(len(columns)-1+len(newline)) + sum(map(_written, piece.columns))
+                while no_letters and (n := f.readinto(memoryview(block)[:end-at])):
+                    if block[:n].max() > ord('9'): raise _Stumbled
+                    at += n
+                f.seek(end-len(newline))
+                if (last := f.read(len(newline))) != newline and (last or end != size+len(newline)): raise _Stumbled # the last line may have no end
+                at = end
+                yield piece
+            if at < size: raise _Stumbled
+
+    def _by_duckdb(self, columns, types):
+        quoted = lambda text: "'" + str(text).replace("'", "''") + "'"
+        if self.packed != 'none': _check_whole(self.path)
+        l, quote = self.layout, "''" if self.layout.sep == '::' else quoted('"')
+        options = dict(delim=quoted(l.sep), quote=quote, escape=quote, nullstr="''", comment="''", skip=l.skip, header='false', auto_detect='false',
+                       compression=quoted(self.packed), columns='{' + ', '.join(f"'c{i}': '{types.get(c, 'VARCHAR')}'" for i, c in enumerate(l.names)) + '}')
+        name = quoted(re.sub(r'([*?\[])', r'[\1]', str(self.path))) # a name is no pattern
+        query = f'select {", ".join(f"c{l.names.index(c)}" for c in columns)} from read_csv({name}, {", ".join(f"{k}={v}" for k, v in options.items())})'
+        with tempfile.TemporaryDirectory(prefix='aerec_nb-') as folder, _duckdb(folder) as con:
+            batches = None
+            while True:
+                try:
+                    batches, piece = batches or con.sql(query).to_arrow_reader(2**20), []
+                    while sum(map(len, piece)) < 2**20 and (batch := next(batches, None)) is not None: piece.append(batch)
+                except (duckdb.Error, OSError): raise _Stumbled from None
+                if not piece: return
+                yield pyarrow.Table.from_batches(piece).rename_columns(columns)
+
+    def _by_lines(self, columns):
+        l, place = self.layout, [self.layout.names.index(c) for c in columns]
+        with open_table(self.path) as f:
+            records = _line_records(f, l, self.name)
+            while piece := list(itertools.islice(records, _LINES)):
+                texts = [pyarrow.array([values[i] for values, _ in piece], pyarrow.string()) for i in place]
+                yield pyarrow.table([*texts, pyarrow.array([fault for _, fault in piece], pyarrow.string())], [*columns, _FAULT])
+
+# %% ../nbs/01_data_import.ipynb #93ea3ce7
+def _no_parquet(name, e): return AerecError(f'{name}: cannot be read as Parquet ({_first_line(e)}); fetch or write it again')
+
+@dataclass
+class _ParquetFile:
+    "A Parquet file that is read in pieces."
+    path: Path
+    name: str
+    schema: pyarrow.Schema # of the whole source: types that every part fits in
+    hive: dict             # column in the names of its folders -> value
+    expected: int          # so many rows
+    @property
+    def header(self): return self.schema.names
+
+    def pieces(self, columns, as_text=False):
+        "Tables of the columns in their own types."
+        try:
+            for batch in pq.ParquetFile(self.path).iter_batches(2**20, columns=[c for c in columns if c not in self.hive]):
+                table = pyarrow.Table.from_batches([batch])
+                for c, value in self.hive.items():
+                    if c in columns: table = table.append_column(c, pyarrow.repeat(pyarrow.scalar(value, pyarrow.string()), len(table)))
+                table = table.select(columns)
+                types = pyarrow.schema([self.schema.field(c) for c in columns])
+                yield table if table.schema.types == types.types else table.cast(types)
+        except (OSError, pyarrow.ArrowException) as e: raise _no_parquet(self.name, e) from None
+
+# %% ../nbs/01_data_import.ipynb #3c15e510
+class _Large:
+    "The files of a large source, and the ways in which they are read."
+    def __init__(self, paths, root, where, encoding):
+        self.paths, self.root, self.where, self.encoding, self.tried = paths, root, where, encoding, dict.fromkeys(paths, 0)
+        with open_table(paths[0]) as f: self.is_parquet = f.read(4) == b'PAR1' or paths[0].name.endswith('.parquet')
+        self.handed_over = False
+        if self.is_parquet: self._open_parquet()
+        else: self.files = [self._open_text(p) for p in paths]
+        _same_columns(where, {f.name: sorted(f.header) if self.is_parquet else f.header for f in self.files})
+        self.header, self.expected = self.files[0].header, max(2**16, sum(f.expected for f in self.files))
+        _check_names(self.header, where)
+
+    def _name(self, path): return path.name if self.root is None else path.relative_to(self.root).as_posix()
+
+    def _open_parquet(self):
+        schemas, hives, rows = {}, {}, {}
+        for path in self.paths:
+            try: rows[path], schema = (f := pq.ParquetFile(path)).metadata.num_rows, f.schema_arrow
+            except (OSError, pyarrow.ArrowException) as e: raise _no_parquet(self._name(path), e) from None
+            self.handed_over |= check_handover(schema, self._name(path))
+            hives[path] = {c: v for c, v in (_hive(path, self.root) if self.root else {}).items() if c not in schema.names}
+            schemas[path] = pyarrow.schema([*schema, *(pyarrow.field(c, pyarrow.string()) for c in hives[path])])
+        try: whole = pyarrow.unify_schemas(list(schemas.values()), promote_options='permissive')
+        except pyarrow.ArrowException as e: raise AerecError(f'{self.where}: the parts do not fit together: {_first_line(e)}') from None
+        self.files = [_ParquetFile(p, self._name(p), pyarrow.schema([whole.field(c) for c in schemas[p].names]), hives[p], rows[p]) for p in self.paths]
+
+    def _open_text(self, path):
+        "The file in the first way that was not tried in vain."
+        name = self._name(path)
+        with open_table(path) as f: head = f.read(2**16)
+        with open(path, 'rb') as f: packed = 'none' if f.read(len(head)) == head else {b'\x1f\x8b': 'gzip', b'\x28\xb5': 'zstd'}.get(open(path, 'rb').read(2), 'else')
+        encodings = _encodings(head, name, self.encoding)
+        ways = [(encoding, way) for encoding in encodings for way in ('typed', 'text', 'lines')
+                if way == 'lines' or codecs.lookup(encoding).name in ('utf-8', 'utf-8-sig') and packed != 'else']
+        while self.tried[path] < len(ways):
+            encoding, way = ways[self.tried[path]]
+            try: return _TextFile(path, name, _layout(head, encoding, len(head) < 2**16, name, POSITIONS['ratings']), way, head, packed)
+            except UnicodeError: self.tried[path] += 1
+        line, byte = _undecodable(path, encodings[-1])
+        raise AerecError(f'{name}, line {line}: byte 0x{byte:02x} is not {" or ".join(encodings)}; correct it, or set encoding to what the file was written in')
+
+    def pieces(self, columns, as_text=False):
+        "Tables of the columns, file after file; `_Stumbled` where a file has to be read in another way, the next time."
+        for i, file in enumerate(self.files):
+            try:
+                yield from file.pieces(columns, as_text)
+            except (_Stumbled, UnicodeError) as e:
+                if isinstance(e, UnicodeError) and self.encoding is None and file.layout.encoding == 'utf-8' and _mostly_utf8(file.path):
+                    self.encoding = 'utf-8' # damaged, which cp1252 would hide
+                self.tried[file.path] += 1
+                self.files[i] = self._open_text(file.path)
+                raise _Stumbled from None
+
+    def scan(self, columns, take):
+        "Hand all pieces over to what `take()` gives, which begins anew when a file has to be read in another way; what it gave last."
+        while True:
+            taker = take()
+            try:
+                with tqdm(desc=self.where, unit=' rows', unit_scale=True, mininterval=1, delay=1) as bar:
+                    for piece in self.pieces(columns):
+                        taker(piece)
+                        bar.update(len(piece))
+                return taker
+            except _Stumbled: continue
+
+    def rows(self, wanted, most):
+        "The rows that a mask wants, but no more than about `most`, as the small way reads them."
+        while True:
+            found, n = [], 0
+            try:
+                for piece in self.pieces(self.header, as_text=True):
+                    found.append(piece.filter(pyarrow.array(wanted[n:n+len(piece)])))
+                    n += len(piece)
+                    if sum(map(len, found)) >= most: break
+                break
+            except _Stumbled: continue
+        table = pyarrow.concat_tables(found, promote_options='default')
+        if self.is_parquet: return _from_arrow(table, self.handed_over)
+        return pyarrow.table([c if name == _FAULT else _bare(c) for name, c in zip(table.column_names, table.columns)], table.column_names).to_pandas()
+
+    def nothing_bad(self):
+        return _set_aside(pd.DataFrame(dict(row=[], column=[], reason=[], value=[])), pd.DataFrame({c: pd.Series(dtype='str') for c in self.header}))
+
+    def standard_columns(self, empty, columns):
+        "What `_standard_columns` finds when some columns are empty."
+        shown = pd.DataFrame({c: ['' if c in empty else '.'] for c in self.header}, dtype='str')
+        if self.handed_over: shown.attrs['handed_over'] = True
+        return _standard_columns(shown, self.where, columns)
+
+# %% ../nbs/01_data_import.ipynb #4c6ea242
+class _Columns:
+    "Takes the pieces of a table and keeps what the ratings frame is made of."
+    def __init__(self, found, large, expected=2**16):
+        self.own, self.where, self.n, self.faults = found, large.where, 0, []
+        make = lambda s: (_Ids(expected) if s in ('user_id', 'item_id') else _Hashes() if s == 'event_id' else
+                          _Values(s, not large.handed_over, not large.is_parquet, expected))
+        self.columns = {s: make(s) for s in found}
+
+    def __call__(self, piece):
+        for s, column in self.columns.items():
+            try: column.add(piece[self.own[s]])
+            except pyarrow.ArrowNotImplementedError: # lists and the like
+                _MAKE[s](_from_arrow(pyarrow.table({'x': piece[self.own[s]]}))['x'], self.where, self.own[s])
+                raise
+        if _FAULT in piece.column_names and (faulty := piece[_FAULT].is_valid().to_numpy()).any(): self.faults.append(np.flatnonzero(faulty)+self.n)
+        self.n += len(piece)
+
+class _Hashes:
+    "Hashes of ids that may come only once."
+    def __init__(self): self.hashes = _Growing(np.uint64)
+    def add(self, column): self.hashes.add(pd.util.hash_array(pyarrow.chunked_array([_stored(p) for p in column.chunks]).to_pandas().to_numpy(), categorize=False))
+    def repeated(self):
+        ordered = np.sort(self.hashes.array[:self.hashes.n])
+        return np.isin(self.hashes.array[:self.hashes.n], ordered[1:][ordered[1:] == ordered[:-1]])
+
+# %% ../nbs/01_data_import.ipynb #400f0029
+def _pairs(user, item, n_items):
+    "One integer a pair of codes."
+    key = np.multiply(user, n_items, dtype=np.int64)
+    key += item
+    return key
+
+def _any_repeated(user, item, n_items, block=2**20):
+    "Does a pair come twice? Where users come one after the other, as many of them at a time as the processor's cache can hold."
+    starts = [0, len(user)]
+    if (user[1:] >= user[:-1]).all():
+        ends = np.searchsorted(user, user[block-1::block], 'right') # a user is not cut in two
+        starts = np.unique(np.concatenate([starts, ends]))
+    def repeated(a, b):
+        key = _pairs(user[a:b], item[a:b], n_items)
+        key.sort()
+        return bool((key[1:] == key[:-1]).any())
+    return any(side_by_side(repeated, starts[:-1], starts[1:]))
+
+def _settle(frame, on_duplicate, where):
+    "One row a pair by the rule, as `_one_per_pair` does it, for ids that are categories."
+    user, item = frame.user_id.array, frame.item_id.array
+    key = _pairs(user.codes, item.codes, len(item.categories))
+    order = np.argsort(key, kind='stable')
+    first = np.append(True, key[order[1:]] != key[order[:-1]])
+    starts = np.flatnonzero(first)
+    sizes = np.diff(np.append(starts, len(key)))
+    if on_duplicate == 'raise': _one_per_pair(frame.iloc[np.sort(order[np.repeat(sizes > 1, sizes)])], 'raise', where)
+    if 'timestamp' in frame: order = np.lexsort((frame.timestamp.to_numpy(), key))
+    kept = order[starts if on_duplicate == 'first' else starts+sizes-1]
+    value = next((c for c in ('rating', 'count') if c in frame), None)
+    made = None
+    if on_duplicate == 'sum' and value is None: value, made = 'count', sizes.astype(float)
+    elif on_duplicate in ('max', 'mean', 'sum') and value:
+        of = (np.maximum if on_duplicate == 'max' else np.add).reduceat(frame[value].to_numpy()[order], starts)
+        made = of/sizes if on_duplicate == 'mean' else of
+    place = np.argsort(kept)
+    out = frame.iloc[kept[place]]
+    return out if made is None else out.assign(**{value: made[place]})
+
+# %% ../nbs/01_data_import.ipynb #e15df091
+def _passes(values, checks):
+    "Series of booleans: which values are there and pass all checks."
+    passes = values.notna()
+    for check in checks: passes[passes] = check(values[passes]).check_output
+    return passes
+
+def _unusable(column, standard):
+    "Mask of the values that do not pass the checks of their column; None where all do: the least and the largest are asked first."
+    if _passes(pd.Series([column.least, column.most]), _CHECKS[standard]).all(): return None
+    return ~_passes(pd.Series(column.values.whole()), _CHECKS[standard]).to_numpy()
+
+def _categories(ids, large, own, keep):
+    "A categorical of the rows to keep (None: all); ids of the types of the small way, in order of first appearance."
+    codes, distinct = ids.codes.whole(), _distinct(ids, large)
+    used = np.ones(len(distinct), bool)
+    if keep is not None:
+        codes, used = codes[keep], np.zeros(len(distinct), bool)
+        used[codes] = True
+    numbers, different = pd.factorize(_ids(distinct[used].reset_index(drop=True), large.where, own))
+    if len(different) == len(used): return pd.Categorical.from_codes(codes, pd.Index(different), validate=False)
+    place = np.full(len(used), -1, np.int32)
+    place[used] = numbers
+    return _in_first_order(place[codes], different)
+
+def _in_first_order(codes, categories):
+    codes, order = pd.factorize(codes)
+    return pd.Categorical.from_codes(codes.astype(np.int32), pd.Index(categories[order]), validate=False)
+
+def _distinct(ids, large):
+    "The distinct values of a column as the small way reads them."
+    values = ids.distinct()
+    if large.is_parquet: return _from_arrow(pyarrow.table({'x': values}))['x']
+    return pd.Series(_bare(values.cast(pyarrow.string())), dtype='str')
+
+def _is_bad(taken, large):
+    "Mask of the rows that may be bad; None if there is none."
+    bad = np.zeros(taken.n, bool)
+    for rows in taken.faults: bad[rows] = True
+    for s, column in taken.columns.items():
+        if s == 'event_id': bad |= column.repeated()
+        elif isinstance(column, _Ids):
+            missing = np.append(_ids(_distinct(column, large), large.where, taken.own[s]).isna(), True) # the last one: of code -1
+            if missing[:-1].any() or column.n_missing: bad |= missing[column.codes.whole()]
+        elif not column.empty and (mask := _unusable(column, s)) is not None: bad |= mask
+    return bad if bad.any() else None
+
+def _set_apart(large, maybe, found, on_bad, n):
+    "The rows that are bad among those that may be, as `_set_aside` gives them, and the mask of the others."
+    rows, raw = np.flatnonzero(maybe), large.rows(maybe, _MOST_BAD)
+    problems = _problems(raw, _convert(raw, found, large.where), found)
+    row, good = rows[problems.row-1]+1, np.ones(n, bool)
+    good[row-1] = False
+    bad, all_seen = _set_aside(problems, raw).assign(row=row), len(raw) == len(rows)
+    if len(bad) and (on_bad == 'raise' or not good.any() or not all_seen):
+        error = _refusal(problems.assign(row=row), large.where, n)
+        raise error if all_seen else BadRows(f'{error} (only the first {len(raw):,} such rows were looked at: too many to set aside)', error.problems)
+    return bad, good
+
+def check_large(
+    large: _Large, # a source
+    columns: dict = None, # own column name -> standard name; None: recognised by name
+    on_duplicate: str = 'last', # last, first, max, mean, sum or raise
+    on_bad: str = 'raise', # raise, or quarantine
+    as_of = None, # only what was known at this moment; None: everything
+) -> Checked: # as `check_ratings` gives it; the ids of the ratings are categorical
+    "A large source as a ratings frame."
+    where, at = large.where, None if as_of is None else moment(as_of)
+    if on_bad not in ON_BAD: raise AerecError(f'no rule {on_bad!r} for bad rows: choose {_list(ON_BAD)}')
+    if on_duplicate not in ON_DUPLICATE: raise AerecError(f'no rule {on_duplicate!r} for duplicates: choose {_list(ON_DUPLICATE)}')
+    large.standard_columns([], columns)
+    needless = [s for s, needed in (('event_id', large.handed_over), ('ingested_at', large.handed_over or at is not None)) if not needed]
+    found = {s: own for own, s in _recognise(large.header, list(_MAKE), columns).items() if s not in needless}
+    with small_pages(): taken = large.scan(list(found.values()), lambda: _Columns(found, large, large.expected))
+    if not taken.n: raise AerecError(f'{where}: the table has no rows')
+    empty = [found[s] for s, column in taken.columns.items() if isinstance(column, _Values) and column.empty]
+    used, why = large.standard_columns(empty, columns)
+    found = {s: own for s, own in found.items() if s in used}
+    taken.columns = {s: taken.columns[s] for s in _MAKE if s in found}
+    bad, good = large.nothing_bad(), None
+    if (maybe := _is_bad(taken, large)) is not None: bad, good = _set_apart(large, maybe, found, on_bad, taken.n)
+    ids = [taken.columns.pop(s) for s in ('user_id', 'item_id')] # so that no column is there twice
+    typed = dict(zip(('user_id', 'item_id'), side_by_side(lambda s, column: _categories(column, large, found[s], good), ('user_id', 'item_id'), ids)))
+    del ids
+    for s in [s for s in taken.columns if s != 'event_id']:
+        values = taken.columns.pop(s).values.whole()
+        typed[s] = values if good is None else values[good]
+    typed = pd.DataFrame(typed, None if good is None else np.flatnonzero(good), copy=False)
+    known = typed if at is None else known_at(typed, at, where)
+    ratings, n_known = known.drop(columns='ingested_at', errors='ignore'), len(known)
+    user, item = ratings.user_id.array, ratings.item_id.array
+    if _any_repeated(user.codes, item.codes, len(item.categories)): ratings = _settle(ratings, on_duplicate, where)
+    if len(ratings) < len(typed): ratings = ratings.assign(**{c: _in_first_order(ratings[c].array.codes, ratings[c].array.categories) for c in ('user_id', 'item_id')})
+    return Checked(ratings.reset_index(drop=True), bad, found, why, len(typed)-n_known, n_known-len(ratings), taken.n,
+                   [f'{c} (empty)' if c in empty else str(c) for c in large.header if c not in found.values()],
+                   next((f.layout.encoding for f in large.files if not large.is_parquet and f.layout.encoding == 'cp1252'), None))
+
+# %% ../nbs/01_data_import.ipynb #83276ee6
+def _size_as_text(path):
+    "Bytes that a file would have as plain text, about."
+    with open(path, 'rb') as f: first = f.read(6)
+    size = path.stat().st_size
+    if first.startswith(b'PAR1'):
+        try: return 30*pq.ParquetFile(path).metadata.num_rows
+        except (OSError, pyarrow.ArrowException): return size
+    return 4*size if any(first.startswith(mark) for mark in _PACKED) else size
+
+def _as_large(source, encoding, large_mb):
+    "The source's ratings as a large source, or None if they are not large, or not in files."
+    files = source.files('ratings')
+    if not files or sum(map(_size_as_text, files)) <= large_mb*1e6: return None
+    table = source.ratings.zip.found.ratings if isinstance(source.ratings, Zipped) else source.ratings
+    return _Large(files, table.root if isinstance(table, Parts) else None, source.ratings.name, encoding)
+
+def check_source(
+    source: Source, # where the ratings are
+    columns: dict = None, # own column name -> standard name; None: recognised by name
+    on_duplicate: str = 'last', # last, first, max, mean, sum or raise
+    on_bad: str = 'raise', # raise, or quarantine
+    as_of = None, # only what was known at this moment; None: everything
+    encoding: str = None, # of text; None: the file's own mark, else UTF-8, else cp1252
+    large_mb: float = 500., # files of more megabytes of text than this are read piece by piece
+) -> Checked:
+    "The ratings of a source, whatever its size."
+    if large := _as_large(source, encoding, large_mb): return check_large(large, columns, on_duplicate, on_bad, as_of)
+    return check_ratings(*source.read('ratings', encoding=encoding), columns, on_duplicate, on_bad, as_of)
+
 # %% ../nbs/01_data_import.ipynb #1e5a3b6f
 def load_ratings(
     source, # a DataFrame, a folder, a file, a URL, or a named set: auto, sample, ml-latest-small, ml-100k
@@ -1581,11 +2160,13 @@ def load_ratings(
     as_of = None, # only what was known at this moment: ISO 8601, or seconds since 1970; None: everything
     query: str = None, # of a database: a SELECT, or the name of a table; None: found by the names that files would have
     encoding: str = None, # of text; None: UTF-8 (or what the file's mark says), else cp1252
-) -> pd.DataFrame: # user_id, item_id (, rating or count) (, timestamp: int64 seconds)
+) -> pd.DataFrame: # user_id, item_id (, rating or count) (, timestamp: int64 seconds); ids of a large source (`data.large_mb`) are categorical
     "Ratings from anywhere as one validated frame; rows stay in their order."
-    if isinstance(source, pd.DataFrame): df, where = source, 'the DataFrame'
-    else: df, where = _locate(source, load_settings(), [Path.cwd()], query).read('ratings', encoding=encoding)
-    return _first_users(check_ratings(df, where, columns, on_duplicate, on_bad, as_of).ratings, max_users)
+    if isinstance(source, pd.DataFrame): checked = check_ratings(source, 'the DataFrame', columns, on_duplicate, on_bad, as_of)
+    else:
+        settings = load_settings()
+        checked = check_source(_locate(source, settings, [Path.cwd()], query), columns, on_duplicate, on_bad, as_of, encoding, settings.data.large_mb)
+    return _first_users(checked.ratings, max_users)
 
 def _first_users(ratings, n):
     "The rows of the first n users."
@@ -1616,7 +2197,7 @@ def feedback_of(
 
 def _codes(ids):
     "Ids as integers from 0, and the ids that these stand for; a categorical has both already."
-    if isinstance(ids.dtype, pd.CategoricalDtype): return ids.cat.codes.to_numpy(), ids.cat.categories
+    if isinstance(ids.dtype, pd.CategoricalDtype): return ids.array.codes, ids.array.categories
     return pd.factorize(ids)
 
 # %% ../nbs/01_data_import.ipynb #f33e8e86
@@ -2022,6 +2603,8 @@ def describe_source(
     if s['encoding']: said.append(f"no valid UTF-8, read as {s['encoding']}")
     return '; '.join(said + s['notes'])
 
+def _id_type(ids): return ids.cat.categories.dtype if isinstance(ids.dtype, pd.CategoricalDtype) else ids.dtype
+
 def _as_type_of(items, ids):
     "Items whose ids have the type that they have among the ratings."
     if isinstance(ids.dtype, pd.CategoricalDtype): ids = ids.cat.categories
@@ -2041,11 +2624,10 @@ def build_data_import(
 ) -> dict: # metrics for the manifest
     "Import the configured source: ratings.parquet, items.parquet and quarantine.parquet (if any), source.json, description.json."
     data, source = run.settings.data, found_source(run)
-    table, where = source.read('ratings', encoding=data.encoding)
-    checked = check_ratings(table, where, data.columns, data.on_duplicate, data.on_bad, data.as_of)
+    checked = check_source(source, data.columns, data.on_duplicate, data.on_bad, data.as_of, data.encoding, data.large_mb)
     ratings = _first_users(checked.ratings, data.max_users)
     items, bad_items = (None, []) if source.items is None else validate_items(*source.read('items', encoding=data.encoding), data.columns, data.on_bad)
-    facts, standard = ratings_facts(ratings, checked.n_duplicates), {own: s for s, own in checked.used.items()}
+    facts = ratings_facts(ratings, checked.n_duplicates)
     write_parquet(folder/'ratings.parquet', ratings)
     if items is not None: write_parquet(folder/'items.parquet', _as_type_of(items, ratings.item_id))
     if len(checked.bad): write_parquet(folder/'quarantine.parquet', checked.bad)
@@ -2054,12 +2636,11 @@ def build_data_import(
         name=source.name, description=source.description, files=source.hashes(), notes=source.notes,
         feedback=feedback_of(ratings), feedback_why=checked.why,
         scale=[float(ratings.rating.min()), float(ratings.rating.max())] if 'rating' in ratings else None,
-        has_times='timestamp' in ratings, n_rows=len(table), as_of=data.as_of, n_later=checked.n_later, on_bad=data.on_bad,
+        has_times='timestamp' in ratings, n_rows=checked.n_rows, as_of=data.as_of, n_later=checked.n_later, on_bad=data.on_bad,
         n_quarantined=int(checked.bad.row.nunique()), n_quarantined_items=len(bad_items), n_duplicates=checked.n_duplicates,
-        on_duplicate=data.on_duplicate, max_users=data.max_users, encoding=table.attrs.get('encoding'),
+        on_duplicate=data.on_duplicate, max_users=data.max_users, encoding=checked.encoding,
         columns={s: str(own) for s, own in checked.used.items()},
-        unused_columns=[f'{c} (empty)' if table[c].isna().all() else str(c) for c in table.columns if c not in standard and c != _FAULT],
-        user_id_type=str(ratings.user_id.dtype), item_id_type=str(ratings.item_id.dtype)))
+        unused_columns=list(checked.unused), **{f'{c}_type': str(_id_type(ratings[c])) for c in ('user_id', 'item_id')}))
     write_json(folder/'description.json', facts)
     write_json(folder/'measured.json', dict(why=source.why))
     return dict(source=source.name, n_duplicates=checked.n_duplicates, n_quarantined=int(checked.bad.row.nunique()),

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.sparse import coo_matrix, csc_matrix, csr_matrix, hstack
 
 from .configuration import AerecError, project_dir, time_in_seconds
-from .data_import import NAMES, log_axis
+from .data_import import NAMES, log_axis, side_by_side, small_pages
 from .runs import read_json, sha256_file, write_json, write_parquet
 
 # %% ../nbs/01b_model_preprocessing.ipynb #0376a0e4
@@ -157,14 +157,14 @@ def _sort_pairs(u, i, shape, block=2**20):
         m = _sort_block(u, i, shape)
         return m.data, m.indices, m.indptr
     indptr = np.searchsorted(u, np.arange(shape[0]+1, dtype=u.dtype)).astype(np.int32)
-    entry, items = np.empty(len(u), np.int32), np.empty(len(u), np.int32)
-    start = 0
-    while start < shape[0]:
-        stop = max(start+1, int(np.searchsorted(indptr, indptr[start]+max(block, shape[1]), 'right'))-1)
+    entry, items, bounds = np.empty(len(u), np.int32), np.empty(len(u), np.int32), [0]
+    while bounds[-1] < shape[0]:
+        bounds.append(max(bounds[-1]+1, int(np.searchsorted(indptr, indptr[bounds[-1]]+max(block, shape[1]), 'right'))-1))
+    def sort(start, stop):
         a, b = indptr[start], indptr[stop]
         m = _sort_block(u[a:b]-u.dtype.type(start), i[a:b], (stop-start, shape[1]), a)
         entry[a:b], items[a:b] = m.data, m.indices
-        start = stop
+    side_by_side(sort, bounds[:-1], bounds[1:])
     return entry, items, indptr
 
 def _assemble(u, i, users, items, weight=None, times=None, position=None, block=2**20):
@@ -219,8 +219,9 @@ def from_frame(cls: Interactions,
         df, weight = df.iloc[kept], weight[kept]
     if not len(df): raise AerecError('no interactions: the table is empty, or every row was dropped by the business rules')
     if len(df) >= 2**31: raise AerecError(f'{len(df):,} interactions: a matrix holds fewer than {2**31:,}; take fewer users (max_users)')
-    (u, users), (i, items) = _encode(df.user_id, users, 'user_id'), _encode(df.item_id, items, 'item_id')
-    return _assemble(u, i, users, items, weight, _times(df), kept)
+    with small_pages():
+        (u, users), (i, items) = side_by_side(_encode, (df.user_id, df.item_id), (users, items), ('user_id', 'item_id'))
+        return _assemble(u, i, users, items, weight, _times(df), kept)
 
 # %% ../nbs/01b_model_preprocessing.ipynb #5be0f834
 def _restrict(matrix, keep, columns, n_columns, binary=False):

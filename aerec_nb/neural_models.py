@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
 
@@ -278,22 +279,6 @@ class GradientModel(Model):
         "Put the net back to where it was."
         self.net.load_state_dict({k: torch.from_numpy(np.array(v)) for k,v in weights.items() if k != 'n_items'})
 
-    def checkpoint(self) -> dict: # name -> array
-        "All that training goes on from: net, optimizer and generator."
-        arrays = {f'net.{k}': v.detach().cpu().numpy() for k,v in self.net.state_dict().items()} | {'generator': self.generator.get_state().numpy()}
-        for i,moments in self.optimizer.state_dict()['state'].items(): arrays |= {f'optimizer.{i}.{k}': v.cpu().numpy() for k,v in moments.items()}
-        return arrays
-
-    def restore(self, arrays: dict # what `checkpoint` gave; the model is prepared on the same histories
-               ):
-        "Put training back to where it was."
-        self.load_weights({k.removeprefix('net.'): v for k,v in arrays.items() if k.startswith('net.')})
-        moments = {}
-        for key,value in arrays.items():
-            if key.startswith('optimizer.'): moments.setdefault(int(key.split('.')[1]), {})[key.split('.')[2]] = torch.from_numpy(np.array(value))
-        self.optimizer.load_state_dict(dict(state=moments, param_groups=self.optimizer.state_dict()['param_groups']))
-        self.generator.set_state(torch.from_numpy(np.array(arrays['generator'])))
-
     def n_weights(self, n_items) -> int:
         "Numbers that are learned, most of them in the first and the last layer."
         return 2*n_items*self.hidden_dim
@@ -302,6 +287,25 @@ class GradientModel(Model):
         "Weights, gradients, Adam's two moments and a copy to keep the best; a block of outputs twice; what torch brings along for its optimizers."
         n_weights,n_blocks = self.n_weights(n_items), self.num_epoch*self.passes
         return 'gradient', _OPTIMIZERS + 20*n_weights + 8*n_items*min(n_users, self.batch_size, block_rows(n_items)), n_blocks*(3*n_users + 20*n_users/self.batch_size)*n_weights
+
+# %% ../nbs/02b_neural_models.ipynb #c0ffee02
+@patch
+def checkpoint(self: GradientModel) -> dict: # name -> array
+    "All that training goes on from: net, optimizer and generator."
+    arrays = {f'net.{k}': v.detach().cpu().numpy() for k,v in self.net.state_dict().items()} | {'generator': self.generator.get_state().numpy()}
+    for i,moments in self.optimizer.state_dict()['state'].items(): arrays |= {f'optimizer.{i}.{k}': v.cpu().numpy() for k,v in moments.items()}
+    return arrays
+
+@patch
+def restore(self: GradientModel, arrays: dict # what `checkpoint` gave; the model is prepared on the same histories
+           ):
+    "Put training back to where it was."
+    self.load_weights({k.removeprefix('net.'): v for k,v in arrays.items() if k.startswith('net.')})
+    moments = {}
+    for key,value in arrays.items():
+        if key.startswith('optimizer.'): moments.setdefault(int(key.split('.')[1]), {})[key.split('.')[2]] = torch.from_numpy(np.array(value))
+    self.optimizer.load_state_dict(dict(state=moments, param_groups=self.optimizer.state_dict()['param_groups']))
+    self.generator.set_state(torch.from_numpy(np.array(arrays['generator'])))
 
 # %% ../nbs/02b_neural_models.ipynb #973b5e4e
 class LectureNet(AutoEncoder):
