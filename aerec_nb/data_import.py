@@ -1755,9 +1755,10 @@ def _check_whole(path):
     with open_table(path) as f:
         while f.read(2**22): pass
 
-def _written(column):
-    "How many bytes the values of an Arrow column are written with: texts, or whole numbers."
+def _written(column, width=None):
+    "How many bytes the values of an Arrow column are written with: texts, whole numbers, or decimals of one width."
     if _is_text(column.type): return sum(int(np.diff(np.frombuffer(p.buffers()[1], np.int32)[[p.offset, p.offset+len(p)]])[0]) for p in column.chunks)
+    if pyarrow.types.is_floating(column.type): return width*(len(column)-column.null_count)
     n = 0
     for part in column.chunks:
         numbers = part.drop_null().to_numpy()
@@ -1782,30 +1783,35 @@ class _TextFile:
     def expected(self): # rows, about
         return 2**16 if self.packed != 'none' else int(1.05*self.path.stat().st_size*self.head.count(b'\n')/max(1, len(self.head)))
 
-    def pieces(self, columns, as_text=False):
-        "Tables of the columns."
+    def pieces(self, columns, ids=None):
+        "Tables of the columns: typed as far as can be if it is said which are ids, else as text."
         if self.way == 'lines': return self._by_lines(columns)
-        types = self._types() if self.way == 'typed' and not as_text and sorted(columns) == sorted(self.header) else {}
-        return self._as_written(columns, types) if types else self._by_duckdb(columns, {})
+        types = self._types(ids) if self.way == 'typed' and ids is not None and sorted(columns) == sorted(self.header) else {}
+        return self._as_written(columns, types, any(c in types for c in ids)) if types else self._by_duckdb(columns, {})
 
-    def _types(self):
-        "Column -> type in SQL, of those that hold whole numbers in the head; none where a piece could not be checked against the bytes."
+    def _types(self, ids):
+        "Column -> type in SQL and width (None: of the digits), of those that hold numbers in the head; none where the bytes could not be counted."
         head = self.head.replace(b'\r\n', b'\n')
         if self.packed != 'none' or self.layout.sep not in '\t,' or b'"' in head or b'\r' in head or head.startswith(b'\xef\xbb\xbf'): return {}
         lines = head.decode(errors='replace').split('\n')[self.layout.skip:-1]
         fields = zip(*(line.split(self.layout.sep) for line in lines if line.count(self.layout.sep) == len(self.header)-1))
-        whole = {c: [int(v) for v in values if v] for c, values in zip(self.header, fields) if all(re.fullmatch(r'|0|-?[1-9][0-9]{0,17}', v) for v in values)}
-        return {c: 'INTEGER' if max(map(abs, values)) < 2_000_000_000 else 'BIGINT' for c, values in whole.items() if values}
+        values = {c: {v for v in column if v} for c, column in zip(self.header, fields)}
+        whole = {c: max(abs(int(v)) for v in vs) for c, vs in values.items() if vs and all(re.fullmatch(r'0|-?[1-9][0-9]{0,17}', v) for v in vs)}
+        decimal = {c: len(min(vs)) for c, vs in values.items() if vs and all(re.fullmatch(r'[0-9]+\.[0-9]+', v) for v in vs)}
+        types = {c: ('INTEGER' if most < 2_000_000_000 else 'BIGINT', None) for c, most in whole.items()}
+        if len(whole) + len(decimal) == len(self.header): return types
+        one_width = {c: ('DOUBLE', n) for c, n in decimal.items() if len({len(v) for v in values[c]}) == 1}
+        return {c: t for c, t in (types | one_width).items() if c not in ids}
 
-    def _as_written(self, columns, types):
+    def _as_written(self, columns, types, no_letters):
         "Pieces of typed columns, as long as they are what is written in the file."
         newline, size = b'\r\n' if b'\r\n' in self.head else b'\n', self.path.stat().st_size
-        no_letters, block = len(types) == len(columns), np.empty(2**20, np.uint8)
+        block = np.empty(2**20, np.uint8)
         with open(self.path, 'rb') as f:
             for _ in range(self.layout.skip): f.readline()
             at = f.tell()
             for piece in self._by_duckdb(columns, types):
-                end = at + len(piece)*(len(columns)-1+len(newline)) + sum(map(_written, piece.columns))
+                end = at + len(piece)*(len(columns)-1+len(newline)) + sum(_written(piece[c], types.get(c, (None, None))[1]) for c in columns)
                 while no_letters and (n := f.readinto(memoryview(block)[:end-at])):
                     if block[:n].max() > ord('9'): raise _Stumbled
                     at += n
@@ -1820,7 +1826,7 @@ class _TextFile:
         if self.packed != 'none': _check_whole(self.path)
         l, quote = self.layout, "''" if self.layout.sep == '::' else quoted('"')
         options = dict(delim=quoted(l.sep), quote=quote, escape=quote, nullstr="''", comment="''", skip=l.skip, header='false', auto_detect='false',
-                       compression=quoted(self.packed), columns='{' + ', '.join(f"'c{i}': '{types.get(c, 'VARCHAR')}'" for i, c in enumerate(l.names)) + '}')
+                       compression=quoted(self.packed), columns='{' + ', '.join(f"'c{i}': '{types.get(c, ('VARCHAR', None))[0]}'" for i, c in enumerate(l.names)) + '}')
         name = quoted(re.sub(r'([*?\[])', r'[\1]', str(self.path))) # a name is no pattern
         query = f'select {", ".join(f"c{l.names.index(c)}" for c in columns)} from read_csv({name}, {", ".join(f"{k}={v}" for k, v in options.items())})'
         with tempfile.TemporaryDirectory(prefix='aerec_nb-') as folder, _duckdb(folder) as con:
@@ -1855,7 +1861,7 @@ class _ParquetFile:
     @property
     def header(self): return self.schema.names
 
-    def pieces(self, columns, as_text=False):
+    def pieces(self, columns, ids=None):
         "Tables of the columns in their own types."
         try:
             for batch in pq.ParquetFile(self.path).iter_batches(2**20, columns=[c for c in columns if c not in self.hive]):
@@ -1909,11 +1915,11 @@ class _Large:
         line, byte = _undecodable(path, encodings[-1])
         raise AerecError(f'{name}, line {line}: byte 0x{byte:02x} is not {" or ".join(encodings)}; correct it, or set encoding to what the file was written in')
 
-    def pieces(self, columns, as_text=False):
+    def pieces(self, columns, ids=None):
         "Tables of the columns, file after file; `_Stumbled` where a file has to be read in another way, the next time."
         for i, file in enumerate(self.files):
             try:
-                yield from file.pieces(columns, as_text)
+                yield from file.pieces(columns, ids)
             except (_Stumbled, UnicodeError) as e:
                 if isinstance(e, UnicodeError) and self.encoding is None and file.layout.encoding == 'utf-8' and _mostly_utf8(file.path):
                     self.encoding = 'utf-8' # damaged, which cp1252 would hide
@@ -1921,13 +1927,13 @@ class _Large:
                 self.files[i] = self._open_text(file.path)
                 raise _Stumbled from None
 
-    def scan(self, columns, take):
+    def scan(self, columns, ids, take):
         "Hand all pieces over to what `take()` gives, which begins anew when a file has to be read in another way; what it gave last."
         while True:
             taker = take()
             try:
                 with tqdm(desc=self.where, unit=' rows', unit_scale=True, mininterval=1, delay=1) as bar:
-                    for piece in self.pieces(columns):
+                    for piece in self.pieces(columns, ids):
                         taker(piece)
                         bar.update(len(piece))
                 return taker
@@ -1938,7 +1944,7 @@ class _Large:
         while True:
             found, n = [], 0
             try:
-                for piece in self.pieces(self.header, as_text=True):
+                for piece in self.pieces(self.header):
                     found.append(piece.filter(pyarrow.array(wanted[n:n+len(piece)])))
                     n += len(piece)
                     if sum(map(len, found)) >= most: break
@@ -2096,7 +2102,7 @@ def check_large(
     large.standard_columns([], columns)
     needless = [s for s, needed in (('event_id', large.handed_over), ('ingested_at', large.handed_over or at is not None)) if not needed]
     found = {s: own for own, s in _recognise(large.header, list(_MAKE), columns).items() if s not in needless}
-    with small_pages(): taken = large.scan(list(found.values()), lambda: _Columns(found, large, large.expected))
+    with small_pages(): taken = large.scan(list(found.values()), [found['user_id'], found['item_id']], lambda: _Columns(found, large, large.expected))
     if not taken.n: raise AerecError(f'{where}: the table has no rows')
     empty = [found[s] for s, column in taken.columns.items() if isinstance(column, _Values) and column.empty]
     used, why = large.standard_columns(empty, columns)
