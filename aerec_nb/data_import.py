@@ -14,7 +14,7 @@ __all__ = ['NAMES', 'ON_DUPLICATE', 'ON_BAD', 'CONTRACT', 'VERSION', 'GENRES', '
            'build_data_import', 'quarantine_table', 'plot_quarantine']
 
 # %% ../nbs/01_data_import.ipynb #abbd7005
-import bz2, codecs, csv, gzip, hashlib, io, lzma, os, re, shutil, subprocess, sys, tempfile, threading, time, urllib.request, zipfile, zlib
+import bz2, codecs, csv, gzip, io, lzma, os, re, shutil, subprocess, sys, tempfile, threading, time, urllib.request, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ from decimal import Decimal
 
 import duckdb
 import matplotlib.pyplot as plt
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 import numpy as np
 import pandas as pd
@@ -2287,8 +2288,13 @@ def _activity(user, item, n_users, n_items, timestamp):
 _POPULAR = 2000   # items whose popularity is kept, so that two data sets can be compared item by item
 _COLD = 5         # interactions below which a user or an item is cold
 
-def _quartiles(values):
-    return dict(zip(('min', '25 %', 'median', '75 %', 'max'), np.quantile(values, [0, .25, .5, .75, 1]).tolist()))
+_QUARTILES = ('min', '25 %', 'median', '75 %', 'max')
+
+def _quartiles(values): return dict(zip(_QUARTILES, np.quantile(values, [0, .25, .5, .75, 1]).tolist()))
+
+def _by_number(amounts):
+    "(number, amount) in the order of the numbers, which are keys: JSON keeps them as texts, and in no order."
+    return sorted((float(k), v) for k, v in amounts.items())
 
 def _plain_ids(ids): return [i if isinstance(i, (int, str)) else str(i) for i in np.asarray(ids).tolist()]
 
@@ -2339,7 +2345,7 @@ def facts_table(
 ) -> pd.DataFrame: # one column, `value`, written as people read it
     "Users, items, interactions, sparsity; how much a user has and an item gets; values, long tail, what is cold."
     f = facts
-    spread = lambda q: ' / '.join(f'{v:,.4g}' if v < 1000 else f'{v:,.0f}' for v in q.values())
+    spread = lambda q: ' / '.join(f'{q[k]:,.4g}' if q[k] < 1000 else f'{q[k]:,.0f}' for k in _QUARTILES)
     inner = lambda q: ' / '.join(f'{q[k]:.3f}' for k in ('25 %', 'median', '75 %'))
     rows = {**{k: f'{f[k]:,}' for k in ('users', 'items', 'interactions')}, 'sparsity': f'{f["sparsity"]:.4f}',
             'per user: min / 25 % / median / 75 % / max': spread(f['per_user']),
@@ -2347,7 +2353,7 @@ def facts_table(
     if 'times' in f: rows['from / to'] = ' / '.join(f['times'])
     if 'counts' in f: rows['count: min / 25 % / median / 75 % / max'] = spread(f['counts'])
     if 'mean_rating' in f: rows['mean rating'] = f'{f["mean_rating"]:.3f}'
-    rows |= {f'share of rating {k}': f'{v:.4f}' for k, v in f.get('rating_shares', {}).items()}
+    rows |= {f'share of rating {k:g}': f'{v:.4f}' for k, v in _by_number(f.get('rating_shares', {}))}
     if 'rating_by_user' in f:
         by_user = f['rating_by_user']
         rows['mean rating of a user: 25 % / median / 75 %'] = inner(by_user['mean'])
@@ -2426,19 +2432,27 @@ def _edges(activity):
     starts = pd.to_datetime(activity['start'])
     return starts.append(pd.DatetimeIndex([starts[-1]+(starts[-1]-starts[-2]) if len(starts) > 1 else starts[-1]+pd.Timedelta(hours=1)]))
 
+def _label_dates(ax):
+    "Dates that do not run into one another."
+    locator = AutoDateLocator(minticks=3, maxticks=6)
+    ax.xaxis.set_major_locator(locator)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+
 def _plot_interactions(ax, activity):
     ax.stairs(activity['interactions'], _edges(activity), fill=True, color='#0072B2')
     ax.set(title='Activity', xlabel='time', ylabel=f'interactions per {activity["period"]}')
+    _label_dates(ax)
 
 def _plot_newcomers(ax, activity):
     for what, color in (('users', '#D55E00'), ('items', '#009E73')):
         seen = np.append(0, np.cumsum(activity[f'new_{what}']))
         ax.plot(_edges(activity), seen/seen[-1], color=color, label=f'{seen[-1]:,} {what}')
     ax.set(title='Seen for the first time', xlabel='time', ylabel='share seen so far', ylim=(0, 1.03))
+    _label_dates(ax)
     ax.legend(frameon=False, loc='lower right')
 
 def _plot_by_user(ax, by_user):
-    edges, users = [float(e) for e in by_user['means']], list(by_user['means'].values())
+    edges, users = zip(*_by_number(by_user['means']))
     ax.bar(edges, users, width=by_user['step'], align='edge', color='#CC79A7', edgecolor='white')
     ax.axvline(by_user['mean']['median'], color='#D55E00', label=f'median {by_user["mean"]["median"]:.2f}\nspread of a user {by_user["spread"]["median"]:.2f}')
     ax.set(title='How users rate', xlabel="mean of a user's ratings", ylabel='users')
@@ -2447,7 +2461,8 @@ def _plot_by_user(ax, by_user):
 def _plot_concentration(ax, facts):
     for what, color in (('item', '#009E73'), ('user', '#D55E00')):
         c = facts[f'{what}_concentration']
-        ax.plot([float(p) for p in c['top']], [100*v for v in c['top'].values()], color=color, label=f'{what}s (Gini {c["gini"]:.2f})')
+        shares, held = zip(*_by_number(c['top']))
+        ax.plot(shares, 100*np.array(held), color=color, label=f'{what}s (Gini {c["gini"]:.2f})')
     ax.plot([0, 100], [0, 100], color='.6', lw=1, ls='--', label='all alike')
     ax.set(title='Concentration', xlabel='most active, % of them', ylabel='% of interactions')
     ax.legend(frameon=False, loc='lower right')
