@@ -19,8 +19,8 @@ from scipy.sparse import csr_matrix
 from .configuration import AerecError
 from .model_preprocessing import Split
 from .modeling import block_rows, load_model, score_blocks, top_k
-from .postprocessing import Candidates, Chain, IdIndex, with_titles
-from .runs import open_run, write_parquet
+from .postprocessing import Candidates, Chain, IdIndex
+from .runs import write_parquet
 
 # %% ../nbs/04_inference.ipynb #651b96fe
 class UnknownUser(AerecError):

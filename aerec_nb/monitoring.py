@@ -22,7 +22,7 @@ from .events import EventLog, events_url, load_events, new_event, simulated_reac
 from .inference import Recommender
 from .packaging import head_items, headline, load_bundle
 from .postprocessing import load_ban_list
-from .runs import all_runs, open_run, read_json, write_json, write_parquet
+from .runs import all_runs, read_json, write_json, write_parquet
 
 # %% ../nbs/06_monitoring.ipynb #fcc08b64
 class Window:

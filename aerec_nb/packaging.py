@@ -8,22 +8,20 @@ __all__ = ['SCHEMA', 'ALIASES', 'golden_requests', 'same_answer', 'head_items', 
            'build_packaging', 'describe_packaging', 'bundle_files', 'plot_packaging']
 
 # %% ../nbs/05_packaging.ipynb #f4222caf
-import getpass, json, logging, os, re, shutil, time, warnings
-from contextlib import contextmanager
+import getpass, json, os, re, shutil, time
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import sqlalchemy as sa
 from fastcore.basics import patch
-from filelock import FileLock, Timeout
 from safetensors.numpy import load_file, save
 from scipy.sparse import csr_matrix
 from .configuration import AerecError, hide_secrets, load_settings, project_dir
 from .inference import Recommender, load_recommender
 from .modeling import load_model, save_model
 from .postprocessing import Chain
-from .runs import atomic_path, open_run, read_json, read_manifest, sha256_file, sha256_json, versions as package_versions, write_json, write_parquet
+from .runs import alone, atomic_path, mlflow_module, read_json, read_manifest, sha256_file, sha256_json, versions as package_versions, write_json, write_parquet
 
 # %% ../nbs/05_packaging.ipynb #3922f02f
 SCHEMA = 1 # version of the layout of a bundle
@@ -203,26 +201,11 @@ def _version_changes(folder:Path) -> str:
     return ', '.join(f'{name} {then[name]} -> {now.get(name)}' for name in then if then[name] != now.get(name)) or 'the versions are the same'
 
 # %% ../nbs/05_packaging.ipynb #5f10c406
-os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')
-os.environ.setdefault('DO_NOT_TRACK', 'true')
 ALIASES = ('dev', 'stage', 'live', 'test') # one an environment
-
-@contextmanager
-def _locked(path:Path, seconds:float=60):
-    "Alone with a file, across processes."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(f'{path}.lock', timeout=seconds): yield
-    except Timeout: raise AerecError(f'{path}: another process has held the lock for {seconds:.0f} s; wait for it, or end it') from None
 
 def _registry_client(uri:str):
     "MLflow's client for model versions alone: it makes no folder for experiments."
-    for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='IProgress not found') # MLflow asks for a progress bar that it does not use here
-        from mlflow.tracking._model_registry.client import ModelRegistryClient
-    for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.WARNING)
-    try: return ModelRegistryClient(uri, uri)
+    try: return mlflow_module('mlflow.tracking._model_registry.client').ModelRegistryClient(uri, uri)
     except Exception as e: raise AerecError(hide_secrets(f'packaging.registry_uri {uri}: MLflow cannot open it: {str(e).splitlines()[0]}')) from None
 
 # %% ../nbs/05_packaging.ipynb #50519158
@@ -255,7 +238,7 @@ class Registry:
         self.uri, self.bundles_dir, self.name, self.promoters = uri, Path(bundles_dir).absolute(), name, promoters
         own = sa.make_url(uri) if uri.startswith('sqlite') else None
         self._file = Path(own.database).absolute() if own is not None else self.bundles_dir.parent/'registry_history.db'
-        with _locked(self._file):
+        with alone(self._file):
             self._mlflow = _registry_client(uri)
             self._engine, self._table = sa.create_engine(f'sqlite:///{self._file}', connect_args={'timeout': 30}), _history_table()
             _make_history(self._engine, self._table)
@@ -287,7 +270,7 @@ def register(self:Registry, bundle_folder:Path # a bundle
     "Verify a bundle, keep a copy of it, and give it a version."
     recommender = load_bundle(bundle_folder)
     id = recommender.info['id']
-    with _locked(self._file):
+    with alone(self._file):
         kept = _keep_copy(Path(bundle_folder), self.bundles_dir, id)
         for v in self.versions():
             if v.tags.get('bundle') == id: return int(v.version)
@@ -360,7 +343,7 @@ def promote(self:Registry, version:int, # a registered version
     by = _whoami(by)
     self._check_promoter(alias, by, promoters)
     load_bundle(self.resolve(version))
-    with _locked(self._file):
+    with alone(self._file):
         before = self.current(alias)
         if before == version: return f'{self.name}: {alias} is version {version} already'
         return self._move('promote', alias, before, version, by, why)
@@ -400,7 +383,7 @@ def rollback(self:Registry, alias:str, # dev, stage, live or test
     _check_alias(alias)
     by = _whoami(by)
     self._check_promoter(alias, by)
-    with _locked(self._file):
+    with alone(self._file):
         stack = self._stack(alias)
         if len(stack) < 2: raise AerecError(f'{self.name}: {alias} has no earlier version to go back to')
         load_bundle(self.resolve(stack[-2]))

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from .configuration import AerecError, project_dir
 from .model_preprocessing import Split
-from .runs import open_run, read_json, sha256_file, write_json, write_parquet
+from .runs import read_json, sha256_file, write_json, write_parquet
 
 # %% ../nbs/04a_postprocessing.ipynb #5eaa1f5b
 class IdIndex:

@@ -35,7 +35,7 @@ from .events import EventLog, MAX_ID, events_url, new_event, save_events, simula
 from .inference import Recommender, UnknownUser
 from .packaging import load_bundle
 from .postprocessing import load_ban_list
-from .runs import open_run, read_json, write_json, write_parquet
+from .runs import read_json, write_json, write_parquet
 
 # %% ../nbs/05a_serving.ipynb #9dc8bddd
 MAX_HISTORY = 10_000 # items in a history or an exclusion list

@@ -7,8 +7,8 @@ __all__ = ['Progress', 'Checkpoints', 'train', 'plot_history', 'ExperimentLog', 
            'hyperparameter_table', 'read_histories']
 
 # %% ../nbs/03_training.ipynb #70c3b42d
-import logging, os, sys, time, warnings
-from contextlib import contextmanager, nullcontext
+import os, sys, time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from filelock import FileLock, Timeout
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from .configuration import AerecError, show_value
 from .model_preprocessing import Fold, Split
 from .modeling import create_model, save_model
 from .neural_models import Diverged
-from .runs import atomic_path, code_hash, peak_memory_mib, read_json, sha256_file, sha256_json, versions, write_json, write_parquet
+from .runs import alone, atomic_path, code_hash, mlflow_module, peak_memory_mib, read_json, sha256_file, sha256_json, versions, write_json, write_parquet
 from .validation import METRICS, evaluate
 
 # %% ../nbs/03_training.ipynb #f3a9ba34
@@ -194,25 +193,10 @@ def plot_history(histories: dict, # model -> what `train` returned
     return fig
 
 # %% ../nbs/03_training.ipynb #f9eec94c
-os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')
-os.environ.setdefault('DO_NOT_TRACK', 'true')
-
-@contextmanager
-def _alone(path: Path, seconds: float = 60):
-    "Alone with a file, across processes: MLflow's first open of a SQLite file runs migrations."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(f'{path}.lock', timeout=seconds): yield
-    except Timeout: raise AerecError(f'{show_value(path)}: another process has held the lock for {seconds:.0f} s; wait for it, or end it') from None
-
 def _mlflow_client(uri: str, seconds: int = 10):
     "MLflow's client of a SQLite file or a server."
     for name,value in (('MAX_RETRIES', 2), ('TIMEOUT', seconds)): os.environ.setdefault(f'MLFLOW_HTTP_REQUEST_{name}', str(value))
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='IProgress not found') # MLflow asks for a progress bar that it does not use here
-        from mlflow.tracking import MlflowClient
-    for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return mlflow_module('mlflow.tracking').MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 # %% ../nbs/03_training.ipynb #1ac2ecc6
 class ExperimentLog:
@@ -225,7 +209,7 @@ class ExperimentLog:
         self.uri,self.run_id = uri, None
         file = Path(uri.removeprefix('sqlite:///')) if uri.startswith('sqlite:///') else None
         try:
-            with _alone(file) if file else nullcontext():
+            with alone(file) if file else nullcontext():
                 self._client = _mlflow_client(uri)
                 known = self._client.get_experiment_by_name(name)
                 self.experiment_id = known.experiment_id if known else self._client.create_experiment(name, artifacts.absolute().as_uri() if artifacts else None)
@@ -277,8 +261,8 @@ def epoch(self: ExperimentLog, row: dict # of the history
 
 @patch
 def _metrics(self: ExperimentLog, values: dict, step: int):
-    from mlflow.entities import Metric
-    self._tell('log_batch', self.run_id, metrics=[Metric(k, float(v), int(time.time()*1000), step) for k,v in values.items() if np.isfinite(v)])
+    entities = mlflow_module('mlflow.entities')
+    self._tell('log_batch', self.run_id, metrics=[entities.Metric(k, float(v), int(time.time()*1000), step) for k,v in values.items() if np.isfinite(v)])
 
 @patch
 def fail(self: ExperimentLog):
