@@ -561,7 +561,7 @@ def check_ratings(
         typed = _convert(raw[good].reset_index(drop=True), found, where).set_axis(raw.index[good])
     known = typed if at is None else known_at(typed, at, where)
     ratings, n_duplicates = _one_per_pair(known.drop(columns=['ingested_at', 'event_id'], errors='ignore'), on_duplicate, where)
-    unused = [f'{c} (empty)' if raw[c].isna().all() else str(c) for c in raw.columns if c not in found.values() and c != _FAULT]
+    unused = [f'{c} (empty)' if _empty(raw[c]) else str(c) for c in raw.columns if c not in found.values() and c != _FAULT]
     return Checked(ratings.reset_index(drop=True), _set_aside(problems, raw), found, why, len(typed)-len(known), n_duplicates,
                    len(raw), unused, raw.attrs.get('encoding'))
 
@@ -1877,15 +1877,16 @@ class _ParquetFile:
 # %% ../nbs/01_data_import.ipynb #3c15e510
 class _Large:
     "The files of a large source, and the ways in which they are read."
-    def __init__(self, paths, root, where, encoding):
-        self.paths, self.root, self.where, self.encoding, self.tried = paths, root, where, encoding, dict.fromkeys(paths, 0)
+    def __init__(self, paths, root, name, encoding, where=None): # where: the name for errors, if it is another
+        self.paths, self.root, self.name, self.encoding, self.tried = paths, root, name, encoding, dict.fromkeys(paths, 0)
+        self.where = where or name
         with open_table(paths[0]) as f: self.is_parquet = f.read(4) == b'PAR1' or paths[0].name.endswith('.parquet')
         self.handed_over = False
         if self.is_parquet: self._open_parquet()
         else: self.files = [self._open_text(p) for p in paths]
-        _same_columns(where, {f.name: sorted(f.header) if self.is_parquet else f.header for f in self.files})
+        _same_columns(name, {f.name: sorted(f.header) if self.is_parquet else f.header for f in self.files})
         self.header, self.expected = self.files[0].header, max(2**16, sum(f.expected for f in self.files))
-        _check_names(self.header, where)
+        _check_names(self.header, self.where)
 
     def _name(self, path): return path.name if self.root is None else path.relative_to(self.root).as_posix()
 
@@ -1898,7 +1899,7 @@ class _Large:
             hives[path] = {c: v for c, v in (_hive(path, self.root) if self.root else {}).items() if c not in schema.names}
             schemas[path] = pyarrow.schema([*schema, *(pyarrow.field(c, pyarrow.string()) for c in hives[path])])
         try: whole = pyarrow.unify_schemas(list(schemas.values()), promote_options='permissive')
-        except pyarrow.ArrowException as e: raise AerecError(f'{self.where}: the parts do not fit together: {_first_line(e)}') from None
+        except pyarrow.ArrowException as e: raise AerecError(f'{self.name}: the parts do not fit together: {_first_line(e)}') from None
         self.files = [_ParquetFile(p, self._name(p), pyarrow.schema([whole.field(c) for c in schemas[p].names]), hives[p], rows[p]) for p in self.paths]
 
     def _open_text(self, path):
@@ -1933,7 +1934,7 @@ class _Large:
         while True:
             taker = take()
             try:
-                with tqdm(desc=self.where, unit=' rows', unit_scale=True, mininterval=1, delay=1) as bar:
+                with tqdm(desc=self.name, unit=' rows', unit_scale=True, mininterval=1, delay=1) as bar:
                     for piece in self.pieces(columns, ids):
                         taker(piece)
                         bar.update(len(piece))
@@ -2050,7 +2051,7 @@ def _categories(ids, large, own, keep):
         codes, used = codes[keep], np.zeros(len(distinct), bool)
         used[codes] = True
     numbers, different = pd.factorize(_ids(distinct[used].reset_index(drop=True), large.where, own))
-    if len(different) == len(used): return pd.Categorical.from_codes(codes, pd.Index(different), validate=False)
+    if keep is None and len(different) == len(used): return pd.Categorical.from_codes(codes, pd.Index(different), validate=False)
     place = np.full(len(used), -1, np.int32)
     place[used] = numbers
     return _in_first_order(place[codes], different)
@@ -2142,7 +2143,7 @@ def _as_large(source, encoding, large_mb):
     files = source.files('ratings')
     if not files or sum(map(_size_as_text, files)) <= large_mb*1e6: return None
     table = source.ratings.zip.found.ratings if isinstance(source.ratings, Zipped) else source.ratings
-    return _Large(files, table.root if isinstance(table, Parts) else None, source.ratings.name, encoding)
+    return _Large(files, table.root if isinstance(table, Parts) else None, source.ratings.name, encoding, getattr(source.ratings, 'where', None))
 
 def check_source(
     source: Source, # where the ratings are
