@@ -291,6 +291,10 @@ class Split:
     @cached_property
     def train(self): return _rows_of(self._part(TRAIN), self._rows)
     @cached_property
+    def train_and_valid(self): # of the users and items of train
+        if self.kind == 'strong': return self.train
+        return _rows_of(self._part(TRAIN, VALID), self._rows)
+    @cached_property
     def valid(self):
         if not (self.part == VALID).any(): return None
         return self._fold([VALID_INPUT] if self.kind == 'strong' else [TRAIN], VALID)
@@ -526,6 +530,25 @@ def _check_targets(split):
             raise AerecError(f'split {split.kind!r} leaves nobody a {name} target: it needs {_NEEDS[split.kind].format(n=n, n2=2*n)}, '
                              f'and the longest of {split.interactions.n_users:,} histories has {np.diff(split.interactions.matrix.indptr).max()}; '
                              + dict(temporal='move the cut', strong='raise n_heldout_users').get(split.kind, 'lower valid_sample_size') + ', or bring more data')
+
+# %% ../nbs/01b_model_preprocessing.ipynb #c96e94b8
+@patch
+def redraw_valid(self: Split,
+    share: float = .125, # of what train and valid have of each user, at least one item; never more than the split's own n
+    seed: int = 0,       # of the draw; `leave_last` takes the last by time
+) -> Split: # strong and temporal, which hold out no share of histories: the split itself
+    "The split with a smaller validation fold."
+    if self.kind in ('strong', 'temporal'): return self
+    inter,part = self.interactions, np.where(self.part == VALID, TRAIN, self.part).astype(np.int8)
+    order = _file_order(inter)
+    order = _by(order, inter.times) if self.kind == 'leave_last' else order[np.random.default_rng(seed).permutation(len(order))]
+    free = _by_user(inter, order)
+    free = free[part[free] == TRAIN]
+    counts = np.bincount(inter.rows[free], minlength=inter.n_users)
+    n = np.clip(np.round(share*counts), 1, self.valid_sample_size).astype(np.int64)
+    from_end = np.repeat(np.cumsum(counts), counts) - np.arange(len(free)) - 1
+    part[free[from_end < np.repeat(np.where(counts > 1, n, 0), counts)]] = VALID
+    return replace(self, part=part, seed=seed)
 
 # %% ../nbs/01b_model_preprocessing.ipynb #4a2ce4d7
 @patch

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['check_histories', 'check_value', 'check_device', 'Model', 'block_rows', 'scores_bytes', 'Plan', 'free_gib',
            'limit_gib', 'check_memory', 'check_plan', 'model_names', 'register_model', 'model_class', 'hyperparameters',
-           'create_model', 'plan', 'save_model', 'load_model', 'score_blocks', 'mask_history', 'top_k', 'Blend',
-           'AutoEncoder', 'configured_models', 'build_modeling', 'describe_models', 'plot_plan']
+           'create_model', 'plan', 'save_model', 'load_model', 'score_blocks', 'mask_history', 'top_k', 'standardise',
+           'Blend', 'AutoEncoder', 'configured_models', 'build_modeling', 'describe_models', 'plot_plan']
 
 # %% ../nbs/02_modeling.ipynb #e910e62b
 import importlib, inspect, json, math
@@ -364,6 +364,21 @@ def top_k(scores: np.ndarray, # [n, n_items], or [n_items]
     top,values = np.take_along_axis(top, order, 1), np.take_along_axis(values, order, 1)
     return (top[0], values[0]) if single else (top, values)
 
+# %% ../nbs/02_modeling.ipynb #799edd1c
+def standardise(
+    scores: np.ndarray, # float32 [n, n_items], changed in place
+    history: sparse.csr_matrix, # [n, n_items]
+) -> np.ndarray: # the same; a row whose unseen items all have one score becomes zeros there
+    "Scores with mean 0 and standard deviation 1 over the items that a history does not have, row by row."
+    rows = np.repeat(np.arange(history.shape[0]), np.diff(history.indptr))
+    n = np.maximum(1, scores.shape[1] - np.diff(history.indptr))
+    mean = (scores.sum(1, dtype=np.float64) - np.bincount(rows, scores[rows, history.indices], minlength=len(scores)))/n
+    scores -= mean[:, None].astype(np.float32)
+    squares = np.einsum('ij,ij->i', scores, scores, dtype=np.float64) - np.bincount(rows, scores[rows, history.indices].astype(np.float64)**2, minlength=len(scores))
+    spread = np.sqrt(np.maximum(squares, 0)/n)
+    scores /= np.where(spread > 1e-6*np.abs(mean), spread, np.inf)[:, None].astype(np.float32) # rounding is no spread
+    return scores
+
 # %% ../nbs/02_modeling.ipynb #a75340e4
 class Blend(Model):
     "A weighted sum of models, each on one scale."
@@ -377,6 +392,16 @@ class Blend(Model):
         if not members or len(weights) != len(members): raise AerecError(f'blend: {len(members)} members and {len(weights)} weights; it takes one weight a member, and at least one member')
         super().__init__(members=members, weights=weights)
         self.models = [create_model(m['name'], **m.get('hyperparameters', {})) for m in members]
+
+    @classmethod
+    def of(cls, models: list,  # fitted, on one vocabulary
+           weights: list = None, # a number each; None: all alike
+          ): # -> Blend, fitted
+        "A blend of models that are fitted."
+        if len({m.n_items for m in models}) != 1 or models[0].n_items is None: raise AerecError('blend: its members must be fitted, and on the same items')
+        blend = cls([dict(name=m.name, hyperparameters=m.hyperparameters) for m in models], weights)
+        blend.models,blend.n_items = list(models), models[0].n_items
+        return blend
 
     def cost(self, n_users, n_items, nnz):
         costs = [m.cost(n_users, n_items, nnz) for m in self.models]
@@ -394,10 +419,9 @@ class Blend(Model):
     def _score(self, history):
         total = np.zeros(history.shape, np.float32)
         for m,weight in zip(self.models, self.weights):
-            s = m.score(history)
-            s -= s.mean(1, keepdims=True)
-            s *= np.float32(weight)/np.maximum(s.std(1, keepdims=True), np.float32(1e-12))
-            total += s
+            scores = standardise(m.score(history), history)
+            scores *= np.float32(weight)
+            total += scores
         return total
 
     def to(self, device):
