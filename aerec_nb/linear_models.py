@@ -94,15 +94,16 @@ def solver_dtype(condition: float # of the system
 # %% ../nbs/02a_linear_models.ipynb #39e56005
 class LinearAutoEncoder(Model):
     "What the closed-form models share: one system, one column scale, two forms."
-    fitted = ('B', 'T', 'K', 'R', 'g', 'inward', 'outward', 'own', 'G', 'F', 'counts', 'lengths')
-    B = T = K = R = g = inward = outward = own = G = F = counts = lengths = None
+    fitted = ('head', 'B', 'T', 'K', 'R', 'g', 'inward', 'outward', 'own', 'G', 'F', 'counts', 'lengths')
+    head = B = T = K = R = g = inward = outward = own = G = F = counts = lengths = None
     dropout = xi = 0.
 
-    def __init__(self, form, keep_gram, **hp):
+    def __init__(self, form, keep_gram, max_items, **hp):
         if form not in ('auto', 'primal', 'dual'): raise AerecError(f'form = {form!r}: it must be auto, primal or dual')
         if not isinstance(keep_gram, bool): raise AerecError(f'keep_gram = {keep_gram!r}: it must be True or False')
         high = dict(dropout=1, xi=1)
-        super().__init__(**{k: check_value(k, v, 0, high.get(k, np.inf), open=k == 'lam') for k,v in hp.items()}, form=form, keep_gram=keep_gram)
+        super().__init__(**{k: check_value(k, v, 0, high.get(k, np.inf), open=k == 'lam') for k,v in hp.items()}, form=form, keep_gram=keep_gram,
+                         max_items=max_items if max_items is None else check_value('max_items', max_items, 1, kind=int))
 
     def _strength(self, squares):
         "Lambda, given the weight of each item."
@@ -196,6 +197,9 @@ def _system(self: LinearAutoEncoder, train, item_features):
 @patch
 def _fit(self: LinearAutoEncoder, train, item_features):
     for name in self.fitted: setattr(self, name, None)
+    if self.n_head(train.shape[1]) < train.shape[1]:
+        self.head = np.sort(np.argsort(-np.bincount(train.indices, minlength=train.shape[1]), kind='stable')[:self.max_items])
+        train,item_features = train[:, self.head], item_features if item_features is None else sparse.csr_matrix(item_features)[self.head]
     system = self._system(train, item_features)
     if self.keep_gram and system.form == 'primal': self.G,self.F,self.counts,self.lengths = system.G.copy(), system.F, system.counts, system.lengths
     self._weigh(system, *self._solve(system))
@@ -256,6 +260,13 @@ def quadratic(T: sparse.csr_matrix, # [n_items, m]
 # %% ../nbs/02a_linear_models.ipynb #c8165880
 @patch
 def _score(self: LinearAutoEncoder, history):
+    if self.head is None: return self._score_all(history)
+    scores = np.zeros(history.shape, np.float32)
+    scores[:, self.head] = self._score_all(history[:, self.head])
+    return scores
+
+@patch
+def _score_all(self: LinearAutoEncoder, history):
     if self.B is not None: return history @ self.B
     h = scaled(history, columns=self.inward)
     if self.R is None: z = self.T @ (self.K @ multiply(h, self.T).T).astype(self.T.dtype) # [n_items, n]
@@ -276,8 +287,13 @@ def _costs(self: LinearAutoEncoder, n_users, n_items, nnz):
     return dict(primal=primal, dual=dual)
 
 @patch
+def n_head(self: LinearAutoEncoder, n_items: int) -> int: # items that take part
+    "All items, or as many as `max_items` lets in."
+    return n_items if self.max_items is None else min(self.max_items, n_items)
+
+@patch
 def cost(self: LinearAutoEncoder, n_users, n_items, nnz):
-    costs = self._costs(n_users, n_items, nnz)
+    costs = self._costs(n_users, self.n_head(n_items), nnz)
     if self.form != 'auto': return self.form, *costs[self.form]
     first,second = sorted(costs, key=lambda form: costs[form][1])
     limit = 2**30*limit_gib(self.max_memory_gib)
@@ -286,8 +302,10 @@ def cost(self: LinearAutoEncoder, n_users, n_items, nnz):
 
 @patch
 def scoring(self: LinearAutoEncoder, n_users, n_items, nnz):
-    if self.cost(n_users, n_items, nnz)[0] == 'primal': return 4*n_items**2*(1+self.keep_gram) + scores_bytes(n_users, n_items)
-    return 8*n_users**2 + 12*nnz + scores_bytes(n_users, n_items, 4*n_items + 12*n_users)
+    n_head = self.n_head(n_items)
+    copy = 4*n_head*(n_head < n_items) # a row of scores beside the wider one that it is put into
+    if self.cost(n_users, n_items, nnz)[0] == 'primal': return 4*n_head**2*(1+self.keep_gram) + scores_bytes(n_users, n_items, copy)
+    return 8*n_users**2 + 12*nnz + scores_bytes(n_users, n_items, 4*n_head + 12*n_users + copy)
 
 # %% ../nbs/02a_linear_models.ipynb #31d14996
 class EASE(LinearAutoEncoder):
@@ -301,8 +319,9 @@ class EASE(LinearAutoEncoder):
         feature_weight: float = 5., # what a row of item features counts, if there are features
         form: str = 'auto',        # primal (items x items), dual (users x users), or auto: what costs less
         keep_gram: bool = False,   # keep what `update` needs in the primal form: as much memory again
+        max_items: int = None,     # at most so many items take part, the most popular ones; the others score 0; None: all
     ):
-        super().__init__(lam=lam, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram)
+        super().__init__(lam=lam, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram, max_items=max_items)
 
 # %% ../nbs/02a_linear_models.ipynb #a77c2ecb
 class DLAE(LinearAutoEncoder):
@@ -312,9 +331,9 @@ class DLAE(LinearAutoEncoder):
     def __init__(self,
         lam: float = 100.,    # L2 strength
         dropout: float = .3,  # share of each history that training drops
-        user_power: float = 0., item_power: float = 0., feature_weight: float = 5., form: str = 'auto', keep_gram: bool = False, # as in `EASE`
+        user_power: float = 0., item_power: float = 0., feature_weight: float = 5., form: str = 'auto', keep_gram: bool = False, max_items: int = None, # as in `EASE`
     ):
-        super().__init__(lam=lam, dropout=dropout, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram)
+        super().__init__(lam=lam, dropout=dropout, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram, max_items=max_items)
 
 class EDLAE(DLAE):
     "Emphasised denoising linear autoencoder (Steck 2020): rebuilds the dropped from the kept alone."
@@ -327,9 +346,9 @@ class RLAE(LinearAutoEncoder):
     def __init__(self,
         lam: float = 200.,    # L2 strength
         xi: float = .3,       # bound on an item's weight on itself
-        user_power: float = 0., item_power: float = 0., feature_weight: float = 5., form: str = 'auto', keep_gram: bool = False, # as in `EASE`
+        user_power: float = 0., item_power: float = 0., feature_weight: float = 5., form: str = 'auto', keep_gram: bool = False, max_items: int = None, # as in `EASE`
     ):
-        super().__init__(lam=lam, xi=xi, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram)
+        super().__init__(lam=lam, xi=xi, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram, max_items=max_items)
 
 class RDLAE(LinearAutoEncoder):
     "Denoising linear autoencoder with relaxed diagonal (Moon et al. 2023)."
@@ -339,9 +358,9 @@ class RDLAE(LinearAutoEncoder):
         lam: float = 100.,    # L2 strength
         dropout: float = .3,  # share of each history that training drops
         xi: float = .3,       # bound on an item's weight on itself
-        user_power: float = 0., item_power: float = 0., feature_weight: float = 5., form: str = 'auto', keep_gram: bool = False, # as in `EASE`
+        user_power: float = 0., item_power: float = 0., feature_weight: float = 5., form: str = 'auto', keep_gram: bool = False, max_items: int = None, # as in `EASE`
     ):
-        super().__init__(lam=lam, dropout=dropout, xi=xi, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram)
+        super().__init__(lam=lam, dropout=dropout, xi=xi, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram, max_items=max_items)
 
 # %% ../nbs/02a_linear_models.ipynb #a3466342
 EIGEN_PAYS = 24 # values of lam from which one eigendecomposition is taken for all of them
@@ -374,8 +393,9 @@ def solve_path(model: LinearAutoEncoder,  # not fitted; its hyperparameters hold
                **values                   # hyperparameter -> the values it shall take: lam=[50, 200], xi=[.1, .5]
               ): # yields fitted models, all combinations; xi and item_power change fastest
     "The models of a grid, each as if it had been fitted alone, sharing what they can."
-    unknown = [k for k in values if k not in model.hyperparameters or k in ('form', 'keep_gram')]
-    if unknown: raise AerecError(f'{model.name} has no path over {unknown[0]}: it has ' + ', '.join(k for k in model.hyperparameters if k not in ('form', 'keep_gram')))
+    unknown = [k for k in values if k not in model.hyperparameters or k in ('form', 'keep_gram', 'max_items')]
+    if unknown: raise AerecError(f'{model.name} has no path over {unknown[0]}: it has ' + ', '.join(k for k in model.hyperparameters if k not in ('form', 'keep_gram', 'max_items')))
+    if model.max_items is not None: raise AerecError(f'{model.name}: a path takes all items; leave max_items out')
     train = model._begin(train)
     (m,n),eigen = train.shape, len(values.get('lam', ())) >= EIGEN_PAYS
     check_memory(f'a path of {model.name}', (36 if eigen else 12)*n**2 if model.cost(m, n, train.nnz)[0] == 'primal' else 24*m**2 + 12*m*n*eigen, model.max_memory_gib, 'fit fewer models, one after another')
@@ -437,6 +457,7 @@ def _resolve(self: LinearAutoEncoder, G, F, counts, lengths):
 def _can_change(self: LinearAutoEncoder):
     "The number of items, if the model has what it takes to change; `AerecError` otherwise."
     if self.n_items is None: raise AerecError(f'{self.name} is not fitted: call fit(train)')
+    if self.head is not None: raise AerecError(f'{self.name}: with max_items, who is popular enough may change; fit it again')
     if self.K is None and self.G is None:
         raise AerecError(f'{self.name}: this model does not have the Gram matrix that changing it takes; fit it with keep_gram=True ({4*self.n_items**2/2**30:.2g} GiB more), or fit it again on all users')
     return self.n_items
