@@ -299,7 +299,7 @@ class SplitSettings(Section):
 # %% ../nbs/00_configuration.ipynb #584ab474
 class ModelSettings(Section):
     "Which models, and the knobs of their shape; None is the model's own default."
-    models: Texts = Field(['popularity', 'ease', 'autoencoder'], min_length=1, description='models to train and compare')
+    models: Texts = Field(['popularity', 'ease', 'autoencoder'], min_length=1, description='models to train and compare; auto among them: one that is searched for within budget_s')
     model: str|None = Field(None, description='train this one only')
     lam: float|None = Field(None, gt=0, description='L2 strength of closed-form models')
     xi: float|None = Field(None, ge=0, lt=1, description="rlae, rdlae: bound on an item's weight on itself")
@@ -329,6 +329,8 @@ class TrainingSettings(Section):
     clip_norm: float|None = Field(None, ge=0, description='longest gradient; 0: any')
     patience: int|None = Field(None, ge=1, description='epochs without improvement before training stops')
     valid_metric: Literal['ndcg', 'recall', 'hit', 'hit_rate'] = Field('ndcg', description='what decides the best epoch, on validation')
+    tune_trials: int = Field(0, ge=0, description='trials of a search for the hyperparameters that were not given, for each model that says where to look; 0: none')
+    budget_s: float = Field(600., gt=0, description='seconds that the model auto may look for, tune, choose and blend models')
     max_valid_users: int = Field(10_000, ge=1, description='validation users that training looks at after an epoch; more are sampled')
     checkpoint_s: float = Field(60., ge=0, description='seconds between checkpoints; 0: after every batch')
     tracking_uri: str|None = Field(None, description='MLflow server for the experiment log; None: the embedded SQLite file in var/; off: none')

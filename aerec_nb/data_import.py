@@ -1748,6 +1748,8 @@ class _Stumbled(Exception):
 def _duckdb(folder):
     "A connection that takes no more than a part of the memory, leaves nothing behind and fetches nothing."
     con = duckdb.connect(config=dict(memory_limit='1GB', threads=_n_threads(), temp_directory=str(folder), autoinstall_known_extensions=False))
+    try: con.execute('set enable_progress_bar = false') # or it would write to what others read
+    except duckdb.InvalidInputException: pass # in a notebook without ipywidgets it is off, and cannot be set
     con.execute("set preserve_insertion_order = true; set streaming_buffer_size = '64MB'") # parsed ahead while a piece is worked on
     return con
 

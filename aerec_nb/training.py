@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Progress', 'Checkpoints', 'train', 'Tuning', 'tune', 'plot_tuning', 'Shortlists', 'blend_weights', 'blend_gain',
            'machine_speed', 'closed_form_items', 'net_settings', 'auto', 'plot_history', 'ExperimentLog',
-           'build_training', 'describe_training', 'hyperparameter_table', 'read_histories']
+           'build_training', 'describe_training', 'hyperparameter_table', 'describe_search', 'read_histories']
 
 # %% ../nbs/03_training.ipynb #05959c3d
 import importlib.util, math, os, sys, time, warnings
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .configuration import AerecError, show_value
 from .model_preprocessing import Fold, Split
-from .modeling import Blend, Model, create_model, hyperparameters, mask_history, model_class, save_model, score_blocks, standardise, top_k
+from .modeling import AUTO, Blend, Model, create_model, hyperparameters, mask_history, model_class, save_model, score_blocks, standardise, top_k
 from .neural_models import Diverged
 from .runs import alone, atomic_path, code_hash, mlflow_module, peak_memory_mib, read_json, sha256_file, sha256_json, versions, write_json, write_parquet
 from .validation import METRICS, evaluate
@@ -218,7 +218,7 @@ def tune(name: str,              # model, one of `model_names()`
          space: dict = None,     # hyperparameter -> (low, high, 'log', 'linear' or 'int'); None: the model's own `tune_space`
          first: list = (),       # hyperparameters to try first, in place of the defaults
          storage: Path = None,   # SQLite file that keeps the trials; None: they are not kept
-         random_seed: int = 42,  # of what is tried
+         random_seed: int = 42,  # of what is tried, and of the model where it has one
          progress: bool = True,  # show a bar
          max_valid_users: int = 10_000,  # users that validation looks at; more are sampled
          max_memory_gib: float = None,   # what a model may use, GiB; None: 80 % of what is free
@@ -228,9 +228,10 @@ def tune(name: str,              # model, one of `model_names()`
          **fixed                 # hyperparameters that are not searched
         ) -> Tuning:
     "Search for a model's best hyperparameters on validation; raises `AerecError` if no trial can be fitted."
-    space = {k: v for k,v in (model_class(name).tune_space if space is None else space).items() if k not in fixed}
+    space,defaults = {k: v for k,v in (model_class(name).tune_space if space is None else space).items() if k not in fixed}, hyperparameters(name)
+    if 'random_seed' in defaults: fixed['random_seed'] = random_seed
     if not space and n_trials > 1: raise AerecError(f"model '{name}' says of no hyperparameter where to look: give ranges as space")
-    splits,defaults = list(split) if isinstance(split, (list, tuple)) else [split], hyperparameters(name)
+    splits = list(split) if isinstance(split, (list, tuple)) else [split]
     optuna,clock = _optuna(), time.monotonic()
     study = _study(name, space, storage, sha256_json([name, fixed, space, [s.fingerprint for s in splits], topk, metric, max_valid_users]))
     if not study.trials:
@@ -252,7 +253,7 @@ def tune(name: str,              # model, one of `model_names()`
                 study.tell(trial, tried.value)
                 seconds.append(time.monotonic()-began)
                 if found is None or tried.value > found.value: found = tried
-            bar.n = min(n_trials, n_done()); bar.set_postfix_str(f', best {metric} {found.value:.4f}' if found else '')
+            bar.n = min(n_trials, n_done()); bar.set_postfix_str(f'best {metric} {found.value:.4f}' if found else '')
     if not [t for t in study.get_trials(deepcopy=False) if t.value is not None]: raise AerecError(failures[-1] if failures else f'{name}: no trial ended in time; raise budget_s')
     if found is None or study.best_value > found.value: # an earlier process found it
         best = study.best_trial
@@ -677,32 +678,60 @@ def end(self: ExperimentLog,
 def build_training(run,         # `Run` from `aerec_nb.runs`
                    folder: Path # where to write a folder for each model, and summary.json
                   ) -> dict: # key figures for the manifest
-    "Train the models that compete, one after another, and keep each with its history."
+    "Train the models that compete, one after another, and keep each with its history; tune first what shall be tuned."
     split,s = Split.load(run.need('model_preprocessing')/'split'), run.settings
     log = ExperimentLog.from_settings(s)
     summary,measured = [], {}
     for m in read_json(run.need('modeling')/'models.json'):
+        if m['name'] in measured:
+            print(f"{m['name']}: auto has taken this model, with settings of its own; it is not trained a second time")
+            continue
         clock = time.perf_counter()
-        model = create_model(m['name'], **m['hyperparameters']).to(s.training.device)
-        model.max_memory_gib = s.model.max_memory_gib
-        kept = run.unfinished('training')/m['name']
-        if log: log.begin(model, _about(run, split), kept/'mlflow.json')
-        try: history = train(model, split, patience=s.training.patience, topk=s.validation.topk, metric=s.training.valid_metric, max_valid_users=s.training.max_valid_users,
-                             checkpoints=kept, checkpoint_s=s.training.checkpoint_s, after_epoch=log and log.epoch)
-        except AerecError:
-            if log: log.fail()
-            raise
-        save_model(model, folder/m['name'])
-        write_parquet(folder/m['name']/'history.parquet', history)
+        model,history,why = _searched(run, folder, split) if m['name'] == AUTO else _trained(run, folder, split, m, log)
+        save_model(model, folder/model.name)
+        write_parquet(folder/model.name/'history.parquet', history)
         found = evaluate(model, split, s.validation.topk)
-        summary.append(dict(name=m['name'], hyperparameters=model.hyperparameters, best_epoch=model.best_epoch, n_epochs=len(history), valid_ndcg=found.mean(), valid_se=found.se(), k=found.k,
-                            metric=s.training.valid_metric))
-        measured[m['name']] = dict(seconds=round(time.perf_counter()-clock, 3), peak_memory_mib=round(peak_memory_mib(), 1))
-        if log: log.end(history, dict(best_epoch=model.best_epoch, best_valid_ndcg=found.mean(), **measured[m['name']]), plot_history({m['name']: history}, found.k, s.training.valid_metric))
+        summary.append(dict(name=model.name, hyperparameters=model.hyperparameters, best_epoch=model.best_epoch, n_epochs=len(history), valid_ndcg=found.mean(), valid_se=found.se(), k=found.k,
+                            metric=s.training.valid_metric, why=why))
+        measured[model.name] = dict(seconds=round(time.perf_counter()-clock, 3), peak_memory_mib=round(peak_memory_mib(), 1))
+        if log:
+            if m['name'] == AUTO: log.begin(model, _about(run, split))
+            log.end(history, dict(best_epoch=model.best_epoch, best_valid_ndcg=found.mean(), **measured[model.name]), plot_history({model.name: history}, found.k, s.training.valid_metric))
     write_json(folder/'summary.json', summary)
     write_json(folder/'measured.json', measured)
     lr = {m['name']: m['hyperparameters']['lr'] for m in summary if 'lr' in m['hyperparameters']}
     return dict(models=[m['name'] for m in summary], valid_ndcg={m['name']: m['valid_ndcg'] for m in summary}, best_epoch={m['name']: m['best_epoch'] for m in summary}, lr=lr)
+
+def _trained(run, folder, split, m, log):
+    "One of the models as configured, tuned before if that is wanted; its history, and what tuning did."
+    s,kept = run.settings, run.unfinished('training')/m['name']
+    hp,why = m['hyperparameters'], ''
+    space = {k: v for k,v in model_class(m['name']).tune_space.items() if k not in m['given']}
+    if s.training.tune_trials and space:
+        tuning = tune(m['name'], split, s.training.tune_trials, None, s.validation.topk, s.training.valid_metric, space, storage=kept/'tuning.db', random_seed=s.run.random_seed,
+                      max_valid_users=s.training.max_valid_users, max_memory_gib=s.model.max_memory_gib, device=s.training.device, patience=s.training.patience,
+                      **{k: v for k,v in hp.items() if k not in space and k != 'random_seed'})
+        (folder/m['name']).mkdir(parents=True, exist_ok=True)
+        write_parquet(folder/m['name']/'trials.parquet', tuning.trials)
+        hp,why = tuning.hyperparameters, f"best of {(tuning.trials.state != 'fail').sum()} trials"
+    model = create_model(m['name'], **hp).to(s.training.device)
+    model.max_memory_gib = s.model.max_memory_gib
+    if log: log.begin(model, _about(run, split), kept/'mlflow.json')
+    try: history = train(model, split, patience=s.training.patience, topk=s.validation.topk, metric=s.training.valid_metric, max_valid_users=s.training.max_valid_users,
+                         checkpoints=kept, checkpoint_s=s.training.checkpoint_s, after_epoch=log and log.epoch)
+    except AerecError:
+        if log: log.fail()
+        raise
+    return model, history, why
+
+def _searched(run, folder, split):
+    "What `auto` finds, on the rows of train alone; validation refits it as any other."
+    s = run.settings
+    model = auto(split, s.training.budget_s, s.validation.topk, s.training.valid_metric, s.model.max_memory_gib, random_seed=s.run.random_seed, refit=False)
+    model.best_epoch = model.hyperparameters.get('num_epoch', 1)
+    write_parquet(folder/'auto.parquet', model.candidates.assign(hyperparameters=[h if isinstance(h, str) else ', '.join(f'{k} {v}' for k,v in h.items()) for h in model.candidates.hyperparameters]))
+    found = evaluate(model, _sample(split.valid, s.training.max_valid_users), s.validation.topk)
+    return model, _table([{'epoch': model.best_epoch, 'loss': np.nan, 'lr': np.nan, **{k: found.mean(k) for k in dict.fromkeys(('ndcg', 'recall', s.training.valid_metric))}}], model.best_epoch), model.why
 
 def _about(run, split):
     "What tells a training in the log from others: its run, its data, its versions."
@@ -722,11 +751,30 @@ def describe_training(folder: Path # what `build_training` wrote
                 'seconds': round(measured[m['name']]['seconds'], 2), 'peak memory of the process, MiB': round(measured[m['name']]['peak_memory_mib'])}
     return pd.DataFrame([row(m) for m in read_json(folder/'summary.json')]).set_index('model')
 
+def _shown(value):
+    "A hyperparameter as people read it; members of a blend by name."
+    if isinstance(value, list): return ', '.join(_shown(v['name'] if isinstance(v, dict) else v) for v in value)
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
 def hyperparameter_table(folder: Path # what `build_training` wrote
                         ) -> pd.DataFrame: # a row a hyperparameter, a column a model
     "The settings that every model was trained with."
-    table = pd.DataFrame({m['name']: pd.Series({k: f'{v:g}' if isinstance(v, float) else str(v) for k,v in m['hyperparameters'].items()}, dtype=object) for m in read_json(Path(folder)/'summary.json')})
+    table = pd.DataFrame({m['name']: pd.Series({k: _shown(v) for k,v in m['hyperparameters'].items()}, dtype=object) for m in read_json(Path(folder)/'summary.json')})
     return table.fillna('-')
+
+def describe_search(folder: Path # what `build_training` wrote
+                   ) -> pd.DataFrame: # a row a candidate of `auto` and a row a trial of the tuned models, best first; None where nothing was searched
+    "What was tried to find models and hyperparameters."
+    folder,tables = Path(folder), []
+    if (folder/'auto.parquet').exists():
+        t = pd.read_parquet(folder/'auto.parquet')
+        tables.append(pd.DataFrame({'searched by': 'auto', 'model': t.model, 'NDCG on validation': t.ndcg, 'weight in the blend': t.weight, 'seconds': t.seconds, 'hyperparameters': t.hyperparameters}))
+    for path in sorted(folder.glob('*/trials.parquet')):
+        t = pd.read_parquet(path).sort_values('value', ascending=False).head(10)
+        knobs = [c for c in t.columns if c not in ('number', 'state', 'value', 'seconds', 'best_epoch', 'why')]
+        shown = [', '.join(f'{k} {v:.3g}' for k,v in zip(knobs, row)) for row in t[knobs].itertuples(index=False)]
+        tables.append(pd.DataFrame({'searched by': 'tune', 'model': path.parent.name, 'NDCG on validation': t.value, 'weight in the blend': np.nan, 'seconds': t.seconds, 'hyperparameters': shown}))
+    return pd.concat(tables, ignore_index=True).round(4) if tables else None
 
 def read_histories(folder: Path # what `build_training` wrote
                   ) -> dict: # model -> history

@@ -56,6 +56,7 @@ TEXTS = { # each with what becomes of it: the number of ratings, or words of the
     'leading zeros':       ('user,item,rating\n007,1,4\n7,1,4\n', 2, 2),
     'zeros come late':     ('user,item,rating\n' + '7,1,4\n8,2,3\n'*9000 + '07,1,4\n', 3, 3),
     'floats come late':    ('user,item,rating\n' + '7,1,4\n8,2,3\n'*9000 + '7,1.0,4\n1e3,2,3\n', 4, 4),
+    'as many bytes as digits': ('user,item,rating\n' + '7,1,4\n8,2,3\n'*9000 + '1e3,1,4\n07,2,3\n', 4, 4),
     'a text comes late':   ('user,item,rating\n7,1,4\n8,1,4\nx,1,4\n', 3, 3),
     'plus, hex, exponent': ('user,item,rating\n+1,0x10,+4\n1e2,3,4e0\n1,3,4\n', 3, 3),
     'texts':               ('user,item,rating\nann,x,4\nbob,x,3\nann,y,2\n', 3, 3),
@@ -74,6 +75,7 @@ TEXTS = { # each with what becomes of it: the number of ratings, or words of the
     'bad values':          ('user,item,rating,timestamp\n7,1,4,5\n8,1,good,4\n9,1,,soon\n,2,inf,-4\n7,4,3,4\n', 'row 2', 2),
     'nothing but bad':     ('user,item,rating\n1,2,x\n1,3,y\n', 'row 1', 'row 1'),
     'ids of bad rows':     ('user,item,rating\n7,1,4\nx,1,bad\n8,1,3\n', 'row 2', 2),
+    'a bad row first':     ('user,item,rating\n3,10,\n1,10,1\n3,10,1\n', 'row 1', 2),
     'rows too short':      ('user,item,rating\n7,1,4\n7,2\n8,1,3\n', 'row 2', 2),
     'rows too long':       ('user,item,rating\n7,1,4\n7,2,4,5\n8,1,3\n', 'row 2', 2),
     'an open quote':       ('user,item,rating\n7,"1,4\n7,2,4\n8,1,3\n', 'never closed', 'never closed'),
@@ -308,3 +310,11 @@ def test_two_million_rows_become_the_same_matrix_in_less_memory(kind, tmp_path):
         for part, value in dict(indptr=expected.indptr, indices=expected.indices, times=expected.data, data=np.ones(len(last))).items(): assert np.array_equal(made[way][part], value), part
     print(kind, len(table), len(last), {way: round(f['mib']) for way, f in found.items()})
     assert found['large']['mib'] < .8*found['small']['mib']
+
+
+def test_nothing_but_ours_is_said(tmp_path):
+    "In `python -c` DuckDB takes itself for interactive, and its bar would go to standard output."
+    asked = "import sys; {}; print(con.execute('select current_setting(?)', ['enable_progress_bar']).fetchone()[0])"
+    def bar(opened): return subprocess.run([sys.executable, '-c', asked.format(opened), tmp_path], env=variables(tmp_path), capture_output=True, text=True, check=True).stdout.strip()
+    assert bar('from aerec_nb.data_import import _duckdb; con = _duckdb(sys.argv[1])') == 'False'
+    assert bar('import duckdb; con = duckdb.connect()') == 'True', 'otherwise this shows nothing'
