@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Progress', 'Checkpoints', 'train', 'Tuning', 'tune', 'plot_tuning', 'Shortlists', 'blend_weights', 'blend_gain',
-           'machine_speed', 'closed_form_items', 'net_settings', 'auto', 'plot_history', 'ExperimentLog',
+           'search_gain', 'machine_speed', 'closed_form_items', 'net_settings', 'auto', 'plot_history', 'ExperimentLog',
            'build_training', 'describe_training', 'hyperparameter_table', 'describe_search', 'read_histories']
 
 # %% ../nbs/03_training.ipynb #05959c3d
@@ -145,7 +145,7 @@ def _solve(model, split, topk, metric, item_features, max_valid_users):
     "Closed-form models: one row, no loss."
     model.fit(split.train, item_features)
     model.best_epoch = 1
-    found = evaluate(model, _sample(split.valid, max_valid_users), topk) if split.valid is not None else None
+    found = model.evaluation = evaluate(model, _sample(split.valid, max_valid_users), topk) if split.valid is not None else None
     return _table([{'epoch': 1, 'loss': np.nan, 'lr': np.nan, **{m: found.mean(m) if found else np.nan for m in dict.fromkeys(('ndcg', 'recall', metric))}}], 1)
 
 def _sample(fold: Fold, n: int, seed: int = 0) -> Fold:
@@ -175,6 +175,7 @@ class Tuning:
     best_epoch: int       # the epoch with that metric, 1 for closed forms; the median, where there are several splits
     trials: pd.DataFrame  # a row a trial: number, state, value, seconds, best_epoch, and what was tried
     models: list = field(repr=False, default=None) # the best one as fitted, one a split; None where an earlier process fitted it
+    per_user: list = field(repr=False, default=()) # of each trial of a closed form, its metric for every validation user of every split
 
 # %% ../nbs/03_training.ipynb #88f2eee7
 def _optuna():
@@ -238,7 +239,7 @@ def tune(name: str,              # model, one of `model_names()`
         for hp in first or [{}]: study.enqueue_trial({k: v for k,v in {**defaults, **hp}.items() if k in space})
     def left(): return math.inf if budget_s is None else budget_s - (time.monotonic()-clock)
     def n_done(): return len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED]))
-    found,seconds,failures = None, [], []
+    found,seconds,failures,per_user = None, [], [], []
     with tqdm(total=n_trials, initial=min(n_trials, n_done()), desc=f'tuning {name}', file=sys.stdout, mininterval=1, disable=not progress, bar_format='{desc} |{bar:20}| {n} of {total} trials, {elapsed}{postfix}') as bar:
         while n_done() < n_trials and len(failures) < max(3, n_trials) and not (seconds and left() < np.median(seconds[-5:])):
             study.sampler = optuna.samplers.TPESampler(seed=random_seed+n_done(), multivariate=True, n_startup_trials=max(8, len(first)+2)) # what comes next follows from what is done
@@ -252,13 +253,14 @@ def tune(name: str,              # model, one of `model_names()`
             else:
                 study.tell(trial, tried.value)
                 seconds.append(time.monotonic()-began)
+                per_user += tried.per_user
                 if found is None or tried.value > found.value: found = tried
             bar.n = min(n_trials, n_done()); bar.set_postfix_str(f'best {metric} {found.value:.4f}' if found else '')
     if not [t for t in study.get_trials(deepcopy=False) if t.value is not None]: raise AerecError(failures[-1] if failures else f'{name}: no trial ended in time; raise budget_s')
     if found is None or study.best_value > found.value: # an earlier process found it
         best = study.best_trial
         found = Tuning(name, best.user_attrs['hyperparameters'], best.value, best.user_attrs['best_epoch'], None)
-    found.trials = _trials_table(study, space)
+    found.trials,found.per_user = _trials_table(study, space), per_user
     return found
 
 # %% ../nbs/03_training.ipynb #c3c7cb20
@@ -276,7 +278,8 @@ def _try(name, hp, splits, trial, left, topk, metric, max_valid_users, max_memor
         history = train(model, split, patience=patience, topk=topk, progress=False, metric=metric, item_features=item_features, max_valid_users=max_valid_users, after_epoch=after_epoch,
                         budget_s=None if seconds == math.inf else max(0, seconds))
         models.append(model); values.append(history[metric].max())
-    found = Tuning(name, models[0].hyperparameters, float(np.mean(values)), int(np.median([m.best_epoch for m in models])), None, models)
+    solved = [m.evaluation.metrics[metric] for m in models] if not hasattr(models[0], 'train_epoch') else None
+    found = Tuning(name, models[0].hyperparameters, float(np.mean(values)), int(np.median([m.best_epoch for m in models])), None, models, [np.concatenate(solved)] if solved else [])
     trial.set_user_attr('hyperparameters', found.hyperparameters); trial.set_user_attr('best_epoch', found.best_epoch)
     return found
 
@@ -395,6 +398,22 @@ def blend_gain(lists: Shortlists,
             gains.append((lists[asked].ndcg(blend_weights(lists[chosen], k, n_bags=10, random_seed=random_seed+n), k) - singles[singles[:, chosen].mean(1).argmax()][asked]).mean())
     return float(np.mean(gains))
 
+# %% ../nbs/03_training.ipynb #981d6c7a
+def search_gain(simple: list,       # of a metric [n] for every person, a trial each
+                wide: list,         # the same of the search with more knobs
+                owners: np.ndarray, # [n] ids: who stands in several splits is one person
+                n_halvings: int = 20, # ways to halve the people
+                random_seed: int = 42, # of the halvings
+               ) -> float: # in the metric
+    "How much better the best of a wide search is than the best of a simple one, for people that neither was chosen on."
+    people,random,gains,searches = np.unique(owners), np.random.default_rng(random_seed), [], (np.array(simple), np.array(wide))
+    for _ in range(n_halvings):
+        half = np.isin(owners, random.permutation(people)[::2])
+        for chosen,asked in ((half, ~half), (~half, half)):
+            simple_best,wide_best = (s[s[:, chosen].mean(1).argmax()][asked].mean() for s in searches)
+            gains.append(wide_best-simple_best)
+    return float(np.mean(gains))
+
 # %% ../nbs/03_training.ipynb #ed25131c
 def machine_speed() -> float: # planner's operations a second
     "How fast this machine is now, by solving a small system twice."
@@ -419,8 +438,8 @@ def closed_form_items(n_users: int, n_items: int, nnz: int, # of the data
 # %% ../nbs/03_training.ipynb #bc05e813
 def net_settings(n_users: int # that learn
                 ) -> dict: # hyperparameters
-    "Settings of a net by the size of the data: with few people, small batches for enough steps, and strong weight decay."
-    return dict(batch_size=int(np.clip(n_users//10, 32, 500)), lr=.003, weight_decay=float(np.clip(10/n_users, 1e-5, .01)))
+    "Settings of a net by the size of the data: some twenty steps an epoch, a learning rate that falls to nothing within forty, and the more weight decay the fewer people there are."
+    return dict(batch_size=int(np.clip(n_users//20, 32, 500)), lr=.005, cosine_epochs=40, num_epoch=40, weight_decay=float(np.clip(3/n_users, 1e-5, .01)))
 
 # %% ../nbs/03_training.ipynb #8b3cd26a
 class _Search:
@@ -472,6 +491,11 @@ def _look_at_closed_forms(search):
     lam = ease.hyperparameters['lam']
     first = [dict(lam=lam, dropout=.05, xi=0.), dict(lam=max(1., lam/4), dropout=.3, xi=0.), dict(lam=max(1., lam/20), dropout=.5, xi=.3), dict(lam=max(1., lam/4), dropout=.4, xi=.3, user_power=.3, item_power=.1)]
     found = [ease, search.look('rdlae', 50, .22, first=first, **searched)]
+    if found[1] is not None:
+        gain = search_gain(ease.per_user, found[1].per_user, np.concatenate([f.users for f in search.folds]))
+        if gain <= 0:
+            search.found.remove(found.pop())
+            search.skip('rdlae', f'its search does not pay for people that it was not chosen on ({gain:+.4f} against ease)')
     if not searched or large <= small: return
     for f in found: # with more items, as found
         if f is None: continue
@@ -486,13 +510,13 @@ def _look_at_factors(search):
     search.look('ials', 12, .15, space=dict(regularization=(.1, 200., 'log'), alpha=(.3, 30., 'log')), first=[{}, dict(regularization=10., alpha=1.)])
 
 def _look_at_nets(search):
-    "Nets that have time for twenty epochs; else ELSA, whose cost does not grow with people x items."
+    "Nets that have time for forty epochs; else ELSA, whose cost does not grow with people x items."
     shares = dict(mult_dae=.12, mult_vae=.08)
     for name,share in shares.items():
-        hp = net_settings(search.n_users) | (dict(linear_decoder=True) if name == 'mult_vae' else {})
-        operations = create_model(name, **hp, num_epoch=20).cost(search.n_users, search.n_items, search.nnz)[2]
-        if operations > share*search.budget_s*search.speed: search.skip(name, 'there is no time for twenty epochs')
-        else: search.look(name, 1, share, space={}, num_epoch=200, **hp)
+        hp = net_settings(search.n_users) | (dict(linear_decoder=True, anneal_steps=0, beta=.05, lr=.003) if name == 'mult_vae' else {})
+        operations = create_model(name, **hp).cost(search.n_users, search.n_items, search.nnz)[2]
+        if operations > share*search.budget_s*search.speed: search.skip(name, 'there is no time for forty epochs')
+        else: search.look(name, 1, share, space={}, **hp)
     if any(f.name in shares for f in search.found): return
     hp = dict(rank=128, batch_size=int(np.clip(search.n_users//50, 64, 2048)))
     if create_model('elsa', **hp, num_epoch=5).cost(search.n_users, search.n_items, search.nnz)[2] > .2*search.budget_s*search.speed: return search.skip('elsa', 'there is no time for five epochs')
