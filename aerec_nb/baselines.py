@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['Popularity', 'weighted', 'ItemKNN', 'IALS']
 
-# %% ../nbs/02c_baselines.ipynb #b33ae090
+# %% ../nbs/02c_baselines.ipynb #edeaebab
+import warnings
+
 import numpy as np
 import torch
 from scipy import sparse
@@ -100,7 +102,9 @@ class IALS(Model):
 
     def _fit(self, train, item_features):
         try:
-            from implicit.cpu.als import AlternatingLeastSquares
+            with warnings.catch_warnings(): # about progress bars in notebooks, which it is told not to show
+                warnings.simplefilter('ignore')
+                from implicit.cpu.als import AlternatingLeastSquares
             from threadpoolctl import threadpool_limits
         except ImportError: raise AerecError("the model 'ials' needs the package implicit, which is not installed: pip install implicit, or take another model") from None
         confidence = train.copy()

@@ -480,7 +480,7 @@ class DAENet(LectureNet):
 class MultDAE(GradientModel):
     "Denoising autoencoder with multinomial likelihood (Liang et al. 2018)."
     name = 'mult_dae'
-    presets = dict(small=dict(batch_size=64, num_epoch=100, weight_decay=.005))
+    presets = dict(small=dict(batch_size=32, lr=.005, num_epoch=40, cosine_epochs=40, weight_decay=.01))
     tune_space = dict(lr=(3e-4, 1e-2, 'log'), weight_decay=(1e-6, 2e-2, 'log'), dropout=(.2, .8, 'linear'), hidden_dim=(64, 600, 'log'))
     def __init__(self,
         hidden_dim: int = 200,    # width of the hidden layer
@@ -542,7 +542,7 @@ def kl_to_standard_normal(mu: torch.Tensor, logvar: torch.Tensor # [n, latent_di
 class MultVAE(GradientModel):
     "Variational autoencoder with multinomial likelihood (Liang et al. 2018)."
     name = 'mult_vae'
-    presets = dict(small=dict(hidden_dim=200, latent_dim=64, linear_decoder=True, batch_size=64, num_epoch=100, anneal_steps=2_000, weight_decay=1e-3))
+    presets = dict(small=dict(linear_decoder=True, batch_size=32, lr=.005, num_epoch=40, cosine_epochs=40, anneal_steps=0, weight_decay=.005))
     tune_space = dict(lr=(3e-4, 5e-3, 'log'), beta=(.02, 1., 'log'), weight_decay=(1e-6, 1e-2, 'log'), dropout=(.2, .8, 'linear'), latent_dim=(32, 300, 'log'))
     def __init__(self,
         hidden_dim: int = 600,    # width of the hidden layers
@@ -624,7 +624,7 @@ class RecVAE(GradientModel):
     "Variational autoencoder with a composite prior and alternating updates (Shenbin et al. 2020)."
     name = 'recvae'
     item_rows = ('encoder.encoder_weight', 'old.encoder_weight', 'decoder_weight', 'decoder_bias')
-    presets = dict(small=dict(hidden_dim=200, latent_dim=64, batch_size=64))
+    presets = dict(small=dict(hidden_dim=200, latent_dim=200, batch_size=64, lr=.001, num_epoch=25, cosine_epochs=25))
     tune_space = dict(gamma=(1e-3, 2e-2, 'log'), lr=(1e-4, 3e-3, 'log'), latent_dim=(32, 300, 'log'), dropout=(.2, .8, 'linear'))
     def __init__(self,
         hidden_dim: int = 600,    # width of the encoder's layers

@@ -438,8 +438,10 @@ def closed_form_items(n_users: int, n_items: int, nnz: int, # of the data
 # %% ../nbs/03_training.ipynb #bc05e813
 def net_settings(n_users: int # that learn
                 ) -> dict: # hyperparameters
-    "Settings of a net by the size of the data: some twenty steps an epoch, a learning rate that falls to nothing within forty, and the more weight decay the fewer people there are."
-    return dict(batch_size=int(np.clip(n_users//20, 32, 500)), lr=.005, cosine_epochs=40, num_epoch=40, weight_decay=float(np.clip(3/n_users, 1e-5, .01)))
+    "Settings of a net by the size of the data: some twenty steps an epoch and eight hundred in all, over which the learning rate falls; weight decay as a prior, whose part in a mean over users falls with their number."
+    batch_size = int(np.clip(n_users//20, 32, 500))
+    n_epochs = max(40, -(-800//-(-n_users//batch_size)))
+    return dict(batch_size=batch_size, lr=.005, num_epoch=n_epochs, cosine_epochs=n_epochs, weight_decay=float(np.clip(6/n_users, 1e-6, .03)))
 
 # %% ../nbs/03_training.ipynb #8b3cd26a
 class _Search:
@@ -449,7 +451,7 @@ class _Search:
         redrawn = split.kind not in ('strong', 'temporal')
         n_folds = int(np.clip(2000//max(1, len(split.valid)), 1, 3)) if split.seeds and redrawn else 1
         self.splits = [split.redraw_valid(seed=random_seed+i) for i in range(n_folds)]
-        self.options = dict(topk=topk, metric=metric, max_memory_gib=max_memory_gib, item_features=item_features, random_seed=random_seed, max_valid_users=max_valid_users, progress=False)
+        self.options = dict(topk=topk, metric=metric, max_memory_gib=max_memory_gib, item_features=item_features, random_seed=random_seed, max_valid_users=max_valid_users, patience=15, progress=False)
         self.folds = [_sample(s.valid, max_valid_users) for s in self.splits]
         self.n_users,self.n_items = self.splits[0].train.shape
         self.nnz = self.splits[0].train.nnz
@@ -510,17 +512,16 @@ def _look_at_factors(search):
     search.look('ials', 12, .15, space=dict(regularization=(.1, 200., 'log'), alpha=(.3, 30., 'log')), first=[{}, dict(regularization=10., alpha=1.)])
 
 def _look_at_nets(search):
-    "Nets that have time for forty epochs; else ELSA, whose cost does not grow with people x items."
-    shares = dict(mult_dae=.12, mult_vae=.08)
-    for name,share in shares.items():
-        hp = net_settings(search.n_users) | (dict(linear_decoder=True, anneal_steps=0, beta=.05, lr=.003) if name == 'mult_vae' else {})
-        operations = create_model(name, **hp).cost(search.n_users, search.n_items, search.nnz)[2]
-        if operations > share*search.budget_s*search.speed: search.skip(name, 'there is no time for forty epochs')
-        else: search.look(name, 1, share, space={}, **hp)
-    if any(f.name in shares for f in search.found): return
-    hp = dict(rank=128, batch_size=int(np.clip(search.n_users//50, 64, 2048)))
-    if create_model('elsa', **hp, num_epoch=5).cost(search.n_users, search.n_items, search.nnz)[2] > .2*search.budget_s*search.speed: return search.skip('elsa', 'there is no time for five epochs')
-    search.look('elsa', 1, .2, space={}, num_epoch=50, **hp)
+    "Nets that have time to learn; else ELSA, whose cost does not grow with people x items."
+    rule,n_nets = net_settings(search.n_users), 0
+    for name,hp in (('mult_dae', rule), ('recvae', rule | dict(lr=.001, weight_decay=0., cosine_epochs=30, num_epoch=30)), ('mult_vae', rule | dict(lr=.003, weight_decay=rule['weight_decay']/2, linear_decoder=True, anneal_steps=0, beta=.05))):
+        share = .3*search.left()/search.budget_s # what is learned has to be learned again in the end
+        if create_model(name, **hp).cost(search.n_users, search.n_items, search.nnz)[2] > share*search.budget_s*search.speed: search.skip(name, 'there is no time for its epochs')
+        else: n_nets += search.look(name, 1, share, space={}, **hp) is not None
+    if n_nets: return
+    hp,share = dict(rank=128, batch_size=int(np.clip(search.n_users//50, 64, 2048))), .3*search.left()/search.budget_s
+    if create_model('elsa', **hp, num_epoch=5).cost(search.n_users, search.n_items, search.nnz)[2] > share*search.budget_s*search.speed: return search.skip('elsa', 'there is no time for five epochs')
+    search.look('elsa', 1, share, space={}, num_epoch=50, **hp)
 
 # %% ../nbs/03_training.ipynb #6d0ec5a0
 def auto(split: Split,            # chosen on validation, drawn anew where its own is far from test; test is not looked at
