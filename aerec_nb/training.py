@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Progress', 'Checkpoints', 'train', 'Tuning', 'tune', 'plot_tuning', 'Shortlists', 'blend_weights', 'blend_gain',
            'search_gain', 'machine_speed', 'closed_form_items', 'net_settings', 'auto', 'plot_history', 'ExperimentLog',
-           'build_training', 'describe_training', 'hyperparameter_table', 'describe_search', 'read_histories']
+           'item_features_of', 'build_training', 'describe_training', 'hyperparameter_table', 'describe_search',
+           'read_histories']
 
 # %% ../nbs/03_training.ipynb #05959c3d
 import importlib.util, math, os, sys, time, warnings
@@ -22,7 +23,7 @@ from scipy import sparse
 from tqdm import tqdm
 
 from .configuration import AerecError, show_value
-from .model_preprocessing import Fold, Split
+from .model_preprocessing import Fold, ItemFeatures, Split
 from .modeling import AUTO, Blend, Model, create_model, hyperparameters, mask_history, model_class, save_model, score_blocks, standardise, top_k
 from .neural_models import Diverged
 from .runs import alone, atomic_path, code_hash, mlflow_module, peak_memory_mib, read_json, sha256_file, sha256_json, versions, write_json, write_parquet
@@ -699,6 +700,15 @@ def end(self: ExperimentLog,
     if figure is not None: self._tell('log_figure', self.run_id, figure, 'curves.png')
     self._tell('set_terminated', self.run_id)
 
+# %% ../nbs/03_training.ipynb #ffd2f4ff
+def item_features_of(run,   # `Run` from `aerec_nb.runs`
+                     split: Split, # whose items are meant
+                    ) -> sparse.csr_matrix: # [n_items, n_features]
+    "What the items' table says of the items of a split; raises `AerecError` where there is none."
+    folder = run.need('model_preprocessing')/'features'
+    if not folder.exists(): raise AerecError('use_item_features: these data say nothing of their items; bring items.csv or movies.csv, or leave use_item_features out')
+    return ItemFeatures.load(folder).over(split.items).matrix
+
 # %% ../nbs/03_training.ipynb #76771823
 def build_training(run,         # `Run` from `aerec_nb.runs`
                    folder: Path # where to write a folder for each model, and summary.json
@@ -706,18 +716,19 @@ def build_training(run,         # `Run` from `aerec_nb.runs`
     "Train the models that compete, one after another, and keep each with its history; tune first what shall be tuned."
     split,s = Split.load(run.need('model_preprocessing')/'split'), run.settings
     log = ExperimentLog.from_settings(s)
+    features = item_features_of(run, split) if s.model.use_item_features else None
     summary,measured = [], {}
     for m in read_json(run.need('modeling')/'models.json'):
         if m['name'] in measured:
             print(f"{m['name']}: auto has taken this model, with settings of its own; it is not trained a second time")
             continue
         clock = time.perf_counter()
-        model,history,why = _searched(run, folder, split) if m['name'] == AUTO else _trained(run, folder, split, m, log)
+        model,history,why = _searched(run, folder, split, features) if m['name'] == AUTO else _trained(run, folder, split, m, log, features)
         save_model(model, folder/model.name)
         write_parquet(folder/model.name/'history.parquet', history)
         found = evaluate(model, split, s.validation.topk)
         summary.append(dict(name=model.name, hyperparameters=model.hyperparameters, best_epoch=model.best_epoch, n_epochs=len(history), valid_ndcg=found.mean(), valid_se=found.se(), k=found.k,
-                            metric=s.training.valid_metric, why=why))
+                            metric=s.training.valid_metric, item_features=features is not None, why=why))
         measured[model.name] = dict(seconds=round(time.perf_counter()-clock, 3), peak_memory_mib=round(peak_memory_mib(), 1))
         if log:
             if m['name'] == AUTO: log.begin(model, _about(run, split))
@@ -727,14 +738,14 @@ def build_training(run,         # `Run` from `aerec_nb.runs`
     lr = {m['name']: m['hyperparameters']['lr'] for m in summary if 'lr' in m['hyperparameters']}
     return dict(models=[m['name'] for m in summary], valid_ndcg={m['name']: m['valid_ndcg'] for m in summary}, best_epoch={m['name']: m['best_epoch'] for m in summary}, lr=lr)
 
-def _trained(run, folder, split, m, log):
+def _trained(run, folder, split, m, log, features):
     "One of the models as configured, tuned before if that is wanted; its history, and what tuning did."
     s,kept = run.settings, run.unfinished('training')/m['name']
     hp,why = m['hyperparameters'], ''
     space = {k: v for k,v in model_class(m['name']).tune_space.items() if k not in m['given']}
     if s.training.tune_trials and space:
         tuning = tune(m['name'], split, s.training.tune_trials, None, s.validation.topk, s.training.valid_metric, space, storage=kept/'tuning.db', random_seed=s.run.random_seed,
-                      max_valid_users=s.training.max_valid_users, max_memory_gib=s.model.max_memory_gib, device=s.training.device, patience=s.training.patience,
+                      max_valid_users=s.training.max_valid_users, max_memory_gib=s.model.max_memory_gib, item_features=features, device=s.training.device, patience=s.training.patience,
                       **{k: v for k,v in hp.items() if k not in space and k != 'random_seed'})
         (folder/m['name']).mkdir(parents=True, exist_ok=True)
         write_parquet(folder/m['name']/'trials.parquet', tuning.trials)
@@ -742,17 +753,17 @@ def _trained(run, folder, split, m, log):
     model = create_model(m['name'], **hp).to(s.training.device)
     model.max_memory_gib = s.model.max_memory_gib
     if log: log.begin(model, _about(run, split), kept/'mlflow.json')
-    try: history = train(model, split, patience=s.training.patience, topk=s.validation.topk, metric=s.training.valid_metric, max_valid_users=s.training.max_valid_users,
+    try: history = train(model, split, patience=s.training.patience, topk=s.validation.topk, metric=s.training.valid_metric, max_valid_users=s.training.max_valid_users, item_features=features,
                          checkpoints=kept, checkpoint_s=s.training.checkpoint_s, after_epoch=log and log.epoch)
     except AerecError:
         if log: log.fail()
         raise
     return model, history, why
 
-def _searched(run, folder, split):
+def _searched(run, folder, split, features):
     "What `auto` finds, on the rows of train alone; validation refits it as any other."
     s = run.settings
-    model = auto(split, s.training.budget_s, s.validation.topk, s.training.valid_metric, s.model.max_memory_gib, random_seed=s.run.random_seed, refit=False)
+    model = auto(split, s.training.budget_s, s.validation.topk, s.training.valid_metric, s.model.max_memory_gib, features, s.run.random_seed, refit=False)
     model.best_epoch = model.hyperparameters.get('num_epoch', 1)
     write_parquet(folder/'auto.parquet', model.candidates.assign(hyperparameters=[h if isinstance(h, str) else ', '.join(f'{k} {v}' for k,v in h.items()) for h in model.candidates.hyperparameters]))
     found = evaluate(model, _sample(split.valid, s.training.max_valid_users), s.validation.topk)

@@ -21,7 +21,7 @@ from scipy import sparse
 from .baselines import Popularity
 from .configuration import AerecError
 from .linear_models import EASE
-from .model_preprocessing import TEST, Fold, Interactions, Split, split_interactions
+from .model_preprocessing import TEST, Fold, Interactions, ItemFeatures, Split, split_interactions
 from .modeling import create_model, load_model, mask_history, save_model, score_blocks, top_k
 from .neural_models import LectureAutoEncoder
 from .runs import read_json, write_json, write_parquet
@@ -279,11 +279,12 @@ def build_validation(run,          # `Run` from `aerec_nb.runs`
     refit = split.refit()
     leaks = pd.concat([audit_leaks(s.train, f, s.users).assign(fold=name) for s,f,name in ((split, split.valid, 'valid'), (refit, refit.test, 'test'))])
     if leaks[leaks.check.str.startswith("a user's targets")].leaks.any(): raise AerecError(f"the split leaks: {'; '.join(leaks[leaks.leaks > 0].check)}; nothing measured on it would be true")
+    features = ItemFeatures.load(run.need('model_preprocessing')/'features').over(refit.items).matrix if any(m['item_features'] for m in trained.values()) else None
     test,params,seconds = {}, {}, {}
     for name,m in trained.items(): # the only place that reads test
         clock = time.perf_counter()
         hp = m['hyperparameters'] | ({'num_epoch': m['best_epoch']} if 'num_epoch' in m['hyperparameters'] else {})
-        model = create_model(name, **hp).to(device).fit(refit.train)
+        model = create_model(name, **hp).to(device).fit(refit.train, features)
         test[name] = evaluate(model, refit, k, 'test')
         params[name],seconds[name] = sum(a.size for a in model.state().values()), round(time.perf_counter()-clock, 3)
         if name == pick: save_model(model, folder/'model')

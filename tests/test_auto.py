@@ -117,6 +117,33 @@ def test_the_stage_tunes_and_looks(tmp_path, monkeypatch):
     assert tuned and all(m['hyperparameters'].get('lr', .01) == .01 for m in tuned), 'what was given is not searched'
 
 
+def test_the_stages_use_item_features_where_asked(tmp_path, monkeypatch):
+    for k, v in variables(tmp_path).items(): monkeypatch.setenv(k, v)
+    from aerec_nb.business_preprocessing import build_business_preprocessing
+    from aerec_nb.data_import import build_data_import
+    from aerec_nb.model_preprocessing import build_model_preprocessing
+    from aerec_nb.modeling import build_modeling
+    from aerec_nb.validation import build_validation
+    (folder := tmp_path/'data').mkdir()
+    people().to_csv(folder/'ratings.csv', index=False)
+    figures = {}
+    for asked, items in ((False, True), (True, True), (True, False)):
+        if items: pd.DataFrame(dict(item_id=range(60), title=[f'film {i}' for i in range(60)], genres=[f'taste {i % 3}' for i in range(60)])).to_csv(folder/'items.csv', index=False)
+        else: (folder/'items.csv').unlink()
+        run = open_run(None, env='test', source=str(folder), models=['ease', 'mult_dae'], use_item_features=asked, lecture_replay='off')
+        for stage, build in (('data_import', build_data_import), ('business_preprocessing', build_business_preprocessing), ('model_preprocessing', build_model_preprocessing), ('modeling', build_modeling)):
+            run.execute(stage, build=build)
+        if not items:
+            with pytest.raises(AerecError, match='these data say nothing of their items; bring items.csv'): run.execute('training', build=build_training)
+            continue
+        trained = {m['name']: m['valid_ndcg'] for m in read_json(run.execute('training', build=build_training)/'summary.json')}
+        board = pd.read_parquet(run.execute('validation', build=build_validation)/'leaderboard.parquet').set_index('model').test_ndcg
+        figures[asked] = trained, board
+    for name in ('ease', 'mult_dae'):
+        assert figures[True][0][name] != figures[False][0][name], 'features change what is learned'
+        assert figures[True][1][name] != figures[False][1][name], 'and what is refitted'
+
+
 def test_errors_say_what_to_do():
     split = split_interactions(people(), 'leave_last', valid_sample_size=3)
     for call, words in ((lambda: auto(split.refit()), 'before it is refitted'), (lambda: tune('popularity', split), 'give ranges as space'), (lambda: tune('ease', split, 2, lamda=3), "has no hyperparameter 'lamda'")):
