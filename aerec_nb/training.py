@@ -181,7 +181,9 @@ class Tuning:
 # %% ../nbs/03_training.ipynb #88f2eee7
 def _optuna():
     "Optuna, without a line for each trial."
-    import optuna
+    with warnings.catch_warnings(): # about progress bars in notebooks, which are not shown
+        warnings.simplefilter('ignore')
+        import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
     return optuna
@@ -390,14 +392,15 @@ def blend_gain(lists: Shortlists,
                k: int,               # length of the lists
                n_halvings: int = 5,  # ways to halve the people
                random_seed: int = 42, # of the halvings
-              ) -> float: # NDCG
+              ) -> tuple: # (NDCG, its standard error over people)
     "How much better a blend is than the best single model, for people that neither was chosen on."
-    singles,people,random,gains = np.array([lists.ndcg(w, k) for w in np.eye(len(lists.scores))]), np.unique(lists.owners), np.random.default_rng(random_seed), []
+    singles,people,random,total = np.array([lists.ndcg(w, k) for w in np.eye(len(lists.scores))]), np.unique(lists.owners), np.random.default_rng(random_seed), np.zeros(len(lists.hits))
     for n in range(n_halvings):
         half = np.isin(lists.owners, random.permutation(people)[::2])
         for chosen,asked in ((half, ~half), (~half, half)):
-            gains.append((lists[asked].ndcg(blend_weights(lists[chosen], k, n_bags=10, random_seed=random_seed+n), k) - singles[singles[:, chosen].mean(1).argmax()][asked]).mean())
-    return float(np.mean(gains))
+            total[asked] += lists[asked].ndcg(blend_weights(lists[chosen], k, n_bags=10, random_seed=random_seed+n), k) - singles[singles[:, chosen].mean(1).argmax()][asked]
+    gains = pd.Series(total/n_halvings).groupby(lists.owners).mean() # a person, however often asked, is one
+    return float(gains.mean()), float(gains.std()/np.sqrt(len(gains)))
 
 # %% ../nbs/03_training.ipynb #981d6c7a
 def search_gain(simple: list,       # of a metric [n] for every person, a trial each
@@ -515,7 +518,7 @@ def _look_at_factors(search):
 def _look_at_nets(search):
     "Nets that have time to learn; else ELSA, whose cost does not grow with people x items."
     rule,n_nets = net_settings(search.n_users), 0
-    for name,hp in (('mult_dae', rule), ('recvae', rule | dict(lr=.001, weight_decay=0., cosine_epochs=30, num_epoch=30)), ('mult_vae', rule | dict(lr=.003, weight_decay=rule['weight_decay']/2, linear_decoder=True, anneal_steps=0, beta=.05))):
+    for name,hp in (('mult_dae', rule), ('recvae', rule | dict(hidden_dim=200 if search.n_users < 2_000 else 600, lr=.001, weight_decay=0., cosine_epochs=30, num_epoch=30)), ('mult_vae', rule | dict(lr=.003, weight_decay=rule['weight_decay']/2, linear_decoder=True, anneal_steps=0, beta=.05))):
         share = .3*search.left()/search.budget_s # what is learned has to be learned again in the end
         if create_model(name, **hp).cost(search.n_users, search.n_items, search.nnz)[2] > share*search.budget_s*search.speed: search.skip(name, 'there is no time for its epochs')
         else: n_nets += search.look(name, 1, share, space={}, **hp) is not None
@@ -542,12 +545,13 @@ def auto(split: Split,            # chosen on validation, drawn anew where its o
     for look in (_look_at_references, _look_at_closed_forms, _look_at_factors, _look_at_nets): look(search)
     if not search.found: raise AerecError('no model could be fitted: ' + '; '.join(f"{s['model']}: {s['why']}" for s in search.skipped))
     found,lists = search.found, Shortlists.together([Shortlists.of([f.models[i] for f in search.found], fold, max(100, 2*topk)) for i,fold in enumerate(search.folds)])
-    singles,gain = np.array([lists.ndcg(w, topk).mean() for w in np.eye(len(found))]), blend_gain(lists, topk, random_seed=random_seed)
-    weights = _affordable(blend_weights(lists, topk, random_seed=random_seed), found, search) if gain > 0 else np.eye(len(found))[singles.argmax()]
+    singles,(gain,gain_se) = np.array([lists.ndcg(w, topk).mean() for w in np.eye(len(found))]), blend_gain(lists, topk, random_seed=random_seed)
+    pays = gain > gain_se # a blend takes its time with every request: it has to gain more than chance would give it
+    weights = _affordable(blend_weights(lists, topk, random_seed=random_seed), found, search) if pays else np.eye(len(found))[singles.argmax()]
     blended = lists.ndcg(weights, topk).mean()
     best = found[int(singles.argmax())].name
-    why = (f'a blend is better than {best} alone by {gain:.4f} NDCG@{topk} for people that it was not chosen on' if (weights > 0).sum() > 1 else
-           f'{best} has the best NDCG@{topk} on validation, {singles.max():.4f}' + ('' if gain > 0 else '; no blend is better for people that it was not chosen on') if weights[singles.argmax()] else
+    why = (f'a blend is better than {best} alone by {gain:.4f} ± {gain_se:.4f} NDCG@{topk} for people that it was not chosen on' if (weights > 0).sum() > 1 else
+           f'{best} has the best NDCG@{topk} on validation, {singles.max():.4f}' + ('' if pays else f'; a blend would gain {gain:.4f} ± {gain_se:.4f} for people that it was not chosen on, no more than chance') if weights[singles.argmax()] else
            'it is what there is time to fit again')
     search.say(why)
     model = _fit_again(split, found, weights, refit, max_memory_gib, item_features)
@@ -567,12 +571,17 @@ def _affordable(weights, found, search):
         weights /= weights.sum()
     return weights
 
+def _epochs_again(found):
+    "The best epoch; where the learning rate falls, the whole way down, unless the best came before half of it."
+    schedule = found.hyperparameters['cosine_epochs']
+    return max(found.best_epoch, schedule) if 2*found.best_epoch >= schedule else found.best_epoch
+
 def _fit_again(split, found, weights, refit, max_memory_gib, item_features):
     "The chosen models on all that they may learn from."
     chosen = [(f,w) for f,w in zip(found, weights) if w]
     rows,models = split.train_and_valid if refit else split.train, []
     for f,_ in chosen:
-        model = create_model(f.name, **f.hyperparameters | (dict(num_epoch=f.best_epoch) if 'num_epoch' in f.hyperparameters else {}))
+        model = create_model(f.name, **f.hyperparameters | (dict(num_epoch=_epochs_again(f)) if 'num_epoch' in f.hyperparameters else {}))
         model.max_memory_gib = max_memory_gib
         models.append(f.models[0] if split.kind == 'strong' and 'num_epoch' not in f.hyperparameters else model.fit(rows, item_features))
     return models[0] if len(models) == 1 else Blend.of(models, [float(w) for _,w in chosen])
