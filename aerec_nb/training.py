@@ -286,12 +286,13 @@ def _try(name, hp, splits, trial, left, topk, metric, max_valid_users, max_memor
     trial.set_user_attr('hyperparameters', found.hyperparameters); trial.set_user_attr('best_epoch', found.best_epoch)
     return found
 
-# %% ../nbs/03_training.ipynb #47b6c0bb
-def plot_tuning(tuning: Tuning,
-                metric: str = 'ndcg', # what decided
+# %% ../nbs/03_training.ipynb #aff2c951
+def plot_tuning(name: str,             # the model
+                trials: pd.DataFrame,  # of its `Tuning`
+                metric: str = 'ndcg',  # what decided
                ): # -> matplotlib Figure
     "What was reached, trial by trial, and against each hyperparameter."
-    t = tuning.trials[tuning.trials.state == 'complete']
+    t = trials[trials.state == 'complete']
     knobs = [k for k in t.columns if k not in ('number', 'state', 'value', 'seconds', 'best_epoch', 'why')][:5]
     fig,axes = plt.subplots(1, 1+len(knobs), figsize=(2.6*(1+len(knobs)), 2.9), layout='constrained', sharey=True, squeeze=False)
     axes = axes[0]
@@ -302,11 +303,11 @@ def plot_tuning(tuning: Tuning,
     for ax,knob in zip(axes[1:], knobs):
         ax.plot(t[knob].astype(float), t.value, 'o', ms=4, color='#56B4E9')
         ax.plot(float(best[knob]), best.value, 'o', ms=9, mfc='none', color='#D55E00')
-        limits = model_class(tuning.name).tune_space.get(knob)
+        limits = model_class(name).tune_space.get(knob)
         if limits and limits[2] == 'log': ax.set_xscale('log')
         ax.set_xlabel(knob)
     for ax in axes: ax.spines[['top', 'right']].set_visible(False)
-    fig.suptitle(f'{tuning.name}: {len(t)} trials; the best has ' + ', '.join(f'{k} {best[k]:.3g}' for k in knobs), fontsize=10)
+    fig.suptitle(f'{name}: {len(t)} trials; the best has ' + ', '.join(f'{k} {best[k]:.3g}' for k in knobs), fontsize=10)
     plt.close(fig)
     return fig
 
