@@ -454,6 +454,7 @@ class _Search:
     def __init__(self, split, budget_s, topk, metric, max_memory_gib, item_features, random_seed, progress, max_valid_users):
         self.began,self.budget_s,self.topk,self.metric,self.progress,self.found,self.skipped = time.monotonic(), budget_s, topk, metric, progress, [], []
         redrawn = split.kind not in ('strong', 'temporal')
+        max_valid_users = min(max_valid_users, max(500, 30_000_000//split.train.shape[1])) # ranking a large catalogue takes longer than fitting a small model
         n_folds = int(np.clip(2000//max(1, len(split.valid)), 1, 3)) if split.seeds and redrawn else 1
         self.splits = [split.redraw_valid(seed=random_seed+i) for i in range(n_folds)]
         self.options = dict(topk=topk, metric=metric, max_memory_gib=max_memory_gib, item_features=item_features, random_seed=random_seed, max_valid_users=max_valid_users, patience=15, progress=False)
@@ -537,7 +538,7 @@ def auto(split: Split,            # chosen on validation, drawn anew where its o
          item_features = None,    # [n_items, n_features] CSR over `split.items`, for models that use them
          random_seed: int = 42,   # of draws, searches and bags
          refit: bool = True,      # learn from validation's targets too once all is decided, on the items of train; False: only from `split.train`
-         max_valid_users: int = 3_000, # users that validation looks at; more are sampled
+         max_valid_users: int = 3_000, # users that validation looks at, of a catalogue above 10,000 items fewer; more are sampled
          progress: bool = True,   # say what is done
         ) -> Model: # fitted, on the items of `split.train`; `candidates` is a table of what was tried, `why` says why this one
     "Find, tune, choose and blend models by validation within a time budget."

@@ -20,6 +20,9 @@ def people(n_users=120, n_items=60, seed=0):
     return pd.DataFrame(dict(user_id=users[order], item_id=items[order], timestamp=np.arange(len(users))))
 
 
+NO_HURRY = 1e6 # seconds: what is tried then depends on no clock
+
+
 class Blind(Split):
     "A split whose test nobody may look at."
     @property
@@ -32,8 +35,8 @@ def split(request):
 
 
 def test_auto_decides_without_test_and_the_same_every_time(split, tmp_path):
-    model = auto(split, 600, progress=False)
-    blind = auto(Blind(**{f.name: getattr(split, f.name) for f in fields(split)}), 600, progress=False)
+    model = auto(split, NO_HURRY, progress=False)
+    blind = auto(Blind(**{f.name: getattr(split, f.name) for f in fields(split)}), NO_HURRY, progress=False)
     assert blind.candidates.drop(columns='seconds').equals(model.candidates.drop(columns='seconds'))
     np.testing.assert_array_equal(blind.score(split.test.input), model.score(split.test.input))
 
@@ -62,8 +65,8 @@ def test_auto_on_a_catalogue_too_large_for_the_time():
     frame = pd.DataFrame(dict(user_id=random.integers(0, 2_000, n), item_id=(6_000*random.random(n)**3).astype(int), timestamp=np.arange(n))).drop_duplicates(['user_id', 'item_id'])
     split = split_interactions(frame, 'leave_last', valid_sample_size=1)
     model = auto(split, 2, progress=False)
-    limited = [h for h in model.candidates.hyperparameters if isinstance(h, dict) and h.get('max_items')]
-    assert limited and all(h['max_items'] < split.train.shape[1] for h in limited), model.candidates
+    closed = model.candidates[model.candidates.model.isin(['ease', 'rdlae', 'closed forms'])]
+    assert len(closed) and all(isinstance(h, str) or h['max_items'] < split.train.shape[1] for h in closed.hyperparameters), model.candidates # the very slow leave them out
     assert model.score(split.valid.input[:2]).shape == (2, split.train.shape[1])
 
 
