@@ -1,5 +1,5 @@
 "auto and tune on the real thing: nothing is decided by test, the same seed decides the same, a killed search goes on, and the stage does both."
-import json, os, signal, sqlite3, subprocess, sys, time
+import os, signal, sqlite3, subprocess, sys, time
 from dataclasses import fields
 import numpy as np, pandas as pd, pytest
 from aerec_nb.configuration import AerecError
