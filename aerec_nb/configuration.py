@@ -88,6 +88,7 @@ def _as_dict(value:Any) -> Any:
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
 Worths = Annotated[dict[str, Literal['value']|float], BeforeValidator(_as_dict)]
 Ids = Annotated[list[str|int], BeforeValidator(_as_list)]
+Lengths = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_as_list)]
 Mapping = Annotated[dict[str, str], BeforeValidator(_as_dict)]
 Secrets = Annotated[list[SecretStr], BeforeValidator(_as_list)]
 
@@ -341,7 +342,8 @@ class TrainingSettings(Section):
 
 class ValidationSettings(Section):
     "How `03a_validation` measures."
-    topk: int = Field(10, ge=1, description='length of the ranked list')
+    topk: int = Field(10, ge=1, description='length of the ranked list that models are chosen by')
+    report_k: Lengths = Field([20, 100], description='further lengths of the list to report')
     n_bootstrap: int = Field(1000, ge=100, description='resamples behind each interval')
     lecture_replay: Literal['auto', 'on', 'off'] = Field('auto', description="replay of the lecture's leak; auto: on small data that allow it")
 
@@ -352,9 +354,35 @@ class InferenceSettings(Section):
 
 class PostprocessingSettings(Section):
     "What `04a_postprocessing` does with a list."
-    steps: Texts = Field(['exclude_seen', 'ban_list'], description='the chain, in order')
+    steps: Texts = Field(['exclude_seen', 'ban_list'], description="the chain, in order: steps by name, or as module:step of a file of the project")
+    step_options: Options = Field({}, description='step -> its parameters, as {mmr = {diversity = 0.3}}')
     banned_items: Ids = Field([], description='item ids that are never shown')
-    ban_file: str|None = Field(None, description='text file with one banned item id a line')
+    ban_file: str|None = Field(None, description='text file with one banned item id a line; read again when it changes')
+    ban_url: str|None = Field(None, description='database with banned item ids, a SQLAlchemy URL; read again every ban_refresh_s')
+    ban_query: str = Field('bans', min_length=1, description='of ban_url: a SELECT whose first column is item ids, or the name of a table')
+    ban_refresh_s: float = Field(5., ge=0, allow_inf_nan=False, description='seconds after which ban_url is asked again')
+    tradeoff_users: int = Field(200, ge=1, description='validation users behind the curves of what each step costs')
+
+    @field_validator('steps')
+    @classmethod
+    def _steps_named(cls, steps):
+        for name in steps:
+            if not re.fullmatch(r'\w+|[\w.]+:\w+', name): raise PydanticCustomError('steps', "'{name}' is neither the name of a step nor module:step", {'name': name})
+            if steps.count(name) > 1: raise PydanticCustomError('steps', "'{name}' is there twice: a step acts once", {'name': name})
+        return steps
+
+    @field_validator('step_options')
+    @classmethod
+    def _of_steps(cls, options, info):
+        left = set(options) - set(info.data.get('steps', options))
+        if left: raise PydanticCustomError('steps', 'steps does not name {left}: add it there, or leave this out', {'left': ', '.join(sorted(left))})
+        return options
+
+    @field_validator('ban_url')
+    @classmethod
+    def _is_url(cls, value):
+        if value is not None and not is_database(value): raise PydanticCustomError('url', 'this is no SQLAlchemy URL such as postgresql://user@host/shop; a text file goes into ban_file')
+        return value
 
 class PackagingSettings(Section):
     "How `05_packaging` names and publishes."

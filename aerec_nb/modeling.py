@@ -352,9 +352,10 @@ def top_k(scores: np.ndarray, # [n, n_items], or [n_items]
     n_items = scores.shape[1]
     k = min(int(k), n_items)
     if k < n_items:
-        top = np.argpartition(scores, n_items-k, axis=1)[:, n_items-k:]
+        part = np.argpartition(scores, n_items-k-1, axis=1)[:, n_items-k-1:] # the best of those that are left out, then the k best
+        top = part[:, 1:].copy()
         border = np.take_along_axis(scores, top, 1).min(1, initial=np.inf)
-        for row in np.flatnonzero((scores >= border[:, None]).sum(1) > k):
+        for row in np.flatnonzero(scores[np.arange(len(scores)), part[:, 0]] == border): # which of equals are in is not left to chance
             above = np.flatnonzero(scores[row] > border[row])
             top[row] = np.concatenate([above, np.flatnonzero(scores[row] == border[row])[:k-len(above)]])
     else: top = np.tile(np.arange(n_items), (len(scores), 1))

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STAGES', 'atomic_path', 'write_json', 'read_json', 'write_parquet', 'alone', 'mlflow_module', 'sha256_bytes',
            'sha256_file', 'sha256_json', 'Stage', 'upstream', 'check_stages', 'code_modules', 'code_hash',
-           'unexported_changes', 'read_manifest', 'peak_memory_mib', 'versions', 'remove_run', 'Run', 'all_runs',
-           'write_run_file', 'open_run']
+           'unexported_changes', 'read_manifest', 'peak_memory_mib', 'measured', 'versions', 'remove_run', 'Run',
+           'all_runs', 'write_run_file', 'open_run']
 
-# %% ../nbs/00a_runs.ipynb #c0824f16
-import ast, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource, secrets, shutil, time, warnings
+# %% ../nbs/00a_runs.ipynb #25ad6752
+import ast, ctypes, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource, secrets, shutil, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -224,6 +224,22 @@ def read_manifest(folder:Path # of an artifact
 def peak_memory_mib() -> float: # mebibytes
     "Peak resident memory of this process so far."
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+
+def _status_mib(name):
+    "A line of Linux's account of this process, mebibytes."
+    return next(int(line.split()[1])/1024 for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(f'{name}:'))
+
+def measured(f # called without arguments
+            ) -> tuple: # (what it returned, seconds, MiB above what the process had before; NaN where the system does not say)
+    "Call a function, and measure what it takes."
+    try:
+        ctypes.CDLL(None).malloc_trim(0)              # what was freed and kept for later would hide what comes
+        Path('/proc/self/clear_refs').write_text('5') # begins the peak anew
+        before = _status_mib('VmRSS')
+    except (OSError, AttributeError): before = float('nan')
+    clock = time.perf_counter()
+    result = f()
+    return result, time.perf_counter()-clock, max(0., _status_mib('VmHWM')-before) if before == before else before
 
 def versions() -> dict: # package -> version
     "What an artifact was made with."

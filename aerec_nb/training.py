@@ -94,14 +94,20 @@ class Checkpoints:
         p = read_json(self.folder/'checkpoint.json')['progress']
         return f"the last good checkpoint is {show_value(self.folder)} (epoch {p['epoch']+1}, batch {p['batch']})" if p['batch'] else f"the last good checkpoint is {show_value(self.folder)} (after epoch {p['epoch']})"
 
+# %% ../nbs/03_training.ipynb #a577a2cb
+def _patience(model, split):
+    "Fifteen epochs; where an epoch has few steps, as many as give sixty: with two steps an epoch eight epochs were once taken for the end at two thirds of what came later."
+    steps = math.ceil(split.train.shape[0]/model.hyperparameters.get('batch_size', 1))
+    return max(15, math.ceil(60/steps))
+
 # %% ../nbs/03_training.ipynb #a2327f35
 def train(model,                  # not yet fitted, from `create_model`
           split: Split,           # learns from `split.train`, is watched on `split.valid`
           num_epoch: int = None,  # most epochs; None: the model's own `num_epoch`
-          patience: int = None,   # epochs without improvement before it stops; None: 8
+          patience: int = None,   # epochs without improvement before it stops; None: 15, on small data as many as give 60 steps
           topk: int = 10,         # length of the lists that validation looks at
           progress: bool = True,  # show a bar
-          metric: str = 'ndcg',   # what decides the best epoch: ndcg, recall, hit or hit_rate
+          metric: str = 'ndcg',   # what decides the best epoch: ndcg, or another of the accuracies of `evaluate`
           item_features = None,   # [n_items, n_features] CSR for models that use them
           max_valid_users: int = 10_000, # users that validation looks at; more are sampled
           checkpoints: Path = None, # folder to keep checkpoints in, and to go on from; None: none are kept
@@ -113,7 +119,7 @@ def train(model,                  # not yet fitted, from `create_model`
     if metric not in METRICS: raise AerecError(f"valid_metric = {metric!r}: valid ones are {', '.join(METRICS)}")
     if not hasattr(model, 'train_epoch'): return _solve(model, split, topk, metric, item_features, max_valid_users)
     if split.valid is None: raise AerecError('the split has no valid fold to watch: train before the split is refitted, or call model.fit(train)')
-    num_epoch,patience,fold = num_epoch or model.num_epoch, patience or 8, _sample(split.valid, max_valid_users)
+    num_epoch,patience,fold = num_epoch or model.num_epoch, patience or _patience(model, split), _sample(split.valid, max_valid_users)
     rows = model.prepare(split.train, item_features)
     keep = Checkpoints(checkpoints, _fingerprint(model, split, item_features, num_epoch, patience, topk, metric, max_valid_users), checkpoint_s) if checkpoints else None
     at = keep.load(model) if keep else Progress()
@@ -218,7 +224,7 @@ def tune(name: str,              # model, one of `model_names()`
          n_trials: int = 30,     # trials, with those that `storage` has already
          budget_s: float = None, # seconds; no trial is begun that would not end in time, and the epochs end with them; None: no limit
          topk: int = 10,         # length of the lists that validation looks at
-         metric: str = 'ndcg',   # what decides: ndcg, recall, hit or hit_rate
+         metric: str = 'ndcg',   # what decides: ndcg, or another of the accuracies of `evaluate`
          space: dict = None,     # hyperparameter -> (low, high, 'log', 'linear' or 'int'); None: the model's own `tune_space`
          first: list = (),       # hyperparameters to try first, in place of the defaults
          storage: Path = None,   # SQLite file that keeps the trials; None: they are not kept
@@ -228,7 +234,7 @@ def tune(name: str,              # model, one of `model_names()`
          max_memory_gib: float = None,   # what a model may use, GiB; None: 80 % of what is free
          item_features = None,   # [n_items, n_features] CSR for models that use them
          device: str = 'cpu',    # torch device of gradient-trained models
-         patience: int = None,   # epochs without improvement before a training stops; None: 8
+         patience: int = None,   # epochs without improvement before a training stops; None: 15, on small data as many as give 60 steps
          **fixed                 # hyperparameters that are not searched
         ) -> Tuning:
     "Search for a model's best hyperparameters on validation; raises `AerecError` if no trial can be fitted."
@@ -481,6 +487,16 @@ class _Search:
         self.say(f"{label or name}: {self.metric} {found.value:.4f} in {len(found.trials)} {'trial' if len(found.trials) == 1 else 'trials'}" + (f' ({tried})' if tried else ''))
         return found
 
+    def epoch_seconds(self, name, hp):
+        "What an epoch takes on all splits, by doing one; None, and why, if there is no time or memory even for that."
+        first = create_model(name, **hp | dict(num_epoch=1, cosine_epochs=0))
+        first.max_memory_gib = self.options['max_memory_gib']
+        if first.cost(self.n_users, self.n_items, self.nnz)[2] > .1*max(0, self.left())*self.speed: return self.skip(name, 'there is no time for its epochs')
+        clock = time.perf_counter()
+        try: first.fit(self.splits[0].train, self.options['item_features'])
+        except AerecError as e: return self.skip(name, str(e))
+        return (time.perf_counter()-clock)*len(self.splits)
+
 # %% ../nbs/03_training.ipynb #99362921
 def _look_at_references(search):
     search.look('popularity', 1, .02, space={})
@@ -521,8 +537,9 @@ def _look_at_nets(search):
     "Nets that have time to learn; else ELSA, whose cost does not grow with people x items."
     rule,n_nets = net_settings(search.n_users), 0
     for name,hp in (('mult_dae', rule), ('recvae', rule | dict(hidden_dim=200 if search.n_users < 2_000 else 600, lr=.001, weight_decay=0., cosine_epochs=30, num_epoch=30)), ('mult_vae', rule | dict(lr=.003, weight_decay=rule['weight_decay']/2, linear_decoder=True, anneal_steps=0, beta=.05))):
-        share = .3*search.left()/search.budget_s # what is learned has to be learned again in the end
-        if create_model(name, **hp).cost(search.n_users, search.n_items, search.nnz)[2] > share*search.budget_s*search.speed: search.skip(name, 'there is no time for its epochs')
+        share,seconds = .4*search.left()/search.budget_s, search.epoch_seconds(name, hp) # what is learned has to be learned again in the end
+        if seconds is None: continue
+        if seconds*hp['num_epoch'] > share*search.budget_s: search.skip(name, 'there is no time for its epochs')
         else: n_nets += search.look(name, 1, share, space={}, **hp) is not None
     if n_nets: return
     hp,share = dict(rank=128, batch_size=int(np.clip(search.n_users//50, 64, 2048))), .3*search.left()/search.budget_s
@@ -548,12 +565,12 @@ def auto(split: Split,            # chosen on validation, drawn anew where its o
     if not search.found: raise AerecError('no model could be fitted: ' + '; '.join(f"{s['model']}: {s['why']}" for s in search.skipped))
     found,lists = search.found, Shortlists.together([Shortlists.of([f.models[i] for f in search.found], fold, max(100, 2*topk)) for i,fold in enumerate(search.folds)])
     singles,(gain,gain_se) = np.array([lists.ndcg(w, topk).mean() for w in np.eye(len(found))]), blend_gain(lists, topk, random_seed=random_seed)
-    pays = gain > gain_se # a blend takes its time with every request: it has to gain more than chance would give it
+    pays = gain > gain_se/2 # a blend takes its time with every request: that it gains must be more likely than not by a margin
     weights = _affordable(blend_weights(lists, topk, random_seed=random_seed), found, search) if pays else np.eye(len(found))[singles.argmax()]
     blended = lists.ndcg(weights, topk).mean()
     best = found[int(singles.argmax())].name
     why = (f'a blend is better than {best} alone by {gain:.4f} ± {gain_se:.4f} NDCG@{topk} for people that it was not chosen on' if (weights > 0).sum() > 1 else
-           f'{best} has the best NDCG@{topk} on validation, {singles.max():.4f}' + ('' if pays else f'; a blend would gain {gain:.4f} ± {gain_se:.4f} for people that it was not chosen on, no more than chance') if weights[singles.argmax()] else
+           f'{best} has the best NDCG@{topk} on validation, {singles.max():.4f}' + ('' if pays else f'; a blend would gain {gain:.4f} ± {gain_se:.4f} for people that it was not chosen on, too little to be sure') if weights[singles.argmax()] else
            'it is what there is time to fit again')
     search.say(why)
     model = _fit_again(split, found, weights, refit, max_memory_gib, item_features)
