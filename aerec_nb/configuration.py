@@ -371,13 +371,6 @@ class PostprocessingSettings(Section):
             if steps.count(name) > 1: raise PydanticCustomError('steps', "'{name}' is there twice: a step acts once", {'name': name})
         return steps
 
-    @field_validator('step_options')
-    @classmethod
-    def _of_steps(cls, options, info):
-        left = set(options) - set(info.data.get('steps', options))
-        if left: raise PydanticCustomError('steps', 'steps does not name {left}: add it there, or leave this out', {'left': ', '.join(sorted(left))})
-        return options
-
     @field_validator('ban_url')
     @classmethod
     def _is_url(cls, value):

@@ -343,26 +343,41 @@ def mask_history(scores: np.ndarray, # [n, n_items], changed in place
     scores[np.repeat(np.arange(history.shape[0]), np.diff(history.indptr)), history.indices] = -np.inf
     return scores
 
+# %% ../nbs/02_modeling.ipynb #6f4e2757
+def _candidates(scores, k):
+    "Items among which the k best of each row are, by index, and their scores; places left over are -inf. The k-th best of the maxima of many chunks of a row is no more than the k-th best of all."
+    n,n_items = scores.shape
+    n_chunks = min(max(1024, 16*k), n_items//4)
+    if n_chunks <= k: return np.broadcast_to(np.arange(n_items), scores.shape), scores
+    width = n_items//n_chunks
+    maxima = scores[:, :width*n_chunks].reshape(n, width, n_chunks).max(1) # chunks of every n_chunks-th item: maxima of whole vectors at a time
+    least = np.partition(maxima, n_chunks-k, axis=1)[:, n_chunks-k]
+    keep = scores >= least[:, None]
+    found = np.flatnonzero(keep)
+    crowded = np.flatnonzero(np.bincount(found//n_items, minlength=n) > 2*k+64)
+    for row in crowded: # many equals at the border: the first ones by index
+        border = np.partition(scores[row], n_items-k)[n_items-k]
+        above = scores[row] > border
+        keep[row] = above
+        keep[row, np.flatnonzero(scores[row] == border)[:k-above.sum()]] = True
+    row,item = np.divmod(np.flatnonzero(keep) if len(crowded) else found, n_items)
+    count = np.bincount(row, minlength=n)
+    place = np.arange(len(row)) - np.repeat(np.cumsum(count)-count, count)
+    at,values = np.zeros((n, max(k, count.max(initial=0))), np.int64), np.full((n, max(k, count.max(initial=0))), -np.inf, scores.dtype)
+    at[row, place],values[row, place] = item, scores[row, item]
+    return at, values
+
 # %% ../nbs/02_modeling.ipynb #7bdd2d5a
-def top_k(scores: np.ndarray, # [n, n_items], or [n_items]
+def top_k(scores: np.ndarray, # [n, n_items], or [n_items]; numbers, or -inf for what is out of the race
           k: int,             # length of the lists; at most n_items are returned
          ) -> tuple: # (item indices int64, their scores), each [n, k], best first; masked items keep their -inf
     "The k best items of each row, ties by item index."
     single,scores = scores.ndim == 1, np.atleast_2d(scores)
-    n_items = scores.shape[1]
-    k = min(int(k), n_items)
-    if k < n_items:
-        part = np.argpartition(scores, n_items-k-1, axis=1)[:, n_items-k-1:] # the best of those that are left out, then the k best
-        top = part[:, 1:].copy()
-        border = np.take_along_axis(scores, top, 1).min(1, initial=np.inf)
-        for row in np.flatnonzero(scores[np.arange(len(scores)), part[:, 0]] == border): # which of equals are in is not left to chance
-            above = np.flatnonzero(scores[row] > border[row])
-            top[row] = np.concatenate([above, np.flatnonzero(scores[row] == border[row])[:k-len(above)]])
-    else: top = np.tile(np.arange(n_items), (len(scores), 1))
-    top.sort(1)
-    values = np.take_along_axis(scores, top, 1)
-    order = np.argsort(-values, axis=1, kind='stable')
-    top,values = np.take_along_axis(top, order, 1), np.take_along_axis(values, order, 1)
+    if scores.dtype.kind != 'f': scores = scores.astype(np.float64)
+    k = min(int(k), scores.shape[1])
+    at,values = _candidates(scores, k)
+    order = np.argsort(-values, axis=1, kind='stable')[:, :k]
+    top,values = np.take_along_axis(at, order, 1), np.take_along_axis(values, order, 1)
     return (top[0], values[0]) if single else (top, values)
 
 # %% ../nbs/02_modeling.ipynb #799edd1c

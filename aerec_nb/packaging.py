@@ -124,12 +124,14 @@ def _write_files(r:Recommender, folder:Path, card:dict, k:int) -> None:
     "All files but the manifest."
     save_model(r.model, folder)
     write_parquet(folder/'users.parquet', pd.DataFrame({'user_id': r.users}))
+    known = r.catalogue.table.drop(columns=['item_id', 'title', 'genres', 'popularity'], errors='ignore') # what the steps of the chain look at
     table = pd.DataFrame({'item_id': r.items, 'title': r.item_table.title.astype('string'), 'genres': r.item_table.genres.astype('string'), 'popularity': r.popularity})
-    write_parquet(folder/'items.parquet', table)
+    write_parquet(folder/'items.parquet', pd.concat([table, known], axis=1))
     h, disliked = r.histories, r.negatives
     _write(folder/'histories.safetensors', save({'indptr': h.indptr.astype(np.int64), 'indices': h.indices.astype(np.int32), 'data': h.data.astype(np.float32),
-                                                 'negatives.indptr': disliked.indptr.astype(np.int64), 'negatives.indices': disliked.indices.astype(np.int32)}))
-    write_json(folder/'chain.json', {'steps': r.chain.steps, 'banned_items': r.chain.banned_items})
+                                                 'negatives.indptr': disliked.indptr.astype(np.int64), 'negatives.indices': disliked.indices.astype(np.int32),
+                                                 **({} if r.times is None else {'times': np.asarray(r.times, np.int64)}), **_feature_arrays(r.catalogue.features)}))
+    write_json(folder/'chain.json', r.chain.spec)
     golden = golden_requests(r, k)
     write_json(folder/'golden.json', [{'request': request, 'answer': _answer(r, request)} for request in golden])
     reference = reference_figures(r, k)
@@ -139,6 +141,12 @@ def _write_files(r:Recommender, folder:Path, card:dict, k:int) -> None:
     write_json(folder/'card.json', card)
     _write(folder/'card.md', card_markdown(card).encode())
     write_json(folder/'versions.json', package_versions())
+
+def _feature_arrays(features) -> dict:
+    "The features of the items for safetensors; {} where there are none."
+    if features is None: return {}
+    return {'features.indptr': features.indptr.astype(np.int64), 'features.indices': features.indices.astype(np.int32), 'features.data': features.data.astype(np.float32),
+            'features.shape': np.array(features.shape, np.int64)}
 
 def _write(path:Path, data:bytes) -> None:
     with atomic_path(path) as p: p.write_bytes(data)
@@ -187,8 +195,9 @@ def load_bundle(folder:Path # a bundle
     negatives = None if 'negatives.indptr' not in h else csr_matrix((np.ones(len(h['negatives.indices']), bool), h['negatives.indices'], h['negatives.indptr'].astype(np.int32)),
                                                                     shape=histories.shape) # a bundle of before has none
     model, card = load_model(folder), read_json(folder/'card.json')
-    recommender = Recommender(model, items.item_id.tolist(), users.user_id.tolist(), histories, items.popularity.to_numpy(), Chain(chain['steps'], chain['banned_items']), items,
-                              info={'id': id, 'card': card, 'reference': read_json(folder/'reference.json'), 'folder': str(folder)}, negatives=negatives)
+    recommender = Recommender(model, items.item_id.tolist(), users.user_id.tolist(), histories, items.popularity.to_numpy(), Chain.from_spec(chain), items.drop(columns='popularity'),
+                              info={'id': id, 'card': card, 'reference': read_json(folder/'reference.json'), 'folder': str(folder)}, negatives=negatives,
+                              times=h.get('times'), features=None if 'features.data' not in h else csr_matrix((h['features.data'], h['features.indices'], h['features.indptr'].astype(np.int32)), shape=tuple(h['features.shape'])))
     for golden in read_json(folder/'golden.json'):
         if not same_answer(golden['answer'], _answer(recommender, golden['request'])):
             raise AerecError(f"bundle {folder}: the golden request {json.dumps(golden['request'])} is answered differently than when it was packed "
@@ -440,8 +449,7 @@ def build_packaging(run, # `Run` from `aerec_nb.runs`
                     folder:Path # where to write bundle/ and registered.json
                    ) -> dict: # key figures for the manifest
     "Pack what was chosen, register it, and point the alias to it if whoever runs this may."
-    chain = read_json(run.need('postprocessing')/'chain.json')
-    recommender = load_recommender(run, Chain(chain['steps'], chain['banned_items']))
+    recommender = load_recommender(run, Chain.from_spec(read_json(run.need('postprocessing')/'chain.json')))
     save_bundle(recommender, folder/'bundle', model_card(run, recommender), run.settings.validation.topk)
     registry, alias = Registry.from_settings(run.settings), run.settings.packaging.alias or run.settings.env
     version = registry.register(folder/'bundle')

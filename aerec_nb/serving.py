@@ -34,7 +34,7 @@ from .configuration import AerecError, load_settings
 from .events import EventLog, MAX_ID, events_url, new_event, save_events, simulated_reaction, sqlite_url
 from .inference import Recommender, UnknownUser
 from .packaging import load_bundle
-from .postprocessing import load_ban_list
+from .postprocessing import ban_list
 from .runs import read_json, write_json, write_parquet
 
 # %% ../nbs/05a_serving.ipynb #9dc8bddd
@@ -271,7 +271,7 @@ class State:
         if s.require_auth and not any(self.keys):
             raise AerecError('serving.require_auth is on, but there is no key: set AEREC_SERVING__API_KEYS, or turn require_auth off')
         recommender = copy(recommender)
-        recommender.chain = recommender.chain.with_bans(load_ban_list(settings)) # what is banned here, besides what the bundle bans
+        recommender.chain = recommender.chain.with_bans(ban_list(settings)) # what is banned here, besides what the bundle bans; it follows changes of file and table
         self.recommender, self.log, self.simulated = recommender, log, simulated
         self.max_k, self.default_k = s.max_k, min(s.max_k, settings.validation.topk)
         self.model = str(recommender.info.get('card', {}).get('name') or recommender.model.name)

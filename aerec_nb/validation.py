@@ -246,7 +246,8 @@ def rank(model,         # fitted, or float scores [n, n_items] of the fold's use
     name = 'scores' if given is not None else model.name or type(model).__name__
     n,n_items = fold.input.shape
     if given is not None and given.shape != (n, n_items): raise AerecError(f'scores of shape {given.shape}: this fold asks for {(n, n_items)}, a row a user and a column an item')
-    step,lists = block_size or block_rows(n_items), np.full((n, k), -1, np.int32)
+    step = block_size or (block_rows(n_items) if given is None else max(1, 2**19//n_items)) # given scores are copied: as many as stay in the cache
+    lists = np.full((n, k), -1, np.int32)
     for start in range(0, n, step):
         rows = slice(start, min(start+step, n))
         scores = given[rows].copy() if given is not None else model.score(fold.input[rows])

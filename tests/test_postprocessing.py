@@ -1,0 +1,210 @@
+"The chain under random requests: what may not be shown never is, k items wherever k are eligible; ban lists that change; steps of one's own."
+import os
+import numpy as np, pandas as pd, pytest, sqlalchemy as sa
+from hypothesis import given, settings, strategies as st
+from conftest import BIN, ROOT, run
+from aerec_nb.configuration import AerecError, load_settings
+from aerec_nb.inference import Recommender
+from aerec_nb.modeling import create_model
+from aerec_nb.postprocessing import BanList, Catalogue, Chain, IdIndex, Request, ban_list, check_chain, filter_items
+from scipy.sparse import csr_matrix
+
+N, SOAK = 60, bool(os.environ.get('SOAK'))
+GENRES = ['A', 'B', 'A|B', 'C', 'B|C', '']
+TABLE = pd.DataFrame(dict(item_id=[f'i{n}' for n in range(N)], genres=[GENRES[n % 6] or None for n in range(N)], year=[1950+n for n in range(N)],
+                          available_from=[None if n % 4 else 100.*n for n in range(N)], available_until=[None if n % 5 else 5000.+n for n in range(N)]))
+CATALOGUE = Catalogue(IdIndex(TABLE.item_id), TABLE, np.arange(N))
+FILTERS = [None, {'any': [{'genres': ['A', 'C']}]}, {'all': [{'year': {'ge': 1980}}]}, {'none': [{'genres': 'B'}], 'all': [{'year': {'lt': 2005}}]}]
+OPTIONS = dict(mmr={'pool': 12}, calibrate={'pool': 9}, min_score={'least': 2}, max_per_category={'most': 4}, freshness={'pool': 15}, temper_popularity={'pool': 15},
+               boost={'rules': [{'items': ['i3', 'i40'], 'factor': 3}]}, pins={'places': {1: 'i7', 3: 'i8'}}, promote={'where': {'all': [{'genres': 'C'}]}, 'places': [2]}, explore={'slots': [2, 5], 'pool': 6})
+REMOVING, RANKING, CUTTING, PLACING = ['exclude_seen', 'ban_list', 'available'], ['mmr', 'calibrate', 'freshness', 'temper_popularity', 'boost'], ['min_score', 'max_per_category'], ['pins', 'promote']
+numbers = st.lists(st.integers(0, N-1), max_size=25, unique=True)
+
+
+@st.composite
+def asked(draw, cutting=True):
+    "A chain in any order, a request and scores."
+    some = draw(st.lists(st.sampled_from(RANKING + (CUTTING if cutting else [])), max_size=3, unique=True)) + draw(st.lists(st.sampled_from(PLACING), max_size=2, unique=True))
+    steps = draw(st.permutations(REMOVING + some)) + draw(st.sampled_from([[], ['explore']]))
+    chain = Chain(steps, [f'i{n}' for n in draw(numbers)], CATALOGUE, {s: OPTIONS[s] for s in steps if s in OPTIONS}, seed=1)
+    request = Request(k=draw(st.integers(1, 30)), history=np.array(draw(numbers), int), disliked=np.array(draw(numbers), int), now=float(draw(st.integers(0, 6000))), user=draw(st.integers(0, 9)),
+                      exclude=np.array(draw(numbers), int), candidates=draw(st.none() | numbers.map(lambda l: np.array(l, int))), filter=draw(st.sampled_from(FILTERS)),
+                      pins=draw(st.lists(st.sampled_from([f'i{n}' for n in range(N)] + ['unknown']), max_size=3)), diversity=draw(st.sampled_from([None, 0, .5])), exclude_seen=draw(st.booleans()))
+    return chain, request, np.array(draw(st.lists(st.integers(0, 9), min_size=N, max_size=N)), np.float32)
+
+
+def eligible(chain, r):
+    "Numbers of what may be shown, said once more in plain Python."
+    banned, seen = set(chain.banned_items), {*r.history.tolist(), *r.disliked.tolist()}
+    def may(n):
+        row = TABLE.iloc[n]
+        early, late = row.available_from > r.now, row.available_until <= r.now
+        genres = (row.genres or '').split('|') if isinstance(row.genres, str) else []
+        passes = {0: True, 1: bool({'A', 'C'} & set(genres)), 2: row.year >= 1980, 3: 'B' not in genres and row.year < 2005}[FILTERS.index(r.filter)]
+        return row.item_id not in banned and not (r.exclude_seen and n in seen) and not early and not late and passes and n not in r.exclude and (r.candidates is None or n in r.candidates)
+    return {n for n in range(N) if may(n)}
+
+
+@settings(max_examples=3000 if SOAK else 150, deadline=None)
+@given(asked(cutting=False))
+def test_exactly_k_of_what_is_eligible_whatever_the_order(case):
+    chain, request, scores = case
+    done, may = chain.run(scores, request), eligible(chain, request)
+    assert len(done) == min(request.k, len(may)) == len(set(done.items.tolist())) and set(done.items.tolist()) <= may
+    assert np.isfinite(done.scores).all() and ((0 < done.propensities) & (done.propensities <= 1)).all()
+    again = chain.run(scores, request)
+    assert again.items.tolist() == done.items.tolist()
+
+
+@settings(max_examples=3000 if SOAK else 150, deadline=None)
+@given(asked())
+def test_a_part_of_the_catalogue_gives_the_list_of_the_whole(case):
+    chain, request, scores = case
+    part = chain.run(scores, request)
+    request.explain = True
+    whole = chain.run(scores, request)
+    assert part.items.tolist() == whole.items.tolist() and part.propensities.tolist() == whole.propensities.tolist() and part.warnings == whole.warnings
+    for item in range(N): # whatever was taken out, the trail says where
+        trail = whole.trail(item)
+        assert trail[0]['what'] == 'candidate' or trail[0]['what'] == 'removed'
+        if item in whole.items.tolist(): assert trail[-1]['place_after'] == whole.items.tolist().index(item) + 1
+
+
+@settings(max_examples=2000 if SOAK else 120, deadline=None)
+@given(asked())
+def test_pins_keep_their_place_or_it_is_said_why_not(case):
+    chain, request, scores = case
+    done, may = chain.run(scores, request), eligible(chain, request)
+    wanted = dict(enumerate(request.pins, 1)) if request.pins else OPTIONS['pins']['places'] if 'pins' in chain.steps else {}
+    for place, id in wanted.items():
+        number = int(id[1:]) if id != 'unknown' else -1
+        refused = any(w.startswith(f'pin {id!r} at place {place} is not shown') for w in done.warnings)
+        if number not in may: assert refused and number not in done.items
+        elif not refused and len(done) >= place: assert done.items[place-1] == number and done.sources[place-1] == 'pin'
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=12, max_size=12), st.integers(1, 4))
+def test_maximum_per_category_against_plain_python(scores, most):
+    few = Catalogue(IdIndex(range(12)), TABLE[:12].assign(item_id=range(12)))
+    done = Chain(['max_per_category'], index=few, options={'max_per_category': {'most': most}}).run(np.array(scores, np.float32), Request(k=12))
+    kept, shown = [], {}
+    for n in sorted(range(12), key=lambda n: (-scores[n], n)):
+        genres = TABLE.genres[n].split('|') if isinstance(TABLE.genres[n], str) else []
+        if all(shown.get(g, 0) < most for g in genres):
+            kept.append(n)
+            for g in genres: shown[g] = shown.get(g, 0) + 1
+    assert done.items.tolist() == kept
+
+
+def test_propensities_are_those_of_many_draws():
+    chain = Chain(['explore'], index=CATALOGUE, options={'explore': {'slots': [1, 3], 'epsilon': .7, 'temperature': .4, 'pool': 6}}, seed=5)
+    scores, counts, told, draws = np.linspace(1, 0, N).astype(np.float32), {}, {}, 6000
+    for draw in range(draws):
+        done = chain.run(scores, Request(k=4, user='ann', draw=draw))
+        for place in (1, 3):
+            key = place, int(done.items[place-1])
+            counts[key], told[key] = counts.get(key, 0) + 1, done.propensities[place-1]
+    # by enumeration: candidates 4 to 9 are dealt to the slots, three cards each, weights exp(r/T) with r from 1 to 0 over the six
+    for n, place in enumerate((1, 3)):
+        cards = [4+n, 6+n, 8+n]
+        weight = {c: np.exp((1-(c-4)/5)/.4) for c in cards}
+        exact = {c: .7*weight[c]/sum(weight.values()) for c in cards} | {place-1: .3}
+        assert {i for p, i in told if p == place} == set(exact)
+        for item, p in exact.items():
+            assert told[place, item] == pytest.approx(p, rel=1e-4)
+            assert abs(counts[place, item]/draws - p) < 5*np.sqrt(p*(1-p)/draws)
+
+
+def recommender(**kw):
+    x = csr_matrix((np.random.default_rng(0).random((40, N)) < .2).astype(np.float32))
+    return Recommender(create_model('ease', lam=5.).fit(x), TABLE.item_id.tolist(), [f'u{n}' for n in range(40)], x, item_table=TABLE, **kw)
+
+
+def test_a_running_recommender_follows_ban_file_and_table(tmp_path, caplog):
+    file, url = tmp_path/'bans.txt', f'sqlite:///{tmp_path}/bans.db'
+    file.write_text('')
+    engine = sa.create_engine(url)
+    with engine.begin() as c: c.execute(sa.text('create table bans (item_id text)'))
+    found = ban_list(load_settings('test', ban_file=str(file), ban_url=url, ban_refresh_s=0.))
+    r = recommender(chain=Chain().with_bans(found))
+    first, second, third = r.recommend('u1', k=3).item_ids
+    file.write_text(f'{first} # recalled\n')
+    assert r.recommend('u1', k=2).item_ids == [second, third]
+    with engine.begin() as c: c.execute(sa.text('insert into bans values (:id)'), dict(id=second))
+    assert r.recommend('u1', k=1).item_ids == [third]
+    with engine.begin() as c: c.execute(sa.text('drop table bans'))
+    file.unlink()
+    assert r.recommend('u1', k=1).item_ids == [third] and 'stays banned' in caplog.text, 'what cannot be read any more stays banned'
+    file.write_text('')
+    with engine.begin() as c: c.execute(sa.text('create table bans (item_id text)'))
+    assert r.recommend('u1', k=3).item_ids == [first, second, third]
+    engine.dispose()
+
+
+def test_a_table_is_asked_again_only_when_it_is_old_enough(tmp_path):
+    url = f'sqlite:///{tmp_path}/bans.db'
+    engine = sa.create_engine(url)
+    with engine.begin() as c: c.execute(sa.text('create table bans (item_id integer)'))
+    slow = BanList(url=url, refresh_s=1000)
+    with engine.begin() as c: c.execute(sa.text('insert into bans values (1)'))
+    assert (slow.refresh(), slow.ids) == (False, [])
+    engine.dispose()
+
+
+def test_passwords_of_a_ban_database_are_masked():
+    with pytest.raises(AerecError) as e: BanList(url='postgresql+psycopg://ann:s3cret@127.0.0.1:1/shop')
+    assert 's3cret' not in str(e.value) and 'nothing is recommended without its ban list' in str(e.value) and '\n' not in str(e.value)
+
+
+MINE = """
+import numpy as np
+from typing import Annotated
+from pydantic import Field
+from aerec_nb.postprocessing import step
+
+@step('even_only')
+def even_only(candidates, request): return candidates.items % 2 == 0
+
+@step('backwards', 'rank', pool=4)
+def backwards(candidates, request, *, twice: bool = False):
+    return candidates if twice else candidates.take(np.arange(len(candidates))[::-1])
+"""
+
+def test_steps_of_a_file_of_the_project(tmp_path, monkeypatch):
+    (tmp_path/'my_steps.py').write_text(MINE)
+    monkeypatch.setenv('AEREC_PROJECT', str(tmp_path))
+    check_chain(load_settings('test', steps=['my_steps:even_only', 'ban_list', 'my_steps:backwards'], step_options={'my_steps:backwards': {'twice': False}}), elsewhere=True)
+    chain = Chain(['my_steps:even_only', 'my_steps:backwards'], index=CATALOGUE)
+    assert chain.run(np.linspace(1, 0, N), Request(k=6)).items.tolist() == [6, 4, 2, 0, 8, 10]
+    for wrong, why in ((dict(steps=['my_steps:odd_only']), "registers no step 'odd_only'"), (dict(steps=['my_steps:backwards'], options={'my_steps:backwards': {'twce': 1}}), "no parameter 'twce'")):
+        with pytest.raises(AerecError, match=why): Chain(**wrong)
+    (tmp_path/'my_steps.py').write_text('1/0')
+    with pytest.raises(AerecError, match='my_steps.py cannot be run: ZeroDivisionError'): Chain(['my_steps:even_only'])
+
+
+def test_seen_items_come_back_after_a_while():
+    x = csr_matrix(np.ones((1, 4), np.float32))
+    r = Recommender(create_model('popularity').fit(x), list('abcd'), ['u'], x, chain=Chain(options={'exclude_seen': {'days': 30}}), times=np.array([0, 10, 20, 50])*86400)
+    assert r.recommend('u', k=9, now=60*86400.).item_ids == ['a', 'b', 'c']
+    assert r.recommend('u', k=9, history=['a'], now=45*86400.).item_ids == ['b'], 'a is in the request, so it is of today'
+    assert r.recommend_batch(['u'], k=9).item_id.tolist() == list('abcd'), 'half a century later'
+
+
+def test_a_bundle_keeps_the_whole_chain(tmp_path):
+    from aerec_nb.packaging import load_bundle, save_bundle
+    steps = ['exclude_seen', 'ban_list', 'available', 'freshness', 'mmr', 'explore']
+    r = recommender(chain=Chain(steps, ['i3'], None, {'mmr': {'diversity': .4, 'of': 'features'}, 'explore': {'slots': [2], 'pool': 10}}, 7), times=None, features=csr_matrix(np.eye(N, 5, dtype=np.float32)))
+    back = load_bundle(save_bundle(r, tmp_path/'b', k=4))
+    assert back.chain.spec == r.chain.spec
+    for n in range(5): assert back.recommend(f'u{n}', k=6, now=3000.).items == r.recommend(f'u{n}', k=6, now=3000.).items
+    drawn = r.recommend('u0', k=6, now=3000.).items[1]
+    assert drawn['source'] == 'explore' and drawn['propensity'] == pytest.approx(.1)
+
+
+def test_wrong_options_are_refused_by_the_stage_before_anything_runs(environ, tmp_path):
+    environ['AEREC_POSTPROCESSING__STEP_OPTIONS'] = '{"mmr": {"diversity": 7}}'
+    environ['AEREC_POSTPROCESSING__STEPS'] = 'exclude_seen,ban_list,mmr'
+    done = run(BIN/'papermill', '--no-progress-bar', ROOT/'nbs'/'04a_postprocessing.ipynb', tmp_path/'out.ipynb', env=environ, cwd=tmp_path)
+    assert done.returncode != 0 and 'postprocessing.step_options: mmr.diversity = 7: Input should be less than or equal to 1' in done.stderr
+    assert not os.path.exists(environ['AEREC_RUNS_DIR']) or not os.listdir(environ['AEREC_RUNS_DIR'])
