@@ -2,7 +2,7 @@
 import pytest
 from conftest import BIN, ROOT, run, tracked
 
-NOTEBOOKS = [p for p in tracked('nbs/*.ipynb') if 'benchmarks' not in p.parts]
+NOTEBOOKS = [p for p in tracked('nbs/*.ipynb') if not {'benchmarks', 'tutorials'} & set(p.parts)]
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
