@@ -35,7 +35,7 @@ class Recommendations:
     fallback_used:bool = False # did popularity answer instead of the model?
     user_id:object = None # as asked for
     steps:list = field(default_factory=list) # dicts, one a step of the chain: step, removed, moved, placed, left
-    trails:dict = field(default_factory=dict) # with explain: item_id -> what each step did to it, see `Processed.trail`
+    trails:dict = field(default_factory=dict) # with explain: item_id -> what each step did to it, see `Processed.trail`; also of what the scores alone would have shown
 
     @property
     def item_ids(self): return [item['item_id'] for item in self.items]
@@ -135,6 +135,7 @@ def known_numbers(recommender:Recommender, # whose vocabulary counts
                  ) -> np.ndarray: # sorted, each once
     "Item numbers of those ids that are known."
     ids = _id_list(ids, what)
+    if not ids: return np.array([], np.int32)
     numbers = recommender.item_index.numbers(ids)
     unknown = list(dict.fromkeys(map(_hashable, (id for id,n in zip(ids, numbers) if n < 0))))
     if unknown: warnings.append(f"{what}: {len(unknown)} unknown item{'s' if len(unknown) > 1 else ''} left out: {_named(unknown)}")
@@ -150,6 +151,7 @@ def _evidence(r:Recommender, user_id, history, warnings:list) -> tuple:
     items = known_numbers(r, history, 'history', warnings) if history is not None else np.array([], np.int32)
     if user < 0: return items, np.ones(len(items), np.float32), None, user
     own = slice(r.histories.indptr[user], r.histories.indptr[user+1])
+    if not len(items): return r.histories.indices[own], r.histories.data[own], None if r.times is None else r.times[own], user
     new = np.setdiff1d(items, r.histories.indices[own])
     both = np.concatenate([r.histories.indices[own], new])
     order = np.argsort(both, kind='stable')
@@ -192,7 +194,11 @@ def recommend(self:Recommender,
     shown = [self._item(*of) for of in zip(done.items.tolist(), range(1, k+1), done.scores.tolist(), done.sources)]
     for item,p in zip(shown, done.propensities.tolist()):
         if p < 1: item['propensity'] = p
-    return Recommendations(shown, warnings, fallback_used, user_id, done.report, {self.items[i]: done.trail(i) for i in done.items.tolist()} if explain else {})
+    return Recommendations(shown, warnings, fallback_used, user_id, done.report, _trails(self, done, k) if explain else {})
+
+def _trails(r:Recommender, done, k:int) -> dict:
+    "What became of the items shown, and of those the scores alone would have shown."
+    return {r.items[i]: done.trail(i) for i in dict.fromkeys([*done.items.tolist(), *done.snapshots[0][1][:k].tolist()])}
 
 def _row(items, weights, n_items) -> csr_matrix:
     "One history as a sparse matrix of one row."

@@ -15,6 +15,7 @@ __all__ = ['log', 'RANGES', 'STEPS', 'SMOOTHING', 'Place', 'STRENGTHS', 'TRADEOF
 
 # %% ../nbs/04a_postprocessing.ipynb #7c0b8726
 import difflib, importlib.util, inspect, itertools, json, logging, sys, threading, time, types, zlib
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -426,11 +427,14 @@ class BanList:
                 ):
         self.fixed, self.file, self.url, self.query, self.refresh_s = list(ids), Path(file) if file else None, url, query, refresh_s
         self._mark, self._of_file, self._of_table, self._asked, self._lock = None, [], [], 0., threading.Lock()
+        self.version = 0 # goes up with every change
         if self.file: self._mark, self._of_file = self._stamp(), self._read_file()
         if self.url: self._of_table, self._asked = self._read_table(), time.monotonic()
         self._merge()
 
-    def _merge(self): self.ids = list(dict.fromkeys([*self.fixed, *self._of_file, *self._of_table]))
+    def _merge(self):
+        self.ids = list(dict.fromkeys([*self.fixed, *self._of_file, *self._of_table]))
+        self.version += 1
 
     @property
     def changes(self): return bool(self.file or self.url)
@@ -617,7 +621,7 @@ def temper_popularity(candidates:Candidates, request:Request, *,
 @step('freshness', 'rank')
 def freshness(candidates:Candidates, request:Request, *,
               weight:Annotated[float, Field(ge=0, le=1)]=.1, # of freshness against relevance
-              half_life_days:Annotated[float, Field(gt=0)]=365., # age that halves it
+              half_life_days:Annotated[float, Field(gt=0)]=3650., # age that halves it
               column:Annotated[str, OnItems(Catalogue.moments)]='year' # of the items: dates, seconds since 1970, or years
              ) -> Candidates:
     "Make new items more relevant."
@@ -860,12 +864,12 @@ class Chain:
 
     def _bind(self):
         bound = [replace(bind_step(s, self.options.get(n, {}), self.catalogue), name=n) for n,s in zip(self.steps, self._found)]
-        self._removing = [b for b in bound if b.kind == 'remove']
+        self._all, self._removing = np.arange(self.catalogue.n), [b for b in bound if b.kind == 'remove']
         self._rest = sorted((b for b in bound if b.kind != 'remove'), key=lambda b: (b.kind == 'place') + {'pins': -.5, 'explore': .5}.get(b.name, 0.))
         self._mark_banned()
 
     def _mark_banned(self):
-        ids = self.banned_items
+        self._versions, ids = [b.version for b in self.bans], self.banned_items
         numbers = self.catalogue.index.numbers(ids)
         banned = np.zeros(self.catalogue.n, bool)
         banned[numbers[numbers >= 0]] = True
@@ -880,7 +884,8 @@ class Chain:
     @property
     def banned(self) -> np.ndarray: # bool by item number, as of now
         "Who is banned; changes of files and tables are looked up."
-        if any([b.refresh() for b in self.bans if b.changes]): self._mark_banned()
+        for b in self.bans: b.refresh()
+        if [b.version for b in self.bans] != self._versions: self._mark_banned()
         return self._banned
 
     def bind(self, index # `IdIndex` or `Catalogue`
@@ -1004,18 +1009,20 @@ def run(self:Chain,
     "One list."
     scores = np.asarray(scores)
     if np.isnan(scores).any(): raise RuntimeError('the model gave a score that is not a number')
-    request = replace(request, chain=self, catalogue=self.catalogue, warnings=list(request.warnings), verdicts=[], now=time.time() if request.now is None else request.now)
+    request = copy(request) # the caller's stays as it was
+    request.chain, request.catalogue, request.warnings, request.verdicts = self, self.catalogue, list(request.warnings), []
+    if request.now is None: request.now = time.time()
     removing, rest = self.plan(request)
     limit = np.finfo(np.float32).max
     if not np.isfinite(scores).all(): scores = np.clip(scores, -limit, limit) # a model that is sure is not a reason to leave an item out
-    if items is None: candidates, request.scores = np.arange(self.catalogue.n), scores
+    if items is None: candidates, request.scores = self._all, scores
     else:
         by_item = np.argsort(items, kind='stable')
         candidates, scores = items[by_item], scores[by_item]
         request.scores = np.full(self.catalogue.n, np.nan); request.scores[candidates] = scores
     report = _remove(self, removing, request, candidates)
-    allowed = candidates[request.allowed[candidates]]
-    values = scores[request.allowed[candidates]]
+    may = request.allowed if items is None else request.allowed[candidates]
+    allowed, values = candidates[may], scores[may]
     n = _to_begin_with(rest, request, len(allowed))
     while True:
         order = best_first(values, n)
@@ -1034,7 +1041,7 @@ def _to_begin_with(rest, request, n_allowed) -> int:
 
 def _remove(self, removing, request, candidates) -> list:
     "Ask every removing step about the whole catalogue; an item counts for the first step that refuses it."
-    everything, report = Candidates(np.arange(self.catalogue.n), request.scores, _NO_SOURCES), []
+    everything, report = Candidates(self._all, request.scores, _NO_SOURCES), []
     allowed, left = np.ones(self.catalogue.n, bool), len(candidates)
     for b in removing:
         passed = b.call(everything, request)

@@ -9,7 +9,7 @@ __all__ = ['MAX_HISTORY', 'MAX_EVENTS', 'MAX_BODY', 'MAX_WAIT', 'Text', 'Number'
            'build_serving', 'describe_serving', 'answers_table', 'plot_latencies']
 
 # %% ../nbs/05a_serving.ipynb #e20cf1f9
-import argparse, hmac, json, os, re, signal, socket, subprocess, sys, tempfile, threading, time, traceback, uuid
+import argparse, hmac, json, os, re, signal, socket, subprocess, sys, tempfile, threading, time, traceback, uuid, zlib
 from collections import deque
 from contextlib import asynccontextmanager, contextmanager
 from copy import copy
@@ -287,10 +287,13 @@ class State:
         note = {'k': k, 'exclude_seen': options['exclude_seen']}
         if history is not None: note |= {'n_history': len(history), 'history': history[:200]}
         request.scope['note'] = {'user_id': user_id, 'payload': note}
-        try: answer = self.recommender.recommend(user_id, history, k, **options)
+        draw = zlib.crc32(request.scope['request_id'].encode()) # what is explored is drawn anew for every request
+        try: answer = self.recommender.recommend(user_id, history, k, draw=draw, **options)
         except UnknownUser as e: return problem(404, str(e), request.scope['request_id'])
         except AerecError as e: return problem(422, str(e), request.scope['request_id'])
         note |= {'items': answer.item_ids, 'fallback_used': answer.fallback_used, 'n_warnings': len(answer.warnings)}
+        drawn = {str(item['rank']): item['propensity'] for item in answer if 'propensity' in item}
+        if drawn: note['propensities'] = drawn # place -> probability of what was shown there
         self.metrics.lists.labels('popular' if answer.fallback_used else 'model').inc()
         return JSONResponse({'request_id': request.scope['request_id'], 'model': self.model, 'version': self.version, 'user_id': user_id,
                              'items': answer.items, 'fallback_used': answer.fallback_used, 'warnings': answer.warnings})
