@@ -94,6 +94,7 @@ def solver_dtype(condition: float # of the system
 # %% ../nbs/02a_linear_models.ipynb #39e56005
 class LinearAutoEncoder(Model):
     "What the closed-form models share: one system, one column scale, two forms."
+    additive = True
     fitted = ('head', 'B', 'T', 'K', 'R', 'g', 'inward', 'outward', 'own', 'G', 'F', 'counts', 'lengths')
     head = B = T = K = R = g = inward = outward = own = G = F = counts = lengths = None
     dropout = xi = 0.

@@ -77,6 +77,7 @@ class Model:
     n_items = None        # size of the vocabulary it was fitted on
     device = 'cpu'        # torch device of gradient-trained models
     max_memory_gib = None # what `fit` may use; None: 80 % of what is free
+    additive = False      # is a score the sum of what each item of the history gives?
     tune_space = {}       # hyperparameter -> (low, high, 'log', 'linear' or 'int'): where to look for better ones
 
     def __init__(self, **hyperparameters):
