@@ -122,6 +122,7 @@ def recommender(**kw):
 
 
 def test_a_running_recommender_follows_ban_file_and_table(tmp_path, caplog):
+    caplog.set_level('WARNING', logger='aerec_nb') # the test environment says errors only
     file, url = tmp_path/'bans.txt', f'sqlite:///{tmp_path}/bans.db'
     file.write_text('')
     engine = sa.create_engine(url)
