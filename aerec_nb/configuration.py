@@ -192,6 +192,14 @@ Moment = Annotated[str|None, BeforeValidator(_moment)]
 Threshold = Annotated[Literal['auto', 'off']|float, BeforeValidator(_as_threshold)]
 Options = Annotated[dict[str, dict[str, Any]], BeforeValidator(_as_options)]
 
+# %% ../nbs/00_configuration.ipynb #e2de61c3
+def _each_once(what, names, why):
+    "Names of one's own functions or of ours, none of them twice."
+    for name in names:
+        if not re.fullmatch(r'\w+|[\w.]+:\w+', name): raise PydanticCustomError(what, f"'{{name}}' is neither the name of a {what} nor module:{'function' if what == 'rule' else what}", {'name': name})
+        if names.count(name) > 1: raise PydanticCustomError(what, f"'{{name}}' is there twice: {why}", {'name': name})
+    return names
+
 # %% ../nbs/00_configuration.ipynb #d800755f
 RULE_KNOBS = { # rule -> its knobs; this is also the order in which rules act unless `rules` says otherwise
     'deduplicate': ('deduplicate',), 'excluded_users': ('excluded_users', 'excluded_users_file'), 'excluded_items': ('excluded_items', 'excluded_items_file'),
@@ -228,11 +236,7 @@ class RuleSettings(Section):
 
     @field_validator('rules')
     @classmethod
-    def _named(cls, rules):
-        for name in rules:
-            if not re.fullmatch(r'\w+|[\w.]+:\w+', name): raise PydanticCustomError('rules', "'{name}' is neither the name of a rule nor module:function", {'name': name})
-            if rules.count(name) > 1: raise PydanticCustomError('rules', "'{name}' is there twice: a rule acts once (k_core repeats by itself)", {'name': name})
-        return rules
+    def _named(cls, rules): return _each_once('rule', rules, 'a rule acts once (k_core repeats by itself)')
 
     @field_validator('*')
     @classmethod
@@ -365,11 +369,7 @@ class PostprocessingSettings(Section):
 
     @field_validator('steps')
     @classmethod
-    def _steps_named(cls, steps):
-        for name in steps:
-            if not re.fullmatch(r'\w+|[\w.]+:\w+', name): raise PydanticCustomError('steps', "'{name}' is neither the name of a step nor module:step", {'name': name})
-            if steps.count(name) > 1: raise PydanticCustomError('steps', "'{name}' is there twice: a step acts once", {'name': name})
-        return steps
+    def _named(cls, steps): return _each_once('step', steps, 'a step acts once')
 
     @field_validator('ban_url')
     @classmethod

@@ -96,7 +96,7 @@ class Checkpoints:
 
 # %% ../nbs/03_training.ipynb #a577a2cb
 def _patience(model, split):
-    "Fifteen epochs; where an epoch has few steps, as many as give sixty: with two steps an epoch eight epochs were once taken for the end at two thirds of what came later."
+    "Fifteen epochs; where an epoch has few steps, as many as give sixty: with two steps an epoch a net can stand still for longer than fifteen."
     steps = math.ceil(split.train.shape[0]/model.hyperparameters.get('batch_size', 1))
     return max(15, math.ceil(60/steps))
 

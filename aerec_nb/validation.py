@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'LIST_METRICS', 'PALETTE', 'get_ndcg', 'get_hit', 'ranking
            'Evaluation', 'rank', 'evaluation', 'evaluate', 'bounds', 'holm', 'compare', 'item_buckets', 'slices',
            'twins', 'audit_leaks', 'choose', 'held_out_key', 'readings_of_test', 'final_test', 'say_reading',
            'lecture_replay', 'replay_allowed', 'plot_replay', 'leaderboard', 'build_validation', 'describe_leaderboard',
-           'describe_comparison', 'say_which', 'plot_leaderboard', 'plot_tradeoffs']
+           'describe_lengths', 'describe_comparison', 'say_which', 'plot_leaderboard', 'plot_tradeoffs']
 
 # %% ../nbs/03a_validation.ipynb #510ae7fb
 import hashlib
@@ -884,6 +884,12 @@ def describe_leaderboard(folder: Path # what `build_validation` wrote
                           **({'diversity': number(f'diversity_at_{k}', '{:.3f}')} if f'diversity_at_{k}' in board else {}),
                           'numbers kept': board.params.map('{:,}'.format).where(~board.bound, '-'), 'seconds to fit': number('seconds', '{:.2f}'), 'memory, MiB': number('memory_mib', '{:,.0f}')}, index=board.index)
     return table.rename(index=lambda m: f'{m} (chosen)' if m == choice['model'] else f'{m} (bound)' if board.bound[m] else m)
+
+def describe_lengths(folder: Path # what `build_validation` wrote
+                    ) -> pd.DataFrame: # models x metric@k on test, bounds last
+    "Accuracy at every length that was asked for."
+    board,choice = _board(folder)
+    return pd.DataFrame({f'{m}@{k}': board[f'{m}_at_{k}'] for k in choice['ks'] for m in ('ndcg', 'recall', 'map', 'mrr', 'precision', 'hit_rate')}).round(4)
 
 def describe_comparison(folder: Path # what `build_validation` wrote
                        ) -> pd.DataFrame: # models first, bounds last

@@ -118,7 +118,7 @@ def test_seeds_are_compared_person_by_person():
     assert abs(d.difference) == pytest.approx(abs(by_hand.mean()), abs=1e-12)
     with pytest.raises(AerecError, match='the same splits and seeds'): compare(found[:-1])
 
-def test_nothing_leaks_on_clean_splits_of_twenty_tables():
+def test_nothing_leaks_on_twenty_clean_splits():
     for seed in range(4):
         for kind in ('lecture', 'holdout', 'leave_last', 'temporal', 'strong'):
             split = split_interactions(ratings(seed=seed), kind, seed=seed)
