@@ -355,6 +355,8 @@ class ValidationSettings(Section):
 class InferenceSettings(Section):
     "What `04_inference` keeps."
     n_candidates: int = Field(100, ge=1, description='candidates a user handed to postprocessing')
+    segments_file: str|None = Field(None, min_length=1, description='table with user_id and a column an attribute, such as country: what is popular is then known for each of its values; relative to the project')
+    cold_items: bool = Field(False, description='recommend items of the items table that nobody has rated, by what is known of them')
 
 class PostprocessingSettings(Section):
     "What `04a_postprocessing` does with a list."

@@ -6,7 +6,8 @@
 __all__ = ['AUTO', 'check_histories', 'check_value', 'check_device', 'Model', 'block_rows', 'scores_bytes', 'Plan', 'free_gib',
            'limit_gib', 'check_memory', 'check_plan', 'model_names', 'register_model', 'model_class', 'hyperparameters',
            'create_model', 'plan', 'save_model', 'load_model', 'score_blocks', 'mask_history', 'top_k', 'standardise',
-           'Blend', 'AutoEncoder', 'configured_models', 'build_modeling', 'describe_models', 'plot_plan']
+           'Blend', 'ColdItems', 'alike', 'AutoEncoder', 'configured_models', 'build_modeling', 'describe_models',
+           'plot_plan']
 
 # %% ../nbs/02_modeling.ipynb #e910e62b
 import importlib, inspect, json, math
@@ -245,6 +246,7 @@ _MODELS = {
     'ials': 'aerec_nb.baselines:IALS',
     'blend': 'aerec_nb.modeling:Blend',
 }
+_AROUND = {'cold_items': 'aerec_nb.modeling:ColdItems'} # not trained themselves: they stand around a fitted model
 
 def model_names() -> list: # of str
     "Names that `create_model` knows."
@@ -261,8 +263,8 @@ def register_model(name: str, # how settings and `create_model` will call it
 def model_class(name: str # one of `model_names()`
                ) -> type:
     "The class behind a name; raises `AerecError` with the valid names."
-    if name not in _MODELS: raise AerecError(f"unknown model '{name}': valid names are {', '.join(model_names())}")
-    target = _MODELS[name]
+    if name not in {**_MODELS, **_AROUND}: raise AerecError(f"unknown model '{name}': valid names are {', '.join(model_names())}")
+    target = _MODELS.get(name) or _AROUND[name]
     if not isinstance(target, str): return target
     module,cls = target.split(':')
     try: return getattr(importlib.import_module(module), cls)
@@ -455,6 +457,83 @@ class Blend(Model):
             blend.models[i] = type(m).from_state({k.split('/', 1)[1]: a for k,a in state.items() if k.startswith(f'{i}/')}, **m.hyperparameters)
             blend.models[i].name = m.name
         return blend
+
+# %% ../nbs/02_modeling.ipynb #697978f1
+class ColdItems(Model):
+    "A fitted model, and beside its items new ones, scored as those that are most like them."
+    name,fitted = 'cold_items', ('neighbours',)
+    def __init__(self,
+        member: dict = 'ease', # name, or {name, hyperparameters}, of the model
+    ):
+        member = dict(name=member, hyperparameters={}) if isinstance(member, str) else dict(member)
+        super().__init__(member=member)
+        self.model, self.neighbours = create_model(member['name'], **member.get('hyperparameters', {})), None
+
+    @classmethod
+    def of(cls, model: Model, # fitted on the items that come first
+           features: sparse.csr_matrix, # [n_known + n_new, n_features], the model's items first, see `ItemFeatures`
+           popularity: np.ndarray = None, # [n_known]: of items that are alike the more popular ones count; None: the first ones
+           n_neighbours: int = 30, # items that a new one is scored by
+          ): # -> ColdItems, fitted
+        "New items beside a fitted model."
+        if model.n_items is None or features.shape[0] < model.n_items: raise AerecError(f'cold_items: {features.shape[0]} rows of features for {model.n_items} items of {model!r}; it takes a fitted model, and a row for each of its items and then the new ones')
+        self = cls(dict(name=model.name, hyperparameters=model.hyperparameters))
+        self.model, self.n_items = model, features.shape[0]
+        self.neighbours = alike(features[model.n_items:], features[:model.n_items], n_neighbours, popularity)
+        return self
+
+    @property
+    def additive(self): return self.model.additive
+    def cost(self, *size): return self.model.cost(*size)
+    def scoring(self, n_users, n_items, nnz): return self.model.scoring(n_users, n_items, nnz) + scores_bytes(n_users, n_items)
+    def _fit(self, train, item_features): raise AerecError('cold_items is not fitted: fit the model, and put the new items beside it with ColdItems.of(model, features)')
+
+    def _score(self, history):
+        known = history[:, :self.model.n_items] + history[:, self.model.n_items:] @ self.neighbours
+        scores = self.model.score(known)
+        new = (self.neighbours @ scores.T).T
+        nothing = np.diff(self.neighbours.indptr) == 0 # alike to nothing: they come last
+        new[:, nothing] = scores.min(1, keepdims=True)
+        return np.concatenate([scores, new], axis=1)
+
+    def to(self, device):
+        self.model.to(device)
+        return super().to(device)
+
+    def state(self): return {**_pack({'n_items': self.n_items, 'neighbours': self.neighbours}), **{f'member/{k}': a for k,a in self.model.state().items()}}
+
+    @classmethod
+    def from_state(cls, state, **hyperparameters):
+        self = cls(**hyperparameters)
+        for name,value in _unpack({k: a for k,a in state.items() if not k.startswith('member/')}).items(): setattr(self, name, value)
+        name = self.model.name
+        self.model = type(self.model).from_state({k.split('/', 1)[1]: a for k,a in state.items() if k.startswith('member/')}, **self.model.hyperparameters)
+        self.model.name = name
+        return self
+
+# %% ../nbs/02_modeling.ipynb #3eccbdb7
+def alike(new: sparse.csr_matrix,   # [n_new, n_features]
+          known: sparse.csr_matrix, # [n_known, n_features]
+          n: int = 30,              # neighbours of a new item
+          popularity: np.ndarray = None, # [n_known], which of several that are as near comes first; None: by number
+         ) -> sparse.csr_matrix:    # float32 [n_new, n_known], what each neighbour counts; rows add up to 1, or to 0 where nothing is alike
+    "The nearest items by cosine of their features."
+    def unit(m):
+        m = sparse.csr_matrix(m, dtype=np.float32)
+        return sparse.diags_array(1/np.maximum(np.sqrt(np.asarray(m.multiply(m).sum(1)).ravel()), 1e-12).astype(np.float32)) @ m
+    new, known_t, n = unit(new), unit(known).T.tocsr(), min(n, known.shape[0])
+    by = np.zeros(known.shape[0]) if popularity is None else np.asarray(popularity, np.float64)/max(1e-12, np.max(popularity, initial=0.))
+    rows, columns, values = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0, np.float32)]
+    for start in range(0, new.shape[0], 256): # a block of new items against all known ones
+        near = (new[start:start+256] @ known_t).toarray()
+        best = np.argpartition(-(near.round(6) + 1e-7*by), n-1, axis=1)[:, :n] if n else np.zeros((len(near), 0), int)
+        weight = np.maximum(np.take_along_axis(near, best, 1), 0)
+        weight /= np.maximum(weight.sum(1, keepdims=True), 1e-12)
+        row, place = np.nonzero(weight)
+        rows.append(row+start); columns.append(best[row, place]); values.append(weight[row, place])
+    found = sparse.csr_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=(new.shape[0], known.shape[0]), dtype=np.float32)
+    found.sort_indices()
+    return found
 
 # %% ../nbs/02_modeling.ipynb #0e532aaa
 class AutoEncoder(nn.Module):

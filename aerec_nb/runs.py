@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'atomic_path', 'write_json', 'read_json', 'write_parquet', 'alone', 'mlflow_module', 'sha256_bytes',
-           'sha256_file', 'sha256_json', 'Stage', 'upstream', 'check_stages', 'code_modules', 'code_hash',
-           'unexported_changes', 'read_manifest', 'peak_memory_mib', 'measured', 'versions', 'remove_run', 'Run',
-           'all_runs', 'write_run_file', 'open_run']
+           'sha256_file', 'sha256_json', 'Stage', 'upstream', 'check_stages', 'code_modules', 'code_parts', 'code_hash',
+           'unexported_changes', 'read_manifest', 'whole', 'lacks', 'peak_memory_mib', 'measured', 'versions', 'gate',
+           'await_gate', 'remove_run', 'Run', 'all_runs', 'find_artifact', 'write_run_file', 'alone_with_run',
+           'is_held', 'adopt', 'link_file', 'open_run']
 
 # %% ../nbs/00a_runs.ipynb #25ad6752
 import ast, ctypes, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource, secrets, shutil, time, warnings
@@ -16,6 +17,7 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 import pandas as pd
+import psutil
 from filelock import FileLock, Timeout
 from .configuration import AerecError, KNOBS, SECTIONS, Settings, load_settings, show_value
 
@@ -96,8 +98,11 @@ class Stage:
     notebook:str # file in nbs/, without its ending
     inputs:tuple # stages whose artifacts it reads
     reads:tuple # settings it reads: sections, or dotted names
+    outputs:tuple = () # files that its artifact must have; it may have more
+    timeout:float = 3600. # seconds after which its notebook is ended, unless the setting `stage_timeout_s` says otherwise
     external:str = None # function of the module that hashes what comes from outside: called with the settings, a dict of label -> sha256
     check:str = None # function of the module that refuses bad settings before anything is read, see `check_stages`
+    arguments:bool = True # False: only what is configured counts, not what was given to this run
 
     @property
     def module(self): return f'aerec_nb.{self.name}'
@@ -106,23 +111,28 @@ class Stage:
 
 # %% ../nbs/00a_runs.ipynb #5b6f3c23
 STAGES = {s.name: s for s in [
-    Stage('configuration', '00_configuration', (), ('env', *SECTIONS)),
-    Stage('data_import', '01_data_import', (), ('data', 'paths', 'events.events_url'), external='source_files'),
-    Stage('business_preprocessing', '01a_business_preprocessing', ('data_import',), ('rules',), external='rule_files', check='check_rules'),
+    Stage('configuration', '00_configuration', (), ('env', *SECTIONS), outputs=('settings.json',), timeout=600, arguments=False),
+    Stage('data_import', '01_data_import', (), ('data', 'paths', 'events.events_url'), external='source_files',
+          outputs=('ratings.parquet', 'source.json'), timeout=6*3600),
+    Stage('business_preprocessing', '01a_business_preprocessing', ('data_import',), ('rules',), external='rule_files', check='check_rules',
+          outputs=('interactions.parquet', 'waterfall.parquet')),
     Stage('model_preprocessing', '01b_model_preprocessing', ('data_import', 'business_preprocessing'), ('split', 'run.random_seed'),
-          external='tag_files'),
-    Stage('modeling', '02_modeling', ('model_preprocessing',), ('model', 'training', 'run.random_seed')),
-    Stage('training', '03_training', ('model_preprocessing', 'modeling'), ('model', 'training', 'run.random_seed', 'validation.topk')),
-    Stage('validation', '03a_validation', ('data_import', 'model_preprocessing', 'training'), ('validation', 'training.device', 'run.random_seed')),
-    Stage('inference', '04_inference', ('data_import', 'business_preprocessing', 'model_preprocessing', 'training', 'validation'), ('inference', 'validation.topk', 'run.random_seed')),
+          external='tag_files', outputs=('split/split.json',)),
+    Stage('modeling', '02_modeling', ('model_preprocessing',), ('model', 'training', 'run.random_seed'), outputs=('models.json', 'plan.parquet')),
+    Stage('training', '03_training', ('model_preprocessing', 'modeling'), ('model', 'training', 'run.random_seed', 'validation.topk'),
+          outputs=('summary.json',), timeout=3*24*3600),
+    Stage('validation', '03a_validation', ('data_import', 'model_preprocessing', 'training'), ('validation', 'training.device', 'run.random_seed'),
+          outputs=('choice.json', 'leaderboard.parquet', 'model/model.json'), timeout=6*3600),
+    Stage('inference', '04_inference', ('data_import', 'business_preprocessing', 'model_preprocessing', 'training', 'validation'), ('inference', 'validation.topk', 'run.random_seed'),
+          external='segment_files', outputs=('candidates.parquet',), timeout=6*3600),
     Stage('postprocessing', '04a_postprocessing', ('data_import', 'model_preprocessing', 'inference'), ('postprocessing', 'validation.topk', 'run.random_seed'),
-          external='chain_files', check='check_chain'),
+          external='chain_files', check='check_chain', outputs=('chain.json', 'recommendations.parquet')),
     Stage('packaging', '05_packaging', ('data_import', 'business_preprocessing', 'model_preprocessing', 'validation', 'inference', 'postprocessing'),
-          ('packaging', 'paths', 'postprocessing', 'validation.topk', 'env')),
+          ('packaging', 'paths', 'postprocessing', 'validation.topk', 'env'), outputs=('bundle/manifest.json',)),
     Stage('serving', '05a_serving', ('data_import', 'model_preprocessing', 'packaging'),
-          ('serving', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env')),
+          ('serving', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env'), outputs=('events.parquet', 'latencies.parquet')),
     Stage('monitoring', '06_monitoring', ('data_import', 'model_preprocessing', 'validation', 'packaging', 'serving'),
-          ('monitoring', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env')),
+          ('monitoring', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env'), outputs=('monitors.parquet',)),
 ]}
 
 # %% ../nbs/00a_runs.ipynb #1c11994c
@@ -190,11 +200,16 @@ def code_modules(module:str # e.g. 'aerec_nb.training'
         todo += _module(name)[0]
     return sorted(seen)
 
-# %% ../nbs/00a_runs.ipynb #550b5764
+# %% ../nbs/00a_runs.ipynb #72c45a3c
+def code_parts(module:str # e.g. 'aerec_nb.training'
+              ) -> dict: # module -> 64 hexadecimal digits
+    "Fingerprint of each module behind a stage; markdown, comments and cell numbers do not count."
+    return {m: _module(m)[1] for m in code_modules(module)}
+
 def code_hash(module:str # e.g. 'aerec_nb.training'
              ) -> str: # 64 hexadecimal digits
-    "Fingerprint of the code behind a stage; markdown and cell numbers do not count."
-    return sha256_json({m: _module(m)[1] for m in code_modules(module)})
+    "Fingerprint of the code behind a stage."
+    return sha256_json(code_parts(module))
 
 # %% ../nbs/00a_runs.ipynb #ac5df096
 def _definitions(source:str) -> dict:
@@ -220,6 +235,20 @@ def read_manifest(folder:Path # of an artifact
     "The manifest of an artifact."
     path = Path(folder)/'manifest.json'
     return read_json(path) if path.exists() else None
+
+def whole(folder:Path # of an artifact
+         ) -> dict|None: # its manifest; None where it is missing, or a file that it names
+    "The manifest of an artifact that has all its files."
+    manifest = read_manifest(folder)
+    return manifest if manifest is not None and not lacks(folder, manifest) else None
+
+def lacks(folder:Path, # of an artifact
+          manifest:dict # of it
+         ) -> list: # files that are not there, or not of their size; and those that its stage must leave and did not
+    "What an artifact lacks of what it must have."
+    def there(name, size): return (Path(folder)/name).is_file() and (Path(folder)/name).stat().st_size == size
+    stage = STAGES.get(manifest['stage'])
+    return sorted({n for n,o in manifest['outputs'].items() if not there(n, o['bytes'])} | {n for n in (stage.outputs if stage else ()) if n not in manifest['outputs']})
 
 def peak_memory_mib() -> float: # mebibytes
     "Peak resident memory of this process so far."
@@ -265,6 +294,24 @@ def _counting_settings(used:dict) -> dict:
     "The settings that enter the fingerprint: all but secrets and those that say where or how often, not what."
     return {k: v['value'] for k,v in used.items() if not k.startswith('paths.') and k not in ('serving.api_keys', 'training.tracking_uri', 'training.checkpoint_s')}
 
+# %% ../nbs/00a_runs.ipynb #fd593609
+def gate(folder:Path, # of a run
+         stage:str # name of a stage
+        ) -> Path: # a file: while it is there, the stage waits
+    "Where a stage's gate is."
+    return Path(folder)/f'.{stage}.gate'
+
+def await_gate(folder:Path, # of a run
+               stage:str # name of a stage
+              ) -> None:
+    "Wait until a stage's inputs are made; at once where nobody has shut its gate."
+    path = gate(folder, stage)
+    while path.exists():
+        try: holder = int(path.read_text() or 0)
+        except (FileNotFoundError, ValueError): holder = 0
+        if holder and not psutil.pid_exists(holder): return path.unlink(missing_ok=True)
+        time.sleep(.03)
+
 # %% ../nbs/00a_runs.ipynb #9b3a773a
 def remove_run(folder:Path # of a run
               ) -> None:
@@ -286,6 +333,8 @@ class Run:
     def name(self): return self.folder.name
     @property
     def env(self): return self.settings.env
+    @property
+    def configured(self): return load_settings(self.env)
 
     def manifest(self, stage:str): # -> dict, or None where the stage did not happen in this run
         "Manifest of a stage of this run."
@@ -306,11 +355,16 @@ class Run:
         s = STAGES[stage]
         return s.function(s.external)(self.settings) if s.external else {}
 
-    def fingerprint(self, stage:str, changed:dict=None, found:dict=None) -> str:
-        "What the artifact of a stage depends on: code, settings, contents of its inputs; inputs must be there."
+    def key(self, stage:str, changed:dict=None, found:dict=None, inputs:dict=None) -> dict:
+        "What the artifact of a stage depends on: code, settings, what comes from outside, contents of its inputs (manifests by name; None: this run's own)."
         s, outside = STAGES[stage], self.outside(stage) if found is None else found
-        contents = {name: sha256_json(read_manifest(self.need(name))['outputs']) for name in s.inputs}
-        return sha256_json([stage, code_hash(s.module), changed or {}, _counting_settings(_setting_values(self.settings, s.reads)), outside, contents])
+        contents = {name: sha256_json((inputs[name] if inputs else read_manifest(self.need(name)))['outputs']) for name in s.inputs}
+        settings = _counting_settings(_setting_values(self.settings if s.arguments else self.configured, s.reads))
+        return {'code': code_parts(s.module), 'cells': changed or {}, 'settings': settings, 'outside': dict(outside), 'inputs': contents}
+
+    def fingerprint(self, stage:str, changed:dict=None, found:dict=None) -> str:
+        "The key of a stage as one hash; its inputs must be there."
+        return sha256_json([stage, self.key(stage, changed, found)])
 
     def ensure(self, stage:str) -> Path:
         "Folder of the stage's artifact: this run's own, linked from an earlier run with the same fingerprint, or built now."
@@ -326,21 +380,23 @@ class Run:
         if own and own.get('live') and own['fingerprint'] == self.fingerprint(stage, found=own['outside']): return self.folder/stage
         found = self.outside(stage)
         wanted = self.fingerprint(stage, found=found)
-        if own and own['fingerprint'] == wanted: return self.folder/stage
+        if own and own['fingerprint'] == wanted and not lacks(self.folder/stage, own): return self.folder/stage
         if (own and _changed_by_hand(own)): return self.folder/stage # made from changed cells of a notebook, on purpose
-        earlier = _find(self.settings.paths.runs_dir, stage, wanted)
-        if earlier: return _adopt(self, stage, earlier)
+        earlier = find_artifact(self.settings.paths.runs_dir, stage, wanted)
+        adopted = earlier and adopt(self, stage, earlier)
+        if adopted: return adopted
         self._say(f'{stage}: building')
         return _build(self, stage, STAGES[stage].builder(), wanted, found=found)
 
     def execute(self, stage:str, build=None, notebook:dict=None) -> Path:
         "Build a stage anew, with `build` or the module's own function, after its inputs; `notebook` is the caller's globals()."
         if not self.settings.training.trains and stage in ('training', 'validation'):
-            raise AerecError(f'environment {self.env} does not train: promote a bundle that dev has trained (aerec promote), or set training.trains')
+            raise AerecError(f'environment {self.env} does not train: promote a bundle that dev has trained (aerec models promote), or set training.trains')
         check_stages(self.settings, [*upstream(stage), stage])
         changed = unexported_changes(STAGES[stage].module, notebook.get('In', [])) if notebook else {}
         begun = not self.folder.exists()
         try:
+            await_gate(self.folder, stage)
             self._ensure_upstream(stage)
             found = self.outside(stage)
             return _build(self, stage, build or STAGES[stage].builder(), self.fingerprint(stage, changed, found), changed, found)
@@ -365,12 +421,15 @@ def all_runs(runs_dir:Path # folder of runs
     found = [p for p in runs_dir.iterdir() if not p.name.startswith('.') and (p/'run.json').exists()]
     return sorted(found, key=lambda p: (read_json(p/'run.json')['created'], p.name), reverse=True)
 
-# %% ../nbs/00a_runs.ipynb #81d77d6e
-def _find(runs_dir:Path, stage:str, fingerprint:str) -> Path|None:
-    "The newest artifact of a stage with this fingerprint."
+# %% ../nbs/00a_runs.ipynb #72026034
+def find_artifact(runs_dir:Path, # folder of runs
+                  stage:str, # name of a stage
+                  fingerprint:str # what it must have been made from
+                 ) -> Path|None: # its folder
+    "The newest whole artifact of a stage with this fingerprint."
     for run in all_runs(runs_dir):
         manifest = read_manifest(run/stage)
-        if manifest and manifest['fingerprint'] == fingerprint: return run/stage
+        if manifest and manifest['fingerprint'] == fingerprint and not lacks(run/stage, manifest): return run/stage
     return None
 
 # %% ../nbs/00a_runs.ipynb #20b14c35
@@ -383,6 +442,24 @@ def write_run_file(run:Run # its folder may not exist yet
     fresh = {**known, 'name': run.name, 'env': run.env, 'overrides': run.overrides}
     if fresh != known: write_json(path, fresh)
 
+@contextmanager
+def alone_with_run(run:Run # its folder must exist
+                  ):
+    "Hold a run, so that no second pipeline works in it; raises `AerecError` where another one does. The system lets go of it when this process ends, however."
+    lock = FileLock(run.folder/'.lock', timeout=0)
+    try: lock.acquire()
+    except Timeout: raise AerecError(f'run {run.name}: another process works on it; wait for it, or begin a run of your own') from None
+    try: yield
+    finally: lock.release()
+
+def is_held(folder:Path # of a run
+           ) -> bool: # does a pipeline work in it now?
+    "Is a run being worked on?"
+    if not (Path(folder)/'.lock').exists(): return False
+    try:
+        with FileLock(Path(folder)/'.lock', timeout=0): return False
+    except Timeout: return True
+
 # %% ../nbs/00a_runs.ipynb #8b97a58d
 @contextmanager
 def _building(run:Run, stage:str):
@@ -390,10 +467,11 @@ def _building(run:Run, stage:str):
     runs_dir = run.folder.parent
     made = [p for p in (runs_dir, *runs_dir.parents) if not p.exists()]
     workshop = runs_dir/'.building'
-    workshop.mkdir(parents=True, exist_ok=True)
-    _sweep(workshop)
     folder = workshop/f'{run.name}.{stage}.{os.getpid()}.{secrets.token_hex(3)}'
-    folder.mkdir()
+    while not folder.exists(): # another process may remove the empty workshop at the same moment
+        try: folder.mkdir(parents=True)
+        except FileNotFoundError: pass
+    _sweep(workshop)
     try: yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -405,15 +483,20 @@ def _sweep(workshop:Path) -> None:
     "Remove what processes that no longer live left half built."
     for left in workshop.iterdir():
         pid = left.name.split('.')[-2] if left.name.count('.') >= 2 else ''
-        if pid.isdigit() and not Path(f'/proc/{pid}').exists(): shutil.rmtree(left, ignore_errors=True)
+        if pid.isdigit() and not psutil.pid_exists(int(pid)): shutil.rmtree(left, ignore_errors=True)
 
 def _place(run:Run, stage:str, folder:Path) -> Path:
     "Move a finished artifact to its place, the run's own file first."
     write_run_file(run)
     target = run.folder/stage
-    if target.exists(): os.rename(target, folder.with_name(f'{folder.name}.old.{os.getpid()}.x'))
-    os.rename(folder, target)
-    for old in folder.parent.glob(f'{folder.name}.old.*'): shutil.rmtree(old, ignore_errors=True)
+    for attempt in range(100): # a second process may put the same artifact there at the same moment
+        try:
+            if target.exists(): os.rename(target, folder.with_name(f'{folder.name}.old{attempt}.{os.getpid()}.x'))
+            os.rename(folder, target)
+            break
+        except OSError:
+            if attempt == 99: raise
+    for old in folder.parent.glob(f'{folder.name}.old*'): shutil.rmtree(old, ignore_errors=True)
     return target
 
 # %% ../nbs/00a_runs.ipynb #7c277d31
@@ -421,14 +504,15 @@ def _build(run:Run, stage:str, build, fingerprint:str, changed:dict=None, found:
     "Build an artifact in a temporary folder, write its manifest last, move it into place."
     s = STAGES[stage]
     started, clock = datetime.now(timezone.utc), time.perf_counter()
-    visible = run.settings if {'env', *SECTIONS} <= set(s.reads) else _Declared(run.settings, stage, '', s.reads)
+    settings = run.settings if s.arguments else run.configured
+    visible = settings if {'env', *SECTIONS} <= set(s.reads) else _Declared(settings, stage, '', s.reads)
     declared = Run(run.folder, visible, run.overrides, run.quiet, found)
     with _building(run, stage) as folder:
         metrics = build(declared, folder) or {}
         outputs = _outputs(folder)
         write_json(folder/'manifest.json', {
             'stage': stage, 'run': run.name, 'fingerprint': fingerprint, 'code': code_hash(s.module), 'unexported': sorted(changed or {}),
-            'settings': _setting_values(run.settings, s.reads), 'outside': dict(found or {}), 'live': getattr(found, 'live', False), 'outputs': outputs, 'metrics': metrics, 'versions': versions(),
+            'settings': _setting_values(run.settings if s.arguments else run.configured, s.reads), 'key': run.key(stage, changed, found), 'outside': dict(found or {}), 'live': getattr(found, 'live', False), 'outputs': outputs, 'metrics': metrics, 'versions': versions(),
             'inputs': {name: {'path': f'{run.name}/{name}', 'sha256': sha256_file(run.folder/name/'manifest.json')} for name in s.inputs},
             'measured': {'seconds': round(time.perf_counter()-clock, 3), 'peak_memory_mib': round(peak_memory_mib(), 1),
                          'started': started.isoformat(timespec='seconds')}}, sort_keys=False)
@@ -436,15 +520,23 @@ def _build(run:Run, stage:str, build, fingerprint:str, changed:dict=None, found:
         shutil.rmtree(run.unfinished(stage), ignore_errors=True)
         return placed
 
-def _adopt(run:Run, stage:str, earlier:Path) -> Path:
+# %% ../nbs/00a_runs.ipynb #3456438b
+def adopt(run:Run, # that shall have it
+          stage:str, # name of the stage
+          earlier:Path # artifact of another run
+         ) -> Path|None: # its folder in this run; None where the other run was deleted meanwhile
     "Link an earlier run's artifact into this run, so that a run stays whole when others are deleted."
     with _building(run, stage) as folder:
-        shutil.copytree(earlier, folder, dirs_exist_ok=True, copy_function=_link)
+        try: shutil.copytree(earlier, folder, dirs_exist_ok=True, copy_function=link_file)
+        except (OSError, shutil.Error): return None
+        if whole(folder) is None: return None
         run._say(f'{stage}: taken from run {earlier.parent.name}')
         return _place(run, stage, folder)
 
-def _link(source:str, target:str) -> None:
-    "Hard link where the file system can; artifacts never change in place."
+def link_file(source:str, # file that will not change in place
+              target:str # its second name
+             ) -> None:
+    "Hard link where the file system can, else a copy."
     try: os.link(source, target)
     except OSError: shutil.copy2(source, target)
 
