@@ -1,0 +1,142 @@
+"The recommender under a great many random requests; lists of all users into files, killed and gone on with; new items."
+import os, signal, subprocess, sys, time
+import numpy as np, pandas as pd, pytest
+from scipy.sparse import csr_matrix
+from conftest import ROOT, variables
+from aerec_nb.configuration import AerecError, load_settings
+from aerec_nb.inference import Recommender, Segments, with_cold_items
+from aerec_nb.modeling import create_model
+from aerec_nb.postprocessing import Chain
+
+SOAK = bool(os.environ.get('SOAK'))
+N_USERS, N_ITEMS, PARTS = 300, 240, 4
+REQUESTS = (1_000_000 if SOAK else 100_000)//PARTS
+GENRES = ['A', 'B', 'A|B', 'C', 'B|C', None, 'D']
+FILTERS = {None: lambda g, year: True, 'any': lambda g, year: bool({'A', 'C'} & g), 'all': lambda g, year: year >= 1980, 'none': lambda g, year: 'B' not in g and year < 2005, 'empty': lambda g, year: 'D' in g and year < 1900}
+SPECS = {None: None, 'any': {'any': [{'genres': ['A', 'C']}]}, 'all': {'all': [{'year': {'ge': 1980}}]}, 'none': {'none': [{'genres': 'B'}], 'all': [{'year': {'lt': 2005}}]},
+         'empty': {'all': [{'genres': 'D'}, {'year': {'lt': 1900}}]}}
+
+
+def world(model, seed, **kw):
+    rng = np.random.default_rng(seed)
+    x = csr_matrix((rng.random((N_USERS, N_ITEMS)) < rng.beta(.4, 3, N_ITEMS)).astype(np.float32))
+    x = csr_matrix(x.toarray() * (np.arange(N_USERS) > 0)[:, None].astype(np.float32)) # one user of whom nothing is known
+    table = pd.DataFrame(dict(item_id=[f'i{n}' for n in range(N_ITEMS)], title=None, genres=[GENRES[n % 7] for n in range(N_ITEMS)], year=[1960+n % 60 for n in range(N_ITEMS)]))
+    negatives = csr_matrix((rng.random((N_USERS, N_ITEMS)) < .03) & (x.toarray() == 0))
+    people = pd.DataFrame({'user_id': [f'u{n}' for n in range(N_USERS)], 'country': rng.choice(['KR', 'DE'], N_USERS)})
+    users = people.user_id.tolist()
+    return Recommender(model.fit(x), table.item_id.tolist(), users, x, item_table=table, negatives=negatives, segments=Segments.of(x, users, people), **kw), table, rng
+
+
+@pytest.mark.parametrize('part', range(PARTS))
+def test_random_requests(part):
+    "No banned, seen, filtered or repeated item, never more than k, never fewer than there are: a model and a chain a part."
+    model = [create_model('ease', lam=20.), create_model('item_knn'), create_model('mult_dae', hidden_dim=8, num_epoch=2), create_model('ials', factors=8)][part]
+    steps = [['exclude_seen', 'ban_list'], ['exclude_seen', 'ban_list', 'mmr'], ['exclude_seen', 'ban_list', 'calibrate', 'explore'], ['exclude_seen', 'ban_list', 'boost', 'temper_popularity']][part]
+    options = {'mmr': {'pool': 20}, 'calibrate': {'pool': 15}, 'explore': {'slots': [2], 'pool': 5}, 'boost': {'rules': [{'items': ['i3', 'i9'], 'factor': 2.}]}, 'temper_popularity': {'pool': 30}}
+    r, table, rng = world(model, part)
+    genres = [set(g.split('|')) if isinstance(g, str) else set() for g in table.genres]
+    passes = {name: np.array([rule(g, y) for g,y in zip(genres, table.year)]) for name,rule in FILTERS.items()}
+    seen = (r.histories.toarray() > 0) | r.negatives.toarray()
+    checked = short = 0
+    while checked < REQUESTS:
+        banned = rng.random(N_ITEMS) < rng.choice([0, .05, .5])
+        r.chain = Chain(steps, [r.items[n] for n in np.flatnonzero(banned)], r.catalogue, {s: options[s] for s in steps if s in options})
+        batch, expected = [], []
+        for _ in range(250):
+            user, k, name = int(rng.integers(N_USERS+5)), int(rng.integers(1, 40)), list(SPECS)[rng.integers(len(SPECS))]
+            may, q = ~banned & passes[name], {'k': k, 'filter': SPECS[name], 'draw': int(rng.integers(99))}
+            kind = rng.integers(4)
+            if kind: q['user_id'] = f'u{user}' # from N_USERS on: unknown
+            history = rng.integers(0, N_ITEMS, rng.integers(0, 9)) if kind != 1 else np.array([], int)
+            if len(history): q['history'] = [f'i{n}' for n in history] + ['unknown']
+            if kind == 0: q['context'] = {'country': 'KR'}
+            left, among = rng.integers(0, N_ITEMS, 5), rng.integers(0, N_ITEMS, 60)
+            if rng.random() < .2: q['exclude'], may = [f'i{n}' for n in left], may & ~np.isin(np.arange(N_ITEMS), left)
+            if rng.random() < .1: q['candidates'], may = [f'i{n}' for n in among], may & np.isin(np.arange(N_ITEMS), among)
+            if rng.random() < .2: q['exclude_seen'] = False
+            else:
+                may = may.copy(); may[history] = False
+                if kind and user < N_USERS: may &= ~seen[user]
+            if rng.random() < .1: q['pins'] = [f'i{rng.integers(N_ITEMS)}']
+            batch.append(q); expected.append(may)
+        answers = r.recommend_each(batch[:125]) + [r.recommend(**q) for q in batch[125:]]
+        for q,may,answer in zip(batch, expected, answers):
+            ids = answer.item_ids
+            assert len(ids) == len(set(ids)) == min(q['k'], int(may.sum())), (q, answer.warnings)
+            assert all(may[int(id[1:])] for id in ids), q
+            assert (len(ids) < q['k']) == any('no more are eligible' in w for w in answer.warnings)
+            if 'pins' in q and ids and may[int(q['pins'][0][1:])]: assert ids[0] == q['pins'][0]
+            short += len(ids) < q['k']
+        checked += len(batch)
+    assert short > checked/50 # the hard cases were among them
+
+
+JOB = '''
+import sys; sys.path[:0] = [{tests!r}]
+import time
+from test_inference import world
+from aerec_nb.modeling import create_model
+r, _, _ = world(create_model('ease', lam=20.), 0)
+r.recommend_batch(k=5, folder=__import__('pathlib').Path({folder!r}), shard_users=7, progress=lambda n: (print(n, flush=True), time.sleep(.004)))
+'''
+
+def test_a_killed_batch_goes_on_where_it_was(tmp_path):
+    "kill -9 at many moments: no half shard, finished ones stay, and in the end the lists of the undisturbed job."
+    env, rng, kills = {**os.environ, **variables(tmp_path), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, np.random.default_rng(0), 40 if SOAK else 4
+    first = []
+    for n in range(kills):
+        process = subprocess.Popen([sys.executable, '-c', JOB.format(tests=str(ROOT/'tests'), folder=str(tmp_path/'lists'))], stdout=subprocess.PIPE, text=True, env=env)
+        lines = [process.stdout.readline()] # it has begun
+        time.sleep(.1*rng.random())
+        process.kill(); process.wait(); process.stdout.close()
+        there = sorted(p.name for p in (tmp_path/'lists').glob('lists-*.parquet'))
+        assert there[:len(first)] == first, 'finished shards stay'
+        for name in there: assert pd.read_parquet(tmp_path/'lists'/name).user_id.nunique() == 7 or name == f'lists-{(N_USERS-1)//7:05}.parquet'
+        first = there
+    r, _, _ = world(create_model('ease', lam=20.), 0)
+    shards = r.recommend_batch(k=5, folder=tmp_path/'lists', shard_users=7)
+    assert (shards.made == 'earlier').sum() == len(first) and (tmp_path/'lists'/'manifest.json').exists()
+    pd.testing.assert_frame_equal(pd.concat([pd.read_parquet(tmp_path/'lists'/f) for f in shards.file], ignore_index=True), r.recommend_batch(k=5), check_dtype=False)
+    assert not [p for p in (tmp_path/'lists').iterdir() if p.name.startswith('.lists') and not p.name.endswith('.lock') and p.stat().st_mtime > time.time()-1]
+
+
+@pytest.mark.parametrize('name,given', [('ease', dict(lam=20.)), ('item_knn', {}), ('ials', dict(factors=8)), ('mult_vae', dict(hidden_dim=8, latent_dim=4, num_epoch=2)), ('popularity', {})])
+def test_new_items_with_every_kind_of_model_and_in_a_bundle(tmp_path, name, given):
+    from aerec_nb.packaging import load_bundle, save_bundle
+    r, table, _ = world(create_model(name, **given), 1)
+    wide = with_cold_items(r, pd.DataFrame(dict(item_id=['new1', 'new2'], title=['One', 'Two'], genres=['A|B', None], year=[1990, None])))
+    for user in ('u0', 'u7', 'u8', 'nobody'):
+        old = [i for i in wide.recommend(user, k=20, exclude=['new1', 'new2']).item_ids]
+        assert old == r.recommend(user, k=20).item_ids, 'the known items keep their order'
+    assert {'new1', 'new2'} <= set(wide.recommend('u7', k=N_ITEMS+2).item_ids) and wide.recommend(history=['new1'], k=3).fallback_used is False
+    back = load_bundle(save_bundle(wide, tmp_path/'b', k=4))
+    for user in ('u7', 'u8'): assert back.recommend(user, k=30).item_ids == wide.recommend(user, k=30).item_ids
+
+
+def test_new_items_are_found_better_than_by_chance():
+    "A tenth of the items is hidden from the model; those who have one of them shall find it above its like by chance."
+    rng = np.random.default_rng(3)
+    kind = rng.integers(0, 4, 200) # of items; each person likes one kind
+    likes = rng.integers(0, 4, 400)
+    x = csr_matrix((rng.random((400, 200)) < np.where(likes[:, None] == kind, .3, .02)).astype(np.float32))
+    table = pd.DataFrame(dict(item_id=range(200), genres=[f'K{k}' for k in kind]))
+    r = Recommender(create_model('ease', lam=10.).fit(x[:, :180]), list(range(180)), list(range(400)), x[:, :180].tocsr(), item_table=table[:180])
+    scores = with_cold_items(r, table).model.score(csr_matrix((x[:, :180].data, x[:, :180].indices, x[:, :180].indptr), shape=(400, 200)))[:, 180:]
+    has = x[:, 180:].toarray() > 0
+    above = np.concatenate([(s[h][:, None] > s[~h]).ravel() + .5*(s[h][:, None] == s[~h]).ravel() for s,h in zip(scores, has) if h.any() and not h.all()])
+    assert above.mean() > .75
+
+
+def test_segments_through_the_pipeline(environ, tmp_path):
+    from aerec_nb.runs import open_run
+    from aerec_nb.inference import load_recommender
+    import aerec_nb.inference, aerec_nb.validation
+    users = pd.read_csv(ROOT/'dataset'/'sample'/'ratings.csv').userId.drop_duplicates()
+    (tmp_path/'people.csv').write_text('user_id,country\n' + '\n'.join(f"{u},{'KR' if n % 2 else 'DE'}" for n,u in enumerate(users)) + '\n')
+    opened = open_run(None, env='test', segments_file=str(tmp_path/'people.csv'), cold_items=True, models=['popularity', 'ease'])
+    opened.execute('inference', build=aerec_nb.inference.build_inference)
+    r = load_recommender(opened)
+    assert r.segments.names == ['country=DE', 'country=KR'] and r.recommend('nobody', context={'country': 'KR'}).items[0]['source'] == 'segment'
+    with pytest.raises(AerecError, match='inference.segments_file: there is no file'):
+        open_run(None, env='test', segments_file=str(tmp_path/'none.csv')).execute('inference', build=aerec_nb.inference.build_inference)
