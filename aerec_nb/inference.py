@@ -146,7 +146,7 @@ class Recommender:
         self._titles, self._genres = (self.item_table[c].tolist() for c in ('title', 'genres'))
         self.segments, self._more = segments, _columns_of(self.catalogue.table)
         if segments is not None and segments.matrix.shape[1] != self.n_items: raise AerecError(f'segments are over {segments.matrix.shape[1]} items, but there are {self.n_items}')
-        self._model_name, self._version = str(getattr(model, 'name', None) or type(model).__name__), self.info.get('id', '')[:16] or None
+        self._model_name, self._version = str(getattr(getattr(model, 'model', model), 'name', None) or type(model).__name__), self.info.get('id', '')[:16] or None
 
     @property
     def n_items(self): return len(self.item_index)
@@ -675,7 +675,7 @@ def build_inference(run, # `Run` from `aerec_nb.runs`
     write_parquet(folder/'candidates.parquet', candidates)
     valid = valid_candidates(run)
     if valid is not None: write_parquet(folder/'valid_candidates.parquet', valid)
-    return {'model': recommender.model.name, 'n_users': len(users), 'n_users_known': recommender.n_users, 'n_items': recommender.n_items,
+    return {'model': recommender._model_name, 'n_users': len(users), 'n_users_known': recommender.n_users, 'n_items': recommender.n_items,
             'n_segments': 0 if recommender.segments is None else len(recommender.segments), 'n_cold_items': recommender.model.neighbours.shape[0] if recommender.model.name == 'cold_items' else 0,
             'n_negatives': int(recommender.negatives.nnz), 'n_candidates': len(candidates), 'n_seen': int(candidates.seen.sum()), 'n_items_proposed': int(candidates.item_id.nunique())}
 
@@ -684,7 +684,8 @@ def describe_inference(run # `Run` from `aerec_nb.runs`, with the stage done
                       ) -> str: # one paragraph
     "Which model proposed what."
     m = run.manifest('inference')['metrics']
-    return (f"{m['model']} over {m['n_items']:,} items proposes {m['n_candidates']:,} candidates for {m['n_users']:,} of {m['n_users_known']:,} users; "
+    new = f" ({m['n_cold_items']:,} of them new, by what is known of them)" if m['n_cold_items'] else ''
+    return (f"{m['model']} over {m['n_items']:,} items{new} proposes {m['n_candidates']:,} candidates for {m['n_users']:,} of {m['n_users_known']:,} users; "
             f"{m['n_seen']/m['n_candidates']:.1%} of them the user has seen, {m['n_items_proposed']/m['n_items']:.1%} of the catalogue is proposed to somebody.")
 
 # %% ../nbs/04_inference.ipynb #8055ac07
@@ -741,12 +742,16 @@ class Explorer:
         return self.recommender.recommend(self.user_id, k=self.k, diversity=self.diversity, filter={'any': [{'genres': self.genre}]} if self.genre else None, explain=True)
 
     def _repr_html_(self):
-        try: shown = self.answer()._repr_html_()
-        except AerecError as e: shown = f'<p>{html.escape(str(e))}</p>'
-        known = self.recommender.user_index.number(self.user_id) >= 0
-        history = show_history(self.recommender, self.user_id).to_html(index=False) if known else '<p>nothing is known of this user</p>'
-        side = "<div style='flex:1 1 22em;min-width:0;overflow-x:auto'><b>{}</b>{}</div>"
-        return f"<div style='display:flex;flex-wrap:wrap;gap:2em'>{side.format(f'History of user {html.escape(str(self.user_id))}', history)}{side.format('Recommended', shown)}</div>"
+        r = self.recommender
+        try: answer = self.answer()
+        except AerecError as e: return f'<p>{html.escape(str(e))}</p>'
+        known = r.user_index.number(self.user_id) >= 0
+        history = [(_film(row), '') for row in show_history(r, self.user_id).to_dict('records')] if known else [('nothing is known of this user', '')]
+        shown = [(f"{item['rank']}.&ensp;{_film(item)}", html.escape(item.get('why') or item['source'])) for item in answer]
+        notes = ''.join(f'<p>&#9888; {html.escape(w)}</p>' for w in answer.warnings)
+        side = "<div style='flex:{} 1 20em;min-width:0'><b>{}</b>{}</div>"
+        return (f"<div style='display:flex;flex-wrap:wrap;gap:1em 2em'>{side.format(2, f'History of user {html.escape(str(self.user_id))}', _two_columns(history))}"
+                f"{side.format(3, 'Recommended', notes + _two_columns(shown))}</div>")
 
     def widgets(self):
         "The handles and the tables, as an ipywidgets box."
@@ -762,6 +767,16 @@ class Explorer:
             tables.value = self._repr_html_()
         for handle in (user, k, diversity, genre): handle.observe(move, 'value')
         return w.VBox([w.HBox([user, k, diversity, genre], layout=w.Layout(flex_flow='row wrap')), tables])
+
+def _film(item) -> str:
+    "Title, or id, and what kind of thing it is."
+    title, genres = item.get('title'), item.get('genres')
+    return html.escape(str(title if isinstance(title, str) else item['item_id'])) + (f" <small style='color:#666'>{html.escape(genres.replace('|', ', '))}</small>" if isinstance(genres, str) else '')
+
+def _two_columns(rows) -> str:
+    "Rows of prepared HTML, to the left."
+    style = "style='text-align:left;white-space:normal;vertical-align:top;padding:.2em .6em'"
+    return "<table style='width:100%'>" + ''.join(f"<tr><td {style}>{a}</td><td {style}><small>{b}</small></td></tr>" for a,b in rows) + '</table>'
 
 def explorer(recommender:Recommender, # to look at
              user_id=None, # whose list; None: a user of middling experience

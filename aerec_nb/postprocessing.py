@@ -10,8 +10,8 @@ __all__ = ['log', 'RANGES', 'STEPS', 'SMOOTHING', 'Place', 'STRENGTHS', 'TRADEOF
            'mmr_order', 'mmr', 'miscalibration', 'mix', 'calibrated_order', 'calibrate', 'pins', 'promote', 'explore',
            'find_step', 'Chain', 'Processed', 'best_first', 'histories_over', 'apply_chain', 'short_lists',
            'list_figures', 'tradeoff_curves', 'plot_tradeoffs', 'describe_tradeoffs', 'check_chain', 'chain_files',
-           'load_catalogue', 'build_postprocessing', 'describe_postprocessing', 'before_after', 'with_titles',
-           'plot_steps']
+           'load_catalogue', 'served_items', 'build_postprocessing', 'describe_postprocessing', 'before_after',
+           'with_titles', 'plot_steps']
 
 # %% ../nbs/04a_postprocessing.ipynb #7c0b8726
 import difflib, importlib.util, inspect, itertools, json, logging, sys, threading, time, types, zlib
@@ -1320,6 +1320,14 @@ def load_catalogue(run, # `Run` from `aerec_nb.runs`, with data imported and spl
     table, features = run.need('data_import')/'items.parquet', run.need('model_preprocessing')/'features'
     return Catalogue(IdIndex(items), pd.read_parquet(table) if table.exists() else None, popularity, ItemFeatures.load(features).over(items).matrix if features.exists() else None)
 
+# %% ../nbs/04a_postprocessing.ipynb #d14f91b4
+def served_items(run, # `Run` from `aerec_nb.runs`, with inference done
+                 split:Split # of the run
+                ) -> np.ndarray: # ids: those the model was fitted on, then the new ones
+    "The vocabulary of what may be recommended."
+    known, path = np.asarray(split.refit().items), run.need('inference')/'cold_items.parquet'
+    return np.concatenate([known, pd.read_parquet(path).item_id.to_numpy()]) if path.exists() else known
+
 # %% ../nbs/04a_postprocessing.ipynb #90ac4363
 def build_postprocessing(run, # `Run` from `aerec_nb.runs`
                          folder:Path # where to write recommendations.parquet, steps.parquet, tradeoffs.parquet and chain.json
@@ -1327,7 +1335,7 @@ def build_postprocessing(run, # `Run` from `aerec_nb.runs`
     "Apply the configured chain to the candidates of the run, and measure what each ranking step would cost."
     candidates, p, k = pd.read_parquet(run.need('inference')/'candidates.parquet'), run.settings.postprocessing, run.settings.validation.topk
     split = Split.load(run.need('model_preprocessing')/'split')
-    histories = histories_over(split.interactions, split.refit().items)
+    histories = histories_over(split.interactions, served_items(run, split))
     chain = Chain(p.steps, (), load_catalogue(run, histories.items, np.bincount(histories.matrix.indices, minlength=len(histories.items))), p.step_options, run.settings.run.random_seed, [ban_list(run.settings)])
     lists, report = apply_chain(candidates, chain, k, histories)
     write_parquet(folder/'recommendations.parquet', lists)
@@ -1382,7 +1390,7 @@ def before_after(run, # `Run` from `aerec_nb.runs`, with the stage done
 def _became(run, candidates, k) -> dict:
     "Item id -> the step that took it out."
     split = Split.load(run.need('model_preprocessing')/'split')
-    histories = histories_over(split.interactions, split.refit().items)
+    histories = histories_over(split.interactions, served_items(run, split))
     chain = Chain.from_spec(read_json(run.need('postprocessing')/'chain.json'), load_catalogue(run, histories.items, np.bincount(histories.matrix.indices, minlength=len(histories.items))))
     now = None if histories.times is None else float(histories.times.max())
     (_,items,scores,request), = _requests(candidates, chain, k, histories, now)

@@ -131,12 +131,18 @@ def test_new_items_are_found_better_than_by_chance():
 def test_segments_through_the_pipeline(environ, tmp_path):
     from aerec_nb.runs import open_run
     from aerec_nb.inference import load_recommender
-    import aerec_nb.inference, aerec_nb.validation
+    from aerec_nb.packaging import load_bundle
+    import aerec_nb.inference, aerec_nb.packaging
     users = pd.read_csv(ROOT/'dataset'/'sample'/'ratings.csv').userId.drop_duplicates()
     (tmp_path/'people.csv').write_text('user_id,country\n' + '\n'.join(f"{u},{'KR' if n % 2 else 'DE'}" for n,u in enumerate(users)) + '\n')
     opened = open_run(None, env='test', segments_file=str(tmp_path/'people.csv'), cold_items=True, models=['popularity', 'ease'])
     opened.execute('inference', build=aerec_nb.inference.build_inference)
     r = load_recommender(opened)
     assert r.segments.names == ['country=DE', 'country=KR'] and r.recommend('nobody', context={'country': 'KR'}).items[0]['source'] == 'segment'
+    cold = set(pd.read_parquet(opened.need('inference')/'cold_items.parquet').item_id)
+    assert r.n_items == r.model.model.n_items + len(cold)
+    bundle = opened.execute('packaging', build=aerec_nb.packaging.build_packaging)/'bundle'
+    served = load_bundle(bundle)
+    assert served.items == r.items and served.recommend('nobody', k=3, exclude=sorted(cold)).item_ids == r.recommend('nobody', k=3, exclude=sorted(cold)).item_ids
     with pytest.raises(AerecError, match='inference.segments_file: there is no file'):
         open_run(None, env='test', segments_file=str(tmp_path/'none.csv')).execute('inference', build=aerec_nb.inference.build_inference)
