@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRIOR', 'MAX_USERS', 'UnknownUser', 'Recommendations', 'Segments', 'read_segments', 'Recommender', 'check_k',
-           'known_numbers', 'contributions', 'write_shards', 'with_cold_items', 'pair_matrix', 'load_recommender',
-           'segment_files', 'candidate_users', 'make_candidates', 'valid_candidates', 'unrated_items',
-           'build_inference', 'describe_inference', 'example_user', 'show_history', 'plot_candidates', 'Explorer',
-           'explorer']
+           'known_numbers', 'Recent', 'contributions', 'write_shards', 'with_cold_items', 'pair_matrix',
+           'load_recommender', 'segment_files', 'candidate_users', 'make_candidates', 'valid_candidates',
+           'unrated_items', 'build_inference', 'describe_inference', 'example_user', 'show_history', 'plot_candidates',
+           'Explorer', 'explorer']
 
 # %% ../nbs/04_inference.ipynb #d13a59be
 import difflib, html, os, time
@@ -144,6 +144,7 @@ class Recommender:
         self.chain = (chain or Chain()).bind(self.catalogue)
         self.item_table = _lined_up(item_table, self.item_index)
         self._titles, self._genres = (self.item_table[c].tolist() for c in ('title', 'genres'))
+        self.recent = None # `Recent`: what a service has heard since; `recommend_batch` looks at the packed histories only
         self.segments, self._more = segments, _columns_of(self.catalogue.table)
         if segments is not None and segments.matrix.shape[1] != self.n_items: raise AerecError(f'segments are over {segments.matrix.shape[1]} items, but there are {self.n_items}')
         self._model_name, self._version = str(getattr(getattr(model, 'model', model), 'name', None) or type(model).__name__), self.info.get('id', '')[:16] or None
@@ -214,20 +215,52 @@ def known_numbers(recommender:Recommender, # whose vocabulary counts
 
 def _hashable(id): return id if isinstance(id, (str, int, float, type(None))) else str(id)
 
-# %% ../nbs/04_inference.ipynb #7e523b02
+# %% ../nbs/04_inference.ipynb #01b7aca7
+class Recent:
+    "What was heard of users since their histories were packed: a service adds feedback, and the next answer rests on it."
+    def __init__(self): self._of, self._gone = {}, set()
+    def __len__(self): return len(self._of)
+
+    def add(self, user_id, # any user, known or not
+            item_id, # of which there was feedback
+            liked:bool=True, # False: is not shown, and nothing rests on it
+            when:float=None # seconds since 1970; None: unknown
+           ) -> None:
+        "One piece of feedback; the last about an item counts."
+        self._of[str(user_id)] = {**self._of.get(str(user_id), {}), str(item_id): (liked, np.nan if when is None else when)}
+
+    def forget(self, user_id) -> None: # also what was packed
+        "Nothing is known of this user any more."
+        self._of.pop(str(user_id), None)
+        self._gone.add(str(user_id))
+
 def _evidence(r:Recommender, user_id, history, warnings:list) -> tuple:
-    "Item numbers, weights and times of what the answer rests on, and the number of the user (-1: unknown)."
-    user = r.user_index.number(user_id) if user_id is not None else -1
-    if user_id is not None and user < 0: warnings.append(f'user {_named([_hashable(user_id)])} is unknown')
-    items = known_numbers(r, history, 'history', warnings) if history is not None else np.array([], np.int32)
-    if user < 0: return items, np.ones(len(items), np.float32), None, user
-    own = slice(r.histories.indptr[user], r.histories.indptr[user+1])
-    if not len(items): return r.histories.indices[own], r.histories.data[own], None if r.times is None else r.times[own], user
-    new = np.setdiff1d(items, r.histories.indices[own])
-    both = np.concatenate([r.histories.indices[own], new])
+    "Item numbers, weights and times of what the answer rests on, the number of the user (-1: unknown), and items of which it was heard that they are not liked."
+    user, recent = r.user_index.number(user_id) if user_id is not None else -1, None
+    if user_id is not None and r.recent is not None:
+        recent = r.recent._of.get(str(user_id))
+        if user >= 0 and str(user_id) in r.recent._gone: user = -1
+    if user_id is not None and user < 0 and not recent: warnings.append(f'user {_named([_hashable(user_id)])} is unknown')
+    items = known_numbers(r, history, 'history', warnings) if history is not None else _NONE
+    own = slice(r.histories.indptr[user], r.histories.indptr[user+1]) if user >= 0 else slice(0, 0)
+    if not recent and not len(items): return r.histories.indices[own], r.histories.data[own], None if r.times is None else r.times[own], user, _NONE
+    heard, liked, when = _heard(r, recent or {})
+    disliked = np.setdiff1d(heard[~liked], items)
+    now = np.concatenate([items, np.setdiff1d(heard[liked], items)])
+    now_at = np.concatenate([np.full(len(items), np.nan), when[liked][np.isin(heard[liked], items, invert=True)]]) # what the request names is of this moment
+    before = ~np.isin(r.histories.indices[own], np.concatenate([now, disliked]))
+    both = np.concatenate([r.histories.indices[own][before], now]).astype(np.int32)
     order = np.argsort(both, kind='stable')
-    times = None if r.times is None else np.where(np.isin(both, items), np.nan, np.concatenate([r.times[own], np.zeros(len(new))]))[order] # what the request names is recent, whenever it was before
-    return both[order], np.concatenate([r.histories.data[own], np.ones(len(new), np.float32)])[order], times, user
+    times = None if r.times is None else np.concatenate([r.times[own][before], now_at])[order]
+    return both[order], np.concatenate([r.histories.data[own][before], np.ones(len(now), np.float32)])[order], times, user, disliked
+
+_NONE = np.array([], np.int32)
+
+def _heard(r:Recommender, recent:dict) -> tuple:
+    "Item numbers in their order, which are liked, and when it was heard; unknown items are left out."
+    numbers = r.item_index.numbers(list(recent))
+    said = sorted((n, *what) for n,what in zip(numbers.tolist(), recent.values()) if n >= 0)
+    return np.array([n for n,_,_ in said], np.int32), np.array([l for _,l,_ in said], bool), np.array([t for _,_,t in said], float)
 
 # %% ../nbs/04_inference.ipynb #f09e089a
 def contributions(model, # fitted
@@ -326,11 +359,12 @@ def _understand(r:Recommender, user_id, history, k, exclude_seen, exclude, fallb
     k, warnings = check_k(k), []
     if fallback not in ('popular', 'none'): raise AerecError(f"fallback must be 'popular' or 'none', not {fallback!r}")
     segments = _segments_of(r, context, warnings) if context else []
-    items, weights, times, user = _evidence(r, user_id, history, warnings)
+    items, weights, times, user, disliked = _evidence(r, user_id, history, warnings)
     request = Request(k, items, weights, times, user=user_id, draw=draw, now=now, exclude_seen=exclude_seen, exclude=known_numbers(r, exclude, 'exclude', warnings),
                       candidates=None if candidates is None else known_numbers(r, candidates, 'candidates', warnings), filter=filter, pins=pins, diversity=diversity,
                       max_per_category=max_per_category, min_score=min_score, explain=explain)
     if user >= 0: request.disliked = r.negatives.indices[r.negatives.indptr[user]:r.negatives.indptr[user+1]]
+    if len(disliked): request.disliked = np.union1d(request.disliked, disliked)
     if len(items): return _Asked(request, items, weights, False, None, 'model', warnings)
     _fall_back(fallback, user_id, history, segments, warnings)
     return _Asked(request, items, weights, True, r.segments.shares(segments, r.popularity, r.n_users) if segments else r.popularity, 'segment' if segments else 'popular', warnings)
