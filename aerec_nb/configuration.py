@@ -6,8 +6,9 @@
 __all__ = ['RULE_KNOBS', 'SECTIONS', 'KNOBS', 'AerecError', 'check_parameters', 'project_dir', 'hide_secrets', 'is_database',
            'Section', 'RunSettings', 'PathSettings', 'DataSettings', 'RuleSettings', 'time_in_seconds', 'SplitSettings',
            'ModelSettings', 'TrainingSettings', 'ValidationSettings', 'InferenceSettings', 'PostprocessingSettings',
-           'PackagingSettings', 'EventSettings', 'ServingSettings', 'MonitoringSettings', 'Settings', 'load_settings',
-           'show_value', 'settings_table', 'diff_settings', 'environments_table', 'plot_sources', 'build_configuration']
+           'PackagingSettings', 'EventSettings', 'ServingSettings', 'MonitoringSettings', 'PipelineSettings',
+           'Settings', 'load_settings', 'show_value', 'settings_table', 'diff_settings', 'environments_table',
+           'plot_sources', 'build_configuration']
 
 # %% ../nbs/00_configuration.ipynb #b5430cfd
 import ast, atexit, codecs, difflib, importlib.util, json, os, re, shutil, tempfile, tomllib
@@ -385,32 +386,97 @@ class PackagingSettings(Section):
     alias: Literal['dev', 'stage', 'live']|None = Field(None, description="alias to set; None: the environment's own")
     registry_uri: str|None = Field(None, description='MLflow registry; None: the embedded SQLite file in var/')
     promoters: Texts = Field([], description='who may promote; empty: anyone')
+    gated_aliases: Annotated[list[Literal['dev', 'stage', 'live', 'test']], BeforeValidator(_as_list)] = Field(['stage', 'live'], description='aliases that a version reaches only through the gates')
+    gate_latency_ms: float = Field(50., gt=0, allow_inf_nan=False, description='gate: milliseconds that a recommendation for a known user may take, median')
+    gate_size_mib: float = Field(2048., gt=0, allow_inf_nan=False, description='gate: MiB that a bundle may have')
+    bundle_limit_mib: float = Field(16384., gt=0, allow_inf_nan=False, description='a bundle of more MiB is refused before it is read or unpacked')
+    rollback_depth: int = Field(5, ge=1, description='cleaning keeps the bundles of so many versions that an alias has come from')
 
 # %% ../nbs/00_configuration.ipynb #e08ab615
 class EventSettings(Section):
     "Where `00b_events` keeps what happened."
     events_url: str|None = Field(None, description='SQLAlchemy URL of the event log; None: events.db in var/')
+    keep_days: float|None = Field(None, gt=0, description='events older than this are removed by the watch of the monitors; None: they are kept')
 
 class ServingSettings(Section):
     "How `05a_serving` answers."
     host: str = Field('127.0.0.1', description='address to listen on')
     port: int = Field(8000, ge=0, le=65535, description='port to listen on')
     require_auth: bool = Field(False, description='refuse requests without an API key')
-    api_keys: Secrets = Field([], description='valid keys; only from AEREC_SERVING__API_KEYS, never from a file or an argument')
+    api_keys: Secrets = Field([], description='valid keys, as roles:sha256:digest (roles: read, feedback, admin, joined by +); only from AEREC_SERVING__API_KEYS, never from a file or an argument')
     max_k: int = Field(1000, ge=1, description='longest list a client may ask for')
     queue_size: int = Field(10000, ge=1, description='request events that may wait for the log')
+    workers: int = Field(1, ge=1, le=64, description='processes that answer; one that dies is replaced')
+    timeout_s: float = Field(10., gt=0, description='seconds after which an answer is given up with 503, and a body that does not arrive with 408')
+    max_concurrency: int = Field(64, ge=1, description='requests that a worker has at the same time; further ones get 503 and Retry-After')
+    rate_limit: float|None = Field(None, gt=0, description='requests a second for each key, or each address where there are no keys, over all workers; beyond it 429; None: any')
+    follow_s: float = Field(2., ge=0, allow_inf_nan=False, description='seconds between looks at where the alias points; 0: never')
+    liked_from: float = Field(3., allow_inf_nan=False, description='feedback of type rating from this value on is a like, below it a dislike; all other feedback is a like above 0')
+    history_days: float = Field(30., ge=0, allow_inf_nan=False, description='days of feedback in the log that histories are brought up to date with')
+    demo: bool = Field(True, description='the page /demo')
+    access_log: bool = Field(False, description='a line of JSON on stderr for every request')
     n_requests: int = Field(200, ge=1, description='simulated requests of the stage')
 
 # %% ../nbs/00_configuration.ipynb #42fbe03f
 class MonitoringSettings(Section):
     "When `06_monitoring` raises an alert."
     event_source: Literal['simulated', 'real'] = Field('simulated', description="events of the run's simulated traffic, or the real log")
-    window_hours: float = Field(24., gt=0, description='how far back monitors look')
+    window_hours: float = Field(24., gt=0, allow_inf_nan=False, description='how far back monitors look')
+    reference_hours: float|None = Field(None, gt=0, allow_inf_nan=False, description='length of the earlier window that this one is compared with; None: as long as the window')
+    maturity_minutes: float = Field(30., ge=0, allow_inf_nan=False, description='a request counts for clicks once it is so old, and a click counts for so long')
+    min_availability: float = Field(.99, ge=0, le=1, description='least share of five-minute spans in which most requests were answered')
     max_error_share: float = Field(.01, ge=0, le=1, description='share of requests that may fail')
+    max_client_error_share: float = Field(.1, ge=0, le=1, description='share of requests that may be refused for a mistake of the client')
+    max_latency_p50_ms: float = Field(100., gt=0, description='median latency, milliseconds')
     max_latency_p95_ms: float = Field(250., gt=0, description='95th percentile of latency, milliseconds')
+    max_latency_p99_ms: float = Field(1000., gt=0, description='99th percentile of latency, milliseconds')
+    max_fallback_share: float = Field(.2, ge=0, le=1, description='most of the lists that popularity may make')
+    max_unknown_share: float = Field(.3, ge=0, le=1, description='most of the requests with a user id that may be by users the bundle does not know')
+    max_version_skew: float = Field(.05, ge=0, le=1, description='most of the latest answers that may come from another bundle')
+    max_model_age_days: float = Field(90., gt=0, description='days after which a bundle is too old')
+    max_empty_share: float = Field(.01, ge=0, le=1, description='most of the lists that may be empty')
+    max_short_share: float = Field(.05, ge=0, le=1, description='most of the lists that may be shorter than asked for')
+    max_bad_score_share: float = Field(.01, ge=0, le=1, description="most of the model's lists whose scores may all be the same or no numbers")
+    min_overlap: float = Field(.05, ge=0, le=1, description='least part of a list that the bundle before shows too')
     min_coverage: float = Field(.02, ge=0, le=1, description='least share of the catalogue that is shown')
     max_popularity_share: float = Field(.8, ge=0, le=1, description='most of what is shown that may be the top 1 % of items')
+    max_list_change: float = Field(.25, gt=0, le=1, description='relative change for the worse of what lists look like, against the reference, that is an alert')
+    max_churn: float = Field(.95, ge=0, le=1, description="most of a user's list that may be new since the earlier window")
+    max_group_gap: float = Field(.75, ge=0, le=1, description='how much less often one group of users may click than another, relative')
+    min_volume_ratio: float = Field(.3, ge=0, le=1, description='least requests an hour, relative to the earlier window')
+    max_volume_ratio: float = Field(3., gt=1, description='most requests an hour, relative to the earlier window')
+    max_silence_hours: float = Field(24., gt=0, description='hours without any event')
+    min_feedback_ratio: float = Field(.4, ge=0, le=1, description='least feedback a list, relative to the earlier window')
+    max_duplicate_share: float = Field(.02, ge=0, le=1, description='most of the reports that may repeat another one under a new id')
+    max_new_item_share: float = Field(.1, ge=0, le=1, description='most of the feedback that may be on items the bundle does not know')
+    max_user_share: float = Field(.1, ge=0, le=1, description='most of the requests that one user may make')
+    max_clock_skew: float = Field(.02, ge=0, le=1, description='most of the reports that may be dated before their own request')
+    max_drift: float = Field(.1, ge=0, le=1, description='Jensen-Shannon divergence (0 to 1) from the earlier window that is an alert')
+    max_item_drift: float = Field(.15, ge=0, le=1, description='Jensen-Shannon divergence of shown items from the earlier window that is an alert')
+    max_psi: float = Field(.25, gt=0, description='population stability index against the earlier window that is an alert')
     max_metric_drop: float = Field(.05, ge=0, description='relative loss of NDCG against the last run that is an alert')
+    max_ctr_drop: float = Field(.3, gt=0, le=1, description='relative loss of clicks against the earlier window that is an alert')
+    min_lift: float = Field(1., ge=0, description="least clicks on the model's lists, relative to popular lists")
+    min_sample_ratio_p: float = Field(.001, gt=0, lt=1, description='least p of the check that the arms of an experiment have the users they should have')
+    experiment_shares: Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], BeforeValidator(_as_dict)] = Field({}, description='arm -> its share of the users; empty: all the same')
+    retrain_days: float = Field(30., gt=0, description='age of a bundle, in days, at which to train again')
+    retrain_feedback_share: float = Field(.1, gt=0, description='new feedback, relative to the interactions of the bundle, at which to train again')
+    alert_after: int = Field(2, ge=1, description='looks in a row at which a warning must be firing before it is an alert; critical ones are at once')
+    resolve_after: int = Field(2, ge=1, description='looks in a row at which it must be fine before an alert is resolved')
+    alert_file: str|None = Field(None, description='file that alerts are added to, a line of JSON each; None: alerts.jsonl in var/')
+    webhook_url: SecretStr|None = Field(None, description='where alerts are posted as JSON: an address that is a secret, so set AEREC_MONITORING__WEBHOOK_URL; None: nowhere')
+
+    @field_validator('webhook_url')
+    @classmethod
+    def _is_web_address(cls, value):
+        if value is not None and not re.match(r'https?://[^/]', value.get_secret_value()): raise PydanticCustomError('url', 'this is no web address: it begins with http:// or https://')
+        return value
+
+# %% ../nbs/00_configuration.ipynb #3ef5edf4
+class PipelineSettings(Section):
+    "How `07_pipeline` executes the notebooks."
+    n_parallel: int = Field(2, ge=1, description='notebooks at once: independent stages, and those whose inputs are still being made; 1: one after another')
+    stage_timeout_s: float|None = Field(None, gt=0, description="seconds after which a stage's notebook is ended; None: each stage's own limit")
 
 # %% ../nbs/00_configuration.ipynb #bab4db87
 class Settings(BaseSettings):
@@ -432,6 +498,7 @@ class Settings(BaseSettings):
     events: EventSettings = EventSettings()
     serving: ServingSettings = ServingSettings()
     monitoring: MonitoringSettings = MonitoringSettings()
+    pipeline: PipelineSettings = PipelineSettings()
     _sources: dict = PrivateAttr(default_factory=dict)
 
     def items(self): # iterator over (dotted name, value, description, source)
@@ -461,7 +528,7 @@ def _environment_defaults(env:str) -> dict:
     if env == 'test':
         return {'paths': {'runs_dir': str(_test_dir()/'runs'), 'var_dir': str(_test_dir()/'var')}, 'data': {'source': 'sample'},
                 'training': {'num_epoch': 3, 'tracking_uri': 'off'}, 'validation': {'n_bootstrap': 200}, 'serving': {'n_requests': 60}}
-    if env in ('stage', 'live'): return {'serving': {'require_auth': True}, 'training': {'trains': False}}
+    if env in ('stage', 'live'): return {'serving': {'require_auth': True, 'demo': env != 'live'}, 'training': {'trains': False}}
     return {}
 
 # %% ../nbs/00_configuration.ipynb #40f43dee
@@ -521,7 +588,7 @@ def _one_line(error:ValidationError, sources:dict) -> str:
     for e in error.errors():
         key = '.'.join(str(part) for part in e['loc'][:2])
         if any(p.startswith(f'setting {key} ') for p in problems): continue
-        secret = key == 'serving.api_keys'
+        secret = key in ('serving.api_keys', 'monitoring.webhook_url')
         problems.append(f"setting {key} = {'(secret)' if secret else hide_secrets(repr(e.get('input')))} (from {sources.get(key, 'default')}): {e['msg'].removeprefix('Value error, ')}")
     return '; '.join(problems)
 
@@ -583,7 +650,7 @@ def _build(env:str, layers:list) -> Settings:
     root = project_dir()
     paths = {name: root/path for name,path in layered.paths} # an absolute path stays as it is
     values = {name: getattr(layered, name) for name in SECTIONS} | {'env': env, 'paths': PathSettings(**paths)}
-    values['events'] = EventSettings(events_url=_beside(root, layered.events.events_url))
+    values['events'] = layered.events.model_copy(update={'events_url': _beside(root, layered.events.events_url)})
     values['packaging'] = layered.packaging.model_copy(update={'registry_uri': _beside(root, layered.packaging.registry_uri)})
     values['training'] = layered.training.model_copy(update={'tracking_uri': _beside(root, layered.training.tracking_uri)})
     return Settings.model_construct(**values)

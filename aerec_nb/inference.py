@@ -262,6 +262,13 @@ def _heard(r:Recommender, recent:dict) -> tuple:
     said = sorted((n, *what) for n,what in zip(numbers.tolist(), recent.values()) if n >= 0)
     return np.array([n for n,_,_ in said], np.int32), np.array([l for _,l,_ in said], bool), np.array([t for _,_,t in said], float)
 
+# %% ../nbs/04_inference.ipynb #eef2df19
+@patch
+def known_of(self:Recommender, user_id # any user
+            ) -> np.ndarray: # int item numbers, sorted; of an unknown user: none
+    "What an answer for a user would rest on: the packed history, and what was heard since."
+    return _evidence(self, user_id, None, [])[0]
+
 # %% ../nbs/04_inference.ipynb #f09e089a
 def contributions(model, # fitted
                   items:np.ndarray, # int item numbers of a history, each once
@@ -317,26 +324,35 @@ def recommend(self:Recommender,
 # %% ../nbs/04_inference.ipynb #e7ec4a1f
 @patch
 def recommend_each(self:Recommender,
-                   requests:list # dicts, each with arguments of `recommend`
+                   requests:list, # dicts, each with arguments of `recommend`
+                   errors:str='raise' # 'raise', or 'return': the `AerecError` stands in the place of the answer
                   ) -> list: # of `Recommendations`, in the same order; raises `AerecError` naming the request by its number from 1
     "Different requests at once, scored together."
-    asked, answers = [], []
-    for n,request in enumerate(requests, 1):
-        unknown = sorted(set(request)-_ARGUMENTS)
-        if unknown: raise AerecError(f"request {n}: there is no argument '{unknown[0]}'; valid ones are {', '.join(sorted(_ARGUMENTS))}")
-        try: asked.append(_understand(self, **{**_DEFAULTS, **request}))
-        except AerecError as e: raise type(e)(f'request {n}: {e}') from None
-    for start in range(0, len(asked), block_rows(self.n_items)):
-        block = asked[start:start+block_rows(self.n_items)]
-        lengths = np.array([0 if a.fallback_used else len(a.items) for a in block])
-        parts = [a for a in block if not a.fallback_used]
-        history = csr_matrix((np.concatenate([a.weights for a in parts] or [np.zeros(0, np.float32)]), np.concatenate([a.items for a in parts] or [np.zeros(0, np.int32)]), np.append(0, np.cumsum(lengths)).astype(np.int32)),
-                             shape=(len(block), self.n_items))
-        scores = self.model.score(history) if parts else np.zeros((len(block), 0), np.float32)
-        for n,(a,row) in enumerate(zip(block, scores), start+1):
-            try: answers.append(_answered(self, a, a.popular if a.fallback_used else row))
-            except AerecError as e: raise AerecError(f'request {n}: {e}') from None
-    return answers
+    found, asked = [None]*len(requests), {}
+    for n,request in enumerate(requests):
+        try: asked[n] = _understand(self, **{**_DEFAULTS, **_arguments(request)})
+        except AerecError as e: found[n] = e
+    scored = [n for n,a in asked.items() if not a.fallback_used]
+    for start in range(0, len(scored), block_rows(self.n_items)):
+        block = scored[start:start+block_rows(self.n_items)]
+        history = csr_matrix((np.concatenate([asked[n].weights for n in block]), np.concatenate([asked[n].items for n in block]), np.append(0, np.cumsum([len(asked[n].items) for n in block])).astype(np.int32)), shape=(len(block), self.n_items))
+        for n,row in zip(block, self.model.score(history)):
+            try: found[n] = _answered(self, asked[n], row)
+            except AerecError as e: found[n] = e
+    for n,a in asked.items():
+        if not a.fallback_used: continue
+        try: found[n] = _answered(self, a, a.popular)
+        except AerecError as e: found[n] = e
+    if errors == 'raise':
+        for n,f in enumerate(found, 1):
+            if isinstance(f, AerecError): raise type(f)(f'request {n}: {f}') from None
+    return found
+
+def _arguments(request:dict) -> dict:
+    "Arguments of `recommend`; raises `AerecError` for others."
+    unknown = sorted(set(request)-_ARGUMENTS)
+    if unknown: raise AerecError(f"there is no argument '{unknown[0]}'; valid ones are {', '.join(sorted(_ARGUMENTS))}")
+    return request
 
 # %% ../nbs/04_inference.ipynb #4a310aed
 _DEFAULTS = dict(user_id=None, history=None, k=10, exclude_seen=True, exclude=(), fallback='popular', candidates=None, filter=None, pins=(), diversity=None, max_per_category=None, min_score=None, explain=False,
@@ -472,13 +488,14 @@ def recommend_batch(self:Recommender,
                     exclude_seen:bool=True, # leave out what the user has, or rated too low to want it
                     folder:Path=None, # write the lists there, as Parquet shards with a manifest; None: give them back
                     shard_users:int=50_000, # users a shard
-                    progress=None # function(users done), called after each block of users
+                    progress=None, # function(users done), called after each block of users
+                    now:float=None # seconds since 1970; None: the clock. A job that goes on keeps the moment when it began
                    ) -> pd.DataFrame: # user_id, item_id, rank, score, source; k rows a user unless fewer are eligible. With a folder: a row a shard, see `write_shards`
     "Lists for many users, a block at a time; users of whom nothing is known get popular items."
     k = check_k(k)
     user_ids = self.users if user_ids is None else _id_list(user_ids, 'user_ids')
-    if folder is not None: return write_shards(self, Path(folder), user_ids, k, exclude_seen, shard_users, progress)
-    blocks = list(_batch_blocks(self, user_ids, k, exclude_seen, time.time(), progress))
+    if folder is not None: return write_shards(self, Path(folder), user_ids, k, exclude_seen, shard_users, progress, now)
+    blocks = list(_batch_blocks(self, user_ids, k, exclude_seen, time.time() if now is None else now, progress))
     return pd.concat(blocks, ignore_index=True) if blocks else _as_lists(self, [], pd.DataFrame({'user': [], 'item': [], 'rank': [], 'score': [], 'source': []}))
 
 def _batch_blocks(r:Recommender, user_ids, k, exclude_seen, now, progress=None):
@@ -530,13 +547,14 @@ def write_shards(r:Recommender,
                  k:int, # length of each list
                  exclude_seen:bool=True, # leave out what the user has
                  shard_users:int=50_000, # users a shard
-                 progress=None # function(users done)
+                 progress=None, # function(users done)
+                 now:float=None # of a job that begins; None: the clock
                 ) -> pd.DataFrame: # file, users, rows, bytes, sha256, made (now, or earlier)
     "Lists of many users as Parquet shards with a manifest; goes on where it was stopped."
     if isinstance(shard_users, bool) or not isinstance(shard_users, int) or shard_users < 1: raise AerecError(f'shard_users must be a whole number of at least 1, not {shard_users!r}')
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder/'job.json', 1):
-        now = _same_job(folder, {'k': k, 'exclude_seen': exclude_seen, 'shard_users': shard_users, 'n_users': len(user_ids), 'users': sha256_json([str(u) for u in user_ids]), 'recommender': r.fingerprint()})
+        now = _same_job(folder, now, {'k': k, 'exclude_seen': exclude_seen, 'shard_users': shard_users, 'n_users': len(user_ids), 'users': sha256_json([str(u) for u in user_ids]), 'recommender': r.fingerprint()})
         shards = []
         for n,start in enumerate(range(0, len(user_ids), shard_users)):
             of = user_ids[start:start+shard_users]
@@ -566,11 +584,11 @@ def _write_shard(path:Path, blocks) -> None:
         finally:
             if writer is not None: writer.close()
 
-def _same_job(folder:Path, job:dict) -> float:
+def _same_job(folder:Path, now, job:dict) -> float:
     "The moment of a job that was begun, or of the one that begins; raises `AerecError` where the folder is another job's."
     if not (folder/'job.json').exists():
         if any(p.suffix in ('.parquet', '.json') for p in folder.iterdir()): raise AerecError(f'{folder}: there are files that no job left here; choose another folder')
-        write_json(folder/'job.json', {**job, 'now': time.time()})
+        write_json(folder/'job.json', {**job, 'now': time.time() if now is None else now})
     kept = read_json(folder/'job.json')
     other = sorted(key for key in job if job[key] != kept.get(key))
     if other: raise AerecError(f"{folder}: the lists there are of another job: {', '.join(f'{key} was {kept.get(key)}, is {job[key]}' for key in other)}; choose another folder, or delete this one")

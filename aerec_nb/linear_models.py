@@ -27,7 +27,7 @@ def multiply(A: sparse.csr_matrix, # [n, m]
             ) -> np.ndarray: # [n, k] dense
     "A B, of two sparse matrices."
     meetings = int(np.diff(B.indptr)[A.indices].sum(dtype=np.int64))
-    dense = A.nnz*B.shape[1] < MEETING*meetings and B.shape[0]*B.shape[1] <= 2**24
+    dense = A.nnz*B.shape[1] + B.shape[0]*B.shape[1] < MEETING*meetings and B.shape[0]*B.shape[1] <= 2**24 # few rows do not pay for writing B out
     return A @ B.toarray() if dense else (A @ B).toarray()
 
 # %% ../nbs/02a_linear_models.ipynb #c4eb4c3d

@@ -874,7 +874,13 @@ class Chain:
         banned = np.zeros(self.catalogue.n, bool)
         banned[numbers[numbers >= 0]] = True
         self.unknown_bans = [id for id,n in zip(ids, numbers) if n < 0] # ids that the vocabulary does not have
-        self._banned = banned
+        self._banned, self._banned_numbers = banned, np.flatnonzero(banned)
+
+    @property
+    def banned_numbers(self) -> np.ndarray: # int item numbers, as of now
+        "The same, as numbers."
+        self.banned # may have changed
+        return self._banned_numbers
 
     @property
     def index(self): return self.catalogue.index if self.catalogue is not None else None
@@ -991,6 +997,13 @@ def best_first(scores:np.ndarray, # [n], one a candidate
               ) -> np.ndarray: # positions, best first, the earlier of equals first
     "The best candidates, by partial selection."
     if n <= 0: return np.array([], int)
+    if 128*n <= len(scores): # what is in no chunk's maximum's reach cannot be among the best
+        chunks = scores[:len(scores)//64*64].reshape(-1, 64).max(1)
+        near = np.flatnonzero(scores >= np.partition(chunks, len(chunks)-n)[len(chunks)-n])
+        return near[best_first(scores[near], n)] if len(near) < len(scores)//2 else _best_first(scores, n)
+    return _best_first(scores, n)
+
+def _best_first(scores, n) -> np.ndarray:
     if n < len(scores):
         border = np.partition(scores, len(scores)-n)[len(scores)-n]
         above = np.flatnonzero(scores > border)
@@ -1007,14 +1020,15 @@ def run(self:Chain,
         source:str='model' # where the scores come from: model or popular
        ) -> Processed: # k items unless fewer are eligible
     "One list."
-    scores = np.asarray(scores)
-    if np.isnan(scores).any(): raise RuntimeError('the model gave a score that is not a number')
+    scores, limit = np.asarray(scores), np.finfo(np.float32).max
+    finite = np.isfinite(scores).all()
+    if not finite and np.isnan(scores).any(): raise RuntimeError('the model gave a score that is not a number')
     request = copy(request) # the caller's stays as it was
     request.chain, request.catalogue, request.warnings, request.verdicts = self, self.catalogue, list(request.warnings), []
     if request.now is None: request.now = time.time()
     removing, rest = self.plan(request)
-    limit = np.finfo(np.float32).max
-    if not np.isfinite(scores).all(): scores = np.clip(scores, -limit, limit) # a model that is sure is not a reason to leave an item out
+    if items is None and finite and not rest and not request.explain and all(b.name in _SHORT for b in removing) and not self.options.get('exclude_seen', {}).get('days'): return _short_way(self, scores, request, removing, source)
+    if not finite: scores = np.clip(scores, -limit, limit) # a model that is sure is not a reason to leave an item out
     if items is None: candidates, request.scores = self._all, scores
     else:
         by_item = np.argsort(items, kind='stable')
@@ -1032,6 +1046,20 @@ def run(self:Chain,
     shown = c.take(slice(request.k))
     snapshots = _removal_snapshots(request, source, candidates, scores) + snapshots if request.explain else []
     return Processed(shown.items, shown.scores, shown.sources, np.ones(len(shown)) if shown.propensities is None else shown.propensities, report+steps, request.warnings, snapshots)
+
+_SHORT = ('exclude_seen', 'ban_list', 'exclude')
+
+def _short_way(self, scores, request, removing, source) -> Processed:
+    "The same list where items are only left out, and by number: no masks."
+    values, left, report = scores.astype(np.float32), len(scores), []
+    for b in removing:
+        if b.name == 'exclude_seen': values[request.history] = values[request.disliked] = -np.inf
+        else: values[request.exclude if b.name == 'exclude' else self.banned_numbers] = -np.inf
+        now = int(np.count_nonzero(values > -np.inf))
+        report.append(dict(step=b.name, kind='remove', removed=left-now, moved=0, placed=0, left=now))
+        left = now
+    best = best_first(values, min(request.k, left))
+    return Processed(best, values[best], np.full(len(best), source, object), np.ones(len(best)), report, request.warnings, [])
 
 def _to_begin_with(rest, request, n_allowed) -> int:
     "How many candidates are enough if no step takes any out."

@@ -128,7 +128,7 @@ STAGES = {s.name: s for s in [
     Stage('postprocessing', '04a_postprocessing', ('data_import', 'model_preprocessing', 'inference'), ('postprocessing', 'validation.topk', 'run.random_seed'),
           external='chain_files', check='check_chain', outputs=('chain.json', 'recommendations.parquet')),
     Stage('packaging', '05_packaging', ('data_import', 'business_preprocessing', 'model_preprocessing', 'validation', 'inference', 'postprocessing'),
-          ('packaging', 'paths', 'postprocessing', 'validation.topk', 'env'), outputs=('bundle/manifest.json',)),
+          ('packaging', 'paths', 'postprocessing', 'validation.topk', 'env'), outputs=('bundle/manifest.sha256',)),
     Stage('serving', '05a_serving', ('data_import', 'model_preprocessing', 'packaging'),
           ('serving', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env'), outputs=('events.parquet', 'latencies.parquet')),
     Stage('monitoring', '06_monitoring', ('data_import', 'model_preprocessing', 'validation', 'packaging', 'serving'),
@@ -218,15 +218,20 @@ def _definitions(source:str) -> dict:
     named = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)
     return {node.name: ast.dump(node) for node in tree.body if isinstance(node, named)}
 
+def _as_exported(cell:str) -> str:
+    "What nbdev makes of an exported cell."
+    return re.sub(r'(?m)^(\s*from )aerec_nb\.', r'\1.', re.sub(r'^(\s*#\s*\|.*\n)+', '', cell)).strip()
+
 # %% ../nbs/00a_runs.ipynb #ee849941
 def unexported_changes(module:str, # e.g. 'aerec_nb.training'
                        cells:list # IPython's `In`
                       ) -> dict: # name -> syntax tree of each definition that differs from the module's
     "Exported definitions that were changed in the notebook and not exported since."
-    exported = _definitions(_module_file(module).read_text(encoding='utf-8'))
-    latest = {}
-    for source in cells:
-        if re.match(r'\s*#\s*\|\s*exporti?\b', source): latest.update(_definitions(source))
+    text = _module_file(module).read_text(encoding='utf-8')
+    cells = [c for c in cells if re.match(r'\s*#\s*\|\s*exporti?\b', c)]
+    if all(_as_exported(c) in text for c in cells): return {} # nothing was touched: no need to parse
+    exported, latest = _definitions(text), {}
+    for source in cells: latest.update(_definitions(source))
     return {name: tree for name,tree in latest.items() if exported.get(name) != tree}
 
 # %% ../nbs/00a_runs.ipynb #b2c29860
@@ -292,7 +297,7 @@ def _setting_values(settings:Settings, reads:tuple) -> dict:
 
 def _counting_settings(used:dict) -> dict:
     "The settings that enter the fingerprint: all but secrets and those that say where or how often, not what."
-    return {k: v['value'] for k,v in used.items() if not k.startswith('paths.') and k not in ('serving.api_keys', 'training.tracking_uri', 'training.checkpoint_s')}
+    return {k: v['value'] for k,v in used.items() if not k.startswith(('paths.', 'pipeline.')) and k not in ('serving.api_keys', 'training.tracking_uri', 'training.checkpoint_s')}
 
 # %% ../nbs/00a_runs.ipynb #fd593609
 def gate(folder:Path, # of a run

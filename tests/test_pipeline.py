@@ -1,8 +1,10 @@
 "The whole way: data of every shape through the twelve stages, mistakes in one line, the report, the command."
-import json, re, shutil, signal, socket, subprocess, time
+import json, os, re, shutil, signal, socket, subprocess, time
 from pathlib import Path
-import httpx, matplotlib.image, numpy as np, pandas as pd, pytest
+import httpx, matplotlib.image, nbformat, numpy as np, pandas as pd, psutil, pytest
 from conftest import BIN, ROOT, run, variables
+from aerec_nb.pipeline import new_project
+from aerec_nb.runs import STAGES
 
 REAL = ROOT.parent/'shared'/'data'
 
@@ -235,3 +237,226 @@ def test_the_site_is_built_offline(project, environ):
     index = (project/'_docs'/'index.html').read_text()
     for target in re.findall(r'(?:src|href)="([\w/]+\.(?:html|svg))"', index): assert (project/'_docs'/target).exists(), target
     assert 'href="03_training.html"' in index and 'src="images/stages.svg"' in index
+
+
+# --- cache, resume, kills: on notebooks that are only their parameters and their last cells, so that a stage takes seconds ---------------------------------
+
+SOAK = os.environ.get('SOAK') or os.environ.get('AEREC_SOAK')
+PART = ['configuration', 'data_import', 'business_preprocessing', 'model_preprocessing', 'modeling', 'training', 'validation']
+
+
+def strip(source, target, stage):
+    "A stage's notebook without its library part: the installed module stands for it."
+    nb = nbformat.read(source, as_version=4)
+    cells = [c for c in nb.cells if c.cell_type == 'code']
+    at = next(i for i, c in enumerate(cells) if 'parameters' in c.metadata.get('tags', []))
+    nb.cells = [cells[at], *map(nbformat.v4.new_code_cell, ['from aerec_nb.configuration import check_parameters\nfrom aerec_nb.runs import open_run\ncheck_parameters(In)',
+                                                            f'run = open_run(run, env=env)\nrun.execute({stage!r}).name'])]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nb, target)
+
+
+@pytest.fixture(scope='module')
+def short(tmp_path_factory):
+    "A project of short notebooks, and 60 users to run them on."
+    folder = tmp_path_factory.mktemp('short')
+    new_project(folder/'project')
+    for s in STAGES.values(): strip(ROOT/'nbs'/f'{s.notebook}.ipynb', folder/'project'/'nbs'/f'{s.notebook}.ipynb', s.name)
+    data = sample()
+    (folder/'mine').mkdir()
+    data[data.userId.isin(data.userId.drop_duplicates()[:60])].to_csv(folder/'mine'/'ratings.csv', index=False)
+    return folder
+
+
+@pytest.fixture
+def short_environ(short, environ):
+    return {**environ, 'AEREC_PROJECT': str(short/'project'), 'AEREC_DATA__SOURCE': str(short/'mine'), 'AEREC_MODEL__MODELS': 'popularity,ease', 'AEREC_VALIDATION__N_BOOTSTRAP': '100', 'AEREC_VALIDATION__LECTURE_REPLAY': 'off'}
+
+
+def runs_of(environ): return sorted(p for p in Path(environ['AEREC_RUNS_DIR']).iterdir() if (p/'run.json').exists())
+
+
+def contents(folder, stages=PART[1:]): # 00_configuration tells folders
+    return {s: json.loads((folder/s/'manifest.json').read_text())['outputs'] for s in stages}
+
+
+def actions(environ, cwd, *words):
+    done = aerec('run', '--dry-run', '--json', *words, env=environ, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return {row['notebook'].split('_', 1)[1]: (row['action'], row['why']) for row in json.loads(done.stdout)}
+
+
+@pytest.mark.xdist_group('short')
+def test_only_what_changed_is_run_again(short, short_environ, tmp_path):
+    to = ('--to', 'validation')
+    first = aerec('run', *to, env=short_environ, cwd=tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    folder, = runs_of(short_environ)
+    assert not [p for p in folder.rglob('.*') if p.name != '.lock'], 'hidden files are left'
+    plan = actions(short_environ, tmp_path, *to)
+    assert [plan[s][0] for s in PART] == ['reuse']*7 and plan['packaging'][0] == 'leave out'
+    changed = actions(short_environ, tmp_path, *to, '-p', 'topk', '5')
+    assert [s for s in PART if changed[s][0] == 'run'] == ['training', 'validation'] and changed['training'][1] == 'settings changed: validation.topk 10 -> 5'
+    damaged = folder/'training'/'ease'/'model.safetensors'
+    damaged.rename(tmp_path/'away')
+    assert actions(short_environ, tmp_path, *to)['training'] == ('run', 'it lacks ease/model.safetensors')
+    (tmp_path/'away').rename(damaged)
+    # markdown, comments and other people's settings change nothing; code of a notebook does, for itself; data does
+    notebook = short/'project'/'nbs'/'02_modeling.ipynb'
+    kept = notebook.read_bytes()
+    try:
+        nb = nbformat.read(notebook, as_version=4)
+        nb.cells.insert(0, nbformat.v4.new_markdown_cell('said anew'))
+        nb.cells[-1].source += '\n# a remark'
+        nbformat.write(nb, notebook)
+        assert actions(short_environ, tmp_path, *to, '-p', 'max_latency_p95_ms', '7')['modeling'][0] == 'reuse'
+        nb.cells[-1].source += '\nprint("more")'
+        nbformat.write(nb, notebook)
+        plan = actions(short_environ, tmp_path, *to)
+        assert plan['modeling'] == ('run', 'its notebook has changed') and plan['model_preprocessing'][0] == 'reuse'
+        done = aerec('run', '--resume', *to, env=short_environ, cwd=tmp_path) # what comes out the same makes nothing after it run
+        assert done.returncode == 0 and re.search(r'02_modeling +[\d.]+ s', done.stdout) and 'reused' in re.search(r'03_training.*', done.stdout)[0], done.stdout
+    finally: notebook.write_bytes(kept)
+    assert actions({**short_environ, 'AEREC_DATA__SOURCE': 'sample'}, tmp_path, *to)['data_import'][0] == 'run'
+    refused = aerec('run', '--from', 'validation', '-p', 'random_seed', '7', env=short_environ, cwd=tmp_path)
+    assert refused.returncode == 2 and 'begin with --from' in refused.stderr, refused.stderr
+
+
+@pytest.mark.xdist_group('short')
+def test_a_failing_stage(short, short_environ, tmp_path):
+    "Exit code, one place for the traceback, the partial notebook, the rest of the report; stages behind it are not run."
+    notebook = short/'project'/'nbs'/'02_modeling.ipynb'
+    kept = notebook.read_bytes()
+    try:
+        nb = nbformat.read(notebook, as_version=4)
+        nb.cells.insert(2, nbformat.v4.new_code_cell('print("so far")'))
+        nb.cells.insert(3, nbformat.v4.new_code_cell('1/0'))
+        nbformat.write(nb, notebook)
+        done = aerec('run', '--to', 'training', env=short_environ, cwd=tmp_path)
+    finally: notebook.write_bytes(kept)
+    folder, = runs_of(short_environ)
+    assert done.returncode == 1 and 'ZeroDivisionError' in done.stdout and 'not run' in re.search(r'03_training.*', done.stdout)[0], done.stdout + done.stderr
+    assert 'ZeroDivisionError' in (folder/'failure.txt').read_text() and '\x1b' not in (folder/'failure.txt').read_text()
+    assert 'so far' in (folder/'notebooks'/'02_modeling.ipynb').read_text() and 'ZeroDivisionError' in (folder/'index.html').read_text()
+    assert (folder/'report'/'01b_model_preprocessing.html').exists()
+    done = aerec('run', '--resume', '--to', 'training', env=short_environ, cwd=tmp_path)
+    assert done.returncode == 0 and not (folder/'failure.txt').exists(), done.stdout
+    # a notebook that ends well without its artifact has not succeeded; one that takes too long is ended
+    try:
+        nb = nbformat.read(notebook, as_version=4)
+        nb.cells[-1].source = 'import time; time.sleep(60)'
+        nbformat.write(nb, notebook)
+        slow = aerec('run', '--to', 'modeling', '-p', 'stage_timeout_s', '8', '-p', 'random_seed', '5', env=short_environ, cwd=tmp_path)
+        nb.cells[-1].source = 'pass'
+        nbformat.write(nb, notebook)
+        silent = aerec('run', '--to', 'modeling', '-p', 'random_seed', '6', env=short_environ, cwd=tmp_path)
+    finally: notebook.write_bytes(kept)
+    assert slow.returncode == 1 and 'it took longer than 8 s' in slow.stdout, slow.stdout + slow.stderr
+    assert silent.returncode == 1 and 'it ended without writing modeling/manifest.json' in silent.stdout, silent.stdout
+
+
+def whole_family(process):
+    "A process and all below it."
+    try: return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess: return []
+
+
+@pytest.mark.xdist_group('short')
+def test_kills_at_any_moment(short, short_environ, tmp_path):
+    "The pipeline or one of its kernels is killed at a random moment, again and again; the run that goes on ends with the results of one that nobody disturbed."
+    to = ('--to', 'modeling' if SOAK else 'business_preprocessing')
+    undisturbed = {**short_environ, 'AEREC_RUNS_DIR': str(tmp_path/'undisturbed')}
+    began = time.perf_counter()
+    done = aerec('run', *to, env=undisturbed, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    length, stages = time.perf_counter()-began, PART[1:5] if SOAK else PART[1:3]
+    wanted, random = contents(runs_of(undisturbed)[0], stages), np.random.default_rng(0)
+    for trial in range(100 if SOAK else 10):
+        if trial % 5 == 0: shutil.rmtree(short_environ['AEREC_RUNS_DIR'], ignore_errors=True) # begin anew
+        process = subprocess.Popen([BIN/'aerec', 'run', *to, *(['--resume'] if trial % 5 and runs_there(short_environ) else [])], env=short_environ, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try: process.wait(random.uniform(.5, .9*length if trial % 2 else .5*length))
+        except subprocess.TimeoutExpired: pass
+        family = whole_family(psutil.Process(process.pid)) if process.poll() is None else []
+        for victim in (family[1:][-1:] if trial % 2 and len(family) > 1 else family[:1]): # a kernel, or the pipeline
+            try: victim.kill()
+            except psutil.NoSuchProcess: pass
+        process.wait(120)
+        for folder in runs_of(short_environ) if runs_there(short_environ) else []: assert_nothing_half(folder)
+        if trial % 5 == 4:
+            done = aerec('run', *to, *(['--resume'] if runs_there(short_environ) else []), env=short_environ, cwd=tmp_path)
+            assert done.returncode == 0, done.stdout + done.stderr
+            folder = runs_of(short_environ)[-1]
+            assert contents(folder, stages) == wanted, f'trial {trial}'
+            assert not list(folder.glob('.*.gate')) + list(folder.glob('notebooks/.*')), 'hidden files are left'
+    deadline = time.time()+20
+    while (left := ours(short_environ)) and time.time() < deadline: time.sleep(.2)
+    assert not left, 'kernels outlive their pipeline'
+
+
+def ours(environ):
+    "Processes that work in these runs."
+    found = []
+    for p in psutil.process_iter():
+        try: found += [p] if p.environ().get('AEREC_RUNS_DIR') == environ['AEREC_RUNS_DIR'] else []
+        except (psutil.NoSuchProcess, psutil.AccessDenied): pass
+    return found
+
+
+def runs_there(environ): return Path(environ['AEREC_RUNS_DIR']).is_dir() and bool(runs_of(environ))
+
+
+def assert_nothing_half(folder):
+    "Whatever has its final name is whole."
+    for path in folder.glob('*/manifest.json'):
+        manifest = json.loads(path.read_text())
+        assert all((path.parent/n).stat().st_size == o['bytes'] for n, o in manifest['outputs'].items()), path
+    for path in folder.glob('notebooks/[!.]*.ipynb'): nbformat.read(path, as_version=4)
+
+
+@pytest.mark.xdist_group('short')
+def test_two_runs_at_once(short, short_environ, tmp_path):
+    both = [subprocess.Popen([BIN/'aerec', 'run', '--to', 'modeling'], env=short_environ, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=280)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    one, other = runs_of(short_environ)
+    assert contents(one, PART[1:5]) == contents(other, PART[1:5])
+    assert not (Path(short_environ['AEREC_RUNS_DIR'])/'.building').exists()
+    # the same run is one process's at a time
+    holder = subprocess.Popen([BIN/'python', '-c', f"import time; from aerec_nb.runs import *\nwith alone_with_run(open_run({str(one)!r})): print('held', flush=True); time.sleep(60)"], env=short_environ, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == 'held\n'
+        refused = aerec('run', '--run', one.name, '--to', 'modeling', env=short_environ, cwd=tmp_path)
+    finally: holder.kill(); holder.wait()
+    assert refused.returncode == 2 and 'another process works on it' in refused.stderr, refused.stdout + refused.stderr
+
+
+@pytest.mark.xdist_group('short')
+def test_a_sweep(short, short_environ, tmp_path):
+    done = aerec('sweep', '-p', 'model', 'popularity,ease', '-p', 'lam', '50,500', '--name', 'tried', '--json', env=short_environ, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)
+    assert [(r['model'], r['lam']) for r in sorted(rows, key=lambda r: (r['model'], str(r['lam'])))] == [('ease', '50'), ('ease', '500'), ('popularity', None)]
+    metric = next(c for c in rows[0] if c.startswith('NDCG'))
+    assert rows[0][metric] == max(r[metric] for r in rows) and all(r['low'] < r[metric] < r['high'] for r in rows)
+    folder = Path(short_environ['AEREC_RUNS_DIR'])/'sweeps'/'tried'
+    best = json.loads((folder/'sweep.json').read_text())['command']
+    assert f'best:   {best}' in done.stderr and f'-p model {rows[0]["model"]}' in best
+    assert 'data:image/png' in (folder/'index.html').read_text() and not re.search(r'<script|src="http', (folder/'index.html').read_text())
+    assert len(runs_of(short_environ)) == 3
+    again = aerec(*best.split()[1:], '--to', 'validation', '--dry-run', env=short_environ, cwd=tmp_path) # what the sweep made is not made again
+    assert again.stdout.count(' reuse ') == 7, again.stdout
+    refused = aerec('sweep', '-p', 'model', 'ease,popularity', '-p', 'lr', '1,2', env=short_environ, cwd=tmp_path)
+    assert refused.returncode == 2 and 'lr: none of the models' in refused.stderr
+
+
+@pytest.mark.xdist_group('short')
+def test_no_secret_is_written(short, short_environ, tmp_path):
+    "Keys and passwords come from variables, and stand neither in parameters nor in outputs, pages or manifests."
+    environ = {**short_environ, 'AEREC_SERVING__API_KEYS': 'k3y-0f-the-shop', 'AEREC_POSTPROCESSING__BAN_URL': 'postgresql://shop:s3cret-0ne@127.0.0.1:1/bans', 'AEREC_EVENTS__EVENTS_URL': 'postgresql://shop:s3cret-0ne@127.0.0.1:1/log'}
+    done = aerec('run', '--to', 'modeling', env=environ, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for path in [p for p in Path(environ['AEREC_RUNS_DIR']).rglob('*') if p.is_file()]:
+        content = path.read_bytes()
+        assert b'k3y-0f-the-shop' not in content and b's3cret-0ne' not in content, path
+    refused = aerec('run', '-p', 'api_keys', 'k3y', env=short_environ, cwd=tmp_path)
+    assert refused.returncode == 2 and 'only from the variable' in refused.stderr and 'k3y' not in refused.stderr.replace('api_keys', ''), refused.stderr

@@ -1,15 +1,16 @@
 "The service as a process: real HTTP, kill -9, SIGTERM, keys, load. Loopback only, bounded."
-import asyncio, os, re, signal, socket, sqlite3, subprocess, sys, threading, time
+import asyncio, json, os, re, signal, socket, sqlite3, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
-import httpx, numpy as np, pandas as pd, pytest
+import httpx, numpy as np, pandas as pd, psutil, pytest
 from scipy.sparse import csr_matrix
+from conftest import BIN
 from aerec_nb.events import EventLog, sqlite_url
 from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model
 from aerec_nb.monitoring import run_monitors
-from aerec_nb.packaging import save_bundle
+from aerec_nb.packaging import Registry, bundle_id, load_bundle, save_bundle
 from aerec_nb.postprocessing import Chain
-from aerec_nb.serving import _bind, drive_service, service
+from aerec_nb.serving import _bind, drive_service, new_api_key, service
 
 BANNED = [3, 5]
 TRIALS = 10 if os.environ.get('SOAK') else 1  # `make soak` runs the long load and fault trials in full, `make test` a tenth of them
@@ -249,3 +250,225 @@ def test_answers_are_not_held_back():
         try: return await asyncio.wait_for(taken, 5)
         finally: writer.close(); server.close()
     assert asyncio.run(accepted()) != 0
+
+
+OPEN = {'AEREC_SERVING__REQUIRE_AUTH': 'false'}
+
+
+def test_roles_and_rotation(bundle, log_url):
+    "A key may do what its roles say; two keys of a client are valid while they are changed."
+    (read, read_entry), (feedback, feedback_entry), (admin, admin_entry), (new, new_entry) = (new_api_key(r) for r in ('read', 'feedback', 'admin', 'read'))
+    keys = ','.join((read_entry, feedback_entry, admin_entry, new_entry))
+    with service(bundle, log_url, variables={'AEREC_SERVING__REQUIRE_AUTH': 'true', 'AEREC_SERVING__API_KEYS': keys}) as s, httpx.Client(base_url=s.url, trust_env=False) as client:
+        def ask(key, method, path, **kw): return client.request(method, path, headers={'X-API-Key': key}, **kw).status_code
+        asks = [('GET', '/v1/recommend/1000', {}), ('POST', '/v1/rank', {'json': {'items': [1]}}), ('POST', '/v1/events', {'json': report(1)}), ('DELETE', '/v1/users/nobody', {}), ('PUT', '/v1/bans/9', {}), ('DELETE', '/v1/bans/9', {})]
+        assert [ask(read, m, p, **kw) for m,p,kw in asks] == [200, 200, 403, 403, 403, 403]
+        assert [ask(new, m, p, **kw) for m,p,kw in asks] == [200, 200, 403, 403, 403, 403]
+        assert [ask(feedback, m, p, **kw) for m,p,kw in asks] == [403, 403, 200, 403, 403, 403]
+        assert [ask(admin, m, p, **kw) for m,p,kw in asks] == [200]*6
+        assert 'needs a key with the role admin' in client.delete('/v1/users/nobody', headers={'X-API-Key': read}).json()['detail']
+        assert not any(k in (a := client.get('/metrics').text) for k in (read, feedback, admin)) and 'aerec_refused_total{why="key"}' in a
+
+
+def test_live_takes_digests_only(bundle, log_url, tmp_path):
+    plain = start(bundle, log_url, '--env', 'live', AEREC_SERVING__API_KEYS='secret-key', AEREC_PATHS__VAR_DIR=str(tmp_path/'var'))
+    assert plain.returncode == 1 and 'live takes digests only' in plain.stderr and 'secret-key' not in plain.stderr + plain.stdout
+
+
+def workers_of(s): return [c for c in psutil.Process(s.process.pid).children() if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_workers_killed_under_load(bundle, log_url):
+    "kill -9 of a worker, again and again, while events and requests arrive: what was accepted is in the log, and there is an answer within 5 seconds."
+    accepted, gaps, kills, stop, lock = set(), [], 3*TRIALS, threading.Event(), threading.Lock()
+    with service(bundle, log_url, variables=OPEN, workers=2) as s:
+        def send(worker):
+            last, n = time.monotonic(), 0
+            while not stop.is_set():
+                events, n = report(3, f'{worker}-{n}-'), n+1
+                try:
+                    with httpx.Client(base_url=s.url, trust_env=False, timeout=5) as client:
+                        while not stop.is_set():
+                            ok = client.post('/v1/events', json=events).status_code == 200 and client.get('/v1/recommend/1001').status_code == 200
+                            with lock:
+                                if ok: accepted.update(e['event_id'] for e in events)
+                                gaps.append(time.monotonic()-last)
+                            last, n = time.monotonic(), n+1
+                            events = report(3, f'{worker}-{n}-')
+                except httpx.TransportError: continue # the worker of this connection is gone: connect again
+        senders = [threading.Thread(target=send, args=(w,)) for w in range(4)]
+        for t in senders: t.start()
+        rng, died = np.random.default_rng(0), set()
+        for _ in range(kills):
+            time.sleep(.8)
+            victim = workers_of(s)[int(rng.integers(2)) % len(workers_of(s))]
+            died.add(victim.pid)
+            os.kill(victim.pid, signal.SIGKILL)
+        time.sleep(1)
+        stop.set()
+        for t in senders: t.join()
+        assert len(workers_of(s)) == 2 and not died & {w.pid for w in workers_of(s)}
+    kept = EventLog(log_url).read('feedback').event_id
+    assert len(accepted) > 50 and accepted <= set(kept) and kept.is_unique
+    assert max(gaps) < 5
+
+
+def test_numbers_and_feedback_of_several_workers(bundle, log_url):
+    "A scrape counts the requests of all workers, and feedback that one worker took counts in the next answer of every other."
+    with service(bundle, log_url, variables=OPEN, workers=3, simulated=False) as s:
+        assert len(workers_of(s)) == 3
+        def fresh(method, path, **kw): # a connection of its own: any worker may take it
+            with httpx.Client(base_url=s.url, trust_env=False) as client: return client.request(method, path, **kw)
+        with ThreadPoolExecutor(6) as pool: assert all(a.status_code == 200 for a in pool.map(lambda n: fresh('GET', f'/v1/recommend/{1000+n % 50}'), range(120)))
+        for _ in range(5):
+            lines = fresh('GET', '/metrics').text.splitlines()
+            assert 'aerec_http_requests_total{route="/v1/recommend/{user_id:path}",status="200"} 120.0' in lines
+            assert sum(l.startswith('aerec_info{') for l in lines) == 1
+        for n in range(6):
+            assert fresh('POST', '/v1/events', json=[{'event_id': f'f{n}', 'kind': 'feedback', 'user_id': 'somebody', 'item_id': 10+n, 'value': 1}]).status_code == 200
+            answers = [fresh('GET', '/v1/recommend/somebody', params={'k': 60}).json() for _ in range(9)]
+            assert not any(a['fallback_used'] for a in answers) and not any(set(range(10, 11+n)) & {i['item_id'] for i in a['items']} for a in answers)
+        assert fresh('DELETE', '/v1/users/somebody').status_code == 200
+        assert all(fresh('GET', '/v1/recommend/somebody').json()['fallback_used'] for _ in range(9))
+        assert fresh('PUT', '/v1/bans/20').status_code == 200
+        assert not any(20 in [i['item_id'] for i in fresh('GET', '/v1/recommend/nobody', params={'k': 60}).json()['items']] for _ in range(9))
+        fresh('DELETE', '/v1/bans/20')
+
+
+def test_rate_limit_over_all_workers(bundle, log_url):
+    with service(bundle, log_url, variables={**OPEN, 'AEREC_SERVING__RATE_LIMIT': '20'}, workers=2) as s:
+        began = time.monotonic()
+        def ask(n):
+            with httpx.Client(base_url=s.url, trust_env=False) as client: return client.get('/v1/recommend/1000')
+        with ThreadPoolExecutor(4) as pool: answers = list(pool.map(ask, range(150)))
+        took = time.monotonic()-began
+    granted = [a for a in answers if a.status_code == 200]
+    assert 20 <= len(granted) <= 21+20*took and {a.status_code for a in answers} <= {200, 429}
+    if len(granted) < 150: assert int(next(a for a in answers if a.status_code == 429).headers['retry-after']) >= 1
+
+
+def test_slow_and_stubborn_clients(bundle, log_url):
+    "A body that does not arrive is given up; whoever sends half a request does not keep others waiting."
+    with service(bundle, log_url, variables={**OPEN, 'AEREC_SERVING__TIMEOUT_S': '1'}) as s:
+        host, port = s.url.removeprefix('http://').split(':')
+        with socket.create_connection((host, int(port))) as slow, httpx.Client(base_url=s.url, trust_env=False) as client:
+            slow.sendall(b'POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"k":')
+            assert client.get('/v1/recommend/1000').status_code == 200
+            slow.settimeout(10)
+            assert b' 408 ' in slow.recv(4096)
+
+
+def test_what_is_logged_cannot_be_forged(bundle, log_url):
+    command = [sys.executable, '-c', 'from aerec_nb.serving import main; main()', '--bundle', str(bundle), '--host', '127.0.0.1', '--port', '0', '--events', log_url]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **OPEN, 'AEREC_SERVING__ACCESS_LOG': 'true'})
+    url = re.search(r' on (http://\S+)', process.stdout.readline())[1]
+    with httpx.Client(base_url=url, trust_env=False) as client:
+        for _ in range(100):
+            try: client.get('/health/live'); break
+            except httpx.TransportError: time.sleep(.1)
+        client.get('/v1/recommend/x%0A%7B%22what%22%3A%22alert%22%7D', headers={'X-Request-ID': 'forged'})
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=30)[1].splitlines()
+    lines = [json.loads(line) for line in said]
+    assert {l['what'] for l in lines} == {'request'} and [l for l in lines if l['request_id'] == 'forged']
+
+
+@pytest.fixture
+def published(bundle, tmp_path):
+    "A registry with two bundles that answer differently; the alias points to the first."
+    r = load_bundle(bundle)
+    r.model = create_model('popularity').fit(r.histories)
+    other = save_bundle(r, tmp_path/'other', {'name': 'films'})
+    registry = Registry(f"sqlite:///{tmp_path/'var'/'registry.db'}", tmp_path/'var'/'bundles')
+    versions = [registry.register(b) for b in (bundle, other)]
+    registry.promote(versions[0], 'test', by='ann')
+    expected = {bundle_id(b)[:16]: {u: load_bundle(b).recommend(u).item_ids for u in range(1000, 1020)} for b in (bundle, other)}
+    return registry, versions, expected, {**OPEN, 'AEREC_PATHS__VAR_DIR': str(tmp_path/'var'), 'AEREC_SERVING__FOLLOW_S': '.2'}
+
+
+def test_swaps_under_load(published, log_url):
+    "Twenty promotions while requests arrive: none fails, and every answer is one version's, whole."
+    registry, versions, expected, variables = published
+    stop, failed, seen, lock = threading.Event(), [], {v: 0 for v in expected}, threading.Lock()
+    with service(None, log_url, variables=variables, alias='test', env='test', workers=2) as s:
+        def ask(worker):
+            with httpx.Client(base_url=s.url, trust_env=False, timeout=30) as client:
+                n = 0
+                while not stop.is_set():
+                    user, n = 1000+(worker*7+n) % 20, n+1
+                    a = client.get(f'/v1/recommend/{user}')
+                    ok = a.status_code == 200 and [i['item_id'] for i in a.json()['items']] == expected.get(a.json()['version'], {}).get(user)
+                    with lock:
+                        if ok: seen[a.json()['version']] += 1
+                        else: failed.append(a.text[:300])
+        askers = [threading.Thread(target=ask, args=(w,)) for w in range(3)]
+        for t in askers: t.start()
+        with httpx.Client(base_url=s.url, trust_env=False) as client:
+            for swap in range(20):
+                wanted = versions[(swap+1) % 2]
+                registry.promote(wanted, 'test', by='ann')
+                served, end = set(), time.monotonic()+20
+                while served != {wanted} and time.monotonic() < end: served = {httpx.get(f'{s.url}/version', trust_env=False).json()['number'] for _ in range(6)}
+                assert served == {wanted}
+            swaps = next(l for l in client.get('/metrics').text.splitlines() if l.startswith('aerec_swaps_total{outcome="done"}'))
+        stop.set()
+        for t in askers: t.join()
+    assert not failed and all(n > 20 for n in seen.values()), (failed[:2], seen)
+    assert float(swaps.split()[-1]) >= 40 # two workers each
+
+
+def test_a_bad_bundle_is_not_served(published, log_url):
+    registry, versions, expected, variables = published
+    good = next(iter(expected))
+    with service(None, log_url, variables=variables, alias='test', env='test') as s:
+        stored = registry.resolve(versions[1])
+        (stored/'card.md').write_text('changed')
+        registry._mlflow.set_registered_model_alias(registry.name, 'test', str(versions[1])) # as if somebody went round the registry
+        end = time.monotonic()+20
+        while time.monotonic() < end and not httpx.get(f'{s.url}/version', trust_env=False).json()['swap_error']: time.sleep(.1)
+        said = httpx.get(f'{s.url}/version', trust_env=False).json()
+        assert 'card.md was changed' in said['swap_error'] and said['version'] == good
+        assert httpx.get(f'{s.url}/v1/recommend/1000', trust_env=False).json()['version'] == good
+        assert 'aerec_swaps_total{outcome="failed"} 1.0' in httpx.get(f'{s.url}/metrics', trust_env=False).text
+
+
+def test_saturation(bundle, log_url):
+    "As many requests as go through, for five minutes (thirty seconds in `make test`): nothing but 429 and 503 fails, and memory does not grow."
+    seconds, statuses, stop, lock = 30*TRIALS, {}, threading.Event(), threading.Lock()
+    with service(bundle, log_url, variables={**OPEN, 'AEREC_SERVING__MAX_CONCURRENCY': '8'}) as s:
+        worker = workers_of(s)[0]
+        def ask(n):
+            with httpx.Client(base_url=s.url, trust_env=False, timeout=30) as client:
+                for i in range(10**9):
+                    if stop.is_set(): return
+                    kind = (n+i) % 10
+                    if kind == 0: a = client.post('/v1/recommend', json={'history': [i % 60, (i+7) % 60], 'k': 5, 'diversity': .3 if i % 2 else 0, 'explain': True})
+                    elif kind == 1: a = client.post('/v1/events', json=[{'event_id': f'{n}-{i}', 'kind': 'impression', 'user_id': 1000+i % 200, 'item_id': i % 60}])
+                    else: a = client.get(f'/v1/recommend/{1000+i % 210}')
+                    with lock: statuses[a.status_code] = statuses.get(a.status_code, 0)+1
+        askers = [threading.Thread(target=ask, args=(n,)) for n in range(12)]
+        for t in askers: t.start()
+        time.sleep(seconds/5)
+        early = worker.memory_info().rss
+        time.sleep(seconds*4/5)
+        late = worker.memory_info().rss
+        stop.set()
+        for t in askers: t.join()
+        assert workers_of(s)[0].pid == worker.pid
+    assert set(statuses) <= {200, 429, 503} and statuses[200] > 20*seconds, statuses
+    assert late < 1.05*early, (early, late)
+
+
+def test_fuzzing_the_whole_api(bundle, log_url, tmp_path):
+    "Whatever the description of the API allows, and what it does not: no 5xx, and every answer as described."
+    examples = 10_000 if TRIALS > 1 else 1_000
+    variables = {**OPEN, 'AEREC_PATHS__VAR_DIR': str(tmp_path/'var'), 'AEREC_SERVING__MAX_K': '50'}
+    with service(bundle, log_url, variables=variables) as s:
+        description = httpx.get(f'{s.url}/openapi.json', trust_env=False).json()
+        n = sum(len(of) for of in description['paths'].values())
+        command = [BIN/'schemathesis', 'run', f'{s.url}/openapi.json', '--max-examples', str(examples//n), '--checks', 'not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance',
+                   '--phases', 'fuzzing', '--mode', 'all', '--seed', '1', '--request-timeout', '20', '--exclude-path', '/metrics']
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=1700, cwd=tmp_path, env={**os.environ, 'NO_COLOR': '1'})
+    assert done.returncode == 0, re.sub(r'(%\w\w){200,}', '<long>', done.stdout)[-6000:]
+    cases = int(re.search(r'(\d+) generated', done.stdout.replace(',', ''))[1])
+    assert cases > examples/3, done.stdout[-2000:]

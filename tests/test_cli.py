@@ -1,0 +1,129 @@
+"The `aerec` command as a person or a script uses it: help, JSON, exit codes, completion, the doctor, the plain papermill command."
+import json, os, re, shlex, shutil, subprocess
+from pathlib import Path
+import pytest
+from aerec_nb import pipeline
+from aerec_nb.runs import STAGES, all_runs, open_run
+from conftest import BIN, ROOT, run, variables
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "Stores of its own and an unrelated working folder, for commands that are called in this process."
+    for name in [n for n in os.environ if n.startswith('AEREC_')]: monkeypatch.delenv(name)
+    for name, value in variables(tmp_path).items():
+        if name.startswith('AEREC_'): monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def aerec(capsys, *words):
+    try: code = pipeline.main([str(w) for w in words])
+    except SystemExit as e: code = e.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+COMMANDS = ['run', 'stage', 'sweep', 'runs', 'config', 'data', 'recommend', 'models', 'serve', 'monitor', 'new', 'doctor']
+
+
+def test_help_names_every_command_and_shows_examples(capsys):
+    code, out, _ = aerec(capsys, '--help')
+    assert code == 0 and all(re.search(rf'(?m)^    {c}\b', out) for c in COMMANDS) and 'exit codes' in out
+    for words in [[c] for c in COMMANDS] + [['runs', w] for w in ('list', 'show', 'compare', 'prune')] + [['models', w] for w in ('list', 'show', 'diff', 'verify', 'promote', 'rollback', 'history', 'archive', 'gc')]:
+        code, out, _ = aerec(capsys, *words, '--help')
+        assert code == 0 and f'aerec {" ".join(words)}' in out[out.index('examples:'):], words
+
+
+@pytest.mark.parametrize('words, said', [(['recommend'], 'say for whom'), (['stage', 'train'], "no stage is called 'train'"), (['run', '--from', 'training', '--to', '01'], 'comes after'),
+    (['run', '--only', 'training', '--from', '03'], 'leave out --from'), (['run', '--resume'], 'there is no run of test'), (['run', '--resume', '--run', 'x'], 'leave one of them out'),
+    (['runs', 'show', 'nope'], 'there is no run nope'), (['sweep', '-p', 'lr', '0.1'], 'several values'), (['sweep', '-p', 'lrr', '1,2'], "did you mean 'lr'"), (['models', 'promote', 'x', 'live'], 'is no version'),
+    (['run', '--env', 'live'], 'does not train'), (['data', 'nowhere'], 'nowhere'), (['config', '--env', 'prod'], 'unknown environment')])
+def test_a_mistake_is_one_line_and_exit_code_2(words, said, here, capsys):
+    code, out, err = aerec(capsys, *words)
+    assert code == 2 and said in err and len(err.strip().splitlines()) == 1, (code, out, err)
+    assert not (here/'runs').exists()
+
+
+def test_what_argparse_refuses_is_exit_code_2(capsys):
+    assert aerec(capsys, 'nonsense')[0] == 2 and aerec(capsys)[0] == 2 and aerec(capsys, 'models', 'promote', '1', 'moon')[0] == 2
+
+
+def test_config(here, capsys):
+    code, out, _ = aerec(capsys, 'config', 'training.lr')
+    assert code == 0 and 'learning rate' in out and 'topk' not in out
+    rows = json.loads(aerec(capsys, 'config', '--diff', 'dev', 'live', '--json')[1])
+    assert any(r['setting'] == 'training.trains' for r in rows)
+
+
+def test_data(here, capsys):
+    code, out, _ = aerec(capsys, 'data', '--json')
+    assert code == 0 and json.loads(out)['source'] == 'sample' and json.loads(out)['users'] > 0
+    (here/'mine').mkdir()
+    (here/'mine'/'ratings.csv').write_text('user,item\na,1\nb,1\nb,2\n')
+    assert json.loads(aerec(capsys, 'data', 'mine', '--json')[1])['interactions'] == 3
+
+
+def test_dry_run_says_why_and_writes_nothing(here, capsys):
+    code, out, _ = aerec(capsys, 'run', '--dry-run', '--to', '02', '--commands')
+    assert code == 0 and 'it was never run' in out and 'not asked for' in out and out.count('papermill ') == 5
+    assert not (here/'runs').exists()
+
+
+def test_the_plain_papermill_command_runs_the_stage(here, capsys, environ):
+    code, out, _ = aerec(capsys, 'stage', '00', '--print')
+    words = shlex.split(out)
+    assert code == 0 and words[0] == 'papermill' and words[-1] == '00_configuration.out.ipynb'
+    done = run(BIN/'papermill', '--no-progress-bar', *words[1:], env=environ, cwd=here)
+    assert done.returncode == 0, done.stderr
+    name = all_runs(here/'runs')[0].name
+    code, out, _ = aerec(capsys, 'stage', 'configuration', '--run', name, '--print')
+    assert shlex.split(out)[-3:] == ['-p', 'run', name] and f'{name}/notebooks/00_configuration.ipynb' in out
+
+
+def test_runs(here, capsys):
+    for lr in (.1, .2):
+        opened = open_run(lr=lr); opened.quiet = True
+        opened.ensure('configuration')
+    listed = json.loads(aerec(capsys, 'runs', 'list', '--json')[1])
+    assert [r['given'] for r in listed] == ['lr 0.2', 'lr 0.1'] and listed[0]['state'] == 'in part'
+    shown = json.loads(aerec(capsys, 'runs', 'show', listed[0]['run'], '--json')[1])
+    assert [r['state'] for r in shown[:2]] == ['done', 'missing']
+    assert aerec(capsys, 'runs', 'compare', listed[0]['run'], listed[1]['run'])[1].strip() == 'nothing'
+    assert json.loads(aerec(capsys, 'runs', 'prune', '--keep', '1', '--json')[1]) == [listed[1]['run']]
+    assert [p.name for p in all_runs(here/'runs')] == [listed[0]['run']]
+
+
+def test_doctor(here, capsys, monkeypatch):
+    code, out, _ = aerec(capsys, 'doctor', '--json')
+    rows = {r['check']: r for r in json.loads(out)}
+    assert code == 0 and rows['notebooks']['state'] == 'fine' and rows['registry']['state'] == 'note', out
+    assert not (here/'var').exists(), 'looking makes nothing'
+    monkeypatch.setenv('AEREC_TRAINING__LR', '-1')
+    code, out, _ = aerec(capsys, 'doctor')
+    assert code == 1 and 'FAULT' in out and 'training.lr' in out
+    monkeypatch.delenv('AEREC_TRAINING__LR')
+    (here/'empty').mkdir()
+    monkeypatch.setenv('AEREC_PROJECT', str(here/'empty'))
+    code, out, _ = aerec(capsys, 'doctor')
+    assert code == 1 and 'aerec new' in out
+
+
+@pytest.mark.skipif(not shutil.which('bash'), reason='no bash here')
+def test_tab_completion(environ, tmp_path):
+    def completed(*words):
+        script = f'eval "$({BIN}/aerec completion bash)"; COMP_WORDS=({" ".join(map(repr, words))}); COMP_CWORD={len(words)-1}; _aerec; echo "${{COMPREPLY[@]}}"'
+        return run('bash', '-c', script, env=environ, cwd=tmp_path).stdout.split()
+    assert completed('aerec', 'swe') == ['sweep']
+    assert completed('aerec', 'run', '-p', 'num_ep') == ['num_epoch']
+    assert completed('aerec', 'run', '--from', 'train') == ['training']
+    assert completed('aerec', 'models', 'roll') == ['rollback'] and '--resume' in completed('aerec', 'run', '--re')
+
+
+def test_a_reader_that_goes_away(environ, tmp_path):
+    done = subprocess.run(f'{BIN}/aerec config | head -1', shell=True, env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert 'Traceback' not in done.stderr, done.stderr
+
+
+def test_every_stage_is_declared_with_what_it_leaves():
+    assert all(s.outputs and s.timeout > 0 for s in STAGES.values())
