@@ -3,12 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup run test soak lab serve bench docs readme clean
+.PHONY: help setup run test soak lab serve doctor bench docs readme clean
 
 help:
 	@echo 'make run [DATA=folder] [ENV=dev]  set up, run the twelve stages, print where the report is'
 	@echo 'make test                         set up, run every test; ends with: N passed, N failed'
-	@echo 'make lab | serve | bench | docs | soak | readme | clean'
+	@echo 'make lab | serve | doctor | bench | docs | soak | readme | clean'
 
 setup: $(READY)
 
@@ -36,6 +36,9 @@ lab: $(READY)
 
 serve: $(READY)
 	@$(BIN)/aerec serve $(if $(ENV),--env $(ENV))
+
+doctor: $(READY)
+	@$(BIN)/aerec doctor $(if $(ENV),--env $(ENV))
 
 bench: $(READY)
 	@mkdir -p runs/bench

@@ -375,8 +375,10 @@ def _figures(path:Path) -> list:
     return [''.join(o['data']['image/png']).replace('\n', '') for o in _outputs_of(path) if 'image/png' in o.get('data', {})]
 
 def _warnings(path:Path) -> list:
-    "What a notebook said on its error stream, progress bars left out."
-    text = ''.join(''.join(o['text']) for o in _outputs_of(path) if o.get('name') == 'stderr')
+    "What a stage said on its error stream; tests of its library part and progress bars are left out."
+    cells = read_json(path)['cells'] if Path(path).exists() else []
+    at = next((i for i,c in enumerate(cells) if c['cell_type'] == 'markdown' and '## Run this stage' in ''.join(c['source'])), 0)
+    text = ''.join(''.join(o['text']) for c in cells[at:] for o in c.get('outputs', []) if o.get('name') == 'stderr')
     lines = [_COLORS.sub('', line.rpartition('\r')[2]).strip() for line in text.splitlines()]
     return list(dict.fromkeys(line for line in lines if line and not re.search(r'\d+%\||it/s|s/it', line)))
 

@@ -13,13 +13,13 @@ __all__ = ['MAX_HISTORY', 'MAX_IN_QUERY', 'MAX_HEAD', 'MAX_EVENTS', 'MAX_BATCH',
            'drive_service', 'latency_table', 'build_serving', 'describe_serving', 'answers_table', 'plot_latencies']
 
 # %% ../nbs/05a_serving.ipynb #c650f44e
-import argparse, asyncio, base64, ctypes, fcntl, gc, hashlib, hmac, json, mmap, os, re, secrets, signal, socket, subprocess, sys, tempfile, threading, time, traceback, uuid, zlib
+import argparse, asyncio, base64, ctypes, fcntl, gc, hashlib, hmac, json, mmap, os, random, re, secrets, signal, socket, subprocess, sys, tempfile, threading, time, traceback, zlib
 from collections import deque
 from contextlib import asynccontextmanager, contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 import httpx
 import matplotlib.pyplot as plt
 import numpy as np
@@ -380,7 +380,7 @@ class Surroundings:
         started, status, begun = time.perf_counter(), 500, False
         headers = {k.lower(): v for k,v in scope['headers']}
         sent = headers.get(b'x-request-id', b'').decode('latin-1')
-        scope['request_id'] = request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        scope['request_id'] = request_id = sent if _REQUEST_ID.fullmatch(sent) else self.state.fresh_id()
         async def observed(message):
             nonlocal status, begun
             if message['type'] == 'http.response.start':
@@ -445,7 +445,7 @@ class Surroundings:
             if note.get('dry_run'): continue
             payload = {'status': status, 'ms': round(1000*seconds, 3), 'endpoint': LOGGED[route], **note.get('payload', {'version': s.live.version, 'model': s.live.model})}
             if status >= 400: payload['error'] = TITLES.get(status, 'other')
-            s.writer.offer(new_event('request', request_id=note.get('request_id', scope['request_id']), user_id=note.get('user_id'), payload=payload, simulated=s.simulated))
+            s.writer.offer(new_event('request', event_id=s.fresh_id(), request_id=note.get('request_id', scope['request_id']), user_id=note.get('user_id'), payload=payload, simulated=s.simulated))
 
 LOGGED = {'/v1/recommend/{user_id:path}': 'recommend', '/v1/recommend': 'recommend', '/v1/recommend:batch': 'batch', '/v1/similar/{item_id:path}': 'similar', '/v1/popular': 'popular', '/v1/rank': 'rank'}
 
@@ -535,6 +535,7 @@ class State:
         self.ban_file = ban_file(settings)
         self._bans, self.recent, self._children = [ban_list(settings), BanList(file=self.ban_file)], Recent(), {}
         self._seq, self._forgotten, self._news, self._looked, self._catching = 0, 0, None, 0., threading.Lock()
+        self._random = random.Random(secrets.token_bytes(32))
         self.swap_error, self.stopping, self.together = None, threading.Event(), Together()
         self.writer = EventWriter(log, s.queue_size, count=lambda what, n: self.metrics.logged[what].inc(n))
         self.live = None
@@ -547,6 +548,10 @@ class State:
         if old is not None and old.version != new.version: self.metrics.info.labels(old.model, old.version).set(0)
         self.metrics.info.labels(new.model, new.version).set(1)
         self.live = new
+
+    def fresh_id(self) -> str: # 32 hexadecimal digits
+        "An id that nobody else has; it need not be hard to guess, so the system is asked for randomness only once."
+        return f'{self._random.getrandbits(128):032x}'
 
     def counters(self, route, status) -> tuple:
         "The counter and the histogram of a route."
@@ -658,7 +663,7 @@ def read_query(model:type, # of pydantic
               ): # -> an instance of the model; raises `RequestValidationError`
     "What stands behind the question mark, checked."
     given = {}
-    for name,value in request.query_params.multi_items():
+    for name,value in parse_qsl(request.scope['query_string'].decode('latin-1'), keep_blank_values=True):
         if name in ('exclude',): given.setdefault(name, []).append(value)
         elif name in given: raise RequestValidationError([{'type': 'twice', 'loc': ('query', name), 'msg': 'it is given twice'}])
         else: given[name] = value

@@ -466,9 +466,9 @@ def test_fuzzing_the_whole_api(bundle, log_url, tmp_path):
     with service(bundle, log_url, variables=variables) as s:
         description = httpx.get(f'{s.url}/openapi.json', trust_env=False).json()
         n = sum(len(of) for of in description['paths'].values())
-        command = [BIN/'schemathesis', 'run', f'{s.url}/openapi.json', '--max-examples', str(examples//n), '--checks', 'not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance',
+        command = [BIN/'schemathesis', 'run', f'{s.url}/openapi.json', '--max-examples', str(2*examples//n), '--checks', 'not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance',
                    '--phases', 'fuzzing', '--mode', 'all', '--seed', '1', '--request-timeout', '20', '--exclude-path', '/metrics']
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=1700, cwd=tmp_path, env={**os.environ, 'NO_COLOR': '1'})
     assert done.returncode == 0, re.sub(r'(%\w\w){200,}', '<long>', done.stdout)[-6000:]
     cases = int(re.search(r'(\d+) generated', done.stdout.replace(',', ''))[1])
-    assert cases > examples/3, done.stdout[-2000:]
+    assert cases >= examples, done.stdout[-2000:]
