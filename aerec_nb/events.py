@@ -244,7 +244,7 @@ def prune(self:EventLog, older_than:float, # UTC seconds
     c = self.table.c
     with self.engine.connect() as db: seqs = db.execute(sa.select(c.seq).where(c.time < older_than, c.kind.in_(list(kinds)))).scalars().all()
     n = self._remove(seqs)
-    self._tidy()
+    if n: self._tidy()
     return n
 
 @patch

@@ -22,7 +22,7 @@ __all__ = ['GROUPS', 'MONITORS', 'Z', 'MIN_LISTS', 'SAMPLE', 'log', 'STANDING', 
 import base64, html, io, json, logging, math, threading, time, urllib.request
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 import duckdb
@@ -501,8 +501,13 @@ def popularity_share(w):
 def concentration(w):
     "Gini coefficient of how often items are shown."
     return Figure(gini(exposure(w)) if (w.item >= 0).any() else None, int((w.lengths > 0).sum()))
-register_monitor(Monitor('concentration', concentration, lambda w, s: (lambda v: None if v is None else 1-(1-v)*(1-s.max_list_change)*min(1, (len(w.item)/max(1, len(w.reference.item)))**.5))(w.reference and concentration(w.reference).value),
-                         'above', 'warning', 'Gini coefficient of how often each item was shown (0: all alike, 1: always the same); what is left to 1 may not shrink by more than the limit against the earlier window', lambda limit, w: MIN_LISTS, 'lists'))
+def _most_concentrated(w, s):
+    "What is left to 1 may shrink by the limit, and by chance where fewer lists were shown than before."
+    before = concentration(w.reference).value if w.reference is not None else None
+    fewer = min(1., (len(w.item)/max(1, len(w.reference.item)))**.5) if w.reference is not None else 1.
+    return None if before is None else 1-(1-before)*(1-s.max_list_change)*fewer
+register_monitor(Monitor('concentration', concentration, _most_concentrated, 'above', 'warning', 'Gini coefficient of how often each item was shown (0: all alike, 1: always the same); what is left to 1 may '
+                         'not shrink by more than the limit against the earlier window', lambda limit, w: MIN_LISTS, 'lists'))
 
 def novelty(w):
     "Surprise of what is shown."
@@ -513,7 +518,7 @@ def tail_share(w):
     "How much of what is shown is not from the head."
     return mean(list_means(w, long_tail(w.recommender.popularity)))
 register_monitor(Monitor('long tail', tail_share, reference_of(tail_share), 'below', 'warning', 'share of a list that goes to items outside the fewest that hold 80 % of the interactions, mean over lists; against the earlier window',
-                         lambda limit, w: MIN_LISTS if w.reference and (tail_share(w.reference).value or 0) >= .02 else math.inf, 'lists'))
+                         lambda limit, w: MIN_LISTS if w.reference is not None and (tail_share(w.reference).value or 0) >= .02 else math.inf, 'lists'))
 
 # %% ../nbs/06_monitoring.ipynb #dad609fe
 SAMPLE = 2000 # lists or pairs
@@ -1189,7 +1194,7 @@ def prometheus_rules(monitoring, # section `monitoring` of the settings
     service = [rule(name, expr.replace('{limit}', f'{getattr(monitoring, MONITORS[name].limit) if isinstance(MONITORS[name].limit, str) else MONITORS[name].limit:g}'), MONITORS[name].severity, MONITORS[name].definition, 300)
                for name,expr in _SERVICE.items() if name in MONITORS]
     service += [rule('service down', 'absent(aerec_info)', 'critical', 'no service of aerec is scraped', 60), rule('events lost', 'increase(aerec_request_events_dropped_total[5m]) > 0', 'critical', 'request events are lost, mostly to a full queue', 0),
-                rule('several versions', 'count(count by (version) (aerec_info)) > 1', 'warning', 'the processes of the service answer with different bundles', 900)]
+                rule('several versions', 'count(count by (version) (aerec_info == 1)) > 1', 'warning', 'the processes of the service answer with different bundles', 900)]
     watched = [rule(f'monitor {m.name}', f'aerec_monitor_firing{{monitor="{_escaped(m.name)}"}} == 1', m.severity, m.definition, 0 if m.severity == 'critical' else interval*(monitoring.alert_after-1)) for m in MONITORS.values()]
     watched += [rule('watch stopped', f'time() - aerec_monitor_time_seconds > {3*interval+60:.0f} or absent(aerec_monitor_time_seconds)', 'critical', 'nobody has looked at the monitors for a while: is aerec monitor --watch running?', 60)]
     return json.dumps({'groups': [{'name': 'aerec_service', 'rules': service}, {'name': 'aerec_monitors', 'interval': f'{interval:.0f}s', 'rules': watched}]}, indent=1, ensure_ascii=False)+'\n'
@@ -1241,8 +1246,12 @@ def _banned_since(book:AlertBook, recommender, ids, now:float) -> dict: # item n
 def _bundle_before(settings, last:dict|None) -> Recommender|None:
     "The bundle of the last run, where it is still there and verifies."
     folder = Path(settings.paths.runs_dir)/last['run']/'packaging'/'bundle' if last else None
-    try: return load_bundle(folder) if folder is not None and folder.is_dir() else None
-    except AerecError: return None
+    if folder is None or not (folder/'manifest.json').exists(): return None
+    try: return _loaded(folder, (folder/'manifest.json').stat().st_mtime_ns)
+    except AerecError as e: log.warning('the lists are not compared with those of run %s: %s', last['run'], e)
+
+@lru_cache(maxsize=1)
+def _loaded(folder:Path, _written:int) -> Recommender: return load_bundle(folder) # a watch looks again and again
 
 def describe_window(w:Window, what:str, # which log
                     hours:float # length of the window

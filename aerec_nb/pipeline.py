@@ -357,8 +357,10 @@ def _page_of(nb, title:str, home:str, code:bool, back:str) -> str:
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
     from pygments.formatters import HtmlFormatter
+    nb.metadata.pop('widgets', None) # a handle needs a kernel behind it: what it showed last stays
     for cell in nb.cells:
         if cell.cell_type == 'markdown': cell.source = _with_formulas(cell.source)
+        for output in cell.get('outputs', []): output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
     exporter = HTMLExporter(template_name='basic')
     exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True) # a progress bar becomes its last line
     body, _ = exporter.from_notebook_node(nb)

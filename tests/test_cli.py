@@ -127,3 +127,10 @@ def test_a_reader_that_goes_away(environ, tmp_path):
 
 def test_every_stage_is_declared_with_what_it_leaves():
     assert all(s.outputs and s.timeout > 0 for s in STAGES.values())
+
+
+def test_the_tutorial_on_ones_own_data(environ, tmp_path):
+    (tmp_path/'mine.csv').write_text('\n'.join(['person;thing;stars', *(f'p{u};t{(u*i) % 23};{1+(u+i) % 5}' for u in range(40) for i in range(1, 12))]))
+    for given in ([], ['-p', 'data', tmp_path/'mine.csv', '-y', '{columns: {person: user_id, thing: item_id, stars: rating}}']):
+        done = run(BIN/'papermill', '--no-progress-bar', ROOT/'nbs'/'tutorials'/'own_data.ipynb', tmp_path/'out.ipynb', *given, env=environ, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]

@@ -1,6 +1,6 @@
 "The event log under what happens to logs: kill -9, a full disk, a locked file, many writers, a real PostgreSQL."
-import json, multiprocessing, os, signal, sqlite3, subprocess, sys, threading, time
-import numpy as np, pandas as pd, pytest
+import json, os, signal, sqlite3, subprocess, sys, threading, time
+import pandas as pd, pytest
 import sqlalchemy as sa
 from conftest import ROOT, variables
 from aerec_nb.events import EventLog, load_events, new_event, save_events, sqlite_url
@@ -114,32 +114,35 @@ def test_a_locked_file_is_waited_for_and_then_refused_whole(tmp_path):
     other.close()
 
 
-def _write(url, name, n):
-    log = EventLog(url)
-    for start in range(0, n, 50): log.append([new_event('feedback', event_id=f'{name}-{i}', user_id=name, item_id=i, value=1) for i in range(start, start+50)])
-    log.append([new_event('feedback', event_id=f'shared-{i}', user_id='x', item_id=i) for i in range(20)])
+MANY = '''
+import sys
+from aerec_nb.events import EventLog, new_event
+url, name, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+log = EventLog(url)
+for start in range(0, n, 50): log.append([new_event('feedback', event_id=f'{name}-{i}', user_id=name, item_id=i, value=1) for i in range(start, start+50)])
+log.append([new_event('feedback', event_id=f'shared-{i}', user_id='x', item_id=i) for i in range(20)])
+'''
 
 
-def four_writers_and_a_reader(url):
+def writers_and_a_reader(url, folder, n):
     "A reader that reads on sees every event once, whoever wrote it and whenever it was committed."
     log, seen, last = EventLog(url), [], 0
-    context = multiprocessing.get_context('spawn')
-    running = [context.Process(target=_write, args=(url, f'w{i}', 500)) for i in range(4)]
-    for p in running: p.start()
+    running = [subprocess.Popen([sys.executable, '-c', MANY, url, f'w{i}', '500'], env={**variables(folder), 'PYTHONPATH': str(ROOT)}) for i in range(n)]
     while True:
-        alive = any(p.is_alive() for p in running)
+        alive = any(p.poll() is None for p in running)
         rows, last = log.ratings_since(last)
         seen += [(r.user_id, r.item_id) for r in rows]
         if not alive and not rows: break
-    assert all(p.exitcode == 0 for p in running)
-    assert len(seen) == len(set(seen)) == log.count() == 4*500+20
+        time.sleep(.01)
+    assert all(p.returncode == 0 for p in running)
+    assert len(seen) == len(set(seen)) == log.count() == n*500+20
 
 
-def test_many_writers_sqlite(tmp_path): four_writers_and_a_reader(sqlite_url(tmp_path/'events.db'))
+def test_many_writers_sqlite(tmp_path): writers_and_a_reader(sqlite_url(tmp_path/'events.db'), tmp_path, 4)
 
 
 @on_postgres
-def test_many_writers_postgres(fresh_database): four_writers_and_a_reader(fresh_database)
+def test_many_writers_postgres(fresh_database, tmp_path): writers_and_a_reader(fresh_database, tmp_path, 3)
 
 
 def everything_a_log_does(url, folder):

@@ -317,3 +317,29 @@ def test_the_loop_closes(recommender, visitors, tmp_path):
     again = run_monitors(log, live, SETTINGS, now=NOW, previous=load_bundle(registry.resolve(first))).set_index('monitor')
     assert again.status['overlap'] == 'ok' and .05 < again.value['overlap'] < 1 and again.value['golden requests'] == 0 and again.value['model age'] == 0
     log.close()
+
+
+def test_what_the_service_writes_is_understood(recommender, tmp_path):
+    "Every endpoint once: the contract between serving and monitoring."
+    from fastapi.testclient import TestClient
+    from aerec_nb.serving import create_app
+    log = EventLog(tmp_path/'events.db')
+    settings = load_settings('test', var_dir=str(tmp_path/'var'), require_auth=False, ban_file='')
+    with TestClient(create_app(recommender, settings, log)) as client:
+        first = client.get('/v1/recommend/u1?k=5').json()
+        asked = [client.post('/v1/recommend', json={'history': [1000, 1001], 'k': 4}), client.post('/v1/recommend:batch', json={'requests': [{'user_id': 'u2', 'k': 3}, {'user_id': 'u3', 'k': 3}]}), client.get('/v1/similar/1000?k=3'),
+                 client.get('/v1/popular?k=3'), client.post('/v1/rank', json={'items': recommender.items[:6], 'user_id': 'u4'}), client.get('/v1/recommend/nobody?k=3'), client.get('/v1/recommend/u1?k=100000')]
+        assert [a.status_code for a in asked] == [200]*6+[422], [a.text[:200] for a in asked]
+        item = first['items'][1]['item_id']
+        client.post('/v1/events', json=[{'event_id': f'i{i["rank"]}', 'kind': 'impression', 'request_id': first['request_id'], 'user_id': 'u1', 'item_id': i['item_id']} for i in first['items']])
+        client.post('/v1/events', json={'event_id': 'c', 'kind': 'feedback', 'request_id': first['request_id'], 'user_id': 'u1', 'item_id': item, 'value': 1, 'payload': {'type': 'click'}})
+    window = make_window(log, recommender, SETTINGS.model_copy(update={'maturity_minutes': .5}), time.time()+60)
+    assert (window.requests.endpoint.value_counts().to_dict(), window.requests.status.value_counts().to_dict()) == ({'recommend': 4, 'batch': 2, 'rank': 1, 'popular': 1, 'similar': 1}, {200: 8, 422: 1})
+    own = int(np.flatnonzero(np.array(window.id_of(np.arange(len(window.requests)))) == first['request_id'])[0])
+    mine = slice(window.offsets[own], window.offsets[own+1])
+    assert [recommender.items[i] for i in window.item[mine]] == [i['item_id'] for i in first['items']] and np.allclose(window.score[mine], [i['score'] for i in first['items']], atol=1e-6)
+    assert window.outcomes().clicks.sum() == 1 and window.outcomes().shown.sum() == 5 and abs(window.outcomes().ndcg.max() - 1/np.log2(3)) < 1e-12
+    found = measure_window(window, SETTINGS).set_index('monitor')
+    assert found.value[['errors', 'ban violations', 'seen violations', 'duplicate items', 'bad scores', 'short lists', 'new items']].eq(0).all(), found.value
+    assert found.cases['errors'] == 9 and abs(found.value['client errors']-1/9) < 1e-12 and abs(found.value['CTR']-.2) < 1e-12
+    log.close()

@@ -9,7 +9,7 @@ from aerec_nb.runs import STAGES
 REAL = ROOT.parent/'shared'/'data'
 
 
-def aerec(*words, env, cwd, timeout=280): return run(BIN/'aerec', *words, env=env, cwd=cwd, timeout=timeout)
+def aerec(*words, env, cwd, timeout=600): return run(BIN/'aerec', *words, env=env, cwd=cwd, timeout=timeout)
 
 
 def only_run(environ):
