@@ -293,7 +293,7 @@ def test_the_report_is_one_page_with_the_lights_on_top(recommender, visitors):
 
 
 def test_the_loop_closes(recommender, visitors, tmp_path):
-    "Feedback of a rehearsal becomes ratings, a model is trained on both, is packed, registered and promoted."
+    "Feedback of a rehearsal becomes ratings, a model is trained on both, is packed, registered and promoted through the gates; a worse one is not."
     log = EventLog(tmp_path/'events.db')
     for seed in range(3): log.append(make_traffic(visitors[seed], 1500, seed=seed, now=NOW-seed*DAY, impressions=False).events)
     new = ratings_from_events(log, {'click': 1.}, simulated=True)
@@ -310,9 +310,12 @@ def test_the_loop_closes(recommender, visitors, tmp_path):
     x = csr_matrix((np.ones(len(both), np.float32), (pd.Index(users).get_indexer(both.user_id), pd.Index(items).get_indexer(both.item_id))), shape=(len(users), len(items)))
     retrained = Recommender(create_model('ease', lam=20.).fit(x), items, users, x, chain=Chain(banned_items=[1003, 1100]))
     registry = Registry(f'sqlite:///{tmp_path}/registry.db', tmp_path/'bundles')
-    first, second = (registry.register(save_bundle(r, tmp_path/f'bundle{n}')) for n, r in enumerate((recommender, retrained)))
-    for version in (first, second): registry.promote(version, 'dev', why='retrained')
-    live = load_bundle(registry.resolve('dev'))
+    def headline(value): return {'headline': {'metric': 'ndcg@10', 'value': value, 'se': .01, 'data': 'visitors', 'split': 'leave_last'}}
+    first, second, worse = (registry.register(save_bundle(r, tmp_path/f'bundle{n}', headline(value))) for n, (r, value) in enumerate(((recommender, .2), (retrained, .21), (retrained, .1))))
+    for version in (first, second): moved = registry.promote(version, 'stage', by='ann', why='retrained')
+    assert 'stage is version 2 (was 1)' in moved and moved.gates.set_index('gate').result.to_dict() == dict.fromkeys(('golden requests', 'metric', 'latency', 'size'), 'passed')
+    with pytest.raises(AerecError, match='metric'): registry.promote(worse, 'stage', by='ann', why='retrained')
+    live = load_bundle(registry.resolve('stage'))
     assert live.histories.nnz == len(both)
     again = run_monitors(log, live, SETTINGS, now=NOW, previous=load_bundle(registry.resolve(first))).set_index('monitor')
     assert again.status['overlap'] == 'ok' and .05 < again.value['overlap'] < 1 and again.value['golden requests'] == 0 and again.value['model age'] == 0
