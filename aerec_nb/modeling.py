@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save
 from scipy import sparse
 from torch import nn
 
-from .configuration import AerecError
+from .configuration import KNOBS, AerecError
 from .model_preprocessing import Split
 from .runs import atomic_path, read_json, write_json, write_parquet
 
@@ -594,7 +594,9 @@ def build_modeling(run,         # `Run` from `aerec_nb.runs`
                   ) -> dict: # key figures for the manifest
     "Settle which models compete, and plan each; refuse those that will not fit."
     split = Split.load(run.need('model_preprocessing')/'split').refit()
-    models = configured_models(run.settings, run.overrides)
+    asked = [k for k in run.overrides if KNOBS.get(k) != 'training']
+    models = [{**m, 'hyperparameters': {k: v for k,v in m['hyperparameters'].items() if m['name'] == AUTO or KNOBS.get(k) != 'training'}}
+              for m in configured_models(run.settings, asked)] # how they are trained is said in training
     def planned(name, hp):
         if name != AUTO: return plan(name, *split.train.shape, split.train.nnz, run.settings.model.max_memory_gib, **hp)
         return Plan(AUTO, 'search', *split.train.shape, int(2**30*limit_gib(run.settings.model.max_memory_gib)), hp['budget_s']) # at most

@@ -118,7 +118,7 @@ STAGES = {s.name: s for s in [
           outputs=('interactions.parquet', 'waterfall.parquet')),
     Stage('model_preprocessing', '01b_model_preprocessing', ('data_import', 'business_preprocessing'), ('split', 'run.random_seed'),
           external='tag_files', outputs=('split/split.json',)),
-    Stage('modeling', '02_modeling', ('model_preprocessing',), ('model', 'training', 'run.random_seed'), outputs=('models.json', 'plan.parquet')),
+    Stage('modeling', '02_modeling', ('model_preprocessing',), ('model', 'training.budget_s', 'run.random_seed'), outputs=('models.json', 'plan.parquet')),
     Stage('training', '03_training', ('model_preprocessing', 'modeling'), ('model', 'training', 'run.random_seed', 'validation.topk'),
           outputs=('summary.json',), timeout=3*24*3600),
     Stage('validation', '03a_validation', ('data_import', 'model_preprocessing', 'training'), ('validation', 'training.device', 'run.random_seed'),
@@ -156,6 +156,7 @@ def check_stages(settings:Settings, # of the whole run
 class _Declared:
     "Settings of which only the declared ones can be read."
     def __init__(self, inner, stage, prefix, allowed): self._inner, self._stage, self._prefix, self._allowed = inner, stage, prefix, allowed
+    def __iter__(self): return ((k, v) for k,v in self._inner if f'{self._prefix}{k}' in self._allowed)
     def __getattr__(self, name):
         key = f'{self._prefix}{name}'
         if key in self._allowed or key == 'paths': return getattr(self._inner, name)

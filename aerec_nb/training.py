@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .configuration import AerecError, show_value
 from .model_preprocessing import Fold, ItemFeatures, Split
-from .modeling import AUTO, Blend, Model, create_model, hyperparameters, mask_history, model_class, save_model, score_blocks, standardise, top_k
+from .modeling import AUTO, Blend, Model, configured_models, create_model, hyperparameters, mask_history, model_class, save_model, score_blocks, standardise, top_k
 from .neural_models import Diverged
 from .runs import alone, atomic_path, code_hash, mlflow_module, peak_memory_mib, read_json, sha256_file, sha256_json, versions, write_json, write_parquet
 from .validation import METRICS, evaluate
@@ -746,7 +746,7 @@ def build_training(run,         # `Run` from `aerec_nb.runs`
     log = ExperimentLog.from_settings(s)
     features = item_features_of(run, split) if s.model.use_item_features else None
     summary,measured = [], {}
-    for m in read_json(run.need('modeling')/'models.json'):
+    for m in configured_models(s, run.overrides):
         if m['name'] in measured:
             print(f"{m['name']}: auto has taken this model, with settings of its own; it is not trained a second time")
             continue

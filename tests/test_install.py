@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from conftest import BIN, ROOT, run
 
-SOAK = os.environ.get('SOAK') or os.environ.get('AEREC_SOAK')
+SOAK = os.environ.get('SOAK')
 BUILD = 'import sys; from setuptools import build_meta; print(getattr(build_meta, "build_" + sys.argv[1])(sys.argv[2]))'
 
 

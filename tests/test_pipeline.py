@@ -241,7 +241,7 @@ def test_the_site_is_built_offline(project, environ):
 
 # --- cache, resume, kills: on notebooks that are only their parameters and their last cells, so that a stage takes seconds ---------------------------------
 
-SOAK = os.environ.get('SOAK') or os.environ.get('AEREC_SOAK')
+SOAK = os.environ.get('SOAK')
 PART = ['configuration', 'data_import', 'business_preprocessing', 'model_preprocessing', 'modeling', 'training', 'validation']
 
 
