@@ -633,10 +633,12 @@ def _wishes(body:RecommendBody, id:str, k:int, before:list) -> dict:
     asked = {name: getattr(body, name) for name in ('user_id', 'history', 'exclude_seen', 'fallback', 'candidates', 'filter', 'diversity', 'max_per_category', 'min_score', 'explain', 'context')}
     return {**asked, 'k': k, 'exclude': [*body.exclude, *before], 'pins': () if before else body.pins, 'draw': zlib.crc32(id.encode())} # what is explored is drawn anew for every request
 
-# %% ../nbs/05a_serving.ipynb #a1725eca
+# %% ../nbs/05a_serving.ipynb #95a57c28
 class Together:
-    "Gathers the requests of one turn of the event loop."
-    def __init__(self): self._waiting = []
+    "Gathers the requests of a moment."
+    MOST, PATIENCE = 16, .001 # requests of one product, which shall stay in the cache; seconds
+
+    def __init__(self): self._waiting, self._last, self._timer = [], 1, None
 
     def ask(self, live:Live, request:dict # arguments of `recommend`
            ) -> asyncio.Future: # `Recommendations`, or an `AerecError`
@@ -644,11 +646,14 @@ class Together:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self._waiting.append((live, request, future))
-        if len(self._waiting) == 1: loop.call_soon(self._answer)
+        if len(self._waiting) == 1: self._timer = loop.call_later(self.PATIENCE, self._answer) if self._last > 1 else loop.call_soon(self._answer)
+        elif len(self._waiting) == self.MOST:
+            self._timer.cancel()
+            self._answer()
         return future
 
     def _answer(self) -> None:
-        waiting, self._waiting = [w for w in self._waiting if not w[2].done()], [] # one that was given up is not answered
+        waiting, self._waiting, self._last = [w for w in self._waiting if not w[2].done()], [], len(self._waiting) # one that was given up is not answered
         for live in {id(l): l for l,_,_ in waiting}.values(): # two while a bundle is replaced
             of = [(request, future) for l,request,future in waiting if l is live]
             try: answers = live.recommender.recommend_each([request for request,_ in of], errors='return')
@@ -877,7 +882,7 @@ def _add_changes(app:FastAPI, state:State) -> None:
         state.metrics.posted.labels('duplicate').inc(len(rows)-accepted)
         return JSONResponse({'request_id': id, 'accepted': accepted, 'duplicates': len(rows)-accepted})
 
-    @app.delete('/v1/users/{user_id:path}', tags=['administration'], dependencies=key, responses={200: {'model': dict}, **ANY_PROBLEM, **problems(422)}, response_class=Response)
+    @app.delete('/v1/users/{user_id:path}', tags=['administration'], dependencies=key, responses={200: {'model': dict}, **ANY_PROBLEM, **problems(404, 422)}, response_class=Response)
     def forget(request:Request, user_id:PathId):
         "Forget a user: events are removed from the log, and neither they nor the packed history count any more, in any worker, nor after a restart."
         id = request.scope['request_id']
@@ -901,12 +906,12 @@ def _add_changes(app:FastAPI, state:State) -> None:
         known = state.live.recommender.item_index.number(item_id) >= 0
         return JSONResponse({'request_id': id, 'item_id': item_id, 'banned': banned, 'changed': changed, 'warnings': [] if known else [f'item {item_id!r} is unknown here']})
 
-    @app.put('/v1/bans/{item_id:path}', tags=['administration'], dependencies=key, responses={200: {'model': dict}, **ANY_PROBLEM, **problems(422)}, response_class=Response)
+    @app.put('/v1/bans/{item_id:path}', tags=['administration'], dependencies=key, responses={200: {'model': dict}, **ANY_PROBLEM, **problems(404, 422)}, response_class=Response)
     def ban(request:Request, item_id:PathId):
         "Never show an item, from the next answer on."
         return change(request, item_id, True)
 
-    @app.delete('/v1/bans/{item_id:path}', tags=['administration'], dependencies=key, responses={200: {'model': dict}, **ANY_PROBLEM, **problems(422)}, response_class=Response)
+    @app.delete('/v1/bans/{item_id:path}', tags=['administration'], dependencies=key, responses={200: {'model': dict}, **ANY_PROBLEM, **problems(404, 422)}, response_class=Response)
     def allow(request:Request, item_id:PathId):
         "Take an item off the list that the service keeps; what settings or the bundle ban stays banned."
         return change(request, item_id, False)
