@@ -10,7 +10,7 @@ __all__ = ['Outcome', 'execute_notebook', 'code_cells', 'cells_hash', 'Step', 's
            'new_project', 'doctor', 'find_bundle', 'main']
 
 # %% ../nbs/07_pipeline.ipynb #658fb352
-import argparse, ast, base64, html, importlib.metadata, importlib.util, itertools, json, logging, os, re, shlex, shutil, signal, sys, threading, time, warnings
+import argparse, ast, base64, html, importlib.metadata, importlib.util, itertools, json, logging, os, re, shlex, shutil, signal, subprocess, sys, threading, time, warnings
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -73,7 +73,7 @@ def _papermill(job) -> None:
     class Manager(AsyncKernelManager):
         async def _async_launch_kernel(self, *args, **kwargs):
             kwargs['env'] = {'OMP_WAIT_POLICY': 'PASSIVE', **(kwargs.get('env') or os.environ)} # two kernels on two processors: threads that wait must not spin
-            await super()._async_launch_kernel(*args, **kwargs)
+            await super()._async_launch_kernel(*args, **kwargs, stderr=subprocess.DEVNULL) # what a kernel mutters when it is ended belongs to nobody; what a cell prints comes as a message
             job.pids.append(self.provisioner.pid)
             if job.ended_by: job.end('')
     logging.getLogger('papermill').setLevel(logging.CRITICAL)
@@ -586,7 +586,7 @@ def _opened(env, run, data, resume, first, last, only, force, knobs) -> tuple:
     forced = names if list(force) == ['all'] else [stage_name(f) for f in force]
     if resume and run: raise AerecError('--resume goes on with the newest run, --run with the one that is named: leave one of them out')
     if stray := [f for f in forced if f not in names]: raise AerecError(f'{stray[0]} is to be forced and is not among the stages that shall run')
-    opened = open_run(_newest_run(load_settings(env)) if resume else run, env=env, source=data, **knobs)
+    opened = open_run(_newest_run(load_settings(env, **{k: v for k,v in knobs.items() if k == 'runs_dir'})) if resume else run, env=env, source=data, **knobs)
     opened.quiet = True # the loop says what it does
     if not opened.settings.training.trains:
         raise AerecError(f'environment {opened.env} does not train: run the pipeline in dev, then promote its bundle (aerec models promote --help)')

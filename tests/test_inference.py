@@ -73,20 +73,20 @@ def test_random_requests(part):
 
 
 JOB = '''
-import sys; sys.path[:0] = [{tests!r}]
 import time
-from test_inference import world
-from aerec_nb.modeling import create_model
-r, _, _ = world(create_model('ease', lam=20.), 0)
-r.recommend_batch(k=5, folder=__import__('pathlib').Path({folder!r}), shard_users=7, progress=lambda n: (print(n, flush=True), time.sleep(.004)))
+from pathlib import Path
+from aerec_nb.packaging import load_bundle
+r = load_bundle(Path({bundle!r}))
+r.recommend_batch(k=5, folder=Path({folder!r}), shard_users=7, progress=lambda n: (print(n, flush=True), time.sleep(.004)))
 '''
 
 def test_a_killed_batch_goes_on_where_it_was(tmp_path):
     "kill -9 at many moments: no half shard, finished ones stay, and in the end the lists of the undisturbed job."
     env, rng, kills = {**os.environ, **variables(tmp_path), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, np.random.default_rng(0), 40 if SOAK else 4
-    first = []
+    from aerec_nb.packaging import load_bundle, save_bundle
+    bundle, first = save_bundle(world(create_model('ease', lam=20.), 0)[0], tmp_path/'bundle', k=5), []
     for n in range(kills):
-        process = subprocess.Popen([sys.executable, '-c', JOB.format(tests=str(ROOT/'tests'), folder=str(tmp_path/'lists'))], stdout=subprocess.PIPE, text=True, env=env)
+        process = subprocess.Popen([sys.executable, '-c', JOB.format(bundle=str(bundle), folder=str(tmp_path/'lists'))], stdout=subprocess.PIPE, text=True, env=env)
         lines = [process.stdout.readline()] # it has begun
         time.sleep(.1*rng.random())
         process.kill(); process.wait(); process.stdout.close()
@@ -94,7 +94,7 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path):
         assert there[:len(first)] == first, 'finished shards stay'
         for name in there: assert pd.read_parquet(tmp_path/'lists'/name).user_id.nunique() == 7 or name == f'lists-{(N_USERS-1)//7:05}.parquet'
         first = there
-    r, _, _ = world(create_model('ease', lam=20.), 0)
+    r = load_bundle(bundle)
     shards = r.recommend_batch(k=5, folder=tmp_path/'lists', shard_users=7)
     assert (shards.made == 'earlier').sum() == len(first) and (tmp_path/'lists'/'manifest.json').exists()
     pd.testing.assert_frame_equal(pd.concat([pd.read_parquet(tmp_path/'lists'/f) for f in shards.file], ignore_index=True), r.recommend_batch(k=5), check_dtype=False)
