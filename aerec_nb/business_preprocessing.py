@@ -22,7 +22,7 @@ import pandas as pd
 
 from .configuration import AerecError, RuleSettings, project_dir
 from .data_import import NAMES, feedback_of
-from .runs import Run, read_json, sha256_bytes, sha256_file, write_json, write_parquet
+from .runs import Run, on_engine, read_json, sha256_bytes, sha256_file, write_json, write_parquet
 
 # %% ../nbs/01a_business_preprocessing.ipynb #74b40da3
 OFF = 'off' # what a rule returns when its knobs leave it nothing to do: it is not in the waterfall then
@@ -681,7 +681,7 @@ def build_business_preprocessing(
 ) -> dict: # metrics for the manifest
     "Apply the configured rules: interactions.parquet, waterfall.parquet, dropped.parquet, negatives.parquet, rules.json."
     source, ratings = _imported(run.need('data_import'), run.settings.rules)
-    result = run_rules(ratings, run.settings.rules)
+    result = on_engine(run.settings, run_rules)(ratings, run.settings.rules)
     for name, frame in (('interactions', result.interactions), ('waterfall', result.report), ('dropped', result.dropped), ('negatives', result.negatives)):
         write_parquet(folder/f'{name}.parquet', frame)
     rules, last = run.settings.rules, result.report.iloc[-1]

@@ -7,8 +7,8 @@ __all__ = ['RULE_KNOBS', 'SECTIONS', 'KNOBS', 'AerecError', 'check_parameters', 
            'Section', 'RunSettings', 'PathSettings', 'DataSettings', 'RuleSettings', 'time_in_seconds', 'SplitSettings',
            'ModelSettings', 'TrainingSettings', 'ValidationSettings', 'InferenceSettings', 'PostprocessingSettings',
            'PackagingSettings', 'EventSettings', 'ServingSettings', 'MonitoringSettings', 'PipelineSettings',
-           'Settings', 'load_settings', 'show_value', 'settings_table', 'diff_settings', 'environments_table',
-           'plot_sources', 'build_configuration']
+           'ScaleSettings', 'Settings', 'load_settings', 'show_value', 'settings_table', 'diff_settings',
+           'environments_table', 'plot_sources', 'build_configuration']
 
 # %% ../nbs/00_configuration.ipynb #b5430cfd
 import ast, atexit, codecs, difflib, importlib.util, json, os, re, shutil, tempfile, tomllib
@@ -478,6 +478,14 @@ class PipelineSettings(Section):
     n_parallel: int = Field(2, ge=1, description='notebooks at once: independent stages, and those whose inputs are still being made; 1: one after another')
     stage_timeout_s: float|None = Field(None, gt=0, description="seconds after which a stage's notebook is ended; None: each stage's own limit")
 
+class ScaleSettings(Section):
+    "Where the heavy work of the stages is done: in this process, or by workers on Ray."
+    engine: Literal['local', 'ray'] = Field('local', description='local: in this process; ray: by Ray workers (needs the extra: pip install "aerec_nb[ray]")')
+    address: str|None = Field(None, min_length=1, description='host:port of a running Ray cluster, or auto; None: workers on this machine, for as long as they are needed')
+    n_workers: int = Field(2, ge=1, le=10_000, description='workers that share the work')
+    n_shards: int|None = Field(None, ge=1, le=100_000, description='parts that users are divided into; None: four a worker')
+    object_store_gib: float|None = Field(None, gt=0, description="memory for what workers pass to each other, GiB, on this machine; None: a quarter of what is free")
+
 # %% ../nbs/00_configuration.ipynb #bab4db87
 class Settings(BaseSettings):
     "All settings of one environment, each value with its origin."
@@ -499,6 +507,7 @@ class Settings(BaseSettings):
     serving: ServingSettings = ServingSettings()
     monitoring: MonitoringSettings = MonitoringSettings()
     pipeline: PipelineSettings = PipelineSettings()
+    scale: ScaleSettings = ScaleSettings()
     _sources: dict = PrivateAttr(default_factory=dict)
 
     def items(self): # iterator over (dotted name, value, description, source)

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from .configuration import AerecError, Settings, hide_secrets, is_database, load_settings, project_dir
 from .events import COLUMNS, events_frame, events_url
-from .runs import atomic_path, read_json, sha256_bytes, sha256_file, write_json, write_parquet
+from .runs import atomic_path, on_engine, read_json, sha256_bytes, sha256_file, write_json, write_parquet
 
 # %% ../nbs/01_data_import.ipynb #f847b183
 def _list(names): return ', '.join(' '.join(str(n).split()) for n in names)
@@ -2648,7 +2648,7 @@ def build_data_import(
 ) -> dict: # metrics for the manifest
     "Import the configured source: ratings.parquet, items.parquet and quarantine.parquet (if any), source.json, description.json."
     data, source = run.settings.data, found_source(run)
-    checked = check_source(source, data.columns, data.on_duplicate, data.on_bad, data.as_of, data.encoding, data.large_mb)
+    checked = on_engine(run.settings, check_source)(source, data.columns, data.on_duplicate, data.on_bad, data.as_of, data.encoding, data.large_mb)
     ratings = _first_users(checked.ratings, data.max_users)
     items, bad_items = (None, []) if source.items is None else validate_items(*source.read('items', encoding=data.encoding), data.columns, data.on_bad)
     facts = ratings_facts(ratings, checked.n_duplicates)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRIOR', 'MAX_USERS', 'UnknownUser', 'Recommendations', 'Segments', 'read_segments', 'Recommender', 'check_k',
-           'known_numbers', 'Recent', 'contributions', 'write_shards', 'with_cold_items', 'pair_matrix',
+           'known_numbers', 'Recent', 'contributions', 'write_shards', 'make_shards', 'with_cold_items', 'pair_matrix',
            'load_recommender', 'segment_files', 'candidate_users', 'make_candidates', 'valid_candidates',
            'unrated_items', 'build_inference', 'describe_inference', 'example_user', 'show_history', 'plot_candidates',
            'Explorer', 'explorer']
@@ -12,6 +12,7 @@ __all__ = ['PRIOR', 'MAX_USERS', 'UnknownUser', 'Recommendations', 'Segments', '
 # %% ../nbs/04_inference.ipynb #d13a59be
 import difflib, html, os, time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -548,24 +549,32 @@ def write_shards(r:Recommender,
                  exclude_seen:bool=True, # leave out what the user has
                  shard_users:int=50_000, # users a shard
                  progress=None, # function(users done)
-                 now:float=None # of a job that begins; None: the clock
+                 now:float=None, # of a job that begins; None: the clock
+                 make=None # function(list of (path, first user, users), now, progress) makes the shards that are missing; None: here, one after another
                 ) -> pd.DataFrame: # file, users, rows, bytes, sha256, made (now, or earlier)
     "Lists of many users as Parquet shards with a manifest; goes on where it was stopped."
     if isinstance(shard_users, bool) or not isinstance(shard_users, int) or shard_users < 1: raise AerecError(f'shard_users must be a whole number of at least 1, not {shard_users!r}')
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder/'job.json', 1):
         now = _same_job(folder, now, {'k': k, 'exclude_seen': exclude_seen, 'shard_users': shard_users, 'n_users': len(user_ids), 'users': sha256_json([str(u) for u in user_ids]), 'recommender': r.fingerprint()})
-        shards = []
-        for n,start in enumerate(range(0, len(user_ids), shard_users)):
-            of = user_ids[start:start+shard_users]
-            path, made = folder/f'lists-{n:05}.parquet', False
-            if not path.exists():
-                _write_shard(path, _batch_blocks(r, of, k, exclude_seen, now, progress and (lambda done, start=start: progress(start+done))))
-                made = True
-            elif progress: progress(start+len(of))
-            shards.append({'file': path.name, 'users': len(of), 'rows': _rows_in(path), 'bytes': path.stat().st_size, 'sha256': sha256_file(path), 'made': 'now' if made else 'earlier'})
+        wanted = [(folder/f'lists-{n:05}.parquet', start, user_ids[start:start+shard_users]) for n,start in enumerate(range(0, len(user_ids), shard_users))]
+        missing = [shard for shard in wanted if not shard[0].exists()]
+        earlier = len(user_ids) - sum(len(of) for _,_,of in missing)
+        if progress and earlier: progress(earlier)
+        (make or partial(make_shards, r, k=k, exclude_seen=exclude_seen))(missing, now=now, progress=progress and (lambda done: progress(earlier+done)))
+        made = {path for path,_,_ in missing}
+        shards = [{'file': path.name, 'users': len(of), 'rows': _rows_in(path), 'bytes': path.stat().st_size, 'sha256': sha256_file(path), 'made': 'now' if path in made else 'earlier'} for path,_,of in wanted]
         write_json(folder/'manifest.json', {**read_json(folder/'job.json'), 'shards': [{k: v for k,v in s.items() if k != 'made'} for s in shards]})
     return pd.DataFrame(shards, columns=['file', 'users', 'rows', 'bytes', 'sha256', 'made'])
+
+def make_shards(r:Recommender, missing:list, # of (path, first user, users)
+                k:int, exclude_seen:bool, now:float, progress=None # function(users done)
+               ) -> None:
+    "Lists of some users, a file each, one after another."
+    done = 0
+    for path,start,of in missing:
+        _write_shard(path, _batch_blocks(r, of, k, exclude_seen, now, progress and (lambda n, before=done: progress(before+n))))
+        done += len(of)
 
 def _rows_in(path:Path) -> int:
     "Rows of a shard; raises `AerecError` where it cannot be read."

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['AUTO', 'check_histories', 'check_value', 'check_device', 'Model', 'block_rows', 'scores_bytes', 'Plan', 'free_gib',
            'limit_gib', 'check_memory', 'check_plan', 'model_names', 'register_model', 'model_class', 'hyperparameters',
-           'create_model', 'plan', 'save_model', 'load_model', 'score_blocks', 'mask_history', 'top_k', 'standardise',
-           'Blend', 'ColdItems', 'alike', 'AutoEncoder', 'configured_models', 'build_modeling', 'describe_models',
-           'plot_plan']
+           'create_model', 'fit_model', 'plan', 'save_model', 'load_model', 'score_blocks', 'mask_history', 'top_k',
+           'standardise', 'Blend', 'ColdItems', 'alike', 'AutoEncoder', 'configured_models', 'build_modeling',
+           'describe_models', 'plot_plan']
 
 # %% ../nbs/02_modeling.ipynb #e910e62b
 import importlib, inspect, json, math
@@ -99,8 +99,12 @@ class Model:
         "What comes before any fitting: the histories checked, the memory asked for."
         train = check_histories(train, what='train')
         if not train.nnz: raise AerecError('train: there is no interaction to learn from; look at what the rules and the split left')
-        check_plan(_plan(self, *train.shape, train.nnz), self.max_memory_gib)
+        self._agree(*train.shape, train.nnz)
         return train
+
+    def _agree(self, n_users, n_items, nnz):
+        "Raise `AerecError` where the planner does not agree."
+        check_plan(_plan(self, n_users, n_items, nnz), self.max_memory_gib)
 
     def score(self,
         history: sparse.csr_matrix, # [n, n_items] over the vocabulary it was fitted on
@@ -289,6 +293,15 @@ def create_model(name: str, # one of `model_names()`
     model = model_class(name)(**hp)
     model.name = name
     return model
+
+# %% ../nbs/02_modeling.ipynb #572facf0
+def fit_model(
+    model, # not yet fitted, from `create_model`
+    train: sparse.csr_matrix, # [n_users, n_items] histories to learn from
+    item_features: sparse.csr_matrix = None, # [n_items, n_features] for models that use them
+): # -> the model, fitted
+    "`model.fit` as a function, so that it can be done elsewhere."
+    return model.fit(train, item_features)
 
 # %% ../nbs/02_modeling.ipynb #a9e08416
 def plan(name: str,     # one of `model_names()`

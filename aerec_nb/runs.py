@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'atomic_path', 'write_json', 'read_json', 'write_parquet', 'alone', 'mlflow_module', 'sha256_bytes',
-           'sha256_file', 'sha256_json', 'Stage', 'upstream', 'check_stages', 'code_modules', 'code_parts', 'code_hash',
-           'unexported_changes', 'read_manifest', 'whole', 'lacks', 'peak_memory_mib', 'measured', 'versions', 'gate',
-           'await_gate', 'remove_run', 'Run', 'all_runs', 'find_artifact', 'write_run_file', 'alone_with_run',
-           'is_held', 'adopt', 'link_file', 'open_run']
+           'sha256_file', 'sha256_json', 'Stage', 'on_engine', 'upstream', 'check_stages', 'code_modules', 'code_parts',
+           'code_hash', 'unexported_changes', 'read_manifest', 'whole', 'lacks', 'peak_memory_mib', 'measured',
+           'versions', 'gate', 'await_gate', 'remove_run', 'Run', 'all_runs', 'find_artifact', 'write_run_file',
+           'alone_with_run', 'is_held', 'adopt', 'link_file', 'open_run']
 
 # %% ../nbs/00a_runs.ipynb #25ad6752
-import ast, ctypes, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource, secrets, shutil, time, warnings
+import ast, ctypes, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource, secrets, shutil, sys, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 import pandas as pd
 import psutil
@@ -112,16 +112,16 @@ class Stage:
 # %% ../nbs/00a_runs.ipynb #5b6f3c23
 STAGES = {s.name: s for s in [
     Stage('configuration', '00_configuration', (), ('env', *SECTIONS), outputs=('settings.json',), timeout=600, arguments=False),
-    Stage('data_import', '01_data_import', (), ('data', 'paths', 'events.events_url'), external='source_files',
+    Stage('data_import', '01_data_import', (), ('data', 'paths', 'events.events_url', 'scale'), external='source_files',
           outputs=('ratings.parquet', 'source.json'), timeout=6*3600),
-    Stage('business_preprocessing', '01a_business_preprocessing', ('data_import',), ('rules',), external='rule_files', check='check_rules',
+    Stage('business_preprocessing', '01a_business_preprocessing', ('data_import',), ('rules', 'scale'), external='rule_files', check='check_rules',
           outputs=('interactions.parquet', 'waterfall.parquet')),
     Stage('model_preprocessing', '01b_model_preprocessing', ('data_import', 'business_preprocessing'), ('split', 'run.random_seed'),
           external='tag_files', outputs=('split/split.json',)),
     Stage('modeling', '02_modeling', ('model_preprocessing',), ('model', 'training.budget_s', 'run.random_seed'), outputs=('models.json', 'plan.parquet')),
-    Stage('training', '03_training', ('model_preprocessing', 'modeling'), ('model', 'training', 'run.random_seed', 'validation.topk'),
+    Stage('training', '03_training', ('model_preprocessing', 'modeling'), ('model', 'training', 'run.random_seed', 'validation.topk', 'scale'),
           outputs=('summary.json',), timeout=3*24*3600),
-    Stage('validation', '03a_validation', ('data_import', 'model_preprocessing', 'training'), ('validation', 'training.device', 'run.random_seed'),
+    Stage('validation', '03a_validation', ('data_import', 'model_preprocessing', 'training'), ('validation', 'training.device', 'run.random_seed', 'scale'),
           outputs=('choice.json', 'leaderboard.parquet', 'model/model.json'), timeout=6*3600),
     Stage('inference', '04_inference', ('data_import', 'business_preprocessing', 'model_preprocessing', 'training', 'validation'), ('inference', 'validation.topk', 'run.random_seed'),
           external='segment_files', outputs=('candidates.parquet',), timeout=6*3600),
@@ -134,6 +134,14 @@ STAGES = {s.name: s for s in [
     Stage('monitoring', '06_monitoring', ('data_import', 'model_preprocessing', 'validation', 'packaging', 'serving'),
           ('monitoring', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env'), outputs=('monitors.parquet',)),
 ]}
+
+# %% ../nbs/00a_runs.ipynb #24463123
+def on_engine(settings, # of the run; section scale is read
+              function  # of a stage
+             ): # -> the function, or the one of the same name that the configured engine does
+    "Where the settings want a function to be done."
+    if settings.scale.engine == 'local': return function
+    return partial(getattr(importlib.import_module('aerec_nb.scale'), function.__name__), scale=settings.scale)
 
 # %% ../nbs/00a_runs.ipynb #1c11994c
 def upstream(stage:str # name of a stage
@@ -281,8 +289,8 @@ def versions() -> dict: # package -> version
     names = ['aerec_nb', 'torch', 'numpy', 'scipy', 'pandas', 'pyarrow', 'mlflow-skinny', 'fastapi', 'papermill']
     return {'python': platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
 
-# %% ../nbs/00a_runs.ipynb #bc14315d
-_UNHASHED = ('measured.json', 'manifest.json') # what differs between two equal runs: seconds, memory, the manifest itself
+# %% ../nbs/00a_runs.ipynb #2db0b00b
+_UNHASHED = ('measured.json', 'manifest.json', 'workers.parquet') # what differs between two equal runs: seconds, memory, the manifest itself
 
 def _outputs(folder:Path) -> dict:
     "Relative path -> sha256 and bytes of every file of an artifact that counts."
@@ -298,7 +306,9 @@ def _setting_values(settings:Settings, reads:tuple) -> dict:
 
 def _counting_settings(used:dict) -> dict:
     "The settings that enter the fingerprint: all but secrets and those that say where or how often, not what."
-    return {k: v['value'] for k,v in used.items() if not k.startswith(('paths.', 'pipeline.')) and k not in ('serving.api_keys', 'training.tracking_uri', 'training.checkpoint_s')}
+    return {k: v['value'] for k,v in used.items() if not k.startswith(('paths.', 'pipeline.')) and k not in _HOW}
+
+_HOW = ('serving.api_keys', 'training.tracking_uri', 'training.checkpoint_s', 'scale.address', 'scale.n_workers', 'scale.n_shards', 'scale.object_store_gib')
 
 # %% ../nbs/00a_runs.ipynb #fd593609
 def gate(folder:Path, # of a run
@@ -366,7 +376,8 @@ class Run:
         s, outside = STAGES[stage], self.outside(stage) if found is None else found
         contents = {name: sha256_json((inputs[name] if inputs else read_manifest(self.need(name)))['outputs']) for name in s.inputs}
         settings = _counting_settings(_setting_values(self.settings if s.arguments else self.configured, s.reads))
-        return {'code': code_parts(s.module), 'cells': changed or {}, 'settings': settings, 'outside': dict(outside), 'inputs': contents}
+        engine = {} if settings.get('scale.engine', 'local') == 'local' else {'aerec_nb.scale': _module('aerec_nb.scale')[1]}
+        return {'code': code_parts(s.module) | engine, 'cells': changed or {}, 'settings': settings, 'outside': dict(outside), 'inputs': contents}
 
     def fingerprint(self, stage:str, changed:dict=None, found:dict=None) -> str:
         "The key of a stage as one hash; its inputs must be there."
@@ -515,6 +526,7 @@ def _build(run:Run, stage:str, build, fingerprint:str, changed:dict=None, found:
     declared = Run(run.folder, visible, run.overrides, run.quiet, found)
     with _building(run, stage) as folder:
         metrics = build(declared, folder) or {}
+        if (scale := sys.modules.get('aerec_nb.scale')) and len(figures := scale.taken_figures()): write_parquet(folder/'workers.parquet', figures)
         outputs = _outputs(folder)
         write_json(folder/'manifest.json', {
             'stage': stage, 'run': run.name, 'fingerprint': fingerprint, 'code': code_hash(s.module), 'unexported': sorted(changed or {}),

@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from fastcore.basics import patch
 from safetensors.numpy import load_file, save
 from scipy import sparse
@@ -26,7 +27,7 @@ from .configuration import AerecError, show_value
 from .model_preprocessing import Fold, ItemFeatures, Split
 from .modeling import AUTO, Blend, Model, configured_models, create_model, hyperparameters, mask_history, model_class, save_model, score_blocks, standardise, top_k
 from .neural_models import Diverged
-from .runs import alone, atomic_path, code_hash, mlflow_module, peak_memory_mib, read_json, sha256_file, sha256_json, versions, write_json, write_parquet
+from .runs import alone, atomic_path, code_hash, mlflow_module, on_engine, peak_memory_mib, read_json, sha256_file, sha256_json, versions, write_json, write_parquet
 from .validation import METRICS, evaluate
 
 # %% ../nbs/03_training.ipynb #f3a9ba34
@@ -66,6 +67,7 @@ class Checkpoints:
         "Write a checkpoint whole or not at all; weights that are not numbers are never written."
         arrays = model.checkpoint() | {f'best.{k}': v for k,v in (progress.weights or {}).items()}
         if not all(np.isfinite(a).all() for k,a in arrays.items() if k.startswith('net.')): return
+        if getattr(model, 'share', None) is not None and model.share.rank: return # one of several processes keeps what is the same in all
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f'{progress.epoch}-{progress.batch}{"-end" if progress.finished else ""}.safetensors'
         with atomic_path(self.folder/name) as path: path.write_bytes(save({k: np.ascontiguousarray(v) for k,v in sorted(arrays.items())}))
@@ -94,8 +96,8 @@ class Checkpoints:
         p = read_json(self.folder/'checkpoint.json')['progress']
         return f"the last good checkpoint is {show_value(self.folder)} (epoch {p['epoch']+1}, batch {p['batch']})" if p['batch'] else f"the last good checkpoint is {show_value(self.folder)} (after epoch {p['epoch']})"
 
-# %% ../nbs/03_training.ipynb #a577a2cb
-def _patience(model, split):
+# %% ../nbs/03_training.ipynb #04fbfb55
+def default_patience(model, split):
     "Fifteen epochs; where an epoch has few steps, as many as give sixty: with two steps an epoch a net can stand still for longer than fifteen."
     steps = math.ceil(split.train.shape[0]/model.hyperparameters.get('batch_size', 1))
     return max(15, math.ceil(60/steps))
@@ -114,15 +116,17 @@ def train(model,                  # not yet fitted, from `create_model`
           checkpoint_s: float = 60, # seconds between checkpoints; 0: after every batch
           after_epoch = None,     # called with the epoch's row of the history
           budget_s: float = None, # seconds after which no further epoch begins; None: no limit
+          fit = None,             # how closed forms are fitted: function(model, histories, item_features); None: `model.fit`
          ) -> pd.DataFrame: # a row an epoch: epoch, loss, lr, ndcg, recall and the metric, best
     "Train a model in place, watching validation; it ends with the weights of its best epoch."
     if metric not in METRICS: raise AerecError(f"valid_metric = {metric!r}: valid ones are {', '.join(METRICS)}")
-    if not hasattr(model, 'train_epoch'): return _solve(model, split, topk, metric, item_features, max_valid_users)
+    if not hasattr(model, 'train_epoch'): return _solve(model, split, topk, metric, item_features, max_valid_users, fit or type(model).fit)
     if split.valid is None: raise AerecError('the split has no valid fold to watch: train before the split is refitted, or call model.fit(train)')
-    num_epoch,patience,fold = num_epoch or model.num_epoch, patience or _patience(model, split), _sample(split.valid, max_valid_users)
+    num_epoch,patience,fold = num_epoch or model.num_epoch, patience or default_patience(model, split), some_users(split.valid, max_valid_users)
     rows = model.prepare(split.train, item_features)
     keep = Checkpoints(checkpoints, _fingerprint(model, split, item_features, num_epoch, patience, topk, metric, max_valid_users), checkpoint_s) if checkpoints else None
     at = keep.load(model) if keep else Progress()
+    same_place(model, at)
     until = math.inf if budget_s is None else time.monotonic() + budget_s
     def in_time(): return not at.epoch or time.monotonic() < until
     with _bar(model, rows, num_epoch, at, progress) as bar:
@@ -133,8 +137,7 @@ def train(model,                  # not yet fitted, from `create_model`
         while at.epoch < num_epoch and at.epoch - at.best_epoch < patience and not at.finished and in_time():
             try: loss = model.train_epoch(rows, at.epoch+1, at.batch, at.total, after_batch)
             except Diverged as e: raise Diverged(f"{e}; {keep.where() if keep else 'no checkpoints were kept'}") from None
-            found = evaluate(model, fold, topk)
-            at.take({'epoch': at.epoch+1, 'loss': loss, 'lr': model.lr_in(at.epoch+1), **{m: found.mean(m) for m in dict.fromkeys(('ndcg', 'recall', metric))}}, metric, model)
+            at.take({'epoch': at.epoch+1, 'loss': loss, 'lr': model.lr_in(at.epoch+1), **_watched(model, fold, topk, dict.fromkeys(('ndcg', 'recall', metric)))}, metric, model)
             bar.set_postfix_str(f'loss {loss:.4g}, {metric} {at.history[-1][metric]:.4f}, best {at.best:.4f} in epoch {at.best_epoch}', refresh=False)
             if after_epoch: after_epoch(at.history[-1])
     at.finished,model.best_epoch = at.finished or at.epoch >= num_epoch or at.epoch - at.best_epoch >= patience, at.best_epoch
@@ -148,14 +151,34 @@ def _table(history, best_epoch):
     table = pd.DataFrame(history)
     return table.assign(best=table.epoch == best_epoch)
 
-def _solve(model, split, topk, metric, item_features, max_valid_users):
+def _solve(model, split, topk, metric, item_features, max_valid_users, fit):
     "Closed-form models: one row, no loss."
-    model.fit(split.train, item_features)
+    fit(model, split.train, item_features)
     model.best_epoch = 1
-    found = model.evaluation = evaluate(model, _sample(split.valid, max_valid_users), topk) if split.valid is not None else None
+    found = model.evaluation = evaluate(model, some_users(split.valid, max_valid_users), topk) if split.valid is not None else None
     return _table([{'epoch': 1, 'loss': np.nan, 'lr': np.nan, **{m: found.mean(m) if found else np.nan for m in dict.fromkeys(('ndcg', 'recall', metric))}}], 1)
 
-def _sample(fold: Fold, n: int, seed: int = 0) -> Fold:
+def _watched(model, fold, topk, names):
+    "Means over the users of a fold; where several processes train, each has some of them."
+    share = getattr(model, 'share', None)
+    if share is None:
+        found = evaluate(model, fold, topk)
+        return {m: found.mean(m) for m in names}
+    found = evaluate(model, fold, topk).metrics if len(fold) else {m: np.zeros(0) for m in names}
+    sums = torch.tensor([len(fold), *(found[m].sum() for m in names)], dtype=torch.float64)
+    share.add(sums)
+    return {m: float(total/sums[0]) for m,total in zip(names, sums[1:])}
+
+def same_place(model, at):
+    "Several processes must go on from one place."
+    share = getattr(model, 'share', None)
+    if share is None: return
+    sums = torch.tensor([1., at.epoch, at.batch, at.epoch**2, at.batch**2], dtype=torch.float64)
+    share.add(sums)
+    if not torch.equal(sums, sums[0]*torch.tensor([1., at.epoch, at.batch, at.epoch**2, at.batch**2], dtype=torch.float64)):
+        raise AerecError('the processes that train together found different checkpoints: keep the run on storage that all of them see')
+
+def some_users(fold: Fold, n: int, seed: int = 0) -> Fold:
     "At most `n` users of a fold, always the same ones."
     if len(fold) <= n: return fold
     rows = np.sort(np.random.default_rng(seed).choice(len(fold), n, replace=False))
@@ -169,8 +192,12 @@ def _bar(model, rows, num_epoch, at, show):
 
 def _fingerprint(model, split, item_features, *settings):
     "What a checkpoint must have been made from to be gone on with."
-    features = None if item_features is None else [sha256_json([a.tobytes().hex() for a in (item_features.data, item_features.indices, item_features.indptr)]), list(item_features.shape)]
-    return sha256_json([model.name, model.hyperparameters, split.fingerprint, features, settings, code_hash('aerec_nb.training')])
+    return sha256_json([model.name, model.hyperparameters, split.fingerprint, features_hash(item_features), settings, code_hash('aerec_nb.training')])
+
+def features_hash(item_features # CSR, or None
+                 ): # -> [sha256, shape], or None
+    "What tells item features from others."
+    return None if item_features is None else [sha256_json([a.tobytes().hex() for a in (item_features.data, item_features.indices, item_features.indptr)]), list(item_features.shape)]
 
 # %% ../nbs/03_training.ipynb #c3a786af
 @dataclass
@@ -464,7 +491,7 @@ class _Search:
         n_folds = int(np.clip(2000//max(1, len(split.valid)), 1, 3)) if split.seeds and redrawn else 1
         self.splits = [split.redraw_valid(seed=random_seed+i) for i in range(n_folds)]
         self.options = dict(topk=topk, metric=metric, max_memory_gib=max_memory_gib, item_features=item_features, random_seed=random_seed, max_valid_users=max_valid_users, patience=15, progress=False)
-        self.folds = [_sample(s.valid, max_valid_users) for s in self.splits]
+        self.folds = [some_users(s.valid, max_valid_users) for s in self.splits]
         self.n_users,self.n_items = self.splits[0].train.shape
         self.nnz = self.splits[0].train.nnz
         self.speed = machine_speed()/n_folds
@@ -781,7 +808,7 @@ def _trained(run, folder, split, m, log, features):
     model = create_model(m['name'], **hp).to(s.training.device)
     model.max_memory_gib = s.model.max_memory_gib
     if log: log.begin(model, _about(run, split), kept/'mlflow.json')
-    try: history = train(model, split, patience=s.training.patience, topk=s.validation.topk, metric=s.training.valid_metric, max_valid_users=s.training.max_valid_users, item_features=features,
+    try: history = on_engine(s, train)(model, split, patience=s.training.patience, topk=s.validation.topk, metric=s.training.valid_metric, max_valid_users=s.training.max_valid_users, item_features=features,
                          checkpoints=kept, checkpoint_s=s.training.checkpoint_s, after_epoch=log and log.epoch)
     except AerecError:
         if log: log.fail()
@@ -794,7 +821,7 @@ def _searched(run, folder, split, features):
     model = auto(split, s.training.budget_s, s.validation.topk, s.training.valid_metric, s.model.max_memory_gib, features, s.run.random_seed, refit=False)
     model.best_epoch = model.hyperparameters.get('num_epoch', 1)
     write_parquet(folder/'auto.parquet', model.candidates.assign(hyperparameters=[h if isinstance(h, str) else ', '.join(f'{k} {v}' for k,v in h.items()) for h in model.candidates.hyperparameters]))
-    found = evaluate(model, _sample(split.valid, s.training.max_valid_users), s.validation.topk)
+    found = evaluate(model, some_users(split.valid, s.training.max_valid_users), s.validation.topk)
     return model, _table([{'epoch': model.best_epoch, 'loss': np.nan, 'lr': np.nan, **{k: found.mean(k) for k in dict.fromkeys(('ndcg', 'recall', s.training.valid_metric))}}], model.best_epoch), model.why
 
 def _about(run, split):

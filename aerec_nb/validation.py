@@ -29,9 +29,9 @@ from .baselines import Popularity
 from .configuration import AerecError
 from .linear_models import EASE
 from .model_preprocessing import TEST, TRAIN, VALID, Fold, Interactions, ItemFeatures, Split, split_interactions
-from .modeling import block_rows, create_model, load_model, mask_history, save_model, top_k
+from .modeling import block_rows, create_model, fit_model, load_model, mask_history, save_model, top_k
 from .neural_models import LectureAutoEncoder
-from .runs import alone, measured, read_json, write_json, write_parquet
+from .runs import alone, measured, on_engine, read_json, write_json, write_parquet
 
 # %% ../nbs/03a_validation.ipynb #f73afcda
 def get_ndcg(pred_list: list, # ranked items, best first
@@ -806,11 +806,11 @@ def leaderboard(valid: list,   # of `Evaluation` on valid
     return pd.DataFrame([row(v, t, False) for v,t in ordered] + [row(v, t, True) for v,t in ends])
 
 # %% ../nbs/03a_validation.ipynb #6ff3ab7a
-def _refit_all(split, trained, features, device, costs, keep):
+def _refit_all(split, trained, features, device, costs, keep, fit=fit_model):
     "Each model fitted on train and validation, when its turn comes; what it cost is noted, and the pick is kept."
     for name,m in trained.items():
         hp = m['hyperparameters'] | ({'num_epoch': m['best_epoch']} if 'num_epoch' in m['hyperparameters'] else {})
-        model,seconds,memory = measured(lambda: create_model(name, **hp).to(device).fit(split.train, features))
+        model,seconds,memory = measured(lambda: fit(create_model(name, **hp).to(device), split.train, features))
         costs[name] = dict(params=sum(a.size for a in model.state().values()), seconds=round(seconds, 3), memory_mib=round(memory, 1))
         keep(name, model)
         yield model
@@ -840,7 +840,7 @@ def build_validation(run,          # `Run` from `aerec_nb.runs`
     costs,log = {}, Path(s.paths.var_dir)/'test_readings.jsonl'
     def keep(name, model):
         if name == pick: save_model(model, folder/'model')
-    test = final_test(_refit_all(refit, trained, features, device, costs, keep), refit, log, ks, list(trained), run.name, known)
+    test = final_test(_refit_all(refit, trained, features, device, costs, keep, on_engine(s, fit_model)), refit, log, ks, list(trained), run.name, known)
     readings = readings_of_test(log, refit)
     on_valid,on_test = (bounds(t, f, ks, on, None if known is None else known.over(items).matrix, split.seed)
                         for t,f,on,items in ((split.train, split.valid, 'valid', split.items), (refit.train, refit.test, 'test', refit.items)))
