@@ -41,10 +41,11 @@ RULES = {} # name -> function(ratings, knobs) -> mask, frame, Verdict or OFF
 def register_rule(
     name: str, # what settings call it
     negatives: bool = False, # are the rows it drops explicit dislikes? They are kept then, for exclusion
+    per_user: bool = False, # is what it says of a user's rows the same without the other users? Workers (section scale) share the users then
 ): # a decorator
     "Add a rule to those that settings may name; the same name again replaces it."
     def register(function):
-        function.negatives = negatives
+        function.negatives, function.per_user = negatives, per_user
         RULES[name] = function
         return function
     return register
@@ -63,8 +64,8 @@ def _times_seen(ids):
     codes, names = codes_of(ids)
     return np.bincount(codes, minlength=len(names))[codes]
 
-# %% ../nbs/01a_business_preprocessing.ipynb #b7479b19
-@register_rule('deduplicate')
+# %% ../nbs/01a_business_preprocessing.ipynb #fce295af
+@register_rule('deduplicate', per_user=True)
 def settle_repeats(
     ratings: pd.DataFrame, # rows that are left
     deduplicate: str = 'last', # last or first (in time, then by row), max, mean or sum of the values, or off
@@ -102,7 +103,7 @@ def _without(ids, excluded):
     note = f'not in the data: {", ".join(absent[:10])}{f" and {len(absent)-10:,} more" if len(absent) > 10 else ""}' if absent else ''
     return Verdict(~text.isin(wanted)[codes], f'{len(wanted):,} id{"s" if len(wanted) > 1 else ""}', note, bool(absent))
 
-@register_rule('excluded_users')
+@register_rule('excluded_users', per_user=True)
 def leave_out_users(
     ratings: pd.DataFrame, # rows that are left
     excluded_users: list = (), # user ids: abusers, staff, people who asked for it
@@ -110,7 +111,7 @@ def leave_out_users(
     "Drop all rows of some users."
     return _without(ratings.user_id, excluded_users)
 
-@register_rule('excluded_items')
+@register_rule('excluded_items', per_user=True)
 def leave_out_items(
     ratings: pd.DataFrame, # rows that are left
     excluded_items: list = (), # item ids
@@ -157,7 +158,7 @@ def _day(seconds):
     "Seconds as people read them: the day, and the time where it is not midnight."
     return datetime.fromtimestamp(float(seconds), timezone.utc).isoformat(' ', 'seconds').removesuffix('+00:00').removesuffix(' 00:00:00')
 
-@register_rule('time_window')
+@register_rule('time_window', per_user=True)
 def within_times(
     ratings: pd.DataFrame, # rows that are left
     time_from: str = None, # ISO 8601 with a zone, as settings keep it; None: from the beginning
@@ -194,7 +195,7 @@ def _beyond(users, times, n, seconds):
     out[order[n:]] = (u[n:] == u[:-n]) & (t[n:] - t[:-n] < seconds)
     return out
 
-@register_rule('bots')
+@register_rule('bots', per_user=True)
 def leave_out_bots(
     ratings: pd.DataFrame, # rows that are left
     bot_interactions: int = None, # most interactions of a person within the window; None: off
@@ -237,7 +238,7 @@ def _threshold(positive_threshold, feedback, scale):
     return float(positive_threshold)
 
 # %% ../nbs/01a_business_preprocessing.ipynb #3bfc526a
-@register_rule('positive_threshold', negatives=True)
+@register_rule('positive_threshold', negatives=True, per_user=True)
 def keep_positive(
     ratings: pd.DataFrame, # rows that are left
     positive_threshold = 'auto', # 'auto', 'off', or a rating
@@ -247,7 +248,7 @@ def keep_positive(
     threshold = threshold_for(ratings, positive_threshold, scale)
     return OFF if threshold is None else Verdict(ratings.rating.to_numpy() >= threshold, f'at least {threshold:g}')
 
-@register_rule('positive_count')
+@register_rule('positive_count', per_user=True)
 def keep_counted(
     ratings: pd.DataFrame, # rows that are left
     positive_count: float = 0., # what a count must be above
@@ -255,8 +256,8 @@ def keep_counted(
     "Keep counts above a number: no play is no interaction."
     return Verdict(ratings['count'].to_numpy() > positive_count, f'above {positive_count:g}') if 'count' in ratings else OFF
 
-# %% ../nbs/01a_business_preprocessing.ipynb #cd8c4822
-@register_rule('user_cap')
+# %% ../nbs/01a_business_preprocessing.ipynb #a290fd20
+@register_rule('user_cap', per_user=True)
 def cap_users(
     ratings: pd.DataFrame, # rows that are left
     user_cap: int = None, # most rows of one user; None: all
@@ -275,7 +276,7 @@ def cap_users(
     keep[order] = rank < user_cap if user_cap_keep == 'first' else rank >= np.repeat(sizes, sizes)-user_cap
     return Verdict(keep, f'{user_cap_keep} {user_cap:,} of a user', f'{len(begins):,} users had more')
 
-@register_rule('min_user_interactions')
+@register_rule('min_user_interactions', per_user=True)
 def leave_out_rare_users(
     ratings: pd.DataFrame, # rows that are left
     min_user_interactions: int = 1, # least number of rows
@@ -327,7 +328,7 @@ def keep_core(
 # %% ../nbs/01a_business_preprocessing.ipynb #8028e319
 _LEAST = np.finfo(np.float32).tiny # the least weight
 
-@register_rule('weight_by_rating')
+@register_rule('weight_by_rating', per_user=True)
 def weigh_by_rating(
     ratings: pd.DataFrame, # rows that are left
     weight_by_rating: bool = False, # on or off
@@ -343,10 +344,11 @@ def weigh_by_rating(
 def decay(
     ratings: pd.DataFrame, # rows that are left
     half_life_days: float = None, # age that halves a weight; None: off
+    last: float = None, # seconds of the last interaction; None: of these rows
 ):
     "Halve weights for every half-life before the last interaction."
     if half_life_days is None: return OFF
-    last, times = ratings.timestamp.max(), ratings.timestamp.to_numpy()
+    last, times = ratings.timestamp.max() if last is None else last, ratings.timestamp.to_numpy()
     faded = ratings.weight.to_numpy(np.float32)*np.exp2((times-last)/(86400*half_life_days)).astype(np.float32)
     return Verdict(ratings.assign(weight=np.maximum(faded, _LEAST)), f'half in {half_life_days:g} days', f'counted back from {_day(last)}')
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AUTO', 'check_histories', 'check_value', 'check_device', 'Model', 'block_rows', 'scores_bytes', 'Plan', 'free_gib',
-           'limit_gib', 'check_memory', 'check_plan', 'model_names', 'register_model', 'model_class', 'hyperparameters',
-           'create_model', 'fit_model', 'plan', 'save_model', 'load_model', 'score_blocks', 'mask_history', 'top_k',
-           'standardise', 'Blend', 'ColdItems', 'alike', 'AutoEncoder', 'configured_models', 'build_modeling',
-           'describe_models', 'plot_plan']
+           'limit_gib', 'check_memory', 'check_plan', 'model_names', 'register_model', 'model_class', 'model_files',
+           'hyperparameters', 'create_model', 'fit_model', 'plan', 'save_model', 'load_model', 'score_blocks',
+           'mask_history', 'top_k', 'standardise', 'Blend', 'ColdItems', 'alike', 'AutoEncoder', 'configured_models',
+           'build_modeling', 'describe_models', 'plot_plan']
 
 # %% ../nbs/02_modeling.ipynb #e910e62b
 import importlib, inspect, json, math
@@ -27,9 +27,9 @@ from safetensors.numpy import load_file, save
 from scipy import sparse
 from torch import nn
 
-from .configuration import KNOBS, AerecError
+from .configuration import KNOBS, AerecError, own_file, own_object
 from .model_preprocessing import Split
-from .runs import atomic_path, read_json, write_json, write_parquet
+from .runs import atomic_path, read_json, sha256_file, write_json, write_parquet
 
 # %% ../nbs/02_modeling.ipynb #45e20e05
 def check_histories(
@@ -267,12 +267,25 @@ def register_model(name: str, # how settings and `create_model` will call it
 def model_class(name: str # one of `model_names()`
                ) -> type:
     "The class behind a name; raises `AerecError` with the valid names."
+    if ':' in name and name not in _MODELS: return _class_of_file(name)
     if name not in {**_MODELS, **_AROUND}: raise AerecError(f"unknown model '{name}': valid names are {', '.join(model_names())}")
     target = _MODELS.get(name) or _AROUND[name]
     if not isinstance(target, str): return target
     module,cls = target.split(':')
     try: return getattr(importlib.import_module(module), cls)
     except (ImportError, AttributeError) as e: raise AerecError(f"model '{name}': {target} cannot be imported ({e})") from None
+
+def _class_of_file(name):
+    "A class of a file of the project: 'mine:Together'."
+    cls = own_object(name, 'model')
+    if not (isinstance(cls, type) and hasattr(cls, 'score') and hasattr(cls, 'from_state')): raise AerecError(f"model '{name}' is no class with fit, score, state and from_state: derive it from aerec_nb.modeling.Model")
+    return cls
+
+def model_files(settings # section model is read
+               ) -> dict: # label -> sha256
+    "Files of the project that hold models of one's own: what a stage depends on outside the run."
+    names = [settings.model.model] if settings.model.model else settings.model.models
+    return {f'model {name}': sha256_file(own_file(name, 'model.models')) for name in names if ':' in name and name not in _MODELS}
 
 def hyperparameters(name: str # one of `model_names()`
                    ) -> dict: # hyperparameter -> default

@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'MONITORS', 'Z', 'MIN_LISTS', 'SAMPLE', 'log', 'STANDING', 'FAULTS', 'COLORS', 'SIGNS', 'DRIFTS', 'Window',
-           'Pairs', 'Figure', 'Monitor', 'register_monitor', 'register', 'share', 'mean', 'ratio', 'percentile',
-           'errors', 'availability', 'client_errors', 'latency_p50', 'latency', 'latency_p99', 'unknown_users',
-           'fallback', 'version_skew', 'model_age', 'empty_lists', 'short_lists', 'banned_places', 'ban_violations',
-           'seen_places', 'seen_violations', 'doubled_places', 'duplicate_items', 'bad_scores', 'golden', 'overlap',
-           'reference_of', 'list_means', 'exposure', 'coverage', 'popularity_share', 'concentration', 'novelty',
-           'tail_share', 'personalisation', 'diversity', 'calibration', 'churn', 'group_gap', 'js_divergence', 'psi',
-           'drift', 'volume', 'silence', 'feedback', 'duplicated_events', 'new_items', 'busiest_user', 'clock_skew',
-           'ctr', 'ndcg', 'hit_rate', 'lift', 'sample_ratio', 'ips', 'offline_metric', 'measure_window', 'make_window',
-           'run_monitors', 'in_window', 'last_headline', 'monitor_trend', 'Visitors', 'Traffic', 'make_traffic',
-           'events_of', 'simulate_traffic', 'ground_truth', 'alerts', 'shown', 'AlertBook', 'prometheus_rules',
-           'exposition', 'monitor', 'describe_window', 'watch', 'evidence_requests', 'evidence_segments',
-           'evidence_items', 'Lights', 'plot_monitors', 'report_html', 'Decision', 'retrain_decision',
-           'describe_decision', 'ratings_from_events', 'grown_ratings', 'build_monitoring', 'describe_monitoring']
+           'Pairs', 'Figure', 'Monitor', 'register_monitor', 'register', 'take_own_monitors', 'monitor_files', 'share',
+           'mean', 'ratio', 'percentile', 'errors', 'availability', 'client_errors', 'latency_p50', 'latency',
+           'latency_p99', 'unknown_users', 'fallback', 'version_skew', 'model_age', 'empty_lists', 'short_lists',
+           'banned_places', 'ban_violations', 'seen_places', 'seen_violations', 'doubled_places', 'duplicate_items',
+           'bad_scores', 'golden', 'overlap', 'reference_of', 'list_means', 'exposure', 'coverage', 'popularity_share',
+           'concentration', 'novelty', 'tail_share', 'personalisation', 'diversity', 'calibration', 'churn',
+           'group_gap', 'js_divergence', 'psi', 'drift', 'volume', 'silence', 'feedback', 'duplicated_events',
+           'new_items', 'busiest_user', 'clock_skew', 'ctr', 'ndcg', 'hit_rate', 'lift', 'sample_ratio', 'ips',
+           'offline_metric', 'measure_window', 'make_window', 'run_monitors', 'in_window', 'last_headline',
+           'monitor_trend', 'Visitors', 'Traffic', 'make_traffic', 'events_of', 'simulate_traffic', 'ground_truth',
+           'alerts', 'shown', 'AlertBook', 'prometheus_rules', 'exposition', 'monitor', 'describe_window', 'watch',
+           'evidence_requests', 'evidence_segments', 'evidence_items', 'Lights', 'plot_monitors', 'report_html',
+           'Decision', 'retrain_decision', 'describe_decision', 'ratings_from_events', 'grown_ratings',
+           'build_monitoring', 'describe_monitoring']
 
-# %% ../nbs/06_monitoring.ipynb #83f276ec
-import base64, html, io, json, logging, math, threading, time, urllib.request
+# %% ../nbs/06_monitoring.ipynb #8aadeba8
+import base64, html, importlib, io, json, logging, math, threading, time, urllib.request
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -33,13 +34,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fastcore.basics import patch
 from scipy import sparse, stats
-from .configuration import AerecError, load_settings, project_dir
+from .configuration import AerecError, load_settings, own_file, own_object, project_dir
 from .data_import import feedback_ratings
 from .events import COLUMNS, SCHEMA, EventLog, check_event, events_url, load_events, new_event
 from .inference import Recommender
 from .packaging import head_items, headline, load_bundle, same_answer
 from .postprocessing import ban_list, miscalibration
-from .runs import all_runs, alone, read_json, write_json, write_parquet
+from .runs import all_runs, alone, read_json, sha256_file, write_json, write_parquet
 from .validation import gini, list_metrics, long_tail
 
 # %% ../nbs/06_monitoring.ipynb #b9690a6b
@@ -316,6 +317,24 @@ def register(name:str, # unique
         register_monitor(Monitor(name, f, limit, fires, severity, definition, least, group))
         return f
     return decorate
+
+# %% ../nbs/06_monitoring.ipynb #9801b4d3
+def take_own_monitors(monitoring # section `monitoring` of the settings
+                     ) -> None:
+    "Register the monitors that the settings name in files of the project; raises `AerecError` where one cannot be."
+    module = importlib.import_module('aerec_nb.monitoring') # with which the file registers, whatever runs here
+    for name in monitoring.own_monitors:
+        if ':' not in name: raise AerecError(f"monitoring.own_monitors names '{name}': a monitor of your own is named module:function")
+        before, function = dict(module.MONITORS), own_object(name, 'monitoring.own_monitors')
+        found = [m for m in module.MONITORS.values() if m.measure is function]
+        module.MONITORS.clear(); module.MONITORS.update(before)
+        if not found: raise AerecError(f"monitoring.own_monitors names '{name}', but its file registers no such monitor: put @register(...) over the function")
+        for m in found: MONITORS[m.name] = module.MONITORS[m.name] = m
+
+def monitor_files(settings # section monitoring is read
+                 ) -> dict: # label -> sha256
+    "Files of the project that hold monitors of one's own."
+    return {f'monitor {name}': sha256_file(own_file(name, 'monitoring.own_monitors')) for name in settings.monitoring.own_monitors}
 
 # %% ../nbs/06_monitoring.ipynb #0140a298
 def share(yes # bool, a value a case
@@ -778,6 +797,7 @@ def measure_window(window:Window, # with its reference, if there is one
                    monitoring # section `monitoring` of the settings
                   ) -> pd.DataFrame: # monitor, value, low, high, threshold, fires, status, severity, cases, group, definition
     "All monitors of a window. One of your own that breaks does not take the others with it."
+    take_own_monitors(monitoring)
     rows = []
     window.shares = monitoring.experiment_shares
     for m in MONITORS.values():
@@ -1190,6 +1210,7 @@ def prometheus_rules(monitoring, # section `monitoring` of the settings
                      interval:float=60. # seconds between two looks of the watch
                     ) -> str: # a rule file
     "Alerting rules for Prometheus from the definitions of the monitors (JSON, which is YAML)."
+    take_own_monitors(monitoring)
     def rule(name, expr, severity, words, wait): return {'alert': 'aerec_'+''.join(c if c.isalnum() else '_' for c in name), 'expr': expr, 'for': f'{wait:.0f}s', 'labels': {'severity': severity}, 'annotations': {'summary': words}}
     service = [rule(name, expr.replace('{limit}', f'{getattr(monitoring, MONITORS[name].limit) if isinstance(MONITORS[name].limit, str) else MONITORS[name].limit:g}'), MONITORS[name].severity, MONITORS[name].definition, 300)
                for name,expr in _SERVICE.items() if name in MONITORS]

@@ -11,7 +11,7 @@ __all__ = ['Outcome', 'execute_notebook', 'code_cells', 'cells_hash', 'Step', 's
 
 # %% ../nbs/07_pipeline.ipynb #658fb352
 import argparse, ast, base64, html, importlib.metadata, importlib.util, itertools, json, logging, os, re, shlex, shutil, signal, subprocess, sys, threading, time, warnings
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -567,17 +567,35 @@ def run_pipeline(env:str=None, # dev, stage, live or test; None as configured
     _check(opened, names)
     begun = not opened.folder.exists()
     steps = plan_steps(opened, names, force)
-    write_run_file(opened) # gives environment and overrides to the notebooks that follow
-    say(f'run {opened.name}, environment {opened.env}')
-    with alone_with_run(opened):
-        _sweep_run(opened.folder)
-        loop = _Loop(opened, steps, say)
-        result = PipelineResult(opened, loop.execute(), plan=steps)
-        mistake = next((o for o in result.outcomes if o.is_mistake), None)
-        if not (mistake and begun and 'training' not in loop.ran): result.report = write_report(opened, result.outcomes, steps)
+    with _engine(opened, steps):
+        write_run_file(opened) # gives environment and overrides to the notebooks that follow
+        say(f'run {opened.name}, environment {opened.env}')
+        with alone_with_run(opened):
+            _sweep_run(opened.folder)
+            loop = _Loop(opened, steps, say)
+            result = PipelineResult(opened, loop.execute(), plan=steps)
+            mistake = next((o for o in result.outcomes if o.is_mistake), None)
+            if not (mistake and begun and 'training' not in loop.ran): result.report = write_report(opened, result.outcomes, steps)
     if mistake and result.report is None: remove_run(opened.folder) # it leaves no trace
     if mistake: raise AerecError(mistake.error.removeprefix('AerecError: ') + (f' (run {opened.name} is kept: aerec run --resume goes on with it)' if result.report else ''))
     return result
+
+# %% ../nbs/07_pipeline.ipynb #6ac8d0d5
+@contextmanager
+def _engine(run:Run, steps:list):
+    "The engine of the settings, for as long as the stages run; they find it by the variable that Ray itself reads."
+    scale = run.settings.scale
+    if scale.engine == 'local' or not any(p.action == 'run' and 'scale' in p.stage.reads for p in steps):
+        yield
+        return
+    from aerec_nb.scale import engine_address, start_engine, stop_engine
+    start_engine(scale)
+    before = os.environ.get('RAY_ADDRESS')
+    os.environ['RAY_ADDRESS'] = engine_address()
+    try: yield
+    finally:
+        os.environ.pop('RAY_ADDRESS') if before is None else os.environ.update(RAY_ADDRESS=before)
+        stop_engine()
 
 # %% ../nbs/07_pipeline.ipynb #a68186d7
 def _opened(env, run, data, resume, first, last, only, force, knobs) -> tuple:
@@ -652,6 +670,7 @@ _INDEX = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta nam
 <td>{{ s.seconds }}</td><td>{{ s.memory }}</td><td style="text-align:left">{{ s.figures|e }}</td><td style="text-align:left">{{ s.why|e }}</td></tr>{% endfor %}</tbody></table>
 {% if leaderboard %}<h2>Leaderboard</h2>{{ leaderboard }}{% endif %}{% if recommendations %}<h2>For user {{ user|e }}</h2>{{ recommendations }}{% endif %}
 <h2>Pictures</h2><div class="gallery">{% for title, page, png in pictures %}<figure><a href="{{ page }}#Run-this-stage"><img alt="{{ title }}" src="data:image/png;base64,{{ png }}"></a><figcaption>{{ title }}</figcaption></figure>{% endfor %}</div>
+{% if workers %}<h2>Workers</h2>{{ workers }}{% endif %}
 <h2>Where it comes from</h2><table class="left"><tbody>{% for what, value in lineage %}<tr><th>{{ what|e }}</th><td><code>{{ value|e }}</code></td></tr>{% endfor %}</tbody></table>
 <h2>Warnings</h2>{% if warned %}<table class="left"><tbody>{% for stage, line in warned %}<tr><th>{{ stage }}</th><td>{{ line|e }}</td></tr>{% endfor %}</tbody></table>{% else %}<p>none</p>{% endif %}
 <h2>Settings that are not defaults</h2>{{ settings }}<details><summary>all {{ n_settings }} settings</summary>{{ all_settings }}</details>
@@ -693,8 +712,15 @@ def _index_page(run:Run, outcomes:list, steps:list) -> str:
     return jinja2.Environment(autoescape=False).from_string(_INDEX).render(
         run=run.name, style=_STYLE, data=_data_line(run), cards=_cards(run, table), stages=shown, pictures=pictures, user=user, graph=_graph(table), lineage=_lineage(run), warned=warned,
         failures=[o for o in outcomes if o.state == 'failed'], commands={s.notebook: papermill_command(s.name, run) for s in STAGES.values()},
-        leaderboard=_frame_html(_leaderboard(run)), recommendations=_frame_html(recommended), n_settings=len(settings), all_settings=settings.to_html(escape=True),
+        leaderboard=_frame_html(_leaderboard(run)), workers=_frame_html(_workers(run)), recommendations=_frame_html(recommended), n_settings=len(settings), all_settings=settings.to_html(escape=True),
         settings=settings[settings.source != 'default'].to_html(escape=True))
+
+def _workers(run:Run) -> pd.DataFrame|None:
+    "What each worker of the engine did, stage by stage; None where this process did everything."
+    found = [pd.read_parquet(path).assign(stage=name) for name in STAGES if (path := run.folder/name/'workers.parquet').exists()]
+    if not found: return None
+    table = pd.concat(found, ignore_index=True)
+    return table[['stage', *table.columns.drop('stage')]].rename(columns={'seconds': 'seconds at work', 'peak_mib': 'peak MiB'}).astype({'pid': str})
 
 def _frame_html(frame) -> str:
     "A table, or nothing."
@@ -1305,7 +1331,7 @@ def _asked(args) -> dict:
     "What `run` was asked for, as arguments of `run_pipeline`."
     given = dict(env=args.env, run=args.run, data=_absolute_source(args.data), resume=args.resume, first=args.first, last=args.last, only=args.only or (), force=args.force or ())
     if given['force'] and '' in given['force']: given['force'] = ['all']
-    return {**given, **dict(args.p or [])}
+    return {**given, **{k: v for k in ('engine', 'address') if (v := getattr(args, k, None)) is not None}, **dict(args.p or [])}
 
 def _cmd_run(args) -> int:
     if args.dry_run:
@@ -1388,9 +1414,14 @@ def _cmd_recommend(args) -> int:
     from aerec_nb.packaging import load_bundle
     user = args.user_id if args.user is None else args.user
     if user is None and args.history is None and not args.batch: raise AerecError('say for whom: aerec recommend 42, aerec recommend --history 1,2,3, or aerec recommend --batch FOLDER')
-    recommender = load_bundle(find_bundle(load_settings(args.env), args.run))
+    settings = load_settings(args.env, engine=args.engine, address=args.address)
+    recommender = load_bundle(find_bundle(settings, args.run))
     if args.batch:
-        shards = recommender.recommend_batch(k=args.k, folder=Path(args.batch))
+        if settings.scale.engine == 'local': shards = recommender.recommend_batch(k=args.k, folder=Path(args.batch))
+        else:
+            from aerec_nb.scale import recommend_batch, stop_engine
+            try: shards = recommend_batch(recommender, k=args.k, folder=Path(args.batch), scale=settings.scale)
+            finally: stop_engine()
         print(shards.to_json(orient='records') if args.json else f'{len(shards)} files in {args.batch}')
         return 0
     history = [part.strip() for part in args.history.split(',') if part.strip()] if args.history is not None else None
@@ -1485,6 +1516,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run_parsers(command) -> None:
     "The commands that execute notebooks."
     def knobs(p, help='a setting for this run; may be repeated'): p.add_argument('-p', nargs=2, action='append', metavar=('NAME', 'VALUE'), help=help)
+    def engine(p):
+        p.add_argument('--engine', choices=['local', 'ray'], help='who does the heavy work: the processes of the stages, or workers on Ray')
+        p.add_argument('--address', help='host:port of a Ray cluster; none: workers on this machine')
     def data(p): p.add_argument('--data', help='folder, file, URL, auto, sample or a named data set')
     p = command('run', _cmd_run, 'run the stages that something has changed for', 'aerec run --data my_folder -p lr 0.001', 'aerec run --resume', 'aerec run --dry-run -p topk 20', 'aerec run --from training --force training')
     data(p); knobs(p)
@@ -1495,6 +1529,7 @@ def _run_parsers(command) -> None:
     p.add_argument('--only', nargs='+', metavar='STAGE', help='see to these stages only')
     p.add_argument('--force', action='append', nargs='?', const='', metavar='STAGE', help='run this stage even if nothing has changed; without a name: every stage')
     p.add_argument('--dry-run', action='store_true', help='only say what would be run, and why')
+    engine(p)
     p.add_argument('--commands', action='store_true', help='with --dry-run: also the papermill command of each stage')
     p = command('stage', _cmd_stage, 'run one notebook by itself; what it needs is taken from earlier runs or built', 'aerec stage training -p lr 0.001', 'aerec stage 03 --print', json=False)
     p.add_argument('stage', metavar='STAGE', help='training, 03_training or 03')
@@ -1520,6 +1555,8 @@ def _bundle_parsers(command) -> None:
     p.add_argument('--user', help='the same by name')
     p.add_argument('--history', help='item ids between commas')
     p.add_argument('--batch', metavar='FOLDER', help='lists for all users, as Parquet files in a new folder')
+    p.add_argument('--engine', choices=['local', 'ray'], help='with --batch: who makes them')
+    p.add_argument('--address', help='host:port of a Ray cluster; none: workers on this machine')
     p.add_argument('-k', type=int, default=10, help='how many (default 10)')
     p.add_argument('--run', help=_TAKES_RUN)
     p = command('serve', _cmd_serve, 'serve recommendations over HTTP', 'aerec serve --port 8000', json=False)

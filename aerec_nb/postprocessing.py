@@ -13,8 +13,8 @@ __all__ = ['log', 'RANGES', 'STEPS', 'SMOOTHING', 'Place', 'STRENGTHS', 'TRADEOF
            'load_catalogue', 'served_items', 'build_postprocessing', 'describe_postprocessing', 'before_after',
            'with_titles', 'plot_steps']
 
-# %% ../nbs/04a_postprocessing.ipynb #7c0b8726
-import difflib, importlib.util, inspect, itertools, json, logging, sys, threading, time, types, zlib
+# %% ../nbs/04a_postprocessing.ipynb #6c32617f
+import difflib, importlib, importlib.util, inspect, itertools, json, logging, threading, time, zlib
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from scipy.sparse import csr_matrix
-from .configuration import AerecError, hide_secrets, project_dir
+from .configuration import AerecError, hide_secrets, own_file, own_object, project_dir
 from .model_preprocessing import NOTHING, Interactions, ItemFeatures, Split, _with_year
 from .runs import read_json, sha256_file, sha256_json, write_json, write_parquet
 
@@ -794,18 +794,7 @@ def explore(candidates:Candidates, request:Request, *,
         else: propensity[slot-1] = 1-epsilon
     return replace(replace(candidates, sources=sources).take(order), propensities=propensity)
 
-# %% ../nbs/04a_postprocessing.ipynb #cb44e27b
-def _own_file(name:str) -> Path:
-    "The file of a step that settings name as module:step."
-    module = name.split(':')[0]
-    path = project_dir()/f"{module.replace('.', '/')}.py"
-    if path.is_file(): return path
-    try: spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError): spec = None
-    if spec is None or not (spec.origin or '').endswith('.py'):
-        raise AerecError(f"postprocessing.steps names '{name}', but the project has no file {module.replace('.', '/')}.py, and there is no module {module}")
-    return Path(spec.origin)
-
+# %% ../nbs/04a_postprocessing.ipynb #d3650a3b
 def find_step(name:str, # as settings name it
               elsewhere:bool=False # shall it be known in other processes too?
              ) -> Step:
@@ -822,23 +811,17 @@ def _is_foreign(s:Step) -> bool:
     except (OSError, TypeError): return True
 
 def _step_of_file(name:str) -> Step:
-    "The step, from the file as it is now; what the file registers stays registered."
-    path, (module, own) = _own_file(name), name.split(':')
-    made = types.ModuleType(f"_aerec_steps_{module.replace('.', '_')}")
-    made.__file__, made.__package__ = str(path), module.rpartition('.')[0]
-    sys.modules[made.__name__] = made
-    before = dict(STEPS)
-    STEPS.pop(own, None)
-    sys.path.insert(0, str(project_dir()))
+    "The step, from the file as it is now; what the file registers stays its own."
+    registries, own = [STEPS, importlib.import_module('aerec_nb.postprocessing').STEPS], name.split(':')[1] # the file registers with the module, whatever runs here
+    before = [dict(r) for r in registries]
+    for r in registries: r.pop(own, None)
     try:
-        exec(compile(path.read_bytes(), str(path), 'exec'), made.__dict__)
-        if own not in STEPS: raise AerecError(f"postprocessing.steps names '{name}', but {path.name} registers no step '{own}': put @step('{own}') over its function")
-        return STEPS[own]
-    except AerecError: raise
-    except Exception as e: raise AerecError(f"postprocessing.steps names '{name}', and {path.name} cannot be run: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from None
+        function = own_object(name, 'postprocessing.steps')
+        found = next((s for r in registries for s in r.values() if s.function is function), None)
+        if found is None: raise AerecError(f"postprocessing.steps names '{name}', but {own_file(name, 'postprocessing.steps').name} registers no step '{own}': put @step('{own}') over its function")
+        return found
     finally:
-        sys.path.remove(str(project_dir()))
-        STEPS.clear(); STEPS.update(before)
+        for r,kept in zip(registries, before): r.clear(); r.update(kept)
 
 # %% ../nbs/04a_postprocessing.ipynb #b3e44c72
 class Chain:
@@ -1335,7 +1318,7 @@ def chain_files(settings # from `load_settings`
                ) -> dict: # label -> sha256
     "What the stage depends on outside the run: the ban file, what the database bans, and files with steps of one's own."
     p, bans = settings.postprocessing, ban_list(settings)
-    found = {f'step {name}': sha256_file(_own_file(name)) for name in p.steps if ':' in name}
+    found = {f'step {name}': sha256_file(own_file(name, 'postprocessing.steps')) for name in p.steps if ':' in name}
     if bans.file: found['ban_file'] = sha256_file(bans.file)
     if bans.url: found['ban_url'] = sha256_json([str(id) for id in bans._of_table])
     return found

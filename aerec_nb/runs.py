@@ -118,9 +118,9 @@ STAGES = {s.name: s for s in [
           outputs=('interactions.parquet', 'waterfall.parquet')),
     Stage('model_preprocessing', '01b_model_preprocessing', ('data_import', 'business_preprocessing'), ('split', 'run.random_seed'),
           external='tag_files', outputs=('split/split.json',)),
-    Stage('modeling', '02_modeling', ('model_preprocessing',), ('model', 'training.budget_s', 'run.random_seed'), outputs=('models.json', 'plan.parquet')),
+    Stage('modeling', '02_modeling', ('model_preprocessing',), ('model', 'training.budget_s', 'run.random_seed'), external='model_files', outputs=('models.json', 'plan.parquet')),
     Stage('training', '03_training', ('model_preprocessing', 'modeling'), ('model', 'training', 'run.random_seed', 'validation.topk', 'scale'),
-          outputs=('summary.json',), timeout=3*24*3600),
+          external='model_files', outputs=('summary.json',), timeout=3*24*3600),
     Stage('validation', '03a_validation', ('data_import', 'model_preprocessing', 'training'), ('validation', 'training.device', 'run.random_seed', 'scale'),
           outputs=('choice.json', 'leaderboard.parquet', 'model/model.json'), timeout=6*3600),
     Stage('inference', '04_inference', ('data_import', 'business_preprocessing', 'model_preprocessing', 'training', 'validation'), ('inference', 'validation.topk', 'run.random_seed'),
@@ -132,7 +132,7 @@ STAGES = {s.name: s for s in [
     Stage('serving', '05a_serving', ('data_import', 'model_preprocessing', 'packaging'),
           ('serving', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env'), outputs=('events.parquet', 'latencies.parquet')),
     Stage('monitoring', '06_monitoring', ('data_import', 'model_preprocessing', 'validation', 'packaging', 'serving'),
-          ('monitoring', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env'), outputs=('monitors.parquet',)),
+          ('monitoring', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env'), external='monitor_files', outputs=('monitors.parquet',)),
 ]}
 
 # %% ../nbs/00a_runs.ipynb #24463123

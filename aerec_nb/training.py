@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .configuration import AerecError, show_value
 from .model_preprocessing import Fold, ItemFeatures, Split
-from .modeling import AUTO, Blend, Model, configured_models, create_model, hyperparameters, mask_history, model_class, save_model, score_blocks, standardise, top_k
+from .modeling import AUTO, Blend, Model, configured_models, create_model, hyperparameters, mask_history, model_class, model_files, save_model, score_blocks, standardise, top_k
 from .neural_models import Diverged
 from .runs import alone, atomic_path, code_hash, mlflow_module, on_engine, peak_memory_mib, read_json, sha256_file, sha256_json, versions, write_json, write_parquet
 from .validation import METRICS, evaluate
