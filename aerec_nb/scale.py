@@ -259,6 +259,7 @@ def _check_piece(piece, where, columns, at, encoding, header, handed_over, found
     began = time.perf_counter()
     try: raw, n_lines = _read_piece(piece, encoding, header, handed_over)
     except _OtherEncoding: return dict(other_encoding=True), None
+    raw = raw.reset_index(drop=raw.index.names == [None])
     names = [c for c in raw.columns if c != di._FAULT]
     facts = dict(n=len(raw), n_lines=n_lines, header=names, encoding=raw.attrs.get('encoding'), empty=[c for c in names if di._empty(raw[c])])
     if found is None:
@@ -1210,11 +1211,15 @@ def _worker(config):
     model.share = Share(np.arange(first, first+X.shape[0]), lengths, counts, partial(_add_up, device), rank)
     ready = time.perf_counter()
     def told(row):
-        if config['queue'] is not None and rank == 0: config['queue'].put(row)
+        if rank == 0: config['queue'].put(row)
     data = _Data(X, ray.get(config['folds'][rank]) if config['folds'] else None, config['fingerprint'])
-    if config['folds']: training.train(model, data, progress=False, item_features=features, after_epoch=told, **config['options'])
-    else: _epochs(model, data, features, told, config['options']['checkpoints'], config['options']['checkpoint_s'])
-    if config['queue'] is not None: config['queue'].put(dict(figures=task_figures(f"training {config['name']}", X.shape[0], ready)))
+    try:
+        if config['folds']: training.train(model, data, progress=False, item_features=features, after_epoch=told, **config['options'])
+        else: _epochs(model, data, features, told, config['options']['checkpoints'], config['options']['checkpoint_s'])
+    except AerecError as e: # would come again: Ray Train must not begin anew
+        config['queue'].put(dict(error=str(e)))
+        return
+    config['queue'].put(dict(figures=task_figures(f"training {config['name']}", X.shape[0], ready)))
 
 def _epochs(model, data, features, told, folder, every_s):
     "All epochs of a model, without a look at validation."
@@ -1255,8 +1260,9 @@ def _train_on_ray(model, histories, fold, fingerprint, item_features, scale, aft
     finally:
         queue.shutdown(force=True)
         shutil.rmtree(storage, ignore_errors=True)
+    return rows.counts
 
-MAX_DEATHS = 100 # workers that may die before a training is given up
+MAX_DEATHS = 20 # workers that may die before a training is given up
 
 def _watch(trainer, queue, model, options, after_epoch, progress):
     "Run a trainer to its end, and show its epochs as they come."
@@ -1270,6 +1276,9 @@ def _watch(trainer, queue, model, options, after_epoch, progress):
         while thread.is_alive() or not queue.empty():
             try: row = queue.get(timeout=.2)
             except Exception: continue # nothing new
+            if 'error' in row:
+                done['error'] = AerecError(row['error'])
+                continue
             if 'figures' in row:
                 keep_figures([row['figures']])
                 continue
@@ -1304,8 +1313,8 @@ def _fit_by_gradients(model, train, item_features, scale):
     if sparse.issparse(train): train = check_histories(train, what='train')
     fingerprint = sha256_json([model.name, model.hyperparameters, train.shape, train.nnz, training.features_hash(item_features)])
     with tempfile.TemporaryDirectory() as folder:
-        _train_on_ray(model, train, None, fingerprint, item_features, scale, None, True, dict(checkpoints=folder, checkpoint_s=60, num_epoch=None))
-        model.prepare(train if sparse.issparse(train) else sparse.csr_matrix(train.shape, dtype=np.float32), item_features)
+        counts = _train_on_ray(model, train, None, fingerprint, item_features, scale, None, True, dict(checkpoints=folder, checkpoint_s=60, num_epoch=None))
+        model.prepare(sparse.csr_matrix(counts[None] > 0, dtype=np.float32), item_features) # nothing is learned here: which items there are is enough
         training.Checkpoints(folder, fingerprint).load(model)
     return model
 

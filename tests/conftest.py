@@ -3,6 +3,9 @@ import os, pwd, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.
 from pathlib import Path
 import pytest
 
+os.environ['OMP_NUM_THREADS'] = '1' # before anything loads torch: as many tests run at once as there are processors, and threads that wait for one another take the processors from the others
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None) # hundreds of processes import the package: it is compiled once
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 

@@ -7,6 +7,7 @@ from aerec_nb.pipeline import new_project
 from aerec_nb.runs import STAGES
 
 REAL = ROOT.parent/'shared'/'data'
+SOAK = os.environ.get('SOAK')
 
 
 def aerec(*words, env, cwd, timeout=600): return run(BIN/'aerec', *words, env=env, cwd=cwd, timeout=timeout)
@@ -117,20 +118,6 @@ def test_a_run_goes_on(finished, tmp_path):
     assert 'building' not in (tmp_path/'out.ipynb').read_text(), 'an upstream stage was built again'
 
 
-def two_columns(): return sample().iloc[:8000][['userId', 'movieId']]
-def plays(): return sample().iloc[:8000][['userId', 'movieId']].assign(plays=lambda d: (d.movieId*7 + d.userId) % 40 + 1)
-def without_times(): return sample().iloc[:8000].drop(columns='timestamp')
-
-
-@pytest.mark.parametrize('make, said', [(two_columns, 'every row is an interaction'), (plays, 'counts, which become weights'), (without_times, 'without times')])
-def test_data_of_another_shape_runs_through(make, said, environ, tmp_path):
-    (tmp_path/'mine').mkdir()
-    make().to_csv(tmp_path/'mine'/'ratings.csv', index=False)
-    done = aerec('run', '--data', 'mine', env=environ, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert said in done.stdout, done.stdout
-
-
 def test_users_with_few_ratings_are_counted(environ, tmp_path):
     (tmp_path/'mine').mkdir()
     data = sample().iloc[:8000]
@@ -198,7 +185,7 @@ def test_environments_differ(environ, tmp_path):
 
 @pytest.mark.parametrize('data', [p for p in [REAL/'ml-latest-small'] if p.exists()])
 def test_the_lectures_facts(data, environ, tmp_path):
-    done = aerec('run', '--data', data, '-p', 'n_requests', '30', env={**environ, 'AEREC_ENV': 'dev'}, cwd=tmp_path)
+    done = aerec('run', '--data', data, *([] if SOAK else ['--to', 'validation']), '-p', 'n_requests', '30', env={**environ, 'AEREC_ENV': 'dev'}, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = only_run(environ)
     pages = (folder/'report'/'01_data_import.html').read_text()
@@ -241,27 +228,33 @@ def test_the_site_is_built_offline(project, environ):
 
 # --- cache, resume, kills: on notebooks that are only their parameters and their last cells, so that a stage takes seconds ---------------------------------
 
-SOAK = os.environ.get('SOAK')
 PART = ['configuration', 'data_import', 'business_preprocessing', 'model_preprocessing', 'modeling', 'training', 'validation']
 
 
-def strip(source, target, stage):
-    "A stage's notebook without its library part: the installed module stands for it."
+def strip(source, target, stage, shows=False):
+    "A stage's notebook without its library part: the installed module stands for it; with or without the cells that show what came of it."
     nb = nbformat.read(source, as_version=4)
     cells = [c for c in nb.cells if c.cell_type == 'code']
     at = next(i for i, c in enumerate(cells) if 'parameters' in c.metadata.get('tags', []))
-    nb.cells = [cells[at], *map(nbformat.v4.new_code_cell, ['from aerec_nb.configuration import check_parameters\nfrom aerec_nb.runs import open_run\ncheck_parameters(In)',
-                                                            f'run = open_run(run, env=env)\nrun.execute({stage!r}).name'])]
+    begin = next(i for i, c in enumerate(cells) if i > at and 'open_run(run, env=env' in c.source and not c.source.startswith('#| export'))
+    imports = [c for c in cells[at+2:begin] if not c.source.startswith('#| export') and all(line.startswith(('import ', 'from ', '#')) for line in c.source.splitlines())]
+    library = f'import {STAGES[stage].module} as module\nglobals().update({{k: v for k, v in vars(module).items() if not k.startswith("__")}})'
+    nb.cells = [cells[at], nbformat.v4.new_code_cell('from aerec_nb.configuration import check_parameters\nfrom aerec_nb.runs import open_run\ncheck_parameters(In)'),
+                *([nbformat.v4.new_code_cell(library), *imports, *cells[begin:]] if shows else [nbformat.v4.new_code_cell(f'run = open_run(run, env=env)\nrun.execute({stage!r}).name')])]
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, target)
+
+
+def short_project(folder, shows=False):
+    new_project(folder)
+    for s in STAGES.values(): strip(ROOT/'nbs'/f'{s.notebook}.ipynb', folder/'nbs'/f'{s.notebook}.ipynb', s.name, shows)
 
 
 @pytest.fixture(scope='module')
 def short(tmp_path_factory):
     "A project of short notebooks, and 60 users to run them on."
     folder = tmp_path_factory.mktemp('short')
-    new_project(folder/'project')
-    for s in STAGES.values(): strip(ROOT/'nbs'/f'{s.notebook}.ipynb', folder/'project'/'nbs'/f'{s.notebook}.ipynb', s.name)
+    short_project(folder/'project')
     data = sample()
     (folder/'mine').mkdir()
     data[data.userId.isin(data.userId.drop_duplicates()[:60])].to_csv(folder/'mine'/'ratings.csv', index=False)
@@ -271,6 +264,26 @@ def short(tmp_path_factory):
 @pytest.fixture
 def short_environ(short, environ):
     return {**environ, 'AEREC_PROJECT': str(short/'project'), 'AEREC_DATA__SOURCE': str(short/'mine'), 'AEREC_MODEL__MODELS': 'popularity,ease', 'AEREC_VALIDATION__N_BOOTSTRAP': '100', 'AEREC_VALIDATION__LECTURE_REPLAY': 'off'}
+
+
+def two_columns(data): return data[['userId', 'movieId']]
+def plays(data): return data[['userId', 'movieId']].assign(plays=lambda d: (d.movieId*7 + d.userId) % 40 + 1)
+def without_times(data): return data.drop(columns='timestamp')
+
+
+@pytest.mark.parametrize('make, said', [(two_columns, 'every row is an interaction'), (plays, 'counts, which become weights'), (without_times, 'without times')])
+def test_data_of_another_shape_runs_through(make, said, environ, tmp_path):
+    "All twelve stages and all that they show; the whole notebooks in a soak."
+    data = sample()
+    (tmp_path/'mine').mkdir()
+    make(data.iloc[:8000] if SOAK else data[data.userId.isin(data.userId.drop_duplicates()[:60])]).to_csv(tmp_path/'mine'/'ratings.csv', index=False)
+    if not SOAK:
+        short_project(tmp_path/'project', shows=True)
+        environ['AEREC_PROJECT'] = str(tmp_path/'project')
+    done = aerec('run', '--data', 'mine', env=environ, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert said in done.stdout, done.stdout
+    assert len(list(only_run(environ).glob('*/manifest.json'))) == 12
 
 
 def runs_of(environ): return sorted(p for p in Path(environ['AEREC_RUNS_DIR']).iterdir() if (p/'run.json').exists())
@@ -325,34 +338,34 @@ def test_only_what_changed_is_run_again(short, short_environ, tmp_path):
 @pytest.mark.xdist_group('short')
 def test_a_failing_stage(short, short_environ, tmp_path):
     "Exit code, one place for the traceback, the partial notebook, the rest of the report; stages behind it are not run."
-    notebook = short/'project'/'nbs'/'02_modeling.ipynb'
+    notebook = short/'project'/'nbs'/'01b_model_preprocessing.ipynb'
     kept = notebook.read_bytes()
     try:
         nb = nbformat.read(notebook, as_version=4)
         nb.cells.insert(2, nbformat.v4.new_code_cell('print("so far")'))
         nb.cells.insert(3, nbformat.v4.new_code_cell('1/0'))
         nbformat.write(nb, notebook)
-        done = aerec('run', '--to', 'training', env=short_environ, cwd=tmp_path)
+        done = aerec('run', '--to', 'modeling', env=short_environ, cwd=tmp_path)
     finally: notebook.write_bytes(kept)
     folder, = runs_of(short_environ)
-    assert done.returncode == 1 and 'ZeroDivisionError' in done.stdout and 'not run' in re.search(r'03_training.*', done.stdout)[0], done.stdout + done.stderr
+    assert done.returncode == 1 and 'ZeroDivisionError' in done.stdout and 'not run' in re.search(r'02_modeling.*', done.stdout)[0], done.stdout + done.stderr
     assert 'ZeroDivisionError' in (folder/'failure.txt').read_text() and '\x1b' not in (folder/'failure.txt').read_text()
-    assert 'so far' in (folder/'notebooks'/'02_modeling.ipynb').read_text() and 'ZeroDivisionError' in (folder/'index.html').read_text()
-    assert (folder/'report'/'01b_model_preprocessing.html').exists()
-    done = aerec('run', '--resume', '--to', 'training', env=short_environ, cwd=tmp_path)
+    assert 'so far' in (folder/'notebooks'/'01b_model_preprocessing.ipynb').read_text() and 'ZeroDivisionError' in (folder/'index.html').read_text()
+    assert (folder/'report'/'01a_business_preprocessing.html').exists()
+    done = aerec('run', '--resume', '--to', 'modeling', env=short_environ, cwd=tmp_path)
     assert done.returncode == 0 and not (folder/'failure.txt').exists(), done.stdout
     # a notebook that ends well without its artifact has not succeeded; one that takes too long is ended
     try:
         nb = nbformat.read(notebook, as_version=4)
         nb.cells[-1].source = 'import time; time.sleep(60)'
         nbformat.write(nb, notebook)
-        slow = aerec('run', '--to', 'modeling', '-p', 'stage_timeout_s', '8', '-p', 'random_seed', '5', env=short_environ, cwd=tmp_path)
+        slow = aerec('run', '--to', 'model_preprocessing', '-p', 'stage_timeout_s', '8', '-p', 'random_seed', '5', env=short_environ, cwd=tmp_path)
         nb.cells[-1].source = 'pass'
         nbformat.write(nb, notebook)
-        silent = aerec('run', '--to', 'modeling', '-p', 'random_seed', '6', env=short_environ, cwd=tmp_path)
+        silent = aerec('run', '--to', 'model_preprocessing', '-p', 'random_seed', '6', env=short_environ, cwd=tmp_path)
     finally: notebook.write_bytes(kept)
     assert slow.returncode == 1 and 'it took longer than 8 s' in slow.stdout, slow.stdout + slow.stderr
-    assert silent.returncode == 1 and 'it ended without writing modeling/manifest.json' in silent.stdout, silent.stdout
+    assert silent.returncode == 1 and 'it ended without writing model_preprocessing/manifest.json' in silent.stdout, silent.stdout
 
 
 def whole_family(process):
@@ -371,7 +384,7 @@ def test_kills_at_any_moment(short, short_environ, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     length, stages = time.perf_counter()-began, PART[1:5] if SOAK else PART[1:3]
     wanted, random = contents(runs_of(undisturbed)[0], stages), np.random.default_rng(0)
-    for trial in range(100 if SOAK else 10):
+    for trial in range(100 if SOAK else 5):
         if trial % 5 == 0: shutil.rmtree(short_environ['AEREC_RUNS_DIR'], ignore_errors=True) # begin anew
         process = subprocess.Popen([BIN/'aerec', 'run', *to, *(['--resume'] if trial % 5 and runs_there(short_environ) else [])], env=short_environ, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try: process.wait(random.uniform(.5, .9*length if trial % 2 else .5*length))
@@ -415,17 +428,18 @@ def assert_nothing_half(folder):
 
 @pytest.mark.xdist_group('short')
 def test_two_runs_at_once(short, short_environ, tmp_path):
-    both = [subprocess.Popen([BIN/'aerec', 'run', '--to', 'modeling'], env=short_environ, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    to, stages = ('--to', 'modeling' if SOAK else 'model_preprocessing'), PART[1:5 if SOAK else 4]
+    both = [subprocess.Popen([BIN/'aerec', 'run', *to], env=short_environ, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     said = [p.communicate(timeout=280)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     one, other = runs_of(short_environ)
-    assert contents(one, PART[1:5]) == contents(other, PART[1:5])
+    assert contents(one, stages) == contents(other, stages)
     assert not (Path(short_environ['AEREC_RUNS_DIR'])/'.building').exists()
     # the same run is one process's at a time
     holder = subprocess.Popen([BIN/'python', '-c', f"import time; from aerec_nb.runs import *\nwith alone_with_run(open_run({str(one)!r})): print('held', flush=True); time.sleep(60)"], env=short_environ, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == 'held\n'
-        refused = aerec('run', '--run', one.name, '--to', 'modeling', env=short_environ, cwd=tmp_path)
+        refused = aerec('run', '--run', one.name, *to, env=short_environ, cwd=tmp_path)
     finally: holder.kill(); holder.wait()
     assert refused.returncode == 2 and 'another process works on it' in refused.stderr, refused.stdout + refused.stderr
 
@@ -453,7 +467,7 @@ def test_a_sweep(short, short_environ, tmp_path):
 def test_no_secret_is_written(short, short_environ, tmp_path):
     "Keys and passwords come from variables, and stand neither in parameters nor in outputs, pages or manifests."
     environ = {**short_environ, 'AEREC_SERVING__API_KEYS': 'k3y-0f-the-shop', 'AEREC_POSTPROCESSING__BAN_URL': 'postgresql://shop:s3cret-0ne@127.0.0.1:1/bans', 'AEREC_EVENTS__EVENTS_URL': 'postgresql://shop:s3cret-0ne@127.0.0.1:1/log'}
-    done = aerec('run', '--to', 'modeling', env=environ, cwd=tmp_path)
+    done = aerec('run', '--to', 'modeling' if SOAK else 'business_preprocessing', env=environ, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for path in [p for p in Path(environ['AEREC_RUNS_DIR']).rglob('*') if p.is_file()]:
         content = path.read_bytes()

@@ -1,9 +1,11 @@
 "Every stage runs alone under plain papermill, from any folder; knobs arrive, misspelt ones are refused, stray copies do no harm."
-import json, shutil
+import json, os
 from pathlib import Path
 import nbformat, pytest
-from conftest import BIN, ROOT, run
+from conftest import BIN, ROOT, run, variables
 from test_structure import NOTEBOOKS, STAGES
+
+SOAK = os.environ.get('SOAK')
 
 
 def papermill(source, target, *options, env, cwd, timeout=280):
@@ -11,18 +13,24 @@ def papermill(source, target, *options, env, cwd, timeout=280):
 
 
 @pytest.fixture(scope='module')
-def shared_runs(tmp_path_factory): return tmp_path_factory.mktemp('shared')/'runs'
+def shared(tmp_path_factory):
+    "Variables for tests that share their runs and stores: what one has built, the next takes. Such tests are of one group, so that it is built once."
+    return variables(tmp_path_factory.mktemp('shared'))
 
 
 def manifests(environ, stage): return [json.loads(p.read_text()) for p in Path(environ['AEREC_RUNS_DIR']).glob(f'*/{stage}/manifest.json')]
 
 
+@pytest.mark.xdist_group('stages')
 @pytest.mark.parametrize('path', STAGES, ids=lambda p: p.stem)
-def test_stage_runs_alone_from_an_unrelated_folder(path, environ, tmp_path):
-    done = papermill(path, tmp_path/'out.ipynb', env=environ, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_stage_runs_alone_from_an_unrelated_folder(path, shared, environ, tmp_path):
+    "The last one, and every one in a soak, begins from nothing; the others may take what they need from the runs of those before."
+    env = environ if SOAK or path == STAGES[-1] else shared
     stage = path.stem.split('_', 1)[1]
-    assert len(manifests(environ, stage)) == 1
+    before = len(manifests(env, stage))
+    done = papermill(path, tmp_path/'out.ipynb', env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(manifests(env, stage)) == before + 1
     result = [o for c in nbformat.read(tmp_path/'out.ipynb', 4).cells for o in c.get('outputs', [])]
     assert any('image/png' in o.get('data', {}) for o in result) and any('text/html' in o.get('data', {}) for o in result), 'a table and a plot'
 
@@ -34,12 +42,14 @@ def test_misspelt_parameter_names_the_valid_ones(path, environ, tmp_path):
     assert not Path(environ['AEREC_RUNS_DIR']).exists()
 
 
+@pytest.mark.xdist_group('stages')
 @pytest.mark.parametrize('where', ['.', 'nbs'])
-def test_lr_arrives_from_the_root_and_from_nbs(where, environ, tmp_path):
+def test_lr_arrives_from_the_root_and_from_nbs(where, shared, tmp_path):
     source = {'.': 'nbs/03_training.ipynb', 'nbs': '03_training.ipynb'}[where]
-    done = papermill(source, tmp_path/'out.ipynb', '-p', 'lr', '0.001', env=environ, cwd=ROOT/where)
+    before = manifests(shared, 'training')
+    done = papermill(source, tmp_path/'out.ipynb', '-p', 'lr', '0.001', env=shared, cwd=ROOT/where)
     assert done.returncode == 0, done.stderr[-3000:]
-    manifest, = manifests(environ, 'training')
+    manifest, = [m for m in manifests(shared, 'training') if m not in before]
     assert manifest['settings']['training.lr'] == {'value': '0.001', 'source': 'argument'}
     shown = json.dumps([c.get('outputs') for c in nbformat.read(tmp_path/'out.ipynb', 4).cells])
     assert '0.001' in shown
@@ -55,16 +65,20 @@ def test_upstream_artifacts_are_reused_by_fingerprint(environ, tmp_path):
     assert 'model_preprocessing: building' in text['c'] and 'business_preprocessing: taken from run' in text['c']
 
 
-def test_a_stray_executed_copy_leaves_the_package_alone(project, environ):
+@pytest.mark.xdist_group('stages')
+def test_a_stray_executed_copy_leaves_the_package_alone(project, environ, shared):
     before = {p.name: p.read_bytes() for p in (project/'aerec_nb').glob('*.py')}
-    done = papermill('03_training.ipynb', 'out.ipynb', '-p', 'lr', '0.001', env={**environ, 'PYTHONPATH': str(project)}, cwd=project/'nbs')
+    done = papermill('03_training.ipynb', 'out.ipynb', '-p', 'lr', '0.001', env={**shared, 'PYTHONPATH': str(project)}, cwd=project/'nbs')
     assert done.returncode == 0, done.stderr[-3000:]
     assert run(BIN/'nbdev_export', env=environ, cwd=project).returncode == 0
     assert {p.name: p.read_bytes() for p in (project/'aerec_nb').glob('*.py')} == before
 
 
-@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name == 'nbs'], ids=lambda p: p.stem)
-def test_jupyter_kernel_runs_it_with_the_working_folder_nbs(path, environ, tmp_path, shared_runs):
-    environ['AEREC_RUNS_DIR'] = str(shared_runs)
-    done = run(BIN/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', path.name, '--output-dir', tmp_path, env=environ, cwd=ROOT/'nbs')
+IN_JUPYTER = [p for p in NOTEBOOKS if p.parent.name == 'nbs' and (SOAK or p not in STAGES or p.stem in ('00_configuration', '03_training', '06_monitoring'))] # papermill has run the other stages above
+
+
+@pytest.mark.xdist_group('stages')
+@pytest.mark.parametrize('path', IN_JUPYTER, ids=lambda p: p.stem)
+def test_jupyter_kernel_runs_it_with_the_working_folder_nbs(path, shared, tmp_path):
+    done = run(BIN/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', path.name, '--output-dir', tmp_path, env=shared, cwd=ROOT/'nbs')
     assert done.returncode == 0, done.stderr[-3000:]
