@@ -8,16 +8,31 @@ __all__ = ['PIECE_BYTES', 'PIECE_ROWS', 'PANEL_BYTES', 'MAX_DEATHS', 'ray_module
            'pieces_of', 'check_source', 'run_rules', 'Shards', 'import_shards', 'RowsOnRay', 'fit_model', 'train',
            'recommend_batch']
 
-# %% ../nbs/06a_scale.ipynb #e1a482a3
-import importlib.metadata, importlib.util, logging, os, socket, subprocess, sys, time, warnings
-from contextlib import contextmanager
+# %% ../nbs/06a_scale.ipynb #e15a371f
+import importlib.metadata, importlib.util, io, json, logging, os, pickle, re, shutil, socket, subprocess, sys, tempfile, threading, time, warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.parquet as pq
+import torch
+from safetensors.numpy import load_file, save_file
+from scipy import sparse
+from tqdm import tqdm
 
-from .configuration import AerecError, ScaleSettings, show_value
-from .runs import peak_memory_mib
+from . import business_preprocessing as bp, data_import as di, training
+from .configuration import AerecError, ScaleSettings, load_settings
+from .inference import Recommender, make_shards, write_shards
+from .linear_models import MEETING, LinearAutoEncoder, Rows, gram_columns, scaled
+from .model_preprocessing import Interactions, load_vocabulary, save_vocabulary, _as_ids, _csr
+from .modeling import check_histories, create_model, fit_model as fit_here
+from .neural_models import Share
+from .runs import atomic_path, code_hash, peak_memory_mib, read_json, sha256_file, sha256_json, write_json, write_parquet
 
 # %% ../nbs/06a_scale.ipynb #4bdc3eb8
 def ray_module(
@@ -147,16 +162,7 @@ def workers_table(
     grouped = pd.DataFrame(figures).groupby(['phase', 'node', 'pid'], sort=False)
     return grouped.agg(tasks=('rows', 'size'), rows=('rows', 'sum'), seconds=('seconds', 'sum'), peak_mib=('peak_mib', 'max')).reset_index().round({'seconds': 2, 'peak_mib': 0})
 
-# %% ../nbs/06a_scale.ipynb #72487c9e
-import hashlib, io, pickle, re
-from dataclasses import dataclass, replace
-
-import pyarrow
-import pyarrow.parquet as pq
-
-from . import business_preprocessing as bp
-from . import data_import as di
-
+# %% ../nbs/06a_scale.ipynb #636d0018
 PIECE_BYTES = 2**25 # of text in a piece, about
 PIECE_ROWS = 2**20  # of Parquet in a piece, about
 
@@ -252,7 +258,7 @@ def _read_piece(piece, encoding, header, handed_over):
         if raw is None: raw = di._read_lines(io.BytesIO(text), piece.layout, piece.name)
     except UnicodeError: raise _OtherEncoding from None
     if piece.layout.encoding == 'cp1252': raw.attrs['encoding'] = 'cp1252'
-    return raw, text.count(b'\n') - head.count(b'\n') - (piece.layout.skip if piece.start else 0)
+    return raw, text.count(b'\n') - (head.count(b'\n') if piece.start else piece.layout.skip) # its own, without those that every piece is read with
 
 def _check_piece(piece, where, columns, at, encoding, header, handed_over, found=None):
     "What `check_ratings` finds in a piece: (facts, good rows)."
@@ -737,17 +743,7 @@ def _shard_of_users(counts, n):
     ends = np.cumsum(counts)
     return np.minimum((ends-counts)*n//max(1, int(ends[-1]) if len(ends) else 1), n-1).astype(np.int32)
 
-# %% ../nbs/06a_scale.ipynb #f3015f3c
-import json
-from types import SimpleNamespace
-
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
-
-from .configuration import load_settings
-from .model_preprocessing import Interactions, load_vocabulary, save_vocabulary, _as_ids, _csr
-from .runs import atomic_path, code_hash, read_json, sha256_file, sha256_json, write_json, write_parquet
-
+# %% ../nbs/06a_scale.ipynb #9d3f1d8f
 @dataclass
 class Shards:
     "Interactions in files, users in order, a part of them in each."
@@ -1035,15 +1031,7 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
     for stale in set(folder.glob('shard-*')) - {folder/f for s in shards for f in (s['file'], Path(s['file']).with_suffix('.json').name)}: stale.unlink()
     return Shards(folder, read_json(folder/'manifest.json'), pd.DataFrame(figures))
 
-# %% ../nbs/06a_scale.ipynb #45dcfe02
-from functools import partial, reduce
-
-import torch
-from scipy import sparse
-
-from .linear_models import LinearAutoEncoder, Rows, gram_columns, MEETING, scaled
-from .modeling import check_histories, create_model, fit_model as fit_here
-
+# %% ../nbs/06a_scale.ipynb #ea975c17
 PANEL_BYTES = 2**26 # of a panel of the Gram matrix at most
 
 def _parts(
@@ -1064,11 +1052,7 @@ def _open_shards(folder):
 
 def _grouped(parts, n): return [list(group) for group in np.array_split(np.array(parts, object), min(n, len(parts)))]
 
-# %% ../nbs/06a_scale.ipynb #426c8de0
-def _n_threads(n):
-    "Workers have the cores they asked for."
-    torch.set_num_threads(max(1, int(n)))
-
+# %% ../nbs/06a_scale.ipynb #f29babc2
 def _count(*parts):
     "Interactions of each user and of each item."
     began = time.perf_counter()
@@ -1167,17 +1151,7 @@ def fit_model(
     if sparse.issparse(train): train = check_histories(train, what='train')
     return model.fit_rows(RowsOnRay(train, scale), item_features)
 
-# %% ../nbs/06a_scale.ipynb #6c1b28c6
-import re, shutil, tempfile, threading
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-
-from tqdm import tqdm
-
-from .neural_models import Share
-from .runs import sha256_json
-from . import training
-
+# %% ../nbs/06a_scale.ipynb #350bd426
 @dataclass
 class _Data:
     "What a worker is given for a split: its own rows of train, its own users of valid."
@@ -1200,7 +1174,7 @@ def _worker(config):
     from ray.train.torch import get_device
     context = ray_train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), get_device()
-    if device.type == 'cpu': _n_threads(os.environ.get('OMP_NUM_THREADS') or 1)
+    if device.type == 'cpu': torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS') or 1)) # the cores that Ray gave it
     own = [X for X in ray.get(list(config['groups'][rank]))]
     lengths, counts, features = ray.get(config['lengths']), ray.get(config['counts']), config['item_features']
     X = own[0] if len(own) == 1 else sparse.vstack(own, format='csr')
@@ -1337,9 +1311,7 @@ def train(
         _train_on_ray(model, split.train, training.some_users(split.valid, max_valid_users), split.fingerprint, item_features, scale, after_epoch, progress, options)
         return training.train(model, split, progress=False, item_features=item_features, **options) # takes up the finished checkpoint
 
-# %% ../nbs/06a_scale.ipynb #f0c4bceb
-from .inference import Recommender, make_shards, write_shards
-
+# %% ../nbs/06a_scale.ipynb #2192f6ea
 class _Lists:
     "A worker with a bundle."
     def __init__(self, bundle, users, **options):

@@ -44,10 +44,22 @@ def run(*command, env, cwd, timeout=280):
     return subprocess.run([str(c) for c in command], env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
+# Groups and tests that take longest, longest first, so that at the end no worker waits for one that has just begun a long one; the others follow in their order.
+LONGEST = ['stages', 'finished', 'short', 'ray', 'test_data_of_another_shape_runs_through', 'test_notebook', 'cold', 'mlflow']
+
+
+def place(item):
+    group = item.get_closest_marker('xdist_group')
+    name = group.args[0] if group else item.originalname
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     "Tests of one xdist_group go to one worker. xdist 3.8 appends the group to `_nodeid`, which pytest 9.2 no longer reads: without this a group's costly fixture is made by every worker."
-    for item in items if config.getoption('loadgroup', False) else ():
+    if not config.getoption('loadgroup', False): return
+    items.sort(key=place) # keeps the order of equals
+    for item in items:
         group = item.get_closest_marker('xdist_group')
         if group and not item.nodeid.endswith(f'@{group.args[0]}'): item._id = type(item._id).parse(f'{item.nodeid}@{group.args[0]}')
 

@@ -21,7 +21,7 @@ def main(args):
     here = Path(__file__).parent
     os.chdir(here.parent)
     counts = Counts()
-    code = pytest.main(['-q', '-n', '2', '--dist', 'loadgroup', '--durations', '8', '-p', 'no:cacheprovider', *(args or [str(here)])], plugins=[counts])
+    code = pytest.main(['-q', '-n', '2', '--dist', 'loadgroup', '--no-loadscope-reorder', '--durations', '8', '-p', 'no:cacheprovider', *(args or [str(here)])], plugins=[counts])
     passed = counts.passed - counts.failed
     for test, reason in counts.skipped.items(): print(f'skipped {test}: {reason}')
     print(f'{len(passed)} passed, {len(counts.failed)} failed' + (f', {len(counts.skipped)} skipped' if counts.skipped else ''))
