@@ -32,7 +32,7 @@ setup(
     long_description_content_type='text/markdown',
     packages=find_packages(include=['aerec_nb', 'aerec_nb.*']), include_package_data=True,
     python_requires=f">={cfg['min_python']}",
-    install_requires=cfg['requirements'].split(), extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'onnx')},
+    install_requires=cfg['requirements'].split(), extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'onnx', 'ray')},
     entry_points={'console_scripts': cfg['console_scripts'].split('\n'),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     classifiers=['Development Status :: 3 - Alpha', 'Programming Language :: Python :: 3', 'Operating System :: OS Independent'],
