@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from . import business_preprocessing as bp, data_import as di, training
 from .configuration import AerecError, ScaleSettings, load_settings
-from .inference import Recommender, make_shards, write_shards
+from .inference import Recommender, check_k, make_shards, write_shards
 from .linear_models import MEETING, LinearAutoEncoder, Rows, gram_columns, scaled
 from .model_preprocessing import Interactions, load_vocabulary, save_vocabulary, _as_ids, _csr
 from .modeling import check_histories, create_model, fit_model as fit_here
@@ -1342,6 +1342,7 @@ def recommend_batch(
 ) -> pd.DataFrame: # a row a shard, as `inference.write_shards` gives it
     "`Recommender.recommend_batch(folder=...)` by workers: the same shards."
     from aerec_nb.packaging import load_bundle
+    k = check_k(k)
     if folder is None: raise AerecError('folder: say where the lists shall be written; workers have no other way to give them back')
     scale, r = scale or ScaleSettings(engine='ray'), bundle if isinstance(bundle, Recommender) else load_bundle(bundle)
     if not (path := r.info.get('folder')): raise AerecError('bundle: workers load it themselves, so give the folder of a bundle, or what load_bundle made of one')

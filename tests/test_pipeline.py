@@ -396,7 +396,7 @@ def test_kills_at_any_moment(short, short_environ, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     length, stages = time.perf_counter()-began, PART[1:5] if SOAK else PART[1:3]
     wanted, random = contents(runs_of(undisturbed)[0], stages), np.random.default_rng(0)
-    for trial in range(100 if SOAK else 5):
+    for trial in range(100 if SOAK else 10):
         if trial % 5 == 0: shutil.rmtree(short_environ['AEREC_RUNS_DIR'], ignore_errors=True) # begin anew
         process = subprocess.Popen([BIN/'aerec', 'run', *to, *(['--resume'] if trial % 5 and runs_there(short_environ) else [])], env=short_environ, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try: process.wait(random.uniform(.5, .9*length if trial % 2 else .5*length))
