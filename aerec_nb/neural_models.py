@@ -405,7 +405,7 @@ class Share:
         "The gradient of the mean over the whole batch, in every process."
         (loss*self.weight).backward()
         grads = [p.grad for p in net.parameters() if p.requires_grad and p.grad is not None]
-        together = torch.cat([loss.detach().view(1)*self.weight, *(g.reshape(-1) for g in grads)])
+        together = torch.cat([loss.detach().view(1)*self.weight, *(g.reshape(-1) for g in grads)]) # one message is faster than several
         self.add(together)
         self.total,at = float(together[0])*self.n, 1
         for g in grads:

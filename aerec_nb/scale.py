@@ -9,7 +9,7 @@ __all__ = ['PIECE_BYTES', 'PIECE_ROWS', 'PANEL_BYTES', 'MAX_DEATHS', 'ray_module
            'recommend_batch']
 
 # %% ../nbs/06a_scale.ipynb #e15a371f
-import importlib.metadata, importlib.util, io, json, logging, os, pickle, re, shutil, socket, subprocess, sys, tempfile, threading, time, warnings
+import importlib.metadata, importlib.util, io, json, logging, os, re, shutil, socket, subprocess, sys, tempfile, threading, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -298,8 +298,11 @@ class _Check:
         for number in batch['number']:
             try: facts, rows = _check_piece(self.pieces[number], *self.options)
             except AerecError as e: facts, rows = dict(error=str(e)), None
-            made['number'].append(number); made['facts'].append(pickle.dumps(facts)); made['rows'].append(_packed(rows))
+            made['number'].append(number); made['facts'].append(_told(facts)); made['rows'].append(_packed(rows))
         return pyarrow.table({k: pyarrow.array(v, pyarrow.int64() if k == 'number' else pyarrow.large_binary()) for k, v in made.items()})
+
+def _told(facts): return ray_module('ray.cloudpickle').dumps(facts) # as Ray itself passes them between processes
+def _untold(said): return ray_module('ray.cloudpickle').loads(said)
 
 def _packed(rows):
     if rows is None: return b''
@@ -329,7 +332,7 @@ def _ask_pieces(pieces, numbers, *options):
     "Let workers check some pieces: number -> facts, and the data set with their rows."
     check = _Check(pieces, *options)
     made = _data().from_items([dict(number=n) for n in numbers], override_num_blocks=len(numbers)).map_batches(check.__call__, batch_size=1, batch_format='numpy', zero_copy_batch=True).materialize()
-    return {row['number']: pickle.loads(row['facts']) for row in made.select_columns(['number', 'facts']).iter_rows()}, made
+    return {row['number']: _untold(row['facts']) for row in made.select_columns(['number', 'facts']).iter_rows()}, made
 
 @dataclass
 class _Pieces:
@@ -839,7 +842,7 @@ class _Settle:
                 rows = settled.set_index('position')
         rows = rows.rename(columns=dict(user_id='user', item_id='item')).rename_axis(None)
         kept = pyarrow.table({'position': rows.index.to_numpy(), **{c: rows[c].to_numpy() for c in rows}})
-        return pyarrow.table({**{k: [v] for k, v in said.items()}, 'figures': pyarrow.array([pickle.dumps(task_figures('sharing out', n, began))], pyarrow.large_binary()), 'rows': pyarrow.array([_packed(kept)], pyarrow.large_binary())})
+        return pyarrow.table({**{k: [v] for k, v in said.items()}, 'figures': pyarrow.array([_told(task_figures('sharing out', n, began))], pyarrow.large_binary()), 'rows': pyarrow.array([_packed(kept)], pyarrow.large_binary())})
 
 def _unpack(block, counted):
     "Shards of a block as rows with weights; `counted`: repeated rows were added up, so every row has a count."
@@ -863,7 +866,7 @@ def _shared_out(pieces, on_duplicate, n_shards):
     settled = rows.groupby('shard').map_groups(_Settle(on_duplicate, pieces.large.where).__call__, batch_format='pandas').materialize()
     pieces.data = []
     told = settled.select_columns(['shard', 'repeated', 'first', 'user', 'item', 'figures']).to_pandas()
-    keep_figures(figures := [pickle.loads(f) for f in told.figures])
+    keep_figures(figures := [_untold(f) for f in told.figures])
     n = int(told.repeated.sum())
     if n and on_duplicate == 'raise':
         first = told[told['first'] >= 0].sort_values('first').iloc[0]
@@ -1043,12 +1046,9 @@ def _parts(
     if sparse.issparse(histories):
         bounds = np.linspace(0, histories.shape[0], n+1).astype(int)
         return [ray.put(histories[a:b]) for a, b in zip(bounds, bounds[1:]) if b > a]
-    read = ray.remote(lambda folder, number: _open_shards(folder).read(number))
+    read = ray.remote(lambda folder, number: Shards.open(folder).read(number))
     return [read.remote(str(histories.folder), number) for number in range(histories.n_shards)]
 
-def _open_shards(folder):
-    from aerec_nb.scale import Shards
-    return Shards.open(folder)
 
 def _grouped(parts, n): return [list(group) for group in np.array_split(np.array(parts, object), min(n, len(parts)))]
 
