@@ -1103,6 +1103,7 @@ def build_docs(target:Path, # folder to write the site to
     hidden = lambda p: any(part.startswith(('.', '_')) for part in p.relative_to(source).parts)
     notebooks = sorted((p for p in source.rglob('*.ipynb') if not hidden(p)), key=lambda p: (len(p.relative_to(source).parts), p.as_posix()))
     links = {p.stem: f'{p.stem}.html' for p in notebooks}
+    if twice := sorted({p.stem for p in notebooks if [q.stem for q in notebooks].count(p.stem) > 1}): raise AerecError(f'two notebooks are called {twice[0]}.ipynb, and would be one page: rename one')
     groups = {}
     for p in notebooks: groups.setdefault(_group(p.relative_to(source)), []).append((p.stem, _title(p)))
     nav = jinja2.Environment(autoescape=True).from_string(_NAV).render(groups=groups)
