@@ -185,7 +185,9 @@ def test_the_pipeline_on_ray(tmp_path):
     from aerec_nb.runs import STAGES
     new_project(tmp_path/'project')
     for s in STAGES.values(): strip(ROOT/'nbs'/f'{s.notebook}.ipynb', tmp_path/'project'/'nbs'/f'{s.notebook}.ipynb', s.name)
-    environ = {**variables(tmp_path), 'AEREC_PROJECT': str(tmp_path/'project'), 'AEREC_MODEL__MODELS': 'popularity,ease,mult_dae', 'AEREC_TRAINING__NUM_EPOCH': '2', 'AEREC_VALIDATION__N_BOOTSTRAP': '100',
+    (tmp_path/'mine').mkdir()
+    shutil.copy(ROOT/'dataset'/'sample'/'ratings.csv', tmp_path/'mine'/'ratings.csv') # the named sample is so small that nobody is asked
+    environ = {**variables(tmp_path), 'AEREC_PROJECT': str(tmp_path/'project'), 'AEREC_DATA__SOURCE': str(tmp_path/'mine'), 'AEREC_MODEL__MODELS': 'popularity,ease,mult_dae', 'AEREC_TRAINING__NUM_EPOCH': '2', 'AEREC_VALIDATION__N_BOOTSTRAP': '100',
                'AEREC_VALIDATION__LECTURE_REPLAY': 'off'}
     done = {e: run(BIN/'aerec', 'run', '--engine', e, '--run', e, '--to', 'validation', env=environ, cwd=tmp_path, timeout=500) for e in ('local', 'ray')}
     assert [d.returncode for d in done.values()] == [0, 0], done['ray'].stdout + done['ray'].stderr
