@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .configuration import AerecError, RuleSettings, project_dir
+from .configuration import AerecError, RuleSettings, own_file, project_dir
 from .data_import import NAMES, feedback_of
 from .runs import Run, on_engine, read_json, sha256_bytes, sha256_file, write_json, write_parquet
 
@@ -352,21 +352,10 @@ def decay(
     faded = ratings.weight.to_numpy(np.float32)*np.exp2((times-last)/(86400*half_life_days)).astype(np.float32)
     return Verdict(ratings.assign(weight=np.maximum(faded, _LEAST)), f'half in {half_life_days:g} days', f'counted back from {_day(last)}')
 
-# %% ../nbs/01a_business_preprocessing.ipynb #e2d15031
-def _rule_file(name):
-    "The file of a rule that settings name as module:function."
-    module = name.split(':')[0]
-    own = project_dir()/f"{module.replace('.', '/')}.py"
-    if own.is_file(): return own
-    try: spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError): spec = None
-    if spec is None or not (spec.origin or '').endswith('.py'):
-        raise AerecError(f"rules.rules names '{name}', but the project has no file {module.replace('.', '/')}.py, and there is no module {module}")
-    return Path(spec.origin)
-
+# %% ../nbs/01a_business_preprocessing.ipynb #8f6a9810
 def _rule_of_file(name):
     "The function, from the file as it is now: what runs is what was hashed."
-    path, (module, function) = _rule_file(name), name.split(':')
+    path, (module, function) = own_file(name, 'rules.rules'), name.split(':')
     made = types.ModuleType(f"_aerec_rules_{module.replace('.', '_')}")
     made.__file__, made.__package__ = str(path), module.rpartition('.')[0]
     sys.modules[made.__name__] = made
@@ -508,7 +497,7 @@ def rule_files(
     "What the stage depends on outside the run: list files, files of rules, and rules that somebody registered."
     rules = settings.rules
     listed = {f'{name}_file': sha256_file(path) for name, path in _list_files(rules).items() if path.is_file()}
-    own = {name: sha256_file(_rule_file(name)) for name in rules.rules if ':' in name}
+    own = {name: sha256_file(own_file(name, 'rules.rules')) for name in rules.rules if ':' in name}
     return listed | own | {name: _source_hash(RULES[name]) for name in rules.rules if name in RULES and not _is_ours(RULES[name])}
 
 def _source_hash(function):
