@@ -816,7 +816,10 @@ def _step_of_file(name:str) -> Step:
     before = [dict(r) for r in registries]
     for r in registries: r.pop(own, None)
     try:
-        function = own_object(name, 'postprocessing.steps')
+        try: function = own_object(name, 'postprocessing.steps')
+        except AerecError as e:
+            if 'has no function' not in str(e): raise
+            function = None
         found = next((s for r in registries for s in r.values() if s.function is function), None)
         if found is None: raise AerecError(f"postprocessing.steps names '{name}', but {own_file(name, 'postprocessing.steps').name} registers no step '{own}': put @step('{own}') over its function")
         return found
