@@ -1,5 +1,5 @@
 "The same functions on Ray: results of one process, whatever the number of workers and whoever of them is killed; mistakes in one line."
-import json, os, shutil, signal, socket, subprocess, sys, threading, time
+import json, os, shutil, signal, socket, subprocess, tempfile, threading, time
 from pathlib import Path
 import numpy as np, pandas as pd, psutil, pytest
 from aerec_nb import scale, training
@@ -238,8 +238,9 @@ def test_a_worker_without_the_package(environ, tmp_path):
     (tmp_path/'hide').mkdir()
     (tmp_path/'hide'/'sitecustomize.py').write_text(HIDE.format(name='aerec_nb'))
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    short = tempfile.mkdtemp(prefix='ray-') # names of sockets must be short
     env = {**environ, 'RAY_USAGE_STATS_ENABLED': '0', 'PYTHONPATH': str(tmp_path/'hide')}
-    head = subprocess.Popen([BIN/'ray', 'start', '--head', '--block', '--port', str(port), '--num-cpus', '1', '--include-dashboard', 'false', '--disable-usage-stats', '--temp-dir', f'/tmp/ray-{os.getpid()}'],
+    head = subprocess.Popen([BIN/'ray', 'start', '--head', '--block', '--port', str(port), '--num-cpus', '1', '--include-dashboard', 'false', '--disable-usage-stats', '--temp-dir', short],
                             env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         for _ in range(300):
@@ -253,5 +254,5 @@ def test_a_worker_without_the_package(environ, tmp_path):
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
         head.wait(10)
-        shutil.rmtree(f'/tmp/ray-{os.getpid()}', ignore_errors=True)
+        shutil.rmtree(short, ignore_errors=True)
     assert not Path(environ['AEREC_RUNS_DIR']).exists()
