@@ -244,8 +244,8 @@ def test_a_worker_without_the_package(environ, tmp_path):
                             env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         for _ in range(300):
-            try: socket.create_connection(('127.0.0.1', port), timeout=1).close(); break
-            except OSError: time.sleep(.2)
+            try: scale.check_address(f'127.0.0.1:{port}'); break # it listens before it answers
+            except AerecError: time.sleep(.2)
         said = fails(['run', '--engine', 'ray', '--address', f'127.0.0.1:{port}'], environ, tmp_path)
         assert 'no aerec_nb' in said and 'pip install' in said, said
     finally:
