@@ -78,8 +78,13 @@ def _papermill(job) -> None:
             if job.ended_by: job.end('')
     logging.getLogger('papermill').setLevel(logging.CRITICAL)
     plain = [re.sub(r'([{}])', r'\1\1', str(path)) for path in (job.source, job.hidden)] # a brace would be a field to fill in
-    papermill.execute_notebook(*plain, parameters=job.parameters, kernel_name='python3', progress_bar=False, kernel_manager_class=Manager,
-                               extra_arguments=['--log-level=50']) # what goes wrong in the kernel stands in the notebook
+    for left in reversed(range(_STARTS)):
+        try: return papermill.execute_notebook(*plain, parameters=job.parameters, kernel_name='python3', progress_bar=False, kernel_manager_class=Manager,
+                                               extra_arguments=['--log-level=50']) # what goes wrong in the kernel stands in the notebook
+        except RuntimeError as e:
+            if not left or job.ended_by or not str(e).startswith('Kernel died before replying'): raise
+
+_STARTS = 3 # a kernel is told free ports, and another process may take one before it does: then it ends at once, and no cell has run
 
 def _explain(outcome, problem, ended_by) -> None:
     "Put a failure into words."

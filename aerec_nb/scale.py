@@ -54,18 +54,27 @@ _QUIET = {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': 
 def check_address(
     address: str,        # host:port, or auto
     seconds: float = 20, # how long to wait for an answer
-) -> None: # raises `AerecError`
+) -> bool: # whether it asks for a token, which is here; raises `AerecError`
     "Does a Ray cluster answer there?"
-    if address == 'auto': return
+    if address == 'auto': return False
     host, _, port = address.removeprefix('ray://').rpartition(':')
     if not host or not port.isdigit() or not 0 < int(port) < 65536: raise AerecError(f'scale.address = {address!r}: give host:port, as `ray start --head` prints it, or auto')
     try: socket.create_connection((host, int(port)), timeout=min(5, seconds)).close()
     except OSError as e: raise AerecError(f'scale.address = {address}: nothing answers there ({e.strerror or e}); start one with `ray start --head`, or leave the address out') from None
-    if address.startswith('ray://'): return
-    asked = [sys.executable, '-c', 'import sys; from ray.scripts.scripts import main; sys.argv = sys.argv[:1] + ["health-check", "--address", sys.argv[1]]; main()', f'{host}:{port}']
-    try: found = subprocess.run(asked, capture_output=True, timeout=seconds, env={**os.environ, **_QUIET}).returncode
-    except subprocess.TimeoutExpired: found = None
-    if found != 0: raise AerecError(f'scale.address = {address}: something answers there, but it is no Ray cluster of version {importlib.metadata.version("ray")}')
+    if address.startswith('ray://'): return False
+    for token in (False, True):
+        said = _health(f'{host}:{port}', {**os.environ, **_QUIET, **({'RAY_AUTH_MODE': 'token'} if token else {})}, seconds)
+        if said == '': return token
+        if 'AuthenticationError' not in said: break
+    if 'AuthenticationError' in said: raise AerecError(f'scale.address = {address}: the cluster asks for another token than the one here; put what `ray get-auth-token` prints there into ~/.ray/auth_token or RAY_AUTH_TOKEN')
+    raise AerecError(f'scale.address = {address}: something answers there, but it is no Ray cluster of version {importlib.metadata.version("ray")}')
+
+def _health(address, environ, seconds):
+    "What is wrong with a cluster, '' for nothing."
+    asked = [sys.executable, '-c', 'import sys; from ray.scripts.scripts import main; sys.argv = sys.argv[:1] + ["health-check", "--address", sys.argv[1]]; main()', address]
+    try: found = subprocess.run(asked, capture_output=True, text=True, timeout=seconds, env=environ)
+    except subprocess.TimeoutExpired: return 'no answer'
+    return '' if found.returncode == 0 else found.stderr or 'no'
 
 # %% ../nbs/06a_scale.ipynb #9841be5a
 def _check_nodes(ray):
@@ -94,7 +103,9 @@ def start_engine(
     if ray.is_initialized(): return
     known = os.environ.get('RAY_ADDRESS') # a pipeline that started Ray, or checked it, says so to its stages
     address = known or scale.address
-    if address and address != known: check_address(address)
+    if address and address != known and check_address(address):
+        os.environ['RAY_AUTH_MODE'] = 'token' # for this process and those that it starts
+        ray_module('ray._raylet').Config.initialize('') # it was read when Ray was imported
     quiet = dict(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     free = _free_gib()
     own = dict(num_cpus=scale.n_workers, include_dashboard=False, object_store_memory=int((scale.object_store_gib or min(max(free/4, .5), 32))*2**30))

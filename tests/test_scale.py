@@ -1,5 +1,6 @@
 "The same functions on Ray: results of one process, whatever the number of workers and whoever of them is killed; mistakes in one line."
 import json, os, shutil, signal, socket, subprocess, tempfile, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, psutil, pytest
 from aerec_nb import scale, training
@@ -180,6 +181,7 @@ def test_a_killed_worker_of_a_gram_matrix_is_replaced(engine, split, monkeypatch
 
 def test_the_pipeline_on_ray(tmp_path):
     "The same stages, the same run folder, the same figures, and what each worker did."
+    before = {p.pid for p in workers('')}
     from test_pipeline import strip
     from aerec_nb.pipeline import new_project
     from aerec_nb.runs import STAGES
@@ -201,7 +203,7 @@ def test_the_pipeline_on_ray(tmp_path):
     assert {f.parent.name for f in there.glob('*/workers.parquet')} >= {'data_import', 'business_preprocessing', 'training'} and not list(here.glob('*/workers.parquet'))
     page = (there/'index.html').read_text()
     assert '<h2>Workers</h2>' in page and 'training mult_dae' in page and 'writing shards' not in page and '<h2>Workers</h2>' not in (here/'index.html').read_text()
-    assert not workers(''), 'Ray outlives its pipeline'
+    assert {p.pid for p in workers('')} <= before, 'Ray outlives its pipeline'
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------------------------------------------
@@ -233,21 +235,20 @@ importlib.util.find_spec = lambda name, package=None: None if name.split('.')[0]
 '''
 
 
-def test_a_worker_without_the_package(environ, tmp_path):
-    "A cluster whose Python has no aerec_nb; started, asked, and stopped."
-    (tmp_path/'hide').mkdir()
-    (tmp_path/'hide'/'sitecustomize.py').write_text(HIDE.format(name='aerec_nb'))
+@contextmanager
+def cluster(folder, env):
+    "The address of a cluster of one machine that somebody else started."
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    short = tempfile.mkdtemp(prefix='ray-') # names of sockets must be short
-    env = {**environ, 'RAY_USAGE_STATS_ENABLED': '0', 'PYTHONPATH': str(tmp_path/'hide')}
-    head = subprocess.Popen([BIN/'ray', 'start', '--head', '--block', '--port', str(port), '--num-cpus', '1', '--include-dashboard', 'false', '--disable-usage-stats', '--temp-dir', short],
-                            env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    short, address = tempfile.mkdtemp(prefix='ray-'), f'127.0.0.1:{port}' # names of sockets must be short
+    head = subprocess.Popen([BIN/'ray', 'start', '--head', '--block', '--port', str(port), '--num-cpus', '2', '--include-dashboard', 'false', '--disable-usage-stats', '--temp-dir', short],
+                            env={**env, 'RAY_USAGE_STATS_ENABLED': '0'}, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        for _ in range(300):
-            try: scale.check_address(f'127.0.0.1:{port}'); break # it listens before it answers
-            except AerecError: time.sleep(.2)
-        said = fails(['run', '--engine', 'ray', '--address', f'127.0.0.1:{port}'], environ, tmp_path)
-        assert 'no aerec_nb' in said and 'pip install' in said, said
+        for left in reversed(range(20)):
+            try: scale.check_address(address); break # it listens before it answers
+            except AerecError:
+                if not left: raise
+                time.sleep(1)
+        yield address
     finally:
         family = [head.pid, *(p.pid for p in psutil.Process(head.pid).children(recursive=True))] if head.poll() is None else []
         for pid in family:
@@ -255,4 +256,30 @@ def test_a_worker_without_the_package(environ, tmp_path):
             except ProcessLookupError: pass
         head.wait(10)
         shutil.rmtree(short, ignore_errors=True)
+
+
+def test_a_worker_without_the_package(environ, tmp_path):
+    (tmp_path/'hide').mkdir()
+    (tmp_path/'hide'/'sitecustomize.py').write_text(HIDE.format(name='aerec_nb'))
+    with cluster(tmp_path, {**environ, 'PYTHONPATH': str(tmp_path/'hide')}) as address: said = fails(['run', '--engine', 'ray', '--address', address], environ, tmp_path)
+    assert 'no aerec_nb' in said and 'pip install' in said, said
     assert not Path(environ['AEREC_RUNS_DIR']).exists()
+
+
+def test_a_cluster_that_asks_for_a_token(environ, tmp_path):
+    "Import and rules on a cluster that somebody else started: with its token, and not with another."
+    (tmp_path/'mine').mkdir()
+    shutil.copy(ROOT/'dataset'/'sample'/'ratings.csv', tmp_path/'mine'/'ratings.csv')
+    home = tmp_path/'home'
+    (home/'.ray').mkdir(parents=True)
+    (home/'.ray'/'auth_token').write_text('a'*64)
+    environ.update(HOME=str(home), AEREC_DATA__SOURCE=str(tmp_path/'mine'))
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('HOME', str(home))
+        with cluster(tmp_path, {**environ, 'RAY_AUTH_MODE': 'token'}) as address:
+            assert 'another token' in fails(['run', '--engine', 'ray', '--address', address], {**environ, 'RAY_AUTH_TOKEN': 'b'*64}, tmp_path)
+            assert not Path(environ['AEREC_RUNS_DIR']).exists()
+            done = run(BIN/'aerec', 'run', '--engine', 'ray', '--address', address, '--run', 'there', '--to', 'business_preprocessing', env=environ, cwd=tmp_path)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert workers(''), 'a cluster of somebody else goes on when the pipeline has ended'
+    assert {f.parent.name for f in (tmp_path/'runs'/'there').glob('*/workers.parquet')} == {'data_import', 'business_preprocessing'}
