@@ -132,6 +132,7 @@ class EventLog:
         self.url = hide_secrets(self.engine.url.render_as_string(hide_password=True))
         try:
             with self.engine.begin() as db:
+                if db.dialect.name == 'postgresql': self._my_turn(db) # two who make one table at once collide there, for all its IF NOT EXISTS
                 for table in self.table.metadata.sorted_tables: db.execute(CreateTable(table, if_not_exists=True))
                 for index in self.table.indexes: db.execute(CreateIndex(index, if_not_exists=True))
         except sa.exc.SQLAlchemyError as e: raise AerecError(f'cannot open {self.url}: {str(getattr(e, "orig", e)).splitlines()[0]}') from None

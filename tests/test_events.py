@@ -58,6 +58,19 @@ def test_kill_9_of_four_writers_loses_and_doubles_nothing(tmp_path):
 def test_kill_9_on_postgres(fresh_database, tmp_path): kill_each(fresh_database, tmp_path, 5 if SOAK else 1)
 
 
+@on_postgres
+def test_many_may_open_a_new_log_at_once(fresh_database):
+    everybody, logs = threading.Barrier(12), []
+    def open_log():
+        everybody.wait()
+        logs.append(EventLog(fresh_database))
+    threads = [threading.Thread(target=open_log) for _ in range(everybody.parties)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(logs) == len(threads) and [log.count() for log in logs] == [0]*len(logs)
+    for log in logs: log.close()
+
+
 FULL = '''
 import json, resource, sys, time
 from fastapi.testclient import TestClient
