@@ -7,8 +7,8 @@ __all__ = ['RULE_KNOBS', 'SECTIONS', 'KNOBS', 'AerecError', 'check_parameters', 
            'hide_secrets', 'is_database', 'Section', 'RunSettings', 'PathSettings', 'DataSettings', 'RuleSettings',
            'time_in_seconds', 'SplitSettings', 'ModelSettings', 'TrainingSettings', 'ValidationSettings',
            'InferenceSettings', 'PostprocessingSettings', 'PackagingSettings', 'EventSettings', 'ServingSettings',
-           'MonitoringSettings', 'PipelineSettings', 'ScaleSettings', 'Settings', 'load_settings', 'show_value',
-           'settings_table', 'diff_settings', 'environments_table', 'plot_sources', 'build_configuration']
+           'MonitoringSettings', 'PipelineSettings', 'ScaleSettings', 'Settings', 'load_settings', 'default_settings',
+           'show_value', 'settings_table', 'diff_settings', 'environments_table', 'plot_sources', 'build_configuration']
 
 # %% ../nbs/00_configuration.ipynb #b5430cfd
 import ast, atexit, codecs, difflib, importlib.util, json, os, re, shutil, sys, tempfile, tomllib, types
@@ -660,7 +660,17 @@ def load_settings(env:str=None, # dev, stage, live or test; None: AEREC_ENV, or 
     _check_variables()
     env = 'test' if os.environ.get('IN_TEST') else env or os.environ.get('AEREC_ENV') or 'dev'
     if env not in ('dev', 'stage', 'live', 'test'): raise _unknown('environment', env, ['dev', 'stage', 'live', 'test'])
-    layers, sources = _layers(env, overrides), {}
+    return _from_layers(env, _layers(env, overrides))
+
+def default_settings(env:str='test', # dev, stage, live or test
+                     **overrides # knobs or sections, as for `load_settings`
+                    ) -> Settings: # frozen
+    "Settings as they are without a project's files and without variables: for examples, and for tests that must not depend on who runs them."
+    return _from_layers(env, [(f'environment {env}', _environment_defaults(env)), ('argument', _from_arguments(overrides))])
+
+def _from_layers(env:str, layers:list) -> Settings:
+    "Put layers together and check the whole."
+    sources = {}
     for origin,nested in layers:
         for section,values in nested.items():
             for knob in values: sources[f'{section}.{knob}'] = _origin(origin, f'{section}.{knob}')
