@@ -48,9 +48,9 @@ class Server:
         if what in ('cut', 'stall'): body = body[:n]
         pieces = [body[i:i+4096] for i in range(0, len(body), 4096)] if what == 'slow' else [body]
         for piece in pieces:
+            self.sent += len(piece) # before it is sent: who has received it may look at once
             try: h.wfile.write(piece); h.wfile.flush()
-            except OSError: break
-            self.sent += len(piece)
+            except OSError: self.sent -= len(piece); break
             if what == 'slow': time.sleep(n)
         if what == 'stall': self.released.wait(20)
         if what in ('cut', 'stall'): h.close_connection = True
