@@ -554,6 +554,7 @@ def write_shards(r:Recommender,
                 ) -> pd.DataFrame: # file, users, rows, bytes, sha256, made (now, or earlier)
     "Lists of many users as Parquet shards with a manifest; goes on where it was stopped."
     if isinstance(shard_users, bool) or not isinstance(shard_users, int) or shard_users < 1: raise AerecError(f'shard_users must be a whole number of at least 1, not {shard_users!r}')
+    if len(kinds := {isinstance(u, str): u for u in user_ids}) > 1: raise AerecError(f'user_ids: {kinds[True]!r} is a text and {kinds[False]!r} is not; a file of lists has one kind of ids')
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder/'job.json', 1):
         now = _same_job(folder, now, {'k': k, 'exclude_seen': exclude_seen, 'shard_users': shard_users, 'n_users': len(user_ids), 'users': sha256_json([str(u) for u in user_ids]), 'recommender': r.fingerprint()})
