@@ -3,12 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup run test soak lab serve doctor bench docs readme clean
+.PHONY: help setup run test stress lab serve doctor bench docs readme clean
 
 help:
 	@echo 'make run [DATA=folder] [ENV=dev]  set up, run the twelve stages, print where the report is'
 	@echo 'make test                         set up, run every test; ends with: N passed, N failed'
-	@echo 'make lab | serve | doctor | bench | docs | soak | readme | clean'
+	@echo 'make lab | serve | doctor | bench | docs | stress | readme | clean'
 
 setup: $(READY)
 
@@ -28,8 +28,8 @@ run: $(READY)
 test: $(READY)
 	@$(BIN)/python tests/run.py
 
-soak: $(READY)
-	@SOAK=1 $(BIN)/python tests/run.py
+stress: $(READY)
+	@STRESS=1 $(BIN)/python tests/run.py
 
 lab: $(READY)
 	@$(BIN)/jupyter lab nbs

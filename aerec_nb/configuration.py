@@ -7,8 +7,9 @@ __all__ = ['RULE_KNOBS', 'SECTIONS', 'KNOBS', 'AerecError', 'check_parameters', 
            'hide_secrets', 'is_database', 'Section', 'RunSettings', 'PathSettings', 'DataSettings', 'RuleSettings',
            'time_in_seconds', 'SplitSettings', 'ModelSettings', 'TrainingSettings', 'ValidationSettings',
            'InferenceSettings', 'PostprocessingSettings', 'PackagingSettings', 'EventSettings', 'ServingSettings',
-           'MonitoringSettings', 'PipelineSettings', 'ScaleSettings', 'Settings', 'load_settings', 'default_settings',
-           'show_value', 'settings_table', 'diff_settings', 'environments_table', 'plot_sources', 'build_configuration']
+           'MonitoringSettings', 'PipelineSettings', 'PluginSettings', 'ScaleSettings', 'Settings', 'load_settings',
+           'default_settings', 'show_value', 'settings_table', 'diff_settings', 'environments_table', 'plot_sources',
+           'build_configuration']
 
 # %% ../nbs/00_configuration.ipynb #b5430cfd
 import ast, atexit, codecs, difflib, importlib.util, json, os, re, shutil, sys, tempfile, tomllib, types
@@ -400,6 +401,7 @@ class PostprocessingSettings(Section):
     ban_url: str|None = Field(None, description='database with banned item ids, a SQLAlchemy URL; read again every ban_refresh_s')
     ban_query: str = Field('bans', min_length=1, description='of ban_url: a SELECT whose first column is item ids, or the name of a table')
     ban_refresh_s: float = Field(5., ge=0, allow_inf_nan=False, description='seconds after which ban_url is asked again')
+    on_blocklist_error: Literal['keep_last', 'refuse'] = Field('keep_last', description='a list of banned items that becomes missing, empty or unreadable while in use: keep the last known list and alert, or refuse to recommend')
     tradeoff_users: int = Field(200, ge=1, description='validation users behind the curves of what each step costs')
 
     @field_validator('steps')
@@ -418,6 +420,8 @@ class PackagingSettings(Section):
     alias: Literal['dev', 'stage', 'live']|None = Field(None, description="alias to set; None: the environment's own")
     registry_uri: str|None = Field(None, description='MLflow registry; None: the embedded SQLite file in var/')
     promoters: Texts = Field([], description='who may promote; empty: anyone')
+    signing_key: SecretStr|None = Field(None, description='Ed25519 private key that bundles are signed with, base64 of its 32 bytes; only from AEREC_PACKAGING__SIGNING_KEY; None: bundles are not signed')
+    require_signature: bool|None = Field(None, description='refuse bundles without a signature by a key of AEREC_BUNDLE_KEYS; None: in live only')
     gated_aliases: Annotated[list[Literal['dev', 'stage', 'live', 'test']], BeforeValidator(_as_list)] = Field(['stage', 'live'], description='aliases that a version reaches only through the gates')
     gate_latency_ms: float = Field(50., gt=0, allow_inf_nan=False, description='gate: milliseconds that a recommendation for a known user may take, median')
     gate_size_mib: float = Field(2048., gt=0, allow_inf_nan=False, description='gate: MiB that a bundle may have')
@@ -428,6 +432,9 @@ class PackagingSettings(Section):
 class EventSettings(Section):
     "Where `00b_events` keeps what happened."
     events_url: str|None = Field(None, description='SQLAlchemy URL of the event log; None: events.db in var/')
+    connect_timeout_s: float = Field(3., gt=0, allow_inf_nan=False, description='seconds to wait for a connection to the event log')
+    statement_timeout_s: float = Field(5., gt=0, allow_inf_nan=False, description='seconds that one statement on the event log may take')
+    erasure_key: SecretStr|None = Field(None, description='key of the hashes by which deleted users are recognised; only from AEREC_EVENTS__ERASURE_KEY; None: a key made once and kept in a file in var/, outside the log')
     keep_days: float|None = Field(None, gt=0, description='events older than this are removed by the watch of the monitors; None: they are kept')
 
 class ServingSettings(Section):
@@ -436,15 +443,21 @@ class ServingSettings(Section):
     port: int = Field(8000, ge=0, le=65535, description='port to listen on')
     require_auth: bool = Field(False, description='refuse requests without an API key')
     api_keys: Secrets = Field([], description='valid keys, as roles:sha256:digest (roles: read, feedback, admin, joined by +); only from AEREC_SERVING__API_KEYS, never from a file or an argument')
+    allow_unauthenticated: bool = Field(False, description='listen on an address that other machines can reach although no keys are required')
+    allowed_hosts: Texts = Field([], description='Host headers that are answered, without port; empty: stage and live answer the address that is listened on and localhost, dev and test answer any')
+    trusted_proxies: Texts = Field([], description='addresses of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto headers are used; empty: none')
     max_k: int = Field(1000, ge=1, description='longest list a client may ask for')
     queue_size: int = Field(10000, ge=1, description='request events that may wait for the log')
     workers: int = Field(1, ge=1, le=64, description='processes that answer; one that dies is replaced')
     timeout_s: float = Field(10., gt=0, description='seconds after which an answer is given up with 503, and a body that does not arrive with 408')
+    head_timeout_s: float = Field(10., gt=0, allow_inf_nan=False, description='seconds in which the head of a request must arrive; then the connection is closed')
+    max_connections: int = Field(1000, ge=1, description='open connections of a worker; where there are more, the one that has waited longest for a request is closed')
     max_concurrency: int = Field(64, ge=1, description='requests that a worker has at the same time; further ones get 503 and Retry-After')
     rate_limit: float|None = Field(None, gt=0, description='requests a second for each key, or each address where there are no keys, over all workers; beyond it 429; None: any')
     follow_s: float = Field(2., ge=0, allow_inf_nan=False, description='seconds between looks at where the alias points; 0: never')
     liked_from: float = Field(3., allow_inf_nan=False, description='feedback of type rating from this value on is a like, below it a dislike; all other feedback is a like above 0')
     history_days: float = Field(30., ge=0, allow_inf_nan=False, description='days of feedback in the log that histories are brought up to date with')
+    max_feedback_per_user: int = Field(1000, ge=1, description='feedback events of one user, the newest ones, that lists take into account')
     demo: bool = Field(True, description='the page /demo')
     access_log: bool = Field(False, description='a line of JSON on stderr for every request')
     n_requests: int = Field(200, ge=1, description='simulated requests of the stage')
@@ -511,6 +524,10 @@ class PipelineSettings(Section):
     n_parallel: int = Field(2, ge=1, description='notebooks at once: independent stages, and those whose inputs are still being made; 1: one after another')
     stage_timeout_s: float|None = Field(None, gt=0, description="seconds after which a stage's notebook is ended; None: each stage's own limit")
 
+class PluginSettings(Section):
+    "Code outside the package that may be loaded."
+    trusted: Mapping = Field({}, description='module:name of a model, rule, step or monitor -> sha256 of its file; a bundle can name only these, and stage and live load only these')
+
 class ScaleSettings(Section):
     "Where the heavy work of the stages is done: in this process, or by workers on Ray."
     engine: Literal['local', 'ray'] = Field('local', description='local: in this process; ray: by Ray workers (needs the extra: pip install "aerec_nb[ray]")')
@@ -540,6 +557,7 @@ class Settings(BaseSettings):
     serving: ServingSettings = ServingSettings()
     monitoring: MonitoringSettings = MonitoringSettings()
     pipeline: PipelineSettings = PipelineSettings()
+    plugins: PluginSettings = PluginSettings()
     scale: ScaleSettings = ScaleSettings()
     _sources: dict = PrivateAttr(default_factory=dict)
 

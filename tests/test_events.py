@@ -5,7 +5,7 @@ import sqlalchemy as sa
 from conftest import ROOT, variables
 from aerec_nb.events import EventLog, load_events, new_event, save_events, sqlite_url
 
-SOAK = bool(os.environ.get('SOAK'))
+STRESS = bool(os.environ.get('STRESS'))
 on_postgres = pytest.mark.xdist_group('postgres')
 
 WRITER = '''
@@ -50,12 +50,12 @@ def kill_each(url, folder, rounds):
 
 
 def test_kill_9_of_four_writers_loses_and_doubles_nothing(tmp_path):
-    kill_each(sqlite_url(tmp_path/'events.db'), tmp_path, 20 if SOAK else 1)
+    kill_each(sqlite_url(tmp_path/'events.db'), tmp_path, 20 if STRESS else 1)
     assert sqlite3.connect(tmp_path/'events.db').execute('PRAGMA integrity_check').fetchone() == ('ok',)
 
 
 @on_postgres
-def test_kill_9_on_postgres(fresh_database, tmp_path): kill_each(fresh_database, tmp_path, 5 if SOAK else 1)
+def test_kill_9_on_postgres(fresh_database, tmp_path): kill_each(fresh_database, tmp_path, 5 if STRESS else 1)
 
 
 @on_postgres

@@ -8,9 +8,9 @@ from aerec_nb.inference import Recommender, Segments, with_cold_items
 from aerec_nb.modeling import create_model
 from aerec_nb.postprocessing import Chain
 
-SOAK = bool(os.environ.get('SOAK'))
+STRESS = bool(os.environ.get('STRESS'))
 N_USERS, N_ITEMS, PARTS = 300, 240, 4
-REQUESTS = (1_000_000 if SOAK else 100_000)//PARTS
+REQUESTS = (1_000_000 if STRESS else 100_000)//PARTS
 GENRES = ['A', 'B', 'A|B', 'C', 'B|C', None, 'D']
 FILTERS = {None: lambda g, year: True, 'any': lambda g, year: bool({'A', 'C'} & g), 'all': lambda g, year: year >= 1980, 'none': lambda g, year: 'B' not in g and year < 2005, 'empty': lambda g, year: 'D' in g and year < 1900}
 SPECS = {None: None, 'any': {'any': [{'genres': ['A', 'C']}]}, 'all': {'all': [{'year': {'ge': 1980}}]}, 'none': {'none': [{'genres': 'B'}], 'all': [{'year': {'lt': 2005}}]},
@@ -82,7 +82,7 @@ r.recommend_batch(k=5, folder=Path({folder!r}), shard_users=7, progress=lambda n
 
 def test_a_killed_batch_goes_on_where_it_was(tmp_path):
     "kill -9 at many moments: no half shard, finished ones stay, and in the end the lists of the undisturbed job."
-    env, rng, kills = {**os.environ, **variables(tmp_path), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, np.random.default_rng(0), 40 if SOAK else 4
+    env, rng, kills = {**os.environ, **variables(tmp_path), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, np.random.default_rng(0), 40 if STRESS else 4
     from aerec_nb.packaging import load_bundle, save_bundle
     bundle, first = save_bundle(world(create_model('ease', lam=20.), 0)[0], tmp_path/'bundle', k=5), []
     for n in range(kills):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from conftest import BIN, ROOT, run
 
-SOAK = os.environ.get('SOAK')
+STRESS = os.environ.get('STRESS')
 BUILD = 'import sys; from setuptools import build_meta; print(getattr(build_meta, "build_" + sys.argv[1])(sys.argv[2]))'
 
 
@@ -39,14 +39,14 @@ def test_a_project_of_ones_own_from_the_wheel(wheel, environ, tmp_path):
     project = tmp_path/'my_recommender'
     assert {p.name for p in project.iterdir()} == {'.gitignore', 'Makefile', 'README.md', 'config', 'constraints.txt', 'dataset', 'nbs', 'settings.ini'}
     env |= {'AEREC_RUNS_DIR': 'runs', 'JUPYTER_PATH': str(Path(sys.prefix)/'share'/'jupyter')}  # nbconvert's templates lie there
-    done = run(aerec, 'run', '--data', 'sample', *([] if SOAK else ['--to', '01a']), env=env, cwd=project)
+    done = run(aerec, 'run', '--data', 'sample', *([] if STRESS else ['--to', '01a']), env=env, cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     found, = (project/'runs').glob('2*')
-    assert len(list(found.glob('*/manifest.json'))) == (12 if SOAK else 3) and (found/'index.html').exists()
+    assert len(list(found.glob('*/manifest.json'))) == (12 if STRESS else 3) and (found/'index.html').exists()
     where = run(fresh/'bin'/'python', '-c', 'import aerec_nb; print(aerec_nb.__file__)', env=env, cwd=project)
     assert Path(where.stdout.strip()).is_relative_to(fresh), 'the checkout was used'
     again = run(aerec, 'run', '--data', 'sample', '--to', '01a', '--dry-run', env=env, cwd=project/'nbs')
-    assert again.stdout.count(' reuse ') == 3 or SOAK, again.stdout + again.stderr
+    assert again.stdout.count(' reuse ') == 3 or STRESS, again.stdout + again.stderr
     made_twice = run(aerec, 'new', 'my_recommender', env=env, cwd=tmp_path)
     assert made_twice.returncode == 2 and 'there is something already' in made_twice.stderr
     seen = run(aerec, 'doctor', env=env, cwd=project)

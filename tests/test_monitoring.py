@@ -13,7 +13,7 @@ from aerec_nb.monitoring import (FAULTS, MONITORS, AlertBook, Visitors, Window, 
 from aerec_nb.packaging import Registry, load_bundle, save_bundle
 from aerec_nb.postprocessing import Chain
 
-SOAK = bool(os.environ.get('SOAK'))
+STRESS = bool(os.environ.get('STRESS'))
 DAY, NOW = 86400., 1.7e9
 SETTINGS = load_settings('test', window_hours=24.).monitoring
 
@@ -47,19 +47,19 @@ def look(visitors, seed, faults=(), n=1000):
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_each_fault_is_noticed_by_the_right_monitor(fault, visitors):
-    n = 20 if SOAK else 3
+    n = 20 if STRESS else 3
     tables = [look(visitors, 100+seed, (fault,)) for seed in range(n)]
     noticed = [bool(set(t[t.status == 'firing'].monitor) & set(FAULTS[fault])) for t in tables]
     assert sum(noticed) >= n - (n == 20), f'{sum(noticed)} of {n}'
 
 
 def test_clean_traffic_is_left_in_peace(visitors):
-    n = 200 if SOAK else 20
+    n = 200 if STRESS else 20
     fired = [sorted(t[t.status == 'firing'].monitor) for t in (look(visitors, seed) for seed in range(n))]
     assert sum(map(bool, fired)) <= .02*n, [f for f in fired if f]
 
 
-@pytest.mark.parametrize('seed', range(10 if SOAK else 3))
+@pytest.mark.parametrize('seed', range(10 if STRESS else 3))
 def test_the_numbers_are_those_of_the_truth(recommender, visitors, tmp_path, seed):
     traffic = make_traffic(visitors[seed % 4], 500, seed=seed, now=NOW, explore=.3, impressions=bool(seed % 2), faults=[(), ('banned_item',), ('feedback_outage',)][seed % 3], error_share=.03)
     log = EventLog(tmp_path/'events.db')

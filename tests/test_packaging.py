@@ -12,7 +12,7 @@ from aerec_nb.packaging import Registry, bundle_id, export_onnx, load_bundle, pa
 from aerec_nb.postprocessing import Chain
 from conftest import BIN, ROOT, run, variables
 
-TRIALS = 10 if os.environ.get('SOAK') else 1  # `make soak` runs the fault trials in full, `make test` a tenth of them
+TRIALS = 10 if os.environ.get('STRESS') else 1  # `make stress` runs the fault trials in full, `make test` a tenth of them
 IN_CI = os.environ.get('CI', '').lower() in ('1', 'true')
 
 

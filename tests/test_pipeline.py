@@ -7,7 +7,7 @@ from aerec_nb.pipeline import new_project
 from aerec_nb.runs import STAGES
 
 REAL = ROOT.parent/'shared'/'data'
-SOAK = os.environ.get('SOAK')
+STRESS = os.environ.get('STRESS')
 
 
 def aerec(*words, env, cwd, timeout=600): return run(BIN/'aerec', *words, env=env, cwd=cwd, timeout=timeout)
@@ -137,9 +137,9 @@ BAD = {'missing file': (None, 'no such'), 'empty file': ('', 'empty'),
 
 @pytest.mark.parametrize('what', BAD)
 def test_bad_input_gives_one_line_and_changes_nothing(what, short, environ, tmp_path):
-    "Of one mistake, and in a soak of all, with the whole notebooks."
+    "Of one mistake, and under STRESS of all, with the whole notebooks."
     text, said = BAD[what]
-    if not SOAK and what != 'a rating that is no number': environ['AEREC_PROJECT'] = str(short/'project')
+    if not STRESS and what != 'a rating that is no number': environ['AEREC_PROJECT'] = str(short/'project')
     if text is not None:
         (tmp_path/'mine').mkdir()
         (tmp_path/'mine'/'ratings.csv').write_text(text)
@@ -157,7 +157,7 @@ def test_duplicates_follow_the_stated_policy(short, environ, tmp_path):
     data = sample().iloc[:3000]
     pd.concat([data, data.iloc[:7]]).to_csv(tmp_path/'mine'/'ratings.csv', index=False)
     env = {**environ, 'AEREC_DATA__SOURCE': str(tmp_path/'mine')}
-    notebook = (ROOT if SOAK else short/'project')/'nbs'/'01_data_import.ipynb'
+    notebook = (ROOT if STRESS else short/'project')/'nbs'/'01_data_import.ipynb'
     assert run(BIN/'papermill', '--no-progress-bar', notebook, 'o.ipynb', env=env, cwd=tmp_path).returncode == 0
     assert json.loads((only_run(environ)/'data_import'/'source.json').read_text())['n_duplicates'] == 7
     refused = run(BIN/'papermill', '--no-progress-bar', notebook, 'o.ipynb', env={**env, 'AEREC_DATA__ON_DUPLICATE': 'raise'}, cwd=tmp_path)
@@ -187,10 +187,10 @@ def test_environments_differ(environ, tmp_path):
 
 @pytest.mark.parametrize('data', [p for p in [REAL/'ml-latest-small'] if p.exists()])
 def test_the_lectures_facts(data, environ, tmp_path):
-    if not SOAK:
+    if not STRESS:
         short_project(tmp_path/'project', shows=True)
         environ['AEREC_PROJECT'] = str(tmp_path/'project')
-    done = aerec('run', '--data', data, *([] if SOAK else ['--to', 'validation']), '-p', 'n_requests', '30', env={**environ, 'AEREC_ENV': 'dev'}, cwd=tmp_path)
+    done = aerec('run', '--data', data, *([] if STRESS else ['--to', 'validation']), '-p', 'n_requests', '30', env={**environ, 'AEREC_ENV': 'dev'}, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = only_run(environ)
     pages = (folder/'report'/'01_data_import.html').read_text()
@@ -288,14 +288,14 @@ for path in sys.argv[1:]:
 
 @pytest.mark.parametrize('make, said', [(two_columns, 'every row is an interaction'), (plays, 'counts, which become weights'), (without_times, 'without times')])
 def test_data_of_another_shape_runs_through(make, said, environ, tmp_path):
-    "All twelve stages and all that they show, in one process for the sake of time; in a soak, by the command and with the whole notebooks."
+    "All twelve stages and all that they show, in one process for the sake of time; under STRESS, by the command and with the whole notebooks."
     data = sample()
     (tmp_path/'mine').mkdir()
-    make(data.iloc[:8000] if SOAK else data[data.userId.isin(data.userId.drop_duplicates()[:60])]).to_csv(tmp_path/'mine'/'ratings.csv', index=False)
-    if not SOAK:
+    make(data.iloc[:8000] if STRESS else data[data.userId.isin(data.userId.drop_duplicates()[:60])]).to_csv(tmp_path/'mine'/'ratings.csv', index=False)
+    if not STRESS:
         short_project(tmp_path/'project', shows=True)
         environ['AEREC_PROJECT'] = str(tmp_path/'project')
-    if SOAK: done = aerec('run', '--data', 'mine', env=environ, cwd=tmp_path)
+    if STRESS: done = aerec('run', '--data', 'mine', env=environ, cwd=tmp_path)
     else: done = run(BIN/'python', '-c', ONE_PROCESS, *(tmp_path/'project'/'nbs'/f'{s.notebook}.ipynb' for s in STAGES.values()),
                      env={**environ, 'MPLBACKEND': 'agg', 'AEREC_DATA__SOURCE': str(tmp_path/'mine')}, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -394,14 +394,14 @@ def whole_family(process):
 @pytest.mark.xdist_group('short')
 def test_kills_at_any_moment(short, short_environ, tmp_path):
     "The pipeline or one of its kernels is killed at a random moment, again and again; the run that goes on ends with the results of one that nobody disturbed."
-    to = ('--to', 'modeling' if SOAK else 'business_preprocessing')
+    to = ('--to', 'modeling' if STRESS else 'business_preprocessing')
     undisturbed = {**short_environ, 'AEREC_RUNS_DIR': str(tmp_path/'undisturbed')}
     began = time.perf_counter()
     done = aerec('run', *to, env=undisturbed, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    length, stages = time.perf_counter()-began, PART[1:5] if SOAK else PART[1:3]
+    length, stages = time.perf_counter()-began, PART[1:5] if STRESS else PART[1:3]
     wanted, random = contents(runs_of(undisturbed)[0], stages), np.random.default_rng(0)
-    for trial in range(100 if SOAK else 10):
+    for trial in range(100 if STRESS else 10):
         if trial % 5 == 0: shutil.rmtree(short_environ['AEREC_RUNS_DIR'], ignore_errors=True) # begin anew
         process = subprocess.Popen([BIN/'aerec', 'run', *to, *(['--resume'] if trial % 5 and runs_there(short_environ) else [])], env=short_environ, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try: process.wait(random.uniform(.5, .9*length if trial % 2 else .5*length))
@@ -445,7 +445,7 @@ def assert_nothing_half(folder):
 
 @pytest.mark.xdist_group('short')
 def test_two_runs_at_once(short, short_environ, tmp_path):
-    to, stages = ('--to', 'modeling' if SOAK else 'model_preprocessing'), PART[1:5 if SOAK else 4]
+    to, stages = ('--to', 'modeling' if STRESS else 'model_preprocessing'), PART[1:5 if STRESS else 4]
     both = [subprocess.Popen([BIN/'aerec', 'run', *to], env=short_environ, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     said = [p.communicate(timeout=280)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
@@ -484,7 +484,7 @@ def test_a_sweep(short, short_environ, tmp_path):
 def test_no_secret_is_written(short, short_environ, tmp_path):
     "Keys and passwords come from variables, and stand neither in parameters nor in outputs, pages or manifests."
     environ = {**short_environ, 'AEREC_SERVING__API_KEYS': 'k3y-0f-the-shop', 'AEREC_POSTPROCESSING__BAN_URL': 'postgresql://shop:s3cret-0ne@127.0.0.1:1/bans', 'AEREC_EVENTS__EVENTS_URL': 'postgresql://shop:s3cret-0ne@127.0.0.1:1/log'}
-    done = aerec('run', '--to', 'modeling' if SOAK else 'business_preprocessing', env=environ, cwd=tmp_path)
+    done = aerec('run', '--to', 'modeling' if STRESS else 'business_preprocessing', env=environ, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for path in [p for p in Path(environ['AEREC_RUNS_DIR']).rglob('*') if p.is_file()]:
         content = path.read_bytes()

@@ -9,7 +9,7 @@ from aerec_nb.modeling import create_model
 from aerec_nb.postprocessing import BanList, Catalogue, Chain, IdIndex, Request, ban_list, check_chain, filter_items
 from scipy.sparse import csr_matrix
 
-N, SOAK = 60, bool(os.environ.get('SOAK'))
+N, STRESS = 60, bool(os.environ.get('STRESS'))
 GENRES = ['A', 'B', 'A|B', 'C', 'B|C', '']
 TABLE = pd.DataFrame(dict(item_id=[f'i{n}' for n in range(N)], genres=[GENRES[n % 6] or None for n in range(N)], year=[1950+n for n in range(N)],
                           available_from=[None if n % 4 else 100.*n for n in range(N)], available_until=[None if n % 5 else 5000.+n for n in range(N)]))
@@ -45,7 +45,7 @@ def eligible(chain, r):
     return {n for n in range(N) if may(n)}
 
 
-@settings(max_examples=3000 if SOAK else 150, deadline=None)
+@settings(max_examples=3000 if STRESS else 150, deadline=None)
 @given(asked(cutting=False))
 def test_exactly_k_of_what_is_eligible_whatever_the_order(case):
     chain, request, scores = case
@@ -56,7 +56,7 @@ def test_exactly_k_of_what_is_eligible_whatever_the_order(case):
     assert again.items.tolist() == done.items.tolist()
 
 
-@settings(max_examples=3000 if SOAK else 150, deadline=None)
+@settings(max_examples=3000 if STRESS else 150, deadline=None)
 @given(asked())
 def test_a_part_of_the_catalogue_gives_the_list_of_the_whole(case):
     chain, request, scores = case
@@ -70,7 +70,7 @@ def test_a_part_of_the_catalogue_gives_the_list_of_the_whole(case):
         if item in whole.items.tolist(): assert trail[-1]['place_after'] == whole.items.tolist().index(item) + 1
 
 
-@settings(max_examples=2000 if SOAK else 120, deadline=None)
+@settings(max_examples=2000 if STRESS else 120, deadline=None)
 @given(asked())
 def test_pins_keep_their_place_or_it_is_said_why_not(case):
     chain, request, scores = case

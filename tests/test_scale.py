@@ -14,10 +14,10 @@ from aerec_nb.packaging import load_bundle, save_bundle
 from conftest import BIN, ROOT, run
 
 pytestmark = pytest.mark.xdist_group('ray')
-SOAK = os.environ.get('SOAK')
+STRESS = os.environ.get('STRESS')
 REAL = ROOT.parent/'shared'/'data'/'ml-1m'
 TWO = ScaleSettings(engine='ray', n_workers=2)
-KILLS = 10 if SOAK else 1
+KILLS = 10 if STRESS else 1
 
 
 @pytest.fixture(scope='module')
@@ -94,7 +94,7 @@ NETS = {'mult_vae': dict(hidden_dim=32, latent_dim=16, batch_size=64, anneal_ste
 def difference(one, other): return max(float(np.abs(one.weights()[k]-w).max()/max(1, np.abs(w).max())) for k, w in other.weights().items())
 
 
-@pytest.mark.parametrize('name', list(NETS) if SOAK else ['mult_vae'])
+@pytest.mark.parametrize('name', list(NETS) if STRESS else ['mult_vae'])
 def test_two_workers_learn_what_one_process_does(engine, split, name, tmp_path):
     local, there, one = (create_model(name, num_epoch=1, **NETS[name]) for _ in range(3))
     alone, together = training.train(local, split, progress=False), scale.train(there, split, progress=False, scale=TWO, checkpoints=tmp_path/'kept')
@@ -102,7 +102,7 @@ def test_two_workers_learn_what_one_process_does(engine, split, name, tmp_path):
     pd.testing.assert_frame_equal(together, alone, rtol=1e-4, check_dtype=False)
     assert set(scale.taken_figures().phase) >= {f'training {name}'}
     assert [p.suffix for p in (tmp_path/'kept').iterdir() if p.suffix != '.json'] == ['.safetensors'], "Ray's own notes are left"
-    if SOAK: # starting workers takes a long time: one worker, and a refit
+    if STRESS: # starting workers takes a long time: one worker, and a refit
         scale.train(one, split, progress=False, scale=ScaleSettings(engine='ray', n_workers=1))
         assert difference(there, one) < 1e-4
         local, there = (create_model(name, num_epoch=1, **NETS[name]) for _ in range(2))
@@ -191,13 +191,13 @@ def test_the_pipeline_on_ray(short_environ, tmp_path):
     before = {p.pid for p in workers('')}
     environ = {**short_environ, 'AEREC_MODEL__MODELS': 'popularity,ease,mult_dae', 'AEREC_TRAINING__NUM_EPOCH': '2', 'AEREC_VALIDATION__N_BOOTSTRAP': '100',
                'AEREC_VALIDATION__LECTURE_REPLAY': 'off'}
-    done = {e: run(BIN/'aerec', 'run', '--engine', e, '--run', e, '--to', 'validation' if SOAK else 'training', env=environ, cwd=tmp_path, timeout=500) for e in ('local', 'ray')}
+    done = {e: run(BIN/'aerec', 'run', '--engine', e, '--run', e, '--to', 'validation' if STRESS else 'training', env=environ, cwd=tmp_path, timeout=500) for e in ('local', 'ray')}
     assert [d.returncode for d in done.values()] == [0, 0], done['ray'].stdout + done['ray'].stderr
     here, there = (tmp_path/'runs'/e for e in done)
     for stage in ('data_import', 'business_preprocessing', 'model_preprocessing'):
         one, other = (json.loads((f/stage/'manifest.json').read_text())['outputs'] for f in (here, there))
         assert one == other, stage
-    if SOAK:
+    if STRESS:
         boards = [pd.read_parquet(f/'validation'/'leaderboard.parquet') for f in (here, there)]
         assert boards[0].model.tolist() == boards[1].model.tolist()
         np.testing.assert_allclose(boards[0].valid_ndcg, boards[1].valid_ndcg, atol=2e-3)

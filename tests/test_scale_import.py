@@ -261,7 +261,7 @@ def workers():
     return found
 
 
-@pytest.mark.parametrize('after', np.linspace(.1, 3, 10 if os.environ.get('SOAK') else 1).tolist())
+@pytest.mark.parametrize('after', np.linspace(.1, 3, 10 if os.environ.get('STRESS') else 1).tolist())
 def test_a_killed_worker_is_replaced(sources, tmp_path, after):
     killed = []
     def kill():

@@ -13,7 +13,7 @@ from aerec_nb.postprocessing import Chain
 from aerec_nb.serving import _bind, drive_service, new_api_key, service
 
 BANNED = [3, 5]
-TRIALS = 10 if os.environ.get('SOAK') else 1  # `make soak` runs the long load and fault trials in full, `make test` a tenth of them
+TRIALS = 10 if os.environ.get('STRESS') else 1  # `make stress` runs the long load and fault trials in full, `make test` a tenth of them
 
 
 @pytest.fixture(scope='module')
@@ -149,7 +149,7 @@ def committed(client): return int(float(next(l.split()[-1] for l in client.get('
 
 
 def test_events_answered_survive_kill_9(bundle, log_url):
-    "Three times (thirty in a soak): report as fast as possible, kill -9 in the middle; whatever was answered 2xx is in the log, whole."
+    "Three times (thirty under STRESS): report as fast as possible, kill -9 in the middle; whatever was answered 2xx is in the log, whole."
     answered, asked = set(), 0
     for life in range(3*TRIALS):
         with service(bundle, log_url, variables={'AEREC_SERVING__REQUIRE_AUTH': 'false'}) as s:

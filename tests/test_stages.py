@@ -5,7 +5,7 @@ import nbformat, pytest
 from conftest import BIN, ROOT, run, variables
 from test_structure import NOTEBOOKS, STAGES
 
-SOAK = os.environ.get('SOAK')
+STRESS = os.environ.get('STRESS')
 
 
 def papermill(source, target, *options, env, cwd, timeout=280):
@@ -21,14 +21,14 @@ def shared(tmp_path_factory):
 def manifests(environ, stage): return [json.loads(p.read_text()) for p in Path(environ['AEREC_RUNS_DIR']).glob(f'*/{stage}/manifest.json')]
 
 
-FEW = [p for p in STAGES if SOAK or p.stem in ('00_configuration', '02_modeling', '04a_postprocessing', '06_monitoring')] # the others are run by the pipeline (papermill too) and by nbdev_test, and 03_training below; a soak runs them all
+FEW = [p for p in STAGES if STRESS or p.stem in ('00_configuration', '02_modeling', '04a_postprocessing', '06_monitoring')] # the others are run by the pipeline (papermill too) and by nbdev_test, and 03_training below; STRESS runs them all
 
 
 @pytest.mark.xdist_group('stages')
 @pytest.mark.parametrize('path', FEW, ids=lambda p: p.stem)
 def test_stage_runs_alone_from_an_unrelated_folder(path, shared, environ, tmp_path):
-    "The last one, and every one in a soak, begins from nothing; the others may take what they need from the runs of those before."
-    env = environ if SOAK or path == STAGES[-1] else shared
+    "The last one, and every one under STRESS, begins from nothing; the others may take what they need from the runs of those before."
+    env = environ if STRESS or path == STAGES[-1] else shared
     stage = path.stem.split('_', 1)[1]
     before = len(manifests(env, stage))
     done = papermill(path, tmp_path/'out.ipynb', env=env, cwd=tmp_path)
@@ -77,7 +77,7 @@ def test_a_stray_executed_copy_leaves_the_package_alone(project, environ, shared
     assert {p.name: p.read_bytes() for p in (project/'aerec_nb').glob('*.py')} == before
 
 
-IN_JUPYTER = [p for p in NOTEBOOKS if p.parent.name == 'nbs' and (SOAK or p.stem == '00_configuration' or p not in STAGES and p.stem not in ('02b_neural_models', '06a_scale', '07_pipeline'))] # papermill has run the other stages above; the three take long, and nbdev_test runs them
+IN_JUPYTER = [p for p in NOTEBOOKS if p.parent.name == 'nbs' and (STRESS or p.stem == '00_configuration' or p not in STAGES and p.stem not in ('02b_neural_models', '06a_scale', '07_pipeline'))] # papermill has run the other stages above; the three take long, and nbdev_test runs them
 
 
 @pytest.mark.xdist_group('stages')

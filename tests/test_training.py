@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from conftest import run
 
-TRIALS = 10 if os.environ.get('SOAK') else 1  # `make soak` kills ten times as often
+TRIALS = 10 if os.environ.get('STRESS') else 1  # `make stress` kills ten times as often
 
 # One process imports everything and forks: each attempt costs what it trains, not what Python imports. It computes nothing itself, so forking is safe.
 KILLED = textwrap.dedent('''

@@ -1,4 +1,4 @@
-"The tutorials run from their first cell to their last, on what comes with the project and, in a soak, on the lecture's data where they lie beside it."
+"The tutorials run from their first cell to their last, on what comes with the project and, under STRESS, on the lecture's data where they lie beside it."
 import os, sys
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from aerec_nb.configuration import project_dir
 
 BESIDE = project_dir().parent/'shared'/'data'/'ml-latest-small'
 
-@pytest.mark.parametrize('data', ['sample', *([str(BESIDE)] if os.environ.get('SOAK') and BESIDE.exists() else [])], ids=lambda d: Path(d).name)
+@pytest.mark.parametrize('data', ['sample', *([str(BESIDE)] if os.environ.get('STRESS') and BESIDE.exists() else [])], ids=lambda d: Path(d).name)
 def test_the_lecture_revisited(tmp_path, data, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     source = project_dir()/'nbs'/'tutorials'/'lecture_revisited.ipynb'
