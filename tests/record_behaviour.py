@@ -11,6 +11,7 @@ measured seconds and the hashes of files that hold such values are left out. Two
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,7 +20,9 @@ import tempfile
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
-MEASURED = re.compile(r"(^|_)(ms|seconds|s|mib|rss|memory|time|latency|version|at|request_id|event_id|reasons)($|_)|run$")
+MEASURED = re.compile(
+    r"(^|_)(ms|seconds|s|mib|rss|memory|time|latency|version|at|request_id|event_id|reasons)($|_)|run$"
+)
 TIMED_STAGES = ("configuration", "serving", "monitoring")  # their files hold paths or times
 N_LISTS = 1000
 
@@ -112,7 +115,7 @@ def differences(before, after, path: str = "", tolerance: float = 1e-6) -> list:
         pairs = enumerate(zip(before, after, strict=True))
         return [line for n, (a, b) in pairs for line in differences(a, b, f"{path}[{n}]", tolerance)]
     if isinstance(before, float) and isinstance(after, float):
-        both_nan = before != before and after != after
+        both_nan = math.isnan(before) and math.isnan(after)
         close = both_nan or abs(before - after) <= tolerance * max(abs(before), abs(after))
         return [] if close else [f"{path}: {before!r} -> {after!r}"]
     return [] if before == after else [f"{path}: {str(before)[:80]} -> {str(after)[:80]}"]
