@@ -325,9 +325,11 @@ def take_own_monitors(monitoring # section `monitoring` of the settings
     module = importlib.import_module('aerec_nb.monitoring') # with which the file registers, whatever runs here
     for name in monitoring.own_monitors:
         if ':' not in name: raise AerecError(f"monitoring.own_monitors names '{name}': a monitor of your own is named module:function")
-        before, function = dict(module.MONITORS), own_object(name, 'monitoring.own_monitors')
-        found = [m for m in module.MONITORS.values() if m.measure is function]
-        module.MONITORS.clear(); module.MONITORS.update(before)
+        before = dict(module.MONITORS)
+        try:
+            function = own_object(name, 'monitoring.own_monitors')
+            found = [m for m in module.MONITORS.values() if m.measure is function]
+        finally: module.MONITORS.clear(); module.MONITORS.update(before)
         if not found: raise AerecError(f"monitoring.own_monitors names '{name}', but its file registers no such monitor: put @register(...) over the function")
         for m in found: MONITORS[m.name] = module.MONITORS[m.name] = m
 
