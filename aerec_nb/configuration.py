@@ -123,11 +123,11 @@ _JUDGE = ContextVar('judge', default=(None, False))
 
 @contextmanager
 def using_settings(
-    settings,                  # `Settings` of the environment
+    settings,                  # `Settings` of the environment; None: those of the block around it
     from_bundle: bool = False, # do the names come from a bundle?
 ): # context manager
     "Judge plugins and bundles by these settings for the length of a `with` block."
-    token = _JUDGE.set((settings, from_bundle))
+    token = _JUDGE.set((_JUDGE.get()[0] if settings is None else settings, from_bundle))
     try: yield settings
     finally: _JUDGE.reset(token)
 
