@@ -608,7 +608,7 @@ def _parse_table(data:np.ndarray, # uint8, a whole file
         for column in schema: _check(_is_plain(column.type), f'{name}: column {ascii(column.name)[:80]} is of the type {str(column.type)[:80]}; lists and objects are not read here')
         _check(n*len(schema) <= 100*len(data) + 10_000_000, f'{name} has far more values than its file has bytes')
         texts = [c.name for c in schema if pa.types.is_string(c.type) or pa.types.is_large_string(c.type)]
-        table = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)), read_dictionary=texts).read()
+        table = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)), metadata=file.metadata, read_dictionary=texts).read(use_threads=False) # a service has no time to wait for threads
         _check(sum(_text_bytes(table[c]) for c in texts) <= max(MIN_TEXT, MAX_GROWTH*len(data)), f'{name} has far more text than its file has bytes')
         table.validate(full=True)
         return pd.DataFrame({c.name: _series(table[c.name].cast(c.type) if c.name in texts else table[c.name], dtype, f'{name}: column {ascii(c.name)[:80]}') for c,dtype in zip(schema, _nullable_types(schema))}, index=range(n))
