@@ -401,9 +401,10 @@ class _Files:
     def small(self, name:str, most:int=_SMALL) -> bytes|None: # None: there is no such file
         "Read a small file; raises `AerecError` where it is larger."
         if name not in os.listdir(self.number): return None
-        with self.open(name) as f: data = _read_all(f, np.empty(most+1, np.uint8))
-        if len(data) > most: raise AerecError(f'bundle {self.path}: {name} is larger than {most/2**20:g} MiB; take the bundle from its source again')
-        return data.tobytes()
+        with self.open(name) as f:
+            n = os.fstat(f.fileno()).st_size
+            if n > most: raise AerecError(f'bundle {self.path}: {name} has {n/2**20:,.1f} MiB, and may have {most/2**20:g}; take the bundle from its source again')
+            return _read_all(f, np.empty(n, np.uint8)).tobytes()
 
     def contents(self, name:str, said:dict, keep:bool) -> tuple: # its bytes (uint8 array; None unless kept), what is wrong with it (None: nothing)
         "Read a file once and compare it with what the manifest says."
@@ -715,13 +716,11 @@ def _check_features(h:dict, n_items:int, name:str) -> None:
     check_csr(h['features.indptr'], h['features.indices'], tuple(shape.tolist()), f'{name}: features')
     _check(len(data) == len(h['features.indices']) and _within(data, MAX_VALUE), f'{name}: features.data must have a finite value for each index')
 
-def _check_ids(ids:pd.Series, name:str) -> list:
-    "Ids of a vocabulary in plain types; raises `AerecError` unless they are whole numbers or texts, each once."
+def _check_ids(ids:pd.Series, name:str) -> None:
+    "Refuse ids of a vocabulary unless they are whole numbers or texts, each once."
     kind = pd.api.types.infer_dtype(ids, skipna=False)
-    _check(kind in ('integer', 'string') or not len(ids), f'{name}: ids must be whole numbers or texts, none of them missing; these are {kind}')
-    found = ids.tolist()
-    _check(len(set(found)) == len(found), f'{name}: an id is there twice')
-    return found
+    _check(kind in ('integer', 'string') and not ids.isna().any() or not len(ids), f'{name}: ids must be whole numbers or texts, none of them missing; these are {kind}')
+    _check(ids.is_unique, f'{name}: an id is there twice')
 
 def _check_segments(table:pd.DataFrame, n_items:int) -> None:
     "Refuse a table that is not of segments over the items."
@@ -738,7 +737,6 @@ def check_structure(contents:dict # file of a bundle -> its bytes (uint8 array),
     found = {name: _parse_document(data, name) for name,data in contents.items() if name.endswith('.json')}
     _check_card(found['card.json'])
     _check_reference(found['reference.json'])
-    _check_golden(found['golden.json'])
     made_with = found['versions.json']
     _check(isinstance(made_with, dict) and all(_is_line(v) for pair in made_with.items() for v in pair), 'versions.json must have a version for each package')
     _check(_is_text(contents['card.md']), 'card.md is no text')
@@ -748,7 +746,10 @@ def check_structure(contents:dict # file of a bundle -> its bytes (uint8 array),
     for name in ('model.safetensors', 'histories.safetensors'): found[name] = _parse_arrays(contents[name], name)
     n_users = _check_histories(found['histories.safetensors'], n_items)
     for name,n in (('users.parquet', n_users), ('items.parquet', n_items)): found[name] = _parse_table(contents[name], name, n)
-    _check('user_id' in found['users.parquet'] and 'item_id' in found['items.parquet'], 'users.parquet must have user_id, and items.parquet item_id')
+    for name,column in (('users.parquet', 'user_id'), ('items.parquet', 'item_id')):
+        _check(column in found[name], f'{name} must have {column}')
+        _check_ids(found[name][column], name)
+    _check_golden(found['golden.json'])
     if 'segments.parquet' in contents:
         found['segments.parquet'] = _parse_table(contents['segments.parquet'], 'segments.parquet')
         _check_segments(found['segments.parquet'], n_items)
@@ -764,7 +765,7 @@ def _recommender(found:dict, # from `check_structure`
                 ) -> Recommender:
     "Make the recommender of checked parts."
     items, h = found['items.parquet'], found['histories.safetensors']
-    item_ids, user_ids = _check_ids(items.item_id, 'items.parquet'), _check_ids(found['users.parquet'].user_id, 'users.parquet')
+    item_ids, user_ids = items.item_id.tolist(), found['users.parquet'].user_id.tolist()
     shape = len(user_ids), len(item_ids)
     negatives = None # a bundle of before has none
     if 'negatives.indptr' in h: negatives = _matrix(np.ones(len(h['negatives.indices']), bool), h['negatives.indices'], h['negatives.indptr'], shape)
@@ -824,10 +825,14 @@ def _load_folder(folder:Path, path:Path, policy:LoadPolicy) -> _Load:
         with using_settings(policy.settings, policy.from_bundle): recommender = _recommender(found, {'id': id, 'folder': str(path)})
         _check_scores(recommender)
         changed = _replay(found['golden.json'], found['versions.json'], recommender)
-    except AerecError as e: raise AerecError(f'bundle {path}: {e}') from None
+    except AerecError as e: raise AerecError(f'bundle {path}: {_line(e)}') from None
     except Exception as e: # parts that fit the checks still reach the code of every model and step
-        raise AerecError(f'bundle {path}: its files do not fit together ({exception_line(e)}); pack it again') from None
+        raise AerecError(f'bundle {path}: its files do not fit together ({_line(exception_line(e))}); pack it again') from None
     return _Load(recommender, changed, len(found['golden.json']))
+
+def _line(text, most:int=400) -> str:
+    "Text of others as a part of one line of an error."
+    return ''.join(c if c.isprintable() else '?' for c in str(text)[:most])
 
 def _replay(golden:list, made_with:dict, recommender:Recommender) -> str:
     "Ask the golden requests again; -> what is different, '' if nothing."
@@ -904,7 +909,7 @@ def sign_bundle(path:Path, # a bundle: folder or zip
                 key # Ed25519 private key: 32 bytes, their base64, or a key of `cryptography`
                ) -> str: # id of the key
     "Verify a bundle and sign it; its identity stays the same."
-    with _disk_errors('bundle', path), _opened(path) as folder:
+    with _opened(path) as folder, _disk_errors('bundle', path):
         _verify(folder, path, LoadPolicy(limit_mib=math.inf))
         _write_signature(folder, key)
         if Path(path).is_file(): pack_zip(folder, path)
@@ -1028,13 +1033,18 @@ class Registry:
         self.settings = settings or (lambda alias: current_settings())
         own = sa.make_url(uri) if uri.startswith('sqlite') else None
         self._file = Path(own.database).absolute() if own is not None else self.bundles_dir.parent/'registry' # beside it lies the lock
-        with _disk_errors('registry', self._file), alone(self._file):
+        with self._alone():
             if own is not None: _check_registry_file(self._file)
             self._mlflow = _Client(uri)
             with _registry_errors(uri, 'nothing answers there as an MLflow registry does'): known = any(m.name == name for m in self._mlflow._client.search_registered_models(f"name = '{name}'"))
             if not known: self._mlflow.create_registered_model(name, None, 'Bundles of aerec_nb')
             self._log = _FileHistory(self._file, name) if own is not None else _ServerHistory(self._mlflow, name)
             self._settle()
+
+    @contextmanager
+    def _alone(self): # context manager
+        "Hold the registry's lock; a full disk or a missing right is one line."
+        with _disk_errors('registry', self._file), alone(self._file): yield
 
     @classmethod
     def from_settings(cls, settings # from `load_settings`
@@ -1131,7 +1141,7 @@ def register(self:Registry, bundle:Path # a bundle: folder or zip
     policy = load_policy(self.settings(None), None, self.policy(None))
     recommender = _loaded(bundle, policy)
     id = recommender.info['id']
-    with _disk_errors('registry', self.bundles_dir), alone(self._file):
+    with self._alone():
         kept, signed = _keep_copy(Path(bundle), self.bundles_dir, id, bool(policy.keys))
         for v in self.versions():
             if v.tags.get('bundle') != id: continue
@@ -1155,7 +1165,7 @@ def _keep_copy(bundle:Path, bundles_dir:Path, id:str,
     work = bundles_dir/f'.{id[:16]}.{os.getpid()}'
     shutil.rmtree(work, ignore_errors=True)
     try:
-        with _opened(bundle) as folder: _copy_files(folder, work)
+        with _opened(bundle) as folder, _disk_errors('registry', bundles_dir): _copy_files(folder, work)
         if verify_bundle(work) != id: raise AerecError(f'{bundle}: it changed while it was copied; try again')
         for p in [*work.iterdir(), work]: _to_disk(p)
         os.rename(work, target)
@@ -1208,7 +1218,7 @@ def sign(self:Registry, version, # a registered version, or an alias
         ) -> str: # one line
     "Sign the bundle of a version; its identity and its version stay the same."
     folder = self.resolve(version)
-    with alone(self._file): id = sign_bundle(folder, key)
+    with self._alone(): id = sign_bundle(folder, key)
     if self._on_server: _upload_again(self, next(v for v in self.versions() if v.tags.get('bundle', '')[:16] == folder.name), folder)
     return f'{self.name}: version {version} is signed by the key {id}'
 
@@ -1220,7 +1230,7 @@ def _download(registry:Registry, version, id:str) -> None:
             with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()): path = client.download_artifacts(version.run_id, f'{id[:16]}.zip', d)
         except Exception as e: raise AerecError(hide_secrets(f'{registry.name} version {version.version}: {registry.uri} does not give its bundle ({(str(e).splitlines() or [type(e).__name__])[0][:200]})')) from None
         if bundle_id(path) != id: raise AerecError(f'{registry.name} version {version.version}: the server has another bundle than was registered; register it again from its source')
-        with _disk_errors('registry', registry.bundles_dir), alone(registry._file): _keep_copy(Path(path), registry.bundles_dir, id)
+        with registry._alone(): _keep_copy(Path(path), registry.bundles_dir, id)
 
 # %% ../nbs/05_packaging.ipynb #f051dbb0
 def compare_headlines(new:dict|None, # headline of a card: metric, value, se, data, split
@@ -1317,7 +1327,7 @@ def promote(self:Registry, version:int, # a registered version
         self._load_sound(version, alias)
         return Moved(f'{self.name}: {alias} is version {version} already')
     gates = self.check_gates(version, alias) if alias in self.policy(alias).gated_aliases else self._load_sound(version, alias) and None
-    with alone(self._file):
+    with self._alone():
         self._settle()
         self.resolve(version) # it may have been archived meanwhile
         before, rows = self.current(alias), None if gates is None else gates.to_dict('records')
@@ -1370,13 +1380,13 @@ def rollback(self:Registry, alias:str, # dev, stage, live or test
     _check_alias(alias)
     by = _whoami(by)
     self._check_promoter(alias, by)
-    with alone(self._file):
+    with self._alone():
         self._settle()
         stack, archived = self._stack(alias), self._archived()
         earlier = [v for v in stack[:-1] if v not in archived]
         if not earlier: raise AerecError(f'{self.name}: {alias} has no earlier version to go back to')
     self._load_sound(earlier[-1], alias)
-    with alone(self._file):
+    with self._alone():
         if self.current(alias) != stack[-1]: raise AerecError(f'{self.name}: {alias} was moved by somebody else just now; look at the history, and roll back again if that is still wanted')
         return Moved(self._move('rollback', alias, stack[-1], earlier[-1], by, why))
 
@@ -1439,7 +1449,7 @@ def archive(self:Registry, version:int, # a registered version that no alias poi
            ) -> str: # one line
     "Take a version out of use, for good."
     by, version = _whoami(by), int(version)
-    with alone(self._file):
+    with self._alone():
         self._settle()
         self.resolve(version)
         points = self._mlflow.get_registered_model(self.name).aliases
@@ -1466,7 +1476,7 @@ def gc(self:Registry, dry_run:bool=True # only say what would be deleted
       ) -> pd.DataFrame: # bundle, MiB, why, deleted
     "Delete bundles that nothing needs, and what was left half made."
     rows, gone = [], self.bundles_dir/f'.gone.{os.getpid()}'
-    with _disk_errors('registry', self.bundles_dir), alone(self._file):
+    with self._alone():
         needed = self._all_needed()
         for p in sorted(self.bundles_dir.iterdir()) if self.bundles_dir.is_dir() else []:
             if p.name in needed or not p.is_dir(): continue
