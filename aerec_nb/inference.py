@@ -11,6 +11,7 @@ __all__ = ['PRIOR', 'MAX_USERS', 'UnknownUser', 'Recommendations', 'Segments', '
 
 # %% ../nbs/04_inference.ipynb #d13a59be
 import difflib, html, os, threading, time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -167,7 +168,7 @@ def _plain(v): return v.isoformat() if hasattr(v, 'isoformat') else v.item() if 
 
 def _columns_of(table:pd.DataFrame) -> list: # (name, values)
     "The columns of the items besides title and genres, in plain types; None where nothing is known."
-    return [(str(c), [None if none else _plain(v) for v,none in zip(table[c].tolist(), table[c].isna())]) for c in table if c not in ('item_id', 'title', 'genres', 'popularity')]
+    return [(str(c), [None if none else _plain(v) for v,none in zip(table[c].tolist(), table[c].isna())]) for c in table if c not in ('item_id', 'title', 'genres')]
 
 def _lined_up(item_table, index:IdIndex) -> pd.DataFrame:
     "Item information in the order of the vocabulary; None where there is none."
@@ -624,8 +625,8 @@ def write_shards(r:Recommender,
     "Lists of many users as Parquet shards with a manifest; goes on where it was stopped."
     if isinstance(shard_users, bool) or not isinstance(shard_users, int) or shard_users < 1: raise AerecError(f'shard_users must be a whole number of at least 1, not {shard_users!r}')
     if len(kinds := {isinstance(u, str): u for u in user_ids}) > 1: raise AerecError(f'user_ids: {kinds[True]!r} is a text and {kinds[False]!r} is not; a file of lists has one kind of ids')
-    folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder/'job.json', 1):
+    with _disk_errors(folder), alone(folder/'job.json', 1):
+        folder.mkdir(parents=True, exist_ok=True)
         now = _same_job(folder, now, {'k': k, 'exclude_seen': exclude_seen, 'shard_users': shard_users, 'n_users': len(user_ids), 'users': sha256_json([str(u) for u in user_ids]), 'recommender': r.fingerprint()})
         wanted = [(folder/f'lists-{n:05}.parquet', start, user_ids[start:start+shard_users]) for n,start in enumerate(range(0, len(user_ids), shard_users))]
         missing = [shard for shard in wanted if not shard[0].exists()]
@@ -636,6 +637,13 @@ def write_shards(r:Recommender,
         shards = [{'file': path.name, 'users': len(of), 'rows': _rows_in(path), 'bytes': path.stat().st_size, 'sha256': sha256_file(path), 'made': 'now' if path in made else 'earlier'} for path,_,of in wanted]
         write_json(folder/'manifest.json', {**read_json(folder/'job.json'), 'shards': [{k: v for k,v in s.items() if k != 'made'} for s in shards]})
     return pd.DataFrame(shards, columns=['file', 'users', 'rows', 'bytes', 'sha256', 'made'])
+
+@contextmanager
+def _disk_errors(folder:Path # of lists
+                ): # context manager
+    "Report in one line a disk that is full, or that may not be written."
+    try: yield
+    except OSError as e: raise AerecError(f'{folder}: the lists cannot be written ({e.strerror or str(e).splitlines()[0]}); free space there or choose another folder, and start again: whole files are kept') from None
 
 def make_shards(r:Recommender, missing:list, # of (path, first user, users)
                 k:int, exclude_seen:bool, now:float, progress=None # function(users done)
@@ -687,7 +695,7 @@ def with_cold_items(recommender:Recommender, # of known items
                     n_neighbours:int=30 # items that a new one is scored by
                    ) -> Recommender: # knows the new items too; the same one where there are none
     "The same recommender with new items, which are recommended by what is known of them."
-    r, known = recommender, recommender.catalogue.table.drop(columns='popularity', errors='ignore')
+    r, known = recommender, recommender.catalogue.table
     new = table[recommender.item_index.numbers(table['item_id'].tolist()) < 0].drop_duplicates('item_id')
     if not len(new): return recommender
     if r.item_index.integer and not pd.api.types.is_integer_dtype(new['item_id']): raise AerecError(f"new items: the ids of the known items are whole numbers, but {_named([new['item_id'].tolist()[0]])} is none")

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fastcore.basics import patch
 from scipy import sparse, stats
-from .configuration import AerecError, load_settings, own_file, own_object, project_dir
+from .configuration import AerecError, load_settings, own_file, own_object, project_dir, using_settings
 from .data_import import feedback_ratings
 from .events import COLUMNS, SCHEMA, EventLog, check_event, events_url, load_events, new_event
 from .inference import Recommender
@@ -325,9 +325,11 @@ def take_own_monitors(monitoring # section `monitoring` of the settings
     module = importlib.import_module('aerec_nb.monitoring') # with which the file registers, whatever runs here
     for name in monitoring.own_monitors:
         if ':' not in name: raise AerecError(f"monitoring.own_monitors names '{name}': a monitor of your own is named module:function")
-        before, function = dict(module.MONITORS), own_object(name, 'monitoring.own_monitors')
-        found = [m for m in module.MONITORS.values() if m.measure is function]
-        module.MONITORS.clear(); module.MONITORS.update(before)
+        before = dict(module.MONITORS)
+        try:
+            function = own_object(name, 'monitoring.own_monitors')
+            found = [m for m in module.MONITORS.values() if m.measure is function]
+        finally: module.MONITORS.clear(); module.MONITORS.update(before)
         if not found: raise AerecError(f"monitoring.own_monitors names '{name}', but its file registers no such monitor: put @register(...) over the function")
         for m in found: MONITORS[m.name] = module.MONITORS[m.name] = m
 
@@ -1245,17 +1247,17 @@ def monitor(settings, # from `load_settings`
             say=print # called with the line that says which log it is
            ) -> pd.DataFrame: # as `run_monitors` gives it
     "All monitors over the configured event log, without simulated events; says which log that is."
-    packed, log, now = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle), EventLog(events_url(settings)), time.time() if now is None else now
+    packed, log, now = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle, settings=settings), EventLog(events_url(settings)), time.time() if now is None else now
     live = ban_list(settings)
     recommender = copy(packed)
     recommender.chain = packed.chain.with_bans(live) # as the service does
     try: window = make_window(log, recommender, settings.monitoring, now, simulated=False)
     finally: log.close()
     window.packed_chain, window.last = packed.chain, last_headline(settings.paths.runs_dir, packed)
-    window.previous = _bundle_before(settings, window.last)
+    with using_settings(settings): window.previous = _bundle_before(settings, window.last)
     if book is not None: window.banned_since = _banned_since(book, recommender, live.ids, now)
     say(describe_window(window, f'the real log {log.url}', settings.monitoring.window_hours))
-    return measure_window(window, settings.monitoring)
+    with using_settings(settings): return measure_window(window, settings.monitoring)
 
 def _banned_since(book:AlertBook, recommender, ids, now:float) -> dict: # item number -> UTC seconds
     "Since when items are banned, as far as a watch saw it; what was banned at its first look always was."
@@ -1298,7 +1300,7 @@ def watch(settings, # from `load_settings`
         begun = time.time()
         try:
             of = bundle() if callable(bundle) else bundle
-            if not hasattr(of, 'recommend'): kept = kept if kept[0] == str(of) else (str(of), load_bundle(of))
+            if not hasattr(of, 'recommend'): kept = kept if kept[0] == str(of) else (str(of), load_bundle(of, settings=settings))
             with alone(var/f'alerts-{settings.env}.json'):
                 book = AlertBook(var/f'alerts-{settings.env}.json')
                 table = monitor(settings, of if hasattr(of, 'recommend') else kept[1], book=book, say=lambda _: None)
@@ -1306,7 +1308,7 @@ def watch(settings, # from `load_settings`
                 book.deliver(file, url, {'env': settings.env})
             var.mkdir(parents=True, exist_ok=True)
             _write_text(var/f'monitors-{settings.env}.prom', exposition(table, begun))
-            _write_text(var/f'rules-{settings.env}.yml', prometheus_rules(settings.monitoring, interval))
+            with using_settings(settings): _write_text(var/f'rules-{settings.env}.yml', prometheus_rules(settings.monitoring, interval))
             _keep_only(settings)
             code, counts = 3 if book.firing else 0, table.status.value_counts()
             say(f"{pd.Timestamp(begun, unit='s'):%Y-%m-%d %H:%M:%S} UTC: {counts.get('ok', 0)} ok, {counts.get('firing', 0)} firing, {counts.get('no data', 0)} without data"

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from .configuration import AerecError
 from .model_preprocessing import batches
-from .modeling import AutoEncoder, Model, block_rows, check_histories, check_value
+from .modeling import AutoEncoder, Model, block_rows, check_histories, check_value, check_weights
 
 # %% ../nbs/02b_neural_models.ipynb #91f1dc2b
 class BatchGenerator(torch.Generator):
@@ -446,6 +446,7 @@ def state(self: GradientModel): return {'n_items': np.array([self.n_items]), **_
 def from_state(cls: GradientModel, state, **hyperparameters):
     model = cls(**hyperparameters)
     model.n_items = int(state['n_items'][0])
+    check_weights(model.n_weights(model.n_items), state, cls.name)
     model.net = model.build(model.n_items, torch.Generator())
     model.load_weights(state)
     return model

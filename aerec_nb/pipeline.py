@@ -801,7 +801,7 @@ def _example_list(run:Run, k:int=10) -> tuple:
     from aerec_nb.packaging import load_bundle
     folder = run.folder/'packaging'/'bundle'
     if not folder.exists(): return None, None
-    recommender = load_bundle(folder)
+    recommender = load_bundle(folder, settings=run.settings)
     user = recommender.users[0]
     return user, recommender.recommend(user_id=user, k=k).to_frame()
 
@@ -1421,7 +1421,7 @@ def _cmd_recommend(args) -> int:
     user = args.user_id if args.user is None else args.user
     if user is None and args.history is None and not args.batch: raise AerecError('say for whom: aerec recommend 42, aerec recommend --history 1,2,3, or aerec recommend --batch FOLDER')
     settings = load_settings(args.env, engine=args.engine, address=args.address)
-    recommender = load_bundle(find_bundle(settings, args.run))
+    recommender = load_bundle(find_bundle(settings, args.run), settings=settings)
     if args.batch:
         if settings.scale.engine == 'local': shards = recommender.recommend_batch(k=args.k, folder=Path(args.batch))
         else:
@@ -1467,8 +1467,13 @@ def _cmd_doctor(args) -> int:
 
 # %% ../nbs/07_pipeline.ipynb #48b670db
 def _cmd_models(args) -> int:
-    from aerec_nb.packaging import Registry
-    registry = Registry.from_settings(load_settings(args.env))
+    from aerec_nb.packaging import Registry, key_id, new_signing_key
+    if args.what == 'new-key':
+        private, public = new_signing_key()
+        print(f'private key, secret, for AEREC_PACKAGING__SIGNING_KEY where bundles are packed: {private}\npublic key, for AEREC_BUNDLE_KEYS or packaging.bundle_keys where they are loaded: {public}\nid of the key: {key_id(public)}')
+        return 0
+    settings = load_settings(args.env)
+    registry = Registry.from_settings(settings)
     def version(text): return int(text) if str(text).isdigit() else text
     def number(text):
         if not str(text).isdigit(): raise AerecError(f"'{text}' is no version: give its number, as aerec models list shows it")
@@ -1483,6 +1488,9 @@ def _cmd_models(args) -> int:
         table = registry.verify(version(args.version) if args.version else None)
         _show(table, args)
         return 0 if (table.result == 'ok').all() else 1
+    elif args.what == 'sign':
+        if settings.packaging.signing_key is None: raise AerecError('there is no key to sign with: make a pair with aerec models new-key, and set AEREC_PACKAGING__SIGNING_KEY')
+        print(registry.sign(version(args.version), settings.packaging.signing_key))
     elif args.what == 'archive': print(registry.archive(number(args.version), by=args.by, why=args.why))
     elif args.what == 'rollback': print(registry.rollback(args.alias, by=args.by, why=args.why))
     else: print(registry.promote(number(args.version), args.alias, by=args.by, why=args.why, force=args.force))
@@ -1573,7 +1581,7 @@ def _bundle_parsers(command) -> None:
     p.add_argument('--run', help=_TAKES_RUN)
     p.add_argument('--watch', type=float, nargs='?', const=60., metavar='SECONDS', help='again and again (default every 60 s); who must know of an alert is told')
     p.add_argument('--once', action='store_true', help='one look of a watch, for cron')
-    among = command('models', None, 'the registry: list, show, diff, verify, gates, promote, rollback, history, archive, gc', 'aerec models list', 'aerec models promote 3 live --by release-manager --why "better on test"',
+    among = command('models', None, 'the registry: list, show, diff, verify, gates, new-key, sign, promote, rollback, history, archive, gc', 'aerec models list', 'aerec models promote 3 live --by release-manager --why "better on test"',
                     env=False, json=False).add_subparsers(dest='what', required=True, metavar='WHAT')
     def model(name, help, example, *arguments, by=False, json=True, **options):
         p = command(name, _cmd_models, help, example, json=json, **options)
@@ -1587,6 +1595,8 @@ def _bundle_parsers(command) -> None:
     model('verify', 'check every byte, and replay the golden requests', 'aerec models verify', among=among).add_argument('version', nargs='?')
     model('gates', 'what the gates of an alias say to a version; nothing is moved', 'aerec models gates 3 live', 'version', 'alias', among=among)
     model('history', 'every promotion, refusal, rollback and archiving', 'aerec models history', among=among)
+    model('new-key', 'make a pair of keys: one signs bundles, the other is listed where they are loaded', 'aerec models new-key', json=False, env=False, among=among)
+    model('sign', 'sign the bundle of a version or an alias, with AEREC_PACKAGING__SIGNING_KEY', 'aerec models sign 3', 'version', json=False, among=among)
     model('gc', 'bundles that nothing needs', 'aerec models gc --delete', among=among).add_argument('--delete', action='store_true', help='delete them')
     for where in ({'among': among}, {}): # at the top as well, as they always were
         p = model('promote', 'point an alias to a registered version' if where else None, 'aerec models promote 3 live --by release-manager --why "better on test"', 'version', 'alias', by=True, json=False, **where)

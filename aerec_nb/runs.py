@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 from filelock import FileLock, Timeout
-from .configuration import AerecError, KNOBS, SECTIONS, Settings, load_settings, show_value
+from .configuration import AerecError, KNOBS, SECTIONS, Settings, load_settings, show_value, using_settings
 
 # %% ../nbs/00a_runs.ipynb #21e911fe
 @contextmanager
@@ -128,7 +128,7 @@ STAGES = {s.name: s for s in [
     Stage('postprocessing', '04a_postprocessing', ('data_import', 'model_preprocessing', 'inference'), ('postprocessing', 'validation.topk', 'run.random_seed'),
           external='chain_files', check='check_chain', outputs=('chain.json', 'recommendations.parquet')),
     Stage('packaging', '05_packaging', ('data_import', 'business_preprocessing', 'model_preprocessing', 'validation', 'inference', 'postprocessing'),
-          ('packaging', 'paths', 'postprocessing', 'validation.topk', 'env'), outputs=('bundle/manifest.sha256',)),
+          ('packaging', 'paths', 'postprocessing', 'validation.topk', 'env'), external='signing_key_id', outputs=('bundle/manifest.sha256',)),
     Stage('serving', '05a_serving', ('data_import', 'model_preprocessing', 'packaging'),
           ('serving', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env'), outputs=('events.parquet', 'latencies.parquet')),
     Stage('monitoring', '06_monitoring', ('data_import', 'model_preprocessing', 'validation', 'packaging', 'serving'),
@@ -157,8 +157,9 @@ def check_stages(settings:Settings, # of the whole run
                  elsewhere:bool=False # will they run in processes of their own, which know nothing of this one's?
                 ) -> None:
     "Let each stage look at the settings; raises `AerecError` where one refuses them."
-    for s in map(STAGES.get, stages):
-        if s.check: s.function(s.check)(settings, elsewhere)
+    with using_settings(settings):
+        for s in map(STAGES.get, stages):
+            if s.check: s.function(s.check)(settings, elsewhere)
 
 # %% ../nbs/00a_runs.ipynb #52c1859b
 class _Declared:
@@ -308,7 +309,7 @@ def _counting_settings(used:dict) -> dict:
     "The settings that enter the fingerprint: all but secrets and those that say where or how often, not what."
     return {k: v['value'] for k,v in used.items() if not k.startswith(('paths.', 'pipeline.')) and k not in _HOW}
 
-_HOW = ('serving.api_keys', 'training.tracking_uri', 'training.checkpoint_s', 'scale.address', 'scale.n_workers', 'scale.n_shards', 'scale.object_store_gib')
+_HOW = ('serving.api_keys', 'packaging.signing_key', 'packaging.bundle_keys', 'packaging.require_signature', 'training.tracking_uri', 'training.checkpoint_s', 'scale.address', 'scale.n_workers', 'scale.n_shards', 'scale.object_store_gib')
 
 # %% ../nbs/00a_runs.ipynb #fd593609
 def gate(folder:Path, # of a run
@@ -525,7 +526,7 @@ def _build(run:Run, stage:str, build, fingerprint:str, changed:dict=None, found:
     visible = settings if {'env', *SECTIONS} <= set(s.reads) else _Declared(settings, stage, '', s.reads)
     declared = Run(run.folder, visible, run.overrides, run.quiet, found)
     with _building(run, stage) as folder:
-        metrics = build(declared, folder) or {}
+        with using_settings(run.settings): metrics = build(declared, folder) or {}
         if (scale := sys.modules.get('aerec_nb.scale')) and len(figures := scale.taken_figures()): write_parquet(folder/'workers.parquet', figures)
         outputs = _outputs(folder)
         write_json(folder/'manifest.json', {

@@ -39,7 +39,7 @@ from pydantic_core import to_json
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from .configuration import AerecError, load_settings
+from .configuration import AerecError, current_settings, load_settings, plugin_hashes
 from .events import EventLog, MAX_ID, events_url, new_event, save_events, simulated_reaction, sqlite_url
 from .inference import Recent, Recommender, UnknownUser
 from .packaging import Registry, load_bundle
@@ -833,7 +833,7 @@ def create_app(bundle, # `Recommender`, or the folder of a bundle
               ) -> FastAPI:
     "The service as an ASGI app; raises `AerecError` if keys are required and there are none, the bundle does not verify, or an allowed host is no host name."
     settings = settings or load_settings()
-    recommender = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle)
+    recommender = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle, settings=settings)
     state = State(recommender, settings, event_log or EventLog(events_url(settings)), simulated, shared, metrics)
 
     @asynccontextmanager
@@ -860,7 +860,7 @@ def follow(state:State, look, seconds:float) -> None:
         try:
             version, folder = look()
             if version in (refused, state.live.recommender.info.get('number')): continue
-            recommender = load_bundle(folder)
+            recommender = load_bundle(folder, settings=state.settings)
             recommender.info['number'] = version
             if recommender.info['id'][:16] != state.live.version: state.swap(recommender)
             else: state.live.recommender.info['number'] = version
@@ -1104,7 +1104,7 @@ def serve(bundle_folder:Path, # a bundle; None: what the alias points to
     number, folder = look() if look else (None, bundle_folder)
     torch.set_num_threads(1) # requests are what runs side by side
     sock = _bind(s.host, s.port)
-    recommender = load_bundle(folder)
+    recommender = load_bundle(folder, settings=settings)
     recommender.info['number'] = number
     log = EventLog(events or events_url(settings))
     log.close()
@@ -1117,7 +1117,7 @@ def serve(bundle_folder:Path, # a bundle; None: what the alias points to
             if look:
                 try:
                     if (now := look())[0] != number: # it moved since the first worker began
-                        newest = load_bundle(now[1])
+                        newest = load_bundle(now[1], settings=settings)
                         newest.info['number'] = now[0]
                 except Exception as e: say('alert', text='the newest bundle cannot be loaded, the one before is served', error=str(e).splitlines()[0])
             app = create_app(newest, settings, EventLog(events or events_url(settings)), simulated, shared, Path(counters), look)
@@ -1311,7 +1311,7 @@ def _service_variables(settings, key_entry:str=None) -> dict:
     "The serving settings of a run, for the process that serves; with a key of its own where keys are needed."
     s = settings.serving
     own = {f'AEREC_SERVING__{name.upper()}': str(getattr(s, name)).lower() for name in ('require_auth', 'max_k', 'queue_size', 'workers', 'timeout_s', 'max_concurrency', 'demo', 'liked_from', 'history_days')}
-    return own | ({'AEREC_SERVING__API_KEYS': key_entry} if key_entry else {})
+    return own | {'AEREC_PLUGINS__TRUSTED': json.dumps(plugin_hashes(current_settings()))} | ({'AEREC_SERVING__API_KEYS': key_entry} if key_entry else {}) # the run may name plugins that no file names
 
 def build_serving(run, # `Run` from `aerec_nb.runs`
                   folder:Path # where to write events.parquet, latencies.parquet and answers.json

@@ -217,6 +217,14 @@ def test_promote_and_roll_back(finished, tmp_path):
     environ, folder, said = finished
     refused = aerec('promote', '1', 'live', '--by', 'somebody', '--why', 'a try', env=environ, cwd=ROOT)
     assert refused.returncode == 2 and "'somebody' may not move live" in refused.stderr, refused.stdout + refused.stderr
+    unsigned = aerec('promote', '1', 'live', '--by', 'release-manager', '--why', 'first', env=environ, cwd=ROOT)
+    assert unsigned.returncode == 2 and 'it is not signed' in unsigned.stderr and 'aerec models sign' in unsigned.stderr, unsigned.stderr
+    assert aerec('models', 'sign', '1', env=environ, cwd=ROOT).stderr.startswith('error: there is no key to sign with')
+    made = aerec('models', 'new-key', env=environ, cwd=ROOT).stdout.splitlines()
+    private, public = (line.split(': ')[1] for line in made[:2])
+    environ = {**environ, 'AEREC_PACKAGING__SIGNING_KEY': private, 'AEREC_BUNDLE_KEYS': public}
+    signed = aerec('models', 'sign', '1', env=environ, cwd=ROOT)
+    assert signed.returncode == 0 and 'version 1 is signed by the key' in signed.stdout, signed.stderr
     moved = aerec('promote', '1', 'live', '--by', 'release-manager', '--why', 'first', env=environ, cwd=ROOT)
     assert moved.returncode == 0 and 'live is version 1' in moved.stdout, moved.stderr
     nowhere = aerec('rollback', 'live', '--by', 'release-manager', '--why', 'a try', env=environ, cwd=ROOT)
