@@ -13,6 +13,7 @@ ALLOWED = {
     'runs': ['configuration'],
     'events': ['configuration'],
     'transport': ['configuration'],
+    'limits': ['configuration'],
     'data_import': ['runs', 'events'],
     'id_lists': ['data_import'],
     'blocklist': ['id_lists'],
@@ -24,7 +25,7 @@ ALLOWED = {
     'baselines': ['modeling'],
     'validation': ['linear_models', 'neural_models', 'baselines'],
     'training': ['linear_models', 'neural_models', 'baselines', 'validation'],
-    'postprocessing': ['model_preprocessing', 'blocklist'],
+    'postprocessing': ['model_preprocessing', 'blocklist', 'limits'],
     'inference': ['linear_models', 'neural_models', 'baselines', 'postprocessing'],
     'packaging': ['validation', 'inference', 'postprocessing'],
     'service_state': ['events', 'packaging'],
@@ -44,7 +45,7 @@ def test_the_table_of_notebooks_is_whole():
         '03_training', '03a_validation', '04_inference', '04a_postprocessing', '05_packaging', '05a_serving', '06_monitoring']
     libraries = {p.stem for p in NUMBERED} - {p.stem for p in STAGES}
     assert libraries == {
-        '00a_runs', '00b_events', '00c_id_lists', '02a_linear_models', '02b_neural_models', '02c_baselines',
+        '00a_runs', '00b_events', '00c_id_lists', '00d_limits', '02a_linear_models', '02b_neural_models', '02c_baselines',
         '04b_blocklist', '05b_transport', '05c_service_state', '06a_scale', '07_pipeline',
     }
 
