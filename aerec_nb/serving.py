@@ -44,7 +44,7 @@ from .events import EventLog, MAX_ID, events_url, new_event, save_events, simula
 from .inference import Recent, Recommender, UnknownUser
 from .packaging import Registry, load_bundle
 from .postprocessing import BanList, ban_list
-from .transport import Throttle, add_docs, add_security_headers, allowed_hosts, check_exposure, client_network, connection_cap, has_body, match_route, page_policy, proxy_options, reads_body, run_server
+from .transport import RouteTable, Throttle, add_docs, add_security_headers, allowed_hosts, check_exposure, client_network, connection_cap, has_body, page_policy, proxy_options, reads_body, run_server, takes_json
 from .runs import alone, atomic_path, read_json, write_json, write_parquet
 
 # %% ../nbs/05a_serving.ipynb #5b60af42
@@ -398,7 +398,8 @@ MAX_WRONG_KEYS = 10. # wrong keys a second and address, where serving.rate_limit
 class RequestMiddleware:
     "ASGI layer: request id, Host, keys, limits, security headers, metrics, request events."
     def __init__(self, app, state, routes, hosts):
-        self.app, self.state, self.routes, self.hosts = app, state, routes, hosts
+        self.app, self.state, self.hosts = app, state, hosts
+        self.routes = RouteTable(routes)
         self.busy = {'key': 0, 'open': 0, None: 0} # requests being answered: with a key, without one, and those that nothing limits
         self.errors = Throttle()
 
@@ -407,7 +408,7 @@ class RequestMiddleware:
         if scope['type'] != 'http': return await send({'type': 'websocket.close', 'code': 1008})
         started = time.perf_counter()
         exchange = _Exchange(scope, send, self.state.fresh_id)
-        route = match_route(self.routes, scope)
+        route = self.routes.match(scope)
         refusal = self._reject(scope, exchange, route)
         slot = None if refusal else _slot(route)
         self.busy[slot] += 1
@@ -447,12 +448,12 @@ class RequestMiddleware:
             s.metrics.refused.labels('host').inc()
             return problem(421, 'this service does not answer for the host of the request; name it in serving.allowed_hosts, or use another address', id)
         if route is None: return None
-        if required_role(route.path) is None: return self._reject_busy(route, id)
+        if required_role(_path(route)) is None: return self._reject_busy(route, id)
         return self._reject_unauthorized(scope, exchange, route) or self._reject_busy(route, id) or self._reject_content(exchange, route)
 
     def _reject_unauthorized(self, scope, exchange, route) -> JSONResponse|None:
         "Check the key and the rate of a request."
-        s, id, needed = self.state, exchange.id, required_role(route.path)
+        s, id, needed = self.state, exchange.id, required_role(_path(route))
         address = client_network((scope.get('client') or ('local',))[0])
         client = address
         if s.keys:
@@ -491,7 +492,7 @@ class RequestMiddleware:
         length = exchange.headers.get(b'content-length', b'0')
         if length.isdigit() and int(length) > MAX_BODY: return problem(413, f'the body has {int(length):,} bytes, {MAX_BODY:,} are allowed; send less at a time', exchange.id)
         kind = exchange.headers.get(b'content-type', b'').split(b';')[0].strip().lower()
-        if kind != b'application/json': return problem(415, 'send JSON, with the header Content-Type: application/json', exchange.id)
+        if takes_json(route) and kind != b'application/json': return problem(415, 'send JSON, with the header Content-Type: application/json', exchange.id)
         return None
 
     def _log_error(self, id:str, error:Exception) -> None:
@@ -538,8 +539,13 @@ class _Exchange:
 
 def _slot(route) -> str|None: # 'key', 'open', or None: unlimited
     "Say which limit on requests at the same time a request counts for."
-    if route is None or route.path.startswith('/health/'): return None
-    return 'open' if required_role(route.path) is None else 'key'
+    path = _path(route)
+    if route is None or path.startswith('/health/'): return None
+    return 'open' if required_role(path) is None else 'key'
+
+def _path(route) -> str:
+    "Return the path of a route; empty, and so not open, for what is no route of one endpoint."
+    return getattr(route, 'path', '')
 
 async def _read(receive) -> bytes|None: # None: too large
     "Read the whole body."
