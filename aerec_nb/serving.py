@@ -39,6 +39,7 @@ from pydantic_core import to_json
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from .configuration import AerecError, load_settings
 from .events import EventLog, MAX_ID, events_url, new_event, save_events, simulated_reaction, sqlite_url
 from .inference import Recent, Recommender, UnknownUser
@@ -430,6 +431,7 @@ class RequestMiddleware:
         except TimeoutError:
             self.state.metrics.refused.labels('timeout').inc()
             if not exchange.begun: await self._timeout_response(exchange.id, arrived)(scope, receive, exchange.send)
+        except ClientDisconnect: exchange.status = 400 # a body without its end is not acted on, and there is nobody to answer
         except Exception as e: # it was not foreseen: say so without saying too much, and let the log have the rest
             self._log_error(exchange.id, e)
             if exchange.begun: raise
@@ -548,11 +550,11 @@ def _path(route) -> str:
     return getattr(route, 'path', '')
 
 async def _read(receive) -> bytes|None: # None: too large
-    "Read the whole body."
+    "Read the whole body; raises `ClientDisconnect` where its end does not come."
     parts, size, more = [], 0, True
     while more:
         message = await receive()
-        if message['type'] != 'http.request': break
+        if message['type'] != 'http.request': raise ClientDisconnect
         parts.append(message.get('body', b''))
         size += len(parts[-1])
         more = message.get('more_body', False)

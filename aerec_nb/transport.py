@@ -506,6 +506,7 @@ class LimitedH11Protocol(LimitedConnection, H11Protocol):
 
     def send_400_response(self, msg:str) -> None:
         "Answer what is not HTTP; what is broken in the middle of an answer is cut off."
+        if self.is_answering(): self.cycle.disconnected = True # its answer is not wanted any more: the body is broken
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE): return self.transport.abort()
         headers = add_security_headers([(b'content-type', b'text/plain; charset=utf-8'), (b'connection', b'close')])
         events = (h11.Response(status_code=400, headers=headers, reason=b'Bad Request'), h11.Data(data=msg.encode('ascii')), h11.EndOfMessage())
