@@ -600,9 +600,10 @@ def run_pipeline(env:str=None, # dev, stage, live or test; None as configured
         say(f'run {kept.name}, environment {kept.env}: nothing has changed since, no stage is run again')
         return PipelineResult(kept, [Outcome(p.stage.notebook, 'reused', why=p.why) for p in same], kept.folder/'index.html', same)
     _check(opened, names)
+    check_writable(opened.folder)
     begun = not opened.folder.exists()
     steps = plan_steps(opened, names, force)
-    _check_folders(opened, steps)
+    _check_stores(opened, steps)
     with _engine(opened, steps):
         write_run_file(opened) # gives environment and overrides to the notebooks that follow
         say(f'run {opened.name}, environment {opened.env}')
@@ -646,10 +647,9 @@ def _opened(env, run, data, resume, first, last, only, force, knobs) -> tuple:
         raise AerecError(f'environment {opened.env} does not train: run the pipeline in dev, then promote its bundle (aerec models promote --help)')
     return opened, names, forced
 
-def _check_folders(run:Run, steps:list) -> None:
-    "Refuse a run whose folder, or whose stores in var/, cannot be written; raises `FileError`."
+def _check_stores(run:Run, steps:list) -> None:
+    "Refuse a run that would need a store in var/ that cannot be written; raises `FileError`."
     running, settings = {p.stage.name for p in steps if p.action == 'run'}, run.settings
-    check_writable(run.folder)
     if {'training', 'validation', 'packaging', 'serving'} & running: check_writable(settings.paths.var_dir)
     if 'training' in running and settings.training.tracking_uri != 'off': _check_database(settings.training.tracking_uri or _registry_url(settings), check_sqlite_writable)
     if 'packaging' in running: _check_database(_registry_url(settings), check_sqlite_writable)

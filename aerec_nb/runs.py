@@ -80,12 +80,22 @@ def _refusal(error:Exception) -> tuple|None:
     return _REFUSALS.get(error.errno) if isinstance(error, OSError) else None
 
 def _path_of(error:Exception, path:Path|None) -> Path|None:
-    "The path that an error is about: the one that it names, unless that is a temporary one."
+    "The path that an error is about: the one that it names, with the final name in place of a temporary one."
     named = getattr(error, 'filename', None)
-    if not isinstance(named, (str, bytes, os.PathLike)): return path
+    if not isinstance(named, (str, bytes, os.PathLike)): return _final_path(path)
     named = Path(os.fsdecode(named))
-    is_temporary = '.building' in named.parts or path is not None and named.name.startswith(f'.{Path(path).name}.')
-    return path if is_temporary else named
+    if path is None: return _final_path(named)
+    is_temporary = named.name.startswith('.') and Path(path).name in named.name
+    is_within = not named.is_absolute() # relative to a folder that was open
+    return _final_path(path if is_temporary or is_within else named)
+
+def _final_path(path:Path|None) -> Path|None:
+    "Where a file of an artifact in the making will be."
+    parts = Path(path).parts if path else ()
+    if '.building' not in parts[:-1]: return path
+    at = parts.index('.building')
+    run, stage, *_ = parts[at+1].rsplit('.', 3)
+    return Path(*parts[:at], run, stage, *parts[at+2:])
 
 @contextmanager
 def file_errors(
