@@ -26,6 +26,12 @@ from .configuration import AerecError, KNOBS, SECTIONS, Settings, load_settings,
 # %% ../nbs/00a_runs.ipynb #ba1283c6
 class FileError(AerecError, OSError):
     "A file or folder that cannot be used, in one line: which one, why, and what to do."
+    def __init__(self,
+        text:str,       # the line
+        errno:int=None  # error number of the system; None: the content of the file is at fault
+    ):
+        super().__init__(text)
+        self.errno = errno
 
 class MissingFileError(FileError, FileNotFoundError):
     "A file that is not there."
@@ -69,15 +75,19 @@ def file_error(
     while error is not None and not isinstance(error, FileError) and _refusal(error) is None: error = error.__cause__
     if error is None or isinstance(error, FileError): return error
     where = _path_of(error, path)
-    found = FileError((f'{show_value(where)}: ' if where else '') + '; '.join(_refusal(error)))
-    found.errno = getattr(error, 'errno', None)
-    return found
+    return FileError((f'{show_value(where)}: ' if where else '') + '; '.join(_refusal(error)), _error_number(error))
 
 def _refusal(error:Exception) -> tuple|None:
     "Look up the reason and what to do; None for errors of other kinds."
     sqlite_code = getattr(getattr(error, 'orig', error), 'sqlite_errorcode', None)
-    if sqlite_code is not None: return _SQLITE_REFUSALS.get(sqlite_code & 0xff)
-    return _REFUSALS.get(error.errno) if isinstance(error, OSError) else None
+    return _REFUSALS.get(_error_number(error)) if sqlite_code is None else _SQLITE_REFUSALS.get(sqlite_code & 0xff)
+
+def _error_number(error:Exception) -> int|None:
+    "The error number of the system; safetensors and DuckDB give it in their text only."
+    if isinstance(error, OSError): return error.errno
+    if type(error).__module__.split('.')[0].lstrip('_') not in ('safetensors', 'duckdb'): return None
+    found = re.search(r'os error (\d+)|"errno":"(\d+)"', str(error))
+    return int(found[1] or found[2]) if found else None
 
 def _path_of(error:Exception, path:Path|None) -> Path|None:
     "The path that an error is about: the one that it names, with the final name in place of a temporary one."
@@ -177,7 +187,7 @@ def read_json(
     try:
         with file_errors(path): data = Path(path).read_bytes()
     except FileError: raise
-    except FileNotFoundError: raise MissingFileError(f'{show_value(Path(path))}: no such file; restore it, or make it again') from None
+    except FileNotFoundError: raise MissingFileError(f'{show_value(Path(path))}: no such file; restore it, or make it again', errno.ENOENT) from None
     try: return json.loads(data.decode())
     except UnicodeDecodeError: reason = 'it is not UTF-8'
     except json.JSONDecodeError as e: reason = f'it is not JSON ({e})'
