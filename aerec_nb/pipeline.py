@@ -19,7 +19,7 @@ import jinja2
 import pandas as pd
 from .configuration import AerecError, KNOBS, diff_settings, load_settings, project_dir, settings_table, show_value
 from .runs import (STAGES, FileError, Run, Stage, adopt, all_runs, alone_with_run, atomic_path, check_sqlite, check_sqlite_writable, check_stages, check_writable, describe_faults, file_error, file_errors,
-                           file_faults, gate, is_held, lacks, link_file, open_run, read_json, read_manifest, read_run_file, readable_manifest, remove_run, sha256_file, sha256_json, unexported_changes, upstream, warn_once,
+                           file_faults, gate, is_held, lacks, link_file, open_run, read_json, read_manifest, read_run_file, readable_manifest, remove_run, sha256_file, sha256_json, unexported_changes, upstream, warn_of_damage, warn_once,
                            write_json, write_parquet, write_run_file)
 
 # %% ../nbs/07_pipeline.ipynb #7f8b98ad
@@ -235,7 +235,9 @@ class _Eye:
         if manifest is None: return _Fault(self._in_run('damaged: manifest.json', artifact), is_damaged=True) if (artifact/'manifest.json').exists() else None
         if manifest['fingerprint'] != wanted: return _difference(manifest, key)
         faults = file_faults(artifact, manifest)
-        if faults: return _Fault(self._in_run(describe_faults(faults), artifact), is_damaged=True)
+        if faults:
+            warn_of_damage(artifact, faults)
+            return _Fault(self._in_run(describe_faults(faults), artifact), is_damaged=True)
         why = _notebook_fault(STAGES[artifact.name], artifact) or self._undone(artifact.name, artifact.parent, manifest)
         return _Fault(why) if why else None
 

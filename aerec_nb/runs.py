@@ -7,9 +7,9 @@ __all__ = ['STAGES', 'FileError', 'MissingFileError', 'file_error', 'file_errors
            'check_sqlite_writable', 'atomic_path', 'write_json', 'read_json', 'write_parquet', 'alone', 'mlflow_module',
            'sha256_bytes', 'sha256_file', 'sha256_json', 'Stage', 'on_engine', 'upstream', 'check_stages',
            'code_modules', 'code_parts', 'code_hash', 'unexported_changes', 'read_manifest', 'readable_manifest',
-           'warn_once', 'FileHashes', 'link_file', 'file_faults', 'lacks', 'describe_faults', 'peak_memory_mib',
-           'measured', 'versions', 'gate', 'await_gate', 'remove_run', 'Run', 'all_runs', 'read_run_file',
-           'find_artifact', 'write_run_file', 'alone_with_run', 'is_held', 'adopt', 'open_run']
+           'warn_once', 'FileHashes', 'link_file', 'file_faults', 'lacks', 'describe_faults', 'warn_of_damage',
+           'peak_memory_mib', 'measured', 'versions', 'gate', 'await_gate', 'remove_run', 'Run', 'all_runs',
+           'read_run_file', 'find_artifact', 'write_run_file', 'alone_with_run', 'is_held', 'adopt', 'open_run']
 
 # %% ../nbs/00a_runs.ipynb #25ad6752
 import ast, ctypes, errno, fcntl, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource, secrets, shutil, sqlite3, stat, sys, time, warnings
@@ -535,6 +535,13 @@ def describe_faults(
     phrases = [f"it lacks {', '.join(missing)}"] if missing else []
     return '; '.join(phrases + ([f"damaged: {', '.join(damaged)}"] if damaged else []))
 
+def warn_of_damage(
+    folder:Path, # of an artifact
+    faults:dict  # from `file_faults`
+) -> None:
+    "Name an artifact that would be reused if it were whole."
+    warn_once(f'run {folder.parent.name}: {folder.name} is damaged ({describe_faults(faults)}) and is not used')
+
 # %% ../nbs/00a_runs.ipynb #e4463d3b
 def peak_memory_mib() -> float: # mebibytes
     "Peak resident memory of this process so far."
@@ -685,10 +692,9 @@ class Run:
         faults = file_faults(self.folder/stage, manifest) if manifest else {}
         if not faults: return manifest
 
-        said = f'run {self.name}: {stage} is damaged ({describe_faults(faults)})'
         if _changed_by_hand(manifest):
-            raise FileError(f'{said} and was made from changed cells of its notebook: run {STAGES[stage].notebook}.ipynb again with -p run {self.name}')
-        warn_once(f'{said} and is not used')
+            raise FileError(f'run {self.name}: {stage} is damaged ({describe_faults(faults)}) and was made from changed cells of its notebook: run {STAGES[stage].notebook}.ipynb again with -p run {self.name}')
+        warn_of_damage(self.folder/stage, faults)
         return None
 
     def execute(self, stage:str, build=None, notebook:dict=None) -> Path:
@@ -754,7 +760,7 @@ def find_artifact(
         if not manifest or manifest['fingerprint'] != fingerprint: continue
         faults = file_faults(run/stage, manifest)
         if not faults: return run/stage
-        warn_once(f'run {run.name}: {stage} is damaged ({describe_faults(faults)}) and is not used')
+        warn_of_damage(run/stage, faults)
     return None
 
 # %% ../nbs/00a_runs.ipynb #20b14c35
