@@ -878,6 +878,8 @@ def adopt(
         known = FileHashes(earlier.parent)
         try:
             for file in [p for p in earlier.rglob('*') if p.is_file()]: link_file(file, folder/file.relative_to(earlier))
+            (folder/'manifest.json').unlink() # a copy, so that damage to one run's manifest stays in that run
+            shutil.copy2(earlier/'manifest.json', folder/'manifest.json')
         except FileNotFoundError: return None
 
         run._say(f'{stage}: taken from run {earlier.parent.name}')
