@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from .configuration import AerecError, Settings, hide_secrets, is_database, load_settings, project_dir
 from .events import COLUMNS, events_frame, events_url
-from .runs import atomic_path, on_engine, read_json, sha256_bytes, sha256_file, write_json, write_parquet
+from .runs import FileError, atomic_path, file_error, file_errors, on_engine, read_json, sha256_bytes, sha256_file, write_json, write_parquet
 
 # %% ../nbs/01_data_import.ipynb #f847b183
 def _list(names): return ', '.join(' '.join(str(n).split()) for n in names)
@@ -949,7 +949,7 @@ def unpack(
 def _need_room(folder, n_bytes):
     "Refuse to begin what does not fit on the disk."
     free = shutil.disk_usage(folder).free
-    if n_bytes > free: raise OSError(errno.ENOSPC, f'no room on the disk: {n_bytes/1e6:,.0f} MB are needed, {free/1e6:,.0f} MB are free')
+    if n_bytes > free: raise FileError(f'no room on the disk: {n_bytes/1e6:,.0f} MB are needed, {free/1e6:,.0f} MB are free', errno.ENOSPC)
 
 # %% ../nbs/01_data_import.ipynb #d4660595
 @dataclass
@@ -1047,7 +1047,8 @@ def _why(error):
     "What went wrong, in a few words without secrets."
     if isinstance(error, urllib.error.HTTPError): return f'{error.code} {error.reason}'
     if isinstance(error, http.client.IncompleteRead): return 'the connection ended too early'
-    if getattr(error, 'errno', None) in _FULL and 'MB' not in str(error): return 'no room on the disk for it'
+    refused = file_error(error)
+    if refused is not None: return str(refused)
     reason = getattr(error, 'reason', error)
     return hide_secrets(getattr(reason, 'strerror', None) or str(reason).splitlines()[0] if str(reason) else type(error).__name__)
 
@@ -1239,6 +1240,7 @@ def _try_fetch(folder, title, fetch, timeout, insist=False):
     try: fetch(folder, timeout)
     except Exception as e:
         why = _why(e)
+        if file_error(e) is not None: return why # of this machine and not of the source: the next try may find it mended
         try:
             cache.mkdir(parents=True, exist_ok=True)
             write_json(cache/'attempts.json', _attempts(cache) | {title: dict(time=time.time(), why=why)})
@@ -1506,7 +1508,8 @@ def _from_url(url, dataset_dir, timeout):
     folder, shown = Path(dataset_dir)/'.cache'/f'url-{sha256_bytes(url.encode())[:12]}', hide_secrets(url)
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or shown
     if not folder.is_dir():
-        try: _fetch_into(folder, url, timeout, progress=name)
+        try:
+            with file_errors(folder): _fetch_into(folder, url, timeout, progress=name)
         except AerecError: raise
         except (OSError, ValueError, http.client.HTTPException) as e:
             kept = ' (what came is kept, and the next try goes on from there)' if any((folder.parent/'.parts').glob(f'{folder.name}-*.part')) else ''

@@ -40,7 +40,7 @@ from .events import COLUMNS, SCHEMA, EventLog, check_event, events_url, load_eve
 from .inference import Recommender
 from .packaging import head_items, headline, load_bundle, same_answer
 from .postprocessing import ban_list, miscalibration
-from .runs import all_runs, alone, read_json, sha256_file, write_json, write_parquet
+from .runs import FileError, all_runs, alone, atomic_path, file_errors, read_json, read_run_file, sha256_file, write_json, write_parquet
 from .validation import gini, list_metrics, long_tail
 
 # %% ../nbs/06_monitoring.ipynb #b9690a6b
@@ -879,18 +879,27 @@ def last_headline(runs_dir:Path, # folder of runs
     "The test result of the latest run on the same data and split that made another bundle."
     mine = recommender.info.get('card', {}).get('headline')
     if not mine: return None
-    created, own, found = read_json(before/'run.json')['created'] if before and (before/'run.json').exists() else None, before, None
+    begun = read_run_file(before) if before else None
+    created, own, found = begun['created'] if begun else None, before, None
     for folder in all_runs(runs_dir):
-        packed = folder/'packaging'/'bundle'/'manifest.sha256'
-        if packed.exists() and packed.read_text().split()[0] == recommender.info['id']:
-            own = own or folder
+        try:
+            if _has_packed(folder, recommender.info['id']):
+                own = own or folder
+                continue
+            if found or before and folder.name == before.name or created and read_run_file(folder)['created'] >= created: continue
+            there = headline(folder)
+        except FileError as e:
+            log.warning('run %s is not compared: %s', folder.name, e)
             continue
-        if found or before and folder.name == before.name or created and read_json(folder/'run.json')['created'] >= created: continue
-        there = headline(folder)
         if there and all(there[key] == mine[key] for key in ('metric', 'data', 'split')): found = {**there, 'run': folder.name, 'folder': folder}
     if not found: return None
     folder = found.pop('folder')
     return {**found, 'paired': _paired_difference(own, folder, found['metric']) if own else None}
+
+def _has_packed(folder:Path, id:str) -> bool:
+    "Tell whether a run made the bundle of this id."
+    path = folder/'packaging'/'bundle'/'manifest.sha256'
+    with file_errors(path): return path.exists() and path.read_bytes().split()[:1] == [id.encode()]
 
 def _paired_difference(own:Path, other:Path, metric:str) -> dict|None: # low, high, users
     "This run minus the other, user by user, with an interval of 95 %."
@@ -1135,7 +1144,10 @@ class AlertBook:
     def __init__(self, path:Path # JSON; is made where it is missing
                 ):
         self.path = Path(path)
-        self.book = read_json(self.path) if self.path.exists() else {'alerts': {}, 'undelivered': [], 'banned_since': {}, 'looks': 0}
+        empty = {'alerts': {}, 'undelivered': [], 'banned_since': {}, 'looks': 0}
+        self.book = read_json(self.path) if self.path.exists() else empty
+        if not isinstance(self.book, dict) or any(not isinstance(self.book.get(name), type(of)) for name,of in empty.items()):
+            raise FileError(f'{self.path}: it is not a book of alerts; restore it from a copy, or delete it: every alert then begins again')
 
     def look(self, table:pd.DataFrame, # from `run_monitors`
              monitoring, # section `monitoring` of the settings
@@ -1307,8 +1319,9 @@ def watch(settings, # from `load_settings`
                 changes = book.look(table, settings.monitoring, begun)
                 book.deliver(file, url, {'env': settings.env})
             var.mkdir(parents=True, exist_ok=True)
-            _write_text(var/f'monitors-{settings.env}.prom', exposition(table, begun))
-            with using_settings(settings): _write_text(var/f'rules-{settings.env}.yml', prometheus_rules(settings.monitoring, interval))
+            with using_settings(settings): rules = prometheus_rules(settings.monitoring, interval)
+            for name,text in ((f'monitors-{settings.env}.prom', exposition(table, begun)), (f'rules-{settings.env}.yml', rules)):
+                with atomic_path(var/name) as path: path.write_text(text, encoding='utf-8')
             _keep_only(settings)
             code, counts = 3 if book.firing else 0, table.status.value_counts()
             say(f"{pd.Timestamp(begun, unit='s'):%Y-%m-%d %H:%M:%S} UTC: {counts.get('ok', 0)} ok, {counts.get('firing', 0)} firing, {counts.get('no data', 0)} without data"
@@ -1318,11 +1331,6 @@ def watch(settings, # from `load_settings`
             code = 1
             log.error('the monitors could not be looked at: %s', str(e).splitlines()[0] if str(e) else type(e).__name__)
         if once or stop.wait(max(0., interval-(time.time()-begun))): return code
-
-def _write_text(path:Path, text:str) -> None:
-    temporary = path.with_name(f'.{path.name}')
-    temporary.write_text(text, encoding='utf-8')
-    temporary.replace(path)
 
 def _keep_only(settings) -> None:
     "End the keeping of what is older than `events.keep_days`."
