@@ -1371,7 +1371,7 @@ def _look_at_stores(settings):
     def versions(): return f"{len(_registry(settings).versions())} versions in {show_value(uri)}"
     def counted():
         _check_database(url)
-        log = EventLog(url)
+        log = EventLog.from_settings(settings)
         try: return f'{log.count():,} events in {show_value(log.url)}'
         finally: log.close()
     yield 'registry', *tried(uri, versions, 'none yet: the first aerec run makes it'), 'aerec run; or set AEREC_PACKAGING__REGISTRY_URI to a registry that answers'
