@@ -382,6 +382,12 @@ def test_a_real_mlflow_server_by_its_uri(mlflow_server, bundles, tmp_path, capfd
     assert here.history().equals(there.history()) and here.history().action.tolist() == ['promote', 'promote', 'rollback', 'promote', 'promote', 'rollback']
     here.archive(2, by='ann', why='old')
     with pytest.raises(AerecError, match='version 2 was archived'): there.resolve(2)
+    for n, sign in ((4, lambda b: here.sign(4, PRIVATE)), (5, lambda b: (sign_bundle(b, PRIVATE), here.register(b)))): # signed later: the other machine fetches it signed
+        unsigned = save_bundle(recommender(n), tmp_path/f'unsigned{n}')
+        assert here.register(unsigned) == n
+        with pytest.raises(AerecError, match='it is not signed'): here.promote(n, 'live', by='ann')
+        sign(unsigned)
+        assert load_bundle(there.resolve(n), settings=default_settings('live', bundle_keys=[PUBLIC])).info['id'] == bundle_id(unsigned)
     for p in (tmp_path/'server'/'artifacts').rglob('*.zip'): p.write_bytes(pack_zip(bundles[0], tmp_path/'other.zip').read_bytes()) # somebody changes what the server keeps
     shutil.rmtree(tmp_path/'there'/'bundles')
     with pytest.raises(AerecError, match='version 3: the server has another bundle than was registered'): there.resolve(3)
@@ -805,16 +811,41 @@ def test_what_is_registered_is_what_is_loaded(bundles, home, monkeypatch):
     "A folder that is exchanged between the look at its identity and the load."
     r = registry_at(home)
     for b in bundles[:2]: r.register(b)
-    real = Registry.resolve
+    real, calls = Registry.resolve, []
     def resolve(self, version):
         folder = real(self, version)
         other = self.bundles_dir/bundle_id(bundles[1])[:16]
-        if folder != other:
+        calls.append(folder)
+        if len(calls) == 2:
             shutil.rmtree(folder)
             shutil.copytree(other, folder)
         return folder
     monkeypatch.setattr(Registry, 'resolve', resolve)
     with pytest.raises(AerecError, match='is not the bundle that was registered'): r.promote(1, 'dev', by='ann')
+    monkeypatch.undo()
+    with pytest.raises(AerecError, match='another bundle is kept there, whose identity begins alike'): r.register(bundles[0])
+
+
+def test_a_bundle_that_answers_differently_is_neither_written_nor_promoted(bundles, home, monkeypatch):
+    from aerec_nb import packaging
+    r = registry_at(home)
+    r.register(bundles[0])
+    monkeypatch.setattr(packaging, 'same_answer', lambda *a: False)
+    with pytest.raises(AerecError, match='version 1: the golden request .* is answered differently'): r.promote(1, 'dev', by='ann')
+    assert 'answered differently' in r.verify().result[0] and r.check_gates(1, 'live').result[0] == 'failed'
+    with pytest.raises(AerecError, match='the golden request .* is answered differently'): save_bundle(recommender(), home/'b')
+    assert not (home/'b').exists() and not [p for p in home.iterdir() if p.name.startswith('.b')]
+
+
+def test_a_server_that_is_not_there(bundles, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+    from aerec_nb import packaging
+    monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
+    registry = SimpleNamespace(uri=f'http://ann:s3cret@127.0.0.1:{free_port()}', name='films')
+    for use, why in ((lambda: packaging._upload(registry, bundles[0], 'x'*64), 'the server does not take the bundle'), (lambda: packaging._download(registry, SimpleNamespace(run_id='r', version='1'), 'x'*64), 'does not give its bundle'),
+                     (lambda: packaging._upload_again(registry, SimpleNamespace(run_id='r'), bundles[0]), 'the server does not take the bundle')):
+        with pytest.raises(AerecError, match=why) as e: use()
+        assert one_line(e) and 's3cret' not in str(e.value)
 
 
 # --- full disks and missing rights --------------------------------------------------------------------------------------------------------------------
@@ -894,10 +925,10 @@ def test_missing_rights(bundles, empty):
         user = pwd.getpwnam('nobody') if os.geteuid() == 0 else None
         if user is None:
             for p in (home, home/'registry.db', home/'bundles'): p.chmod(0o555 if p.is_dir() else 0o444)
-        said = in_strange_conditions(tried(lambda: save_bundle(recommender(), home/'new'), lambda: pack_zip(bundles[0], home/'new.zip'), lambda: load_bundle(home/'b'), lambda: load_bundle(home/'shut'), lambda: registry_at(home),
+        said = in_strange_conditions(tried(lambda: load_bundle(home/'shut'/'b'), lambda: save_bundle(recommender(), home/'new'), lambda: pack_zip(bundles[0], home/'new.zip'), lambda: load_bundle(home/'b'), lambda: load_bundle(home/'shut'), lambda: registry_at(home),
                                            lambda: r.promote(1, 'dev', by='ann'), lambda: recommender().recommend_batch(folder=home/'lists')), user=user)
-        assert len(said) == 7 and not [line for line in said if line.startswith('done') or 'SEVERAL' in line], said
-        assert 'Permission denied; choose a folder that you may use' in said[0] and 'model.json cannot be read: Permission denied' in said[2] and 'Permission denied' in said[3] and 'Permission denied' in said[4], said
+        assert len(said) == 8 and not [line for line in said if line.startswith('done') or 'SEVERAL' in line], said
+        assert 'Permission denied; choose a folder that you may use' in said[1] and 'model.json cannot be read: Permission denied' in said[3] and all('Permission denied' in said[n] for n in (0, 4, 5)), said
         for p in (home, home/'bundles', home/'shut'): p.chmod(0o755)
 
 
