@@ -91,7 +91,7 @@ def _error_number(error:Exception) -> int|None:
 
 def _path_of(error:Exception, path:Path|None) -> Path|None:
     "The path that an error is about: the one that it names, with the final name in place of a temporary one."
-    named = getattr(error, 'filename', None)
+    named = getattr(error, 'filename2', None) or getattr(error, 'filename', None) # of a copy: where it goes
     if not isinstance(named, (str, bytes, os.PathLike)): return _final_path(path)
     named = Path(os.fsdecode(named))
     if path is None: return _final_path(named)
