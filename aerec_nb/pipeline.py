@@ -108,14 +108,17 @@ def _keep(job) -> None:
             write_json(job.hidden, nb)
     except (RuntimeError, AerecError) as e: # no silent success
         job.outcome.state, job.outcome.error = 'failed', job.outcome.error or str(e)
-        if not _is_notebook(job.hidden): return job.hidden.unlink()
+        if not _is_readable(job.hidden): return job.hidden.unlink()
     with file_errors(job.target): os.replace(job.hidden, job.target)
 
-def _is_notebook(path:Path) -> bool:
+def _is_readable(path:Path) -> bool:
     "Tell whether a file is a notebook that can be read."
-    try: nb = read_json(path)
+    try: return _is_notebook(read_json(path))
     except FileError: return False
-    return isinstance(nb, dict) and isinstance(nb.get('cells'), list) and isinstance(nb.get('metadata'), dict)
+
+def _is_notebook(content) -> bool:
+    "Tell whether JSON has the form of a notebook."
+    return isinstance(content, dict) and isinstance(content.get('cells'), list) and isinstance(content.get('metadata'), dict)
 
 # %% ../nbs/07_pipeline.ipynb #6d053aac
 def execute_notebook(source:Path, # notebook to run
@@ -133,8 +136,10 @@ def execute_notebook(source:Path, # notebook to run
 # %% ../nbs/07_pipeline.ipynb #d69b5704
 def code_cells(path:Path # notebook
               ) -> list: # sources of its code cells, in order
-    "The code of a notebook, without the cell that papermill drops."
-    cells = read_json(path)['cells']
+    "The code of a notebook, without the cell that papermill drops; raises `FileError` where it is no notebook."
+    nb = read_json(path)
+    if not _is_notebook(nb): raise FileError(f'{show_value(Path(path))}: it is not a notebook; restore it from a copy')
+    cells = nb['cells']
     return [''.join(c['source']) for c in cells if c['cell_type'] == 'code' and 'papermill-error-cell-tag' not in c['metadata'].get('tags', [])]
 
 def cells_hash(sources:list # of code cells
@@ -178,7 +183,7 @@ def _notebook_fault(stage:Stage, folder:Path) -> str:
     "Why the executed notebook beside an artifact does not stand for it; '' if it does."
     path = executed(folder.parent, stage)
     if not path.exists(): return 'its executed notebook is missing'
-    mark = read_json(path)['metadata'].get('aerec_nb') if _is_notebook(path) else None
+    mark = read_json(path)['metadata'].get('aerec_nb') if _is_readable(path) else None
     if not isinstance(mark, dict): return 'its notebook did not come to its end'
     cells, text = _code(stage)
     if mark.get('text') != text and mark.get('cells') != cells_hash(cells): return 'its notebook has changed'
@@ -404,7 +409,7 @@ def _page_of(nb, title:str, home:str, code:bool, back:str) -> str:
 # %% ../nbs/07_pipeline.ipynb #2f84139b
 def _cells_of(path:Path) -> list:
     "The cells of an executed notebook; [] where it is missing or damaged."
-    return read_json(path)['cells'] if _is_notebook(path) else []
+    return read_json(path)['cells'] if _is_readable(path) else []
 
 def _outputs_of(path:Path) -> list:
     "The outputs of an executed notebook, in order."
@@ -760,7 +765,7 @@ def write_report(run:Run, # a run with artifacts
     with file_errors(pages): pages.mkdir(exist_ok=True)
     for stage in STAGES.values():
         notebook, page = executed(run.folder, stage), pages/f'{stage.notebook}.html'
-        if _is_notebook(notebook) and not (page.exists() and page.stat().st_mtime_ns >= notebook.stat().st_mtime_ns): _write(page, notebook_page(notebook))
+        if _is_readable(notebook) and not (page.exists() and page.stat().st_mtime_ns >= notebook.stat().st_mtime_ns): _write(page, notebook_page(notebook))
     _write(run.folder/'index.html', _index_page(run, list(outcomes), list(steps)))
     failed = [o for o in outcomes if o.state == 'failed']
     if failed: _write(run.folder/'failure.txt', '\n\n'.join(f'{o.stage}: {o.error}\n{o.traceback}'.rstrip() for o in failed)+'\n')

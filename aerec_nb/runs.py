@@ -83,15 +83,15 @@ def _refusal(error:Exception) -> tuple|None:
     return _REFUSALS.get(_error_number(error)) if sqlite_code is None else _SQLITE_REFUSALS.get(sqlite_code & 0xff)
 
 def _error_number(error:Exception) -> int|None:
-    "The error number of the system; safetensors and DuckDB give it in their text only."
-    if isinstance(error, OSError): return error.errno
-    if type(error).__module__.split('.')[0].lstrip('_') not in ('safetensors', 'duckdb'): return None
-    found = re.search(r'os error (\d+)|"errno":"(\d+)"', str(error))
-    return int(found[1] or found[2]) if found else None
+    "The error number of the system; shutil, safetensors and DuckDB give it in their text only."
+    if isinstance(error, OSError) and not isinstance(error, shutil.Error): return error.errno
+    if type(error).__module__.split('.')[0].lstrip('_') not in ('shutil', 'safetensors', 'duckdb'): return None
+    found = re.search(r'\[Errno (\d+)\]|os error (\d+)|"errno":"(\d+)"', str(error))
+    return int(found[found.lastindex]) if found else None
 
 def _path_of(error:Exception, path:Path|None) -> Path|None:
     "The path that an error is about: the one that it names, with the final name in place of a temporary one."
-    named = getattr(error, 'filename', None)
+    named = getattr(error, 'filename2', None) or getattr(error, 'filename', None) # of a copy: where it goes
     if not isinstance(named, (str, bytes, os.PathLike)): return _final_path(path)
     named = Path(os.fsdecode(named))
     if path is None: return _final_path(named)
