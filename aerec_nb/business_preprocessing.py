@@ -475,9 +475,9 @@ class _Step:
     verdict: Verdict
     reweighed: bool       # did it change weights?
 
-def _walk(ratings, rules):
+def _walk(ratings, rules, scale):
     "Apply one rule after the other and yield what each leaves; rules that are off are passed over."
-    steps = _steps(rules, _knobs(rules) | dict(scale=_check_frame(ratings, rules)))
+    steps = _steps(rules, _knobs(rules) | dict(scale=scale))
     left = ratings.reset_index(drop=True)
     left = left.assign(weight=(left['count'] if 'count' in left else left.weight if 'weight' in left else pd.Series(1, left.index)).astype(np.float32))
     yield _Step('ratings', left, np.array([], np.int64), False, Verdict(None, 'as imported'), False)
@@ -513,9 +513,10 @@ def _check_frame(ratings, rules):
 # %% ../nbs/01a_business_preprocessing.ipynb #8b9fa780
 def _cascade(ratings, rules, tolerant=False):
     "The waterfall, the rows that are left, and the dropped positions of each rule; stops where nothing is left."
+    scale = _check_frame(ratings, rules)
     users, items = codes_of(ratings.user_id), codes_of(ratings.item_id)
     n, report, gone, before = len(ratings), [], [], {}
-    for step in _walk(ratings, rules):
+    for step in _walk(ratings, rules, scale):
         rows = step.left.index.to_numpy()
         now = dict(rows=len(rows), users=_distinct(users, rows), items=_distinct(items, rows)) if len(step.dropped) or not report else before
         note, mean = step.verdict.note, float(step.left.weight.to_numpy().mean(dtype=np.float64)) if len(rows) else 0.

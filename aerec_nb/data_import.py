@@ -119,8 +119,7 @@ def _layout(head, encoding, whole, where, positions):
     blank = next((i for i, line in enumerate(lines) if line.strip()), None)
     if blank is None: raise AerecError(f'{where}: the file is empty (no header in its first line)')
     sep = _separator([line for line in lines[blank:blank+20] if line.strip()])
-    try: fields = [f.strip() for f in _fields(lines[blank], sep)]
-    except csv.Error as e: raise AerecError(f'{where}: the first line cannot be read ({e})') from None
+    fields = [f.strip() for f in _fields(lines[blank], sep)]
     headless = len(fields) > 1 and all(re.fullmatch(r'-?\d+(\.\d+)?', v) for v in fields[:1 if sep == '::' else 2])
     if headless: names = [*positions, *(f'column_{i}' for i in range(len(positions), len(fields)))][:len(fields)]
     else: names = [f or f'unnamed_{i}' for i, f in enumerate(fields)]
@@ -690,7 +689,9 @@ def write_handover(
     if len(problems := _problems(df, typed, found)): raise _refusal(problems, where, len(df), ON_BAD[:1])
     for c in ('timestamp', 'ingested_at'):
         if c in typed: typed[c] = pd.to_datetime(typed[c], unit='s', utc=True)
-    table = pyarrow.Table.from_pandas(pd.concat([typed, df.drop(columns=list(found))], axis=1), preserve_index=False)
+    try: table = pyarrow.Table.from_pandas(pd.concat([typed, df.drop(columns=list(found))], axis=1), preserve_index=False)
+    except (OverflowError, pyarrow.ArrowException) as e:
+        raise AerecError(f'{where}: a column fits no type of Parquet ({_first_line(e)}); convert its values to one type') from None
     kinds = {c: _contract_type(table.field(c).type) for c in found if _HANDOVER[c][0] == _ID}
     if not set(kinds.values()) <= set(_ID): raise AerecError(f'{where}: ids are {_list(kinds.values())}; the contract wants {" or ".join(_ID)}')
     schema = handover_schema(list(found), **kinds)
@@ -1324,7 +1325,7 @@ class Database:
                 if sqlite: c.exec_driver_sql('PRAGMA query_only=ON')
                 yield c
         except sa.exc.SQLAlchemyError as e: raise AerecError(f'{self.name}: {self._said(e)}') from None
-        except UnicodeError: raise AerecError(f'{self.name}: the answer holds text that is not in the encoding of the database') from None
+        except UnicodeError as e: raise AerecError(f'{self.name}: the query or the answer holds text that the database cannot encode ({_first_line(e)})') from None
         finally: engine.dispose()
 
     def _no_driver(self):

@@ -202,7 +202,6 @@ class Pairs:
     def __init__(self, rows, columns, n:int # columns
                 ):
         self.keys, self.n = np.unique(np.asarray(rows, np.int64)*n + columns), n
-    def __contains__(self, _): raise TypeError('use has')
     def has(self, rows, columns) -> np.ndarray: # bool
         "Is each pair there?"
         if not len(self.keys): return np.zeros(len(rows), bool)

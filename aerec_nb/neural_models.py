@@ -257,7 +257,7 @@ class GradientModel(Model):
 
     def build(self, n_items, generator): # -> nn.Module with `encode(history)`, `decoder_weight` and `decoder_bias`
         "The net with its first weights."
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} has no method build: a gradient-trained model defines its net there')
 
     def prepare_input(self, history: History) -> History:
         "What the net is given of a history; the lecture leaves it as it is."

@@ -85,6 +85,7 @@ TEXTS = { # each with what becomes of it: the number of ratings, or words of the
     'blanks':              ('user,item,rating\n 7,1, 4\n7 ,2 ,4 \n8,1,3\n', 3, 3),
     'equal but for blanks': ('user,item,rating\n x,2,4\nx,2,5\n', 1, 1),
     'blank lines':         ('\n\nuser,item,rating\n1,2,3\n\n3,4,5\n\n', 2, 2),
+    'blank lines at the end': ('user,item,rating\n1,2,3\n3,4,5\n\n\n', 2, 2),
     'Windows':             ('user,item,rating,timestamp\r\n5,7,4,100\r\n3,7,3.5,101\r\n', 2, 2),
     'both line ends':      ('user,item,rating\r\n1,2,3\n3,4,5\r\n', 2, 2),
     'no last line end':    ('user,item,rating\n1,2,3\n3,4,5', 2, 2),
@@ -191,6 +192,23 @@ def test_parquet_in_parts(tmp_path):
     assert found.ratings.timestamp.tolist() == [1, 2, 2] and found.n_duplicates == 1
     pd.DataFrame(dict(user=['u'], item=['a'])).to_parquet(tmp_path/'r'/'day=2'/'y.parquet')
     assert 'do not fit together' in str(same_both_ways(tmp_path/'r'))
+
+
+def test_damaged_parquet(tmp_path):
+    rows = pd.DataFrame(dict(user=np.arange(9000), item=np.arange(9000)))
+    rows.to_parquet(path := tmp_path/'ratings.parquet', compression=None)
+    whole = path.read_bytes()
+    for damaged in (whole[:-8], whole[:4] + bytes(len(whole)//2) + whole[4+len(whole)//2:]):
+        path.write_bytes(damaged)
+        assert str(same_both_ways(path)).startswith('ratings.parquet: cannot be read as Parquet (')
+
+
+@pytest.mark.parametrize('options, said', [
+    (dict(on_bad='skip'), "no rule 'skip' for bad rows: choose raise"),
+    (dict(on_duplicate='newest'), "no rule 'newest' for duplicates: choose last")])
+def test_a_rule_that_is_none(options, said, tmp_path):
+    (path := tmp_path/'ratings.csv').write_text(TEXTS['integers'][0])
+    assert said in str(same_both_ways(path, **options))
 
 
 @pytest.mark.parametrize('on_bad', ['raise', 'quarantine'])
