@@ -2092,8 +2092,12 @@ def _set_apart(large, maybe, found, on_bad, n):
     good[row-1] = False
     bad, all_seen = _set_aside(problems, raw).assign(row=row), len(raw) == len(rows)
     if len(bad) and (on_bad == 'raise' or not good.any() or not all_seen):
-        error = _refusal(problems.assign(row=row), large.where, n)
-        raise error if all_seen else BadRows(f'{error} (only the first {len(raw):,} such rows were looked at: too many to set aside)', error.problems)
+        problems = problems.assign(row=row)
+        error = _refusal(problems, large.where, n)
+        if not all_seen:
+            error = AerecError(f'{error} (only the first {len(raw):,} such rows were checked: too many to set aside)')
+            error.problems = problems
+        raise error
     return bad, good
 
 def check_large(

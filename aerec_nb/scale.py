@@ -1284,7 +1284,7 @@ def _own_error(error, what):
         seen.add(id(e))
         if isinstance(e, AerecError): return AerecError(str(e))
         todo += [e.__cause__, e.__context__, getattr(e, 'cause', None), *(getattr(e, 'worker_failures', None) or {}).values()]
-    said = [m[2] for line in str(error).splitlines() if (m := re.match(r'\s*(?:\w+\.)*(\w*(?:AerecError|Diverged|BadRows))(?:\(\))?: (.*)', line))]
+    said = [m[2] for line in str(error).splitlines() if (m := re.match(r'\s*(?:\w+\.)*(\w*(?:AerecError|Diverged))(?:\(\))?: (.*)', line))]
     other = [line.strip() for line in str(error).splitlines() if re.match(r'\s*(?:\w+\.)*\w*(?:Error|Exception)\b.*: ', line)]
     return AerecError(said[-1] if said else f'{what}: the workers failed: {other[-1] if other else _last_line(error)}')
 

@@ -336,3 +336,11 @@ def test_nothing_but_ours_is_said(tmp_path):
     def bar(opened): return subprocess.run([sys.executable, '-c', asked.format(opened), tmp_path], env=variables(tmp_path), capture_output=True, text=True, check=True).stdout.strip()
     assert bar('from aerec_nb.data_import import _duckdb; con = _duckdb(sys.argv[1])') == 'False'
     assert bar('import duckdb; con = duckdb.connect()') == 'True', 'otherwise this shows nothing'
+
+
+def test_more_bad_rows_than_are_checked_are_refused_even_where_bad_rows_are_set_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_import, '_MOST_BAD', 2)
+    path = tmp_path/'ratings.csv'
+    path.write_text('user,item,rating\n' + '1,2,4\n'*5 + '1,2,bad\n'*4)
+    error = told(path, -1, on_bad='quarantine')
+    assert isinstance(error, AerecError) and 'only the first 2 such rows were checked' in str(error) and len(error.problems) == 2
