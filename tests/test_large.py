@@ -339,8 +339,17 @@ def test_nothing_but_ours_is_said(tmp_path):
 
 
 def test_more_bad_rows_than_are_checked_are_refused_even_where_bad_rows_are_set_aside(tmp_path, monkeypatch):
+    whole = data_import._Large.pieces
+
+    def small_pieces(self, *args):
+        for piece in whole(self, *args):
+            for start in range(0, len(piece), 3):
+                yield piece.slice(start, 3)
+
     monkeypatch.setattr(data_import, '_MOST_BAD', 2)
+    monkeypatch.setattr(data_import._Large, 'pieces', small_pieces)
     path = tmp_path/'ratings.csv'
-    path.write_text('user,item,rating\n' + '1,2,4\n'*5 + '1,2,bad\n'*4)
+    path.write_text('user,item,rating\n' + '1,2,4\n'*6 + '1,2,bad\n'*6)
     error = told(path, -1, on_bad='quarantine')
-    assert isinstance(error, AerecError) and 'only the first 2 such rows were checked' in str(error) and len(error.problems) == 2
+    assert isinstance(error, AerecError) and 'only the first 3 such rows were checked' in str(error)
+    assert len(error.problems) == 3
