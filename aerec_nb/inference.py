@@ -10,7 +10,7 @@ __all__ = ['PRIOR', 'MAX_USERS', 'UnknownUser', 'Recommendations', 'Segments', '
            'Explorer', 'explorer']
 
 # %% ../nbs/04_inference.ipynb #d13a59be
-import difflib, html, os, time
+import difflib, html, os, threading, time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -218,34 +218,108 @@ def _hashable(id): return id if isinstance(id, (str, int, float, type(None))) el
 
 # %% ../nbs/04_inference.ipynb #01b7aca7
 class Recent:
-    "What was heard of users since their histories were packed: a service adds feedback, and the next answer rests on it."
-    def __init__(self): self._of, self._gone = {}, set()
-    def __len__(self): return len(self._of)
+    "Feedback of users that arrived after their histories were packed; the next list takes it into account."
 
-    def add(self, user_id, # any user, known or not
-            item_id, # of which there was feedback
-            liked:bool=True, # False: is not shown, and nothing rests on it
-            when:float=None # seconds since 1970; None: unknown
-           ) -> None:
-        "One piece of feedback; the last about an item counts."
-        self._of[str(user_id)] = {**self._of.get(str(user_id), {}), str(item_id): (liked, np.nan if when is None else when)}
+    def __init__(
+        self,
+        max_per_user: int = 1000,  # items kept of one user, those with the newest feedback
+    ):
+        self.max_per_user = max_per_user
+        self._feedback = {}  # user id -> {item id: (liked, time)}, the newest last
+        self._resolved = {}  # user id -> (vocabulary, item numbers, liked, times), made when asked for
+        self._erased = set()
+        self._lock = threading.Lock()
 
-    def forget(self, user_id) -> None: # also what was packed
-        "Nothing is known of this user any more."
-        self._of.pop(str(user_id), None)
-        self._gone.add(str(user_id))
+    def __len__(self) -> int:
+        return len(self._feedback)
+
+    @property
+    def users(self) -> list:  # ids as text
+        "List the users with feedback."
+        with self._lock:
+            return list(self._feedback)
+
+    def add(
+        self,
+        user_id,  # any user, known or not
+        item_id,  # any item
+        liked: bool = True,  # False: the item is not recommended, and nothing rests on it
+        when: float = None,  # seconds since 1970; None: unknown
+    ) -> None:
+        "Add one event; the last event about an item counts."
+        self.add_many([user_id], [item_id], [liked], [when])
+
+    def add_many(
+        self,
+        user_ids,  # one per event
+        item_ids,  # one per event
+        liked,  # bool, one per event
+        when,  # seconds since 1970 or None, one per event
+    ) -> None:
+        "Add events in the order in which they arrived; time grows linearly with their number."
+        events = list(zip(map(str, user_ids), map(str, item_ids), liked, when, strict=True))
+        feedback, resolved = self._feedback, self._resolved
+        for start in range(0, len(events), 2000):  # readers get the lock in between
+            with self._lock:
+                for user, item, likes, at in events[start:start+2000]:
+                    of_user = feedback.get(user)
+                    if of_user is None:
+                        of_user = feedback[user] = {}
+                    elif item in of_user:
+                        del of_user[item]  # it becomes the newest
+                    elif len(of_user) >= self.max_per_user:
+                        del of_user[next(iter(of_user))]
+                    of_user[item] = likes, at
+                    if resolved:
+                        resolved.pop(user, None)
+
+    def erase(self, user_id) -> None:
+        "Forget the user's feedback and packed history."
+        user = str(user_id)
+        with self._lock:
+            self._feedback.pop(user, None)
+            self._resolved.pop(user, None)
+            self._erased.add(user)
+
+    def is_erased(self, user_id) -> bool:
+        "Tell whether the user's packed history must not be used."
+        return str(user_id) in self._erased
+
+    def resolve(
+        self,
+        user_id,  # any user
+        index,  # `IdIndex` of the items
+    ) -> tuple:  # int32 item numbers (sorted, each once), bool liked, float times (NaN: unknown); None without feedback
+        "Return the feedback of one user as arrays; unknown items are left out."
+        user = str(user_id)
+        with self._lock:
+            found = self._resolved.get(user)
+            if found is not None and found[0] is index:
+                return found[1:]
+            of_user = list(self._feedback.get(user, {}).items())
+        if not of_user:
+            return None
+        numbers = index.numbers([item for item, _ in of_user])
+        latest = {n: event for n, (_, event) in zip(numbers.tolist(), of_user) if n >= 0}  # two spellings of one item: the later event counts
+        order = sorted(latest)
+        arrays = np.array(order, np.int32), np.array([latest[n][0] for n in order], bool), np.array([np.nan if latest[n][1] is None else latest[n][1] for n in order], float)
+        with self._lock:
+            if list(self._feedback.get(user, {}).items()) == of_user:
+                self._resolved[user] = index, *arrays
+        return arrays
+
 
 def _evidence(r:Recommender, user_id, history, warnings:list) -> tuple:
     "Item numbers, weights and times of what the answer rests on, the number of the user (-1: unknown), and items of which it was heard that they are not liked."
     user, recent = r.user_index.number(user_id) if user_id is not None else -1, None
     if user_id is not None and r.recent is not None:
-        recent = r.recent._of.get(str(user_id))
-        if user >= 0 and str(user_id) in r.recent._gone: user = -1
-    if user_id is not None and user < 0 and not recent: warnings.append(f'user {_named([_hashable(user_id)])} is unknown')
+        recent = r.recent.resolve(user_id, r.item_index)
+        if user >= 0 and r.recent.is_erased(user_id): user = -1
+    if user_id is not None and user < 0 and recent is None: warnings.append(f'user {_named([_hashable(user_id)])} is unknown')
     items = known_numbers(r, history, 'history', warnings) if history is not None else _NONE
     own = slice(r.histories.indptr[user], r.histories.indptr[user+1]) if user >= 0 else slice(0, 0)
-    if not recent and not len(items): return r.histories.indices[own], r.histories.data[own], None if r.times is None else r.times[own], user, _NONE
-    heard, liked, when = _heard(r, recent or {})
+    if recent is None and not len(items): return r.histories.indices[own], r.histories.data[own], None if r.times is None else r.times[own], user, _NONE
+    heard, liked, when = _NOTHING if recent is None else recent
     disliked = np.setdiff1d(heard[~liked], items)
     now = np.concatenate([items, np.setdiff1d(heard[liked], items)])
     now_at = np.concatenate([np.full(len(items), np.nan), when[liked][np.isin(heard[liked], items, invert=True)]]) # what the request names is of this moment
@@ -256,12 +330,7 @@ def _evidence(r:Recommender, user_id, history, warnings:list) -> tuple:
     return both[order], np.concatenate([r.histories.data[own][before], np.ones(len(now), np.float32)])[order], times, user, disliked
 
 _NONE = np.array([], np.int32)
-
-def _heard(r:Recommender, recent:dict) -> tuple:
-    "Item numbers in their order, which are liked, and when it was heard; unknown items are left out."
-    numbers = r.item_index.numbers(list(recent))
-    said = sorted((n, *what) for n,what in zip(numbers.tolist(), recent.values()) if n >= 0)
-    return np.array([n for n,_,_ in said], np.int32), np.array([l for _,l,_ in said], bool), np.array([t for _,_,t in said], float)
+_NOTHING = np.array([], np.int32), np.array([], bool), np.array([], float)
 
 # %% ../nbs/04_inference.ipynb #eef2df19
 @patch
