@@ -44,7 +44,7 @@ from .events import EventLog, MAX_ID, events_url, new_event, save_events, simula
 from .inference import Recent, Recommender, UnknownUser
 from .packaging import Registry, load_bundle
 from .postprocessing import BanList, ban_list
-from .transport import Throttle, add_docs, add_security_headers, allowed_hosts, check_exposure, client_network, has_body, match_route, page_policy, proxy_options, reads_body, run_server
+from .transport import Throttle, add_docs, add_security_headers, allowed_hosts, check_exposure, client_network, connection_cap, has_body, match_route, page_policy, proxy_options, reads_body, run_server
 from .runs import alone, atomic_path, read_json, write_json, write_parquet
 
 # %% ../nbs/05a_serving.ipynb #5b60af42
@@ -1098,15 +1098,14 @@ def serve(bundle_folder:Path, # a bundle; None: what the alias points to
           alias:str=None # follow this alias of the registry; None: serve the bundle and nothing else
          ) -> None:
     "Serve until told to stop."
+    for check in (check_exposure, allowed_hosts, proxy_options, ApiKeys): check(settings) # what is wrong here is said before anything is loaded
+    connection_cap(settings.serving.max_connections) # too few open files are allowed?
     s, look = settings.serving, look_at(settings, alias) if alias else None
     number, folder = look() if look else (None, bundle_folder)
     torch.set_num_threads(1) # requests are what runs side by side
     sock = _bind(s.host, s.port)
-    check_exposure(settings)
-    allowed_hosts(settings), proxy_options(settings) # are they valid?
     recommender = load_bundle(folder)
     recommender.info['number'] = number
-    ApiKeys(settings) # is there what it takes?
     log = EventLog(events or events_url(settings))
     log.close()
     shared, host = Shared(), f'[{s.host}]' if ':' in s.host else s.host

@@ -66,9 +66,9 @@ def allowed_hosts(settings # from `load_settings`
 # %% ../nbs/05b_transport.ipynb #e1039036
 def is_loopback(host:str # address or name to listen on
                ) -> bool:
-    "Can only this machine reach the address?"
+    "Can only this machine reach the address? Raises `AerecError` for a name that is not known here."
     try: found = {info[4][0] for info in socket.getaddrinfo(host or '0.0.0.0', None)}
-    except OSError: return False # not a name that is known here
+    except OSError as e: raise AerecError(f'serving.host: {host!r} is not an address of this machine ({e.strerror or e}); 127.0.0.1 is for this machine alone') from None
     addresses = [ipaddress.ip_address(address.partition('%')[0]) for address in found]
     return all((getattr(a, 'ipv4_mapped', None) or a).is_loopback for a in addresses)
 
