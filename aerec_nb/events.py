@@ -334,7 +334,7 @@ def sqlite_path(address:sa.URL) -> Path|None: # None: another database, one in m
 
 def _listen_sqlite(engine:sa.Engine, timeout_s:float) -> None:
     "Set what every SQLite connection of the log must have."
-    pragmas = (f'busy_timeout={round(1000*timeout_s)}', 'journal_mode=WAL', 'synchronous=FULL', 'cell_size_check=ON')
+    pragmas = (f'busy_timeout={round(1000*timeout_s)}', 'synchronous=FULL', 'cell_size_check=ON')
     def connected(connection, record):
         for pragma in pragmas: connection.execute(f'PRAGMA {pragma}').close()
     sa.event.listen(engine, 'connect', connected)
@@ -374,8 +374,8 @@ def open_engine(url:str, # SQLAlchemy URL (sqlite or postgresql)
                 connect_timeout_s:float=3., # seconds to wait for a connection
                 statement_timeout_s:float=5., # seconds that a statement may take
                 watchdog:Watchdog=None # of PostgreSQL connections; None: a new one
-               ) -> sa.Engine: # SQLite: in WAL mode, commits reach the disk
-    "Make an engine that does not wait for ever; raises `AerecError` where the URL is wrong."
+               ) -> sa.Engine: # SQLite: commits reach the disk
+    "Make an engine that gives up waiting; raises `AerecError` where the URL is wrong."
     try: address = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError): raise AerecError(f"events_url {hide_secrets(url)!r} is not a URL; write sqlite:////folder/events.db or postgresql://user@host/name") from None
     if address.get_backend_name() not in ('sqlite', 'postgresql'):
@@ -417,7 +417,7 @@ class EventLog:
         self.path = sqlite_path(self.engine.url) # None: no file
         self.table, self._lock = _tables().tables['events'], threading.Lock()
         self._insert = (sqlite if self._is_sqlite else postgresql).insert(self.table).on_conflict_do_nothing(index_elements=['event_id'])
-        self.log_id, self._inode, self.is_new = None, None, False
+        self.log_id, self._inode, self._journal, self.is_new = None, None, None, False
         self._key, self.key_file = self._key_source(erasure_key)
         self._erased, self._erased_seq = ErasedUsers(), 0
         self._open()
@@ -463,6 +463,7 @@ class EventLog:
     def close(self) -> None:
         "Close the connections."
         self.engine.dispose()
+        self._journal = None
 
     def __repr__(self): return f'EventLog({self.url})'
 
@@ -529,12 +530,12 @@ def _check_identity(self:EventLog, db) -> None:
 @patch
 def _check_files(self:EventLog, db) -> int: # bytes of the main file
     "Check that the files of SQLite are those that this connection has open."
-    info = db.connection.info
-    try: main, journal = os.stat(self.path), os.stat(f'{self.path}-wal')
-    except FileNotFoundError: raise self._unavailable(LogErrorCode.MISSING) from None
-    if (main.st_dev, main.st_ino) != self._inode or info.setdefault('journal', journal.st_ino) != journal.st_ino: raise self._unavailable(LogErrorCode.REPLACED)
+    try: main, journal, index = (os.stat(f'{self.path}{suffix}') for suffix in ('', '-wal', '-shm'))
+    except FileNotFoundError as e: raise self._unavailable(LogErrorCode.MISSING, Path(e.filename).name) from None
+    if self._journal is None: self._journal = journal.st_ino, index.st_ino # they stay the same while a connection is open
+    if (main.st_dev, main.st_ino) != self._inode or (journal.st_ino, index.st_ino) != self._journal: raise self._unavailable(LogErrorCode.REPLACED)
 
-    state = main.st_mtime_ns, main.st_size
+    info, state = db.connection.info, (main.st_mtime_ns, main.st_size)
     if info.get('state') != state: # a checkpoint wrote to it, or something else did
         db.exec_driver_sql('PRAGMA shrink_memory')
         info['state'] = state
@@ -592,10 +593,11 @@ def _open(self:EventLog) -> None:
     made = False
     try:
         made = self.path is not None and self._make_file()
-        with self._transaction(checked=False) as db:
-            self.is_new = self._prepare(db)
-            self._inode = self._file_id()
-            self._check_identity(db)
+        if made: self._use_write_ahead_log()
+        with self._transaction(checked=False) as db: self.is_new = self._prepare(db)
+        self._use_write_ahead_log() # only now: the file of another program is not touched
+        self._inode = self._file_id()
+        with self._transaction() as db:
             self._read_ends(db)
             self._set_meta(db, 'write_check', str(time.time()))
         self._quick_check()
@@ -606,6 +608,18 @@ def _open(self:EventLog) -> None:
         error = e if isinstance(e, EventLogUnavailable) else self._unavailable(error_code(e), e)
         raise AerecError(f'cannot open {error}') from None
     if self.is_new: logger.info('a new event log was made: %s', self.url)
+
+@patch
+def _use_write_ahead_log(self:EventLog) -> None:
+    "Set the journal of a SQLite file; the file remembers it."
+    if self.path is None: return
+    until = time.monotonic() + self.statement_timeout_s
+    while True: # SQLite itself does not wait here for the transactions of others
+        try:
+            with self._session() as (db, _): return db.exec_driver_sql('PRAGMA journal_mode=WAL').close()
+        except EventLogUnavailable as e:
+            if e.code != LogErrorCode.LOCKED or time.monotonic() > until: raise
+        time.sleep(.02)
 
 @patch
 def _file_id(self:EventLog) -> tuple|None: # device and inode; None: no file

@@ -36,7 +36,7 @@ from fastcore.basics import patch
 from scipy import sparse, stats
 from .configuration import AerecError, load_settings, own_file, own_object, project_dir
 from .data_import import feedback_ratings
-from .events import COLUMNS, SCHEMA, EventLog, check_event, events_url, load_events, new_event
+from .events import COLUMNS, SCHEMA, EventLog, check_event, load_events, new_event
 from .inference import Recommender
 from .packaging import head_items, headline, load_bundle, same_answer
 from .postprocessing import ban_list, miscalibration
@@ -842,11 +842,11 @@ def make_window(events, # DataFrame of events, or an `EventLog`
     return w
 
 def _forget(w:Window, log:EventLog) -> None:
-    "Whoever asked to be forgotten is a stranger, for the service as for the monitors."
-    gone = log.forgotten_since()[0]
-    if not len(gone): return
-    forgotten = np.array([gone.has(user) for user in w.requests.user_id.cat.categories] + [False])
-    w.requests.loc[forgotten[w.requests.user_id.cat.codes.to_numpy()], 'user'] = -1
+    "Treat deleted users as unknown, as the service does."
+    erased = log.erased_since()[0]
+    if not len(erased): return
+    unknown = np.append(erased.has_many(w.requests.user_id.cat.categories), False)
+    w.requests.loc[unknown[w.requests.user_id.cat.codes.to_numpy()], 'user'] = -1
 
 def run_monitors(events, # DataFrame of events, or an `EventLog`
                  bundle, # folder of a bundle, or a `Recommender`
@@ -1245,7 +1245,7 @@ def monitor(settings, # from `load_settings`
             say=print # called with the line that says which log it is
            ) -> pd.DataFrame: # as `run_monitors` gives it
     "All monitors over the configured event log, without simulated events; says which log that is."
-    packed, log, now = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle), EventLog(events_url(settings)), time.time() if now is None else now
+    packed, log, now = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle), EventLog.from_settings(settings), time.time() if now is None else now
     live = ban_list(settings)
     recommender = copy(packed)
     recommender.chain = packed.chain.with_bans(live) # as the service does
@@ -1325,7 +1325,7 @@ def _write_text(path:Path, text:str) -> None:
 def _keep_only(settings) -> None:
     "End the keeping of what is older than `events.keep_days`."
     if settings.events.keep_days is None: return
-    events = EventLog(events_url(settings))
+    events = EventLog.from_settings(settings)
     try: events.prune(time.time()-86400*settings.events.keep_days)
     finally: events.close()
 
@@ -1551,7 +1551,7 @@ def build_monitoring(run, # `Run` from `aerec_nb.runs`
         settings = settings.model_copy(update={'maturity_minutes': .25}) # they click within seconds, and the whole visit takes no longer
         window = make_window(events, recommender, settings, events.time.max()+15 if len(events) else None)
     else:
-        log, now = EventLog(events_url(run.settings)), time.time()
+        log, now = EventLog.from_settings(run.settings), time.time()
         window, what = make_window(log, recommender, settings, now, simulated=False), f'the real log {log.url}'
         log.close()
     window.last, window.previous = last, _bundle_before(run.settings, last)

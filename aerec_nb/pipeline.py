@@ -1274,7 +1274,7 @@ def _look_at_stores(settings):
         except Exception as e: return 'fault', (str(e).splitlines() or [type(e).__name__])[0] # whatever it says: it cannot be used
     def versions(): return f"{len(Registry.from_settings(settings).versions())} versions in {show_value(uri)}"
     def counted():
-        log = EventLog(url)
+        log = EventLog.from_settings(settings)
         try: return f'{log.count():,} events in {show_value(log.url)}'
         finally: log.close()
     yield 'registry', *tried(uri, versions, 'none yet: the first aerec run makes it'), 'aerec run; or set AEREC_PACKAGING__REGISTRY_URI to a registry that answers'

@@ -183,7 +183,7 @@ def test_a_watch_tells_log_file_webhook_and_exit_code(recommender, tmp_path, hoo
     log, said = EventLog(tmp_path/'events.db'), []
     def once():
         return watch(settings, recommender, once=True, say=said.append)
-    def lists(n, items, at=0): log.append([new_event('request', request_id=f'q{time.time()}-{i}', user_id=f'u{i}', time=time.time()+at, payload={'status': 200, 'ms': 3., 'k': 1, 'items': items, 'exclude_seen': False}) for i in range(n)])
+    def lists(n, items, at=0): log.append([new_event('request', request_id=f'q{time.time()}-{i}', user_id=f'u{i}', time=time.time()+at, payload={'status': 200, 'ms': 3., 'k': 1, 'items': items, 'exclude_seen': False}) for i in range(n)], now=time.time()+at)
     lists(30, [1200]); lists(2, [1200], at=-40*DAY)
     with caplog.at_level(logging.INFO, logger='aerec_nb'):
         assert once() == 0 and hook.got == []

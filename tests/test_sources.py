@@ -139,7 +139,7 @@ def test_neither_the_command_nor_a_run_shows_a_password(tmp_path, monkeypatch, c
 @on_postgres
 def test_the_event_log_on_postgres_is_a_source(fresh_database, tmp_path):
     log = EventLog(fresh_database)
-    log.append([new_event('feedback', event_id=f'{u}-{i}', time=1000.+i, user_id=u, item_id=i, value=1, payload={'type': 'click'}) for u in range(20) for i in range(5)])
+    log.append([new_event('feedback', event_id=f'{u}-{i}', time=1e9+i, user_id=u, item_id=i, value=1, payload={'type': 'click'}) for u in range(20) for i in range(5)])
     log.append([new_event('feedback', event_id='s', user_id=1, item_id=77, value=1, simulated=True), new_event('feedback', event_id='x', user_id=1, item_id=78, payload={'type': 'share'})])
     log.close()
     ratings = load_ratings(f'events:{fresh_database}')
@@ -148,7 +148,7 @@ def test_the_event_log_on_postgres_is_a_source(fresh_database, tmp_path):
 
 def test_the_event_log_of_the_settings_through_the_stage(tmp_path):
     log = EventLog(tmp_path/'events.db')
-    log.append([new_event('feedback', event_id=f'{u}-{i}', time=1000.+i, user_id=f'u{u}', item_id=i, value=1+(u+i) % 5, payload={'type': 'rating'}) for u in range(9) for i in range(9)])
+    log.append([new_event('feedback', event_id=f'{u}-{i}', time=1e9+i, user_id=f'u{u}', item_id=i, value=1+(u+i) % 5, payload={'type': 'rating'}) for u in range(9) for i in range(9)])
     log.append([new_event('feedback', event_id='n', user_id=None, item_id=1, value=1)])
     log.close()
     begun = open_run(env='test', runs_dir=str(tmp_path/'runs'), source='events', events_url=f'sqlite:///{tmp_path}/events.db')
