@@ -39,12 +39,13 @@ from pydantic_core import to_json
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from .configuration import AerecError, load_settings
 from .events import EventLog, MAX_ID, events_url, new_event, save_events, simulated_reaction, sqlite_url
 from .inference import Recent, Recommender, UnknownUser
 from .packaging import Registry, load_bundle
 from .postprocessing import BanList, ban_list
-from .transport import Throttle, add_docs, add_security_headers, allowed_hosts, check_exposure, client_network, connection_cap, has_body, match_route, page_policy, proxy_options, reads_body, run_server
+from .transport import RouteTable, Throttle, add_docs, add_security_headers, allowed_hosts, check_exposure, client_network, connection_cap, has_body, page_policy, proxy_options, reads_body, run_server, takes_json
 from .runs import alone, atomic_path, read_json, write_json, write_parquet
 
 # %% ../nbs/05a_serving.ipynb #5b60af42
@@ -398,7 +399,8 @@ MAX_WRONG_KEYS = 10. # wrong keys a second and address, where serving.rate_limit
 class RequestMiddleware:
     "ASGI layer: request id, Host, keys, limits, security headers, metrics, request events."
     def __init__(self, app, state, routes, hosts):
-        self.app, self.state, self.routes, self.hosts = app, state, routes, hosts
+        self.app, self.state, self.hosts = app, state, hosts
+        self.routes = RouteTable(routes)
         self.busy = {'key': 0, 'open': 0, None: 0} # requests being answered: with a key, without one, and those that nothing limits
         self.errors = Throttle()
 
@@ -407,7 +409,7 @@ class RequestMiddleware:
         if scope['type'] != 'http': return await send({'type': 'websocket.close', 'code': 1008})
         started = time.perf_counter()
         exchange = _Exchange(scope, send, self.state.fresh_id)
-        route = match_route(self.routes, scope)
+        route = self.routes.match(scope)
         refusal = self._reject(scope, exchange, route)
         slot = None if refusal else _slot(route)
         self.busy[slot] += 1
@@ -429,6 +431,7 @@ class RequestMiddleware:
         except TimeoutError:
             self.state.metrics.refused.labels('timeout').inc()
             if not exchange.begun: await self._timeout_response(exchange.id, arrived)(scope, receive, exchange.send)
+        except ClientDisconnect: exchange.status = 400 # a body without its end is not acted on, and there is nobody to answer
         except Exception as e: # it was not foreseen: say so without saying too much, and let the log have the rest
             self._log_error(exchange.id, e)
             if exchange.begun: raise
@@ -447,12 +450,12 @@ class RequestMiddleware:
             s.metrics.refused.labels('host').inc()
             return problem(421, 'this service does not answer for the host of the request; name it in serving.allowed_hosts, or use another address', id)
         if route is None: return None
-        if required_role(route.path) is None: return self._reject_busy(route, id)
+        if required_role(_path(route)) is None: return self._reject_busy(route, id)
         return self._reject_unauthorized(scope, exchange, route) or self._reject_busy(route, id) or self._reject_content(exchange, route)
 
     def _reject_unauthorized(self, scope, exchange, route) -> JSONResponse|None:
         "Check the key and the rate of a request."
-        s, id, needed = self.state, exchange.id, required_role(route.path)
+        s, id, needed = self.state, exchange.id, required_role(_path(route))
         address = client_network((scope.get('client') or ('local',))[0])
         client = address
         if s.keys:
@@ -491,7 +494,7 @@ class RequestMiddleware:
         length = exchange.headers.get(b'content-length', b'0')
         if length.isdigit() and int(length) > MAX_BODY: return problem(413, f'the body has {int(length):,} bytes, {MAX_BODY:,} are allowed; send less at a time', exchange.id)
         kind = exchange.headers.get(b'content-type', b'').split(b';')[0].strip().lower()
-        if kind != b'application/json': return problem(415, 'send JSON, with the header Content-Type: application/json', exchange.id)
+        if takes_json(route) and kind != b'application/json': return problem(415, 'send JSON, with the header Content-Type: application/json', exchange.id)
         return None
 
     def _log_error(self, id:str, error:Exception) -> None:
@@ -538,15 +541,20 @@ class _Exchange:
 
 def _slot(route) -> str|None: # 'key', 'open', or None: unlimited
     "Say which limit on requests at the same time a request counts for."
-    if route is None or route.path.startswith('/health/'): return None
-    return 'open' if required_role(route.path) is None else 'key'
+    path = _path(route)
+    if route is None or path.startswith('/health/'): return None
+    return 'open' if required_role(path) is None else 'key'
+
+def _path(route) -> str:
+    "Return the path of a route; empty, and so not open, for what is no route of one endpoint."
+    return getattr(route, 'path', '')
 
 async def _read(receive) -> bytes|None: # None: too large
-    "Read the whole body."
+    "Read the whole body; raises `ClientDisconnect` where its end does not come."
     parts, size, more = [], 0, True
     while more:
         message = await receive()
-        if message['type'] != 'http.request': break
+        if message['type'] != 'http.request': raise ClientDisconnect
         parts.append(message.get('body', b''))
         size += len(parts[-1])
         more = message.get('more_body', False)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LOCAL_HOSTS', 'SECURITY_HEADERS', 'MAX_UNFINISHED', 'MIN_READ_RATE', 'LINGER_S', 'CLOSED_TEXTS', 'RESERVED_FILES',
            'ACCEPT_AT_ONCE', 'BACKLOG', 'MAX_HEADERS', 'AllowedHosts', 'allowed_hosts', 'is_loopback', 'check_exposure',
-           'proxy_options', 'client_network', 'match_route', 'reads_body', 'has_body', 'add_security_headers',
-           'page_policy', 'add_docs', 'Throttle', 'ThrottleFilter', 'Closed', 'Connections', 'connection_cap',
-           'WatchedTransport', 'LimitedConnection', 'BoundedH11', 'LimitedH11Protocol', 'run_server']
+           'proxy_options', 'client_network', 'RouteTable', 'takes_json', 'reads_body', 'has_body',
+           'add_security_headers', 'page_policy', 'add_docs', 'Throttle', 'ThrottleFilter', 'Closed', 'Connections',
+           'connection_cap', 'WatchedTransport', 'LimitedConnection', 'BoundedH11', 'LimitedH11Protocol', 'run_server']
 
 # %% ../nbs/05b_transport.ipynb #4192931f
 import asyncio, base64, functools, hashlib, ipaddress, logging, os, re, resource, socket, threading, time
@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse
-from starlette.routing import Match
+from starlette.routing import Match, Route
 from uvicorn.protocols.http.h11_impl import H11Protocol # public: uvicorn's option http takes a protocol class, and this is its own for h11
 from .configuration import AerecError
 
@@ -26,6 +26,12 @@ from .configuration import AerecError
 LOCAL_HOSTS = ('localhost', '127.0.0.1', '[::1]')
 _HOST_HEADER = re.compile(r'(\[[0-9a-f:.]+\]|[^\s:\[\]/@]+)(?::\d*)?')
 _HOST_PATTERN = re.compile(r'\*|\[[0-9a-f:.]+\]|(?:\*\.)?[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?')
+
+@functools.lru_cache(1024)
+def _host_name(header:bytes) -> str: # empty: none
+    "Return the host of a Host header, without its port."
+    found = _HOST_HEADER.fullmatch(header.decode('latin-1').strip().lower())
+    return found[1].rstrip('.') if found else ''
 
 class AllowedHosts:
     "The hosts that a service answers for."
@@ -50,9 +56,7 @@ class AllowedHosts:
               ) -> bool:
         "Is this host answered? The port does not matter."
         if self.any: return True
-        found = _HOST_HEADER.fullmatch((header or b'').decode('latin-1').strip().lower())
-        if not found: return False
-        host = found[1].rstrip('.')
+        host = _host_name(header or b'')
         return host in self.names or host.endswith(self.endings)
 
 def allowed_hosts(settings # from `load_settings`
@@ -101,18 +105,36 @@ def client_network(host:str # address of a client
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 # %% ../nbs/05b_transport.ipynb #489f6b25
-def match_route(routes, # of the app
-                scope:dict # of the request
-               ): # -> the route that takes path and method; None: the app will answer 404 or 405
-    "Find the route of a request."
-    for route in routes:
-        if route.matches(scope)[0] is Match.FULL: return route
-    return None
+class RouteTable:
+    "The routes of an app, to be asked before the app is."
+    def __init__(self, routes # of the app; those that are added later count too
+                ):
+        self._routes, self._table = routes, []
 
-def reads_body(route # from `match_route`
+    def match(self, scope:dict # of the request
+             ): # -> the route that takes path and method; None: the app will answer 404 or 405
+        "Find the route of a request, as the app's router will."
+        if len(self._table) != len(self._routes): self._table = [_entry(route) for route in self._routes]
+        path = scope['path'].removeprefix(scope.get('root_path', ''))
+        for methods,matches,route in self._table:
+            if methods is None: found = route.matches(scope)[0] is Match.FULL
+            else: found = scope['method'] in methods and matches(path)
+            if found: return route
+        return None
+
+def _entry(route) -> tuple: # methods, function(path), route
+    "Prepare a route: that of one endpoint is asked quickly, anything else (a mounted app, a router) is asked itself."
+    return (route.methods, route.path_regex.match, route) if isinstance(route, Route) else (None, None, route)
+
+def takes_json(route # from `RouteTable`
               ) -> bool:
-    "Does the endpoint of a route read a body?"
+    "Does the endpoint of a route take a JSON body?"
     return getattr(route, 'body_field', None) is not None # where FastAPI keeps the body that it found in the endpoint's signature
+
+def reads_body(route # from `RouteTable`
+              ) -> bool:
+    "May a body be read for a route? A mounted app may read any."
+    return route is not None and (takes_json(route) or not isinstance(route, Route))
 
 def has_body(headers:dict # names in lower case -> values, both bytes
             ) -> bool:
@@ -122,12 +144,14 @@ def has_body(headers:dict # names in lower case -> values, both bytes
 # %% ../nbs/05b_transport.ipynb #f3ab00c5
 SECURITY_HEADERS = ((b'x-content-type-options', b'nosniff'), (b'referrer-policy', b'no-referrer'), (b'x-frame-options', b'DENY'),
                     (b'content-security-policy', b"default-src 'none'; frame-ancestors 'none'"), (b'cache-control', b'no-store'))
+_SECURITY_NAMES = frozenset(name for name,_ in SECURITY_HEADERS)
 
 def add_security_headers(headers # pairs of bytes, names in lower case
                         ) -> list: # pairs
     "Add the security headers that an answer does not have yet."
     present = {name for name,_ in headers}
-    return [*headers, *(pair for pair in SECURITY_HEADERS if pair[0] not in present)]
+    missing = SECURITY_HEADERS if present.isdisjoint(_SECURITY_NAMES) else [pair for pair in SECURITY_HEADERS if pair[0] not in present]
+    return [*headers, *missing]
 
 def _hash_source(text:str) -> str:
     "Return the source expression that allows one inline script or style."
@@ -351,6 +375,7 @@ class WatchedTransport:
     def __init__(self, transport:asyncio.Transport, connection):
         self._transport, self._connection = transport, connection
         self.written, self.lingering = 0, False
+        self.pause_reading, self.resume_reading = transport.pause_reading, transport.resume_reading # of every request: found without __getattr__
 
     def __getattr__(self, name): return getattr(self._transport, name)
 
@@ -481,6 +506,7 @@ class LimitedH11Protocol(LimitedConnection, H11Protocol):
 
     def send_400_response(self, msg:str) -> None:
         "Answer what is not HTTP; what is broken in the middle of an answer is cut off."
+        if self.is_answering(): self.cycle.disconnected = True # its answer is not wanted any more: the body is broken
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE): return self.transport.abort()
         headers = add_security_headers([(b'content-type', b'text/plain; charset=utf-8'), (b'connection', b'close')])
         events = (h11.Response(status_code=400, headers=headers, reason=b'Bad Request'), h11.Data(data=msg.encode('ascii')), h11.EndOfMessage())

@@ -185,6 +185,15 @@ def test_a_chunked_body_is_bounded(edge, read):
     assert answer.startswith(b'HTTP/1.1 413 ')
 
 
+def test_a_body_without_its_end_is_not_acted_on(edge, keys):
+    "All of the JSON is there, but not the last chunk: the client left, and nothing is stored."
+    event = b'[{"event_id": "half", "kind": "feedback", "user_id": 1, "item_id": 2, "value": 1}]'
+    with edge.connect() as connection:
+        connection.sendall(edge.head('POST', '/v1/events', JSON, 'Transfer-Encoding: chunked', key=keys['feedback'][0]).encode() + b'%x\r\n' % len(event) + event + b'\r\n')
+    time.sleep(.3)
+    with edge.client(keys['feedback'][0]) as client: assert client.post('/v1/events', json=json.loads(event)).json()['accepted'] == 1
+
+
 def test_heads_must_arrive(edge):
     "Silent connections, half a head, a head that drips, and one more head after an answer."
     began = time.monotonic()
@@ -327,6 +336,28 @@ def test_odd_requests(edge, name):
     answer = edge.say(text.replace('Host: H', f'Host: {edge.host}'))
     assert int(answer.split()[1]) == status and answer.count(b'HTTP/1.1 ') == 1 and b'nosniff' in answer, answer[:300]
     assert time.monotonic()-began < 5
+
+
+def test_random_bytes(edge, read):
+    "Requests, most of them damaged at random places, are answered with 2xx, 3xx or 4xx, and leave no traceback."
+    rng = np.random.default_rng(0)
+    whole = [edge.head('GET', '/v1/recommend/1?k=3', 'Connection: close', key=read).encode(), edge.head('POST', '/v1/recommend', JSON, 'Content-Length: 16', 'Connection: close', key=read).encode() + b'{"history": [5]}',
+             edge.head('POST', '/v1/recommend', JSON, 'Transfer-Encoding: chunked', 'Connection: close', key=read).encode() + b'10\r\n{"history": [5]}\r\n0\r\n\r\n', edge.head('PUT', '/v1/bans/1', 'Expect: 100-continue', 'Content-Length: 3', key=read).encode()]
+    pieces = [b'\r\n', b'\n', b'\0', b' ', b':', b'Transfer-Encoding: chunked\r\n', b'Content-Length: 3\r\n', b'Upgrade: h2c\r\n', b'%00', b'\xff', b'A'*3000, b'0\r\n\r\n', b'ffffffffff\r\n', b'HTTP/1.0', b'Connection: keep-alive\r\n']
+    seen = set()
+    for _ in range(5000 if STRESS else 300):
+        text = bytearray(whole[rng.integers(len(whole))])
+        for _ in range(rng.integers(0, 4)):
+            at = int(rng.integers(len(text)))
+            if rng.random() < .5: text[at:at] = pieces[rng.integers(len(pieces))]
+            else: del text[at:at+int(rng.integers(1, 20))]
+        with edge.connect() as connection:
+            try:
+                connection.sendall(text)
+                connection.shutdown(socket.SHUT_WR)
+            except OSError: pass
+            seen |= {int(status) for status in re.findall(rb'HTTP/1\.1 (\d\d\d)', read_all(connection))}
+    assert {200, 400} <= seen and max(seen) < 500 and 'Traceback' not in edge.log.read_text(), (seen, edge.log.read_text()[-2000:])
 
 
 def test_many_headers_hold_up_nobody(edge):
