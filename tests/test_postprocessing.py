@@ -1,5 +1,5 @@
 "The chain under random requests: what may not be shown never is, k items wherever k are eligible; ban lists that change; steps of one's own."
-import os
+import os, time
 import numpy as np, pandas as pd, pytest, sqlalchemy as sa
 from hypothesis import given, settings, strategies as st
 from conftest import BIN, ROOT, run
@@ -44,6 +44,42 @@ def eligible(chain, r):
         passes = {0: True, 1: bool({'A', 'C'} & set(genres)), 2: row.year >= 1980, 3: 'B' not in genres and row.year < 2005}[FILTERS.index(r.filter)]
         return row.item_id not in banned and not (r.exclude_seen and n in seen) and not early and not late and passes and n not in r.exclude and (r.candidates is None or n in r.candidates)
     return {n for n in range(N) if may(n)}
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(['\ud800', '\0', 'now', '1'*41, '9999999-01-01', 10**400, -1e308]) | st.builds(lambda: 10**5000),
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.sampled_from(['any', 'all', 'none', 'genres', 'year', 'item_id', 'ge', 'lt']), inner, max_size=4), max_leaves=12)
+WANTED = JSON | st.dictionaries(st.sampled_from(['ge', 'gt', 'le', 'lt']), JSON | st.dates().map(str) | st.datetimes().map(str), min_size=1, max_size=4)
+CONDITION = st.dictionaries(st.sampled_from([*TABLE.columns, 'genre']) | st.text(max_size=4), WANTED, min_size=1, max_size=3)
+FILTER = JSON | st.dictionaries(st.sampled_from(['any', 'all', 'none']), st.lists(CONDITION, min_size=1, max_size=3), min_size=1)
+
+
+@settings(max_examples=10_000 if STRESS else 250, deadline=None)
+@given(FILTER)
+def test_any_filter_gives_a_mask_or_an_error_of_one_line(spec):
+    begin = time.perf_counter()
+    try:
+        passed, unknown = filter_items(CATALOGUE, spec)
+        assert passed.dtype == bool and passed.shape == (N,) and len(unknown) <= 4
+        said = unknown
+    except AerecError as e:
+        said = [str(e)]
+    assert all(len(s) < 500 and '\n' not in s and s.encode() for s in said)
+    assert time.perf_counter() - begin < 2
+
+
+def test_large_filters_cost_no_more_than_they_may():
+    "Thousands of misspelt titles of a large catalogue: one suggestion, and no comparison of each with each."
+    titles = [f'{a} {b} {n}' for n in range(2000) for a in ('Star', 'Moon', 'Sea', 'Dark', 'Gold') for b in ('Wars', 'Light', 'Song', 'River', 'Night')]
+    large = Catalogue(IdIndex(range(len(titles))), pd.DataFrame(dict(item_id=range(len(titles)), title=titles)))
+    large.categories('title')
+    begin = time.perf_counter()
+    passed, unknown = filter_items(large, {'any': [{'title': [f'Stor Wars {m} {n}' for n in range(1000)]} for m in range(10)]})
+    assert not passed.any() and unknown[3] == '9,997 more values that no item has' and sum('did you mean' in u for u in unknown) == 1
+    passed, unknown = filter_items(large, {'any': [{'title': titles[n::50]} for n in range(10)]})
+    assert passed.sum() == 10_000 and not unknown
+    assert time.perf_counter() - begin < 2
+    for spec, why in (({'any': [{'title': titles[:1001]}]}, '1,000 values in one condition'), ({'none': [{'title': 'x'}]*101}, '100 conditions'), ({'all': [{'title': ['x'*1001]}]}, 'must be a value')):
+        with pytest.raises(AerecError, match=why): filter_items(large, spec)
 
 
 @settings(max_examples=3000 if STRESS else 150, deadline=None)
