@@ -8,7 +8,7 @@ from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model
 from aerec_nb.packaging import save_bundle
 from aerec_nb.pipeline import main as aerec_main
-from aerec_nb.serving import MAX_BODY, MAX_HEAD, main as serving_main, new_api_key
+from aerec_nb.serving import MAX_BODY, MAX_HEAD, MAX_WAIT, main as serving_main, new_api_key
 
 STRESS = bool(os.environ.get('STRESS'))
 JSON = 'Content-Type: application/json\r\n'
@@ -342,21 +342,20 @@ def test_random_bytes(edge, read):
     "Requests, most of them damaged at random places, are answered with 2xx, 3xx or 4xx, and leave no traceback."
     rng = np.random.default_rng(0)
     whole = [edge.head('GET', '/v1/recommend/1?k=3', 'Connection: close', key=read).encode(), edge.head('POST', '/v1/recommend', JSON, 'Content-Length: 16', 'Connection: close', key=read).encode() + b'{"history": [5]}',
-             edge.head('POST', '/v1/recommend', JSON, 'Transfer-Encoding: chunked', 'Connection: close', key=read).encode() + b'10\r\n{"history": [5]}\r\n0\r\n\r\n', edge.head('PUT', '/v1/bans/1', 'Expect: 100-continue', 'Content-Length: 3', key=read).encode()]
+             edge.head('POST', '/v1/recommend', JSON, 'Transfer-Encoding: chunked', 'Connection: close', key=read).encode() + b'10\r\n{"history": [5]}\r\n0\r\n\r\n', edge.head('PUT', '/v1/bans/1', 'Expect: 100-continue', 'Content-Length: 3', 'Connection: close', key=read).encode()]
     pieces = [b'\r\n', b'\n', b'\0', b' ', b':', b'Transfer-Encoding: chunked\r\n', b'Content-Length: 3\r\n', b'Upgrade: h2c\r\n', b'%00', b'\xff', b'A'*3000, b'0\r\n\r\n', b'ffffffffff\r\n', b'HTTP/1.0', b'Connection: keep-alive\r\n']
     seen = set()
-    for _ in range(5000 if STRESS else 300):
+    for _ in range(5000 if STRESS else 200):
         text = bytearray(whole[rng.integers(len(whole))])
         for _ in range(rng.integers(0, 4)):
             at = int(rng.integers(len(text)))
             if rng.random() < .5: text[at:at] = pieces[rng.integers(len(pieces))]
             else: del text[at:at+int(rng.integers(1, 20))]
         with edge.connect() as connection:
-            try:
-                connection.sendall(text)
-                connection.shutdown(socket.SHUT_WR)
+            try: connection.sendall(text)
             except OSError: pass
-            seen |= {int(status) for status in re.findall(rb'HTTP/1\.1 (\d\d\d)', read_all(connection))}
+            seen |= {int(status) for status in re.findall(rb'HTTP/1\.1 (\d\d\d)', read_all(connection, seconds=.1))}
+    with edge.client(read) as client: assert client.get('/v1/recommend/1').status_code == 200
     assert {200, 400} <= seen and max(seen) < 500 and 'Traceback' not in edge.log.read_text(), (seen, edge.log.read_text()[-2000:])
 
 
@@ -485,4 +484,4 @@ def test_stopping_with_connections_open(bundle, tmp_path):
         assert read_answer(idle)[0] == 200 and read_answer(refused)[0] == 404
         began = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(20) == 0 and time.monotonic()-began < 6
+        assert running.process.wait(20) == 0 and time.monotonic()-began < MAX_WAIT  # which it would take if it waited for one of them
