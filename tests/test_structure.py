@@ -13,7 +13,8 @@ ALLOWED = {'configuration': [], 'runs': ['configuration'], 'events': ['configura
            'linear_models': ['modeling'], 'neural_models': ['modeling'], 'baselines': ['modeling'],
            'validation': ['linear_models', 'neural_models', 'baselines'], 'training': ['linear_models', 'neural_models', 'baselines', 'validation'],
            'postprocessing': ['model_preprocessing', 'blocklist', 'limits'], 'inference': ['linear_models', 'neural_models', 'baselines', 'postprocessing'],
-           'packaging': ['validation', 'inference', 'postprocessing'], 'transport': ['configuration'], 'serving': ['events', 'packaging', 'transport'],
+           'packaging': ['validation', 'inference', 'postprocessing'], 'transport': ['configuration'],
+           'service_state': ['runs', 'blocklist', 'limits'], 'serving': ['events', 'packaging', 'transport', 'service_state'],
            'monitoring': ['events', 'data_import', 'validation', 'packaging'], 'scale': ['events', 'training', 'packaging'], 'pipeline': ['training', 'serving', 'monitoring', 'scale']}
 ids = lambda p: p.stem
 
@@ -24,7 +25,7 @@ def cells(path): return nbformat.read(path, as_version=4).cells
 def test_the_table_of_notebooks_is_whole():
     assert [p.stem for p in STAGES] == ['00_configuration', '01_data_import', '01a_business_preprocessing', '01b_model_preprocessing', '02_modeling',
         '03_training', '03a_validation', '04_inference', '04a_postprocessing', '05_packaging', '05a_serving', '06_monitoring']
-    assert {p.stem for p in NUMBERED} - {p.stem for p in STAGES} == {'00a_runs', '00b_events', '00c_id_lists', '00d_limits', '02a_linear_models', '02b_neural_models', '02c_baselines', '04b_blocklist', '05b_transport', '06a_scale', '07_pipeline'}
+    assert {p.stem for p in NUMBERED} - {p.stem for p in STAGES} == {'00a_runs', '00b_events', '00c_id_lists', '00d_limits', '02a_linear_models', '02b_neural_models', '02c_baselines', '04b_blocklist', '05b_transport', '05c_service_state', '06a_scale', '07_pipeline'}
 
 
 @pytest.mark.parametrize('path', NUMBERED, ids=ids)
