@@ -646,11 +646,11 @@ def _is_line(v, most:int=500) -> bool: return isinstance(v, str) and len(v) <= m
 def _check_card(card) -> None:
     "Refuse a card that the registry, the service or a monitor could not read."
     _check(isinstance(card, dict), 'card.json is no card')
-    _check(_is_line(card.get('name', 'aerec'), 200) and _is_line(card.get('purpose', ''), 2000), 'card.json: name and purpose must be a line of text')
+    _check(_is_line(card.get('name', 'aerec'), 200) and isinstance(card.get('purpose', ''), str), 'card.json: name must be a line of text, and purpose a text')
     _check(card.get('packed') is None or _is_number(card['packed']), 'card.json: packed must be seconds since 1970')
     h = card.get('headline')
     if h is None: return
-    _check(isinstance(h, dict) and all(re.fullmatch(r'\w{1,50}', k) and (v is None or _is_number(v) or isinstance(v, bool) or _is_line(v)) for k,v in h.items()), 'card.json: headline must have names with a number or a line of text each')
+    _check(isinstance(h, dict) and all(re.fullmatch(r'[\w .:/-]{1,50}', k) and (v is None or _is_number(v) or isinstance(v, bool) or _is_line(v)) for k,v in h.items()), 'card.json: headline must have names with a number or a line of text each')
     _check(_is_line(h.get('metric')) and _is_number(h.get('value')) and (h.get('se') is None or _is_number(h['se'])), 'card.json: headline must have a metric, its value, and its standard error or null')
 
 def _check_reference(ref) -> None:
@@ -888,8 +888,6 @@ def _check_signature(data:bytes|None, # signature.json; None: there is none
                      policy, # `LoadPolicy`
                     ) -> None:
     "Refuse a bundle whose signature is missing where it is required, or wrong; raises `AerecError`."
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     if data is None:
         if policy.require_signature: raise AerecError('it is not signed, and packaging.require_signature asks for a signature; sign it with save_bundle(..., key=...), or: aerec models sign VERSION')
         return
@@ -898,6 +896,8 @@ def _check_signature(data:bytes|None, # signature.json; None: there is none
     if not policy.keys:
         if policy.require_signature: raise AerecError(f"it is signed by the key {found['key_id'][:16]!r}, and no key is trusted: list the public key in packaging.bundle_keys, or in the variable AEREC_BUNDLE_KEYS")
         return
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     trusted = {key_id(key): base64.b64decode(key) for key in policy.keys}
     if found['key_id'] not in trusted: raise AerecError(f"it is signed by the key {found['key_id'][:16]!r}, which packaging.bundle_keys does not list; it lists {', '.join(trusted)}")
     try: Ed25519PublicKey.from_public_bytes(trusted[found['key_id']]).verify(base64.b64decode(found['signature'], validate=True), _SIGNED + id.encode())

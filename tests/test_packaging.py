@@ -542,7 +542,7 @@ MUTATIONS = {  # name -> (change, a part of the refusal; None: it loads, and eve
     'card a list': (content(CARD, lambda b: b'[1]'), 'card.json is no card'),
     'card no text': (content('card.md', lambda b: b'\xff'), 'card.md is no text'),
     'card not a number': (content(CARD, lambda b: b'{"packed": NaN}'), 'NaN is no number'),
-    'card name an object': (document(CARD, extra(name={'a': 1})), 'name and purpose must be a line of text'),
+    'card name an object': (document(CARD, extra(name={'a': 1})), 'name must be a line of text'),
     'card name html': (document(CARD, extra(name='<img src=x onerror=alert(1)>')), None),
     'card headline': (document(CARD, extra(headline={'metric': 'x'})), 'headline must have a metric'),
     'versions a list': (content('versions.json', lambda b: b'[1]'), 'versions.json must have'),
