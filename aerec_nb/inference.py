@@ -402,19 +402,27 @@ def contributions(
     deadline: Deadline = None,  # None: it may take any time
 ) -> np.ndarray:  # float32 [n_history, n_shown]
     "Compute what each item of a history adds to each score: the item's own part of a sum, otherwise what leaving it out changes."
+    return np.concatenate([np.empty((0, len(shown)), np.float32), *_contribution_blocks(model, items, weights, shown, deadline)])
+
+
+def _contribution_blocks(model, items, weights, shown, deadline):  # yields float32 [some of the history, n_shown]
+    "Compute contributions of some items of the history at a time; a block takes some milliseconds."
     n, n_items = len(items), model.n_items
-    n_rows = max(1, min(2**22//n_items, n if model.additive else 2**17//max(1, n)))  # a block takes some milliseconds
+    n_rows = max(1, min(2**22//max(n_items, len(shown)), n if model.additive else 2**17//max(1, n)))
     whole = 0 if model.additive else model.score(_row(items, weights, n_items))[0, shown]
-    added = np.zeros((n, len(shown)), np.float32)
     for start in range(0, n, n_rows):
-        if deadline is not None:
-            deadline.check()
+        _check(deadline)
         of = np.arange(start, min(n, start+n_rows))
         if model.additive:
-            added[of] = model.score(csr_matrix((weights[of], items[of], np.arange(len(of)+1)), shape=(len(of), n_items)))[:, shown]
+            yield model.score(csr_matrix((weights[of], items[of], np.arange(len(of)+1)), shape=(len(of), n_items)))[:, shown]
         else:
-            added[of] = whole - model.score(_leaving_out(of, items, weights, n_items))[:, shown]
-    return added
+            yield whole - model.score(_leaving_out(of, items, weights, n_items))[:, shown]
+
+
+def _check(deadline: Deadline) -> None:
+    "Raise `DeadlineExceeded` where the time is over."
+    if deadline is not None:
+        deadline.check()
 
 
 def _leaving_out(positions: np.ndarray, items: np.ndarray, weights: np.ndarray, n_items: int) -> csr_matrix:  # [len(positions), n_items]
@@ -424,14 +432,33 @@ def _leaving_out(positions: np.ndarray, items: np.ndarray, weights: np.ndarray, 
     return csr_matrix((weights, items, np.arange(len(positions)+1)*(n-1)), shape=(len(positions), n_items))
 
 
-def _say_why(r, shown, items, weights, deadline) -> None:
-    "Give each item its reasons, and a sentence."
-    added = contributions(r.model, items, weights, r.item_index.numbers([item['item_id'] for item in shown]), deadline)
-    limit = np.finfo(np.float32).max
-    added = np.nan_to_num(added, nan=0., posinf=limit, neginf=-limit) # a model that is sure has infinite scores
-    for item,column in zip(shown, added.T):
-        best = [n for n in np.argsort(-column, kind='stable')[:3] if column[n] > 0]
-        item['reasons'] = [{'item_id': r.items[items[n]], 'title': r._titles[items[n]], 'contribution': float(column[n])} for n in best]
+def _largest(blocks, n_columns: int, n: int = 3) -> tuple:  # values float32 [n, n_columns], rows int [n, n_columns]
+    "Find the largest values of each column, largest first, of equals the first; missing ones are 0."
+    limit, columns, start = np.finfo(np.float32).max, np.arange(n_columns), 0
+    values, rows = np.zeros((n, n_columns), np.float32), np.full((n, n_columns), -1)
+    for block in blocks:
+        together, before = np.concatenate([values, np.nan_to_num(block, nan=0., posinf=limit, neginf=-limit)]), rows.copy()  # a model that is sure has infinite scores
+        for place in range(n):
+            at = together.argmax(0)
+            values[place], rows[place] = together[at, columns], np.where(at < n, before[np.minimum(at, n-1), columns], start+at-n)
+            together[at, columns] = -np.inf
+        start += len(block)
+    return values, rows
+
+
+def _add_reasons(
+    r: Recommender,
+    shown: list,  # items of the list; each gets reasons and a sentence
+    items: np.ndarray,  # item numbers of the history
+    weights: np.ndarray,  # of the history
+    deadline: Deadline,  # None: it may take any time
+) -> None:
+    "Name the three items of the history that add most to each score."
+    numbers = r.item_index.numbers([item['item_id'] for item in shown])
+    values, rows = _largest(_contribution_blocks(r.model, items, weights, numbers, deadline), len(shown))
+    for item, added, positions in zip(shown, values.T.tolist(), rows.T.tolist()):
+        reasons = [(items[n], value) for n, value in zip(positions, added) if value > 0]
+        item['reasons'] = [{'item_id': r.items[i], 'title': r._titles[i], 'contribution': value} for i, value in reasons]
         named = [str(reason['title'] if isinstance(reason['title'], str) else reason['item_id']) for reason in item['reasons']]
         item['why'] = 'because of ' + ', '.join(named[:-1]) + (' and ' if len(named) > 1 else '') + named[-1] if named else 'nothing in the history speaks for it'
 
@@ -489,12 +516,6 @@ def recommend_each(
             if isinstance(f, AerecError):
                 raise type(f)(f'request {n}: {f}') from None
     return found
-
-
-def _check(deadline) -> None:
-    "Raise `DeadlineExceeded` where the time is over."
-    if deadline is not None:
-        deadline.check()
 
 
 def _scores_of_each(r: Recommender, asked: dict, deadline):  # yields (number of the request, scores)
@@ -589,7 +610,7 @@ def _answered(
         if p < 1:
             item['propensity'] = p
     if request.explain and not asked.fallback_used:
-        _say_why(r, shown, asked.items, asked.weights, request.deadline)
+        _add_reasons(r, shown, asked.items, asked.weights, request.deadline)
     return Recommendations(shown, warnings, asked.fallback_used, request.user, r._model_name, r._version, done.report, asked.unknown_user, _trails(r, done, k) if request.explain else {})
 
 

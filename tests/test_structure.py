@@ -8,7 +8,6 @@ NUMBERED = [p for p in NOTEBOOKS if re.match(r'\d\d', p.name) and p.parent.name 
 PROCESS = ['00_', '01_', '01a_', '01b_', '02_', '03_', '03a_', '04_', '04a_', '05_', '05a_', '06_']
 STAGES = [p for p in NUMBERED if any(p.name.startswith(prefix) for prefix in PROCESS)]
 # which modules of this package a module may import: the architecture's table and what it reaches
-<<<<<<< HEAD
 ALLOWED = {
     'configuration': [],
     'runs': ['configuration'],
