@@ -461,7 +461,6 @@ def say(what:str, # 'request', 'alert', ...
     print(json.dumps({'time': round(time.time(), 3), 'what': what, **fields}, default=str), file=sys.stderr, flush=True)
 
 # %% ../nbs/05a_serving.ipynb #725ffc42
-_REQUEST_ID = re.compile(r'[A-Za-z0-9._-]{1,64}')
 MAX_OPEN = 8 # requests that need no key, /health apart, answered at the same time: those with a key share the threads with them
 MAX_WRONG_KEYS = 10. # wrong keys a second and address, where serving.rate_limit says nothing
 
@@ -586,9 +585,10 @@ class RequestMiddleware:
             if status >= 400: payload['error'] = TITLES.get(status, 'other')
             s.writer.offer(new_event('request', event_id=s.fresh_id(), request_id=note.get('request_id', scope['request_id']), user_id=note.get('user_id'), payload=payload, simulated=s.simulated))
 
-LOGGED = {'/v1/recommend/{user_id:path}': 'recommend', '/v1/recommend': 'recommend', '/v1/recommend:batch': 'batch', '/v1/similar/{item_id:path}': 'similar', '/v1/popular': 'popular', '/v1/rank': 'rank'}
-
 # %% ../nbs/05a_serving.ipynb #e00073b6
+LOGGED = {'/v1/recommend/{user_id:path}': 'recommend', '/v1/recommend': 'recommend', '/v1/recommend:batch': 'batch', '/v1/similar/{item_id:path}': 'similar', '/v1/popular': 'popular', '/v1/rank': 'rank'}
+_REQUEST_ID = re.compile(r'[A-Za-z0-9._-]{1,64}')
+
 class _Exchange:
     "The head of a request, and what was sent for it."
     def __init__(self, scope, send, fresh_id):
