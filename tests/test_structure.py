@@ -9,7 +9,7 @@ PROCESS = ['00_', '01_', '01a_', '01b_', '02_', '03_', '03a_', '04_', '04a_', '0
 STAGES = [p for p in NUMBERED if any(p.name.startswith(prefix) for prefix in PROCESS)]
 # which modules of this package a module may import: the architecture's table and what it reaches
 ALLOWED = {'configuration': [], 'runs': ['configuration'], 'events': ['configuration'], 'data_import': ['runs', 'events'],
-           'limits': ['configuration'], 'id_lists': ['data_import'], 'blocklist': ['id_lists'], 'business_preprocessing': ['id_lists'], 'model_preprocessing': ['business_preprocessing'], 'modeling': ['model_preprocessing'],
+           'limits': ['configuration'], 'id_lists': ['data_import', 'limits'], 'blocklist': ['id_lists'], 'business_preprocessing': ['id_lists'], 'model_preprocessing': ['business_preprocessing'], 'modeling': ['model_preprocessing'],
            'linear_models': ['modeling'], 'neural_models': ['modeling'], 'baselines': ['modeling'],
            'validation': ['linear_models', 'neural_models', 'baselines'], 'training': ['linear_models', 'neural_models', 'baselines', 'validation'],
            'postprocessing': ['model_preprocessing', 'blocklist', 'limits'], 'inference': ['linear_models', 'neural_models', 'baselines', 'postprocessing'],
