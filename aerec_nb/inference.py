@@ -586,6 +586,41 @@ def _understand(
     return _Asked(request, items, weights, True, popular, source, warnings, unknown, reason)
 
 
+def _segments_of(r: Recommender, context: dict, warnings: list) -> list:  # of names
+    "List the segments that a context names; raises `AerecError`."
+    if not isinstance(context, dict) or len(context) > 20 or not all(_is_attribute(name) and (value is None or _is_attribute(value)) for name, value in context.items()):
+        raise AerecError("context must be at most 20 names with a text or a number each, such as {'country': 'KR'}")
+    if r.segments is None:
+        return []
+    found = []
+    for name, value in context.items():
+        if name not in r.segments.attributes:
+            continue  # others may be there for those who read the log
+        if f'{name}={value}' in r.segments._number:
+            found.append(f'{name}={value}')
+        else:
+            warnings.append(f'context: no segment {preview(f"{name}={value}")}')
+    return found
+
+
+def _is_attribute(value) -> bool:
+    "Tell whether a value is a text or a number of bounded length."
+    return len(value) <= MAX_ID_TEXT if isinstance(value, str) else isinstance(value, (bool, float)) or _is_whole(value)
+
+
+def _reason_of_fallback(fallback: str, user_id, history: list, segments: list) -> str:
+    "Say why popular items answer; raises `UnknownUser` where they are not wanted."
+    if history:
+        reason = 'no item of the history is known'
+    elif user_id is not None:
+        reason = f'nothing is known of user {_named([_hashable(user_id)])}'
+    else:
+        reason = 'neither a user nor a history was given'
+    if fallback == 'none':
+        raise UnknownUser(f'{reason}; send a history, or allow fallback=popular')
+    return f"{reason}: these are popular items{' of ' + ' and '.join(segments) if segments else ''}"
+
+# %% ../nbs/04_inference.ipynb #2c9bd2e1
 def _scores_of(r: Recommender, asked: _Asked) -> np.ndarray:  # [n_items]
     "Score the items for one request."
     if asked.fallback_used:
@@ -614,28 +649,6 @@ def _answered(
     return Recommendations(shown, warnings, asked.fallback_used, request.user, r._model_name, r._version, done.report, asked.unknown_user, _trails(r, done, k) if request.explain else {})
 
 
-def _segments_of(r: Recommender, context: dict, warnings: list) -> list:  # of names
-    "List the segments that a context names; raises `AerecError`."
-    if not isinstance(context, dict) or len(context) > 20 or not all(_is_attribute(name) and (value is None or _is_attribute(value)) for name, value in context.items()):
-        raise AerecError("context must be at most 20 names with a text or a number each, such as {'country': 'KR'}")
-    if r.segments is None:
-        return []
-    found = []
-    for name, value in context.items():
-        if name not in r.segments.attributes:
-            continue  # others may be there for those who read the log
-        if f'{name}={value}' in r.segments._number:
-            found.append(f'{name}={value}')
-        else:
-            warnings.append(f'context: no segment {preview(f"{name}={value}")}')
-    return found
-
-
-def _is_attribute(value) -> bool:
-    "Tell whether a value is a text or a number of bounded length."
-    return len(value) <= MAX_ID_TEXT if isinstance(value, str) else isinstance(value, (bool, float)) or _is_whole(value)
-
-
 def _trails(r:Recommender, done, k:int) -> dict:
     "What became of the items shown, and of those the scores alone would have shown."
     return {r.items[i]: done.trail(i) for i in dict.fromkeys([*done.items.tolist(), *done.snapshots[0][1][:k].tolist()])}
@@ -643,19 +656,6 @@ def _trails(r:Recommender, done, k:int) -> dict:
 def _row(items, weights, n_items) -> csr_matrix:
     "One history as a sparse matrix of one row."
     return csr_matrix((weights, items, np.array([0, len(items)], np.int32)), shape=(1, n_items))
-
-def _reason_of_fallback(fallback: str, user_id, history: list, segments: list) -> str:
-    "Say why popular items answer; raises `UnknownUser` where they are not wanted."
-    if history:
-        reason = 'no item of the history is known'
-    elif user_id is not None:
-        reason = f'nothing is known of user {_named([_hashable(user_id)])}'
-    else:
-        reason = 'neither a user nor a history was given'
-    if fallback == 'none':
-        raise UnknownUser(f'{reason}; send a history, or allow fallback=popular')
-    return f"{reason}: these are popular items{' of ' + ' and '.join(segments) if segments else ''}"
-
 
 @patch
 def _item(self:Recommender, n:int, rank:int, score:float, source:str) -> dict:
