@@ -36,7 +36,10 @@ def _decode(data: bytes, where: str) -> str:
     "Decode a text by its byte order mark, or as UTF-8."
     encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), 'utf-8')
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
+        if encoding in ('utf-16', 'utf-32') and not any(c.isascii() for c in text):  # damaged bytes often decode as rare letters
+            raise UnicodeDecodeError(encoding, data, 0, len(data), 'no ASCII character')
+        return text
     except UnicodeDecodeError as e:
         line = data.count(b'\n', 0, e.start) + 1
         raise AerecError(f'{where}, line {line}: not {encoding.upper().removesuffix("-SIG")} text; save it as UTF-8') from None
