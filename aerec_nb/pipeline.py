@@ -18,9 +18,11 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 from .configuration import AerecError, KNOBS, diff_settings, load_settings, project_dir, settings_table, show_value
-from .runs import (STAGES, FileError, Run, Stage, adopt, all_runs, alone_with_run, atomic_path, check_sqlite, check_sqlite_writable, check_stages, check_writable, describe_faults, file_error, file_errors,
-                           file_faults, gate, is_held, lacks, link_file, open_run, read_json, read_manifest, read_run_file, readable_manifest, remove_run, sha256_file, sha256_json, unexported_changes, upstream, warn_of_damage, warn_once,
-                           write_json, write_parquet, write_run_file)
+from .runs import (STAGES, FileError, Run, Stage, adopt, all_runs, alone_with_run, atomic_path, check_sqlite,
+                           check_sqlite_writable, check_stages, check_writable, describe_faults, file_error, file_errors,
+                           file_faults, gate, is_held, lacks, link_file, open_run, read_json, read_manifest, read_run_file,
+                           readable_manifest, remove_run, run_folders, sha256_file, sha256_json, unexported_changes, upstream,
+                           warn_of_damage, warn_once, write_json, write_parquet, write_run_file)
 
 # %% ../nbs/07_pipeline.ipynb #7f8b98ad
 @dataclass
@@ -99,7 +101,7 @@ def _explain(outcome, problem, ended_by) -> None:
     else: outcome.error = f'{type(problem).__name__}: {problem}'
 
 def _keep(job) -> None:
-    "Put the executed notebook in its place: with its mark if it ended well, as far as it came if not; one that is half-written is removed."
+    "Put the executed notebook in its place, with its mark if it ended well; remove a half-written one."
     if not job.hidden.exists(): return
     try:
         nb = read_json(job.hidden)
@@ -208,7 +210,7 @@ class _Fault:
     is_damaged:bool = False
 
 class _Eye:
-    "Looks at stages for one run: what each key is now, and which artifact has it. What is dear to find is found once."
+    "Find the key of each stage of a run and the artifact that has it; what is slow to find is found once."
     def __init__(self, run:Run):
         self.run, self.found = run, {}
         self.earlier = [f for f in all_runs(run.settings.paths.runs_dir) if f.name != run.name]
@@ -223,21 +225,27 @@ class _Eye:
         return key, sha256_json([name, key])
 
     def step(self, name:str, made:dict, force:bool=False, folders:list=None) -> Step:
-        "Run a stage or leave it, and why; of several reasons to run it, damage comes first, then the fewest changes."
+        "Reuse a stage or run it, and why; of several reasons to run it, damage comes first, then the fewest changes."
         stage, (key, wanted), faults = STAGES[name], self.key(name, made), []
         if force: return Step(stage, 'run', 'asked for')
+
         for folder in [self.run.folder, *self.earlier] if folders is None else folders:
             manifest = readable_manifest(folder/name)
             fault = self._fault(folder/name, manifest, key, wanted)
-            if fault is None and manifest: return Step(stage, 'reuse', 'nothing changed' if folder == self.run.folder else f'as in run {folder.name}', folder/name, manifest)
             if fault: faults.append(fault)
+            elif manifest:
+                why = 'nothing changed' if folder == self.run.folder else f'as in run {folder.name}'
+                return Step(stage, 'reuse', why, folder/name, manifest)
             if len(faults) == 100: break
+
         worst = min(faults, key=lambda f: (not f.is_damaged, f.n_changes), default=_Fault('it was never run'))
         return Step(stage, 'run', worst.why)
 
     def _fault(self, artifact:Path, manifest:dict|None, key:dict, wanted:str) -> _Fault|None:
-        "Why an artifact cannot be reused; None where it can, or where there is none."
-        if manifest is None: return _Fault(self._in_run('damaged: manifest.json', artifact), is_damaged=True) if (artifact/'manifest.json').exists() else None
+        "Say why an artifact cannot be reused; None where it can, or where there is none."
+        if manifest is None:
+            if not (artifact/'manifest.json').exists(): return None
+            return _Fault(self._in_run('damaged: manifest.json', artifact), is_damaged=True)
         if manifest['fingerprint'] != wanted: return _difference(manifest, key)
         faults = file_faults(artifact, manifest)
         if faults:
@@ -246,7 +254,9 @@ class _Eye:
         why = _notebook_fault(STAGES[artifact.name], artifact) or self._undone(artifact.name, artifact.parent, manifest)
         return _Fault(why) if why else None
 
-    def _in_run(self, said:str, artifact:Path) -> str: return said if artifact.parent == self.run.folder else f'{said} (run {artifact.parent.name})'
+    def _in_run(self, said:str, artifact:Path) -> str:
+        "Add the run of an artifact where it is another one."
+        return said if artifact.parent == self.run.folder else f'{said} (run {artifact.parent.name})'
 
     def _undone(self, name:str, folder:Path, manifest:dict) -> str:
         "What packaging did outside its folder must still hold."
@@ -262,16 +272,17 @@ def _begun(manifest): return manifest['measured']['started']
 
 # %% ../nbs/07_pipeline.ipynb #c176b004
 def _difference(manifest:dict, key:dict) -> _Fault:
-    "Which parts of its key an artifact does not have, in words."
+    "Name the parts of a key in which an artifact differs."
     then, found, n_changes = manifest.get('key'), [], 0
     if not then: return _Fault('it was made by an earlier version')
     def changed(part): return [k for k in {**then[part], **key[part]} if then[part].get(k) != key[part].get(k)]
-    titles = {'code': 'code changed', 'cells': 'cells that are not exported', 'settings': 'settings changed', 'outside': 'what comes from outside changed', 'inputs': 'its input changed'}
+    titles = {'code': 'code changed', 'cells': 'cells that are not exported', 'settings': 'settings changed',
+              'outside': 'what comes from outside changed', 'inputs': 'its input changed'}
     for part,title in titles.items():
         names = changed(part)
         if not names: continue
         n_changes += min(len(names), 3) + 2
-        if part == 'settings': told = [f"{k} {_short(then['settings'].get(k, '-'))} -> {_short(key['settings'].get(k, '-'))}" for k in names[:3]]
+        if part == 'settings': told = [f"{k} {_short(then[part].get(k, '-'))} -> {_short(key[part].get(k, '-'))}" for k in names[:3]]
         else: told = [n.removeprefix('aerec_nb.') for n in names]
         more = f' and {len(names)-3} more' if part == 'settings' and len(names) > 3 else ''
         found.append(f"{title}: {', '.join(told)}{more}")
@@ -457,8 +468,10 @@ class _Loop:
         "Take an artifact and its executed notebook as they are."
         name, source = p.stage.name, p.artifact
         if source.parent != self.run.folder:
-            if adopt(self.run, name, source) is None: raise AerecError(f'run {source.parent.name} was deleted or damaged meanwhile: start again')
-            with atomic_path(executed(self.run.folder, p.stage)) as temporary: link_file(executed(source.parent, p.stage), temporary)
+            if adopt(self.run, name, source) is None:
+                raise AerecError(f'run {source.parent.name} was deleted or damaged meanwhile: start again')
+            with atomic_path(executed(self.run.folder, p.stage)) as temporary:
+                link_file(executed(source.parent, p.stage), temporary)
         self.made[name] = p.manifest
         self._outcome(Outcome(p.stage.notebook, 'reused', why=p.why), say)
 
@@ -565,7 +578,8 @@ def _figures_line(run:Run, notebook:str) -> str:
 
 def _sweep_run(folder:Path) -> None:
     "Remove what a killed pipeline left under hidden names."
-    for left in [*folder.glob('.*.gate'), *folder.glob('notebooks/.*'), *folder.glob('report/.*'), *folder.glob('.*.html.*'), *folder.glob('.run.json.*'), *folder.glob('..hashes.json.*')]: left.unlink(missing_ok=True)
+    for pattern in ('.*.gate', 'notebooks/.*', 'report/.*', '.*.html.*', '.run.json.*', '..hashes.json.*'):
+        for left in folder.glob(pattern): left.unlink(missing_ok=True)
 
 # %% ../nbs/07_pipeline.ipynb #76878673
 def _newest_run(settings) -> str:
@@ -657,8 +671,9 @@ def _opened(env, run, data, resume, first, last, only, force, knobs) -> tuple:
 def _check_stores(run:Run, steps:list) -> None:
     "Refuse a run that would need a store in var/ that cannot be written; raises `FileError`."
     running, settings = {p.stage.name for p in steps if p.action == 'run'}, run.settings
+    tracking_uri = settings.training.tracking_uri or _registry_url(settings)
     if {'training', 'validation', 'packaging', 'serving'} & running: check_writable(settings.paths.var_dir)
-    if 'training' in running and settings.training.tracking_uri != 'off': _check_database(settings.training.tracking_uri or _registry_url(settings), check_sqlite_writable)
+    if 'training' in running and tracking_uri != 'off': _check_database(tracking_uri, check_sqlite_writable)
     if 'packaging' in running: _check_database(_registry_url(settings), check_sqlite_writable)
 
 def _registry_url(settings) -> str:
@@ -666,7 +681,7 @@ def _registry_url(settings) -> str:
     return settings.packaging.registry_uri or f"sqlite:///{settings.paths.var_dir/'registry.db'}"
 
 def _check_database(url:str, check=check_sqlite) -> None:
-    "Refuse the file of a SQLite database that does not pass a check; raises `FileError`. A server is asked when it is used."
+    "Refuse the file of a SQLite database that does not pass a check; raises `FileError`."
     import sqlalchemy as sa
     try: address = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError): return # who opens it says what is wrong with the address
@@ -727,7 +742,8 @@ def _state(artifact:Path, manifests:dict, step:Step|None) -> str:
     if file_faults(artifact, manifest): return 'damaged'
     then = manifest.get('key', {}).get('inputs', {})
     is_old = any(manifests.get(i) and sha != sha256_json(manifests[i]['outputs']) for i,sha in then.items())
-    return 'outdated' if is_old or step is not None and step.action == 'leave out' and step.why != 'not asked for' else 'done'
+    is_left_out = step is not None and step.action == 'leave out' and step.why != 'not asked for'
+    return 'outdated' if is_old or is_left_out else 'done'
 
 def _whole_artifact(
     run:Run,
@@ -765,7 +781,8 @@ def write_report(run:Run, # a run with artifacts
     with file_errors(pages): pages.mkdir(exist_ok=True)
     for stage in STAGES.values():
         notebook, page = executed(run.folder, stage), pages/f'{stage.notebook}.html'
-        if _is_readable(notebook) and not (page.exists() and page.stat().st_mtime_ns >= notebook.stat().st_mtime_ns): _write(page, notebook_page(notebook))
+        is_new = page.exists() and page.stat().st_mtime_ns >= notebook.stat().st_mtime_ns
+        if not is_new and _is_readable(notebook): _write(page, notebook_page(notebook))
     _write(run.folder/'index.html', _index_page(run, list(outcomes), list(steps)))
     failed = [o for o in outcomes if o.state == 'failed']
     if failed: _write(run.folder/'failure.txt', '\n\n'.join(f'{o.stage}: {o.error}\n{o.traceback}'.rstrip() for o in failed)+'\n')
@@ -814,8 +831,8 @@ def _cards(run:Run, table:pd.DataFrame) -> list:
     board = _leaderboard(run)
     if board is None: return found
     chosen = read_json(run.folder/'validation'/'choice.json')['model']
-    row = board[board.model == chosen]
-    return [*found, ('model chosen on validation', chosen), *((column, row[column].iloc[0]) for column in board.columns[1:3] if len(row))]
+    row, found = board[board.model == chosen], [*found, ('model chosen on validation', chosen)]
+    return found + [(column, row[column].iloc[0]) for column in board.columns[1:3] if len(row)]
 
 # %% ../nbs/07_pipeline.ipynb #5a8c6286
 _STATE_COLORS = {'done': '#009e73', 'reused': '#56b4e9', 'failed': '#d55e00', 'not run': '#9aa5b1', 'missing': '#d5dbe2', 'outdated': '#e69f00', 'damaged': '#d55e00'}
@@ -865,7 +882,8 @@ def _leaderboard(run:Run):
     "The leaderboard of the run as people read it, or None."
     folder = _whole_artifact(run, 'validation')
     if folder is None: return None
-    board, k = pd.read_parquet(folder/'leaderboard.parquet'), run.manifest('validation')['settings']['validation.topk']['value']
+    board = pd.read_parquet(folder/'leaderboard.parquet')
+    k = run.manifest('validation')['settings']['validation.topk']['value']
     def with_error(value, error): return [f'{v:.4f} ± {e:.4f}' for v,e in zip(board[value], board[error])]
     return pd.DataFrame({'model': board.model.where(~board.bound, board.model + ' (bound)'), f'NDCG@{k} on validation': with_error('valid_ndcg', 'valid_se'),
                          f'NDCG@{k} on test': with_error('test_ndcg', 'test_se'), f'recall@{k} on test': with_error('recall', 'recall_se'),
@@ -1063,7 +1081,7 @@ def _sweep_page(sweep:Sweep, k:int) -> str:
 # %% ../nbs/07_pipeline.ipynb #11a1e8fb
 def runs_table(runs_dir:Path # folder of runs
               ) -> pd.DataFrame: # one row a run, newest first
-    "Every run: when, in which environment, with what, how far, and what came of it. A run that cannot be read is named in a warning and left out."
+    "List the runs: when, in which environment, with what, how far, and the result. One that cannot be read is left out with a warning."
     rows = []
     for folder in all_runs(runs_dir):
         try: rows.append(_runs_row(folder))
@@ -1080,7 +1098,8 @@ def _runs_row(folder:Path) -> tuple:
     elif is_held(folder): state = 'at work'
     elif any(m is None and (folder/name/'manifest.json').exists() for name,m in manifests.items()): state = 'damaged'
     else: state = 'whole' if n_done == len(STAGES) else 'in part'
-    return (folder.name, about['created'][:16].replace('T', ' '), about['env'], given or '-', f'{n_done} of {len(STAGES)}', state,
+    begun = about['created'][:16].replace('T', ' ')
+    return (folder.name, begun, about['env'], given or '-', f'{n_done} of {len(STAGES)}', state,
             pick.get('model', '-'), pick.get('ndcg_valid'), pick.get('ndcg_test'), packed.get('version'))
 
 def compare_runs(first:Path, # folder of a run
@@ -1385,16 +1404,18 @@ def _look_at_stores(settings):
 def _look_at_folders(settings):
     for name in ('runs_dir', 'var_dir'):
         folder = getattr(settings.paths, name)
+        fix = f'or set AEREC_PATHS__{name.upper()} to a folder that can be written'
         try: check_writable(folder)
-        except FileError as e: yield f'folder {name}', 'fault', str(e), f'or set AEREC_PATHS__{name.upper()} to a folder that can be written'
+        except FileError as e: yield f'folder {name}', 'fault', str(e), fix
         else: yield f'folder {name}', 'fine', f'{show_value(folder)} can be written', ''
 
 def _look_at_runs(settings):
     "Runs and manifests that cannot be read; the contents of files are checked when an artifact is reused."
-    runs_dir, damaged = settings.paths.runs_dir, []
-    with file_errors(runs_dir): folders = sorted(p for p in runs_dir.iterdir() if p.is_dir() and not p.name.startswith('.')) if runs_dir.is_dir() else []
-    for folder in folders: damaged += [_first_line(e) for e in _refusals(folder)]
-    yield 'runs', 'note' if damaged else 'fine', '; '.join(damaged[:3]) + (f' and {len(damaged)-3} more' if len(damaged) > 3 else '') or 'all can be read', 'nothing takes them; delete the run, or run the stage again with aerec run --run RUN'
+    damaged = []
+    for folder in sorted(run_folders(settings.paths.runs_dir)): damaged += [_first_line(e) for e in _refusals(folder)]
+    more = f' and {len(damaged)-3} more' if len(damaged) > 3 else ''
+    fix = 'they are not used; delete the run, or run the stage again with aerec run --run RUN'
+    yield 'runs', 'note' if damaged else 'fine', '; '.join(damaged[:3]) + more or 'all can be read', fix
 
 def _refusals(folder:Path) -> list:
     "The errors met in reading what a run and its stages say of themselves."
@@ -1420,14 +1441,16 @@ def _look_at_machine(settings):
 # %% ../nbs/07_pipeline.ipynb #3b260dd0
 def doctor(env:str=None # as configured
           ) -> pd.DataFrame: # check, state (fine, note, fault), found, fix
-    "Look at everything a run needs; nothing is changed, and a check that fails is a fault of its own."
-    rows = [('python', 'fine' if sys.version_info >= (3, 11) else 'fault', sys.version.split()[0], 'install Python 3.11 or newer')]
+    "Check everything a run needs; nothing is changed, and a check that raises becomes a row."
+    is_new = sys.version_info >= (3, 11)
+    rows = [('python', 'fine' if is_new else 'fault', sys.version.split()[0], 'install Python 3.11 or newer')]
     rows += [*_checked('packages', _look_at_packages), *_checked('notebooks', _look_at_notebooks)]
     for name in dict.fromkeys([env or os.environ.get('AEREC_ENV') or 'dev', 'dev', 'stage', 'live']):
         rows += _checked(f'settings of {name}', _look_at_settings, name)
     try: settings = load_settings(env)
     except Exception: settings = None # said above
-    checks = {'data': _look_at_data, 'folders': _look_at_folders, 'runs': _look_at_runs, 'stores': _look_at_stores, 'disk': _look_at_disk, 'machine': _look_at_machine}
+    checks = {'data': _look_at_data, 'folders': _look_at_folders, 'runs': _look_at_runs, 'stores': _look_at_stores,
+              'disk': _look_at_disk, 'machine': _look_at_machine}
     for name,check in checks.items() if settings is not None else (): rows += _checked(name, check, settings)
     table = pd.DataFrame(rows, columns=['check', 'state', 'found', 'fix'])
     table.loc[table.state == 'fine', 'fix'] = ''
@@ -1786,7 +1809,7 @@ def _cmd_completion(args) -> int:
 # %% ../nbs/07_pipeline.ipynb #235baa62
 def main(
     argv:list=None # words after `aerec`; None: of the command line
-) -> int: # exit code: 0 fine, 1 a stage failed or a file cannot be used, 2 a mistake in what was asked, 3 a monitor fires, 130 Ctrl-C
+) -> int: # exit code: 0 fine, 1 a stage failed or a file cannot be used, 2 a mistake, 3 a monitor fires, 130 Ctrl-C
     "The `aerec` command."
     args = _parser().parse_args(argv)
     try:

@@ -9,10 +9,12 @@ __all__ = ['STAGES', 'FileError', 'MissingFileError', 'file_error', 'file_errors
            'code_modules', 'code_parts', 'code_hash', 'unexported_changes', 'read_manifest', 'readable_manifest',
            'warn_once', 'FileHashes', 'link_file', 'file_faults', 'lacks', 'describe_faults', 'warn_of_damage',
            'peak_memory_mib', 'measured', 'versions', 'gate', 'await_gate', 'remove_run', 'Run', 'all_runs',
-           'read_run_file', 'find_artifact', 'write_run_file', 'alone_with_run', 'is_held', 'adopt', 'open_run']
+           'run_folders', 'read_run_file', 'find_artifact', 'write_run_file', 'alone_with_run', 'is_held', 'adopt',
+           'open_run']
 
 # %% ../nbs/00a_runs.ipynb #25ad6752
-import ast, ctypes, errno, fcntl, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource, secrets, shutil, sqlite3, stat, sys, time, warnings
+import ast, ctypes, errno, fcntl, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource
+import secrets, shutil, sqlite3, stat, sys, time, warnings
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -62,7 +64,7 @@ _SQLITE_REFUSALS = { # primary result code of SQLite -> reason, what to do
     sqlite3.SQLITE_IOERR: ('the disk reports an error', 'check that it is not full, and that it works'),
     sqlite3.SQLITE_PERM: ('the database cannot be written', 'change the owner or mode of the file and its folder'),
     sqlite3.SQLITE_READONLY: ('the database cannot be written', 'change the owner or mode of the file and its folder'),
-    sqlite3.SQLITE_CANTOPEN: ('the database cannot be opened', 'change the owner or mode of the file and its folder, or name another path'),
+    sqlite3.SQLITE_CANTOPEN: ('the database cannot be opened', 'change the owner or mode of the file and its folder'),
     sqlite3.SQLITE_NOTADB: ('it is not a SQLite database', _RESTORE),
     sqlite3.SQLITE_CORRUPT: ('the database is damaged', _RESTORE)}
 
@@ -140,7 +142,7 @@ def _check_access(path:Path, mode:int) -> None:
 def check_sqlite(
     path:Path # SQLite file; it need not exist
 ) -> None:
-    "Refuse a file that is no SQLite database or cannot be opened, or a folder in which SQLite cannot write; raises `FileError`."
+    "Refuse a file that is no SQLite database, or a folder in which SQLite cannot write; raises `FileError`."
     path = Path(path)
     check_writable(path.parent)
     with file_errors(path):
@@ -187,12 +189,14 @@ def read_json(
     try:
         with file_errors(path): data = Path(path).read_bytes()
     except FileError: raise
-    except FileNotFoundError: raise MissingFileError(f'{show_value(Path(path))}: no such file; restore it, or make it again', errno.ENOENT) from None
+    except FileNotFoundError:
+        raise MissingFileError(f'{show_value(Path(path))}: no such file; restore it, or make it again', errno.ENOENT) from None
+
     try: return json.loads(data.decode())
     except UnicodeDecodeError: reason = 'it is not UTF-8'
     except json.JSONDecodeError as e: reason = f'it is not JSON ({e})'
     except RecursionError: reason = 'it is nested too deeply'
-    raise FileError(f'{show_value(Path(path))}: {reason}; restore it from a copy, or delete it')
+    raise FileError(f'{show_value(Path(path))}: {reason}; {_RESTORE}')
 
 def write_parquet(path:Path, # file to write
                   frame:pd.DataFrame # the index is not kept
@@ -206,12 +210,13 @@ def alone(
     path:Path,       # file; the lock is a file beside it
     seconds:float=60 # how long to wait
 ):
-    "Hold a file across processes; raises `AerecError` where another one holds it for too long, or where no lock can be written."
+    "Hold a file across processes; raises `AerecError` where another one holds it too long or no lock can be written."
+    in_use = f'{show_value(path)}: another process has held the lock for {seconds:g} s; wait for it, or end it'
     lock = FileLock(f'{path}.lock', timeout=seconds)
     with file_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         try: lock.acquire()
-        except Timeout: raise AerecError(f'{show_value(path)}: another process has held the lock for {seconds:g} s; wait for it, or end it') from None
+        except Timeout: raise AerecError(in_use) from None
     try: yield
     finally: lock.release()
 
@@ -405,7 +410,8 @@ def read_manifest(
     except MissingFileError: return None
     _check_fields(path, manifest, _MANIFEST_FIELDS)
     for name,about in _listed_files(manifest).items():
-        if not isinstance(about, dict) or Path(name).is_absolute() or '..' in Path(name).parts: raise _malformed(path, f'outputs.{name}')
+        leads_out = Path(name).is_absolute() or '..' in Path(name).parts
+        if leads_out or not isinstance(about, dict): raise _malformed(path, f'outputs.{name}')
     return manifest
 
 def readable_manifest(
@@ -425,7 +431,8 @@ def warn_once(
     logging.getLogger('aerec_nb.runs').warning(text)
 
 # %% ../nbs/00a_runs.ipynb #d581d83d
-_MANIFEST_FIELDS = dict(stage=str, run=str, fingerprint=str, code=str, settings=dict, outputs=dict, metrics=dict, measured=dict, versions=dict)
+_MANIFEST_FIELDS = {**dict.fromkeys(('stage', 'run', 'fingerprint', 'code'), str),
+                    **dict.fromkeys(('settings', 'outputs', 'metrics', 'measured', 'versions'), dict)}
 _RUN_FIELDS = dict(created=str, env=str, overrides=dict)
 
 def _check_fields(path:Path, content, fields:dict) -> None:
@@ -435,7 +442,7 @@ def _check_fields(path:Path, content, fields:dict) -> None:
 
 def _malformed(path:Path, field:str) -> FileError:
     "The error for a JSON file of another form."
-    return FileError(f'{show_value(path)}: its field {field} is missing or malformed; restore it from a copy, or delete it')
+    return FileError(f'{show_value(path)}: its field {field} is missing or malformed; {_RESTORE}')
 
 def _listed_files(manifest:dict) -> dict:
     "Relative path -> SHA-256 and bytes of every file that a manifest names."
@@ -444,7 +451,7 @@ def _listed_files(manifest:dict) -> dict:
 # %% ../nbs/00a_runs.ipynb #2cc0b2bb
 class FileHashes:
     "SHA-256 of the files of a run, remembered in its `.hashes.json` by device, inode, size and times."
-    settle_ns = 100_000_000 # a file that changed later than this before it was hashed may change again within one tick of its clock
+    settle_ns = 100_000_000 # a younger change is not remembered: the next one may bear the same time
 
     def __init__(self,
         folder:Path # of a run
@@ -510,15 +517,15 @@ def file_faults(
     folder:Path,  # of an artifact
     manifest:dict # of it
 ) -> dict: # relative path -> missing, changed or unreadable
-    "Check the files of an artifact against its manifest by size and SHA-256; a file without a hash there counts as changed."
+    "Check the files of an artifact against its manifest by size and SHA-256; one without a hash there counts as changed."
     folder = Path(folder)
     hashes = FileHashes(folder.parent)
     found = {name: hashes.fault(f'{folder.name}/{name}', about) for name,about in _listed_files(manifest).items()}
     hashes.save()
 
     stage = STAGES.get(manifest['stage'])
-    never_written = set(stage.outputs if stage else ()) - set(manifest['outputs'])
-    return {name: fault for name,fault in sorted(found.items()) if fault} | dict.fromkeys(sorted(never_written), 'missing')
+    found |= dict.fromkeys(set(stage.outputs if stage else ()) - set(manifest['outputs']), 'missing')
+    return {name: fault for name,fault in sorted(found.items()) if fault}
 
 def lacks(
     folder:Path,  # of an artifact
@@ -694,7 +701,8 @@ class Run:
         if not faults: return manifest
 
         if _changed_by_hand(manifest):
-            raise FileError(f'run {self.name}: {stage} is damaged ({describe_faults(faults)}) and was made from changed cells of its notebook: run {STAGES[stage].notebook}.ipynb again with -p run {self.name}')
+            raise FileError(f'run {self.name}: {stage} is damaged ({describe_faults(faults)}) and was made from changed cells of its '
+                            f'notebook: run {STAGES[stage].notebook}.ipynb again with -p run {self.name}')
         warn_of_damage(self.folder/stage, faults)
         return None
 
@@ -727,17 +735,24 @@ def _changed_by_hand(manifest:dict) -> bool:
 def all_runs(
     runs_dir:Path # folder of runs
 ) -> list: # folders, newest first
-    "Find the runs that exist: folders with a run.json. A run whose run.json is damaged is named in a warning and left out."
-    runs_dir, found = Path(runs_dir), []
-    with file_errors(runs_dir):
-        folders = [p for p in runs_dir.iterdir() if not p.name.startswith('.') and p.is_dir()] if runs_dir.is_dir() else []
-    for folder in folders:
+    "Find the runs that exist: folders with a run.json. A damaged run.json is named in a warning, and its run left out."
+    found = []
+    for folder in run_folders(runs_dir):
         try: about = read_run_file(folder)
         except FileError as e:
             warn_once(f'run {folder.name} is left out: {e}')
             continue
         if about: found.append((about['created'], folder.name, folder))
     return [folder for _,_,folder in sorted(found, reverse=True)]
+
+def run_folders(
+    runs_dir:Path # folder of runs
+) -> list: # folders, in no order
+    "Find the folders that may be runs; raises `FileError` where the folder of runs cannot be read."
+    runs_dir = Path(runs_dir)
+    with file_errors(runs_dir):
+        if not runs_dir.is_dir(): return []
+        return [p for p in runs_dir.iterdir() if not p.name.startswith('.') and p.is_dir()]
 
 def read_run_file(
     folder:Path # of a run
@@ -784,11 +799,12 @@ def write_run_file(
 def alone_with_run(
     run:Run # its folder must exist
 ):
-    "Hold a run, so that no second pipeline works in it; raises `AerecError` where another one does. The lock ends with this process."
+    "Hold a run until the block or this process ends; raises `AerecError` where another pipeline works in it."
+    in_use = f'run {run.name}: another process works on it; wait for it, or begin another run'
     lock = FileLock(run.folder/'.lock', timeout=0)
     with file_errors(run.folder):
         try: lock.acquire()
-        except Timeout: raise AerecError(f'run {run.name}: another process works on it; wait for it, or begin another run') from None
+        except Timeout: raise AerecError(in_use) from None
     try: yield
     finally: lock.release()
 
@@ -878,7 +894,8 @@ def adopt(
         if manifest is None or file_faults(earlier, manifest): return None
         known = FileHashes(earlier.parent)
         try:
-            for file in [p for p in earlier.rglob('*') if p.is_file()]: link_file(file, folder/file.relative_to(earlier))
+            for file in earlier.rglob('*'):
+                if file.is_file(): link_file(file, folder/file.relative_to(earlier))
             (folder/'manifest.json').unlink() # a copy, so that damage to one run's manifest stays in that run
             shutil.copy2(earlier/'manifest.json', folder/'manifest.json')
         except FileNotFoundError: return None

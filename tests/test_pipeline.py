@@ -367,7 +367,7 @@ def test_only_what_changed_is_run_again(short, short_environ, tmp_path):
 
 @pytest.mark.xdist_group('short')
 def test_a_full_disk(short, short_environ, tmp_path):
-    "No file may grow beyond a limit: the stage that meets it says so in one line, leaves nothing half-written, and goes on when there is room."
+    "No file may grow beyond a limit: the stage that meets it says so in one line, leaves nothing half-written, and succeeds once there is room."
     to, short_environ = ('--to', 'data_import'), {**short_environ, 'AEREC_RUN__LOG_LEVEL': 'WARNING'}
     done = run('bash', '-c', f'ulimit -f 24; exec {BIN}/aerec run {" ".join(to)}', env=short_environ, cwd=tmp_path)
     folder, = runs_of(short_environ)
