@@ -1282,7 +1282,7 @@ def _own_error(error, what):
         e = todo.pop()
         if e is None or id(e) in seen: continue
         seen.add(id(e))
-        if isinstance(e, AerecError): return AerecError(str(e))
+        if isinstance(e, AerecError) and not isinstance(e, ray_module().exceptions.RayError): return AerecError(str(e)) # Ray's own has a traceback in its text
         todo += [e.__cause__, e.__context__, getattr(e, 'cause', None), *(getattr(e, 'worker_failures', None) or {}).values()]
     said = [m[2] for line in str(error).splitlines() if (m := re.match(r'\s*(?:\w+\.)*(\w*(?:AerecError|Diverged|BadRows))(?:\(\))?: (.*)', line))]
     other = [line.strip() for line in str(error).splitlines() if re.match(r'\s*(?:\w+\.)*\w*(?:Error|Exception)\b.*: ', line)]

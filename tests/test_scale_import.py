@@ -171,6 +171,18 @@ def test_tables_and_options_that_both_ways_refuse(tmp_path, text, options, said)
     assert str(local.value) == str(ours.value)
 
 
+@pytest.mark.parametrize('count, said', [(3e38, '^weight is not a number in 1 rows'), (0, '^no interactions: the table is empty')])
+def test_counts_that_are_no_weights(tmp_path, count, said):
+    "The sum of the counts of a pair is no float32, or each is 0."
+    (tmp_path / 'ratings.csv').write_text(f'user_id,item_id,count\n1,2,{count}\n1,2,{count}\n')
+    source = found(tmp_path / 'ratings.csv')
+    rules = dict(rules=['deduplicate'])
+    with pytest.raises(AerecError, match=said):
+        local_interactions(source, rules, on_duplicate='sum')
+    with pytest.raises(AerecError, match=said):
+        scale.import_shards(source, tmp_path / 'out', rules, n_shards=1, on_duplicate='sum', scale=SCALE)
+
+
 def test_bad_line_in_a_cut_file(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, 'PIECE_BYTES', 200)
     lines = ['user_id,item_id,rating'] + [f'{i},{i % 7},4' for i in range(200)]
