@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLUMNS', 'MAX_ID', 'MIN_TIME', 'MAX_CLOCK_LEAD_S', 'KEY_FILE', 'MIN_KEY_LENGTH', 'logger', 'SPARE_BYTES',
-           'SCHEMA', 'new_event', 'check_event', 'LogErrorCode', 'EventLogUnavailable', 'error_code', 'parse_key',
-           'derive_key', 'read_key', 'make_key', 'hash_user', 'ErasedUsers', 'Guard', 'Watchdog', 'sqlite_url',
-           'sqlite_path', 'open_engine', 'EventLog', 'FeedbackBatch', 'newest_per_user', 'Feedback', 'events_frame',
-           'anchored_url', 'events_url', 'save_events', 'load_events', 'simulated_reaction']
+           'QUICK_CHECK_BYTES', 'SCHEMA', 'new_event', 'check_event', 'LogErrorCode', 'EventLogUnavailable',
+           'error_code', 'parse_key', 'derive_key', 'read_key', 'make_key', 'hash_user', 'ErasedUsers', 'Guard',
+           'Watchdog', 'sqlite_url', 'sqlite_path', 'open_engine', 'EventLog', 'FeedbackBatch', 'newest_per_user',
+           'Feedback', 'events_frame', 'anchored_url', 'events_url', 'save_events', 'load_events', 'simulated_reaction']
 
 # %% ../nbs/00b_events.ipynb #6ad74732
 import errno, hashlib, json, logging, math, os, secrets, socket, sqlite3, threading, time, uuid
@@ -639,7 +639,7 @@ def check_writable(self:EventLog) -> None:
         with TemporaryFile(dir=self.path.parent) as file:
             file.write(bytes(SPARE_BYTES))
             file.flush()
-    except OSError as e: raise self._unavailable(LogErrorCode.FULL, e) from e
+    except OSError as e: raise self._unavailable(error_code(e), e) from e
 
 @patch
 def _read_ends(self:EventLog, db) -> None:
@@ -764,20 +764,14 @@ def _migrate_forgotten(self:EventLog, db) -> None:
     if self._is_sqlite: db.exec_driver_sql('PRAGMA secure_delete=ON').close()
     db.execute(DropTable(sa.Table('forgotten', sa.MetaData())))
 
+QUICK_CHECK_BYTES = 2**26 # a larger file is checked at the ends of its indexes only; this one takes a tenth of a second
+
 @patch
-def _quick_check(self:EventLog, seconds:float=.25) -> None:
-    "Check the pages of a SQLite file, for a short time: a small log wholly, a large one in part."
-    if self.path is None: return
-    until = time.monotonic() + seconds
-    with self._session() as (db, _):
-        connection = db.connection.dbapi_connection
-        connection.set_progress_handler(lambda: time.monotonic() > until, 10_000)
-        try: (problem,) = connection.execute('PRAGMA quick_check(1)').fetchone()
-        except sqlite3.OperationalError as e:
-            if e.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT: raise
-            problem = 'ok'
-        finally: connection.set_progress_handler(None, 0)
-    if problem != 'ok': raise self._unavailable(LogErrorCode.DAMAGED, problem)
+def _quick_check(self:EventLog) -> None:
+    "Check all pages of a SQLite file that is not large."
+    if self.path is None or os.stat(self.path).st_size > QUICK_CHECK_BYTES: return
+    with self._session() as (db, _): problem = db.exec_driver_sql('PRAGMA quick_check(1)').scalar_one()
+    if problem != 'ok': raise self._unavailable(LogErrorCode.DAMAGED, problem.splitlines()[-1])
 
 # %% ../nbs/00b_events.ipynb #e7a95227
 _KEY_VARIABLE = 'AEREC_EVENTS__ERASURE_KEY'

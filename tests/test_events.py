@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 import sqlalchemy as sa
 from conftest import ROOT, variables
+from aerec_nb import events
 from aerec_nb.configuration import AerecError, default_settings
 from aerec_nb.events import (
     KEY_FILE,
@@ -644,6 +645,7 @@ HARM = {
     'pages of zeros': (overwrite(4096, bytes(20_000)), {'damaged'}),
     'truncated to nothing': (truncate(0), {'damaged'}),
     'truncated to a half': (truncate(0.5), {'damaged'}),
+    'last pages cut off': (lambda path: os.truncate(path, path.stat().st_size - 8192), {'damaged'}),
     'deleted': (remove('events.db*'), {'missing'}),
     'journal deleted': (remove('events.db-wal'), {'missing'}),
     'index deleted': (remove('events.db-shm'), {'missing'}),
@@ -662,6 +664,8 @@ def test_no_event_is_accepted_by_a_log_that_is_not_the_one_it_was(harm, tmp_path
     path, (hurt, codes) = tmp_path / 'var' / 'events.db', HARM[harm]
     log = EventLog(path, statement_timeout_s=0.5)
     log.append([event(f'a{n}') for n in range(500)])
+    checkpoint(path)
+    log.append([event('last')])
     log.check_writable()
     log.feedback_since()
     hurt(path)
@@ -692,6 +696,31 @@ def test_a_log_may_be_moved_back_and_made_smaller(tmp_path):
         and (tmp_path / 'events.db').stat().st_size < before
     )
     log.close()
+
+
+def test_a_log_without_a_write_ahead_log_gets_one(tmp_path):
+    EventLog(tmp_path / 'events.db').close()
+    with sqlite3.connect(tmp_path / 'events.db') as db:
+        assert db.execute('PRAGMA journal_mode=DELETE').fetchone() == ('delete',)
+    reader = sqlite3.connect(tmp_path / 'events.db', isolation_level=None, check_same_thread=False)
+    reader.execute('BEGIN')
+    reader.execute('SELECT count(*) FROM events').fetchall()
+    with pytest.raises(AerecError, match='locked'):
+        EventLog(tmp_path / 'events.db', statement_timeout_s=0.1)
+    threading.Timer(0.3, lambda: reader.execute('ROLLBACK')).start()
+    log = EventLog(tmp_path / 'events.db')
+    assert log.append([event('a')]) == 1
+    log.close()
+    reader.close()
+
+
+def test_a_large_log_is_not_read_whole_when_it_is_opened(tmp_path, monkeypatch):
+    log = EventLog(tmp_path / 'events.db')
+    log.append([event(f'a{n}') for n in range(3000)])
+    overwrite(4096 * 40, b'\xff' * 8192)(tmp_path / 'events.db')
+    log.close()
+    monkeypatch.setattr(events, 'QUICK_CHECK_BYTES', 10_000)
+    EventLog(tmp_path / 'events.db').close()
 
 
 def foreign(sql):
@@ -838,6 +867,12 @@ def test_the_key_file_cannot_be_made(tmp_path):
     (tmp_path / 'a file').write_text('')
     log.append([event('a')])
     assert refusal(lambda: log.delete_user(1)) == LogErrorCode.ERASURE_KEY and log.count() == 1
+
+
+def test_a_driver_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'psycopg2', None)
+    with pytest.raises(AerecError, match='cannot open postgresql.*psycopg2'):
+        open_engine('postgresql+psycopg2://host/x')
 
 
 class Refused(Exception):
