@@ -2,8 +2,11 @@
 #
 #   docker build -t aerec .
 #   docker run --rm aerec python -c 'from aerec_nb.serving import main; main()' --new-key read
-#   docker run -p 8000:8000 -v aerec-data:/data -e AEREC_SERVING__API_KEYS=read:sha256:... aerec
+#   docker run -p 127.0.0.1:8000:8000 -v aerec-data:/data -e AEREC_SERVING__API_KEYS=read:sha256:... -e AEREC_SERVING__ALLOWED_HOSTS=api.example.org,localhost aerec
 #
+# It listens on all addresses of the container, so live asks for keys; without any it does not start. Requests are answered for the hosts of AEREC_SERVING__ALLOWED_HOSTS,
+# and if that is empty for localhost only; /health is answered for any host, as health checks need it. It speaks plain HTTP: put a reverse proxy with TLS before it, name
+# the proxy in AEREC_SERVING__TRUSTED_PROXIES, and keep /metrics inside (nbs/how_to/serve.ipynb shows how).
 # /data holds the registry and its bundles (/data/registry.db, /data/bundles) and the event log (/data/events.db). AEREC_ENV says which alias is served;
 # AEREC_PACKAGING__REGISTRY_URI names an MLflow server instead. Where pip's usual index brings torch with CUDA, name the index of its CPU builds:
 #   docker build --build-arg TORCH_OPTIONS='--index-url ADDRESS' -t aerec .

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['OFF', 'RULES', 'SCALES', 'Verdict', 'register_rule', 'codes_of', 'settle_repeats', 'leave_out_users',
-           'leave_out_items', 'read_ids', 'within_times', 'leave_out_bots', 'threshold_for', 'keep_positive',
-           'keep_counted', 'cap_users', 'leave_out_rare_users', 'leave_out_rare_items', 'k_core_rows', 'keep_core',
-           'weigh_by_rating', 'decay', 'find_rule', 'check_source', 'check_rules', 'rule_files', 'RuleResult',
-           'run_rules', 'apply_rules', 'preview_rules', 'waterfall_table', 'plot_waterfall',
-           'build_business_preprocessing', 'describe_rules', 'preview_stage', 'describe_preview', 'is_on']
+           'leave_out_items', 'within_times', 'leave_out_bots', 'threshold_for', 'keep_positive', 'keep_counted',
+           'cap_users', 'leave_out_rare_users', 'leave_out_rare_items', 'k_core_rows', 'keep_core', 'weigh_by_rating',
+           'decay', 'find_rule', 'check_source', 'check_rules', 'rule_files', 'RuleResult', 'run_rules', 'apply_rules',
+           'preview_rules', 'waterfall_table', 'plot_waterfall', 'build_business_preprocessing', 'describe_rules',
+           'preview_stage', 'describe_preview', 'is_on']
 
 # %% ../nbs/01a_business_preprocessing.ipynb #0b09c015
-import csv, importlib.util, inspect, re, sys, tempfile, types
+import importlib.util, inspect, re, sys, tempfile, types
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +21,8 @@ import numpy as np
 import pandas as pd
 
 from .configuration import AerecError, RuleSettings, own_file, project_dir
-from .data_import import NAMES, feedback_of
+from .data_import import feedback_of
+from .id_lists import read_ids
 from .runs import Run, on_engine, read_json, sha256_bytes, sha256_file, write_json, write_parquet
 
 # %% ../nbs/01a_business_preprocessing.ipynb #74b40da3
@@ -118,39 +119,6 @@ def leave_out_items(
 ):
     "Drop all rows of some items."
     return _without(ratings.item_id, excluded_items)
-
-# %% ../nbs/01a_business_preprocessing.ipynb #96ea2079
-def read_ids(
-    path: Path, # text with one id a line, or a table (.csv, .tsv, or a header with the column)
-    column: str, # user_id or item_id
-    setting: str = 'file', # whose file it is, for errors
-) -> list: # ids as text, each once; at least one
-    "The ids in a list file; raises `AerecError` naming file and line."
-    where = f'rules.{setting} {path}'
-    try: lines = Path(path).read_bytes().decode('utf-8-sig').splitlines()
-    except OSError as e: raise AerecError(f'{where}: {e.strerror}; correct the path, or leave the setting out') from None
-    except UnicodeDecodeError as e:
-        line = e.object.count(b'\n', 0, e.start) + 1
-        raise AerecError(f'{where}, line {line}: not UTF-8 text; save it as UTF-8') from None
-    header = _fields(lines[0]) if lines else []
-    is_table = Path(path).suffix.lower() in ('.csv', '.tsv') or column in header
-    ids = _column(lines, header, column, where) if is_table else [re.sub(r'(^|\s)#.*', '', line).strip() for line in lines]
-    if not any(ids): raise AerecError(f'{where}: there is no id in it; write one a line, or leave the setting out')
-    return list(dict.fromkeys(id for id in ids if id))
-
-def _fields(line):
-    "Cells of a line of a table, whatever its separator."
-    return [cell.strip() for cell in next(csv.reader([line], delimiter=max('\t;,', key=line.count)), [])]
-
-def _column(lines, header, column, where):
-    "One column of a table as text."
-    plain = lambda name: re.sub(r'[\s_.-]', '', name).lower()
-    at = next((i for i, name in enumerate(header) if plain(name) in map(plain, NAMES[column])), None)
-    if at is None: raise AerecError(f"{where}, line 1: no column {column} among {', '.join(header) or 'none'}; a table needs a header that names it")
-    rows = [(n, _fields(line)) for n, line in enumerate(lines[1:], 2) if line.strip()]
-    for n, cells in rows:
-        if len(cells) <= at or not cells[at]: raise AerecError(f'{where}, line {n}: no {column} in it; fill it in, or remove the line')
-    return [cells[at] for _, cells in rows]
 
 # %% ../nbs/01a_business_preprocessing.ipynb #8b62fe15
 def _seconds(moment): return None if moment is None else datetime.fromisoformat(moment).timestamp()
@@ -455,7 +423,7 @@ _LISTS = dict(excluded_users='user_id', excluded_items='item_id')
 def _knobs(rules):
     "The settings of the rules by name, the ids of list files with the others."
     found, files = {name: getattr(rules, name) for name in RuleSettings.model_fields}, _list_files(rules)
-    return found | {name: [*found[name], *read_ids(path, _LISTS[name], f'{name}_file')] for name, path in files.items()}
+    return found | {name: [*found[name], *read_ids(path, _LISTS[name], f'rules.{name}_file')] for name, path in files.items()}
 
 def _list_files(rules):
     "The list files that are set; a relative path is taken from the project's folder."

@@ -1438,7 +1438,7 @@ def _cmd_recommend(args) -> int:
 
 def _cmd_serve(args) -> int:
     from aerec_nb.serving import serve
-    settings = load_settings(args.env, host=args.host, port=args.port, workers=args.workers)
+    settings = load_settings(args.env, host=args.host, port=args.port, workers=args.workers, allow_unauthenticated=args.allow_unauthenticated or None)
     if args.run: serve(find_bundle(settings, args.run), settings)
     else: serve(None, settings, alias=settings.packaging.alias or settings.env) # and goes with it when it moves
     return 0
@@ -1567,6 +1567,7 @@ def _bundle_parsers(command) -> None:
     p.add_argument('--run', help=_TAKES_RUN)
     p = command('serve', _cmd_serve, 'serve recommendations over HTTP', 'aerec serve --port 8000', json=False)
     p.add_argument('--host', help='address to listen on'); p.add_argument('--port', type=int, help='port to listen on'); p.add_argument('--workers', type=int, help='processes that answer')
+    p.add_argument('--allow-unauthenticated', action='store_true', help='listen on an address that other machines can reach although no keys are required')
     p.add_argument('--run', help=_TAKES_RUN)
     p = command('monitor', _cmd_monitor, 'compute all monitors over the real event log; exit code 3 if any fires', 'aerec monitor --env live', 'aerec monitor --watch 60', 'aerec monitor --once')
     p.add_argument('--run', help=_TAKES_RUN)

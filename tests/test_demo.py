@@ -326,3 +326,31 @@ def test_the_file_needs_nothing_else():
     text = (Path(__import__('aerec_nb').__file__).parent/'demo.html').read_text(encoding='utf-8')
     assert not re.search(r'https?://|//cdn|@import|url\(|innerHTML|outerHTML|insertAdjacentHTML|document\.write|alert\(|eval\(|localStorage|sessionStorage|document\.cookie', text)
     assert len(text.splitlines()) < 400
+
+
+def test_docs_without_another_server(running, page):
+    "Every request is described, and can be tried; what the policy forbids would be an error on the console."
+    service, _ = running
+    page.goto(f'{service.url}/docs')
+    page.locator('.opblock').first.wait_for()
+    described = httpx.get(f'{service.url}/openapi.json', trust_env=False).json()['paths']
+    assert page.locator('.opblock').count() == sum(len(methods) for methods in described.values()) and page.title() == 'aerec: requests'
+    post = page.locator('.opblock', has=page.locator('[data-path="/v1/recommend"]'))
+    post.locator('.opblock-summary').click()
+    post.get_by_role('button', name='Try it out').click()
+    post.locator('textarea').fill('{"history": [1, 3], "k": 2}')
+    with page.expect_response(lambda r: r.url.endswith('/v1/recommend')) as found: post.get_by_role('button', name='Execute').click()
+    assert len(found.value.json()['items']) == 2 and post.locator('.responses-table.live-responses-table').inner_text().count('"rank"') == 2
+
+
+def test_policies_are_in_force(running, page):
+    "A script that is not the page's own does not run, on either page."
+    service, _ = running
+    page.expected = 'Content Security Policy|ERR_INVALID_URL'
+    for path in ('demo', 'docs'):
+        page.goto(f'{service.url}/{path}')
+        page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked = 1'}))")
+        page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=data:x onerror=\"window.hacked = 1\">')")
+        page.wait_for_timeout(200)
+        assert page.evaluate('window.hacked') is None
+    assert [s for s in page.said if 'script-src' in s]

@@ -1,11 +1,12 @@
 "The chain under random requests: what may not be shown never is, k items wherever k are eligible; ban lists that change; steps of one's own."
-import os
+import os, time
 import numpy as np, pandas as pd, pytest, sqlalchemy as sa
 from hypothesis import given, settings, strategies as st
 from conftest import BIN, ROOT, run
 from aerec_nb.configuration import AerecError, load_settings
 from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model
+from aerec_nb.blocklist import BlocklistUnavailable
 from aerec_nb.postprocessing import BanList, Catalogue, Chain, IdIndex, Request, ban_list, check_chain, filter_items
 from scipy.sparse import csr_matrix
 
@@ -43,6 +44,42 @@ def eligible(chain, r):
         passes = {0: True, 1: bool({'A', 'C'} & set(genres)), 2: row.year >= 1980, 3: 'B' not in genres and row.year < 2005}[FILTERS.index(r.filter)]
         return row.item_id not in banned and not (r.exclude_seen and n in seen) and not early and not late and passes and n not in r.exclude and (r.candidates is None or n in r.candidates)
     return {n for n in range(N) if may(n)}
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(['\ud800', '\0', 'now', '1'*41, '9999999-01-01', 10**400, -1e308]) | st.builds(lambda: 10**5000),
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.sampled_from(['any', 'all', 'none', 'genres', 'year', 'item_id', 'ge', 'lt']), inner, max_size=4), max_leaves=12)
+WANTED = JSON | st.dictionaries(st.sampled_from(['ge', 'gt', 'le', 'lt']), JSON | st.dates().map(str) | st.datetimes().map(str), min_size=1, max_size=4)
+CONDITION = st.dictionaries(st.sampled_from([*TABLE.columns, 'genre']) | st.text(max_size=4), WANTED, min_size=1, max_size=3)
+FILTER = JSON | st.dictionaries(st.sampled_from(['any', 'all', 'none']), st.lists(CONDITION, min_size=1, max_size=3), min_size=1)
+
+
+@settings(max_examples=10_000 if STRESS else 250, deadline=None)
+@given(FILTER)
+def test_any_filter_gives_a_mask_or_an_error_of_one_line(spec):
+    begin = time.perf_counter()
+    try:
+        passed, unknown = filter_items(CATALOGUE, spec)
+        assert passed.dtype == bool and passed.shape == (N,) and len(unknown) <= 4
+        said = unknown
+    except AerecError as e:
+        said = [str(e)]
+    assert all(len(s) < 500 and '\n' not in s and s.encode() for s in said)
+    assert time.perf_counter() - begin < 2
+
+
+def test_large_filters_cost_no_more_than_they_may():
+    "Thousands of misspelt titles of a large catalogue: one suggestion, and no comparison of each with each."
+    titles = [f'{a} {b} {n}' for n in range(2000) for a in ('Star', 'Moon', 'Sea', 'Dark', 'Gold') for b in ('Wars', 'Light', 'Song', 'River', 'Night')]
+    large = Catalogue(IdIndex(range(len(titles))), pd.DataFrame(dict(item_id=range(len(titles)), title=titles)))
+    large.categories('title')
+    begin = time.perf_counter()
+    passed, unknown = filter_items(large, {'any': [{'title': [f'Stor Wars {m} {n}' for n in range(1000)]} for m in range(10)]})
+    assert not passed.any() and unknown[3] == '9,997 more values that no item has' and sum('did you mean' in u for u in unknown) == 1
+    passed, unknown = filter_items(large, {'any': [{'title': titles[n::50]} for n in range(10)]})
+    assert passed.sum() == 10_000 and not unknown
+    assert time.perf_counter() - begin < 2
+    for spec, why in (({'any': [{'title': titles[:1001]}]}, '1,000 values in one condition'), ({'none': [{'title': 'x'}]*101}, '100 conditions'), ({'all': [{'title': ['x'*1001]}]}, 'must be a value')):
+        with pytest.raises(AerecError, match=why): filter_items(large, spec)
 
 
 @settings(max_examples=3000 if STRESS else 150, deadline=None)
@@ -124,7 +161,7 @@ def recommender(**kw):
 def test_a_running_recommender_follows_ban_file_and_table(tmp_path, caplog):
     caplog.set_level('WARNING', logger='aerec_nb') # the test environment says errors only
     file, url = tmp_path/'bans.txt', f'sqlite:///{tmp_path}/bans.db'
-    file.write_text('')
+    file.write_text('# none\n')
     engine = sa.create_engine(url)
     with engine.begin() as c: c.execute(sa.text('create table bans (item_id text)'))
     found = ban_list(load_settings('test', ban_file=str(file), ban_url=url, ban_refresh_s=0.))
@@ -133,14 +170,28 @@ def test_a_running_recommender_follows_ban_file_and_table(tmp_path, caplog):
     file.write_text(f'{first} # recalled\n')
     assert r.recommend('u1', k=2).item_ids == [second, third]
     with engine.begin() as c: c.execute(sa.text('insert into bans values (:id)'), dict(id=second))
+    found.refresh(wait_s=9)
     assert r.recommend('u1', k=1).item_ids == [third]
     with engine.begin() as c: c.execute(sa.text('drop table bans'))
     file.unlink()
-    assert r.recommend('u1', k=1).item_ids == [third] and 'stays banned' in caplog.text, 'what cannot be read any more stays banned'
-    file.write_text('')
+    found.refresh(wait_s=9)
+    assert r.recommend('u1', k=1).item_ids == [third] and found.error and 'the last known list is kept' in caplog.text
+    file.write_text('# none\n')
     with engine.begin() as c: c.execute(sa.text('create table bans (item_id text)'))
+    found.refresh(wait_s=9)
     assert r.recommend('u1', k=3).item_ids == [first, second, third]
     engine.dispose()
+
+
+def test_a_blocklist_that_cannot_be_read_stops_recommendations_where_configured(tmp_path):
+    file = tmp_path/'bans.txt'
+    file.write_text('7\n')
+    r = recommender(chain=Chain().with_bans(ban_list(load_settings('test', ban_file=str(file), on_blocklist_error='refuse'))))
+    assert len(r.recommend('u1', k=3).item_ids) == 3
+    file.unlink()
+    with pytest.raises(BlocklistUnavailable, match='nothing is recommended until'): r.recommend('u1', k=3)
+    file.write_text('8\n')
+    assert len(r.recommend('u1', k=3).item_ids) == 3
 
 
 def test_a_table_is_asked_again_only_when_it_is_old_enough(tmp_path):
@@ -155,7 +206,7 @@ def test_a_table_is_asked_again_only_when_it_is_old_enough(tmp_path):
 
 def test_passwords_of_a_ban_database_are_masked():
     with pytest.raises(AerecError) as e: BanList(url='postgresql+psycopg://ann:s3cret@127.0.0.1:1/shop')
-    assert 's3cret' not in str(e.value) and 'nothing is recommended without its ban list' in str(e.value) and '\n' not in str(e.value)
+    assert 's3cret' not in str(e.value) and 'postprocessing.ban_url' in str(e.value) and '\n' not in str(e.value)
 
 
 MINE = """
