@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'COLUMNS', 'MAX_ID', 'MIN_TIME', 'MAX_CLOCK_LEAD_S', 'KEY_FI
            'QUICK_CHECK_BYTES', 'SCHEMA', 'new_event', 'check_event', 'LogErrorCode', 'EventLogUnavailable',
            'error_code', 'parse_key', 'derive_key', 'read_key', 'make_key', 'hash_user', 'ErasedUsers', 'Guard',
            'Watchdog', 'sqlite_url', 'sqlite_path', 'open_engine', 'EventLog', 'FeedbackBatch', 'newest_per_user',
-           'Feedback', 'events_frame', 'anchored_url', 'events_url', 'save_events', 'load_events', 'simulated_reaction']
+           'events_frame', 'anchored_url', 'events_url', 'save_events', 'load_events', 'simulated_reaction']
 
 # %% ../nbs/00b_events.ipynb #6ad74732
 import errno, hashlib, json, logging, math, os, secrets, socket, sqlite3, threading, time, uuid
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -894,27 +893,6 @@ def feedback_since(self:EventLog, seq:int=0, # the last number that was seen; 0:
     kept = newest_per_user(batch.user_id, max_per_user)
     return FeedbackBatch(**{name: values[kept] for name, values in vars(batch).items()}), last
 
-# %% ../nbs/00b_events.ipynb #66389795
-class Feedback(NamedTuple):
-    "What a user did with an item."
-    seq:int # number in the log
-    time:float # UTC seconds
-    user_id:str
-    item_id:str
-    value:float|None # 1 for a click, the stars of a rating
-    type:str # of the payload: 'click', 'rating', ...; 'feedback' where it has none
-    simulated:bool
-
-@patch
-def ratings_since(self:EventLog, seq:int=0, # as in `feedback_since`
-                  limit:int=100_000, # as in `feedback_since`
-                  simulated:bool=None # as in `read`
-                 ) -> tuple: # list of `Feedback` in the order of storing, number to continue from
-    "Return feedback that is newer than what was seen, as one tuple of each event."
-    batch, last = self.feedback_since(seq, limit, simulated)
-    columns = [getattr(batch, name).tolist() for name in Feedback._fields]
-    return [row._replace(value=None) if row.value != row.value else row for row in map(Feedback, *columns)], last
-
 # %% ../nbs/00b_events.ipynb #4d3e587c
 @patch
 def delete_user(self:EventLog, user_id, # whose events are removed
@@ -1019,11 +997,6 @@ def erased_since(self:EventLog, seq:int=0 # the last number that was seen; 0: fr
                 ) -> tuple: # `ErasedUsers`, number to continue from
     "Return who was deleted since."
     with self._session() as (db, _): return self._read_erased(db, seq)
-
-@patch
-def forgotten_since(self:EventLog, seq:int=0) -> tuple: # as `erased_since`
-    "Return who was deleted since."
-    return self.erased_since(seq)
 
 # %% ../nbs/00b_events.ipynb #df8a2c83
 SCHEMA = pa.schema([('seq', pa.int64()), ('event_id', pa.string()), ('kind', pa.string()), ('time', pa.float64()), ('request_id', pa.string()), ('user_id', pa.string()),
