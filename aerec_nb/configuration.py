@@ -83,95 +83,149 @@ _IDENTIFIER = '[A-Za-z_][A-Za-z0-9_]{0,99}'
 _REGISTERED_NAME = re.compile('[a-z][a-z0-9_]{0,99}')
 _PLUGIN_NAME = re.compile(rf'{_IDENTIFIER}(\.{_IDENTIFIER}){{0,9}}:{_IDENTIFIER}')
 
+
 def check_name(
-    name: str, # of a model, step, rule or monitor
-    what: str, # how the error names it
-) -> str: # the same
+    name: str,  # of a model, step, rule or monitor
+    what: str,  # how the error names it
+) -> str:  # the same
     "Refuse a name that is neither a registered name nor module:name; raises `AerecError`."
-    if isinstance(name, str) and (_REGISTERED_NAME.fullmatch(name) or _PLUGIN_NAME.fullmatch(name)): return name
-    raise AerecError(f'{what} {ascii(name)[:80]}: a name has small letters, digits and _, or is module:name with Python identifiers')
+    if isinstance(name, str) and (_REGISTERED_NAME.fullmatch(name) or _PLUGIN_NAME.fullmatch(name)):
+        return name
+    raise AerecError(
+        f'{what} {ascii(name)[:80]}: a name has small letters, digits and _, or is module:name with Python identifiers'
+    )
 
 # %% ../nbs/00_configuration.ipynb #296c6d9c
 def own_file(
-    name: str,    # module:name
-    setting: str, # that names it, for the error
+    name: str,  # module:name
+    setting: str,  # that names it, for the error
 ) -> Path:
-    "Find the file of a plugin, in the project or in an installed package, without importing anything; raises `AerecError` where there is none."
+    "Find the file of a plugin, in the project or in an installed package, without importing anything; raises "
+    "`AerecError` where there is none."
     module = check_name(name, setting).split(':')[0]
-    path = project_dir()/f"{module.replace('.', '/')}.py"
-    if path.is_file(): return path
-    if module.split('.')[0] in sys.stdlib_module_names: raise AerecError(f"{setting} names '{name}': {module} is part of Python and no plugin; put the plugin into a file of the project")
+    path = project_dir() / f"{module.replace('.', '/')}.py"
+    if path.is_file():
+        return path
+    if module.split('.')[0] in sys.stdlib_module_names:
+        raise AerecError(
+            f"{setting} names '{name}': {module} is part of Python and no plugin; put the plugin into a file of the "
+            "project"
+        )
     found = _installed_file(*module.split('.'))
-    if found is None: raise AerecError(f"{setting} names '{name}', but the project has no file {module.replace('.', '/')}.py, and there is no module {module}")
+    if found is None:
+        raise AerecError(
+            f"{setting} names '{name}', but the project has no file {module.replace('.', '/')}.py, and there is no "
+            f"module {module}"
+        )
     return found
 
+
 def _installed_file(
-    top: str,    # top-level module or package
-    *below: str, # modules below it
-) -> Path|None:
+    top: str,  # top-level module or package
+    *below: str,  # modules below it
+) -> Path | None:
     "Find the source of a module; `importlib.util.find_spec` is not used because it imports parent packages."
     spec = PathFinder.find_spec(top)
-    if spec is None: return None
-    if below: candidates = [Path(folder, *below) for folder in spec.submodule_search_locations or ()]
-    else: candidates = [Path(spec.origin).with_suffix('')] if (spec.origin or '').endswith('.py') else []
-    files = [file for c in candidates for file in (c.with_suffix('.py'), c/'__init__.py')]
+    if spec is None:
+        return None
+    if below:
+        candidates = [Path(folder, *below) for folder in spec.submodule_search_locations or ()]
+    else:
+        candidates = [Path(spec.origin).with_suffix('')] if (spec.origin or '').endswith('.py') else []
+    files = [file for c in candidates for file in (c.with_suffix('.py'), c / '__init__.py')]
     return next((file for file in files if file.is_file()), None)
 
 # %% ../nbs/00_configuration.ipynb #91192854
-# Names of models may be nested in hyperparameters, whose constructors take no settings. So the settings that judge plugins are those of the surrounding block.
+# Names of models may be nested in hyperparameters, whose constructors take no settings.
+# So the settings that judge plugins are those of the surrounding block.
 _JUDGE = ContextVar('judge', default=(None, False))
+
 
 @contextmanager
 def using_settings(
-    settings,                  # `Settings` of the environment; None: those of the block around it
-    from_bundle: bool = False, # do the names come from a bundle?
-): # context manager
+    settings,  # `Settings` of the environment; None: those of the block around it
+    from_bundle: bool = False,  # do the names come from a bundle?
+):  # context manager
     "Judge plugins and bundles by these settings for the length of a `with` block."
     token = _JUDGE.set((_JUDGE.get()[0] if settings is None else settings, from_bundle))
-    try: yield settings
-    finally: _JUDGE.reset(token)
+    try:
+        yield settings
+    finally:
+        _JUDGE.reset(token)
 
-def current_settings(): # -> Settings
+
+def current_settings():  # -> Settings
     "Return the settings of the surrounding `using_settings`, or else as configured."
     settings, _ = _JUDGE.get()
     return load_settings() if settings is None else settings
 
+
 def named_plugins(
-    settings, # from `load_settings`
-) -> set: # of module:name
+    settings,  # from `load_settings`
+) -> set:  # of module:name
     "Return the plugins that the settings name."
-    names = [*settings.postprocessing.steps, *settings.model.models, settings.model.model, *settings.rules.rules, *settings.monitoring.own_monitors]
+    names = [
+        *settings.postprocessing.steps,
+        *settings.model.models,
+        settings.model.model,
+        *settings.rules.rules,
+        *settings.monitoring.own_monitors,
+    ]
     return {name for name in names if name and ':' in name}
 
+
 def plugin_hashes(
-    settings, # from `load_settings`
-) -> dict: # module:name -> sha256
-    "Return the plugins that may be run, with the hashes of their files; a process that gets them as `plugins.trusted` may run the same."
-    named = {} if settings.env in ('stage', 'live') else {name: hashlib.sha256(own_file(name, 'settings').read_bytes()).hexdigest() for name in named_plugins(settings)}
+    settings,  # from `load_settings`
+) -> dict:  # module:name -> sha256
+    "Return the plugins that may be run, with the hashes of their files; a process that gets them as `plugins.trusted` "
+    "may run the same."
+    named = (
+        {}
+        if settings.env in ('stage', 'live')
+        else {
+            name: hashlib.sha256(own_file(name, 'settings').read_bytes()).hexdigest()
+            for name in named_plugins(settings)
+        }
+    )
     return named | settings.plugins.trusted
 
 # %% ../nbs/00_configuration.ipynb #f8975803
 def _read_plugin(
-    name: str,    # module:name
-    setting: str, # that names it, for the error
-) -> tuple: # file, its bytes
+    name: str,  # module:name
+    setting: str,  # that names it, for the error
+) -> tuple:  # file, its bytes
     "Read the file of a plugin that may be run; raises `AerecError` with the line that would allow it."
     path = own_file(name, setting)
     settings, from_bundle = current_settings(), _JUDGE.get()[1]
-    try: data = path.read_bytes()
-    except OSError as e: raise AerecError(f"{setting} names '{name}', and {path.name} cannot be read: {e.strerror}") from None
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise AerecError(f"{setting} names '{name}', and {path.name} cannot be read: {e.strerror}") from None
     found, listed = hashlib.sha256(data).hexdigest(), settings.plugins.trusted.get(name)
-    if listed == found: return path, data
+    if listed == found:
+        return path, data
     line = f'"{name}" = "{found}" under [plugins.trusted] in config/{settings.env}.toml'
-    if listed is not None: raise AerecError(f"{setting} names '{name}', and {path.name} has another sha256 than plugins.trusted lists: read the file, and if you trust it, write {line}")
-    if settings.env in ('stage', 'live'): raise AerecError(f"{setting} names '{name}', and {settings.env} runs only plugins that plugins.trusted lists: read {path.name}, and if you trust it, write {line}")
+    if listed is not None:
+        raise AerecError(
+            f"{setting} names '{name}', and {path.name} has another sha256 than plugins.trusted lists: read the file, "
+            f"and if you trust it, write {line}"
+        )
+    if settings.env in ('stage', 'live'):
+        raise AerecError(
+            f"{setting} names '{name}', and {settings.env} runs only plugins that plugins.trusted lists: read "
+            f"{path.name}, and if you trust it, write {line}"
+        )
     if from_bundle and name not in named_plugins(settings):
-        raise AerecError(f"{setting} of the bundle names '{name}', a plugin that neither your settings nor plugins.trusted name: read {path.name}, and if you trust it, write {line}")
+        raise AerecError(
+            f"{setting} of the bundle names '{name}', a plugin that neither your settings nor plugins.trusted name: "
+            f"read {path.name}, and if you trust it, write {line}"
+        )
     return path, data
 
+
 def plugin_module(
-    name: str,    # module:name
-    setting: str, # that names it, for the error
+    name: str,  # module:name
+    setting: str,  # that names it, for the error
 ) -> types.ModuleType:
     "Run the file of a plugin; raises `AerecError` where it may not or cannot be run."
     path, data = _read_plugin(name, setting)
@@ -181,34 +235,46 @@ def plugin_module(
     made.__package__ = module.rpartition('.')[0]
     sys.modules[made.__name__] = made
     sys.path.insert(0, str(project_dir()))
-    try: exec(compile(data, str(path), 'exec'), made.__dict__)
-    except AerecError: raise
-    except Exception as e: raise AerecError(f"{setting} names '{name}', and {path.name} cannot be run: {exception_line(e, path)}") from None
-    finally: sys.path.remove(str(project_dir()))
+    try:
+        exec(compile(data, str(path), 'exec'), made.__dict__)
+    except AerecError:
+        raise
+    except Exception as e:
+        raise AerecError(
+            f"{setting} names '{name}', and {path.name} cannot be run: {exception_line(e, path)}"
+        ) from None
+    finally:
+        sys.path.remove(str(project_dir()))
     return made
 
+
 def own_object(
-    name: str,    # module:name
-    setting: str, # that names it, for the error
-): # -> function or class
-    "Load a function or class of a plugin; raises `AerecError` where the file may not be run, cannot be run, or has no such name."
+    name: str,  # module:name
+    setting: str,  # that names it, for the error
+):  # -> function or class
+    "Load a function or class of a plugin; raises `AerecError` where the file may not be run, cannot be run, or has no "
+    "such name."
     made, own = plugin_module(name, setting), name.split(':')[1]
     found = getattr(made, own, None)
-    if not callable(found): raise AerecError(f"{setting} names '{name}', but {Path(made.__file__).name} has no function or class {own}")
+    if not callable(found):
+        raise AerecError(f"{setting} names '{name}', but {Path(made.__file__).name} has no function or class {own}")
     return found
 
 # %% ../nbs/00_configuration.ipynb #5340bc7d
 def exception_line(
     error: BaseException,
-    path: Path = None, # file whose line is named; None: none
+    path: Path = None,  # file whose line is named; None: none
 ) -> str:
     "Return an exception in one line, with the line of the file where it was raised."
     trace, line = error.__traceback__, getattr(error, 'lineno', None) if isinstance(error, SyntaxError) else None
     while trace is not None:
-        if path is None or trace.tb_frame.f_code.co_filename == str(path): line = line if isinstance(error, SyntaxError) else trace.tb_lineno
+        if path is None or trace.tb_frame.f_code.co_filename == str(path):
+            line = line if isinstance(error, SyntaxError) else trace.tb_lineno
         trace = trace.tb_next
     text = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
-    return f'{type(error).__name__}: {text[0] if text else ""}'.rstrip(': ') + (f' (line {line})' if line and path else '')
+    return f'{type(error).__name__}: {text[0] if text else ""}'.rstrip(': ') + (
+        f' (line {line})' if line and path else ''
+    )
 
 # %% ../nbs/00_configuration.ipynb #e9853fe7
 def _as_list(value:Any) -> Any:
@@ -539,7 +605,8 @@ class PackagingSettings(Section):
         for text in value if isinstance(value, list) else [value.get_secret_value()] if value else []:
             try: valid = len(base64.b64decode(text, validate=True)) == 32
             except (binascii.Error, ValueError): valid = False
-            if not valid: raise PydanticCustomError('key', 'a key is the base64 of 32 bytes; make a pair with: aerec models new-key')
+            if not valid:
+                raise PydanticCustomError('key', 'a key is the base64 of 32 bytes; make a pair with: aerec models new-key')
         return value
 
 # %% ../nbs/00_configuration.ipynb #e08ab615
@@ -646,8 +713,11 @@ class PluginSettings(Section):
     @classmethod
     def _are_hashes(cls, value):
         for name,digest in value.items():
-            if not _PLUGIN_NAME.fullmatch(name): raise PydanticCustomError('plugin', "'{name}' is not module:name", {'name': name})
-            if not re.fullmatch('[0-9a-f]{64}', digest): raise PydanticCustomError('plugin', "the sha256 of '{name}' is not 64 hexadecimal digits in small letters", {'name': name})
+            if not _PLUGIN_NAME.fullmatch(name):
+                raise PydanticCustomError('plugin', "'{name}' is not module:name", {'name': name})
+            if not re.fullmatch('[0-9a-f]{64}', digest):
+                said = "the sha256 of '{name}' is not 64 hexadecimal digits in small letters"
+                raise PydanticCustomError('plugin', said, {'name': name})
         return value
 
 class ScaleSettings(Section):
@@ -714,9 +784,11 @@ def _environment_defaults(env:str) -> dict:
     return {}
 
 # %% ../nbs/00_configuration.ipynb #40f43dee
-_SHORT_VARIABLES = {'AEREC_RUNS_DIR': ('paths', 'runs_dir'), 'AEREC_BUNDLE_KEYS': ('packaging', 'bundle_keys')} # variable -> the setting that it is a short form of
+# variable -> the setting that it is a short form of
+_SHORT_VARIABLES = {'AEREC_RUNS_DIR': ('paths', 'runs_dir'), 'AEREC_BUNDLE_KEYS': ('packaging', 'bundle_keys')}
 _OWN_VARIABLES = {'AEREC_ENV', 'AEREC_PROJECT', 'AEREC_TEST_DIR', *_SHORT_VARIABLES}
-_ONLY_VARIABLES = ('serving.api_keys', 'packaging.signing_key', 'events.erasure_key') # secrets that come only from variables
+# secrets that come only from variables
+_ONLY_VARIABLES = ('serving.api_keys', 'packaging.signing_key', 'events.erasure_key')
 
 def _check_variables() -> None:
     "Refuse AEREC_* variables that no setting claims."
@@ -756,8 +828,8 @@ def _layers(env:str, arguments:dict) -> list:
     config = project_dir()/'config'
     variables = EnvSettingsSource(Settings)()
     variables.pop('env', None)
-    for name,(section,knob) in _SHORT_VARIABLES.items():
-        if os.environ.get(name): variables.setdefault(section, {}).setdefault(knob, os.environ[name])
+    for name,(section,field) in _SHORT_VARIABLES.items():
+        if os.environ.get(name): variables.setdefault(section, {}).setdefault(field, os.environ[name])
     return [(f'environment {env}', _environment_defaults(env)), ('config/base.toml', _from_toml(config/'base.toml')),
             (f'config/{env}.toml', _from_toml(config/f'{env}.toml')), ('variable', variables), ('argument', _from_arguments(arguments))]
 
@@ -819,7 +891,8 @@ def _from_layers(env:str, layers:list) -> Settings:
             for knob in values: sources[f'{section}.{knob}'] = _origin(origin, f'{section}.{knob}')
     for key in _ONLY_VARIABLES:
         name = f"AEREC_{key.replace('.', '__').upper()}"
-        if sources.get(key, name) != name: raise AerecError(f'{key} came from {sources[key]}: secrets come only from the variable {name}')
+        if sources.get(key, name) != name:
+            raise AerecError(f'{key} came from {sources[key]}: secrets come only from the variable {name}')
     _check_secrets(layers)
     try: settings = _build(env, layers)
     except (ValidationError, json.JSONDecodeError) as e:

@@ -131,23 +131,30 @@ class Model:
 # %% ../nbs/02_modeling.ipynb #cbf258e3
 def check_csr(
     indptr: np.ndarray,  # int [n_rows+1]
-    indices: np.ndarray, # int [nnz]
-    shape: tuple,        # (n_rows, n_columns)
-    what: str,           # how the error names it
+    indices: np.ndarray,  # int [nnz]
+    shape: tuple,  # (n_rows, n_columns)
+    what: str,  # how the error names it
 ) -> None:
-    "Refuse arrays that are no CSR matrix with sorted columns, each once a row; raises `AerecError`. Compiled code reads beyond its memory where they are not."
-    def check(holds, why):
-        if not holds: raise AerecError(f'{what}: {why}')
+    "Refuse arrays that are no CSR matrix with sorted columns, each once a row; raises `AerecError`. Compiled code "
+    "reads beyond its memory where they are not."
 
-    check(indptr.ndim == indices.ndim == 1 and indptr.dtype.kind == indices.dtype.kind == 'i', 'indptr and indices must be lists of integers')
-    check(len(indptr) == shape[0]+1, f'indptr has {len(indptr):,} values for {shape[0]:,} rows')
+    def check(holds, why):
+        if not holds:
+            raise AerecError(f'{what}: {why}')
+
+    check(
+        indptr.ndim == indices.ndim == 1 and indptr.dtype.kind == indices.dtype.kind == 'i',
+        'indptr and indices must be lists of integers',
+    )
+    check(len(indptr) == shape[0] + 1, f'indptr has {len(indptr):,} values for {shape[0]:,} rows')
     check(indptr[0] == 0 and indptr[-1] == len(indices), 'indptr must begin at 0 and end at the number of indices')
     check(indptr.min() >= 0 and indptr.max() <= len(indices) and (np.diff(indptr) >= 0).all(), 'indptr must not fall')
-    if not len(indices): return
+    if not len(indices):
+        return
     check(indices.min() >= 0 and indices.max() < shape[1], f'an index is not within the {shape[1]:,} columns')
     rises = np.diff(indices) > 0
     starts = indptr[1:-1]
-    rises[starts[(starts > 0) & (starts < len(indices))]-1] = True # the first index of a row may be anything
+    rises[starts[(starts > 0) & (starts < len(indices))] - 1] = True  # the first index of a row may be anything
     check(rises.all(), 'the indices of a row must be sorted, each once')
 
 # %% ../nbs/02_modeling.ipynb #0928ffb6
@@ -170,7 +177,8 @@ def _unpack(arrays):
     for key,array in arrays.items():
         name,_,part = key.partition('.')
         if part == 'data':
-            shape, indices, indptr = tuple(arrays[f'{name}.shape'].tolist()), arrays[f'{name}.indices'], arrays[f'{name}.indptr']
+            shape = tuple(arrays[f'{name}.shape'].tolist())
+            indices, indptr = arrays[f'{name}.indices'], arrays[f'{name}.indptr']
             check_csr(indptr, indices, shape, name)
             m = values[name] = sparse.csr_matrix((array, indices, indptr), shape=shape)
             m.has_sorted_indices = m.has_canonical_format = True
@@ -289,7 +297,9 @@ def register_model(name: str, # how settings and `create_model` will call it
                    target,    # 'module:class', or the class itself
                   ):
     "Add a model of your own, or replace one."
-    if ':' in check_name(name, 'model'): raise AerecError(f"model '{name}': a registered name has no colon; a class in a file of the project needs no registration")
+    if ':' in check_name(name, 'model'):
+        why = 'a registered name has no colon; a class in a file of the project needs no registration'
+        raise AerecError(f"model '{name}': {why}")
     if isinstance(target, str) and target.count(':') != 1: raise AerecError(f"model '{name}': {target!r} is not 'module:class'")
     _MODELS[name] = target
 
@@ -360,51 +370,76 @@ def plan(name: str,     # one of `model_names()`
     return check_plan(_plan(model, n_users, n_items, nnz), max_memory_gib)
 
 # %% ../nbs/02_modeling.ipynb #2a01f411
-def save_model(model: Model, # fitted
-               folder: Path, # made if it is not there
-              ):
+def save_model(
+    model: Model,  # fitted
+    folder: Path,  # made if it is not there
+):
     "Write `model.safetensors` and `model.json`."
-    if model.n_items is None: raise AerecError(f'{model!r} is not fitted: there is nothing to save')
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    arrays = {k: np.ascontiguousarray(v) for k,v in sorted(model.state().items())}
-    with atomic_path(folder/'model.safetensors') as path: Path(path).write_bytes(save(arrays))
-    write_json(folder/'model.json', dict(name=model.name, hyperparameters=model.hyperparameters, n_items=model.n_items, format=1))
+    if model.n_items is None:
+        raise AerecError(f'{model!r} is not fitted: there is nothing to save')
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {k: np.ascontiguousarray(v) for k, v in sorted(model.state().items())}
+    with atomic_path(folder / 'model.safetensors') as path:
+        Path(path).write_bytes(save(arrays))
+    write_json(
+        folder / 'model.json',
+        dict(name=model.name, hyperparameters=model.hyperparameters, n_items=model.n_items, format=1),
+    )
 
-def load_model(folder: Path, # one that `save_model` wrote
-               device: str = 'cpu', # torch device of gradient-trained models
-              ) -> Model: # fitted
+
+def load_model(
+    folder: Path,  # one that `save_model` wrote
+    device: str = 'cpu',  # torch device of gradient-trained models
+) -> Model:  # fitted
     "Read a model back; raises `AerecError` if the folder holds none."
     folder = Path(folder)
-    try: about, arrays = read_json(folder/'model.json'), load_file(folder/'model.safetensors')
+    try:
+        about, arrays = read_json(folder / 'model.json'), load_file(folder / 'model.safetensors')
     except (OSError, ValueError, RecursionError, SafetensorError) as e:
-        raise AerecError(f'{folder}: no model can be read from here ({exception_line(e)}); write one with save_model(model, folder)') from None
+        raise AerecError(
+            f'{folder}: no model can be read from here ({exception_line(e)}); write one with save_model(model, folder)'
+        ) from None
     return restore_model(about, arrays, device)
+
 
 def restore_model(
     about: dict,  # what `save_model` writes into model.json
-    arrays: dict, # name -> array, what `Model.state` gave
-    device: str = 'cpu', # torch device of gradient-trained models
-) -> Model: # fitted
+    arrays: dict,  # name -> array, what `Model.state` gave
+    device: str = 'cpu',  # torch device of gradient-trained models
+) -> Model:  # fitted
     "Make a fitted model of its parts; raises `AerecError` where they do not fit together."
-    if not isinstance(about, dict): raise AerecError('model.json holds no model')
+    if not isinstance(about, dict):
+        raise AerecError('model.json holds no model')
     name, hp, n_items = (about.get(key) for key in ('name', 'hyperparameters', 'n_items'))
     cls = model_class(name)
-    try: model = cls.from_state(arrays, **hp)
-    except AerecError: raise
-    except Exception as e: # arrays and hyperparameters of every kind reach the code of every model
-        raise AerecError(f"model '{name}': its hyperparameters and arrays do not fit together ({exception_line(e)})") from None
-    if model.n_items != n_items or not isinstance(n_items, int) or n_items < 1: raise AerecError(f"model '{name}': its arrays are of {model.n_items} items, and model.json says {ascii(n_items)[:40]}")
+    try:
+        model = cls.from_state(arrays, **hp)
+    except AerecError:
+        raise
+    except Exception as e:  # arrays and hyperparameters of every kind reach the code of every model
+        raise AerecError(
+            f"model '{name}': its hyperparameters and arrays do not fit together ({exception_line(e)})"
+        ) from None
+    if model.n_items != n_items or not isinstance(n_items, int) or n_items < 1:
+        raise AerecError(
+            f"model '{name}': its arrays are of {model.n_items} items, and model.json says {ascii(n_items)[:40]}"
+        )
     model.name = name
     return model.to(device)
 
+
 def check_weights(
-    n_expected: int, # numbers that the hyperparameters ask for
-    arrays: dict,    # name -> array
-    name: str,       # of the model
+    n_expected: int,  # numbers that the hyperparameters ask for
+    arrays: dict,  # name -> array
+    name: str,  # of the model
 ) -> None:
     "Refuse a net that is much larger than its arrays, before it is allocated; raises `AerecError`."
     n_found = sum(a.size for a in arrays.values())
-    if n_expected > 2*n_found + 100_000: raise AerecError(f"model '{name}': its hyperparameters ask for {n_expected:,} weights, and its arrays have {n_found:,}")
+    if n_expected > 2 * n_found + 100_000:
+        raise AerecError(
+            f"model '{name}': its hyperparameters ask for {n_expected:,} weights, and its arrays have {n_found:,}"
+        )
 
 # %% ../nbs/02_modeling.ipynb #777a682f
 def score_blocks(model: Model,  # fitted

@@ -166,115 +166,176 @@ def _shown(value) -> str:
 
 # %% ../nbs/05_packaging.ipynb #e41db63e
 @contextmanager
-def _disk_errors(what:str, # that is written or read
-                 path:Path # where
-                ): # context manager
+def _disk_errors(
+    what: str,  # that is written or read
+    path: Path,  # where
+):  # context manager
     "Report in one line a disk that is full, or that may not be written or read."
-    try: yield
+    try:
+        yield
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = 'free space there, or choose another folder' if full else 'choose a folder that you may use'
         raise AerecError(f'{what} {path}: {e.strerror or exception_line(e)}; {advice}') from None
 
 # %% ../nbs/05_packaging.ipynb #9efe8bd8
-def save_bundle(recommender:Recommender, # to be packed
-                path:Path, # a folder, or a file that ends in .zip; must not exist yet
-                card:dict=None, # model card, see `model_card`; None: only what the recommender itself knows
-                k:int=10, # length of the lists in golden requests and reference figures
-                key=None # Ed25519 private key to sign with: 32 bytes, their base64, or a key of `cryptography`; None: not signed
-               ) -> Path: # the folder or file
+def save_bundle(
+    recommender: Recommender,  # to be packed
+    path: Path,  # a folder, or a file that ends in .zip; must not exist yet
+    card: dict = None,  # model card, see `model_card`; None: only what the recommender itself knows
+    k: int = 10,  # length of the lists in golden requests and reference figures
+    key=None,  # Ed25519 private key to sign with: 32 bytes, their base64, or a key of `cryptography`; None: not signed
+) -> Path:  # the folder or file
     "Write a bundle and load it once; raises `AerecError` if there is something already, or if it cannot be loaded."
     path = Path(path)
     work = path.with_name(f'.{path.name}.{os.getpid()}')
     with _disk_errors('bundle', path):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())): raise AerecError(f'{path}: there is something already; a bundle is written once, choose another folder')
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise AerecError(f'{path}: there is something already; a bundle is written once, choose another folder')
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
         try:
             work.mkdir()
             _write_files(recommender, work, dict(card or {}), k)
             _write_manifest(work)
-            if key is not None: _write_signature(work, key)
+            if key is not None:
+                _write_signature(work, key)
             changed = _load_folder(work, path, LoadPolicy(limit_mib=math.inf, from_bundle=False)).changed
-            if changed: raise AerecError(f'bundle {path}: {changed}')
-            if path.suffix == '.zip': return pack_zip(work, path)
-            if path.exists(): path.rmdir()
+            if changed:
+                raise AerecError(f'bundle {path}: {changed}')
+            if path.suffix == '.zip':
+                return pack_zip(work, path)
+            if path.exists():
+                path.rmdir()
             os.rename(work, path)
-        finally: shutil.rmtree(work, ignore_errors=True)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return path
 
-def _write_files(r:Recommender, folder:Path, card:dict, k:int) -> None:
+
+def _write_files(r: Recommender, folder: Path, card: dict, k: int) -> None:
     "Write all files but the manifest."
     r = copy(r)
-    r.recent = None # feedback of a running service is not packed
+    r.recent = None  # feedback of a running service is not packed
     save_model(r.model, folder)
-    _write_table(folder/'users.parquet', pd.DataFrame({'user_id': r.users}))
-    _write_table(folder/'items.parquet', r.catalogue.table.assign(item_id=r.items))
-    _write(folder/'histories.safetensors', save(_history_arrays(r)))
-    if r.segments is not None: _write_table(folder/'segments.parquet', _segment_table(r.segments))
-    _write_document(folder/'chain.json', r.chain.spec)
-    _write_document(folder/'golden.json', _golden(r, min(k, MAX_GOLDEN_K)))
+    _write_table(folder / 'users.parquet', pd.DataFrame({'user_id': r.users}))
+    _write_table(folder / 'items.parquet', r.catalogue.table.assign(item_id=r.items))
+    _write(folder / 'histories.safetensors', save(_history_arrays(r)))
+    if r.segments is not None:
+        _write_table(folder / 'segments.parquet', _segment_table(r.segments))
+    _write_document(folder / 'chain.json', r.chain.spec)
+    _write_document(folder / 'golden.json', _golden(r, min(k, MAX_GOLDEN_K)))
     reference = reference_figures(r, k)
-    _write_document(folder/'reference.json', reference)
+    _write_document(folder / 'reference.json', reference)
     made_with = package_versions()
-    brief = {'users': reference['n_users'], **{name: v for name,v in reference.items() if isinstance(v, float)}}
-    card = {'name': 'aerec', 'model': {'kind': r.model.name, 'hyperparameters': r.model.hyperparameters, 'users': r.n_users, 'items': r.n_items},
-            'postprocessing': {'steps': r.chain.steps, 'banned items': len(r.chain.banned_items)}, **card, 'reference': brief, 'versions': made_with}
-    _write_document(folder/'card.json', card)
-    _write(folder/'card.md', card_markdown(card).encode())
-    _write_document(folder/'versions.json', made_with)
+    brief = {'users': reference['n_users'], **{name: v for name, v in reference.items() if isinstance(v, float)}}
+    card = {
+        'name': 'aerec',
+        'model': {
+            'kind': r.model.name,
+            'hyperparameters': r.model.hyperparameters,
+            'users': r.n_users,
+            'items': r.n_items,
+        },
+        'postprocessing': {'steps': r.chain.steps, 'banned items': len(r.chain.banned_items)},
+        **card,
+        'reference': brief,
+        'versions': made_with,
+    }
+    _write_document(folder / 'card.json', card)
+    _write(folder / 'card.md', card_markdown(card).encode())
+    _write_document(folder / 'versions.json', made_with)
 
-def _golden(r:Recommender, k:int) -> list: # of {request, answer}
+
+def _golden(r: Recommender, k: int) -> list:  # of {request, answer}
     "Answer the golden requests; raises `AerecError` where the recommender cannot."
-    try: return [{'request': request, 'answer': _answer(r, request)} for request in golden_requests(r, k)]
-    except AerecError: raise
-    except Exception as e: # models and steps of every kind
-        raise AerecError(f'the recommender cannot answer its golden requests ({exception_line(e)}); repair the model or the chain') from None
+    try:
+        return [{'request': request, 'answer': _answer(r, request)} for request in golden_requests(r, k)]
+    except AerecError:
+        raise
+    except Exception as e:  # models and steps of every kind
+        raise AerecError(
+            f'the recommender cannot answer its golden requests ({exception_line(e)}); repair the model or the chain'
+        ) from None
 
-def _write(path:Path, data:bytes) -> None:
-    with atomic_path(path) as p: p.write_bytes(data)
 
-def _write_document(path:Path, value) -> None:
+def _write(path: Path, data: bytes) -> None:
+    with atomic_path(path) as p:
+        p.write_bytes(data)
+
+
+def _write_document(path: Path, value) -> None:
     "Write JSON; raises `AerecError` for what JSON cannot say."
-    try: write_json(path, value)
-    except (TypeError, ValueError, RecursionError) as e: raise AerecError(f'{path.name}: JSON cannot say what is in it ({exception_line(e)})') from None
+    try:
+        write_json(path, value)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise AerecError(f'{path.name}: JSON cannot say what is in it ({exception_line(e)})') from None
 
-def _write_table(path:Path, frame:pd.DataFrame) -> None:
+
+def _write_table(path: Path, frame: pd.DataFrame) -> None:
     "Write Parquet; raises `AerecError` for a column of several kinds of values."
-    try: write_parquet(path, frame)
-    except (pa.ArrowException, TypeError, ValueError) as e: raise AerecError(f'{path.name}: a column has values that a table cannot hold ({exception_line(e)}); give it values of one kind') from None
+    try:
+        write_parquet(path, frame)
+    except (pa.ArrowException, TypeError, ValueError) as e:
+        raise AerecError(
+            f'{path.name}: a column has values that a table cannot hold ({exception_line(e)}); give it values of one '
+            'kind'
+        ) from None
 
-def _write_manifest(folder:Path) -> None:
+
+def _write_manifest(folder: Path) -> None:
     "Hash every file, then the manifest itself."
-    names = [*_FILES, *(name for name in _OPTIONAL if (folder/name).exists())]
-    files = {name: {'sha256': sha256_file(folder/name), 'bytes': (folder/name).stat().st_size} for name in names}
-    write_json(folder/'manifest.json', {'schema': SCHEMA, 'made_by': f"aerec_nb {package_versions()['aerec_nb']}", 'files': files})
-    _write(folder/'manifest.sha256', f"{sha256_file(folder/'manifest.json')}  manifest.json\n".encode())
+    names = [*_FILES, *(name for name in _OPTIONAL if (folder / name).exists())]
+    files = {name: {'sha256': sha256_file(folder / name), 'bytes': (folder / name).stat().st_size} for name in names}
+    write_json(
+        folder / 'manifest.json',
+        {'schema': SCHEMA, 'made_by': f"aerec_nb {package_versions()['aerec_nb']}", 'files': files},
+    )
+    _write(folder / 'manifest.sha256', f"{sha256_file(folder / 'manifest.json')}  manifest.json\n".encode())
 
 # %% ../nbs/05_packaging.ipynb #ea8ff79f
-def _history_arrays(r:Recommender) -> dict: # name -> array
+def _history_arrays(r: Recommender) -> dict:  # name -> array
     "Return histories, dislikes, popularity and item features as arrays for safetensors."
     h, times = _by_row(r.histories, r.times)
-    disliked = csr_matrix(r.negatives, dtype=bool)
+    disliked = csr_matrix(r.negatives, dtype=bool, copy=True)
     disliked.sum_duplicates()
     disliked.eliminate_zeros()
-    arrays = {'indptr': h.indptr.astype(np.int64), 'indices': h.indices.astype(np.int32), 'data': h.data.astype(np.float32), 'popularity': r.popularity.astype(np.float32),
-              'negatives.indptr': disliked.indptr.astype(np.int64), 'negatives.indices': disliked.indices.astype(np.int32)}
-    return arrays | ({} if times is None else {'times': np.asarray(times, np.int64)}) | _feature_arrays(r.catalogue.features)
+    arrays = {
+        'indptr': h.indptr.astype(np.int64),
+        'indices': h.indices.astype(np.int32),
+        'data': h.data.astype(np.float32),
+        'popularity': r.popularity.astype(np.float32),
+        'negatives.indptr': disliked.indptr.astype(np.int64),
+        'negatives.indices': disliked.indices.astype(np.int32),
+    }
+    return (
+        arrays
+        | ({} if times is None else {'times': np.asarray(times, np.int64)})
+        | _feature_arrays(r.catalogue.features)
+    )
 
-def _by_row(h:csr_matrix, times) -> tuple: # the same matrix with sorted rows, and its times
+
+def _by_row(h: csr_matrix, times) -> tuple:  # the same matrix with sorted rows, and its times
     "Sort the entries of each row by item."
-    if h.has_sorted_indices: return h, times
+    if h.has_sorted_indices:
+        return h, times
     order = np.lexsort((h.indices, np.repeat(np.arange(h.shape[0]), np.diff(h.indptr))))
-    return csr_matrix((h.data[order], h.indices[order], h.indptr), shape=h.shape), None if times is None else np.asarray(times)[order]
+    ordered = csr_matrix((h.data[order], h.indices[order], h.indptr), shape=h.shape)
+    return ordered, None if times is None else np.asarray(times)[order]
+
 
 def _feature_arrays(features) -> dict:
     "Return the features of the items for safetensors; {} where there are none."
-    if features is None: return {}
+    if features is None:
+        return {}
     features = csr_matrix(features, copy=True)
     features.sum_duplicates()
-    return {'features.indptr': features.indptr.astype(np.int64), 'features.indices': features.indices.astype(np.int32), 'features.data': features.data.astype(np.float32),
-            'features.shape': np.array(features.shape, np.int64)}
+    return {
+        'features.indptr': features.indptr.astype(np.int64),
+        'features.indices': features.indices.astype(np.int32),
+        'features.data': features.data.astype(np.float32),
+        'features.shape': np.array(features.shape, np.int64),
+    }
 
 # %% ../nbs/05_packaging.ipynb #70e9a802
 def _segment_table(segments:Segments) -> pd.DataFrame: # segment, item (number; -1: the segment itself), users
@@ -295,11 +356,17 @@ def pack_zip(folder:Path, # a bundle
              path:Path # file to write
             ) -> Path: # the file
     "Pack a bundle into one zip; the same bundle gives the same bytes."
-    with _disk_errors('zip', path), _Files(folder, folder) as files, atomic_path(path) as p, zipfile.ZipFile(p, 'w', zipfile.ZIP_STORED) as z:
+    with (
+        _disk_errors('zip', path),
+        _Files(folder, folder) as files,
+        atomic_path(path) as p,
+        zipfile.ZipFile(p, 'w', zipfile.ZIP_STORED) as z,
+    ):
         for name in sorted({*_FILES, *_OPTIONAL, *_SEALS} & set(files.stats())):
             about = zipfile.ZipInfo(name) # its time is 1980
             about.create_system, about.external_attr = 3, (stat.S_IFREG | 0o644) << 16
-            with files.open(name) as source, z.open(about, 'w', force_zip64=True) as target: shutil.copyfileobj(source, target, 2**20)
+            with files.open(name) as source, z.open(about, 'w', force_zip64=True) as target:
+                shutil.copyfileobj(source, target, _CHUNK)
     return Path(path)
 
 def _wrong_member(m:zipfile.ZipInfo, seen:set) -> str|None:
@@ -325,7 +392,9 @@ def unpack_zip(path:Path, # of a zipped bundle
             members, seen = z.infolist(), set()
             for m in members:
                 wrong = _wrong_member(m, seen)
-                if wrong: raise AerecError(f'bundle {path}: {ascii(m.orig_filename)[:80]} {wrong}; take the bundle from its source again')
+                if wrong:
+                    name = ascii(m.orig_filename)[:80]
+                    raise AerecError(f'bundle {path}: {name} {wrong}; take the bundle from its source again')
                 seen.add(m.filename)
                 if m.filename.endswith(('.json', '.md', '.sha256')) and m.file_size > _SMALL: raise AerecError(f'bundle {path}: {m.filename} has {m.file_size/2**20:,.1f} MiB, and may have {_SMALL/2**20:g}')
             _check_size(path, sum(m.file_size for m in members), limit_mib)
@@ -356,16 +425,19 @@ def _check_size(path:Path, n_bytes:int, limit_mib:float) -> None:
 @dataclass(frozen=True)
 class LoadPolicy:
     "What a bundle must fulfil to be loaded."
-    limit_mib:float = LIMIT_MIB # MiB that all files may have
-    keys:tuple = () # public keys (base64) whose signatures are trusted
-    require_signature:bool = False # refuse a bundle without a signature by one of the keys
-    settings:object = None # `Settings` that judge plugins; None: as configured
-    from_bundle:bool = True # are plugins named by the bundle alone? False: the caller has them already
 
-def load_policy(settings, # from `load_settings`
-                alias:str=None, # where the bundle would go; None: it is only loaded
-                packaging:PackagingSettings=None # of the alias; None: of the settings
-               ) -> LoadPolicy:
+    limit_mib: float = LIMIT_MIB  # MiB that all files may have
+    keys: tuple = ()  # public keys (base64) whose signatures are trusted
+    require_signature: bool = False  # refuse a bundle without a signature by one of the keys
+    settings: object = None  # `Settings` that judge plugins; None: as configured
+    from_bundle: bool = True  # are plugins named by the bundle alone? False: the caller has them already
+
+
+def load_policy(
+    settings,  # from `load_settings`
+    alias: str = None,  # where the bundle would go; None: it is only loaded
+    packaging: PackagingSettings = None,  # of the alias; None: of the settings
+) -> LoadPolicy:
     "Return what the settings ask of a bundle; live asks for a signature unless they say otherwise."
     p = packaging or settings.packaging
     signed = p.require_signature if p.require_signature is not None else 'live' in (alias, settings.env)
@@ -374,379 +446,713 @@ def load_policy(settings, # from `load_settings`
 # %% ../nbs/05_packaging.ipynb #43a78f29
 class _Files:
     "The files of a bundle's folder; each is opened once, without following links."
-    def __init__(self, folder:Path, # of the bundle
-                 path:Path # how errors name it
-                ):
+
+    def __init__(
+        self,
+        folder: Path,  # of the bundle
+        path: Path,  # how errors name it
+    ):
         self.path = path
-        try: self.number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError): raise AerecError(f'{path}: no bundle here (no manifest.json); name the folder or the zip that save_bundle wrote') from None
-        except OSError as e: raise AerecError(f'bundle {path}: {e.strerror}; ask for the right to read it') from None
+        try:
+            self.number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise AerecError(
+                f'{path}: no bundle here (no manifest.json); name the folder or the zip that save_bundle wrote'
+            ) from None
+        except OSError as e:
+            raise AerecError(f'bundle {path}: {e.strerror}; ask for the right to read it') from None
 
-    def __enter__(self): return self
-    def __exit__(self, *_): os.close(self.number)
+    def __enter__(self):
+        return self
 
-    def stats(self) -> dict: # name -> `os.stat_result`, of links themselves
+    def __exit__(self, *_):
+        os.close(self.number)
+
+    def stats(self) -> dict:  # name -> `os.stat_result`, of links themselves
         "Measure what is in the folder."
         return {name: os.stat(name, dir_fd=self.number, follow_symlinks=False) for name in os.listdir(self.number)}
 
-    def open(self, name:str): # -> file object, unbuffered
+    def open(self, name: str):  # -> file object, unbuffered
         "Open a plain file; raises `AerecError` for anything else."
         try:
             fault = _file_fault(os.stat(name, dir_fd=self.number, follow_symlinks=False))
-            number = None if fault else os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.number) # a pipe put there meanwhile does not block
-        except OSError as e: fault = 'is missing' if isinstance(e, FileNotFoundError) else f'cannot be read: {e.strerror}'
-        if fault: raise AerecError(f'bundle {self.path}: {name} {fault}; take the bundle from its source again')
+            number = (
+                None
+                if fault
+                else os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.number)
+            )  # a pipe put there meanwhile does not block
+        except OSError as e:
+            fault = 'is missing' if isinstance(e, FileNotFoundError) else f'cannot be read: {e.strerror}'
+        if fault:
+            raise AerecError(f'bundle {self.path}: {name} {fault}; take the bundle from its source again')
         return open(number, 'rb', buffering=0)
 
-    def small(self, name:str, most:int=_SMALL) -> bytes|None: # None: there is no such file
+    def small(self, name: str, most: int = _SMALL) -> bytes | None:  # None: there is no such file
         "Read a small file; raises `AerecError` where it is larger."
-        if name not in os.listdir(self.number): return None
+        if name not in os.listdir(self.number):
+            return None
         with self.open(name) as f:
             n = os.fstat(f.fileno()).st_size
-            if n > most: raise AerecError(f'bundle {self.path}: {name} has {n/2**20:,.1f} MiB, and may have {most/2**20:g}; take the bundle from its source again')
+            if n > most:
+                raise AerecError(
+                    f'bundle {self.path}: {name} has {n / 2**20:,.1f} MiB, and may have {most / 2**20:g}; take the '
+                    'bundle from its source again'
+                )
             return _read_all(f, np.empty(n, np.uint8)).tobytes()
 
-    def contents(self, name:str, said:dict, keep:bool) -> tuple: # its bytes (uint8 array; None unless kept), what is wrong with it (None: nothing)
+    def contents(
+        self, name: str, said: dict, keep: bool
+    ) -> tuple:  # its bytes (uint8 array; None unless kept), what is wrong with it (None: nothing)
         "Read a file once and compare it with what the manifest says."
         digest = hashlib.sha256()
         with self.open(name) as f:
-            data = _read_all(f, np.empty(said['bytes'] if keep else min(said['bytes'], _CHUNK), np.uint8), digest, said['bytes'])
+            data = _read_all(
+                f, np.empty(said['bytes'] if keep else min(said['bytes'], _CHUNK), np.uint8), digest, said['bytes']
+            )
             ends = not f.read(1)
         return (data if keep else None), (None if ends and digest.hexdigest() == said['sha256'] else 'was changed')
 
-_CHUNK = 2**22 # bytes
 
-def _read_all(f, # unbuffered file
-              buffer:np.ndarray, # uint8; written again from its beginning where the file is longer
-              digest=None, # of `hashlib`
-              n_bytes:int=None # to be read; None: as many as the buffer has
-             ) -> np.ndarray: # the part of the buffer that was written last
+_CHUNK = 2**22  # bytes
+
+
+def _read_all(
+    f,  # unbuffered file
+    buffer: np.ndarray,  # uint8; written again from its beginning where the file is longer
+    digest=None,  # of `hashlib`
+    n_bytes: int = None,  # to be read; None: as many as the buffer has
+) -> np.ndarray:  # the part of the buffer that was written last
     "Read a file into a buffer, and hash it on the way."
     view, n, at = memoryview(buffer), len(buffer) if n_bytes is None else n_bytes, 0
     while at < n:
         start = at if n <= len(buffer) else 0
-        got = f.readinto(view[start:min(len(buffer), start + min(_CHUNK, n-at))])
-        if not got: break
-        if digest is not None: digest.update(view[start:start+got])
+        got = f.readinto(view[start : min(len(buffer), start + min(_CHUNK, n - at))])
+        if not got:
+            break
+        if digest is not None:
+            digest.update(view[start : start + got])
         at += got
     return buffer[:at]
 
-def _file_fault(found:os.stat_result) -> str|None:
+
+def _file_fault(found: os.stat_result) -> str | None:
     "What is wrong with a file that must be a plain one; None if nothing."
-    if stat.S_ISLNK(found.st_mode): return 'is a link'
+    if stat.S_ISLNK(found.st_mode):
+        return 'is a link'
     return None if stat.S_ISREG(found.st_mode) else 'is no plain file'
 
 # %% ../nbs/05_packaging.ipynb #322c686c
 @contextmanager
-def _opened(path:Path, limit_mib:float=LIMIT_MIB): # yields the folder of a bundle
+def _opened(path: Path, limit_mib: float = LIMIT_MIB):  # yields the folder of a bundle
     "A bundle as a folder; a zip is unpacked for as long as it is needed."
     path = Path(path)
     try:
         if not path.is_file():
             yield path
             return
-        with _disk_errors('unpacking into', tempfile.gettempdir()): folder = tempfile.TemporaryDirectory(prefix='aerec-bundle-')
-        with folder: yield unpack_zip(path, Path(folder.name), limit_mib)
-    except OSError as e: raise AerecError(f'bundle {path}: it cannot be read ({exception_line(e)}); take the bundle from its source again') from None
+        with _disk_errors('unpacking into', tempfile.gettempdir()):
+            folder = tempfile.TemporaryDirectory(prefix='aerec-bundle-')
+        with folder:
+            yield unpack_zip(path, Path(folder.name), limit_mib)
+    except OSError as e:
+        raise AerecError(
+            f'bundle {path}: it cannot be read ({exception_line(e)}); take the bundle from its source again'
+        ) from None
+
 
 def _read_manifest(files) -> bytes:
     "The bytes of the manifest; raises `AerecError` where there is none."
     data = files.small('manifest.json')
-    if data is None: raise AerecError(f'{files.path}: no bundle here (no manifest.json); name the folder or the zip that save_bundle wrote')
+    if data is None:
+        raise AerecError(
+            f'{files.path}: no bundle here (no manifest.json); name the folder or the zip that save_bundle wrote'
+        )
     return data
 
-def bundle_id(path:Path # a bundle: folder or zip
-             ) -> str: # 64 hexadecimal digits
+
+def bundle_id(
+    path: Path,  # a bundle: folder or zip
+) -> str:  # 64 hexadecimal digits
     "The sha256 of the manifest, which holds those of all files; raises `AerecError` if there is no bundle."
-    with _opened(path) as folder, _Files(folder, path) as files: return sha256_bytes(_read_manifest(files))
+    with _opened(path) as folder, _Files(folder, path) as files:
+        return sha256_bytes(_read_manifest(files))
 
 # %% ../nbs/05_packaging.ipynb #2c79d2ad
-def _manifest(files) -> tuple: # id, what it says of each file
+def _manifest(files) -> tuple:  # id, what it says of each file
     "The manifest of an opened bundle, if it is one that this package reads."
     data, path = _read_manifest(files), files.path
     id = sha256_bytes(data)
-    if (files.small('manifest.sha256', 2**10) or b'')[:64] != id.encode(): raise AerecError(f'bundle {path}: manifest.json is not the one that manifest.sha256 was made for; take the bundle from its source again')
-    try: manifest = _parse_document(data, 'manifest.json')
-    except AerecError as e: raise AerecError(f'bundle {path}: {e}; take the bundle from its source again') from None
-    if not isinstance(manifest, dict): raise AerecError(f'bundle {path}: manifest.json is no manifest; take the bundle from its source again')
+    if (files.small('manifest.sha256', 2**10) or b'')[:64] != id.encode():
+        raise AerecError(
+            f'bundle {path}: manifest.json is not the one that manifest.sha256 was made for; take the bundle from its '
+            'source again'
+        )
+    try:
+        manifest = _parse_document(data, 'manifest.json')
+    except AerecError as e:
+        raise AerecError(f'bundle {path}: {e}; take the bundle from its source again') from None
+    if not isinstance(manifest, dict):
+        raise AerecError(f'bundle {path}: manifest.json is no manifest; take the bundle from its source again')
     schema = manifest.get('schema')
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
-        reader = f"{ascii(manifest.get('made_by', 'a later aerec_nb'))[1:-1][:40]} or later" if newer else _READ_BY.get(schema, 'an earlier aerec_nb') if isinstance(schema, int) else 'no aerec_nb'
-        raise AerecError(f"bundle {path}: its layout is version {ascii(schema)[:20]}, which {reader} reads; this is aerec_nb {package_versions()['aerec_nb']}, which reads version {SCHEMA}: "
-                         + ('install that version' if newer else 'pack it again'))
+        reader = (
+            f"{ascii(manifest.get('made_by', 'a later aerec_nb'))[1:-1][:40]} or later"
+            if newer
+            else _READ_BY.get(schema, 'an earlier aerec_nb')
+            if isinstance(schema, int)
+            else 'no aerec_nb'
+        )
+        raise AerecError(
+            f"bundle {path}: its layout is version {ascii(schema)[:20]}, which {reader} reads; this is aerec_nb "
+            f"{package_versions()['aerec_nb']}, which reads version {SCHEMA}: "
+            + ('install that version' if newer else 'pack it again')
+        )
     listed = manifest.get('files')
-    if not isinstance(listed, dict) or not all(isinstance(f, dict) and isinstance(f.get('bytes'), int) and f['bytes'] >= 0 and isinstance(f.get('sha256'), str) for f in listed.values()):
-        raise AerecError(f'bundle {path}: manifest.json does not say size and sha256 of each file; take the bundle from its source again')
+    if not isinstance(listed, dict) or not all(
+        isinstance(f, dict) and isinstance(f.get('bytes'), int) and f['bytes'] >= 0 and isinstance(f.get('sha256'), str)
+        for f in listed.values()
+    ):
+        raise AerecError(
+            f'bundle {path}: manifest.json does not say size and sha256 of each file; take the bundle from its source '
+            'again'
+        )
     return id, listed
 
-def _verify(folder:Path, # an opened bundle
-            path:Path, # how errors name it
-            policy:LoadPolicy,
-            keep:bool=False # keep what is in the files
-           ) -> tuple: # id, {name: bytes as a uint8 array}; {} unless kept
+
+def _verify(
+    folder: Path,  # an opened bundle
+    path: Path,  # how errors name it
+    policy: LoadPolicy,
+    keep: bool = False,  # keep what is in the files
+) -> tuple:  # id, {name: bytes as a uint8 array}; {} unless kept
     "Check an opened bundle: its manifest, its signature, then every file."
     with _Files(folder, path) as files:
         id, listed = _manifest(files)
-        try: _check_signature(files.small('signature.json', 2**16), id, policy)
-        except AerecError as e: raise AerecError(f'bundle {path}: {e}') from None
-        there = {name: found for name,found in files.stats().items() if name not in _SEALS}
-        problems = [f'{name} is missing' for name in sorted({*listed, *_FILES}) if name not in there or name not in listed]
-        problems += [f'{name} does not belong to it' for name in sorted(set(there) - set(listed) | set(listed) - {*_FILES, *_OPTIONAL})]
+        try:
+            _check_signature(files.small('signature.json', 2**16), id, policy)
+        except AerecError as e:
+            raise AerecError(f'bundle {path}: {e}') from None
+        there = {name: found for name, found in files.stats().items() if name not in _SEALS}
+        problems = [
+            f'{name} is missing' for name in sorted({*listed, *_FILES}) if name not in there or name not in listed
+        ]
+        problems += [
+            f'{name} does not belong to it'
+            for name in sorted(set(there) - set(listed) | set(listed) - {*_FILES, *_OPTIONAL})
+        ]
         _check_size(path, sum(s.st_size for s in there.values()), policy.limit_mib)
         sound, contents = [], {}
         for name in sorted(set(there) & set(listed)):
             fault = _size_fault(name, there[name], listed[name]['bytes'])
-            if fault: problems.append(f'{name} {fault}')
-            else: sound.append(name)
+            if fault:
+                problems.append(f'{name} {fault}')
+            else:
+                sound.append(name)
         for name in sound:
             contents[name], fault = files.contents(name, listed[name], keep)
-            if fault: problems.append(f'{name} {fault}')
-    if problems: raise AerecError(f"bundle {path} does not verify: {ascii('; '.join(dict.fromkeys(problems)))[1:-1][:400]}; take it from its source again")
+            if fault:
+                problems.append(f'{name} {fault}')
+    if problems:
+        raise AerecError(
+            f"bundle {path} does not verify: {ascii('; '.join(dict.fromkeys(problems)))[1:-1][:400]}; take it from its "
+            "source again"
+        )
     return id, contents
 
-def _size_fault(name:str, found:os.stat_result, n_said:int) -> str|None:
+
+def _size_fault(name: str, found: os.stat_result, n_said: int) -> str | None:
     "What is wrong with a file before it is opened; None if nothing."
     fault, n = _file_fault(found), found.st_size
-    if fault: return fault
-    if name.endswith(('.json', '.md')) and n > _SMALL: return f'has {n/2**20:,.1f} MiB, and may have {_SMALL/2**20:g}'
+    if fault:
+        return fault
+    if name.endswith(('.json', '.md')) and n > _SMALL:
+        return f'has {n / 2**20:,.1f} MiB, and may have {_SMALL / 2**20:g}'
     return None if n == n_said else f'was changed: it has {n:,} bytes instead of {n_said:,}'
 
-def verify_bundle(path:Path, # a bundle: folder or zip
-                  limit_mib:float=LIMIT_MIB # MiB that all files may have
-                 ) -> str: # its id
-    "Check every file of a bundle against its manifest, without loading it or judging its signature; raises `AerecError` naming what does not fit."
-    with _opened(path, limit_mib) as folder: return _verify(folder, path, LoadPolicy(limit_mib))[0]
+
+def verify_bundle(
+    path: Path,  # a bundle: folder or zip
+    limit_mib: float = LIMIT_MIB,  # MiB that all files may have
+) -> str:  # its id
+    "Check every file of a bundle against its manifest, without loading it or judging its signature; raises "
+    "`AerecError` naming what does not fit."
+    with _opened(path, limit_mib) as folder:
+        return _verify(folder, path, LoadPolicy(limit_mib))[0]
 
 # %% ../nbs/05_packaging.ipynb #47ec0847
-MAX_DEPTH = 32 # nesting of a document
-MAX_NUMBER = 2.**64 # in a document
-MAX_WEIGHT = 1e15 # in the arrays of a model
-MAX_VALUE = 1e9 # in a history, or of a feature
-MAX_TIME = 253_402_300_799 # seconds since 1970: the end of the year 9999
-MAX_GOLDEN_K = 1000 # longest list of a golden request
+MAX_DEPTH = 32  # nesting of a document
+MAX_NUMBER = 2.0**64  # in a document
+MAX_WEIGHT = 1e15  # in the arrays of a model
+MAX_VALUE = 1e9  # in a history, or of a feature
+MAX_TIME = 253_402_300_799  # seconds since 1970: the end of the year 9999
+MAX_GOLDEN_K = 1000  # longest list of a golden request
 
-def _check(holds, why:str) -> None:
+
+def _check(holds, why: str) -> None:
     "Refuse what does not hold; raises `AerecError`."
-    if not holds: raise AerecError(why)
+    if not holds:
+        raise AerecError(why)
 
-def _parse_document(data, # bytes, or a uint8 array
-                    name:str # of the file, for errors
-                   ): # -> what it says
+
+def _parse_document(
+    data,  # bytes, or a uint8 array
+    name: str,  # of the file, for errors
+):  # -> what it says
     "Parse JSON whose depth and numbers are bounded; raises `AerecError`."
-    def refuse(constant): raise ValueError(f'{constant} is no number')
-    try: value = json.loads(bytes(data).decode('utf-8'), parse_constant=refuse)
-    except (ValueError, RecursionError) as e: raise AerecError(f'{name} is no JSON document ({exception_line(e)})') from None
+
+    def refuse(constant):
+        raise ValueError(f'{constant} is no number')
+
+    try:
+        value = json.loads(bytes(data).decode('utf-8'), parse_constant=refuse)
+    except (ValueError, RecursionError) as e:
+        raise AerecError(f'{name} is no JSON document ({exception_line(e)})') from None
     rest = [(value, 1)]
     while rest:
         found, depth = rest.pop()
         _check(depth <= MAX_DEPTH, f'{name} is nested more than {MAX_DEPTH} deep')
-        if isinstance(found, dict): rest += [(v, depth+1) for pair in found.items() for v in pair]
-        elif isinstance(found, list): rest += [(v, depth+1) for v in found]
-        elif isinstance(found, str): _check(found.isascii() or found.encode('utf-8', 'replace').decode() == found, f'{name} has text that is no Unicode')
-        elif found is not None: _check(abs(found) <= MAX_NUMBER, f'{name} has a number beyond {MAX_NUMBER:g}')
+        if isinstance(found, dict):
+            rest += [(v, depth + 1) for pair in found.items() for v in pair]
+        elif isinstance(found, list):
+            rest += [(v, depth + 1) for v in found]
+        elif isinstance(found, str):
+            _check(
+                found.isascii() or found.encode('utf-8', 'replace').decode() == found,
+                f'{name} has text that is no Unicode',
+            )
+        elif found is not None:
+            _check(abs(found) <= MAX_NUMBER, f'{name} has a number beyond {MAX_NUMBER:g}')
     return value
 
 # %% ../nbs/05_packaging.ipynb #f74540ba
-_DTYPES = {'F64': np.float64, 'F32': np.float32, 'I64': np.int64, 'I32': np.int32, 'BOOL': np.bool_} # of safetensors
+_DTYPES = {'F64': np.float64, 'F32': np.float32, 'I64': np.int64, 'I32': np.int32, 'BOOL': np.bool_}  # of safetensors
 
-def _parse_arrays(data:np.ndarray, # uint8, a whole file
-                  name:str # of the file, for errors
-                 ) -> dict: # name -> array over the same memory
-    "Parse safetensors: the arrays must cover the file, without gaps or overlaps, with the bytes that their shapes ask for; raises `AerecError`."
+
+def _parse_arrays(
+    data: np.ndarray,  # uint8, a whole file
+    name: str,  # of the file, for errors
+) -> dict:  # name -> array over the same memory
+    "Parse safetensors: the arrays must cover the file, without gaps or overlaps, with the bytes that their shapes ask "
+    "for; raises `AerecError`."
     n = int.from_bytes(data[:8].tobytes(), 'little')
-    _check(len(data) >= 8 and n <= min(len(data)-8, _SMALL), f'{name} is no safetensors file')
-    header, body, arrays = _parse_document(data[8:8+n], f'the header of {name}'), data[8+n:], {}
+    _check(len(data) >= 8 and n <= min(len(data) - 8, _SMALL), f'{name} is no safetensors file')
+    header, body, arrays = _parse_document(data[8 : 8 + n], f'the header of {name}'), data[8 + n :], {}
     _check(isinstance(header, dict), f'the header of {name} is no table of arrays')
     places = []
-    for key,about in header.items():
-        if key == '__metadata__': continue
+    for key, about in header.items():
+        if key == '__metadata__':
+            continue
         begin, end = _place(key, about, f'{name}: {ascii(key)[:80]}')
         places.append((begin, end))
         _check(end <= len(body), f'{name}: {ascii(key)[:80]} ends behind the file')
         arrays[key] = _array(body[begin:end], about, f'{name}: {ascii(key)[:80]}')
     covered = 0
-    for begin,end in sorted(places):
+    for begin, end in sorted(places):
         _check(begin == covered, f'{name} has arrays with gaps or overlaps')
         covered = end
     _check(covered == len(body), f'{name} has arrays with gaps or overlaps')
     return arrays
 
-def _place(key:str, about, what:str) -> tuple: # first byte, byte behind the last
+
+def _place(key: str, about, what: str) -> tuple:  # first byte, byte behind the last
     "Check an entry of the header before anything is made of it."
-    _check(isinstance(about, dict) and about.get('dtype') in [*_DTYPES], f'{what} is not of a type that is read here ({", ".join(_DTYPES)})')
+    _check(
+        isinstance(about, dict) and about.get('dtype') in [*_DTYPES],
+        f'{what} is not of a type that is read here ({", ".join(_DTYPES)})',
+    )
     shape, place = about.get('shape'), about.get('data_offsets')
-    def counts(values): return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**48 for v in values)
-    _check(counts(shape) and len(shape) <= 8 and counts(place) and len(place) == 2 and place[0] <= place[1], f'{what} has no shape and place')
-    _check(math.prod(shape)*np.dtype(_DTYPES[about['dtype']]).itemsize == place[1]-place[0], f'{what} has a shape that its bytes do not fill')
+
+    def counts(values):
+        return isinstance(values, list) and all(
+            isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**48 for v in values
+        )
+
+    _check(
+        counts(shape) and len(shape) <= 8 and counts(place) and len(place) == 2 and place[0] <= place[1],
+        f'{what} has no shape and place',
+    )
+    _check(
+        math.prod(shape) * np.dtype(_DTYPES[about['dtype']]).itemsize == place[1] - place[0],
+        f'{what} has a shape that its bytes do not fill',
+    )
     return place
 
-def _array(data:np.ndarray, about:dict, what:str) -> np.ndarray:
+
+def _array(data: np.ndarray, about: dict, what: str) -> np.ndarray:
     "Give bytes their type and shape; floats must be finite and bounded."
     dtype = np.dtype(_DTYPES[about['dtype']])
-    if dtype == np.bool_: _check(data.max(initial=0) <= 1, f'{what} has bytes that are neither true nor false')
-    if data.ctypes.data % dtype.itemsize: data = data.copy()
+    if dtype == np.bool_:
+        _check(data.max(initial=0) <= 1, f'{what} has bytes that are neither true nor false')
+    if data.ctypes.data % dtype.itemsize:
+        data = data.copy()
     array = data.view(dtype).reshape(about['shape'])
-    if dtype.kind == 'f' and array.size: _check(array.min() >= -MAX_WEIGHT and array.max() <= MAX_WEIGHT, f'{what} has values that are not finite, or beyond {MAX_WEIGHT:g}')
+    if dtype.kind == 'f' and array.size:
+        _check(
+            array.min() >= -MAX_WEIGHT and array.max() <= MAX_WEIGHT,
+            f'{what} has values that are not finite, or beyond {MAX_WEIGHT:g}',
+        )
     return array
 
 # %% ../nbs/05_packaging.ipynb #a9439a7f
-MAX_COLUMNS = 1000 # of a table
-MAX_GROWTH = 200 # bytes of text for each byte of the file
-MIN_TEXT = 2**28 # bytes of text that are always allowed
-_NULLABLE = {f'{kind}{bits}': getattr(pd, f'{kind}{bits}Dtype')() for kind in ('Int', 'UInt', 'Float') for bits in (8, 16, 32, 64) if (kind, bits) not in (('Float', 8), ('Float', 16))} | {'boolean': pd.BooleanDtype()}
+MAX_COLUMNS = 1000  # of a table
+MAX_GROWTH = 200  # bytes of text for each byte of the file
+MIN_TEXT = 2**28  # bytes of text that are always allowed
+_NULLABLE = {
+    f'{kind}{bits}': getattr(pd, f'{kind}{bits}Dtype')()
+    for kind in ('Int', 'UInt', 'Float')
+    for bits in (8, 16, 32, 64)
+    if (kind, bits) not in (('Float', 8), ('Float', 16))
+} | {'boolean': pd.BooleanDtype()}
 
-def _parse_table(data:np.ndarray, # uint8, a whole file
-                 name:str, # of the file, for errors
-                 n_rows:int=None # rows that it must have; None: at most 20 for each byte of the file
-                ) -> pd.DataFrame:
+
+def _parse_table(
+    data: np.ndarray,  # uint8, a whole file
+    name: str,  # of the file, for errors
+    n_rows: int = None,  # rows that it must have; None: at most 20 for each byte of the file
+) -> pd.DataFrame:
     "Parse Parquet with plain columns; raises `AerecError`."
     try:
         file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)))
         n, schema = file.metadata.num_rows, file.schema_arrow
-        _check(n <= 20*len(data) + 1000 if n_rows is None else n == n_rows, f'{name} has {n:,} rows' + ('' if n_rows is None else f' instead of {n_rows:,}'))
-        _check(len(schema) <= MAX_COLUMNS and len(set(schema.names)) == len(schema), f'{name} has too many columns, or two of one name')
-        for column in schema: _check(_is_plain(column.type), f'{name}: column {ascii(column.name)[:80]} is of the type {str(column.type)[:80]}; lists and objects are not read here')
-        _check(n*len(schema) <= 100*len(data) + 10_000_000, f'{name} has far more values than its file has bytes')
+        _check(
+            n <= 20 * len(data) + 1000 if n_rows is None else n == n_rows,
+            f'{name} has {n:,} rows' + ('' if n_rows is None else f' instead of {n_rows:,}'),
+        )
+        _check(
+            len(schema) <= MAX_COLUMNS and len(set(schema.names)) == len(schema),
+            f'{name} has too many columns, or two of one name',
+        )
+        for column in schema:
+            _check(
+                _is_plain(column.type),
+                f'{name}: column {ascii(column.name)[:80]} is of the type {str(column.type)[:80]}; lists and objects '
+                'are not read here',
+            )
+        _check(n * len(schema) <= 100 * len(data) + 10_000_000, f'{name} has far more values than its file has bytes')
         texts = [c.name for c in schema if pa.types.is_string(c.type) or pa.types.is_large_string(c.type)]
-        table = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)), metadata=file.metadata, read_dictionary=texts).read(use_threads=False) # a service has no time to wait for threads
-        _check(sum(_text_bytes(table[c]) for c in texts) <= max(MIN_TEXT, MAX_GROWTH*len(data)), f'{name} has far more text than its file has bytes')
+        table = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)), metadata=file.metadata, read_dictionary=texts).read(
+            use_threads=False
+        )  # a service has no time to wait for threads
+        _check(
+            sum(_text_bytes(table[c]) for c in texts) <= max(MIN_TEXT, MAX_GROWTH * len(data)),
+            f'{name} has far more text than its file has bytes',
+        )
         table.validate(full=True)
-        return pd.DataFrame({c.name: _series(table[c.name].cast(c.type) if c.name in texts else table[c.name], dtype, f'{name}: column {ascii(c.name)[:80]}') for c,dtype in zip(schema, _nullable_types(schema))}, index=range(n))
-    except AerecError: raise
+        return pd.DataFrame(
+            {
+                c.name: _series(
+                    table[c.name].cast(c.type) if c.name in texts else table[c.name],
+                    dtype,
+                    f'{name}: column {ascii(c.name)[:80]}',
+                )
+                for c, dtype in zip(schema, _nullable_types(schema))
+            },
+            index=range(n),
+        )
+    except AerecError:
+        raise
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as e:
         raise AerecError(f'{name} is no table that can be read ({exception_line(e)[:200]})') from None
 
-def _is_plain(kind:pa.DataType) -> bool:
+
+def _is_plain(kind: pa.DataType) -> bool:
     "Is it a type whose values are single numbers, texts or times?"
     t = pa.types
-    if t.is_dictionary(kind): return _is_plain(kind.value_type) and not t.is_dictionary(kind.value_type)
-    return any(is_of(kind) for is_of in (t.is_null, t.is_boolean, t.is_integer, t.is_floating, t.is_string, t.is_large_string, t.is_date, t.is_timestamp, t.is_time, t.is_duration, t.is_decimal))
+    if t.is_dictionary(kind):
+        return _is_plain(kind.value_type) and not t.is_dictionary(kind.value_type)
+    return any(
+        is_of(kind)
+        for is_of in (
+            t.is_null,
+            t.is_boolean,
+            t.is_integer,
+            t.is_floating,
+            t.is_string,
+            t.is_large_string,
+            t.is_date,
+            t.is_timestamp,
+            t.is_time,
+            t.is_duration,
+            t.is_decimal,
+        )
+    )
 
-def _text_bytes(column:pa.ChunkedArray) -> int:
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
     "Bytes of the texts of a dictionary-encoded column once they are written out."
     return sum(pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0 for chunk in column.chunks)
 
-def _nullable_types(schema:pa.Schema) -> list: # dtype of each column; None: as Arrow has it
+
+def _nullable_types(schema: pa.Schema) -> list:  # dtype of each column; None: as Arrow has it
     "Read from the metadata which columns pandas had as nullable numbers; nothing else in there is believed."
-    try: columns = {c['name']: _NULLABLE.get(c['numpy_type']) for c in _parse_document((schema.metadata or {})[b'pandas'], 'metadata')['columns']}
-    except (AerecError, KeyError, TypeError): columns = {}
+    try:
+        columns = {
+            c['name']: _NULLABLE.get(c['numpy_type'])
+            for c in _parse_document((schema.metadata or {})[b'pandas'], 'metadata')['columns']
+        }
+    except (AerecError, KeyError, TypeError):
+        columns = {}
     return [columns.get(name) for name in schema.names]
 
-def _series(column:pa.ChunkedArray, dtype, what:str) -> pd.Series:
+
+def _series(column: pa.ChunkedArray, dtype, what: str) -> pd.Series:
     "A column in pandas; floats must be finite or unknown."
-    _check(not pa.types.is_floating(column.type) or not pc.any(pc.is_inf(column)).as_py(), f'{what} has an infinite number')
+    _check(
+        not pa.types.is_floating(column.type) or not pc.any(pc.is_inf(column)).as_py(), f'{what} has an infinite number'
+    )
     return column.to_pandas() if dtype is None else column.to_pandas(types_mapper=lambda kind: dtype)
 
 # %% ../nbs/05_packaging.ipynb #66bb7c71
-def _is_count(v) -> bool: return isinstance(v, int) and not isinstance(v, bool) and v >= 0
-def _is_number(v) -> bool: return isinstance(v, (int, float)) and not isinstance(v, bool)
-def _is_line(v, most:int=500) -> bool: return isinstance(v, str) and len(v) <= most and v.isprintable()
+def _is_count(v) -> bool:
+    return isinstance(v, int) and not isinstance(v, bool) and v >= 0
+
+
+def _is_number(v) -> bool:
+    return isinstance(v, (int, float)) and not isinstance(v, bool)
+
+
+def _is_line(v, most: int = 500) -> bool:
+    return isinstance(v, str) and len(v) <= most and v.isprintable()
+
 
 def _check_card(card) -> None:
     "Refuse a card that the registry, the service or a monitor could not read."
     _check(isinstance(card, dict), 'card.json is no card')
-    _check(_is_line(card.get('name', 'aerec'), 200) and isinstance(card.get('purpose', ''), str), 'card.json: name must be a line of text, and purpose a text')
+    _check(
+        _is_line(card.get('name', 'aerec'), 200) and isinstance(card.get('purpose', ''), str),
+        'card.json: name must be a line of text, and purpose a text',
+    )
     _check(card.get('packed') is None or _is_number(card['packed']), 'card.json: packed must be seconds since 1970')
     h = card.get('headline')
-    if h is None: return
-    _check(isinstance(h, dict) and all(re.fullmatch(r'[\w .:/-]{1,50}', k) and (v is None or _is_number(v) or isinstance(v, bool) or _is_line(v)) for k,v in h.items()), 'card.json: headline must have names with a number or a line of text each')
-    _check(_is_line(h.get('metric')) and _is_number(h.get('value')) and (h.get('se') is None or _is_number(h['se'])), 'card.json: headline must have a metric, its value, and its standard error or null')
+    if h is None:
+        return
+    _check(
+        isinstance(h, dict)
+        and all(
+            re.fullmatch(r'[\w .:/-]{1,50}', k) and (v is None or _is_number(v) or isinstance(v, bool) or _is_line(v))
+            for k, v in h.items()
+        ),
+        'card.json: headline must have names with a number or a line of text each',
+    )
+    _check(
+        _is_line(h.get('metric')) and _is_number(h.get('value')) and (h.get('se') is None or _is_number(h['se'])),
+        'card.json: headline must have a metric, its value, and its standard error or null',
+    )
+
 
 def _check_reference(ref) -> None:
     "Refuse reference figures that monitors could not compare with."
-    _check(isinstance(ref, dict) and _is_count(ref.get('n_users')) and _is_count(ref.get('k')), 'reference.json must have n_users and k')
-    for key in ('coverage', 'popularity_share'): _check(_is_number(ref.get(key)), f'reference.json: {key} must be a number')
-    for key in ('gini', 'novelty', 'diversity', 'fallback_share'): _check(key in ref and (ref[key] is None or _is_number(ref[key])), f'reference.json: {key} must be a number or null')
+    _check(
+        isinstance(ref, dict) and _is_count(ref.get('n_users')) and _is_count(ref.get('k')),
+        'reference.json must have n_users and k',
+    )
+    for key in ('coverage', 'popularity_share'):
+        _check(_is_number(ref.get(key)), f'reference.json: {key} must be a number')
+    for key in ('gini', 'novelty', 'diversity', 'fallback_share'):
+        _check(
+            key in ref and (ref[key] is None or _is_number(ref[key])), f'reference.json: {key} must be a number or null'
+        )
     quantiles = ref.get('score_quantiles', 0)
-    _check(quantiles is None or isinstance(quantiles, dict) and all(map(_is_number, quantiles.values())), 'reference.json: score_quantiles must have numbers')
-    for key,parts in (('history_length', ('users',)), ('item_popularity', ('items', 'shown'))):
+    _check(
+        quantiles is None or isinstance(quantiles, dict) and all(map(_is_number, quantiles.values())),
+        'reference.json: score_quantiles must have numbers',
+    )
+    for key, parts in (('history_length', ('users',)), ('item_popularity', ('items', 'shown'))):
         bins = ref.get(key)
         edges = bins.get('edges') if isinstance(bins, dict) else None
-        _check(isinstance(edges, list) and edges and all(map(_is_number, edges)) and all(a < b for a,b in zip(edges, edges[1:])), f'reference.json: {key} must have rising edges')
-        for part in parts: _check(isinstance(bins.get(part), list) and len(bins[part]) == len(edges) and all(map(_is_count, bins[part])), f'reference.json: {key}.{part} must have a count for each edge')
+        _check(
+            isinstance(edges, list)
+            and edges
+            and all(map(_is_number, edges))
+            and all(a < b for a, b in zip(edges, edges[1:])),
+            f'reference.json: {key} must have rising edges',
+        )
+        for part in parts:
+            _check(
+                isinstance(bins.get(part), list) and len(bins[part]) == len(edges) and all(map(_is_count, bins[part])),
+                f'reference.json: {key}.{part} must have a count for each edge',
+            )
+
 
 def _check_golden(golden) -> None:
     "Refuse golden requests that are missing, that nothing answers, or that ask for too much."
-    _check(isinstance(golden, list) and 0 < len(golden) <= 1000, 'golden.json must have 1 to 1,000 requests with their answers')
+    _check(
+        isinstance(golden, list) and 0 < len(golden) <= 1000,
+        'golden.json must have 1 to 1,000 requests with their answers',
+    )
     for g in golden:
         request, answer = (g.get(key) for key in ('request', 'answer')) if isinstance(g, dict) else (None, None)
-        _check(isinstance(request, dict) and isinstance(answer, list), 'golden.json: each entry has a request and an answer')
+        _check(
+            isinstance(request, dict) and isinstance(answer, list),
+            'golden.json: each entry has a request and an answer',
+        )
         other = sorted(set(request) - set(_ARGUMENTS))
         _check(not other, f'golden.json: there is no argument {ascii(other[:1])[1:-1][:80]} of recommend')
         k = request.get('k', 10)
-        _check(_is_count(k) and 1 <= k <= MAX_GOLDEN_K, f'golden.json: k must be a whole number from 1 to {MAX_GOLDEN_K}')
-        _check(all(len(request.get(key) or ()) <= 100_000 for key in ('history', 'exclude', 'candidates', 'pins') if isinstance(request.get(key), (list, dict))), 'golden.json: a list has more than 100,000 ids')
-        _check(len(answer) <= k and all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], (int, str)) and _is_number(pair[1]) for pair in answer), 'golden.json: an answer has at most k pairs of id and score')
+        _check(
+            _is_count(k) and 1 <= k <= MAX_GOLDEN_K, f'golden.json: k must be a whole number from 1 to {MAX_GOLDEN_K}'
+        )
+        _check(
+            all(
+                len(request.get(key) or ()) <= 100_000
+                for key in ('history', 'exclude', 'candidates', 'pins')
+                if isinstance(request.get(key), (list, dict))
+            ),
+            'golden.json: a list has more than 100,000 ids',
+        )
+        _check(
+            len(answer) <= k
+            and all(
+                isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], (int, str)) and _is_number(pair[1])
+                for pair in answer
+            ),
+            'golden.json: an answer has at most k pairs of id and score',
+        )
+
 
 _ARGUMENTS = tuple(inspect.signature(Recommender.recommend).parameters)[1:]
 
 # %% ../nbs/05_packaging.ipynb #c32a808b
-_HISTORY_TYPES = {'indptr': np.int64, 'indices': np.int32, 'data': np.float32, 'times': np.int64, 'popularity': np.float32, 'negatives.indptr': np.int64, 'negatives.indices': np.int32,
-                  'features.indptr': np.int64, 'features.indices': np.int32, 'features.data': np.float32, 'features.shape': np.int64} # of histories.safetensors
-_TOGETHER = (('indptr', 'indices', 'data'), ('negatives.indptr', 'negatives.indices'), ('features.indptr', 'features.indices', 'features.data', 'features.shape'))
+_HISTORY_TYPES = {
+    'indptr': np.int64,
+    'indices': np.int32,
+    'data': np.float32,
+    'times': np.int64,
+    'popularity': np.float32,
+    'negatives.indptr': np.int64,
+    'negatives.indices': np.int32,
+    'features.indptr': np.int64,
+    'features.indices': np.int32,
+    'features.data': np.float32,
+    'features.shape': np.int64,
+}  # of histories.safetensors
+_TOGETHER = (
+    ('indptr', 'indices', 'data'),
+    ('negatives.indptr', 'negatives.indices'),
+    ('features.indptr', 'features.indices', 'features.data', 'features.shape'),
+)
 
-def _check_histories(h:dict, # the arrays of histories.safetensors
-                     n_items:int # of the vocabulary
-                    ) -> int: # users
+
+def _check_histories(
+    h: dict,  # the arrays of histories.safetensors
+    n_items: int,  # of the vocabulary
+) -> int:  # users
     "Refuse arrays that are no histories over the items; raises `AerecError`."
     name = 'histories.safetensors'
-    for key,array in h.items(): _check(key in _HISTORY_TYPES and array.dtype == _HISTORY_TYPES[key] and array.ndim == 1, f'{name}: {ascii(key)[:80]} is not expected, or not of its type')
-    for group in _TOGETHER: _check(len(found := {*group} & {*h}) in (0, len(group)), f'{name} lacks {", ".join(sorted({*group} - found))}')
+    for key, array in h.items():
+        _check(
+            key in _HISTORY_TYPES and array.dtype == _HISTORY_TYPES[key] and array.ndim == 1,
+            f'{name}: {ascii(key)[:80]} is not expected, or not of its type',
+        )
+    for group in _TOGETHER:
+        _check(len(found := {*group} & {*h}) in (0, len(group)), f'{name} lacks {", ".join(sorted({*group} - found))}')
     _check('indptr' in h and len(h['indptr']) > 0, f'{name} lacks indptr, indices and data')
-    n_users = len(h['indptr'])-1
+    n_users = len(h['indptr']) - 1
     check_csr(h['indptr'], h['indices'], (n_users, n_items), name)
-    _check(len(h['data']) == len(h['indices']) and _within(h['data'], MAX_VALUE), f'{name}: data must have a finite value for each index')
-    if 'times' in h: _check(len(h['times']) == len(h['indices']) and _within(h['times'], MAX_TIME), f'{name}: times must have a time before the year 10,000 for each index')
-    if 'popularity' in h: _check_popularity(h['popularity'], n_items, name)
-    if 'negatives.indptr' in h: check_csr(h['negatives.indptr'], h['negatives.indices'], (n_users, n_items), f'{name}: negatives')
-    if 'features.shape' in h: _check_features(h, n_items, name)
+    _check(
+        len(h['data']) == len(h['indices']) and _within(h['data'], MAX_VALUE),
+        f'{name}: data must have a finite value for each index',
+    )
+    if 'times' in h:
+        _check(
+            len(h['times']) == len(h['indices']) and _within(h['times'], MAX_TIME),
+            f'{name}: times must have a time before the year 10,000 for each index',
+        )
+    if 'popularity' in h:
+        _check_popularity(h['popularity'], n_items, name)
+    if 'negatives.indptr' in h:
+        check_csr(h['negatives.indptr'], h['negatives.indices'], (n_users, n_items), f'{name}: negatives')
+    if 'features.shape' in h:
+        _check_features(h, n_items, name)
     return n_users
 
-def _within(values:np.ndarray, most:float) -> bool:
+
+def _within(values: np.ndarray, most: float) -> bool:
     "Are all values numbers between -most and most?"
     return not values.size or bool(values.min() >= -most and values.max() <= most)
 
-def _check_popularity(values:np.ndarray, n_items:int, name:str) -> None:
-    _check(len(values) == n_items and _within(values, 2.**53) and (not n_items or values.min() >= 0), f'{name}: popularity must have a number of at least 0 for each item')
 
-def _check_features(h:dict, n_items:int, name:str) -> None:
+def _check_popularity(values: np.ndarray, n_items: int, name: str) -> None:
+    _check(
+        len(values) == n_items and _within(values, 2.0**53) and (not n_items or values.min() >= 0),
+        f'{name}: popularity must have a number of at least 0 for each item',
+    )
+
+
+def _check_features(h: dict, n_items: int, name: str) -> None:
     shape, data = h['features.shape'], h['features.data']
-    _check(len(shape) == 2 and shape[0] == n_items and 0 <= shape[1] <= max(100_000, len(data)), f'{name}: features.shape must have the items, and no more columns than values')
+    _check(
+        len(shape) == 2 and shape[0] == n_items and 0 <= shape[1] <= max(100_000, len(data)),
+        f'{name}: features.shape must have the items, and no more columns than values',
+    )
     check_csr(h['features.indptr'], h['features.indices'], tuple(shape.tolist()), f'{name}: features')
-    _check(len(data) == len(h['features.indices']) and _within(data, MAX_VALUE), f'{name}: features.data must have a finite value for each index')
+    _check(
+        len(data) == len(h['features.indices']) and _within(data, MAX_VALUE),
+        f'{name}: features.data must have a finite value for each index',
+    )
 
-def _check_ids(ids:pd.Series, name:str) -> None:
+
+def _check_ids(ids: pd.Series, name: str) -> None:
     "Refuse ids of a vocabulary unless they are whole numbers or texts, each once."
     kind = pd.api.types.infer_dtype(ids, skipna=False)
-    _check(kind in ('integer', 'string') and not ids.isna().any() or not len(ids), f'{name}: ids must be whole numbers or texts, none of them missing; these are {kind}')
+    _check(
+        kind in ('integer', 'string') and not ids.isna().any() or not len(ids),
+        f'{name}: ids must be whole numbers or texts, none of them missing; these are {kind}',
+    )
     _check(ids.is_unique, f'{name}: an id is there twice')
 
-def _check_segments(table:pd.DataFrame, n_items:int) -> None:
+
+def _check_segments(table: pd.DataFrame, n_items: int) -> None:
     "Refuse a table that is not of segments over the items."
     name = 'segments.parquet'
-    _check([*table.columns] == ['segment', 'item', 'users'] and not table.isna().any(axis=None), f'{name} must have segment, item and users, and no gaps')
-    _check(not len(table) or pd.api.types.is_integer_dtype(table.item) and pd.api.types.is_numeric_dtype(table.users) and table.segment.map(lambda s: isinstance(s, str) and '=' in s).all(), f'{name} has a column of the wrong type')
-    _check(table.item.between(-1, n_items-1).all() and table.users.between(0, 2.**53).all(), f'{name} has a number that is out of range')
-    _check(not table.duplicated(['segment', 'item']).any() and set(table.segment) == set(table.segment[table.item == -1]), f'{name} must have one row for the size of each segment, and one for each of its items')
+    _check(
+        [*table.columns] == ['segment', 'item', 'users'] and not table.isna().any(axis=None),
+        f'{name} must have segment, item and users, and no gaps',
+    )
+    _check(
+        not len(table)
+        or pd.api.types.is_integer_dtype(table.item)
+        and pd.api.types.is_numeric_dtype(table.users)
+        and table.segment.map(lambda s: isinstance(s, str) and '=' in s).all(),
+        f'{name} has a column of the wrong type',
+    )
+    _check(
+        table.item.between(-1, n_items - 1).all() and table.users.between(0, 2.0**53).all(),
+        f'{name} has a number that is out of range',
+    )
+    _check(
+        not table.duplicated(['segment', 'item']).any() and set(table.segment) == set(table.segment[table.item == -1]),
+        f'{name} must have one row for the size of each segment, and one for each of its items',
+    )
 
 # %% ../nbs/05_packaging.ipynb #0d3e3a15
-def check_structure(contents:dict # file of a bundle -> its bytes (uint8 array), as the manifest has them
-                   ) -> dict: # documents, arrays and tables, by file
-    "Check everything about the files of a bundle, and that they fit together, before anything is made of them; raises `AerecError` with the file and what is wrong."
-    found = {name: _parse_document(data, name) for name,data in contents.items() if name.endswith('.json')}
+def check_structure(
+    contents: dict,  # file of a bundle -> its bytes (uint8 array), as the manifest has them
+) -> dict:  # documents, arrays and tables, by file
+    "Check everything about the files of a bundle, and that they fit together, before anything is made of them; raises "
+    "`AerecError` with the file and what is wrong."
+    found = {name: _parse_document(data, name) for name, data in contents.items() if name.endswith('.json')}
     _check_card(found['card.json'])
     _check_reference(found['reference.json'])
     made_with = found['versions.json']
-    _check(isinstance(made_with, dict) and all(_is_line(v) for pair in made_with.items() for v in pair), 'versions.json must have a version for each package')
+    _check(
+        isinstance(made_with, dict) and all(_is_line(v) for pair in made_with.items() for v in pair),
+        'versions.json must have a version for each package',
+    )
     _check(_is_text(contents['card.md']), 'card.md is no text')
     n_items = found['model.json'].get('n_items') if isinstance(found['model.json'], dict) else None
     n_bytes = sum(map(len, contents.values()))
-    _check(_is_count(n_items) and 1 <= n_items <= 10*n_bytes, 'model.json must have the number of items, and no more than the files can hold')
-    for name in ('model.safetensors', 'histories.safetensors'): found[name] = _parse_arrays(contents[name], name)
+    _check(
+        _is_count(n_items) and 1 <= n_items <= 10 * n_bytes,
+        'model.json must have the number of items, and no more than the files can hold',
+    )
+    for name in ('model.safetensors', 'histories.safetensors'):
+        found[name] = _parse_arrays(contents[name], name)
     n_users = _check_histories(found['histories.safetensors'], n_items)
-    for name,n in (('users.parquet', n_users), ('items.parquet', n_items)): found[name] = _parse_table(contents[name], name, n)
-    for name,column in (('users.parquet', 'user_id'), ('items.parquet', 'item_id')):
+    for name, n in (('users.parquet', n_users), ('items.parquet', n_items)):
+        found[name] = _parse_table(contents[name], name, n)
+    for name, column in (('users.parquet', 'user_id'), ('items.parquet', 'item_id')):
         _check(column in found[name], f'{name} must have {column}')
         _check_ids(found[name][column], name)
     _check_golden(found['golden.json'])
@@ -755,32 +1161,59 @@ def check_structure(contents:dict # file of a bundle -> its bytes (uint8 array),
         _check_segments(found['segments.parquet'], n_items)
     return found
 
-def _is_text(data:np.ndarray) -> bool:
-    try: return bytes(data).decode('utf-8') is not None
-    except UnicodeDecodeError: return False
+
+def _is_text(data: np.ndarray) -> bool:
+    try:
+        return bytes(data).decode('utf-8') is not None
+    except UnicodeDecodeError:
+        return False
 
 # %% ../nbs/05_packaging.ipynb #e96badf0
-def _recommender(found:dict, # from `check_structure`
-                 info:dict # what is known of the bundle
-                ) -> Recommender:
+def _recommender(
+    found: dict,  # from `check_structure`
+    info: dict,  # what is known of the bundle
+) -> Recommender:
     "Make the recommender of checked parts."
     items, h = found['items.parquet'], found['histories.safetensors']
     item_ids, user_ids = items.item_id.tolist(), found['users.parquet'].user_id.tolist()
     shape = len(user_ids), len(item_ids)
-    negatives = None # a bundle of before has none
-    if 'negatives.indptr' in h: negatives = _matrix(np.ones(len(h['negatives.indices']), bool), h['negatives.indices'], h['negatives.indptr'], shape)
+    negatives = None  # a bundle of before has none
+    if 'negatives.indptr' in h:
+        negatives = _matrix(
+            np.ones(len(h['negatives.indices']), bool), h['negatives.indices'], h['negatives.indptr'], shape
+        )
     features = None
-    if 'features.data' in h: features = _matrix(h['features.data'], h['features.indices'], h['features.indptr'], tuple(h['features.shape'].tolist()))
+    if 'features.data' in h:
+        features = _matrix(
+            h['features.data'], h['features.indices'], h['features.indptr'], tuple(h['features.shape'].tolist())
+        )
     popularity = h.get('popularity')
-    if popularity is None: # a bundle of before keeps it with the items
-        _check('popularity' in items and pd.api.types.is_numeric_dtype(items.popularity), 'items.parquet must have popularity')
+    if popularity is None:  # a bundle of before keeps it with the items
+        _check(
+            'popularity' in items and pd.api.types.is_numeric_dtype(items.popularity),
+            'items.parquet must have popularity',
+        )
         popularity = items.pop('popularity').to_numpy(np.float32, na_value=np.nan)
         _check_popularity(popularity, len(item_ids), 'items.parquet')
     segments = _segments_of(found['segments.parquet'], len(item_ids)) if 'segments.parquet' in found else None
     model = restore_model(found['model.json'], found['model.safetensors'])
     chain = Chain.from_spec(found['chain.json'])
     info |= {'card': found['card.json'], 'reference': found['reference.json']}
-    return Recommender(model, item_ids, user_ids, _matrix(h['data'], h['indices'], h['indptr'], shape), popularity, chain, items, info, negatives, h.get('times'), features, segments)
+    return Recommender(
+        model,
+        item_ids,
+        user_ids,
+        _matrix(h['data'], h['indices'], h['indptr'], shape),
+        popularity,
+        chain,
+        items,
+        info,
+        negatives,
+        h.get('times'),
+        features,
+        segments,
+    )
+
 
 def _matrix(data, indices, indptr, shape) -> csr_matrix:
     "A matrix of checked parts."
@@ -789,170 +1222,294 @@ def _matrix(data, indices, indptr, shape) -> csr_matrix:
     m.has_sorted_indices = m.has_canonical_format = True
     return m
 
-def _check_scores(r:Recommender) -> None:
-    "Refuse a model that does not give a finite score for each item: for an empty history, for one with every item, and for the longest one."
-    heaviest = r.histories[[int(np.diff(r.histories.indptr).argmax())]] if r.n_users else csr_matrix((0, r.n_items), dtype=np.float32)
-    rows = vstack([csr_matrix((1, r.n_items), dtype=np.float32), csr_matrix(np.ones((1, r.n_items), np.float32)), heaviest], format='csr')
+
+def _check_scores(r: Recommender) -> None:
+    "Refuse a model that does not give a finite score for each item: for an empty history, for one with every item, "
+    "and for the longest one."
+    heaviest = (
+        r.histories[[int(np.diff(r.histories.indptr).argmax())]]
+        if r.n_users
+        else csr_matrix((0, r.n_items), dtype=np.float32)
+    )
+    rows = vstack(
+        [csr_matrix((1, r.n_items), dtype=np.float32), csr_matrix(np.ones((1, r.n_items), np.float32)), heaviest],
+        format='csr',
+    )
     scores = r.model.score(rows)
-    _check(isinstance(scores, np.ndarray) and scores.shape == rows.shape and scores.dtype.kind == 'f' and np.isfinite(scores).all(), 'the model does not give a finite score for each item')
+    _check(
+        isinstance(scores, np.ndarray)
+        and scores.shape == rows.shape
+        and scores.dtype.kind == 'f'
+        and np.isfinite(scores).all(),
+        'the model does not give a finite score for each item',
+    )
 
 # %% ../nbs/05_packaging.ipynb #999103cf
-def load_bundle(path:Path, # a bundle: folder or zip
-                limit_mib:float=None, # MiB that all files may have; None: packaging.bundle_limit_mib
-                settings=None # from `load_settings`: plugins, keys and limits; None: as configured
-               ) -> Recommender: # its `info` has id, card and reference
-    "Verify a bundle, load it, and replay its golden requests; raises `AerecError` if anything is not as it was packed. No code runs but plugins that the settings list or name."
+def load_bundle(
+    path: Path,  # a bundle: folder or zip
+    limit_mib: float = None,  # MiB that all files may have; None: packaging.bundle_limit_mib
+    settings=None,  # from `load_settings`: plugins, keys and limits; None: as configured
+) -> Recommender:  # its `info` has id, card and reference
+    "Verify a bundle, load it, and replay its golden requests; raises `AerecError` if anything is not as it was "
+    "packed. No code runs but plugins that the settings list or name."
     policy = load_policy(current_settings() if settings is None else settings)
-    if limit_mib is not None: policy = replace(policy, limit_mib=limit_mib)
+    if limit_mib is not None:
+        policy = replace(policy, limit_mib=limit_mib)
     return _loaded(path, policy)
 
-def _loaded(path:Path, policy:LoadPolicy) -> Recommender:
+
+def _loaded(path: Path, policy: LoadPolicy) -> Recommender:
     "A bundle that answers its golden requests."
     found = _load(path, policy)
-    if found.changed: raise AerecError(f'bundle {path}: {found.changed}')
+    if found.changed:
+        raise AerecError(f'bundle {path}: {found.changed}')
     return found.recommender
 
-_Load = namedtuple('_Load', ['recommender', 'changed', 'n_golden']) # changed: what its golden requests found, '' if nothing
 
-def _load(path:Path, policy:LoadPolicy) -> _Load:
-    with _opened(path, policy.limit_mib) as folder: return _load_folder(folder, path, policy)
+_Load = namedtuple(
+    '_Load', ['recommender', 'changed', 'n_golden']
+)  # changed: what its golden requests found, '' if nothing
 
-def _load_folder(folder:Path, path:Path, policy:LoadPolicy) -> _Load:
+
+def _load(path: Path, policy: LoadPolicy) -> _Load:
+    with _opened(path, policy.limit_mib) as folder:
+        return _load_folder(folder, path, policy)
+
+
+def _load_folder(folder: Path, path: Path, policy: LoadPolicy) -> _Load:
     "Verify a folder, check its structure, make the recommender, and ask its golden requests."
     id, contents = _verify(folder, path, policy, keep=True)
     try:
         found = check_structure(contents)
-        with using_settings(policy.settings, policy.from_bundle): recommender = _recommender(found, {'id': id, 'folder': str(path)})
+        with using_settings(policy.settings, policy.from_bundle):
+            recommender = _recommender(found, {'id': id, 'folder': str(path)})
         _check_scores(recommender)
         changed = _replay(found['golden.json'], found['versions.json'], recommender)
-    except AerecError as e: raise AerecError(f'bundle {path}: {_line(e)}') from None
-    except Exception as e: # parts that fit the checks still reach the code of every model and step
-        raise AerecError(f'bundle {path}: its files do not fit together ({_line(exception_line(e))}); pack it again') from None
+    except AerecError as e:
+        raise AerecError(f'bundle {path}: {_line(e)}') from None
+    except Exception as e:  # parts that fit the checks still reach the code of every model and step
+        raise AerecError(
+            f'bundle {path}: its files do not fit together ({_line(exception_line(e))}); pack it again'
+        ) from None
     return _Load(recommender, changed, len(found['golden.json']))
 
-def _line(text, most:int=400) -> str:
+
+def _line(text, most: int = 400) -> str:
     "Text of others as a part of one line of an error."
     return ''.join(c if c.isprintable() else '?' for c in str(text)[:most])
 
-def _replay(golden:list, made_with:dict, recommender:Recommender) -> str:
+
+def _replay(golden: list, made_with: dict, recommender: Recommender) -> str:
     "Ask the golden requests again; -> what is different, '' if nothing."
     for g in golden:
         if not same_answer(g['answer'], _answer(recommender, g['request'])):
-            return f"the golden request {json.dumps(g['request'])[:200]} is answered differently than when it was packed ({_version_changes(made_with)}); pack it again with these versions"
+            return (
+                f"the golden request {json.dumps(g['request'])[:200]} is answered differently than when it was packed "
+                f'({_version_changes(made_with)}); pack it again with these versions'
+            )
     return ''
 
-def _version_changes(then:dict) -> str:
+
+def _version_changes(then: dict) -> str:
     "Which packages changed since."
     now = package_versions()
-    return ', '.join(f'{name} {then[name]} -> {now.get(name)}' for name in then if then[name] != now.get(name))[:300] or 'the versions are the same'
+    return (
+        ', '.join(f'{name} {then[name]} -> {now.get(name)}' for name in then if then[name] != now.get(name))[:300]
+        or 'the versions are the same'
+    )
 
 # %% ../nbs/05_packaging.ipynb #ffd0d11b
-_SIGNED = b'aerec_nb: signature of a bundle, version 1\n' # begins every message that is signed, so that no other message can be passed off as one
+# It begins every message that is signed, so that no other message can be passed off as one.
+_SIGNED = b'aerec_nb: signature of a bundle, version 1\n'
 
-def new_signing_key() -> tuple: # (private key, public key), each the base64 of 32 bytes
+
+def new_signing_key() -> tuple:  # (private key, public key), each the base64 of 32 bytes
     "Make a pair of Ed25519 keys: the private one signs bundles, the public one is listed where they are loaded."
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    private = Ed25519PrivateKey.generate()
-    return tuple(base64.b64encode(key).decode() for key in (private.private_bytes_raw(), private.public_key().public_bytes_raw()))
 
-def key_id(public:str|bytes # public key: base64, or 32 bytes
-          ) -> str: # 16 hexadecimal digits
+    private = Ed25519PrivateKey.generate()
+    return tuple(
+        base64.b64encode(key).decode() for key in (private.private_bytes_raw(), private.public_key().public_bytes_raw())
+    )
+
+
+def key_id(
+    public: str | bytes,  # public key: base64, or 32 bytes
+) -> str:  # 16 hexadecimal digits
     "Return the beginning of the sha256 of a public key."
     return hashlib.sha256(base64.b64decode(public) if isinstance(public, str) else public).hexdigest()[:16]
 
-def _private_key(key): # -> Ed25519PrivateKey
+
+def _private_key(key):  # -> Ed25519PrivateKey
     "Read a private key in any of its forms; raises `AerecError`, which never shows the key."
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    if isinstance(key, Ed25519PrivateKey): return key
-    if isinstance(key, SecretStr): key = key.get_secret_value()
-    try: return Ed25519PrivateKey.from_private_bytes(base64.b64decode(key, validate=True) if isinstance(key, str) else bytes(key))
-    except (TypeError, ValueError): raise AerecError('the signing key is no Ed25519 private key: give 32 bytes, or their base64; make a pair with new_signing_key(), or: aerec models new-key') from None
 
-def signing_key_id(settings # from `load_settings`
-                  ) -> dict: # label -> key id; {} where bundles are not signed
+    if isinstance(key, Ed25519PrivateKey):
+        return key
+    if isinstance(key, SecretStr):
+        key = key.get_secret_value()
+    try:
+        return Ed25519PrivateKey.from_private_bytes(
+            base64.b64decode(key, validate=True) if isinstance(key, str) else bytes(key)
+        )
+    except (TypeError, ValueError):
+        raise AerecError(
+            'the signing key is no Ed25519 private key: give 32 bytes, or their base64; make a pair with '
+            'new_signing_key(), or: aerec models new-key'
+        ) from None
+
+
+def signing_key_id(
+    settings,  # from `load_settings`
+) -> dict:  # label -> key id; {} where bundles are not signed
     "Return what the stage depends on outside the run: the key that bundles are signed with."
     key = settings.packaging.signing_key
     return {'signing key': key_id(_private_key(key).public_key().public_bytes_raw())} if key else {}
 
 # %% ../nbs/05_packaging.ipynb #7faca50d
-def _signature(id:str, # of a bundle
-               key # private key
-              ) -> dict: # signature.json
+def _signature(
+    id: str,  # of a bundle
+    key,  # private key
+) -> dict:  # signature.json
     "Sign the identity of a bundle."
     private = _private_key(key)
     signature = private.sign(_SIGNED + id.encode())
-    return {'algorithm': 'ed25519', 'key_id': key_id(private.public_key().public_bytes_raw()), 'signature': base64.b64encode(signature).decode()}
+    return {
+        'algorithm': 'ed25519',
+        'key_id': key_id(private.public_key().public_bytes_raw()),
+        'signature': base64.b64encode(signature).decode(),
+    }
 
-def _check_signature(data:bytes|None, # signature.json; None: there is none
-                     id:str, # of the bundle
-                     policy, # `LoadPolicy`
-                    ) -> None:
+
+def _check_signature(
+    data: bytes | None,  # signature.json; None: there is none
+    id: str,  # of the bundle
+    policy,  # `LoadPolicy`
+) -> None:
     "Refuse a bundle whose signature is missing where it is required, or wrong; raises `AerecError`."
     if data is None:
-        if policy.require_signature: raise AerecError('it is not signed, and packaging.require_signature asks for a signature; sign it with save_bundle(..., key=...), or: aerec models sign VERSION')
+        if policy.require_signature:
+            raise AerecError(
+                'it is not signed, and packaging.require_signature asks for a signature; sign it with save_bundle(..., '
+                'key=...), or: aerec models sign VERSION'
+            )
         return
     found = _parse_document(data, 'signature.json')
-    _check(isinstance(found, dict) and set(found) == {'algorithm', 'key_id', 'signature'} and all(isinstance(v, str) for v in found.values()) and found['algorithm'] == 'ed25519', 'signature.json is no Ed25519 signature')
+    _check(
+        isinstance(found, dict)
+        and set(found) == {'algorithm', 'key_id', 'signature'}
+        and all(isinstance(v, str) for v in found.values())
+        and found['algorithm'] == 'ed25519',
+        'signature.json is no Ed25519 signature',
+    )
     if not policy.keys:
-        if policy.require_signature: raise AerecError(f"it is signed by the key {found['key_id'][:16]!r}, and no key is trusted: list the public key in packaging.bundle_keys, or in the variable AEREC_BUNDLE_KEYS")
+        if policy.require_signature:
+            raise AerecError(
+                f"it is signed by the key {found['key_id'][:16]!r}, and no key is trusted: list the public key in "
+                "packaging.bundle_keys, or in the variable AEREC_BUNDLE_KEYS"
+            )
         return
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     trusted = {key_id(key): base64.b64decode(key) for key in policy.keys}
-    if found['key_id'] not in trusted: raise AerecError(f"it is signed by the key {found['key_id'][:16]!r}, which packaging.bundle_keys does not list; it lists {', '.join(trusted)}")
-    try: Ed25519PublicKey.from_public_bytes(trusted[found['key_id']]).verify(base64.b64decode(found['signature'], validate=True), _SIGNED + id.encode())
-    except (InvalidSignature, ValueError): raise AerecError(f"its signature is not one of the key {found['key_id']} on these files; take the bundle from its source again") from None
+    if found['key_id'] not in trusted:
+        raise AerecError(
+            f"it is signed by the key {found['key_id'][:16]!r}, which packaging.bundle_keys does not list; it lists "
+            f"{', '.join(trusted)}"
+        )
+    try:
+        Ed25519PublicKey.from_public_bytes(trusted[found['key_id']]).verify(
+            base64.b64decode(found['signature'], validate=True), _SIGNED + id.encode()
+        )
+    except (InvalidSignature, ValueError):
+        raise AerecError(
+            f"its signature is not one of the key {found['key_id']} on these files; take the bundle from its source "
+            "again"
+        ) from None
 
-def _write_signature(folder:Path, key) -> None: write_json(folder/'signature.json', _signature(sha256_file(folder/'manifest.json'), key))
 
-def sign_bundle(path:Path, # a bundle: folder or zip
-                key # Ed25519 private key: 32 bytes, their base64, or a key of `cryptography`
-               ) -> str: # id of the key
+def _write_signature(folder: Path, key) -> None:
+    write_json(folder / 'signature.json', _signature(sha256_file(folder / 'manifest.json'), key))
+
+
+def sign_bundle(
+    path: Path,  # a bundle: folder or zip
+    key,  # Ed25519 private key: 32 bytes, their base64, or a key of `cryptography`
+) -> str:  # id of the key
     "Verify a bundle and sign it; its identity stays the same."
     with _opened(path) as folder, _disk_errors('bundle', path):
         _verify(folder, path, LoadPolicy(limit_mib=math.inf))
         _write_signature(folder, key)
-        if Path(path).is_file(): pack_zip(folder, path)
+        if Path(path).is_file():
+            pack_zip(folder, path)
     return key_id(_private_key(key).public_key().public_bytes_raw())
 
 # %% ../nbs/05_packaging.ipynb #5f10c406
-ALIASES = ('dev', 'stage', 'live', 'test') # one an environment
+ALIASES = ('dev', 'stage', 'live', 'test')  # one an environment
+
 
 def _quiet():
     "MLflow's remarks and progress bars are not for the reader of a notebook."
     os.environ.setdefault('MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR', 'false')
     os.environ.setdefault('MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT', 'true')
 
+
 class _Client:
     "MLflow's client for model versions alone, which makes no folder for experiments; what fails is one line."
-    def __init__(self, uri:str):
+
+    def __init__(self, uri: str):
         self._uri = uri
         _quiet()
-        with _registry_errors(uri, 'MLflow cannot open it'): self._client = mlflow_module('mlflow.tracking._model_registry.client').ModelRegistryClient(uri, uri)
+        with _registry_errors(uri, 'MLflow cannot open it'):
+            self._client = mlflow_module('mlflow.tracking._model_registry.client').ModelRegistryClient(uri, uri)
 
     def __getattr__(self, name):
         method = getattr(self._client, name)
+
         def call(*args, **kw):
-            with _registry_errors(self._uri): return method(*args, **kw)
+            with _registry_errors(self._uri):
+                return method(*args, **kw)
+
         return call
 
-@contextmanager
-def _registry_errors(uri:str, what:str='it cannot be used' # what failed
-                    ): # context manager
-    "Report in one line what a registry's file, database or server says."
-    try: yield
-    except AerecError: raise
-    except Exception as e: # MLflow passes on the errors of its stores
-        text = next((line for line in str(getattr(e, 'orig', None) or e).splitlines() if line.strip()), type(e).__name__)
-        raise AerecError(hide_secrets(f'packaging.registry_uri {uri}: {what} ({text[:200]}); see that it is there, that there is space, and that you may write it, or restore it from a backup')) from None
 
-def _check_registry_file(path:Path) -> None:
+@contextmanager
+def _registry_errors(
+    uri: str,
+    what: str = 'it cannot be used',  # what failed
+):  # context manager
+    "Report in one line what a registry's file, database or server says."
+    try:
+        yield
+    except AerecError:
+        raise
+    except Exception as e:  # MLflow passes on the errors of its stores
+        text = next(
+            (line for line in str(getattr(e, 'orig', None) or e).splitlines() if line.strip()), type(e).__name__
+        )
+        raise AerecError(
+            hide_secrets(
+                f'packaging.registry_uri {uri}: {what} ({text[:200]}); see that it is there, that there is space, and '
+                'that you may write it, or restore it from a backup'
+            )
+        ) from None
+
+
+def _check_registry_file(path: Path) -> None:
     "Refuse a registry's file that is none, before anything makes it a new and empty registry."
     with _disk_errors('registry', path):
-        if not path.exists(): return
-        if not path.is_file(): raise AerecError(f'registry {path}: it is no file; set packaging.registry_uri to another place')
-        with open(path, 'rb') as f: head = f.read(16)
-    if head != b'SQLite format 3\0': raise AerecError(f"registry {path}: it is {'empty' if not head else 'no SQLite database'}; restore it from a backup, or move it away to begin a new registry")
+        if not path.exists():
+            return
+        if not path.is_file():
+            raise AerecError(f'registry {path}: it is no file; set packaging.registry_uri to another place')
+        with open(path, 'rb') as f:
+            head = f.read(16)
+    if head != b'SQLite format 3\0':
+        raise AerecError(
+            f"registry {path}: it is {'empty' if not head else 'no SQLite database'}; restore it from a backup, or "
+            "move it away to begin a new registry"
+        )
 
 # %% ../nbs/05_packaging.ipynb #fb9bce11
 _ROW = ('seq', 'time', 'action', 'alias', 'from_version', 'to_version', 'by', 'why', 'gates', 'done')
@@ -994,10 +1551,12 @@ class _FileHistory:
         with _registry_errors(self.uri), self.engine.connect() as db: return [_Row(*row) for row in db.execute(found)]
 
     def add(self, **row): # -> seq
-        with _registry_errors(self.uri), self.engine.begin() as db: return db.execute(self.table.insert().values(model=self.model, **row)).inserted_primary_key[0]
+        with _registry_errors(self.uri), self.engine.begin() as db:
+            return db.execute(self.table.insert().values(model=self.model, **row)).inserted_primary_key[0]
 
     def finish(self, seq) -> None:
-        with _registry_errors(self.uri), self.engine.begin() as db: db.execute(self.marks.insert().prefix_with('OR IGNORE').values(seq=seq))
+        with _registry_errors(self.uri), self.engine.begin() as db:
+            db.execute(self.marks.insert().prefix_with('OR IGNORE').values(seq=seq))
 
 class _ServerHistory:
     "The history in tags of the registered model on a server."
@@ -1024,8 +1583,8 @@ class Registry:
         bundles_dir:Path, # where registered bundles are kept
         name:str='aerec', # of the registered model
         promoters=(), # who may promote: names, or a function of an alias that gives them; empty: anyone
-        policy=None, # `PackagingSettings`, or a function of an alias that gives them: gates, limits and keys; None: the defaults
-        settings=None # function of an alias that gives the `Settings` of its environment, which judge plugins; None: as configured
+        policy=None, # `PackagingSettings`, or a function of an alias that gives them: gates, limits, keys; None: defaults
+        settings=None # function of an alias that gives the `Settings` which judge plugins; None: as configured
     ):
         if not re.fullmatch(r'[\w .-]{1,200}', name): raise AerecError(f"packaging.model_name {name!r}: use letters, digits, blanks and . _ - only")
         self.uri, self.bundles_dir, self.name, self.promoters = uri, Path(bundles_dir).absolute(), name, promoters
@@ -1036,7 +1595,9 @@ class Registry:
         with self._alone():
             if own is not None: _check_registry_file(self._file)
             self._mlflow = _Client(uri)
-            with _registry_errors(uri, 'nothing answers there as an MLflow registry does'): known = any(m.name == name for m in self._mlflow._client.search_registered_models(f"name = '{name}'"))
+            with _registry_errors(uri, 'nothing answers there as an MLflow registry does'):
+                found = self._mlflow._client.search_registered_models(f"name = '{name}'")
+            known = any(m.name == name for m in found)
             if not known: self._mlflow.create_registered_model(name, None, 'Bundles of aerec_nb')
             self._log = _FileHistory(self._file, name) if own is not None else _ServerHistory(self._mlflow, name)
             self._settle()
@@ -1055,7 +1616,9 @@ class Registry:
         relative = uri.removeprefix('sqlite:///')
         if relative != uri and not Path(relative).is_absolute(): uri = f'sqlite:///{project_dir()/relative}'
         def of(alias): return settings if alias in (settings.env, None) else load_settings(alias)
-        return cls(uri, var/'bundles', settings.packaging.model_name, lambda alias: of(alias).packaging.promoters, lambda alias: of(alias).packaging, of)
+        def promoters(alias): return of(alias).packaging.promoters
+        def policy(alias): return of(alias).packaging
+        return cls(uri, var/'bundles', settings.packaging.model_name, promoters, policy, of)
 
     @property
     def _on_server(self): return self.uri.startswith(('http://', 'https://'))
@@ -1064,20 +1627,25 @@ class Registry:
 
 # %% ../nbs/05_packaging.ipynb #2fad0270
 @patch
-def _load(self:Registry, version, # a registered version, or an alias
-          alias:str=None # whose settings judge it; None: those of this environment
-         ) -> _Load:
+def _load(
+    self: Registry,
+    version,  # a registered version, or an alias
+    alias: str = None,  # whose settings judge it; None: those of this environment
+) -> _Load:
     "Load the bundle of a version; raises `AerecError` where it may not be loaded."
     folder = self.resolve(version)
     found = _load(folder, load_policy(self.settings(alias), alias, self.policy(alias)))
-    if found.recommender.info['id'][:16] != folder.name: raise AerecError(f'{self.name}: {folder} is not the bundle that was registered; restore it from a backup')
+    if found.recommender.info['id'][:16] != folder.name:
+        raise AerecError(f'{self.name}: {folder} is not the bundle that was registered; restore it from a backup')
     return found
 
+
 @patch
-def _load_sound(self:Registry, version, alias:str=None) -> Recommender:
+def _load_sound(self: Registry, version, alias: str = None) -> Recommender:
     "Load the bundle of a version that answers its golden requests."
     found = self._load(version, alias)
-    if found.changed: raise AerecError(f'{self.name} version {version}: {found.changed}')
+    if found.changed:
+        raise AerecError(f'{self.name} version {version}: {found.changed}')
     return found.recommender
 
 # %% ../nbs/05_packaging.ipynb #a18a9570
@@ -1178,7 +1746,8 @@ def _copy_files(folder:Path, target:Path) -> None:
     target.mkdir()
     with _Files(folder, folder) as files:
         for name in {*_FILES, *_OPTIONAL, *_SEALS} & set(files.stats()):
-            with files.open(name) as source, open(target/name, 'xb') as copied: shutil.copyfileobj(source, copied, _CHUNK)
+            with files.open(name) as source, open(target/name, 'xb') as copied:
+                shutil.copyfileobj(source, copied, _CHUNK)
 
 def _keep_signature(bundle:Path, target:Path, checked:bool) -> bool:
     "Give a kept copy the signature of the same bundle: where it has none, or where this one was verified."
@@ -1209,7 +1778,12 @@ def _upload(registry:Registry, kept:Path, id:str) -> tuple: # (source, id of the
 def _upload_again(registry:Registry, version, kept:Path) -> None:
     "Put a bundle that was signed in the place of the one on the server."
     client = mlflow_module('mlflow.tracking').MlflowClient(registry.uri, registry.uri)
-    with _registry_errors(registry.uri, 'the server does not take the bundle'), tempfile.TemporaryDirectory() as d, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+    with (
+        _registry_errors(registry.uri, 'the server does not take the bundle'),
+        tempfile.TemporaryDirectory() as d,
+        redirect_stderr(io.StringIO()),
+        redirect_stdout(io.StringIO()),
+    ):
         client.log_artifact(version.run_id, str(pack_zip(kept, Path(d)/f'{kept.name}.zip')))
 
 @patch
@@ -1219,7 +1793,9 @@ def sign(self:Registry, version, # a registered version, or an alias
     "Sign the bundle of a version; its identity and its version stay the same."
     folder = self.resolve(version)
     with self._alone(): id = sign_bundle(folder, key)
-    if self._on_server: _upload_again(self, next(v for v in self.versions() if v.tags.get('bundle', '')[:16] == folder.name), folder)
+    if self._on_server:
+        registered = next(v for v in self.versions() if v.tags.get('bundle', '')[:16] == folder.name)
+        _upload_again(self, registered, folder)
     return f'{self.name}: version {version} is signed by the key {id}'
 
 def _download(registry:Registry, version, id:str) -> None:
@@ -1326,7 +1902,8 @@ def promote(self:Registry, version:int, # a registered version
     if self.current(alias) == version:
         self._load_sound(version, alias)
         return Moved(f'{self.name}: {alias} is version {version} already')
-    gates = self.check_gates(version, alias) if alias in self.policy(alias).gated_aliases else self._load_sound(version, alias) and None
+    gated = alias in self.policy(alias).gated_aliases
+    gates = self.check_gates(version, alias) if gated else self._load_sound(version, alias) and None
     with self._alone():
         self._settle()
         self.resolve(version) # it may have been archived meanwhile
@@ -1411,10 +1988,11 @@ def _about(self:Registry, version) -> dict: # what -> value
     "What a version is, by its card and its files."
     folder = self.resolve(version)
     id, contents = _verify(folder, folder, LoadPolicy(self.policy(None).bundle_limit_mib), keep=True)
-    files, card = {name: (sha256_bytes(data), len(data)) for name,data in contents.items()}, _parse_document(contents['card.json'], 'card.json')
+    card = _parse_document(contents['card.json'], 'card.json')
     _check_card(card)
+    files = {f'file {name}': f'{sha256_bytes(data)[:16]}, {len(data):,} bytes' for name,data in sorted(contents.items())}
     card = {k: v for k,v in card.items() if k not in ('metrics', 'slices', 'comparison', 'limitations')}
-    return {'bundle': id[:16], 'MiB': round(_mib(folder), 3), **{k: v for k,v in _flat(card).items()}, **{f'file {name}': f'{sha256[:16]}, {n:,} bytes' for name,(sha256,n) in sorted(files.items())}}
+    return {'bundle': id[:16], 'MiB': round(_mib(folder), 3)} | _flat(card) | files
 
 @patch
 def show(self:Registry, version # a registered version, or an alias

@@ -399,7 +399,7 @@ def test_a_real_mlflow_server_by_its_uri(mlflow_server, bundles, tmp_path, capfd
 # --- bundles that break later -------------------------------------------------------------------------------------------------------------------------
 
 def reseal(folder):
-    "Make the hashes anew, as anyone can who may write the folder."
+    "Make the hashes fit again, as any writer of the folder can."
     manifest = json.loads((folder/'manifest.json').read_text())
     names = [p.name for p in folder.iterdir() if p.name not in ('manifest.json', 'manifest.sha256', 'signature.json')]
     manifest['files'] = {name: {'sha256': hashlib.sha256((folder/name).read_bytes()).hexdigest(), 'bytes': (folder/name).stat().st_size} for name in names}
@@ -799,7 +799,7 @@ def test_a_signature_survives_what_is_done_with_bundles(bundles, home):
     for version in (1, 2): assert load_bundle(r.resolve(version), settings=live)
     sign_bundle(unsigned, theirs := new_signing_key()[0])
     careless = registry_at(home, policy=PackagingSettings())
-    assert careless.register(unsigned) == 2 and load_bundle(r.resolve(2), settings=live), 'a signature that nobody verified does not take the place of another'
+    assert careless.register(unsigned) == 2 and load_bundle(r.resolve(2), settings=live), 'a signature that was not verified does not take the place of another'
     r.sign(2, theirs)
     with pytest.raises(AerecError, match='which packaging.bundle_keys does not list'): r.promote(2, 'live', by='ann')
     (r.resolve(1)/'signature.json').unlink()
