@@ -9,13 +9,14 @@ __all__ = ['MAX_HISTORY', 'MAX_IN_QUERY', 'MAX_EVENTS', 'MAX_BATCH', 'MAX_BODY',
            'LOGGED', 'LIST_THREADS', 'LOG_THREADS', 'ANY_PROBLEM', 'RETRY_S', 'LARGE_K', 'Wishes', 'RecommendBody',
            'BatchBody', 'RankBody', 'PopularQuery', 'SimilarQuery', 'ItemsQuery', 'check_payload', 'EventIn', 'Problem',
            'problem', 'problems', 'validation_detail', 'new_api_key', 'ApiKeys', 'required_role', 'Shared',
-           'EventWriter', 'Metrics', 'share_metrics', 'say', 'RequestMiddleware', 'Live', 'page_token', 'shown_before',
-           'NotReady', 'State', 'likes', 'Together', 'read_query', 'BodyRoute', 'ItemOut', 'ListOut', 'BatchOut',
-           'AcceptedOut', 'create_app', 'follow', 'search_items', 'look_at', 'serve', 'supervise', 'main', 'service',
-           'drive_service', 'latency_table', 'build_serving', 'describe_serving', 'answers_table', 'plot_latencies']
+           'EventWriter', 'Metrics', 'share_metrics', 'say', 'JsonLines', 'RequestMiddleware', 'Live', 'page_token',
+           'shown_before', 'NotReady', 'State', 'likes', 'Together', 'read_query', 'BodyRoute', 'ItemOut', 'ListOut',
+           'BatchOut', 'AcceptedOut', 'create_app', 'follow', 'search_items', 'look_at', 'serve', 'supervise', 'main',
+           'service', 'drive_service', 'latency_table', 'build_serving', 'describe_serving', 'answers_table',
+           'plot_latencies']
 
 # %% ../nbs/05a_serving.ipynb #c650f44e
-import argparse, asyncio, base64, ctypes, fcntl, gc, hashlib, hmac, inspect, json, mmap, os, random, re, secrets, signal, socket, subprocess, sys, tempfile, threading, time, traceback, zlib
+import argparse, asyncio, base64, ctypes, fcntl, gc, hashlib, hmac, inspect, json, logging, mmap, os, random, re, secrets, signal, socket, subprocess, sys, tempfile, threading, time, traceback, zlib
 from collections import deque
 from contextlib import asynccontextmanager, contextmanager
 from copy import copy
@@ -460,6 +461,10 @@ def say(what:str, # 'request', 'alert', ...
     "A line of JSON on stderr: whatever a client sends stays inside its quotes."
     print(json.dumps({'time': round(time.time(), 3), 'what': what, **fields}, default=str), file=sys.stderr, flush=True)
 
+class JsonLines(logging.Handler):
+    "Write what the package logs as lines of JSON."
+    def emit(self, record): say(record.levelname.lower(), text=record.getMessage(), logger=record.name)
+
 # %% ../nbs/05a_serving.ipynb #725ffc42
 MAX_OPEN = 8 # requests that need no key, /health apart, answered at the same time: those with a key share the threads with them
 MAX_WRONG_KEYS = 10. # wrong keys a second and address, where serving.rate_limit says nothing
@@ -686,7 +691,7 @@ class State:
         self.max_k, self.default_k = s.max_k, min(s.max_k, settings.validation.topk)
         self.ban_file = ban_file(settings)
         self._bans, self.recent, self._children = [ban_list(settings), ServiceBans(file=self.ban_file, on_error=settings.postprocessing.on_blocklist_error)], Recent(s.max_feedback_per_user), {}
-        self._blocklist_error = None
+        self._blocklist_error, self._blocklist_lock = None, threading.Lock()
         self._seq, self._erased_seq, self._reading = 0, 0, threading.Lock()
         self._warnings = Throttle()
         self._random = random.Random(secrets.token_bytes(32))
@@ -763,7 +768,7 @@ def likes(types, # of the feedback: 'rating', 'click', ...
 @patch
 def _read_log(self:State) -> None:
     "Bring what is known of users up to date with the event log, and look at the lists of banned items meanwhile."
-    self._check_blocklists()
+    self.check_blocklists()
     since, more = time.time()-86400*self.settings.serving.history_days, True
     with self._reading:
         self._erased_seq = self._forget(self.live.recommender, self._erased_seq)
@@ -784,13 +789,14 @@ def _forget(self:State, recommender:Recommender, seq:int) -> int: # the number t
     return seq
 
 @patch
-def _check_blocklists(self:State) -> None:
+def check_blocklists(self:State) -> None:
     "Say that a list of banned items can no longer be read, or that it can be again."
-    for bans in self._bans: bans.refresh()
-    error = '; '.join(bans.error for bans in self._bans if bans.error) or None
+    with self._blocklist_lock:
+        for bans in self._bans: bans.refresh()
+        error = '; '.join(bans.error for bans in self._bans if bans.error) or None
+        before, self._blocklist_error = self._blocklist_error, error
     self.metrics.blocklist_failing.set(0 if error is None else 1)
-    if error == self._blocklist_error: return
-    self._blocklist_error = error
+    if error == before: return
     if error is None: return say('notice', text='the lists of banned items can be read again')
     kept = self.settings.postprocessing.on_blocklist_error == 'keep_last'
     say('alert', text='a list of banned items cannot be read: ' + ('the last known one is kept' if kept else 'nothing is recommended'), error=error)
@@ -1245,6 +1251,7 @@ def _add_operation(app:FastAPI, state:State) -> None:
     async def ready(request:Request):
         "Can it answer, and can the event log be written?"
         wrong = 'the service is stopping' if state.stopping.is_set() else await _not_ready_because(state)
+        await state.operation_threads.run(state.check_blocklists)
         refuses, blocklist = state.blocklist_problem()
         if wrong is not None or refuses: return problem(503, wrong or blocklist, request.scope['request_id'])
         return {'status': 'ready', 'model': state.live.model, 'version': state.live.version, 'warnings': [] if blocklist is None else [f'{blocklist}; the last known one is kept']}
@@ -1253,6 +1260,7 @@ def _add_operation(app:FastAPI, state:State) -> None:
     async def metrics():
         "The numbers of all workers, for Prometheus."
         state.metrics.waiting.set(state.writer.waiting)
+        await state.operation_threads.run(state.check_blocklists)
         return Response(await state.operation_threads.run(state.metrics.text), media_type=CONTENT_TYPE_LATEST)
 
     @app.get('/version', tags=['operation'], responses=problems(408, 500, 503))
@@ -1324,6 +1332,7 @@ def serve(bundle_folder:Path, # a bundle; None: what the alias points to
           alias:str=None # follow this alias of the registry; None: serve the bundle and nothing else
          ) -> None:
     "Serve until told to stop."
+    logging.getLogger('aerec_nb').addHandler(JsonLines())
     for check in (check_exposure, allowed_hosts, proxy_options, ApiKeys): check(settings) # what is wrong here is said before anything is loaded
     connection_cap(settings.serving.max_connections) # too few open files are allowed?
     s, look = settings.serving, look_at(settings, alias) if alias else None

@@ -370,7 +370,7 @@ def test_what_is_logged_cannot_be_forged(bundle, log_url):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=30)[1].splitlines()
     lines = [json.loads(line) for line in said]
-    assert {l['what'] for l in lines} == {'request'} and [l for l in lines if l['request_id'] == 'forged']
+    assert {l['what'] for l in lines} == {'request', 'warning'} and [l for l in lines if l.get('request_id') == 'forged'] # the warning: a new event log was made
 
 
 @pytest.fixture
@@ -519,13 +519,16 @@ def test_a_damaged_blocklist_shows_nothing_that_was_banned(bundle, log_url, tmp_
             assert client.get('/health/ready').json()['warnings'] == [] and client.get('/v1/bans').json()['items'] == ['20']
 
 
-@pytest.mark.parametrize('damage', [damage for _,damage in DAMAGES], ids=[name for name,_ in DAMAGES])
-def test_no_start_with_a_damaged_blocklist(bundle, log_url, tmp_path, damage):
-    variables = {**OPEN, 'AEREC_PATHS__VAR_DIR': str(tmp_path/'var')}
+def test_no_start_with_a_damaged_blocklist(bundle, log_url, tmp_path):
+    "One line says what is wrong with the list that the service kept."
+    variables, path = {**OPEN, 'AEREC_PATHS__VAR_DIR': str(tmp_path/'var')}, tmp_path/'var'/'bans-test.txt'
     with service(bundle, log_url, variables=variables, env='test') as s: assert httpx.put(f'{s.url}/v1/bans/20', trust_env=False).status_code == 200
-    damage(tmp_path/'var'/'bans-test.txt')
-    refused = start(bundle, log_url, '--env', 'test', **variables)
-    assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1 and 'list of banned items' in refused.stderr
+    whole = path.read_bytes()
+    for name, damage in DAMAGES if TRIALS > 1 else DAMAGES[:2]:
+        damage(path)
+        refused = start(bundle, log_url, '--env', 'test', **variables)
+        assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1 and 'list of banned items' in refused.stderr, name
+        path.write_bytes(whole)
 
 
 def test_each_environment_has_its_own_bans(bundle, log_url, tmp_path):
