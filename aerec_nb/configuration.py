@@ -605,7 +605,8 @@ class PackagingSettings(Section):
         for text in value if isinstance(value, list) else [value.get_secret_value()] if value else []:
             try: valid = len(base64.b64decode(text, validate=True)) == 32
             except (binascii.Error, ValueError): valid = False
-            if not valid: raise PydanticCustomError('key', 'a key is the base64 of 32 bytes; make a pair with: aerec models new-key')
+            if not valid:
+                raise PydanticCustomError('key', 'a key is the base64 of 32 bytes; make a pair with: aerec models new-key')
         return value
 
 # %% ../nbs/00_configuration.ipynb #e08ab615
@@ -712,8 +713,11 @@ class PluginSettings(Section):
     @classmethod
     def _are_hashes(cls, value):
         for name,digest in value.items():
-            if not _PLUGIN_NAME.fullmatch(name): raise PydanticCustomError('plugin', "'{name}' is not module:name", {'name': name})
-            if not re.fullmatch('[0-9a-f]{64}', digest): raise PydanticCustomError('plugin', "the sha256 of '{name}' is not 64 hexadecimal digits in small letters", {'name': name})
+            if not _PLUGIN_NAME.fullmatch(name):
+                raise PydanticCustomError('plugin', "'{name}' is not module:name", {'name': name})
+            if not re.fullmatch('[0-9a-f]{64}', digest):
+                said = "the sha256 of '{name}' is not 64 hexadecimal digits in small letters"
+                raise PydanticCustomError('plugin', said, {'name': name})
         return value
 
 class ScaleSettings(Section):
@@ -780,9 +784,11 @@ def _environment_defaults(env:str) -> dict:
     return {}
 
 # %% ../nbs/00_configuration.ipynb #40f43dee
-_SHORT_VARIABLES = {'AEREC_RUNS_DIR': ('paths', 'runs_dir'), 'AEREC_BUNDLE_KEYS': ('packaging', 'bundle_keys')} # variable -> the setting that it is a short form of
+# variable -> the setting that it is a short form of
+_SHORT_VARIABLES = {'AEREC_RUNS_DIR': ('paths', 'runs_dir'), 'AEREC_BUNDLE_KEYS': ('packaging', 'bundle_keys')}
 _OWN_VARIABLES = {'AEREC_ENV', 'AEREC_PROJECT', 'AEREC_TEST_DIR', *_SHORT_VARIABLES}
-_ONLY_VARIABLES = ('serving.api_keys', 'packaging.signing_key', 'events.erasure_key') # secrets that come only from variables
+# secrets that come only from variables
+_ONLY_VARIABLES = ('serving.api_keys', 'packaging.signing_key', 'events.erasure_key')
 
 def _check_variables() -> None:
     "Refuse AEREC_* variables that no setting claims."
@@ -885,7 +891,8 @@ def _from_layers(env:str, layers:list) -> Settings:
             for knob in values: sources[f'{section}.{knob}'] = _origin(origin, f'{section}.{knob}')
     for key in _ONLY_VARIABLES:
         name = f"AEREC_{key.replace('.', '__').upper()}"
-        if sources.get(key, name) != name: raise AerecError(f'{key} came from {sources[key]}: secrets come only from the variable {name}')
+        if sources.get(key, name) != name:
+            raise AerecError(f'{key} came from {sources[key]}: secrets come only from the variable {name}')
     _check_secrets(layers)
     try: settings = _build(env, layers)
     except (ValidationError, json.JSONDecodeError) as e:

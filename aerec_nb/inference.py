@@ -574,7 +574,10 @@ def _disk_errors(folder:Path # of lists
                 ): # context manager
     "Report in one line a disk that is full, or that may not be written."
     try: yield
-    except OSError as e: raise AerecError(f'{folder}: the lists cannot be written ({e.strerror or str(e).splitlines()[0]}); free space there or choose another folder, and start again: whole files are kept') from None
+    except OSError as e:
+        why = e.strerror or str(e).splitlines()[0]
+        advice = 'free space there or choose another folder, and start again: whole files are kept'
+        raise AerecError(f'{folder}: the lists cannot be written ({why}); {advice}') from None
 
 def make_shards(r:Recommender, missing:list, # of (path, first user, users)
                 k:int, exclude_seen:bool, now:float, progress=None # function(users done)

@@ -177,7 +177,8 @@ def _unpack(arrays):
     for key,array in arrays.items():
         name,_,part = key.partition('.')
         if part == 'data':
-            shape, indices, indptr = tuple(arrays[f'{name}.shape'].tolist()), arrays[f'{name}.indices'], arrays[f'{name}.indptr']
+            shape = tuple(arrays[f'{name}.shape'].tolist())
+            indices, indptr = arrays[f'{name}.indices'], arrays[f'{name}.indptr']
             check_csr(indptr, indices, shape, name)
             m = values[name] = sparse.csr_matrix((array, indices, indptr), shape=shape)
             m.has_sorted_indices = m.has_canonical_format = True
@@ -296,7 +297,9 @@ def register_model(name: str, # how settings and `create_model` will call it
                    target,    # 'module:class', or the class itself
                   ):
     "Add a model of your own, or replace one."
-    if ':' in check_name(name, 'model'): raise AerecError(f"model '{name}': a registered name has no colon; a class in a file of the project needs no registration")
+    if ':' in check_name(name, 'model'):
+        why = 'a registered name has no colon; a class in a file of the project needs no registration'
+        raise AerecError(f"model '{name}': {why}")
     if isinstance(target, str) and target.count(':') != 1: raise AerecError(f"model '{name}': {target!r} is not 'module:class'")
     _MODELS[name] = target
 

@@ -297,7 +297,7 @@ def _write_manifest(folder: Path) -> None:
 def _history_arrays(r: Recommender) -> dict:  # name -> array
     "Return histories, dislikes, popularity and item features as arrays for safetensors."
     h, times = _by_row(r.histories, r.times)
-    disliked = csr_matrix(r.negatives, dtype=bool)
+    disliked = csr_matrix(r.negatives, dtype=bool, copy=True)
     disliked.sum_duplicates()
     disliked.eliminate_zeros()
     arrays = {
@@ -320,9 +320,8 @@ def _by_row(h: csr_matrix, times) -> tuple:  # the same matrix with sorted rows,
     if h.has_sorted_indices:
         return h, times
     order = np.lexsort((h.indices, np.repeat(np.arange(h.shape[0]), np.diff(h.indptr))))
-    return csr_matrix(
-        (h.data[order], h.indices[order], h.indptr), shape=h.shape
-    ), None if times is None else np.asarray(times)[order]
+    ordered = csr_matrix((h.data[order], h.indices[order], h.indptr), shape=h.shape)
+    return ordered, None if times is None else np.asarray(times)[order]
 
 
 def _feature_arrays(features) -> dict:
@@ -357,11 +356,17 @@ def pack_zip(folder:Path, # a bundle
              path:Path # file to write
             ) -> Path: # the file
     "Pack a bundle into one zip; the same bundle gives the same bytes."
-    with _disk_errors('zip', path), _Files(folder, folder) as files, atomic_path(path) as p, zipfile.ZipFile(p, 'w', zipfile.ZIP_STORED) as z:
+    with (
+        _disk_errors('zip', path),
+        _Files(folder, folder) as files,
+        atomic_path(path) as p,
+        zipfile.ZipFile(p, 'w', zipfile.ZIP_STORED) as z,
+    ):
         for name in sorted({*_FILES, *_OPTIONAL, *_SEALS} & set(files.stats())):
             about = zipfile.ZipInfo(name) # its time is 1980
             about.create_system, about.external_attr = 3, (stat.S_IFREG | 0o644) << 16
-            with files.open(name) as source, z.open(about, 'w', force_zip64=True) as target: shutil.copyfileobj(source, target, 2**20)
+            with files.open(name) as source, z.open(about, 'w', force_zip64=True) as target:
+                shutil.copyfileobj(source, target, _CHUNK)
     return Path(path)
 
 def _wrong_member(m:zipfile.ZipInfo, seen:set) -> str|None:
@@ -387,7 +392,9 @@ def unpack_zip(path:Path, # of a zipped bundle
             members, seen = z.infolist(), set()
             for m in members:
                 wrong = _wrong_member(m, seen)
-                if wrong: raise AerecError(f'bundle {path}: {ascii(m.orig_filename)[:80]} {wrong}; take the bundle from its source again')
+                if wrong:
+                    name = ascii(m.orig_filename)[:80]
+                    raise AerecError(f'bundle {path}: {name} {wrong}; take the bundle from its source again')
                 seen.add(m.filename)
                 if m.filename.endswith(('.json', '.md', '.sha256')) and m.file_size > _SMALL: raise AerecError(f'bundle {path}: {m.filename} has {m.file_size/2**20:,.1f} MiB, and may have {_SMALL/2**20:g}')
             _check_size(path, sum(m.file_size for m in members), limit_mib)
@@ -1544,10 +1551,12 @@ class _FileHistory:
         with _registry_errors(self.uri), self.engine.connect() as db: return [_Row(*row) for row in db.execute(found)]
 
     def add(self, **row): # -> seq
-        with _registry_errors(self.uri), self.engine.begin() as db: return db.execute(self.table.insert().values(model=self.model, **row)).inserted_primary_key[0]
+        with _registry_errors(self.uri), self.engine.begin() as db:
+            return db.execute(self.table.insert().values(model=self.model, **row)).inserted_primary_key[0]
 
     def finish(self, seq) -> None:
-        with _registry_errors(self.uri), self.engine.begin() as db: db.execute(self.marks.insert().prefix_with('OR IGNORE').values(seq=seq))
+        with _registry_errors(self.uri), self.engine.begin() as db:
+            db.execute(self.marks.insert().prefix_with('OR IGNORE').values(seq=seq))
 
 class _ServerHistory:
     "The history in tags of the registered model on a server."
@@ -1574,8 +1583,8 @@ class Registry:
         bundles_dir:Path, # where registered bundles are kept
         name:str='aerec', # of the registered model
         promoters=(), # who may promote: names, or a function of an alias that gives them; empty: anyone
-        policy=None, # `PackagingSettings`, or a function of an alias that gives them: gates, limits and keys; None: the defaults
-        settings=None # function of an alias that gives the `Settings` of its environment, which judge plugins; None: as configured
+        policy=None, # `PackagingSettings`, or a function of an alias that gives them: gates, limits, keys; None: defaults
+        settings=None # function of an alias that gives the `Settings` which judge plugins; None: as configured
     ):
         if not re.fullmatch(r'[\w .-]{1,200}', name): raise AerecError(f"packaging.model_name {name!r}: use letters, digits, blanks and . _ - only")
         self.uri, self.bundles_dir, self.name, self.promoters = uri, Path(bundles_dir).absolute(), name, promoters
@@ -1586,7 +1595,9 @@ class Registry:
         with self._alone():
             if own is not None: _check_registry_file(self._file)
             self._mlflow = _Client(uri)
-            with _registry_errors(uri, 'nothing answers there as an MLflow registry does'): known = any(m.name == name for m in self._mlflow._client.search_registered_models(f"name = '{name}'"))
+            with _registry_errors(uri, 'nothing answers there as an MLflow registry does'):
+                found = self._mlflow._client.search_registered_models(f"name = '{name}'")
+            known = any(m.name == name for m in found)
             if not known: self._mlflow.create_registered_model(name, None, 'Bundles of aerec_nb')
             self._log = _FileHistory(self._file, name) if own is not None else _ServerHistory(self._mlflow, name)
             self._settle()
@@ -1605,7 +1616,9 @@ class Registry:
         relative = uri.removeprefix('sqlite:///')
         if relative != uri and not Path(relative).is_absolute(): uri = f'sqlite:///{project_dir()/relative}'
         def of(alias): return settings if alias in (settings.env, None) else load_settings(alias)
-        return cls(uri, var/'bundles', settings.packaging.model_name, lambda alias: of(alias).packaging.promoters, lambda alias: of(alias).packaging, of)
+        def promoters(alias): return of(alias).packaging.promoters
+        def policy(alias): return of(alias).packaging
+        return cls(uri, var/'bundles', settings.packaging.model_name, promoters, policy, of)
 
     @property
     def _on_server(self): return self.uri.startswith(('http://', 'https://'))
@@ -1733,7 +1746,8 @@ def _copy_files(folder:Path, target:Path) -> None:
     target.mkdir()
     with _Files(folder, folder) as files:
         for name in {*_FILES, *_OPTIONAL, *_SEALS} & set(files.stats()):
-            with files.open(name) as source, open(target/name, 'xb') as copied: shutil.copyfileobj(source, copied, _CHUNK)
+            with files.open(name) as source, open(target/name, 'xb') as copied:
+                shutil.copyfileobj(source, copied, _CHUNK)
 
 def _keep_signature(bundle:Path, target:Path, checked:bool) -> bool:
     "Give a kept copy the signature of the same bundle: where it has none, or where this one was verified."
@@ -1764,7 +1778,12 @@ def _upload(registry:Registry, kept:Path, id:str) -> tuple: # (source, id of the
 def _upload_again(registry:Registry, version, kept:Path) -> None:
     "Put a bundle that was signed in the place of the one on the server."
     client = mlflow_module('mlflow.tracking').MlflowClient(registry.uri, registry.uri)
-    with _registry_errors(registry.uri, 'the server does not take the bundle'), tempfile.TemporaryDirectory() as d, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+    with (
+        _registry_errors(registry.uri, 'the server does not take the bundle'),
+        tempfile.TemporaryDirectory() as d,
+        redirect_stderr(io.StringIO()),
+        redirect_stdout(io.StringIO()),
+    ):
         client.log_artifact(version.run_id, str(pack_zip(kept, Path(d)/f'{kept.name}.zip')))
 
 @patch
@@ -1774,7 +1793,9 @@ def sign(self:Registry, version, # a registered version, or an alias
     "Sign the bundle of a version; its identity and its version stay the same."
     folder = self.resolve(version)
     with self._alone(): id = sign_bundle(folder, key)
-    if self._on_server: _upload_again(self, next(v for v in self.versions() if v.tags.get('bundle', '')[:16] == folder.name), folder)
+    if self._on_server:
+        registered = next(v for v in self.versions() if v.tags.get('bundle', '')[:16] == folder.name)
+        _upload_again(self, registered, folder)
     return f'{self.name}: version {version} is signed by the key {id}'
 
 def _download(registry:Registry, version, id:str) -> None:
@@ -1881,7 +1902,8 @@ def promote(self:Registry, version:int, # a registered version
     if self.current(alias) == version:
         self._load_sound(version, alias)
         return Moved(f'{self.name}: {alias} is version {version} already')
-    gates = self.check_gates(version, alias) if alias in self.policy(alias).gated_aliases else self._load_sound(version, alias) and None
+    gated = alias in self.policy(alias).gated_aliases
+    gates = self.check_gates(version, alias) if gated else self._load_sound(version, alias) and None
     with self._alone():
         self._settle()
         self.resolve(version) # it may have been archived meanwhile
@@ -1966,10 +1988,11 @@ def _about(self:Registry, version) -> dict: # what -> value
     "What a version is, by its card and its files."
     folder = self.resolve(version)
     id, contents = _verify(folder, folder, LoadPolicy(self.policy(None).bundle_limit_mib), keep=True)
-    files, card = {name: (sha256_bytes(data), len(data)) for name,data in contents.items()}, _parse_document(contents['card.json'], 'card.json')
+    card = _parse_document(contents['card.json'], 'card.json')
     _check_card(card)
+    files = {f'file {name}': f'{sha256_bytes(data)[:16]}, {len(data):,} bytes' for name,data in sorted(contents.items())}
     card = {k: v for k,v in card.items() if k not in ('metrics', 'slices', 'comparison', 'limitations')}
-    return {'bundle': id[:16], 'MiB': round(_mib(folder), 3), **{k: v for k,v in _flat(card).items()}, **{f'file {name}': f'{sha256[:16]}, {n:,} bytes' for name,(sha256,n) in sorted(files.items())}}
+    return {'bundle': id[:16], 'MiB': round(_mib(folder), 3)} | _flat(card) | files
 
 @patch
 def show(self:Registry, version # a registered version, or an alias

@@ -1470,7 +1470,9 @@ def _cmd_models(args) -> int:
     from aerec_nb.packaging import Registry, key_id, new_signing_key
     if args.what == 'new-key':
         private, public = new_signing_key()
-        print(f'private key, secret, for AEREC_PACKAGING__SIGNING_KEY where bundles are packed: {private}\npublic key, for AEREC_BUNDLE_KEYS or packaging.bundle_keys where they are loaded: {public}\nid of the key: {key_id(public)}')
+        print(f'private key, secret, for AEREC_PACKAGING__SIGNING_KEY where bundles are packed: {private}')
+        print(f'public key, for AEREC_BUNDLE_KEYS or packaging.bundle_keys where they are loaded: {public}')
+        print(f'id of the key: {key_id(public)}')
         return 0
     settings = load_settings(args.env)
     registry = Registry.from_settings(settings)
@@ -1489,7 +1491,9 @@ def _cmd_models(args) -> int:
         _show(table, args)
         return 0 if (table.result == 'ok').all() else 1
     elif args.what == 'sign':
-        if settings.packaging.signing_key is None: raise AerecError('there is no key to sign with: make a pair with aerec models new-key, and set AEREC_PACKAGING__SIGNING_KEY')
+        if settings.packaging.signing_key is None:
+            advice = 'make a pair with aerec models new-key, and set AEREC_PACKAGING__SIGNING_KEY'
+            raise AerecError(f'there is no key to sign with: {advice}')
         print(registry.sign(version(args.version), settings.packaging.signing_key))
     elif args.what == 'archive': print(registry.archive(number(args.version), by=args.by, why=args.why))
     elif args.what == 'rollback': print(registry.rollback(args.alias, by=args.by, why=args.why))

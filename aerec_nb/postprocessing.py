@@ -819,7 +819,9 @@ def _step_of_file(name:str) -> Step:
         made = plugin_module(name, 'postprocessing.steps')
         function = getattr(made, own, None)
         found = next((s for r in registries for s in r.values() if s.function is function), None)
-        if found is None: raise AerecError(f"postprocessing.steps names '{name}', but {Path(made.__file__).name} registers no step '{own}': put @step('{own}') over its function")
+        if found is None:
+            advice = f"put @step('{own}') over its function"
+            raise AerecError(f"postprocessing.steps names '{name}', but {Path(made.__file__).name} registers no step '{own}': {advice}")
         return found
     finally:
         for r,kept in zip(registries, before): r.clear(); r.update(kept)
@@ -887,7 +889,8 @@ class Chain:
     def with_bans(self, banned # ids, or a `BanList`
                  ): # -> Chain
         "The same chain with more banned items."
-        return Chain(self.steps, (), self.catalogue, self.options, self.seed, [*self.bans, banned if hasattr(banned, 'refresh') else BanList(banned)], self._found)
+        bans = [*self.bans, banned if hasattr(banned, 'refresh') else BanList(banned)]
+        return Chain(self.steps, (), self.catalogue, self.options, self.seed, bans, self._found)
 
     @property
     def spec(self) -> dict: # plain data
@@ -910,14 +913,18 @@ def _check_spec(spec:dict) -> None:
         if not holds: raise AerecError(f'chain.json: {why}')
 
     check(isinstance(spec, dict), 'it holds no chain')
-    steps, options, seed, banned = spec.get('steps'), spec.get('options', {}), spec.get('seed', 0), spec.get('banned_items')
+    steps, options, seed = spec.get('steps'), spec.get('options', {}), spec.get('seed', 0)
+    banned = spec.get('banned_items')
     check(isinstance(steps, list) and len(steps) <= 100, 'steps must be a list of at most 100 names')
     for name in steps: check_name(name, 'chain.json: step')
     check(len(set(steps)) == len(steps), 'steps names a step twice')
-    check(isinstance(options, dict) and all(isinstance(given, dict) for given in options.values()), 'options must have a dict of parameters for each step')
+    has_dicts = isinstance(options, dict) and all(isinstance(given, dict) for given in options.values())
+    check(has_dicts, 'options must have a dict of parameters for each step')
     for name in options: check_name(name, 'chain.json: options of step')
-    check(isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63, 'seed must be a whole number of at least 0')
-    check(isinstance(banned, list) and all(isinstance(id, (int, str)) for id in banned), 'banned_items must be a list of ids')
+    is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
+    check(is_seed, 'seed must be a whole number of at least 0')
+    has_ids = isinstance(banned, list) and all(isinstance(id, (int, str)) for id in banned)
+    check(has_ids, 'banned_items must be a list of ids')
 
 # %% ../nbs/04a_postprocessing.ipynb #a5567e47
 @patch
