@@ -865,7 +865,7 @@ def explore(candidates:Candidates, request:Request, *,
     k, rng = request.k, _generator(request, (request.chain.seed if request.chain else 0) if seed is None else seed)
     slots = [s for s in sorted(set(slots)) if s <= min(k, len(candidates)) and candidates.sources[s-1] not in ('pin', 'promotion')]
     end = min(k+pool, len(candidates))
-    likely = relevance(candidates.scores[k:end])
+    likely = relevance(candidates.scores[k:end]) if temperature else None
     order, propensity, sources = np.arange(len(candidates)), np.ones(len(candidates)), candidates.sources.copy()
     for n,slot in enumerate(slots):
         cards, drawn, chosen = np.arange(k+n, end, len(slots)), rng.random(), rng.random()

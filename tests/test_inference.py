@@ -95,7 +95,7 @@ def answering():
     return world(create_model('ease', lam=20.), 0, chain=Chain(steps, ['i5'], None, options))[0]
 
 
-@settings(max_examples=10_000 if STRESS else 200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10_000 if STRESS else 100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(given=st.dictionaries(st.sampled_from(ARGUMENTS), ANYTHING, min_size=1, max_size=4), how=st.sampled_from(['recommend', 'popular', 'rank', 'similar_items', 'each']), what=ANYTHING)
 def test_any_arguments_give_a_list_of_finite_numbers_or_an_error_of_one_line(answering, given, how, what):
     begin, r = time.perf_counter(), answering
