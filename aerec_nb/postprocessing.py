@@ -190,6 +190,7 @@ def _as_moments(column:pd.Series) -> np.ndarray:
             years = (numbers >= 1000) & (numbers <= 3000)
             return np.where(years, (np.nan_to_num(numbers).astype(np.int64)-1970).clip(-970, 1030).astype('datetime64[Y]').astype('datetime64[s]').astype(np.float64), numbers) \
                 if (years | np.isnan(numbers)).all() else numbers
+        if values.dtype == object: values = values.map(lambda v: str(v) if isinstance(v, (int, float)) else v, na_action='ignore') # pandas reads numbers among texts as epochs
         parsed = pd.to_datetime(values, errors='coerce', utc=True, format='ISO8601')
         wrong = values[parsed.isna() & values.notna()]
         if len(wrong): raise AerecError(f"the items' column '{column.name}' has no dates: {preview(str(wrong.iloc[0]))} is neither one such as 2020-01-31, nor seconds since 1970")
