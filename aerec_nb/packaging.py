@@ -33,7 +33,7 @@ from .configuration import AerecError, PackagingSettings, current_settings, exce
 from .inference import Recommender, Segments, load_recommender
 from .modeling import check_csr, restore_model, save_model
 from .postprocessing import Chain
-from .runs import alone, atomic_path, mlflow_module, read_json, read_manifest, sha256_bytes, sha256_file, sha256_json, versions as package_versions, write_json, write_parquet
+from .runs import FileError, alone, atomic_path, mlflow_module, read_json, read_manifest, sha256_bytes, sha256_file, sha256_json, versions as package_versions, write_json, write_parquet
 from .validation import gini, list_metrics
 
 # %% ../nbs/05_packaging.ipynb #edead49c
@@ -173,6 +173,8 @@ def _disk_errors(
     "Report in one line a disk that is full, or that may not be written or read."
     try:
         yield
+    except FileError:
+        raise  # it names the file and what to do already
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = 'free space there, or choose another folder' if full else 'choose a folder that you may use'

@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest
 import sqlalchemy as sa
 from conftest import ROOT, variables
 from aerec_nb import events
-from aerec_nb.configuration import AerecError, default_settings
+from aerec_nb.configuration import AerecError, default_settings, load_settings
 from aerec_nb.events import (
     KEY_FILE,
     EventLog,
@@ -519,17 +519,23 @@ def test_processes_that_delete_at_once_share_one_key(tmp_path):
     assert (tmp_path / KEY_FILE).stat().st_mode & 0o777 == 0o600 and not list(tmp_path.glob('.erasure*'))
 
 
-def test_the_key_of_deleted_users(tmp_path):
-    secret, settings = 'x' * 20, lambda **more: default_settings(var_dir=str(tmp_path), **more)
-    log = EventLog.from_settings(settings(erasure_key=secret))
+def test_the_key_of_deleted_users(tmp_path, monkeypatch):
+    def settings(key=None):
+        monkeypatch.delenv('AEREC_EVENTS__ERASURE_KEY', raising=False)
+        if key:
+            monkeypatch.setenv('AEREC_EVENTS__ERASURE_KEY', key)
+        return load_settings('test', var_dir=str(tmp_path))
+
+    secret = 'x' * 20
+    log = EventLog.from_settings(settings(secret))
     log.append([new_event('feedback', user_id='ann')])
     assert log.delete_user('ann') == 1 and not (tmp_path / KEY_FILE).exists()
     with pytest.raises(AerecError, match='erasure key .* cannot be used'):
         EventLog.from_settings(settings())
     with pytest.raises(AerecError, match='another erasure key'):
-        EventLog.from_settings(settings(erasure_key='y' * 20))
+        EventLog.from_settings(settings('y' * 20))
     with pytest.raises(AerecError, match='too short'):
-        EventLog.from_settings(settings(erasure_key='short'))
+        EventLog.from_settings(settings('short'))
     with pytest.raises(AerecError, match='too short'):
         EventLog(tmp_path / 'events.db', b'short')
     plain = EventLog(tmp_path / 'events.db')  # may be read without the key
