@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from .blocklist import BanList
 from .configuration import AerecError
 from .id_lists import read_ids
-from .limits import Deadline
+from .limits import Deadline, DeadlineExceeded
 from .runs import alone, atomic_path
 
 # %% ../nbs/05c_service_state.ipynb #ba699ae4
@@ -95,10 +95,12 @@ class RequestThreads:
         work,  # function()
         deadline: Deadline = None,  # what `work` looks at; None: it takes no time worth stopping
     ):  # -> what `work` gives back
-        "Run work in a thread; it ends, or is not begun, where the caller gives up."
+        "Run work in a thread; it ends, or is not begun, where the caller gives up; raises `TimeoutError` at the deadline."
         future = asyncio.wrap_future(self._pool.submit(work))
         try:
             return await future
+        except DeadlineExceeded:
+            raise TimeoutError from None
         finally:
             if deadline is not None:
                 deadline.expire()

@@ -845,7 +845,7 @@ def _list_of(state:State, live:Live, id:str, ask, user_id, k, page, dry_run, arm
     try:
         before = shown_before(page) if page else []
         answer = ask(live.recommender, k, before)
-    except DeadlineExceeded: raise TimeoutError from None
+    except DeadlineExceeded: raise # it is an AerecError too
     except BlocklistUnavailable: return _no_blocklist(id), about
     except UnknownUser as e: return problem(404, str(e), id), about
     except AerecError as e: return problem(422, str(e), id), about
@@ -1148,7 +1148,7 @@ def _answer_batch(state:State, request:Request, live:Live, asked:list, deadline:
     try:
         before = [shown_before(q.page) if q.page else [] for q in asked]
         answers = live.recommender.recommend_each([_wishes(q, f'{id}.{n}', k, b) for n,(q,k,b) in enumerate(zip(asked, ks, before))], deadline=deadline)
-    except DeadlineExceeded: raise TimeoutError from None
+    except DeadlineExceeded: raise # it is an AerecError too
     except BlocklistUnavailable: return _no_blocklist(id)
     except UnknownUser as e: return problem(404, str(e), id)
     except AerecError as e: return problem(422, str(e), id)
