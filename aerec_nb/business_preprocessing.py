@@ -11,7 +11,7 @@ __all__ = ['OFF', 'RULES', 'SCALES', 'Verdict', 'register_rule', 'codes_of', 'se
            'preview_stage', 'describe_preview', 'is_on']
 
 # %% ../nbs/01a_business_preprocessing.ipynb #0b09c015
-import importlib.util, inspect, re, sys, tempfile, types
+import importlib.util, inspect, re, tempfile
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .configuration import AerecError, RuleSettings, own_file, project_dir
+from .configuration import AerecError, RuleSettings, exception_line, own_file, own_object, project_dir
 from .data_import import feedback_of
 from .id_lists import read_ids
 from .runs import Run, on_engine, read_json, sha256_bytes, sha256_file, write_json, write_parquet
@@ -322,26 +322,8 @@ def decay(
 
 # %% ../nbs/01a_business_preprocessing.ipynb #8f6a9810
 def _rule_of_file(name):
-    "The function, from the file as it is now: what runs is what was hashed."
-    path, (module, function) = own_file(name, 'rules.rules'), name.split(':')
-    made = types.ModuleType(f"_aerec_rules_{module.replace('.', '_')}")
-    made.__file__, made.__package__ = str(path), module.rpartition('.')[0]
-    sys.modules[made.__name__] = made
-    sys.path.insert(0, str(project_dir()))
-    try: exec(compile(path.read_bytes(), str(path), 'exec'), made.__dict__)
-    except Exception as e: raise AerecError(f"rules.rules names '{name}', and {path.name} cannot be run: {_said(e, path)}") from None
-    finally: sys.path.remove(str(project_dir()))
-    if not callable(getattr(made, function, None)): raise AerecError(f"rules.rules names '{name}', but {path.name} has no function {function}")
-    return getattr(made, function)
-
-def _said(error, path=None):
-    "An exception in one line, with the line of the file it came from."
-    trace, line = error.__traceback__, getattr(error, 'lineno', None) if isinstance(error, SyntaxError) else None
-    while trace is not None:
-        if path is None or trace.tb_frame.f_code.co_filename == str(path): line = line if isinstance(error, SyntaxError) else trace.tb_lineno
-        trace = trace.tb_next
-    what = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
-    return f'{type(error).__name__}: {what[0] if what else ""}'.rstrip(': ') + (f' (line {line})' if line and path else '')
+    "Load the function of a plugin, as its file is now: what runs is what was hashed."
+    return own_object(name, 'rules.rules')
 
 # %% ../nbs/01a_business_preprocessing.ipynb #d6dfd022
 def _is_ours(function):
@@ -493,9 +475,9 @@ class _Step:
     verdict: Verdict
     reweighed: bool       # did it change weights?
 
-def _walk(ratings, rules):
+def _walk(ratings, rules, scale):
     "Apply one rule after the other and yield what each leaves; rules that are off are passed over."
-    steps = _steps(rules, _knobs(rules) | dict(scale=_check_frame(ratings, rules)))
+    steps = _steps(rules, _knobs(rules) | dict(scale=scale))
     left = ratings.reset_index(drop=True)
     left = left.assign(weight=(left['count'] if 'count' in left else left.weight if 'weight' in left else pd.Series(1, left.index)).astype(np.float32))
     yield _Step('ratings', left, np.array([], np.int64), False, Verdict(None, 'as imported'), False)
@@ -516,7 +498,7 @@ def _ask(name, function, arguments, left):
     "A rule's answer; what it raises becomes one line that names it."
     try: return function(left.copy(deep=False), **arguments)
     except AerecError: raise
-    except Exception as e: raise AerecError(f'rule {name} failed: {_said(e, inspect.getsourcefile(function) if inspect.isfunction(function) else None)}') from e
+    except Exception as e: raise AerecError(f'rule {name} failed: {exception_line(e, inspect.getsourcefile(function) if inspect.isfunction(function) else None)}') from e
 
 def _check_frame(ratings, rules):
     "The scale of the ratings, after a look at whether the rules fit them."
@@ -531,9 +513,10 @@ def _check_frame(ratings, rules):
 # %% ../nbs/01a_business_preprocessing.ipynb #8b9fa780
 def _cascade(ratings, rules, tolerant=False):
     "The waterfall, the rows that are left, and the dropped positions of each rule; stops where nothing is left."
+    scale = _check_frame(ratings, rules)
     users, items = codes_of(ratings.user_id), codes_of(ratings.item_id)
     n, report, gone, before = len(ratings), [], [], {}
-    for step in _walk(ratings, rules):
+    for step in _walk(ratings, rules, scale):
         rows = step.left.index.to_numpy()
         now = dict(rows=len(rows), users=_distinct(users, rows), items=_distinct(items, rows)) if len(step.dropped) or not report else before
         note, mean = step.verdict.note, float(step.left.weight.to_numpy().mean(dtype=np.float64)) if len(rows) else 0.

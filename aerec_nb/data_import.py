@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from .configuration import AerecError, Settings, hide_secrets, is_database, load_settings, project_dir
 from .events import COLUMNS, events_frame, events_url
-from .runs import atomic_path, on_engine, read_json, sha256_bytes, sha256_file, write_json, write_parquet
+from .runs import FileError, atomic_path, file_error, file_errors, on_engine, read_json, sha256_bytes, sha256_file, write_json, write_parquet
 
 # %% ../nbs/01_data_import.ipynb #f847b183
 def _list(names): return ', '.join(' '.join(str(n).split()) for n in names)
@@ -119,8 +119,7 @@ def _layout(head, encoding, whole, where, positions):
     blank = next((i for i, line in enumerate(lines) if line.strip()), None)
     if blank is None: raise AerecError(f'{where}: the file is empty (no header in its first line)')
     sep = _separator([line for line in lines[blank:blank+20] if line.strip()])
-    try: fields = [f.strip() for f in _fields(lines[blank], sep)]
-    except csv.Error as e: raise AerecError(f'{where}: the first line cannot be read ({e})') from None
+    fields = [f.strip() for f in _fields(lines[blank], sep)]
     headless = len(fields) > 1 and all(re.fullmatch(r'-?\d+(\.\d+)?', v) for v in fields[:1 if sep == '::' else 2])
     if headless: names = [*positions, *(f'column_{i}' for i in range(len(positions), len(fields)))][:len(fields)]
     else: names = [f or f'unnamed_{i}' for i, f in enumerate(fields)]
@@ -690,7 +689,9 @@ def write_handover(
     if len(problems := _problems(df, typed, found)): raise _refusal(problems, where, len(df), ON_BAD[:1])
     for c in ('timestamp', 'ingested_at'):
         if c in typed: typed[c] = pd.to_datetime(typed[c], unit='s', utc=True)
-    table = pyarrow.Table.from_pandas(pd.concat([typed, df.drop(columns=list(found))], axis=1), preserve_index=False)
+    try: table = pyarrow.Table.from_pandas(pd.concat([typed, df.drop(columns=list(found))], axis=1), preserve_index=False)
+    except (OverflowError, pyarrow.ArrowException) as e:
+        raise AerecError(f'{where}: a column fits no type of Parquet ({_first_line(e)}); convert its values to one type') from None
     kinds = {c: _contract_type(table.field(c).type) for c in found if _HANDOVER[c][0] == _ID}
     if not set(kinds.values()) <= set(_ID): raise AerecError(f'{where}: ids are {_list(kinds.values())}; the contract wants {" or ".join(_ID)}')
     schema = handover_schema(list(found), **kinds)
@@ -949,7 +950,7 @@ def unpack(
 def _need_room(folder, n_bytes):
     "Refuse to begin what does not fit on the disk."
     free = shutil.disk_usage(folder).free
-    if n_bytes > free: raise OSError(errno.ENOSPC, f'no room on the disk: {n_bytes/1e6:,.0f} MB are needed, {free/1e6:,.0f} MB are free')
+    if n_bytes > free: raise FileError(f'no room on the disk: {n_bytes/1e6:,.0f} MB are needed, {free/1e6:,.0f} MB are free', errno.ENOSPC)
 
 # %% ../nbs/01_data_import.ipynb #d4660595
 @dataclass
@@ -1047,7 +1048,8 @@ def _why(error):
     "What went wrong, in a few words without secrets."
     if isinstance(error, urllib.error.HTTPError): return f'{error.code} {error.reason}'
     if isinstance(error, http.client.IncompleteRead): return 'the connection ended too early'
-    if getattr(error, 'errno', None) in _FULL and 'MB' not in str(error): return 'no room on the disk for it'
+    refused = file_error(error)
+    if refused is not None: return str(refused)
     reason = getattr(error, 'reason', error)
     return hide_secrets(getattr(reason, 'strerror', None) or str(reason).splitlines()[0] if str(reason) else type(error).__name__)
 
@@ -1239,6 +1241,7 @@ def _try_fetch(folder, title, fetch, timeout, insist=False):
     try: fetch(folder, timeout)
     except Exception as e:
         why = _why(e)
+        if file_error(e) is not None: return why # of this machine and not of the source: the next try may find it mended
         try:
             cache.mkdir(parents=True, exist_ok=True)
             write_json(cache/'attempts.json', _attempts(cache) | {title: dict(time=time.time(), why=why)})
@@ -1322,7 +1325,7 @@ class Database:
                 if sqlite: c.exec_driver_sql('PRAGMA query_only=ON')
                 yield c
         except sa.exc.SQLAlchemyError as e: raise AerecError(f'{self.name}: {self._said(e)}') from None
-        except UnicodeError: raise AerecError(f'{self.name}: the answer holds text that is not in the encoding of the database') from None
+        except UnicodeError as e: raise AerecError(f'{self.name}: the query or the answer holds text that the database cannot encode ({_first_line(e)})') from None
         finally: engine.dispose()
 
     def _no_driver(self):
@@ -1506,7 +1509,8 @@ def _from_url(url, dataset_dir, timeout):
     folder, shown = Path(dataset_dir)/'.cache'/f'url-{sha256_bytes(url.encode())[:12]}', hide_secrets(url)
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or shown
     if not folder.is_dir():
-        try: _fetch_into(folder, url, timeout, progress=name)
+        try:
+            with file_errors(folder): _fetch_into(folder, url, timeout, progress=name)
         except AerecError: raise
         except (OSError, ValueError, http.client.HTTPException) as e:
             kept = ' (what came is kept, and the next try goes on from there)' if any((folder.parent/'.parts').glob(f'{folder.name}-*.part')) else ''
@@ -2088,8 +2092,12 @@ def _set_apart(large, maybe, found, on_bad, n):
     good[row-1] = False
     bad, all_seen = _set_aside(problems, raw).assign(row=row), len(raw) == len(rows)
     if len(bad) and (on_bad == 'raise' or not good.any() or not all_seen):
-        error = _refusal(problems.assign(row=row), large.where, n)
-        raise error if all_seen else BadRows(f'{error} (only the first {len(raw):,} such rows were looked at: too many to set aside)', error.problems)
+        problems = problems.assign(row=row)
+        error = _refusal(problems, large.where, n)
+        if not all_seen:
+            error = AerecError(f'{error} (only the first {len(raw):,} such rows were checked: too many to set aside)')
+            error.problems = problems
+        raise error
     return bad, good
 
 def check_large(

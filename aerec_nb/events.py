@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLUMNS', 'MAX_ID', 'MIN_TIME', 'MAX_CLOCK_LEAD_S', 'KEY_FILE', 'MIN_KEY_LENGTH', 'logger', 'SPARE_BYTES',
-           'SCHEMA', 'new_event', 'check_event', 'LogErrorCode', 'EventLogUnavailable', 'error_code', 'parse_key',
-           'derive_key', 'read_key', 'make_key', 'hash_user', 'ErasedUsers', 'Guard', 'Watchdog', 'sqlite_url',
-           'sqlite_path', 'open_engine', 'EventLog', 'FeedbackBatch', 'newest_per_user', 'Feedback', 'events_frame',
-           'anchored_url', 'events_url', 'save_events', 'load_events', 'simulated_reaction']
+           'QUICK_CHECK_BYTES', 'SCHEMA', 'new_event', 'check_event', 'LogErrorCode', 'EventLogUnavailable',
+           'error_code', 'parse_key', 'derive_key', 'read_key', 'make_key', 'hash_user', 'ErasedUsers', 'Guard',
+           'Watchdog', 'sqlite_url', 'sqlite_path', 'open_engine', 'EventLog', 'FeedbackBatch', 'newest_per_user',
+           'events_frame', 'anchored_url', 'events_url', 'save_events', 'load_events', 'simulated_reaction']
 
 # %% ../nbs/00b_events.ipynb #6ad74732
-import hashlib, json, logging, math, os, secrets, socket, sqlite3, threading, time, uuid
+import errno, hashlib, json, logging, math, os, secrets, socket, sqlite3, threading, time, uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -69,7 +68,8 @@ def _plausible_time(value, now:float) -> float:
     when = _number('time', value)
     if when is None: return now
     if when > now + MAX_CLOCK_LEAD_S:
-        raise AerecError(f'event: time {when!r} is more than a day ahead of the clock of the server. Give seconds since 1970 in UTC, not milliseconds')
+        raise AerecError(f'event: time {when!r} is more than a day ahead of the clock of the server. '
+                         'Give seconds since 1970 in UTC, not milliseconds')
     if when < MIN_TIME: raise AerecError(f'event: time {when!r} is before 1990-01-01. Give seconds since 1970 in UTC')
     return when
 
@@ -122,10 +122,12 @@ _MEANINGS = {
     LogErrorCode.READ_ONLY: 'it cannot be written. Make it writable',
     LogErrorCode.PERMISSION: 'it cannot be opened. Check that it is there and that this user may read and write it',
     LogErrorCode.INPUT_OUTPUT: 'reading or writing failed. Check the disk',
-    LogErrorCode.MISSING: 'it was deleted or moved. Stop the service, restore the log, and start again; without it a new log is made',
+    LogErrorCode.MISSING: 'it was deleted or moved. Stop the service, restore the log, and start again; '
+                          'without it a new log is made',
     LogErrorCode.REPLACED: 'another log is in its place. Stop the service, put the right log there, and start again',
     LogErrorCode.DAMAGED: 'it is damaged or no event log. Stop the service and restore it from a backup',
-    LogErrorCode.SCHEMA: 'its tables are missing or those of another program. Restore it, or name another database in events.events_url',
+    LogErrorCode.SCHEMA: 'its tables are missing or those of another program. Restore it, '
+                         'or name another database in events.events_url',
     LogErrorCode.CONNECTION: 'the database cannot be reached. Check events.events_url and that the server runs',
     LogErrorCode.OTHER: 'the database refused the call',
 }
@@ -133,14 +135,43 @@ _MEANINGS = {
 # %% ../nbs/00b_events.ipynb #b8815a99
 _SQLITE_CODES = {
     sqlite3.SQLITE_ERROR: LogErrorCode.SCHEMA, # no such table or column: the statements themselves never change
-    sqlite3.SQLITE_BUSY: LogErrorCode.LOCKED, sqlite3.SQLITE_LOCKED: LogErrorCode.LOCKED, sqlite3.SQLITE_FULL: LogErrorCode.FULL,
-    sqlite3.SQLITE_READONLY: LogErrorCode.READ_ONLY, sqlite3.SQLITE_PERM: LogErrorCode.PERMISSION, sqlite3.SQLITE_CANTOPEN: LogErrorCode.PERMISSION,
-    sqlite3.SQLITE_AUTH: LogErrorCode.PERMISSION, sqlite3.SQLITE_IOERR: LogErrorCode.INPUT_OUTPUT,
-    sqlite3.SQLITE_CORRUPT: LogErrorCode.DAMAGED, sqlite3.SQLITE_NOTADB: LogErrorCode.DAMAGED}
-_POSTGRES_CODES = {
-    '57014': LogErrorCode.TIMEOUT, '25P03': LogErrorCode.TIMEOUT, '55P03': LogErrorCode.LOCKED, '53100': LogErrorCode.FULL, '25006': LogErrorCode.READ_ONLY,
-    '42501': LogErrorCode.PERMISSION, '28': LogErrorCode.PERMISSION, '3D000': LogErrorCode.MISSING, 'XX001': LogErrorCode.DAMAGED, 'XX002': LogErrorCode.DAMAGED,
-    '42': LogErrorCode.SCHEMA, '3F': LogErrorCode.SCHEMA, '08': LogErrorCode.CONNECTION, '57P': LogErrorCode.CONNECTION, '53': LogErrorCode.CONNECTION}
+    sqlite3.SQLITE_BUSY: LogErrorCode.LOCKED,
+    sqlite3.SQLITE_LOCKED: LogErrorCode.LOCKED,
+    sqlite3.SQLITE_FULL: LogErrorCode.FULL,
+    sqlite3.SQLITE_READONLY: LogErrorCode.READ_ONLY,
+    sqlite3.SQLITE_PERM: LogErrorCode.PERMISSION,
+    sqlite3.SQLITE_AUTH: LogErrorCode.PERMISSION,
+    sqlite3.SQLITE_CANTOPEN: LogErrorCode.PERMISSION,
+    sqlite3.SQLITE_IOERR: LogErrorCode.INPUT_OUTPUT,
+    sqlite3.SQLITE_CORRUPT: LogErrorCode.DAMAGED,
+    sqlite3.SQLITE_NOTADB: LogErrorCode.DAMAGED,
+}
+_POSTGRES_CODES = { # SQLSTATE, or the class of it
+    '57014': LogErrorCode.TIMEOUT, # statement_timeout
+    '25P03': LogErrorCode.TIMEOUT, # idle_in_transaction_session_timeout
+    '55P03': LogErrorCode.LOCKED,
+    '53100': LogErrorCode.FULL,
+    '25006': LogErrorCode.READ_ONLY,
+    '42501': LogErrorCode.PERMISSION,
+    '28': LogErrorCode.PERMISSION,
+    '3D000': LogErrorCode.MISSING,
+    'XX001': LogErrorCode.DAMAGED,
+    'XX002': LogErrorCode.DAMAGED,
+    '42': LogErrorCode.SCHEMA,
+    '3F': LogErrorCode.SCHEMA,
+    '08': LogErrorCode.CONNECTION,
+    '57P': LogErrorCode.CONNECTION,
+    '53': LogErrorCode.CONNECTION,
+}
+_SYSTEM_CODES = {
+    errno.ENOSPC: LogErrorCode.FULL,
+    errno.EDQUOT: LogErrorCode.FULL,
+    errno.EFBIG: LogErrorCode.FULL,
+    errno.EROFS: LogErrorCode.READ_ONLY,
+    errno.EACCES: LogErrorCode.PERMISSION,
+    errno.EPERM: LogErrorCode.PERMISSION,
+    errno.ENOENT: LogErrorCode.MISSING,
+}
 
 def error_code(error:Exception # of SQLAlchemy, of a driver, or of the system
               ) -> LogErrorCode:
@@ -151,7 +182,8 @@ def error_code(error:Exception # of SQLAlchemy, of a driver, or of the system
         code = getattr(cause, 'sqlite_errorcode', 0) # errors of the module itself have none
         if code == sqlite3.SQLITE_IOERR_SHORT_READ: return LogErrorCode.DAMAGED
         return _SQLITE_CODES.get(code & 0xff, LogErrorCode.OTHER)
-    if isinstance(cause, OSError): return LogErrorCode.PERMISSION if isinstance(cause, PermissionError) else LogErrorCode.INPUT_OUTPUT
+
+    if isinstance(cause, OSError): return _SYSTEM_CODES.get(cause.errno, LogErrorCode.INPUT_OUTPUT)
     if not isinstance(error, sa.exc.DBAPIError): return LogErrorCode.OTHER
     state = getattr(cause, 'sqlstate', None) # of psycopg; none where the server said nothing
     if state is None: return LogErrorCode.CONNECTION
@@ -162,7 +194,9 @@ def _tables() -> sa.MetaData:
     "Define the tables of the log."
     meta = sa.MetaData()
     number = sa.BigInteger().with_variant(sa.Integer, 'sqlite')
-    sa.Table('events_meta', meta, sa.Column('name', sa.String(40), primary_key=True), sa.Column('value', sa.Text, nullable=False))
+    sa.Table('events_meta', meta,
+        sa.Column('name', sa.String(40), primary_key=True),
+        sa.Column('value', sa.Text, nullable=False))
     sa.Table('erased_users', meta,
         sa.Column('seq', number, primary_key=True, autoincrement=True),
         sa.Column('user_hash', sa.String(64), nullable=False),
@@ -174,10 +208,14 @@ def _tables() -> sa.MetaData:
         sa.Column('event_id', sa.String(MAX_ID), nullable=False, unique=True),
         sa.Column('kind', sa.String(20), nullable=False),
         sa.Column('time', sa.Double, nullable=False, index=True),
-        sa.Column('request_id', sa.String(MAX_ID)), sa.Column('user_id', sa.String(MAX_ID)), sa.Column('item_id', sa.String(MAX_ID)),
-        sa.Column('value', sa.Double), sa.Column('payload', sa.Text, nullable=False), sa.Column('simulated', sa.Boolean, nullable=False),
-        sa.Column('received_at', sa.Double, index=True), # nullable: the version before may still write to a log that was migrated
-        sqlite_autoincrement=True) # a number is never given again, so that a reader who continues from a number misses nothing
+        sa.Column('request_id', sa.String(MAX_ID)),
+        sa.Column('user_id', sa.String(MAX_ID)),
+        sa.Column('item_id', sa.String(MAX_ID)),
+        sa.Column('value', sa.Double),
+        sa.Column('payload', sa.Text, nullable=False),
+        sa.Column('simulated', sa.Boolean, nullable=False),
+        sa.Column('received_at', sa.Double, index=True), # nullable: the version before may still write
+        sqlite_autoincrement=True) # a number is never given again: a reader who continues from a number misses nothing
     is_feedback = events.c.kind == 'feedback'
     sa.Index('ix_events_feedback', events.c.seq, sqlite_where=is_feedback, postgresql_where=is_feedback)
     return meta
@@ -196,7 +234,9 @@ def parse_key(text:str # 64 hexadecimal digits, as in a key file, or a secret of
 def derive_key(secret:bytes # at least 16 bytes
               ) -> bytes: # 32 bytes
     "Return the erasure key made from a secret; raises `AerecError`."
-    if len(secret) < MIN_KEY_LENGTH: raise AerecError(f'the erasure key is too short: give at least {MIN_KEY_LENGTH} characters in AEREC_EVENTS__ERASURE_KEY')
+    if len(secret) < MIN_KEY_LENGTH:
+        raise AerecError(f'the erasure key is too short: give at least {MIN_KEY_LENGTH} characters, '
+                         'see AEREC_EVENTS__ERASURE_KEY')
     return hashlib.blake2b(secret, digest_size=32, person=b'aerec key').digest()
 
 def read_key(path:Path) -> bytes:
@@ -214,7 +254,7 @@ def make_key(path:Path) -> bytes: # the key in the file, by whichever process it
             file.write(secrets.token_hex(32) + '\n')
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileExistsError): os.link(temporary, path) # unlike a renaming, it never replaces the key of another process
+        with suppress(FileExistsError): os.link(temporary, path) # never replaces the key of another process
     finally: temporary.unlink(missing_ok=True)
     return read_key(path)
 
@@ -267,7 +307,8 @@ class ErasedUsers:
 
     def has_many(self, user_ids) -> np.ndarray: # bool, one of each id
         "Tell which users were deleted."
-        return np.fromiter((self.has(user_id) for user_id in user_ids), bool, len(user_ids)) if self.times else np.zeros(len(user_ids), bool)
+        if not self.times: return np.zeros(len(user_ids), bool)
+        return np.fromiter(map(self.has, user_ids), bool, len(user_ids))
 
     def __len__(self): return len(self.times)
 
@@ -330,7 +371,8 @@ def sqlite_url(path:str|Path # a file
 def sqlite_path(address:sa.URL) -> Path|None: # None: another database, one in memory, or one named by a URI of SQLite
     "Return the file of a SQLite database."
     name = address.database or ':memory:'
-    return Path(name).absolute() if address.get_backend_name() == 'sqlite' and name != ':memory:' and not name.startswith('file:') else None
+    if address.get_backend_name() != 'sqlite' or name == ':memory:' or name.startswith('file:'): return None
+    return Path(name).absolute()
 
 def _listen_sqlite(engine:sa.Engine, timeout_s:float) -> None:
     "Set what every SQLite connection of the log must have."
@@ -339,11 +381,15 @@ def _listen_sqlite(engine:sa.Engine, timeout_s:float) -> None:
         for pragma in pragmas: connection.execute(f'PRAGMA {pragma}').close()
     sa.event.listen(engine, 'connect', connected)
 
+def _timeout_statement(seconds:float, local:bool) -> str:
+    "Return the statement that sets how long one statement may take; 0: as long as it takes."
+    return f"SELECT set_config('statement_timeout', '{round(1000*seconds)}', {str(local).lower()})"
+
 def _listen_postgres(engine:sa.Engine, watchdog:Watchdog, connect_s:float, statement_s:float) -> None:
     "Set what every PostgreSQL connection of the log must have."
     def connected(connection, record):
-        record.info['guard'] = watchdog.watch(connection, connect_s) # until it is checked out: SQLAlchemy asks the first one for the version first
-        with connection.cursor() as cursor: cursor.execute(f"SELECT set_config('statement_timeout', '{round(1000*statement_s)}', false)")
+        record.info['guard'] = watchdog.watch(connection, connect_s) # until its first use: SQLAlchemy asks for the version
+        with connection.cursor() as cursor: cursor.execute(_timeout_statement(statement_s, False))
         connection.commit()
 
     def checked_out(connection, record, proxy):
@@ -377,27 +423,33 @@ def open_engine(url:str, # SQLAlchemy URL (sqlite or postgresql)
                ) -> sa.Engine: # SQLite: commits reach the disk
     "Make an engine that gives up waiting; raises `AerecError` where the URL is wrong."
     try: address = sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError): raise AerecError(f"events_url {hide_secrets(url)!r} is not a URL; write sqlite:////folder/events.db or postgresql://user@host/name") from None
+    except (sa.exc.ArgumentError, ValueError):
+        raise AerecError(f'events_url {hide_secrets(url)!r} is not a URL; '
+                         'write sqlite:////folder/events.db or postgresql://user@host/name') from None
     if address.get_backend_name() not in ('sqlite', 'postgresql'):
         raise AerecError(f'events_url: {address.get_backend_name()} is not supported; use sqlite or postgresql')
     try: driver = address.get_dialect().driver
     except (sa.exc.SQLAlchemyError, ImportError): driver = ''
-    if driver not in _DRIVERS: raise AerecError(f'events_url: the driver of {address.drivername} is not supported; use sqlite or postgresql+psycopg')
+    if driver not in _DRIVERS:
+        raise AerecError(f'events_url: driver of {address.drivername} not supported; use sqlite or postgresql+psycopg')
     pool = {'pool_size': 5, 'max_overflow': 10, 'pool_timeout': connect_timeout_s}
     try:
         if address.get_backend_name() == 'postgresql':
-            engine = sa.create_engine(address, connect_args=_postgres_arguments(address, connect_timeout_s, statement_timeout_s), **pool)
+            arguments = _postgres_arguments(address, connect_timeout_s, statement_timeout_s)
+            engine = sa.create_engine(address, connect_args=arguments, **pool)
             _listen_postgres(engine, watchdog or Watchdog(), connect_timeout_s, statement_timeout_s)
         else:
             engine = sa.create_engine(address, **(pool if sqlite_path(address) else {}))
             _listen_sqlite(engine, statement_timeout_s)
-    except ImportError as e: raise AerecError(f'cannot open {hide_secrets(address.render_as_string(hide_password=True))}: {e}') from None
+    except ImportError as e:
+        raise AerecError(f'cannot open {hide_secrets(address.render_as_string(hide_password=True))}: {e}') from None
     return engine
 
 def _postgres_arguments(address:sa.URL, connect_s:float, statement_s:float) -> dict:
     "Return the arguments of libpq that bound waiting; those of the URL take precedence."
     arguments = {'connect_timeout': max(1, math.ceil(connect_s)), 'tcp_user_timeout': round(1000*statement_s),
-                 'keepalives': 1, 'keepalives_idle': max(1, math.ceil(statement_s/2)), 'keepalives_interval': 1, 'keepalives_count': 3}
+                 'keepalives': 1, 'keepalives_idle': max(1, math.ceil(statement_s/2)), 'keepalives_interval': 1,
+                 'keepalives_count': 3}
     return {name: value for name, value in arguments.items() if name not in address.query}
 
 # %% ../nbs/00b_events.ipynb #aa786cd0
@@ -406,17 +458,19 @@ logger = logging.getLogger('aerec_nb.events')
 class EventLog:
     "Append-only log of events behind a SQLAlchemy URL (or the path of a SQLite file)."
     def __init__(self, url:str|Path, # SQLAlchemy URL, or a path
-                 erasure_key:bytes|Path=None, # secret, or key file, of the hashes of deleted users; None: the file `erasure.key`, beside a SQLite file or in var/
+                 erasure_key:bytes|Path=None, # secret, or key file; None: `erasure.key` beside a SQLite file or in var/
                  connect_timeout_s:float=3., # seconds to wait for a connection, or for the other threads that write
                  statement_timeout_s:float=5. # seconds that one statement may take
                 ):
         self.connect_timeout_s, self.statement_timeout_s = connect_timeout_s, statement_timeout_s
         self._watchdog = Watchdog()
-        self.engine = open_engine(sqlite_url(url) if isinstance(url, Path) else url, connect_timeout_s, statement_timeout_s, self._watchdog)
+        url = sqlite_url(url) if isinstance(url, Path) else url
+        self.engine = open_engine(url, connect_timeout_s, statement_timeout_s, self._watchdog)
         self.url = hide_secrets(self.engine.url.render_as_string(hide_password=True))
         self.path = sqlite_path(self.engine.url) # None: no file
         self.table, self._lock = _tables().tables['events'], threading.Lock()
-        self._insert = (sqlite if self._is_sqlite else postgresql).insert(self.table).on_conflict_do_nothing(index_elements=['event_id'])
+        insert = (sqlite if self._is_sqlite else postgresql).insert(self.table)
+        self._insert = insert.on_conflict_do_nothing(index_elements=['event_id'])
         self.log_id, self._inode, self._journal, self.is_new = None, None, None, False
         self._key, self.key_file = self._key_source(erasure_key)
         self._erased, self._erased_seq = ErasedUsers(), 0
@@ -446,7 +500,8 @@ class EventLog:
              simulated:bool=None # only simulated (True) or only real (False); None: both
             ) -> pd.DataFrame: # the columns of an event, in the order of storing; payload as dicts
         "Return events as a table."
-        found = self._where(sa.select(*(self.table.c[name] for name in COLUMNS)), kind, since, until, simulated).order_by(self.table.c.seq)
+        found = self._where(sa.select(*(self.table.c[name] for name in COLUMNS)), kind, since, until, simulated)
+        found = found.order_by(self.table.c.seq)
         return events_frame([row for part in self._parts(found) for row in part])
 
     def count(self) -> int: # events stored
@@ -471,8 +526,8 @@ class EventLog:
 @patch
 def _unavailable(self:EventLog, code:LogErrorCode, reason='') -> EventLogUnavailable:
     "Make the error that says why the log cannot be used."
-    reason = (str(reason).splitlines() or [''])[0]
-    return EventLogUnavailable(code, f'event log {self.url}: {_MEANINGS[code]}{f" ({hide_secrets(reason)})" if reason else ""}')
+    reason = hide_secrets((str(reason).splitlines() or [''])[0])
+    return EventLogUnavailable(code, f'event log {self.url}: {_MEANINGS[code]}' + (f' ({reason})' if reason else ''))
 
 @patch
 @contextmanager
@@ -485,7 +540,8 @@ def _session(self:EventLog):
             yield db, guard
     except (sa.exc.SQLAlchemyError, self.engine.dialect.dbapi.Error, OSError) as e:
         if isinstance(e, EventLogUnavailable): raise
-        raise self._unavailable(LogErrorCode.TIMEOUT if guard.expired else error_code(e), e.orig if isinstance(e, sa.exc.DBAPIError) else e) from e
+        code = LogErrorCode.TIMEOUT if guard.expired else error_code(e)
+        raise self._unavailable(code, e.orig if isinstance(e, sa.exc.DBAPIError) else e) from e
     finally: self._watchdog.release(guard)
 
 @patch(as_prop=True)
@@ -495,7 +551,8 @@ def _deadline_s(self:EventLog) -> float: return self.statement_timeout_s + .5 # 
 @contextmanager
 def _transaction(self:EventLog, checked:bool=True):
     "Begin a write transaction, alone in this process and in the database, and commit it."
-    if not self._lock.acquire(timeout=self.connect_timeout_s): raise self._unavailable(LogErrorCode.LOCKED, 'by another thread')
+    if not self._lock.acquire(timeout=self.connect_timeout_s):
+        raise self._unavailable(LogErrorCode.LOCKED, 'by another thread')
     try:
         with self._session() as (db, _):
             self._acquire_write_lock(db)
@@ -510,7 +567,8 @@ def _acquire_write_lock(self:EventLog, db) -> None:
     if self._is_sqlite: db.exec_driver_sql('BEGIN IMMEDIATE')
     else: # a writer whose network is gone must not keep the lock
         idle_ms = round(1000*(self.connect_timeout_s + self.statement_timeout_s))
-        db.exec_driver_sql(f"SELECT set_config('idle_in_transaction_session_timeout', '{idle_ms}', true), pg_advisory_xact_lock(hashtext('aerec events'))")
+        db.exec_driver_sql(f"SELECT set_config('idle_in_transaction_session_timeout', '{idle_ms}', true), "
+                           "pg_advisory_xact_lock(hashtext('aerec events'))")
 
 @patch
 def _first(self:EventLog, found):
@@ -522,8 +580,9 @@ def _first(self:EventLog, found):
 def _check_identity(self:EventLog, db) -> None:
     "Check in a write transaction that the log is the one that was opened."
     size = self._check_files(db) if self.path else None
-    meta, erased = 'SELECT value FROM events_meta WHERE name', 'SELECT max(seq) FROM erased_users'
-    log_id, known_size, self._newest_erased = db.exec_driver_sql(f"SELECT ({meta} = 'log_id'), ({meta} = 'file_size'), ({erased})").one()
+    log_id, known_size, self._newest_erased = db.exec_driver_sql(
+        "SELECT (SELECT value FROM events_meta WHERE name = 'log_id'), "
+        "(SELECT value FROM events_meta WHERE name = 'file_size'), (SELECT max(seq) FROM erased_users)").one()
     if log_id != self.log_id: raise self._unavailable(LogErrorCode.REPLACED)
     if size is not None and size != int(known_size or 0): self._check_size(db, size, int(known_size or 0))
 
@@ -532,8 +591,9 @@ def _check_files(self:EventLog, db) -> int: # bytes of the main file
     "Check that the files of SQLite are those that this connection has open."
     try: main, journal, index = (os.stat(f'{self.path}{suffix}') for suffix in ('', '-wal', '-shm'))
     except FileNotFoundError as e: raise self._unavailable(LogErrorCode.MISSING, Path(e.filename).name) from None
-    if self._journal is None: self._journal = journal.st_ino, index.st_ino # they stay the same while a connection is open
-    if (main.st_dev, main.st_ino) != self._inode or (journal.st_ino, index.st_ino) != self._journal: raise self._unavailable(LogErrorCode.REPLACED)
+    if self._journal is None: self._journal = journal.st_ino, index.st_ino # the same while a connection is open
+    found = (main.st_dev, main.st_ino), (journal.st_ino, index.st_ino)
+    if found != (self._inode, self._journal): raise self._unavailable(LogErrorCode.REPLACED)
 
     info, state = db.connection.info, (main.st_mtime_ns, main.st_size)
     if info.get('state') != state: # a checkpoint wrote to it, or something else did
@@ -545,8 +605,9 @@ def _check_files(self:EventLog, db) -> int: # bytes of the main file
 def _check_size(self:EventLog, db, size:int, known_size:int) -> None:
     "Record the size of the file; refuse one that was truncated."
     if size < known_size:
-        page_count, page_size = (db.exec_driver_sql(f'PRAGMA {name}').scalar_one() for name in ('page_count', 'page_size'))
-        if size < page_count*page_size: raise self._unavailable(LogErrorCode.DAMAGED, f'the file has {size:,} of {page_count*page_size:,} bytes') # else VACUUM made it smaller
+        pages, page_size = (db.exec_driver_sql(f'PRAGMA {name}').scalar_one() for name in ('page_count', 'page_size'))
+        if size < pages*page_size: # else VACUUM made it smaller
+            raise self._unavailable(LogErrorCode.DAMAGED, f'the file has {size:,} of {pages*page_size:,} bytes')
     self._set_meta(db, 'file_size', str(size))
 
 @patch
@@ -559,7 +620,8 @@ def _get_meta(self:EventLog, db, name:str) -> str|None:
 def _set_meta(self:EventLog, db, name:str, value:str) -> None:
     "Store a value that identifies the log."
     meta = self._tables('events_meta')
-    if not db.execute(meta.update().where(meta.c.name == name).values(value=value)).rowcount: db.execute(meta.insert().values(name=name, value=value))
+    updated = db.execute(meta.update().where(meta.c.name == name).values(value=value)).rowcount
+    if not updated: db.execute(meta.insert().values(name=name, value=value))
 
 # %% ../nbs/00b_events.ipynb #f9e21365
 SPARE_BYTES = 65_536 # that a disk must have room for
@@ -576,7 +638,7 @@ def check_writable(self:EventLog) -> None:
         with TemporaryFile(dir=self.path.parent) as file:
             file.write(bytes(SPARE_BYTES))
             file.flush()
-    except OSError as e: raise self._unavailable(LogErrorCode.FULL, e) from e
+    except OSError as e: raise self._unavailable(error_code(e), e) from e
 
 @patch
 def _read_ends(self:EventLog, db) -> None:
@@ -633,7 +695,8 @@ def _make_file(self:EventLog) -> bool: # True: it was made now
     "Make the file of a new log; wait for another process that has just made it."
     self.path.parent.mkdir(parents=True, exist_ok=True)
     journal = self.path.with_name(f'{self.path.name}-wal')
-    if not self.path.exists() and journal.exists() and journal.stat().st_size: raise self._unavailable(LogErrorCode.MISSING, f'its journal {journal.name} is still there')
+    if not self.path.exists() and journal.exists() and journal.stat().st_size:
+        raise self._unavailable(LogErrorCode.MISSING, f'its journal {journal.name} is still there')
     try:
         os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         return True
@@ -641,7 +704,8 @@ def _make_file(self:EventLog) -> bool: # True: it was made now
 
     until = time.monotonic() + self.connect_timeout_s
     while self.path.stat().st_size == 0:
-        if time.monotonic() > until: raise self._unavailable(LogErrorCode.DAMAGED, 'the file is empty; delete it to begin a new log')
+        if time.monotonic() > until:
+            raise self._unavailable(LogErrorCode.DAMAGED, 'the file is empty; delete it to begin a new log')
         time.sleep(.02)
     return False
 
@@ -649,7 +713,7 @@ def _make_file(self:EventLog) -> bool: # True: it was made now
 @patch
 def _prepare(self:EventLog, db) -> bool: # True: there was no log
     "Make and migrate the tables."
-    if not self._is_sqlite: db.exec_driver_sql("SELECT set_config('statement_timeout', '0', true)") # a migration takes as long as it takes
+    if not self._is_sqlite: db.exec_driver_sql(_timeout_statement(0, True)) # a migration takes as long as it takes
     inspector = sa.inspect(db)
     there = [name for name in (*self.table.metadata.tables, 'forgotten') if inspector.has_table(name)]
     if 'events' in there: self._check_columns(db, {column['name'] for column in inspector.get_columns('events')})
@@ -663,19 +727,28 @@ def _prepare(self:EventLog, db) -> bool: # True: there was no log
     if 'forgotten' in there: self._migrate_forgotten(db)
 
     c, now = self.table.c, time.time() # the version before writes no time of arrival
-    db.execute(self.table.update().where(c.received_at.is_(None)).values(received_at=sa.case((c.time < now, c.time), else_=now)))
-    compiled = self._insert.compile(self.engine, column_keys=[*COLUMNS, 'received_at'])
-    values = dict.fromkeys([*COLUMNS, 'received_at'])
-    db.exec_driver_sql(f'EXPLAIN {compiled}', tuple(values[name] for name in compiled.positiontup) if compiled.positional else values).close() # would an event fit in?
-    if not self._is_sqlite: db.exec_driver_sql(f"SELECT set_config('statement_timeout', '{round(1000*self.statement_timeout_s)}', true)")
+    arrived = sa.case((c.time < now, c.time), else_=now)
+    db.execute(self.table.update().where(c.received_at.is_(None)).values(received_at=arrived))
+    self._explain_insert(db)
+    if not self._is_sqlite: db.exec_driver_sql(_timeout_statement(self.statement_timeout_s, True))
     return 'events' not in there
+
+@patch
+def _explain_insert(self:EventLog, db) -> None:
+    "Let the database check, without storing it, that an event fits into the table."
+    columns = [*COLUMNS, 'received_at']
+    compiled = self._insert.compile(self.engine, column_keys=columns)
+    values = (None,)*len(columns) if compiled.positional else dict.fromkeys(columns)
+    db.exec_driver_sql(f'EXPLAIN {compiled}', values).close()
 
 @patch
 def _check_columns(self:EventLog, db, columns:set) -> None:
     "Refuse a table of another program; add the column that the version before lacks."
     lacking = [name for name in ('seq', *COLUMNS) if name not in columns]
     if lacking: raise self._unavailable(LogErrorCode.SCHEMA, f'the table events has no column {lacking[0]}')
-    if 'received_at' not in columns: db.exec_driver_sql(f'ALTER TABLE events ADD COLUMN {CreateColumn(self.table.c.received_at).compile(self.engine)}')
+    if 'received_at' not in columns:
+        column = CreateColumn(self.table.c.received_at).compile(self.engine)
+        db.exec_driver_sql(f'ALTER TABLE events ADD COLUMN {column}')
 
 @patch
 def _migrate_forgotten(self:EventLog, db) -> None:
@@ -685,26 +758,23 @@ def _migrate_forgotten(self:EventLog, db) -> None:
     if rows: key = self._registered_key(db)
     for row in rows:
         user_hash = _hash_old(key, row.who)
-        db.execute(erased.insert().values(user_hash=user_hash, salt=_crypt_salt(key, user_hash, row.salt), erased_at=row.until, n_events=row.n_events))
+        salt = _crypt_salt(key, user_hash, row.salt)
+        db.execute(erased.insert().values(user_hash=user_hash, salt=salt, erased_at=row.until, n_events=row.n_events))
     if self._is_sqlite: db.exec_driver_sql('PRAGMA secure_delete=ON').close()
     db.execute(DropTable(sa.Table('forgotten', sa.MetaData())))
 
+QUICK_CHECK_BYTES = 2**26 # a larger file is checked at the ends of its indexes only; this one takes a tenth of a second
+
 @patch
-def _quick_check(self:EventLog, seconds:float=.25) -> None:
-    "Check the pages of a SQLite file, for a short time: a small log wholly, a large one in part."
-    if self.path is None: return
-    until = time.monotonic() + seconds
-    with self._session() as (db, _):
-        connection = db.connection.dbapi_connection
-        connection.set_progress_handler(lambda: time.monotonic() > until, 10_000)
-        try: (problem,) = connection.execute('PRAGMA quick_check(1)').fetchone()
-        except sqlite3.OperationalError as e:
-            if e.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT: raise
-            problem = 'ok'
-        finally: connection.set_progress_handler(None, 0)
-    if problem != 'ok': raise self._unavailable(LogErrorCode.DAMAGED, problem)
+def _quick_check(self:EventLog) -> None:
+    "Check all pages of a SQLite file that is not large."
+    if self.path is None or os.stat(self.path).st_size > QUICK_CHECK_BYTES: return
+    with self._session() as (db, _): problem = db.exec_driver_sql('PRAGMA quick_check(1)').scalar_one()
+    if problem != 'ok': raise self._unavailable(LogErrorCode.DAMAGED, problem.splitlines()[-1])
 
 # %% ../nbs/00b_events.ipynb #e7a95227
+_KEY_VARIABLE = 'AEREC_EVENTS__ERASURE_KEY'
+
 @patch
 def _key_source(self:EventLog, given:bytes|Path|None) -> tuple: # key or None, file or None
     "Say where the erasure key comes from; it is read when it is needed."
@@ -720,21 +790,30 @@ def _read_key(self:EventLog, make:bool) -> bytes:
     if self._key is not None: return self._key
     try: self._key = make_key(self.key_file) if make and not self.key_file.exists() else read_key(self.key_file)
     except (OSError, ValueError) as e:
-        raise EventLogUnavailable(LogErrorCode.ERASURE_KEY, f'event log {self.url}: the erasure key {self.key_file} cannot be used ({e}). Restore it, or set AEREC_EVENTS__ERASURE_KEY') from e
+        advice = 'Make room for it there' if make else 'Restore it'
+        text = f'the erasure key {self.key_file} cannot be used ({e}). {advice}, or set {_KEY_VARIABLE}'
+        raise self._key_error(text) from e
     return self._key
+
+@patch
+def _key_error(self:EventLog, text:str) -> EventLogUnavailable:
+    "Make the error that says what is wrong with the erasure key."
+    return EventLogUnavailable(LogErrorCode.ERASURE_KEY, f'event log {self.url}: {text}')
 
 @patch
 def _checked_key(self:EventLog, db) -> bytes:
     "Return the key; refuse one with which no user of this log was deleted."
     key = self._read_key(make=False)
     if hash_user(key, '') != self._get_meta(db, 'key_check'):
-        raise EventLogUnavailable(LogErrorCode.ERASURE_KEY, f'event log {self.url}: users were deleted with another erasure key. Restore that key in {self.key_file or "AEREC_EVENTS__ERASURE_KEY"}')
+        place = self.key_file or _KEY_VARIABLE
+        raise self._key_error(f'users were deleted with another erasure key. Restore that key in {place}')
     return key
 
 @patch
 def _registered_key(self:EventLog, db) -> bytes:
     "Return the key for a deletion; the first one makes it."
-    if self._get_meta(db, 'key_check') is None: self._set_meta(db, 'key_check', hash_user(self._read_key(make=True), ''))
+    if self._get_meta(db, 'key_check') is None:
+        self._set_meta(db, 'key_check', hash_user(self._read_key(make=True), ''))
     return self._checked_key(db)
 
 @patch
@@ -769,13 +848,17 @@ def newest_per_user(user_ids:np.ndarray, # in the order of storing
     kept[order] = newer < n
     return kept
 
-_FEEDBACK_TYPES = {'seq': np.int64, 'user_id': object, 'item_id': object, 'value': float, 'payload': object, 'time': float, 'received_at': float, 'simulated': bool}
+_FEEDBACK_TYPES = {'seq': np.int64, 'user_id': object, 'item_id': object, 'value': float, 'payload': object,
+                   'time': float, 'received_at': float, 'simulated': bool}
 
-def _feedback_arrays(rows:list, known:dict) -> dict: # rows in the order of `_FEEDBACK_TYPES`; payload text -> type, is added to
-    "Turn rows into an array of each column of `FeedbackBatch`."
-    arrays = {name: np.array([row[n] for row in rows], kind) for n, (name, kind) in enumerate(_FEEDBACK_TYPES.items())} # zip(*rows) makes an iterator of each row
+def _feedback_arrays(rows:list, # in the order of `_FEEDBACK_TYPES`
+                     known:dict # payload text -> type; new ones are added
+                    ) -> dict: # column of `FeedbackBatch` -> array
+    "Turn rows into columns; equal payloads are parsed once."
+    arrays = {name: np.array([row[n] for row in rows], kind) # zip(*rows) is slower: it makes an iterator of each row
+              for n, (name, kind) in enumerate(_FEEDBACK_TYPES.items())}
     payloads = arrays.pop('payload').tolist()
-    for text in set(payloads).difference(known): known[text] = str(json.loads(text).get('type', 'feedback')) # equal texts are parsed once
+    for text in set(payloads).difference(known): known[text] = str(json.loads(text).get('type', 'feedback'))
     return arrays | {'type': np.array([known[text] for text in payloads], object)}
 
 def _joined(batches:list) -> FeedbackBatch: # of dicts
@@ -794,7 +877,8 @@ def feedback_since(self:EventLog, seq:int=0, # the last number that was seen; 0:
     if since is not None and seq == 0: # by the index, what arrived before is not even read
         first = self._first(sa.select(sa.func.min(c.seq)).where(c.received_at >= since))
         seq = 0 if first is None else first - 1
-    found = sa.select(*(c[name] for name in _FEEDBACK_TYPES)).where(c.kind == 'feedback', c.seq > seq).order_by(c.seq).limit(limit)
+    found = sa.select(*(c[name] for name in _FEEDBACK_TYPES)).where(c.kind == 'feedback', c.seq > seq)
+    found = found.order_by(c.seq).limit(limit)
 
     batches, known, last = [], {}, seq
     for rows in self._parts(found): # arrays of each part: 300,000 tuples at once would keep the garbage collector busy
@@ -809,27 +893,6 @@ def feedback_since(self:EventLog, seq:int=0, # the last number that was seen; 0:
     kept = newest_per_user(batch.user_id, max_per_user)
     return FeedbackBatch(**{name: values[kept] for name, values in vars(batch).items()}), last
 
-# %% ../nbs/00b_events.ipynb #66389795
-class Feedback(NamedTuple):
-    "What a user did with an item."
-    seq:int # number in the log
-    time:float # UTC seconds
-    user_id:str
-    item_id:str
-    value:float|None # 1 for a click, the stars of a rating
-    type:str # of the payload: 'click', 'rating', ...; 'feedback' where it has none
-    simulated:bool
-
-@patch
-def ratings_since(self:EventLog, seq:int=0, # as in `feedback_since`
-                  limit:int=100_000, # as in `feedback_since`
-                  simulated:bool=None # as in `read`
-                 ) -> tuple: # list of `Feedback` in the order of storing, number to continue from
-    "Return feedback that is newer than what was seen, as one tuple of each event."
-    batch, last = self.feedback_since(seq, limit, simulated)
-    columns = [getattr(batch, name).tolist() for name in Feedback._fields]
-    return [row._replace(value=None) if row.value != row.value else row for row in map(Feedback, *columns)], last
-
 # %% ../nbs/00b_events.ipynb #4d3e587c
 @patch
 def delete_user(self:EventLog, user_id, # whose events are removed
@@ -842,7 +905,8 @@ def delete_user(self:EventLog, user_id, # whose events are removed
     with self._transaction() as db: # what is appended after this one is new
         user_hash = hash_user(self._registered_key(db), user_id)
         last = db.execute(sa.select(sa.func.max(c.seq))).scalar() or 0
-        line = db.execute(erased.insert().values(user_hash=user_hash, erased_at=now, n_events=0)).inserted_primary_key[0]
+        inserted = db.execute(erased.insert().values(user_hash=user_hash, erased_at=now, n_events=0))
+        line = inserted.inserted_primary_key[0]
 
     seqs, requests = self._scan(last, (c.seq, c.request_id), c.user_id == user_id)
     requests = sorted(set(requests) - {None})
@@ -858,7 +922,8 @@ def prune(self:EventLog, older_than:float, # UTC seconds, clock of the server
          ) -> int: # events removed
     "Remove events that arrived before a time."
     c = self.table.c
-    with self._session() as (db, _): seqs = db.execute(sa.select(c.seq).where(c.received_at < older_than, c.kind.in_(list(kinds)))).scalars().all()
+    found = sa.select(c.seq).where(c.received_at < older_than, c.kind.in_(list(kinds)))
+    with self._session() as (db, _): seqs = db.execute(found).scalars().all()
     n = self._remove(seqs)
     if n: self._empty_journal()
     return n
@@ -876,7 +941,9 @@ def _scan(self:EventLog, last:int, columns:tuple, *conditions, step:int=100_000)
 @patch
 def _in_list(self:EventLog, column, values:list):
     "Make the condition that a column has one of many values, as one parameter."
-    if self._is_sqlite: return column.in_(sa.select(sa.func.json_each(json.dumps(values)).table_valued('value').c.value))
+    if self._is_sqlite:
+        listed = sa.func.json_each(json.dumps(values)).table_valued('value')
+        return column.in_(sa.select(listed.c.value))
     return column == sa.any_(sa.literal(values, postgresql.ARRAY(sa.String)))
 
 @patch
@@ -894,16 +961,27 @@ def _empty_journal(self:EventLog) -> None:
     "Empty the journal of SQLite, which still has what was deleted."
     if self.path is None: return
     with self._session() as (db, _): busy = db.exec_driver_sql('PRAGMA wal_checkpoint(TRUNCATE)').one()[0]
-    if busy: raise self._unavailable(LogErrorCode.LOCKED, 'the events were deleted, but they are still in its journal: a reader uses it. Delete the user again')
+    if busy:
+        text = 'the events were deleted, but a reader keeps them in the journal. Delete again'
+        raise self._unavailable(LogErrorCode.LOCKED, text)
 
 # %% ../nbs/00b_events.ipynb #8d876326
 @patch
 def _without_erased(self:EventLog, db, rows:list) -> list:
     "Leave out request events that were made before their user was deleted, and were written late."
-    if not self._newest_erased or not any(row['kind'] == 'request' and row['user_id'] is not None for row in rows): return rows
+    if not self._newest_erased or not any(map(_is_user_request, rows)): return rows
     if self._newest_erased > self._erased_seq: self._erased, self._erased_seq = self._read_erased(db, 0)
-    def is_late(row): return row['kind'] == 'request' and row['user_id'] is not None and row['time'] <= (self._erased.erased_at(row['user_id']) or -math.inf)
-    return [row for row in rows if not is_late(row)]
+    return [row for row in rows if not (_is_user_request(row) and self._made_before_erasure(row))]
+
+def _is_user_request(row:dict) -> bool:
+    "Tell whether an event is the request of a user."
+    return row['kind'] == 'request' and row['user_id'] is not None
+
+@patch
+def _made_before_erasure(self:EventLog, row:dict) -> bool:
+    "Tell whether the service made an event before its user was deleted."
+    erased_at = self._erased.erased_at(row['user_id'])
+    return erased_at is not None and row['time'] <= erased_at
 
 @patch
 def _read_erased(self:EventLog, db, seq:int) -> tuple: # `ErasedUsers`, number to continue from
@@ -919,11 +997,6 @@ def erased_since(self:EventLog, seq:int=0 # the last number that was seen; 0: fr
                 ) -> tuple: # `ErasedUsers`, number to continue from
     "Return who was deleted since."
     with self._session() as (db, _): return self._read_erased(db, seq)
-
-@patch
-def forgotten_since(self:EventLog, seq:int=0) -> tuple: # as `erased_since`
-    "Return who was deleted since."
-    return self.erased_since(seq)
 
 # %% ../nbs/00b_events.ipynb #df8a2c83
 SCHEMA = pa.schema([('seq', pa.int64()), ('event_id', pa.string()), ('kind', pa.string()), ('time', pa.float64()), ('request_id', pa.string()), ('user_id', pa.string()),
@@ -947,7 +1020,8 @@ def chunks(self:EventLog, kind:str=None, # as in `read`
 def _parts(self:EventLog, found, rows:int=50_000):
     "Yield lists of rows; the deadline holds for each list, and not while the caller works on one."
     with self._session() as (db, guard):
-        parts = self._sqlite_parts(db, found, rows) if self._is_sqlite else db.execution_options(yield_per=rows).execute(found).partitions()
+        if self._is_sqlite: parts = self._sqlite_parts(db, found, rows)
+        else: parts = db.execution_options(yield_per=rows).execute(found).partitions()
         for part in parts:
             guard.deadline = math.inf
             yield part

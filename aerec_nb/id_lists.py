@@ -6,16 +6,20 @@
 __all__ = ['read_ids']
 
 # %% ../nbs/00c_id_lists.ipynb #56240527
+import codecs
 import csv
 import re
 from pathlib import Path
 
 from .configuration import AerecError
 from .data_import import NAMES
+from .limits import preview
 
 # %% ../nbs/00c_id_lists.ipynb #c6c974db
+_MARKS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 _COMMENT = re.compile(r'(?:^|(?<=\s))#(?=\s|$).*')  # a lone '#' and what follows it
 _UNCLEAR = re.compile(r'\s#\S')  # an id with a '#' in it, or an id and a comment?
+_QUOTED = re.compile(r'"([^"]*)"(?:\s+#(?:\s.*)?)?')  # an id in quotes, with or without a comment
 _INVISIBLE = '\ufeff\u200b\u200c\u200d\u2060'  # characters without width that str.strip() keeps
 
 
@@ -28,43 +32,63 @@ def _strip(text: str) -> str:
     return text
 
 
+def _decode(data: bytes, where: str) -> str:
+    "Decode a text by its byte order mark, or as UTF-8."
+    encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), 'utf-8')
+    try:
+        text = data.decode(encoding)
+        if encoding in ('utf-16', 'utf-32') and not any(c.isascii() for c in text):  # damaged bytes often decode as rare letters
+            raise UnicodeDecodeError(encoding, data, 0, len(data), 'no ASCII character')
+        return text
+    except UnicodeDecodeError as e:
+        line = data.count(b'\n', 0, e.start) + 1
+        raise AerecError(f'{where}, line {line}: not {encoding.upper().removesuffix("-SIG")} text; save it as UTF-8') from None
+
+
 def _read_lines(path: Path, where: str) -> list:  # of str
-    "Read the lines of a UTF-8 text, with or without a byte order mark."
+    "Read the lines of a text."
     try:
         data = Path(path).read_bytes()
     except OSError as e:
         raise AerecError(f'{where}: {e.strerror or e}; correct the path, or leave the setting out') from None
     if not data:
         raise AerecError(f"{where}: the file is empty (0 bytes); restore it, or write a line '# none' to say that it names nothing")
-    try:
-        text = data.decode('utf-8-sig')
-    except UnicodeDecodeError as e:
-        line = e.object.count(b'\n', 0, e.start) + 1
-        raise AerecError(f'{where}, line {line}: not UTF-8 text; save it as UTF-8') from None
+    text = _decode(data, where)
     if '\0' in text:
         line = text.count('\n', 0, text.index('\0')) + 1
         raise AerecError(f'{where}, line {line}: a zero character; the file is damaged, restore it')
-    return re.split(r'\r\n|\r|\n', text)
+    return [_strip(line) for line in re.split(r'\r\n|\r|\n', text)]
 
 # %% ../nbs/00c_id_lists.ipynb #16f1246b
-def _ids_of_text(lines: list, where: str) -> list:  # of str, '' for a line without an id
-    "Read one id a line."
+def _without_comment(line: str) -> str:
+    "Remove a comment and the blanks before it."
+    return _strip(_COMMENT.sub('', line))
+
+
+def _ids_of_text(lines: list, where: str) -> list:  # of str
+    "Read one id a line; `lines` has (number, line)."
     ids = []
-    for n, line in enumerate(map(_strip, lines), 1):
-        if len(line) > 1 and line[0] == line[-1] == '"':
-            ids.append(line[1:-1])
+    for n, line in lines:
+        quoted = _QUOTED.fullmatch(line)
+        if quoted or len(line) > 1 and line[0] == line[-1] == '"':
+            ids.append(quoted[1] if quoted else line[1:-1])
             continue
-        line = _strip(_COMMENT.sub('', line))
+        line = _without_comment(line)
         if _UNCLEAR.search(line):
-            raise AerecError(f"{where}, line {n}: {line[:80]!r} may be an id, or an id and a comment; write '# ' before a comment, or put the id in quotes")
+            raise AerecError(f"{where}, line {n}: {preview(line)} may be an id, or an id and a comment; write '# ' before a comment, or put the id in quotes")
         ids.append(line)
     return ids
 
 
-def _cells(line: str) -> list:  # of str
-    "Split a line of a table at its most frequent separator: tab, semicolon or comma."
-    found = next(csv.reader([line], delimiter=max('\t;,', key=line.count)), [])
-    return [_strip(cell) for cell in found]
+def _separator(header: str) -> str:
+    "Return the most frequent separator of a header; one that no text has where there is one column."
+    most = max('\t;,', key=header.count)
+    return most if most in header else '\x1f'
+
+
+def _cells(line: str, separator: str) -> list:  # of str
+    "Split a line of a table."
+    return [_strip(cell) for cell in next(csv.reader([line], delimiter=separator), [])]
 
 
 def _plain(name: str) -> str:
@@ -73,21 +97,37 @@ def _plain(name: str) -> str:
 
 
 def _ids_of_table(lines: list, column: str, where: str) -> list:  # of str
-    "Read one column of a table."
-    header = _cells(lines[0])
-    names = {_plain(name) for name in NAMES[column]}
+    "Read one column of a table; `lines` has (number, line), the header first."
+    (first, line), *rows = lines
+    separator = _separator(line)
+    header, names = _cells(line, separator), {_plain(name) for name in NAMES[column]}
     at = next((i for i, name in enumerate(header) if _plain(name) in names), None)
     if at is None:
-        raise AerecError(f"{where}, line 1: no column {column} among {', '.join(header) or 'none'}; a table needs a header that names it")
+        raise AerecError(f"{where}, line {first}: no column {column} among {preview(header)}; a table needs a header that names it")
+    if len(header) == 1:
+        return _ids_of_text(rows, where)
     ids = []
-    for n, line in enumerate(lines[1:], 2):
-        if not _strip(line):
-            continue
-        cells = _cells(line)
+    for n, line in rows:
+        cells = _cells(line, separator)
         if len(cells) <= at or not cells[at]:
             raise AerecError(f'{where}, line {n}: no {column} in it; fill it in, or remove the line')
+        if any(cells[len(header):]):
+            raise AerecError(f'{where}, line {n}: {len(cells)} cells, but the header has {len(header)}; put a cell that has a separator in quotes')
         ids.append(cells[at])
     return ids
+
+
+def _is_table(path: Path, lines: list, column: str, where: str) -> bool:
+    "Tell whether the first line is a header."
+    if Path(path).suffix.lower() in ('.csv', '.tsv'):
+        return True
+    n, line = lines[0]
+    header = [_plain(name) for name in _cells(line, _separator(line))]
+    if _plain(column) in header:
+        return True
+    if len(header) > 1 and not {_plain(name) for name in NAMES[column]}.isdisjoint(header):
+        raise AerecError(f'{where}, line {n}: {preview(line)} looks like the header of a table; call the column {column}, or call the file .csv')
+    return False
 
 # %% ../nbs/00c_id_lists.ipynb #bf9701c1
 def read_ids(
@@ -98,11 +138,12 @@ def read_ids(
 ) -> list:  # ids as text, each once, in the order of the file
     "Read the ids in a list file; raises `AerecError` naming file and line."
     where = f'{setting} {path}'
-    lines = _read_lines(path, where)
-    is_table = Path(path).suffix.lower() in ('.csv', '.tsv') or column in _cells(lines[0])
-    ids = _ids_of_table(lines, column, where) if is_table else _ids_of_text(lines, where)
-    if not any(ids) and not may_be_empty:
-        raise AerecError(f'{where}: there is no id in it; write one a line, or leave the setting out')
-    if not any(ids) and not any(map(_strip, lines)):
+    numbered = list(enumerate(_read_lines(path, where), 1))
+    lines = [(n, line) for n, line in numbered if line and _without_comment(line)]
+    if not lines and not any(line for _, line in numbered):
         raise AerecError(f"{where}: there is nothing in it; restore it, or write a line '# none' to say that it names nothing")
-    return list(dict.fromkeys(id for id in ids if id))
+    is_table = lines and _is_table(path, lines, column, where)
+    ids = [id for id in (_ids_of_table(lines, column, where) if is_table else _ids_of_text(lines, where)) if id]
+    if not ids and not may_be_empty:
+        raise AerecError(f'{where}: there is no id in it; write one a line, or leave the setting out')
+    return list(dict.fromkeys(ids))

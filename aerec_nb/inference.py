@@ -11,6 +11,7 @@ __all__ = ['PRIOR', 'MAX_ID_TEXT', 'MAX_USERS', 'UnknownUser', 'Recommendations'
 
 # %% ../nbs/04_inference.ipynb #d13a59be
 import html, math, os, threading, time, uuid
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -179,7 +180,7 @@ def _plain(value): # -> text, number or bool; None for a number that JSON does n
 
 def _columns_of(table:pd.DataFrame) -> list: # (name, values)
     "The columns of the items besides title and genres, in plain types; None where nothing is known."
-    return [(str(c), [None if none else _plain(v) for v,none in zip(table[c].tolist(), table[c].isna())]) for c in table if c not in ('item_id', 'title', 'genres', 'popularity')]
+    return [(str(c), [None if none else _plain(v) for v,none in zip(table[c].tolist(), table[c].isna())]) for c in table if c not in ('item_id', 'title', 'genres')]
 
 def _lined_up(item_table, index:IdIndex) -> pd.DataFrame:
     "Item information in the order of the vocabulary; None where there is none."
@@ -401,19 +402,27 @@ def contributions(
     deadline: Deadline = None,  # None: it may take any time
 ) -> np.ndarray:  # float32 [n_history, n_shown]
     "Compute what each item of a history adds to each score: the item's own part of a sum, otherwise what leaving it out changes."
+    return np.concatenate([np.empty((0, len(shown)), np.float32), *_contribution_blocks(model, items, weights, shown, deadline)])
+
+
+def _contribution_blocks(model, items, weights, shown, deadline):  # yields float32 [some of the history, n_shown]
+    "Compute contributions of some items of the history at a time; a block takes some milliseconds."
     n, n_items = len(items), model.n_items
-    n_rows = max(1, min(2**22//n_items, n if model.additive else 2**17//max(1, n)))  # a block takes some milliseconds
+    n_rows = max(1, min(2**22//max(n_items, len(shown)), n if model.additive else 2**17//max(1, n)))
     whole = 0 if model.additive else model.score(_row(items, weights, n_items))[0, shown]
-    added = np.zeros((n, len(shown)), np.float32)
     for start in range(0, n, n_rows):
-        if deadline is not None:
-            deadline.check()
+        _check(deadline)
         of = np.arange(start, min(n, start+n_rows))
         if model.additive:
-            added[of] = model.score(csr_matrix((weights[of], items[of], np.arange(len(of)+1)), shape=(len(of), n_items)))[:, shown]
+            yield model.score(csr_matrix((weights[of], items[of], np.arange(len(of)+1)), shape=(len(of), n_items)))[:, shown]
         else:
-            added[of] = whole - model.score(_leaving_out(of, items, weights, n_items))[:, shown]
-    return added
+            yield whole - model.score(_leaving_out(of, items, weights, n_items))[:, shown]
+
+
+def _check(deadline: Deadline) -> None:
+    "Raise `DeadlineExceeded` where the time is over."
+    if deadline is not None:
+        deadline.check()
 
 
 def _leaving_out(positions: np.ndarray, items: np.ndarray, weights: np.ndarray, n_items: int) -> csr_matrix:  # [len(positions), n_items]
@@ -423,14 +432,33 @@ def _leaving_out(positions: np.ndarray, items: np.ndarray, weights: np.ndarray, 
     return csr_matrix((weights, items, np.arange(len(positions)+1)*(n-1)), shape=(len(positions), n_items))
 
 
-def _say_why(r, shown, items, weights, deadline) -> None:
-    "Give each item its reasons, and a sentence."
-    added = contributions(r.model, items, weights, r.item_index.numbers([item['item_id'] for item in shown]), deadline)
-    limit = np.finfo(np.float32).max
-    added = np.nan_to_num(added, nan=0., posinf=limit, neginf=-limit) # a model that is sure has infinite scores
-    for item,column in zip(shown, added.T):
-        best = [n for n in np.argsort(-column, kind='stable')[:3] if column[n] > 0]
-        item['reasons'] = [{'item_id': r.items[items[n]], 'title': r._titles[items[n]], 'contribution': float(column[n])} for n in best]
+def _largest(blocks, n_columns: int, n: int = 3) -> tuple:  # values float32 [n, n_columns], rows int [n, n_columns]
+    "Find the largest values of each column, largest first, of equals the first; missing ones are 0."
+    limit, columns, start = np.finfo(np.float32).max, np.arange(n_columns), 0
+    values, rows = np.zeros((n, n_columns), np.float32), np.full((n, n_columns), -1)
+    for block in blocks:
+        together, before = np.concatenate([values, np.nan_to_num(block, nan=0., posinf=limit, neginf=-limit)]), rows.copy()  # a model that is sure has infinite scores
+        for place in range(n):
+            at = together.argmax(0)
+            values[place], rows[place] = together[at, columns], np.where(at < n, before[np.minimum(at, n-1), columns], start+at-n)
+            together[at, columns] = -np.inf
+        start += len(block)
+    return values, rows
+
+
+def _add_reasons(
+    r: Recommender,
+    shown: list,  # items of the list; each gets reasons and a sentence
+    items: np.ndarray,  # item numbers of the history
+    weights: np.ndarray,  # of the history
+    deadline: Deadline,  # None: it may take any time
+) -> None:
+    "Name the three items of the history that add most to each score."
+    numbers = r.item_index.numbers([item['item_id'] for item in shown])
+    values, rows = _largest(_contribution_blocks(r.model, items, weights, numbers, deadline), len(shown))
+    for item, added, positions in zip(shown, values.T.tolist(), rows.T.tolist()):
+        reasons = [(items[n], value) for n, value in zip(positions, added) if value > 0]
+        item['reasons'] = [{'item_id': r.items[i], 'title': r._titles[i], 'contribution': value} for i, value in reasons]
         named = [str(reason['title'] if isinstance(reason['title'], str) else reason['item_id']) for reason in item['reasons']]
         item['why'] = 'because of ' + ', '.join(named[:-1]) + (' and ' if len(named) > 1 else '') + named[-1] if named else 'nothing in the history speaks for it'
 
@@ -488,12 +516,6 @@ def recommend_each(
             if isinstance(f, AerecError):
                 raise type(f)(f'request {n}: {f}') from None
     return found
-
-
-def _check(deadline) -> None:
-    "Raise `DeadlineExceeded` where the time is over."
-    if deadline is not None:
-        deadline.check()
 
 
 def _scores_of_each(r: Recommender, asked: dict, deadline):  # yields (number of the request, scores)
@@ -564,6 +586,41 @@ def _understand(
     return _Asked(request, items, weights, True, popular, source, warnings, unknown, reason)
 
 
+def _segments_of(r: Recommender, context: dict, warnings: list) -> list:  # of names
+    "List the segments that a context names; raises `AerecError`."
+    if not isinstance(context, dict) or len(context) > 20 or not all(_is_attribute(name) and (value is None or _is_attribute(value)) for name, value in context.items()):
+        raise AerecError("context must be at most 20 names with a text or a number each, such as {'country': 'KR'}")
+    if r.segments is None:
+        return []
+    found = []
+    for name, value in context.items():
+        if name not in r.segments.attributes:
+            continue  # others may be there for those who read the log
+        if f'{name}={value}' in r.segments._number:
+            found.append(f'{name}={value}')
+        else:
+            warnings.append(f'context: no segment {preview(f"{name}={value}")}')
+    return found
+
+
+def _is_attribute(value) -> bool:
+    "Tell whether a value is a text or a number of bounded length."
+    return len(value) <= MAX_ID_TEXT if isinstance(value, str) else isinstance(value, (bool, float)) or _is_whole(value)
+
+
+def _reason_of_fallback(fallback: str, user_id, history: list, segments: list) -> str:
+    "Say why popular items answer; raises `UnknownUser` where they are not wanted."
+    if history:
+        reason = 'no item of the history is known'
+    elif user_id is not None:
+        reason = f'nothing is known of user {_named([_hashable(user_id)])}'
+    else:
+        reason = 'neither a user nor a history was given'
+    if fallback == 'none':
+        raise UnknownUser(f'{reason}; send a history, or allow fallback=popular')
+    return f"{reason}: these are popular items{' of ' + ' and '.join(segments) if segments else ''}"
+
+# %% ../nbs/04_inference.ipynb #2c9bd2e1
 def _scores_of(r: Recommender, asked: _Asked) -> np.ndarray:  # [n_items]
     "Score the items for one request."
     if asked.fallback_used:
@@ -588,30 +645,8 @@ def _answered(
         if p < 1:
             item['propensity'] = p
     if request.explain and not asked.fallback_used:
-        _say_why(r, shown, asked.items, asked.weights, request.deadline)
+        _add_reasons(r, shown, asked.items, asked.weights, request.deadline)
     return Recommendations(shown, warnings, asked.fallback_used, request.user, r._model_name, r._version, done.report, asked.unknown_user, _trails(r, done, k) if request.explain else {})
-
-
-def _segments_of(r: Recommender, context: dict, warnings: list) -> list:  # of names
-    "List the segments that a context names; raises `AerecError`."
-    if not isinstance(context, dict) or len(context) > 20 or not all(_is_attribute(name) and (value is None or _is_attribute(value)) for name, value in context.items()):
-        raise AerecError("context must be at most 20 names with a text or a number each, such as {'country': 'KR'}")
-    if r.segments is None:
-        return []
-    found = []
-    for name, value in context.items():
-        if name not in r.segments.attributes:
-            continue  # others may be there for those who read the log
-        if f'{name}={value}' in r.segments._number:
-            found.append(f'{name}={value}')
-        else:
-            warnings.append(f'context: no segment {preview(f"{name}={value}")}')
-    return found
-
-
-def _is_attribute(value) -> bool:
-    "Tell whether a value is a text or a number of bounded length."
-    return len(value) <= MAX_ID_TEXT if isinstance(value, str) else isinstance(value, (bool, float)) or _is_whole(value)
 
 
 def _trails(r:Recommender, done, k:int) -> dict:
@@ -621,19 +656,6 @@ def _trails(r:Recommender, done, k:int) -> dict:
 def _row(items, weights, n_items) -> csr_matrix:
     "One history as a sparse matrix of one row."
     return csr_matrix((weights, items, np.array([0, len(items)], np.int32)), shape=(1, n_items))
-
-def _reason_of_fallback(fallback: str, user_id, history: list, segments: list) -> str:
-    "Say why popular items answer; raises `UnknownUser` where they are not wanted."
-    if history:
-        reason = 'no item of the history is known'
-    elif user_id is not None:
-        reason = f'nothing is known of user {_named([_hashable(user_id)])}'
-    else:
-        reason = 'neither a user nor a history was given'
-    if fallback == 'none':
-        raise UnknownUser(f'{reason}; send a history, or allow fallback=popular')
-    return f"{reason}: these are popular items{' of ' + ' and '.join(segments) if segments else ''}"
-
 
 @patch
 def _item(self:Recommender, n:int, rank:int, score:float, source:str) -> dict:
@@ -776,8 +798,8 @@ def write_shards(r:Recommender,
     "Lists of many users as Parquet shards with a manifest; goes on where it was stopped."
     if isinstance(shard_users, bool) or not isinstance(shard_users, int) or shard_users < 1: raise AerecError(f'shard_users must be a whole number of at least 1, not {shard_users!r}')
     if len(kinds := {isinstance(u, str): u for u in user_ids}) > 1: raise AerecError(f'user_ids: {kinds[True]!r} is a text and {kinds[False]!r} is not; a file of lists has one kind of ids')
-    folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder/'job.json', 1):
+    with _disk_errors(folder), alone(folder/'job.json', 1):
+        folder.mkdir(parents=True, exist_ok=True)
         now = _same_job(folder, now, {'k': k, 'exclude_seen': exclude_seen, 'shard_users': shard_users, 'n_users': len(user_ids), 'users': sha256_json([str(u) for u in user_ids]), 'recommender': r.fingerprint()})
         wanted = [(folder/f'lists-{n:05}.parquet', start, user_ids[start:start+shard_users]) for n,start in enumerate(range(0, len(user_ids), shard_users))]
         missing = [shard for shard in wanted if not shard[0].exists()]
@@ -788,6 +810,16 @@ def write_shards(r:Recommender,
         shards = [{'file': path.name, 'users': len(of), 'rows': _rows_in(path), 'bytes': path.stat().st_size, 'sha256': sha256_file(path), 'made': 'now' if path in made else 'earlier'} for path,_,of in wanted]
         write_json(folder/'manifest.json', {**read_json(folder/'job.json'), 'shards': [{k: v for k,v in s.items() if k != 'made'} for s in shards]})
     return pd.DataFrame(shards, columns=['file', 'users', 'rows', 'bytes', 'sha256', 'made'])
+
+@contextmanager
+def _disk_errors(folder:Path # of lists
+                ): # context manager
+    "Report in one line a disk that is full, or that may not be written."
+    try: yield
+    except OSError as e:
+        why = e.strerror or str(e).splitlines()[0]
+        advice = 'free space there or choose another folder, and start again: whole files are kept'
+        raise AerecError(f'{folder}: the lists cannot be written ({why}); {advice}') from None
 
 def make_shards(r:Recommender, missing:list, # of (path, first user, users)
                 k:int, exclude_seen:bool, now:float, progress=None # function(users done)
@@ -839,7 +871,7 @@ def with_cold_items(recommender:Recommender, # of known items
                     n_neighbours:int=30 # items that a new one is scored by
                    ) -> Recommender: # knows the new items too; the same one where there are none
     "The same recommender with new items, which are recommended by what is known of them."
-    r, known = recommender, recommender.catalogue.table.drop(columns='popularity', errors='ignore')
+    r, known = recommender, recommender.catalogue.table
     new = table[recommender.item_index.numbers(table['item_id'].tolist()) < 0].drop_duplicates('item_id')
     if not len(new): return recommender
     if r.item_index.integer and not pd.api.types.is_integer_dtype(new['item_id']): raise AerecError(f"new items: the ids of the known items are whole numbers, but {_named([new['item_id'].tolist()[0]])} is none")

@@ -29,13 +29,18 @@ class Deadline:
         self.seconds = seconds
         self._end = time.monotonic() + seconds
 
+    @property
+    def expired(self) -> bool:
+        "Tell whether the time is over."
+        return time.monotonic() >= self._end
+
     def expire(self) -> None:
         "End the time now, because the answer is not wanted any more."
         self._end = float('-inf')
 
     def check(self) -> None:
         "Raise `DeadlineExceeded` where the time is over."
-        if time.monotonic() >= self._end:
+        if self.expired:
             raise DeadlineExceeded(f'the request took longer than {self.seconds:g} s; ask for less at a time')
 
 # %% ../nbs/00d_limits.ipynb #64bc4f5e

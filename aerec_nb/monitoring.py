@@ -34,13 +34,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fastcore.basics import patch
 from scipy import sparse, stats
-from .configuration import AerecError, load_settings, own_file, own_object, project_dir
+from .configuration import AerecError, load_settings, own_file, own_object, project_dir, using_settings
 from .data_import import feedback_ratings
 from .events import COLUMNS, SCHEMA, EventLog, check_event, load_events, new_event
 from .inference import Recommender
 from .packaging import head_items, headline, load_bundle, same_answer
 from .postprocessing import ban_list, miscalibration
-from .runs import all_runs, alone, read_json, sha256_file, write_json, write_parquet
+from .runs import FileError, all_runs, alone, atomic_path, file_errors, read_json, read_run_file, sha256_file, write_json, write_parquet
 from .validation import gini, list_metrics, long_tail
 
 # %% ../nbs/06_monitoring.ipynb #b9690a6b
@@ -202,7 +202,6 @@ class Pairs:
     def __init__(self, rows, columns, n:int # columns
                 ):
         self.keys, self.n = np.unique(np.asarray(rows, np.int64)*n + columns), n
-    def __contains__(self, _): raise TypeError('use has')
     def has(self, rows, columns) -> np.ndarray: # bool
         "Is each pair there?"
         if not len(self.keys): return np.zeros(len(rows), bool)
@@ -325,9 +324,11 @@ def take_own_monitors(monitoring # section `monitoring` of the settings
     module = importlib.import_module('aerec_nb.monitoring') # with which the file registers, whatever runs here
     for name in monitoring.own_monitors:
         if ':' not in name: raise AerecError(f"monitoring.own_monitors names '{name}': a monitor of your own is named module:function")
-        before, function = dict(module.MONITORS), own_object(name, 'monitoring.own_monitors')
-        found = [m for m in module.MONITORS.values() if m.measure is function]
-        module.MONITORS.clear(); module.MONITORS.update(before)
+        before = dict(module.MONITORS)
+        try:
+            function = own_object(name, 'monitoring.own_monitors')
+            found = [m for m in module.MONITORS.values() if m.measure is function]
+        finally: module.MONITORS.clear(); module.MONITORS.update(before)
         if not found: raise AerecError(f"monitoring.own_monitors names '{name}', but its file registers no such monitor: put @register(...) over the function")
         for m in found: MONITORS[m.name] = module.MONITORS[m.name] = m
 
@@ -877,18 +878,27 @@ def last_headline(runs_dir:Path, # folder of runs
     "The test result of the latest run on the same data and split that made another bundle."
     mine = recommender.info.get('card', {}).get('headline')
     if not mine: return None
-    created, own, found = read_json(before/'run.json')['created'] if before and (before/'run.json').exists() else None, before, None
+    begun = read_run_file(before) if before else None
+    created, own, found = begun['created'] if begun else None, before, None
     for folder in all_runs(runs_dir):
-        packed = folder/'packaging'/'bundle'/'manifest.sha256'
-        if packed.exists() and packed.read_text().split()[0] == recommender.info['id']:
-            own = own or folder
+        try:
+            if _has_packed(folder, recommender.info['id']):
+                own = own or folder
+                continue
+            if found or before and folder.name == before.name or created and read_run_file(folder)['created'] >= created: continue
+            there = headline(folder)
+        except FileError as e:
+            log.warning('run %s is not compared: %s', folder.name, e)
             continue
-        if found or before and folder.name == before.name or created and read_json(folder/'run.json')['created'] >= created: continue
-        there = headline(folder)
         if there and all(there[key] == mine[key] for key in ('metric', 'data', 'split')): found = {**there, 'run': folder.name, 'folder': folder}
     if not found: return None
     folder = found.pop('folder')
     return {**found, 'paired': _paired_difference(own, folder, found['metric']) if own else None}
+
+def _has_packed(folder:Path, id:str) -> bool:
+    "Tell whether a run made the bundle of this id."
+    path = folder/'packaging'/'bundle'/'manifest.sha256'
+    with file_errors(path): return path.exists() and path.read_bytes().split()[:1] == [id.encode()]
 
 def _paired_difference(own:Path, other:Path, metric:str) -> dict|None: # low, high, users
     "This run minus the other, user by user, with an interval of 95 %."
@@ -1133,7 +1143,10 @@ class AlertBook:
     def __init__(self, path:Path # JSON; is made where it is missing
                 ):
         self.path = Path(path)
-        self.book = read_json(self.path) if self.path.exists() else {'alerts': {}, 'undelivered': [], 'banned_since': {}, 'looks': 0}
+        empty = {'alerts': {}, 'undelivered': [], 'banned_since': {}, 'looks': 0}
+        self.book = read_json(self.path) if self.path.exists() else empty
+        if not isinstance(self.book, dict) or any(not isinstance(self.book.get(name), type(of)) for name,of in empty.items()):
+            raise FileError(f'{self.path}: it is not a book of alerts; restore it from a copy, or delete it: every alert then begins again')
 
     def look(self, table:pd.DataFrame, # from `run_monitors`
              monitoring, # section `monitoring` of the settings
@@ -1245,17 +1258,18 @@ def monitor(settings, # from `load_settings`
             say=print # called with the line that says which log it is
            ) -> pd.DataFrame: # as `run_monitors` gives it
     "All monitors over the configured event log, without simulated events; says which log that is."
-    packed, log, now = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle), EventLog.from_settings(settings), time.time() if now is None else now
+    packed = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle, settings=settings)
+    log, now = EventLog.from_settings(settings), time.time() if now is None else now
     live = ban_list(settings)
     recommender = copy(packed)
     recommender.chain = packed.chain.with_bans(live) # as the service does
     try: window = make_window(log, recommender, settings.monitoring, now, simulated=False)
     finally: log.close()
     window.packed_chain, window.last = packed.chain, last_headline(settings.paths.runs_dir, packed)
-    window.previous = _bundle_before(settings, window.last)
+    with using_settings(settings): window.previous = _bundle_before(settings, window.last)
     if book is not None: window.banned_since = _banned_since(book, recommender, live.ids, now)
     say(describe_window(window, f'the real log {log.url}', settings.monitoring.window_hours))
-    return measure_window(window, settings.monitoring)
+    with using_settings(settings): return measure_window(window, settings.monitoring)
 
 def _banned_since(book:AlertBook, recommender, ids, now:float) -> dict: # item number -> UTC seconds
     "Since when items are banned, as far as a watch saw it; what was banned at its first look always was."
@@ -1298,15 +1312,16 @@ def watch(settings, # from `load_settings`
         begun = time.time()
         try:
             of = bundle() if callable(bundle) else bundle
-            if not hasattr(of, 'recommend'): kept = kept if kept[0] == str(of) else (str(of), load_bundle(of))
+            if not hasattr(of, 'recommend'): kept = kept if kept[0] == str(of) else (str(of), load_bundle(of, settings=settings))
             with alone(var/f'alerts-{settings.env}.json'):
                 book = AlertBook(var/f'alerts-{settings.env}.json')
                 table = monitor(settings, of if hasattr(of, 'recommend') else kept[1], book=book, say=lambda _: None)
                 changes = book.look(table, settings.monitoring, begun)
                 book.deliver(file, url, {'env': settings.env})
             var.mkdir(parents=True, exist_ok=True)
-            _write_text(var/f'monitors-{settings.env}.prom', exposition(table, begun))
-            _write_text(var/f'rules-{settings.env}.yml', prometheus_rules(settings.monitoring, interval))
+            with using_settings(settings): rules = prometheus_rules(settings.monitoring, interval)
+            for name,text in ((f'monitors-{settings.env}.prom', exposition(table, begun)), (f'rules-{settings.env}.yml', rules)):
+                with atomic_path(var/name) as path: path.write_text(text, encoding='utf-8')
             _keep_only(settings)
             code, counts = 3 if book.firing else 0, table.status.value_counts()
             say(f"{pd.Timestamp(begun, unit='s'):%Y-%m-%d %H:%M:%S} UTC: {counts.get('ok', 0)} ok, {counts.get('firing', 0)} firing, {counts.get('no data', 0)} without data"
@@ -1316,11 +1331,6 @@ def watch(settings, # from `load_settings`
             code = 1
             log.error('the monitors could not be looked at: %s', str(e).splitlines()[0] if str(e) else type(e).__name__)
         if once or stop.wait(max(0., interval-(time.time()-begun))): return code
-
-def _write_text(path:Path, text:str) -> None:
-    temporary = path.with_name(f'.{path.name}')
-    temporary.write_text(text, encoding='utf-8')
-    temporary.replace(path)
 
 def _keep_only(settings) -> None:
     "End the keeping of what is older than `events.keep_days`."

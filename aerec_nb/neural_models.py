@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from .configuration import AerecError
 from .model_preprocessing import batches
-from .modeling import AutoEncoder, Model, block_rows, check_histories, check_value
+from .modeling import AutoEncoder, Model, block_rows, check_histories, check_value, check_weights
 
 # %% ../nbs/02b_neural_models.ipynb #91f1dc2b
 class BatchGenerator(torch.Generator):
@@ -257,7 +257,7 @@ class GradientModel(Model):
 
     def build(self, n_items, generator): # -> nn.Module with `encode(history)`, `decoder_weight` and `decoder_bias`
         "The net with its first weights."
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} has no method build: a gradient-trained model defines its net there')
 
     def prepare_input(self, history: History) -> History:
         "What the net is given of a history; the lecture leaves it as it is."
@@ -446,6 +446,7 @@ def state(self: GradientModel): return {'n_items': np.array([self.n_items]), **_
 def from_state(cls: GradientModel, state, **hyperparameters):
     model = cls(**hyperparameters)
     model.n_items = int(state['n_items'][0])
+    check_weights(model.n_weights(model.n_items), state, cls.name)
     model.net = model.build(model.n_items, torch.Generator())
     model.load_weights(state)
     return model

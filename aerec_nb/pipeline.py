@@ -18,8 +18,11 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 from .configuration import AerecError, KNOBS, diff_settings, load_settings, project_dir, settings_table, show_value
-from .runs import (STAGES, Run, Stage, adopt, all_runs, alone_with_run, atomic_path, check_stages, gate, is_held, lacks, link_file, open_run, read_json, read_manifest,
-                           remove_run, sha256_file, sha256_json, unexported_changes, upstream, write_json, write_parquet, write_run_file)
+from .runs import (STAGES, FileError, Run, Stage, adopt, all_runs, alone_with_run, atomic_path, check_sqlite,
+                           check_sqlite_writable, check_stages, check_writable, describe_faults, file_error, file_errors,
+                           file_faults, gate, is_held, lacks, link_file, open_run, read_json, read_manifest, read_run_file,
+                           readable_manifest, remove_run, run_folders, sha256_file, sha256_json, unexported_changes, upstream,
+                           warn_of_damage, warn_once, write_json, write_parquet, write_run_file)
 
 # %% ../nbs/07_pipeline.ipynb #7f8b98ad
 @dataclass
@@ -45,7 +48,7 @@ class Job:
         self.thread = threading.Thread(target=self._execute, daemon=True)
 
     def start(self):
-        self.hidden.parent.mkdir(parents=True, exist_ok=True)
+        with file_errors(self.target): self.hidden.parent.mkdir(parents=True, exist_ok=True)
         self.thread.start()
         return self
 
@@ -61,7 +64,7 @@ class Job:
         try: _papermill(self)
         except Exception as e: problem = e # whatever it is, it belongs to this notebook
         o.seconds, o.state = time.perf_counter()-self.began, 'failed' if problem else 'done'
-        if problem: _explain(o, problem, self.ended_by)
+        if problem: _explain(o, file_error(problem, self.target) or problem, self.ended_by)
         try: _keep(self)
         except Exception as e: o.state, o.error = 'failed', o.error or f'the executed notebook could not be kept: {e}'
 
@@ -91,21 +94,33 @@ def _explain(outcome, problem, ended_by) -> None:
     from papermill.exceptions import PapermillExecutionError
     if ended_by: outcome.error = ended_by
     elif isinstance(problem, PapermillExecutionError):
-        outcome.error, outcome.is_mistake = f'{problem.ename}: {problem.evalue}', problem.ename == 'AerecError'
+        outcome.error, outcome.is_mistake = f'{problem.ename}: {problem.evalue}'.splitlines()[0], problem.ename == 'AerecError'
         outcome.traceback = _COLORS.sub('', '\n'.join(problem.traceback))
+    elif isinstance(problem, FileError): outcome.error = str(problem)
     elif type(problem).__name__ == 'DeadKernelError': outcome.error = 'the kernel was killed, by hand or for want of memory'
     else: outcome.error = f'{type(problem).__name__}: {problem}'
 
 def _keep(job) -> None:
-    "Put the executed notebook in its place: with its mark if it ended well, as far as it came if not."
+    "Put the executed notebook in its place, with its mark if it ended well; remove a half-written one."
     if not job.hidden.exists(): return
     try:
+        nb = read_json(job.hidden)
         if job.mark and job.outcome.state == 'done':
-            mark, nb = job.mark(), read_json(job.hidden)
-            nb['metadata']['aerec_nb'] = mark
+            nb['metadata']['aerec_nb'] = job.mark()
             write_json(job.hidden, nb)
-    except (RuntimeError, AerecError) as e: job.outcome.state, job.outcome.error = 'failed', str(e) # no silent success
-    os.replace(job.hidden, job.target)
+    except (RuntimeError, AerecError) as e: # no silent success
+        job.outcome.state, job.outcome.error = 'failed', job.outcome.error or str(e)
+        if not _is_readable(job.hidden): return job.hidden.unlink()
+    with file_errors(job.target): os.replace(job.hidden, job.target)
+
+def _is_readable(path:Path) -> bool:
+    "Tell whether a file is a notebook that can be read."
+    try: return _is_notebook(read_json(path))
+    except FileError: return False
+
+def _is_notebook(content) -> bool:
+    "Tell whether JSON has the form of a notebook."
+    return isinstance(content, dict) and isinstance(content.get('cells'), list) and isinstance(content.get('metadata'), dict)
 
 # %% ../nbs/07_pipeline.ipynb #6d053aac
 def execute_notebook(source:Path, # notebook to run
@@ -123,8 +138,10 @@ def execute_notebook(source:Path, # notebook to run
 # %% ../nbs/07_pipeline.ipynb #d69b5704
 def code_cells(path:Path # notebook
               ) -> list: # sources of its code cells, in order
-    "The code of a notebook, without the cell that papermill drops."
-    cells = read_json(path)['cells']
+    "The code of a notebook, without the cell that papermill drops; raises `FileError` where it is no notebook."
+    nb = read_json(path)
+    if not _is_notebook(nb): raise FileError(f'{show_value(Path(path))}: it is not a notebook; restore it from a copy')
+    cells = nb['cells']
     return [''.join(c['source']) for c in cells if c['cell_type'] == 'code' and 'papermill-error-cell-tag' not in c['metadata'].get('tags', [])]
 
 def cells_hash(sources:list # of code cells
@@ -168,12 +185,11 @@ def _notebook_fault(stage:Stage, folder:Path) -> str:
     "Why the executed notebook beside an artifact does not stand for it; '' if it does."
     path = executed(folder.parent, stage)
     if not path.exists(): return 'its executed notebook is missing'
-    try: mark = read_json(path)['metadata'].get('aerec_nb')
-    except ValueError: mark = None
-    if not mark: return 'its notebook did not come to its end'
+    mark = read_json(path)['metadata'].get('aerec_nb') if _is_readable(path) else None
+    if not isinstance(mark, dict): return 'its notebook did not come to its end'
     cells, text = _code(stage)
-    if mark['text'] != text and mark['cells'] != cells_hash(cells): return 'its notebook has changed'
-    return '' if mark['manifest'] == sha256_file(folder/'manifest.json') else 'its notebook was executed for another artifact'
+    if mark.get('text') != text and mark.get('cells') != cells_hash(cells): return 'its notebook has changed'
+    return '' if mark.get('manifest') == sha256_file(folder/'manifest.json') else 'its notebook was executed for another artifact'
 
 # %% ../nbs/07_pipeline.ipynb #6999d990
 @dataclass
@@ -186,8 +202,15 @@ class Step:
     manifest:dict = None # of it
 
 # %% ../nbs/07_pipeline.ipynb #adb9574b
+@dataclass
+class _Fault:
+    "Why an artifact cannot be reused."
+    why:str # one phrase
+    n_changes:int = 1 # since it was made
+    is_damaged:bool = False
+
 class _Eye:
-    "Looks at stages for one run: what each key is now, and which artifact has it. What is dear to find is found once."
+    "Find the key of each stage of a run and the artifact that has it; what is slow to find is found once."
     def __init__(self, run:Run):
         self.run, self.found = run, {}
         self.earlier = [f for f in all_runs(run.settings.paths.runs_dir) if f.name != run.name]
@@ -196,23 +219,44 @@ class _Eye:
         "Key and fingerprint of a stage whose inputs have these manifests."
         stage = STAGES[name]
         if name not in self.found: self.found[name] = self.run.outside(name)
-        own = self.run.manifest(name)
+        own = readable_manifest(self.run.folder/name)
         found = own['outside'] if own and own.get('live') else self.found[name] # a run keeps what it has read
         key = self.run.key(name, unexported_changes(stage.module, _code(stage)[0]), found, made)
         return key, sha256_json([name, key])
 
     def step(self, name:str, made:dict, force:bool=False, folders:list=None) -> Step:
-        "Run a stage or leave it, and why."
+        "Reuse a stage or run it, and why; of several reasons to run it, damage comes first, then the fewest changes."
         stage, (key, wanted), faults = STAGES[name], self.key(name, made), []
         if force: return Step(stage, 'run', 'asked for')
+
         for folder in [self.run.folder, *self.earlier] if folders is None else folders:
-            manifest = read_manifest(folder/name)
-            if not manifest: continue
-            fault = _difference(manifest, key) if manifest['fingerprint'] != wanted else _lack(folder/name, manifest) or _notebook_fault(stage, folder/name) or self._undone(name, folder, manifest)
-            if not fault: return Step(stage, 'reuse', 'nothing changed' if folder == self.run.folder else f'as in run {folder.name}', folder/name, manifest)
-            faults.append(fault)
+            manifest = readable_manifest(folder/name)
+            fault = self._fault(folder/name, manifest, key, wanted)
+            if fault: faults.append(fault)
+            elif manifest:
+                why = 'nothing changed' if folder == self.run.folder else f'as in run {folder.name}'
+                return Step(stage, 'reuse', why, folder/name, manifest)
             if len(faults) == 100: break
-        return Step(stage, 'run', min(faults, key=lambda f: (f.count(', ') + 3*f.count('; '), faults.index(f))) if faults else 'it was never run')
+
+        worst = min(faults, key=lambda f: (not f.is_damaged, f.n_changes), default=_Fault('it was never run'))
+        return Step(stage, 'run', worst.why)
+
+    def _fault(self, artifact:Path, manifest:dict|None, key:dict, wanted:str) -> _Fault|None:
+        "Say why an artifact cannot be reused; None where it can, or where there is none."
+        if manifest is None:
+            if not (artifact/'manifest.json').exists(): return None
+            return _Fault(self._in_run('damaged: manifest.json', artifact), is_damaged=True)
+        if manifest['fingerprint'] != wanted: return _difference(manifest, key)
+        faults = file_faults(artifact, manifest)
+        if faults:
+            warn_of_damage(artifact, faults)
+            return _Fault(self._in_run(describe_faults(faults), artifact), is_damaged=True)
+        why = _notebook_fault(STAGES[artifact.name], artifact) or self._undone(artifact.name, artifact.parent, manifest)
+        return _Fault(why) if why else None
+
+    def _in_run(self, said:str, artifact:Path) -> str:
+        "Add the run of an artifact where it is another one."
+        return said if artifact.parent == self.run.folder else f'{said} (run {artifact.parent.name})'
 
     def _undone(self, name:str, folder:Path, manifest:dict) -> str:
         "What packaging did outside its folder must still hold."
@@ -220,28 +264,29 @@ class _Eye:
         settings = self.run.settings
         if not settings.packaging.registry_uri and not (settings.paths.var_dir/'registry.db').exists(): return 'the registry is gone'
         for other in [self.run.folder, *self.earlier]:
-            later = read_manifest(other/name)
+            later = readable_manifest(other/name)
             if later and later['settings']['env']['value'] == manifest['settings']['env']['value'] and _begun(later) > _begun(manifest): return f'the alias moved on to run {other.name}'
         return ''
 
 def _begun(manifest): return manifest['measured']['started']
-def _lack(folder, manifest): return (f"it lacks {', '.join(missing)}" if (missing := lacks(folder, manifest)) else '')
 
 # %% ../nbs/07_pipeline.ipynb #c176b004
-def _difference(manifest:dict, key:dict) -> str:
-    "Which parts of its key an artifact does not have, in words."
-    then, found = manifest.get('key'), []
-    if not then: return 'it was made by an earlier version'
+def _difference(manifest:dict, key:dict) -> _Fault:
+    "Name the parts of a key in which an artifact differs."
+    then, found, n_changes = manifest.get('key'), [], 0
+    if not then: return _Fault('it was made by an earlier version')
     def changed(part): return [k for k in {**then[part], **key[part]} if then[part].get(k) != key[part].get(k)]
-    def names(part): return ', '.join(n.removeprefix('aerec_nb.') for n in changed(part))
-    if changed('code'): found.append(f"code changed: {names('code')}")
-    if changed('cells'): found.append(f"cells that are not exported: {names('cells')}")
-    if knobs := changed('settings'):
-        told = [f"{k} {_short(then['settings'].get(k, '-'))} -> {_short(key['settings'].get(k, '-'))}" for k in knobs[:3]]
-        found.append('settings changed: ' + ', '.join(told) + (f' and {len(knobs)-3} more' if len(knobs) > 3 else ''))
-    if changed('outside'): found.append(f"what comes from outside changed: {names('outside')}")
-    if changed('inputs'): found.append(f"its input changed: {names('inputs')}")
-    return '; '.join(found) or 'it was made for another stage'
+    titles = {'code': 'code changed', 'cells': 'cells that are not exported', 'settings': 'settings changed',
+              'outside': 'what comes from outside changed', 'inputs': 'its input changed'}
+    for part,title in titles.items():
+        names = changed(part)
+        if not names: continue
+        n_changes += min(len(names), 3) + 2
+        if part == 'settings': told = [f"{k} {_short(then[part].get(k, '-'))} -> {_short(key[part].get(k, '-'))}" for k in names[:3]]
+        else: told = [n.removeprefix('aerec_nb.') for n in names]
+        more = f' and {len(names)-3} more' if part == 'settings' and len(names) > 3 else ''
+        found.append(f"{title}: {', '.join(told)}{more}")
+    return _Fault('; '.join(found) or 'it was made for another stage', n_changes)
 
 def _short(value) -> str:
     "A number as people read it."
@@ -312,7 +357,7 @@ th,td{border:1px solid var(--line);padding:4px 9px;text-align:right;vertical-ali
 td:first-child,th:first-child{text-align:left} .bar{position:sticky;top:0;background:#fffd;border-bottom:1px solid var(--line);padding:8px 20px;display:flex;gap:18px;align-items:center;z-index:2}
 #code:not(:checked)~main .input{display:none} .cards{display:flex;flex-wrap:wrap;gap:14px;margin:16px 0}
 .card{background:#fff;border:1px solid var(--line);border-radius:8px;padding:12px 16px;min-width:150px} .card b{display:block;font-size:1.5em} .card span{color:var(--soft);font-size:.85em}
-.done,.reused{color:var(--good);font-weight:600} .failed,.firing{color:var(--bad);font-weight:600} .missing,.outdated{color:var(--soft)}
+.done,.reused{color:var(--good);font-weight:600} .failed,.firing,.damaged{color:var(--bad);font-weight:600} .missing,.outdated{color:var(--soft)}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(440px,1fr));gap:16px}
 .gallery figure{margin:0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:10px} figcaption{font-size:.85em;color:var(--soft)}
 img.math{vertical-align:middle;max-width:none} p.math{text-align:center;overflow-x:auto} details{margin:10px 0} summary{cursor:pointer;color:var(--accent)}
@@ -373,9 +418,13 @@ def _page_of(nb, title:str, home:str, code:bool, back:str) -> str:
                                          result='Run-this-stage' in body)
 
 # %% ../nbs/07_pipeline.ipynb #2f84139b
+def _cells_of(path:Path) -> list:
+    "The cells of an executed notebook; [] where it is missing or damaged."
+    return read_json(path)['cells'] if _is_readable(path) else []
+
 def _outputs_of(path:Path) -> list:
     "The outputs of an executed notebook, in order."
-    return [o for c in read_json(path)['cells'] for o in c.get('outputs', [])] if Path(path).exists() else []
+    return [o for c in _cells_of(path) for o in c.get('outputs', [])]
 
 def _figures(path:Path) -> list:
     "The PNG pictures of an executed notebook, as base64, in order."
@@ -383,7 +432,7 @@ def _figures(path:Path) -> list:
 
 def _warnings(path:Path) -> list:
     "What a stage said on its error stream; tests of its library part and progress bars are left out."
-    cells = read_json(path)['cells'] if Path(path).exists() else []
+    cells = _cells_of(path)
     at = next((i for i,c in enumerate(cells) if c['cell_type'] == 'markdown' and '## Run this stage' in ''.join(c['source'])), 0)
     text = ''.join(''.join(o['text']) for c in cells[at:] for o in c.get('outputs', []) if o.get('name') == 'stderr')
     lines = [_COLORS.sub('', line.rpartition('\r')[2]).strip() for line in text.splitlines()]
@@ -419,10 +468,10 @@ class _Loop:
         "Take an artifact and its executed notebook as they are."
         name, source = p.stage.name, p.artifact
         if source.parent != self.run.folder:
-            if adopt(self.run, name, source) is None: raise AerecError(f'run {source.parent.name} was deleted meanwhile: start again')
-            target = executed(self.run.folder, p.stage)
-            target.parent.mkdir(exist_ok=True)
-            with atomic_path(target) as temporary: link_file(executed(source.parent, p.stage), temporary)
+            if adopt(self.run, name, source) is None:
+                raise AerecError(f'run {source.parent.name} was deleted or damaged meanwhile: start again')
+            with atomic_path(executed(self.run.folder, p.stage)) as temporary:
+                link_file(executed(source.parent, p.stage), temporary)
         self.made[name] = p.manifest
         self._outcome(Outcome(p.stage.notebook, 'reused', why=p.why), say)
 
@@ -477,7 +526,7 @@ class _Loop:
     def _start(self, name, p, ahead=False):
         "Begin the notebook, behind a gate if its inputs are not there yet."
         if ahead:
-            gate(self.run.folder, name).write_text(str(os.getpid()))
+            with file_errors(gate(self.run.folder, name)): gate(self.run.folder, name).write_text(str(os.getpid()))
             self.gates.add(name)
         source = _source(p.stage)
         self.jobs[name] = Job(source, executed(self.run.folder, p.stage), {'run': str(self.run.folder)}, lambda: self._marked(p.stage)).start()
@@ -489,8 +538,8 @@ class _Loop:
     def _marked(self, stage):
         "The mark of a notebook that ended well; the artifact must be whole."
         manifest = self.run.manifest(stage.name)
-        if manifest is None: raise RuntimeError(f'it ended without writing {stage.name}/manifest.json')
-        if missing := lacks(self.run.folder/stage.name, manifest): raise RuntimeError(f"it ended without writing {stage.name}/{', '.join(missing)}")
+        missing = ['manifest.json'] if manifest is None else lacks(self.run.folder/stage.name, manifest)
+        if missing: raise RuntimeError(f"it ended without writing {stage.name}/{', '.join(missing)}")
         return _mark(stage, self.run.folder/stage.name)
 
     def _look(self):
@@ -524,18 +573,20 @@ class _Loop:
 # %% ../nbs/07_pipeline.ipynb #ffd980cd
 def _figures_line(run:Run, notebook:str) -> str:
     "The first key figures of a stage."
-    metrics = (run.manifest(stage_name(notebook)) or {}).get('metrics', {})
+    metrics = (readable_manifest(run.folder/stage_name(notebook)) or {}).get('metrics', {})
     return ', '.join(f'{k} {_short(v)}' for k,v in list(metrics.items())[:3])
 
 def _sweep_run(folder:Path) -> None:
     "Remove what a killed pipeline left under hidden names."
-    for left in [*folder.glob('.*.gate'), *folder.glob('notebooks/.*'), *folder.glob('report/.*'), *folder.glob('.*.html.*'), *folder.glob('.run.json.*')]: left.unlink(missing_ok=True)
+    for pattern in ('.*.gate', 'notebooks/.*', 'report/.*', '.*.html.*', '.run.json.*', '..hashes.json.*'):
+        for left in folder.glob(pattern): left.unlink(missing_ok=True)
 
 # %% ../nbs/07_pipeline.ipynb #76878673
 def _newest_run(settings) -> str:
     "The run to go on with."
     for folder in all_runs(settings.paths.runs_dir):
-        if read_json(folder/'run.json')['env'] == settings.env: return str(folder)
+        about = read_run_file(folder)
+        if about and about['env'] == settings.env: return str(folder)
     raise AerecError(f'there is no run of {settings.env} to go on with: leave out --resume')
 
 def _same_run(run:Run) -> list|None:
@@ -570,8 +621,10 @@ def run_pipeline(env:str=None, # dev, stage, live or test; None as configured
         say(f'run {kept.name}, environment {kept.env}: nothing has changed since, no stage is run again')
         return PipelineResult(kept, [Outcome(p.stage.notebook, 'reused', why=p.why) for p in same], kept.folder/'index.html', same)
     _check(opened, names)
+    check_writable(opened.folder)
     begun = not opened.folder.exists()
     steps = plan_steps(opened, names, force)
+    _check_stores(opened, steps)
     with _engine(opened, steps):
         write_run_file(opened) # gives environment and overrides to the notebooks that follow
         say(f'run {opened.name}, environment {opened.env}')
@@ -615,6 +668,25 @@ def _opened(env, run, data, resume, first, last, only, force, knobs) -> tuple:
         raise AerecError(f'environment {opened.env} does not train: run the pipeline in dev, then promote its bundle (aerec models promote --help)')
     return opened, names, forced
 
+def _check_stores(run:Run, steps:list) -> None:
+    "Refuse a run that would need a store in var/ that cannot be written; raises `FileError`."
+    running, settings = {p.stage.name for p in steps if p.action == 'run'}, run.settings
+    tracking_uri = settings.training.tracking_uri or _registry_url(settings)
+    if {'training', 'validation', 'packaging', 'serving'} & running: check_writable(settings.paths.var_dir)
+    if 'training' in running and tracking_uri != 'off': _check_database(tracking_uri, check_sqlite_writable)
+    if 'packaging' in running: _check_database(_registry_url(settings), check_sqlite_writable)
+
+def _registry_url(settings) -> str:
+    "The address of the registry of an environment."
+    return settings.packaging.registry_uri or f"sqlite:///{settings.paths.var_dir/'registry.db'}"
+
+def _check_database(url:str, check=check_sqlite) -> None:
+    "Refuse the file of a SQLite database that does not pass a check; raises `FileError`."
+    import sqlalchemy as sa
+    try: address = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError): return # who opens it says what is wrong with the address
+    if address.get_backend_name() == 'sqlite' and address.database: check(Path(address.database))
+
 def _check(run:Run, names:list) -> None:
     "Refuse unknown models, knobs that no model has, and rules that cannot be applied, before anything is read."
     if {'modeling', 'training'} & set(names):
@@ -654,15 +726,32 @@ def stage_table(folder:Path, # of a run
                ) -> pd.DataFrame: # one row a stage: state, seconds, peak memory, key figures, why
     "What each stage of a run did, from its manifest."
     said, planned, rows = {o.stage: o for o in outcomes}, {p.stage.notebook: p for p in steps}, []
+    manifests = {name: readable_manifest(Path(folder)/name) for name in STAGES}
     for stage in STAGES.values():
-        manifest, o, p = read_manifest(Path(folder)/stage.name), said.get(stage.notebook), planned.get(stage.notebook)
-        old = manifest and any(read_manifest(Path(folder)/i) and then != sha256_json(read_manifest(Path(folder)/i)['outputs']) for i,then in manifest.get('key', {}).get('inputs', {}).items())
-        old = old or p is not None and p.action == 'leave out' and p.why != 'not asked for'
-        state = o.state if o else 'missing' if not manifest else 'outdated' if old or lacks(Path(folder)/stage.name, manifest) else 'done'
+        manifest, o, p = manifests[stage.name], said.get(stage.notebook), planned.get(stage.notebook)
         measured, metrics = (manifest or {}).get('measured', {}), (manifest or {}).get('metrics', {})
         figures = o.error if o and o.error else ', '.join(f'{k} {_short(v)}' for k,v in list(metrics.items())[:4])
+        state = o.state if o else _state(Path(folder)/stage.name, manifests, p)
         rows.append((stage.notebook, stage.name, state, measured.get('seconds'), measured.get('peak_memory_mib'), figures, o.why if o else p.why if p else ''))
     return pd.DataFrame(rows, columns=['notebook', 'stage', 'state', 'seconds', 'peak MiB', 'key figures', 'why'])
+
+def _state(artifact:Path, manifests:dict, step:Step|None) -> str:
+    "The state of an artifact that was not looked at in this execution: missing, damaged, outdated or done."
+    manifest = manifests[artifact.name]
+    if manifest is None: return 'damaged' if (artifact/'manifest.json').exists() else 'missing'
+    if file_faults(artifact, manifest): return 'damaged'
+    then = manifest.get('key', {}).get('inputs', {})
+    is_old = any(manifests.get(i) and sha != sha256_json(manifests[i]['outputs']) for i,sha in then.items())
+    is_left_out = step is not None and step.action == 'leave out' and step.why != 'not asked for'
+    return 'outdated' if is_old or is_left_out else 'done'
+
+def _whole_artifact(
+    run:Run,
+    stage:str # name of a stage
+) -> Path|None: # its folder; None where it is missing or damaged
+    "Find an artifact of a run for the report, which shows what is whole."
+    manifest = readable_manifest(run.folder/stage)
+    return run.folder/stage if manifest and not file_faults(run.folder/stage, manifest) else None
 
 # %% ../nbs/07_pipeline.ipynb #3cf8fd9d
 _INDEX = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
@@ -689,14 +778,16 @@ def write_report(run:Run, # a run with artifacts
                 ) -> Path: # the index page
     "Write a page for each executed notebook that has none yet, and the index page of the run."
     pages = run.folder/'report'
-    pages.mkdir(exist_ok=True)
+    with file_errors(pages): pages.mkdir(exist_ok=True)
     for stage in STAGES.values():
         notebook, page = executed(run.folder, stage), pages/f'{stage.notebook}.html'
-        if notebook.exists() and not (page.exists() and page.stat().st_mtime_ns >= notebook.stat().st_mtime_ns): _write(page, notebook_page(notebook))
+        is_new = page.exists() and page.stat().st_mtime_ns >= notebook.stat().st_mtime_ns
+        if not is_new and _is_readable(notebook): _write(page, notebook_page(notebook))
     _write(run.folder/'index.html', _index_page(run, list(outcomes), list(steps)))
     failed = [o for o in outcomes if o.state == 'failed']
     if failed: _write(run.folder/'failure.txt', '\n\n'.join(f'{o.stage}: {o.error}\n{o.traceback}'.rstrip() for o in failed)+'\n')
-    else: (run.folder/'failure.txt').unlink(missing_ok=True)
+    else:
+        with file_errors(run.folder): (run.folder/'failure.txt').unlink(missing_ok=True)
     return run.folder/'index.html'
 
 def _write(path:Path, text:str) -> None:
@@ -722,7 +813,8 @@ def _index_page(run:Run, outcomes:list, steps:list) -> str:
 
 def _workers(run:Run) -> pd.DataFrame|None:
     "What each worker of the engine did, stage by stage; None where this process did everything."
-    found = [pd.read_parquet(path).assign(stage=name) for name in STAGES if (path := run.folder/name/'workers.parquet').exists()]
+    paths = [folder/'workers.parquet' for folder in (_whole_artifact(run, name) for name in STAGES) if folder]
+    found = [pd.read_parquet(path).assign(stage=path.parent.name) for path in paths if path.exists()]
     if not found: return None
     table = pd.concat(found, ignore_index=True)
     return table[['stage', *table.columns.drop('stage')]].rename(columns={'seconds': 'seconds at work', 'peak_mib': 'peak MiB'}).astype({'pid': str})
@@ -736,14 +828,14 @@ def _cards(run:Run, table:pd.DataFrame) -> list:
     done = table.state.isin(['done', 'reused'])
     found = [('environment', run.env), ('stages done', f"{done.sum()} of {len(table)}"), ('seconds in stages', f'{table.seconds.sum():.0f}')]
     if table['peak MiB'].notna().any(): found.append(('peak memory, MiB', f"{table['peak MiB'].max():,.0f}"))
-    choice = run.folder/'validation'/'choice.json'
-    if choice.exists(): found.append(('model chosen on validation', read_json(choice)['model']))
     board = _leaderboard(run)
-    if board is not None and choice.exists(): found += [(column, board.loc[board.model == read_json(choice)['model'], column].iloc[0]) for column in board.columns[1:3] if (board.model == read_json(choice)['model']).any()]
-    return found
+    if board is None: return found
+    chosen = read_json(run.folder/'validation'/'choice.json')['model']
+    row, found = board[board.model == chosen], [*found, ('model chosen on validation', chosen)]
+    return found + [(column, row[column].iloc[0]) for column in board.columns[1:3] if len(row)]
 
 # %% ../nbs/07_pipeline.ipynb #5a8c6286
-_STATE_COLORS = {'done': '#009e73', 'reused': '#56b4e9', 'failed': '#d55e00', 'not run': '#9aa5b1', 'missing': '#d5dbe2', 'outdated': '#e69f00'}
+_STATE_COLORS = {'done': '#009e73', 'reused': '#56b4e9', 'failed': '#d55e00', 'not run': '#9aa5b1', 'missing': '#d5dbe2', 'outdated': '#e69f00', 'damaged': '#d55e00'}
 
 def _graph(table:pd.DataFrame, row:int=26) -> str:
     "The stages and what they read, as SVG."
@@ -766,7 +858,7 @@ def _lineage(run:Run) -> list:
     "Data, run, bundle: what was made from what, by fingerprints."
     found = [('run', run.name)]
     for s in STAGES.values():
-        m = run.manifest(s.name)
+        m = readable_manifest(run.folder/s.name)
         if m is None: continue
         if s.name == 'data_import': found += [('data', f'{label} {_digest(sha)}') for label,sha in m['outside'].items()]
         if s.name in ('data_import', 'training', 'packaging'): found.append((s.notebook, f"fingerprint {m['fingerprint'][:16]}" + ('' if m['run'] == run.name else f", made in run {m['run']}")))
@@ -774,7 +866,7 @@ def _lineage(run:Run) -> list:
             found += [(k, _short(v)) for k,v in m['metrics'].items()]
             bundle = run.folder/'packaging'/'bundle'/'manifest.json'
             if bundle.exists(): found.append(('bundle', f'sha256 of its manifest {sha256_file(bundle)[:16]}'))
-    packed = run.manifest('packaging') or run.manifest('data_import')
+    packed = readable_manifest(run.folder/'packaging') or readable_manifest(run.folder/'data_import')
     return found + ([('made with', ', '.join(f'{k} {v}' for k,v in packed['versions'].items()))] if packed else [])
 
 def _digest(value) -> str: return str(value)[:16]
@@ -783,14 +875,15 @@ def _digest(value) -> str: return str(value)[:16]
 def _data_line(run:Run) -> str:
     "Which data the run used, in the words of the import stage."
     from aerec_nb.data_import import describe_source
-    folder = run.folder/'data_import'
-    return describe_source(folder) if folder.exists() else 'No data was imported.'
+    folder = _whole_artifact(run, 'data_import')
+    return describe_source(folder) if folder else 'No data was imported.'
 
 def _leaderboard(run:Run):
     "The leaderboard of the run as people read it, or None."
-    path = run.folder/'validation'/'leaderboard.parquet'
-    if not path.exists(): return None
-    board, k = pd.read_parquet(path), read_manifest(path.parent)['settings']['validation.topk']['value']
+    folder = _whole_artifact(run, 'validation')
+    if folder is None: return None
+    board = pd.read_parquet(folder/'leaderboard.parquet')
+    k = run.manifest('validation')['settings']['validation.topk']['value']
     def with_error(value, error): return [f'{v:.4f} ± {e:.4f}' for v,e in zip(board[value], board[error])]
     return pd.DataFrame({'model': board.model.where(~board.bound, board.model + ' (bound)'), f'NDCG@{k} on validation': with_error('valid_ndcg', 'valid_se'),
                          f'NDCG@{k} on test': with_error('test_ndcg', 'test_se'), f'recall@{k} on test': with_error('recall', 'recall_se'),
@@ -799,9 +892,9 @@ def _leaderboard(run:Run):
 def _example_list(run:Run, k:int=10) -> tuple:
     "A user of the data and ten recommendations with titles, from the packaged bundle; (None, None) where there is none."
     from aerec_nb.packaging import load_bundle
-    folder = run.folder/'packaging'/'bundle'
-    if not folder.exists(): return None, None
-    recommender = load_bundle(folder)
+    folder = _whole_artifact(run, 'packaging')
+    if folder is None: return None, None
+    recommender = load_bundle(folder/'bundle', settings=run.settings)
     user = recommender.users[0]
     return user, recommender.recommend(user_id=user, k=k).to_frame()
 
@@ -898,6 +991,7 @@ def _point_run(env, data, knobs, say) -> dict:
     "One run of a point: taken as it is where an earlier one is the same."
     lines = []
     try: result = run_pipeline(env=env, data=data, last='validation', say=lines.append, **knobs)
+    except FileError: raise # the other points would meet it as well
     except AerecError as e:
         say(f'  failed: {e}')
         return dict(error=str(e), seconds=0.)
@@ -925,7 +1019,7 @@ def _compare_points(settings, name, rows, data, knobs, env) -> Sweep:
     words = ['aerec', 'run', *(['--env', env] if env else []), *(['--data', data] if data else [])]
     for knob,value in {**knobs, **point}.items(): words += ['-p', knob, str(value)]
     folder = settings.paths.runs_dir/'sweeps'/name
-    folder.mkdir(parents=True, exist_ok=True)
+    with file_errors(folder): folder.mkdir(parents=True, exist_ok=True)
     sweep = Sweep(folder, frame, ' '.join(shlex.quote(w) for w in words))
     write_parquet(folder/'points.parquet', frame.astype({c: str for c in frame.columns if c in KNOBS}))
     write_json(folder/'sweep.json', dict(name=name, best=point, command=sweep.command, points=rows))
@@ -987,16 +1081,26 @@ def _sweep_page(sweep:Sweep, k:int) -> str:
 # %% ../nbs/07_pipeline.ipynb #11a1e8fb
 def runs_table(runs_dir:Path # folder of runs
               ) -> pd.DataFrame: # one row a run, newest first
-    "Every run: when, in which environment, with what, how far, and what came of it."
+    "List the runs: when, in which environment, with what, how far, and the result. One that cannot be read is left out with a warning."
     rows = []
     for folder in all_runs(runs_dir):
-        about, manifests = read_json(folder/'run.json'), [m for s in STAGES if (m := read_manifest(folder/s))]
-        by_stage = {m['stage']: m for m in manifests}
-        pick, packed = by_stage.get('validation', {}).get('metrics', {}), by_stage.get('packaging', {}).get('metrics', {})
-        given = ', '.join(f'{k} {_short(v)}' for k,v in about['overrides'].items() if k not in ('runs_dir', 'var_dir'))
-        rows.append((folder.name, about['created'][:16].replace('T', ' '), about['env'], given or '-', f'{len(manifests)} of {len(STAGES)}', 'failed' if (folder/'failure.txt').exists() else 'at work' if is_held(folder) else 'whole' if len(manifests) == len(STAGES) else 'in part',
-                     pick.get('model', '-'), pick.get('ndcg_valid'), pick.get('ndcg_test'), packed.get('version')))
+        try: rows.append(_runs_row(folder))
+        except FileError as e: warn_once(f'run {folder.name} is left out: {e}')
     return pd.DataFrame(rows, columns=['run', 'begun (UTC)', 'env', 'given', 'stages', 'state', 'model', 'valid NDCG', 'test NDCG', 'version'])
+
+def _runs_row(folder:Path) -> tuple:
+    "A run in the table of runs."
+    about, manifests = read_run_file(folder), {name: readable_manifest(folder/name) for name in STAGES}
+    n_done = sum(m is not None for m in manifests.values())
+    pick, packed = ((manifests[name] or {}).get('metrics', {}) for name in ('validation', 'packaging'))
+    given = ', '.join(f'{k} {_short(v)}' for k,v in about['overrides'].items() if k not in ('runs_dir', 'var_dir'))
+    if (folder/'failure.txt').exists(): state = 'failed'
+    elif is_held(folder): state = 'at work'
+    elif any(m is None and (folder/name/'manifest.json').exists() for name,m in manifests.items()): state = 'damaged'
+    else: state = 'whole' if n_done == len(STAGES) else 'in part'
+    begun = about['created'][:16].replace('T', ' ')
+    return (folder.name, begun, about['env'], given or '-', f'{n_done} of {len(STAGES)}', state,
+            pick.get('model', '-'), pick.get('ndcg_valid'), pick.get('ndcg_test'), packed.get('version'))
 
 def compare_runs(first:Path, # folder of a run
                  second:Path # of another one
@@ -1004,7 +1108,7 @@ def compare_runs(first:Path, # folder of a run
     "What is different between two runs: settings, code, data, key figures."
     rows = []
     for s in STAGES:
-        a, b = read_manifest(first/s), read_manifest(second/s)
+        a, b = readable_manifest(first/s), readable_manifest(second/s)
         if not a or not b:
             if a or b: rows.append((s, 'stage', *('done' if m else 'missing' for m in (a, b))))
             continue
@@ -1019,12 +1123,15 @@ def _flat(manifest, part): return {k: v['value'] if isinstance(v, dict) and 'val
 def prune_runs(runs_dir:Path, # folder of runs
                keep:int # newest runs to keep
               ) -> list: # names of what was removed
-    "Remove old runs; one that is being worked on stays."
+    "Remove old runs; one that is being worked on stays, and so does one that may not be removed, with a warning."
     gone = []
     for folder in all_runs(runs_dir)[keep:]:
-        if is_held(folder): continue
-        shutil.rmtree(folder)
-        gone.append(folder.name)
+        try:
+            with file_errors(folder):
+                if is_held(folder): continue
+                shutil.rmtree(folder)
+        except FileError as e: warn_once(f'run {folder.name} stays: {e}')
+        else: gone.append(folder.name)
     return gone
 
 # %% ../nbs/07_pipeline.ipynb #890af02e
@@ -1208,10 +1315,23 @@ def new_project(folder:Path # that shall hold it; it must not exist, or be empty
     texts = {'settings.ini': _INI, 'Makefile': _MAKEFILE, 'README.md': _READ_ME.format(name=folder.name), '.gitignore': 'runs/\nvar/\ndataset/*\n!dataset/README.md\n.ipynb_checkpoints/\n__pycache__/\n'}
     copied = [*(f'nbs/{s.notebook}.ipynb' for s in STAGES.values()), *(p.relative_to(template).as_posix() for part in ('config/*.toml', 'nbs/tutorials/*.ipynb', 'nbs/how_to/*.ipynb') for p in sorted(template.glob(part))),
               'dataset/README.md', 'constraints.txt']
-    for name in [*texts, *copied]: (folder/name).parent.mkdir(parents=True, exist_ok=True)
-    for name,text in texts.items(): (folder/name).write_text(text, encoding='utf-8')
-    for name in copied: shutil.copyfile(template/name, folder/name)
+    is_new = not folder.exists()
+    try:
+        with file_errors(folder):
+            for name in [*texts, *copied]: (folder/name).parent.mkdir(parents=True, exist_ok=True)
+            for name,text in texts.items(): (folder/name).write_text(text, encoding='utf-8')
+            for name in copied: shutil.copyfile(template/name, folder/name)
+    except FileError:
+        _empty(folder, is_new)
+        raise
     return sorted([*texts, *copied])
+
+def _empty(folder:Path, is_new:bool) -> None:
+    "Remove what was begun in a folder, and the folder if it was made for it."
+    for left in folder.iterdir() if folder.is_dir() else ():
+        if left.is_dir(): shutil.rmtree(left, ignore_errors=True)
+        else: left.unlink(missing_ok=True)
+    if is_new and folder.is_dir(): folder.rmdir()
 
 # %% ../nbs/07_pipeline.ipynb #136471fc
 def _packages_fault(names:list) -> tuple:
@@ -1265,27 +1385,54 @@ def _look_at_data(settings):
 # %% ../nbs/07_pipeline.ipynb #d64ad3dd
 def _look_at_stores(settings):
     from aerec_nb.events import EventLog, events_url
-    from aerec_nb.packaging import Registry
-    uri, url = settings.packaging.registry_uri or f"sqlite:///{settings.paths.var_dir/'registry.db'}", events_url(settings)
-    def there(address): return not str(address).startswith('sqlite') or Path(str(address).partition(':///')[2]).exists()
+    uri, url = _registry_url(settings), events_url(settings)
+    def there(address):
+        path = Path(str(address).partition(':///')[2]) if str(address).startswith('sqlite') else None
+        with file_errors(path): return path is None or path.exists()
     def tried(address, look, none):
-        if not there(address): return 'note', none
-        try: return 'fine', look()
-        except Exception as e: return 'fault', (str(e).splitlines() or [type(e).__name__])[0] # whatever it says: it cannot be used
-    def versions(): return f"{len(Registry.from_settings(settings).versions())} versions in {show_value(uri)}"
+        try: return ('fine', look()) if there(address) else ('note', none)
+        except Exception as e: return 'fault', _first_line(e) # whatever it says: it cannot be used
+    def versions(): return f"{len(_registry(settings).versions())} versions in {show_value(uri)}"
     def counted():
+        _check_database(url)
         log = EventLog.from_settings(settings)
         try: return f'{log.count():,} events in {show_value(log.url)}'
         finally: log.close()
     yield 'registry', *tried(uri, versions, 'none yet: the first aerec run makes it'), 'aerec run; or set AEREC_PACKAGING__REGISTRY_URI to a registry that answers'
     yield 'event log', *tried(url, counted, 'none yet: aerec serve makes it'), 'aerec serve; or set AEREC_EVENTS__EVENTS_URL to a database that answers'
 
-def _look_at_machine(settings):
-    import psutil, socket
+def _look_at_folders(settings):
+    for name in ('runs_dir', 'var_dir'):
+        folder = getattr(settings.paths, name)
+        fix = f'or set AEREC_PATHS__{name.upper()} to a folder that can be written'
+        try: check_writable(folder)
+        except FileError as e: yield f'folder {name}', 'fault', str(e), fix
+        else: yield f'folder {name}', 'fine', f'{show_value(folder)} can be written', ''
+
+def _look_at_runs(settings):
+    "Runs and manifests that cannot be read; the contents of files are checked when an artifact is reused."
+    damaged = []
+    for folder in sorted(run_folders(settings.paths.runs_dir)): damaged += [_first_line(e) for e in _refusals(folder)]
+    more = f' and {len(damaged)-3} more' if len(damaged) > 3 else ''
+    fix = 'they are not used; delete the run, or run the stage again with aerec run --run RUN'
+    yield 'runs', 'note' if damaged else 'fine', '; '.join(damaged[:3]) + more or 'all can be read', fix
+
+def _refusals(folder:Path) -> list:
+    "The errors met in reading what a run and its stages say of themselves."
+    found = []
+    for read,path in ((read_run_file, folder), *((read_manifest, folder/name) for name in STAGES)):
+        try: read(path)
+        except FileError as e: found.append(e)
+    return found
+
+def _look_at_disk(settings):
     runs_dir = settings.paths.runs_dir
     disk = shutil.disk_usage(next(p for p in (runs_dir, *runs_dir.parents) if p.exists()))
     used = sum(f.stat().st_blocks*512/max(1, f.stat().st_nlink) for f in runs_dir.rglob('*') if f.is_file()) if runs_dir.is_dir() else 0
     yield 'disk', 'fine' if disk.free > 2*2**30 else 'note', f'{disk.free/2**30:,.0f} GiB free; {len(all_runs(runs_dir))} runs take about {used/2**30:,.2f} GiB', 'aerec runs prune --keep 10'
+
+def _look_at_machine(settings):
+    import psutil, socket
     free = psutil.virtual_memory().available
     yield 'memory', 'fine' if free > 1.5*2**30 else 'note', f'{free/2**30:,.1f} GiB free, {os.cpu_count()} processors', 'set n_parallel to 1, or give the planner a limit (max_memory_gib)'
     with socket.socket() as s: taken = s.connect_ex((settings.serving.host, settings.serving.port)) == 0
@@ -1294,18 +1441,31 @@ def _look_at_machine(settings):
 # %% ../nbs/07_pipeline.ipynb #3b260dd0
 def doctor(env:str=None # as configured
           ) -> pd.DataFrame: # check, state (fine, note, fault), found, fix
-    "Look at everything a run needs; nothing is changed."
-    rows = [('python', 'fine' if sys.version_info >= (3, 11) else 'fault', sys.version.split()[0], 'install Python 3.11 or newer'), *_look_at_packages(), *_look_at_notebooks()]
+    "Check everything a run needs; nothing is changed, and a check that raises becomes a row."
+    is_new = sys.version_info >= (3, 11)
+    rows = [('python', 'fine' if is_new else 'fault', sys.version.split()[0], 'install Python 3.11 or newer')]
+    rows += [*_checked('packages', _look_at_packages), *_checked('notebooks', _look_at_notebooks)]
     for name in dict.fromkeys([env or os.environ.get('AEREC_ENV') or 'dev', 'dev', 'stage', 'live']):
-        try: load_settings(name)
-        except AerecError as e: rows.append((f'settings of {name}', 'fault', str(e), 'repair what it names'))
-        else: rows.append((f'settings of {name}', 'fine', 'valid', ''))
+        rows += _checked(f'settings of {name}', _look_at_settings, name)
     try: settings = load_settings(env)
-    except AerecError: settings = None
-    if settings is not None: rows += [*_look_at_data(settings), *_look_at_stores(settings), *_look_at_machine(settings)]
+    except Exception: settings = None # said above
+    checks = {'data': _look_at_data, 'folders': _look_at_folders, 'runs': _look_at_runs, 'stores': _look_at_stores,
+              'disk': _look_at_disk, 'machine': _look_at_machine}
+    for name,check in checks.items() if settings is not None else (): rows += _checked(name, check, settings)
     table = pd.DataFrame(rows, columns=['check', 'state', 'found', 'fix'])
     table.loc[table.state == 'fine', 'fix'] = ''
     return table
+
+def _look_at_settings(env:str):
+    load_settings(env)
+    yield f'settings of {env}', 'fine', 'valid', ''
+
+def _checked(name:str, check, *args) -> list:
+    "The rows of one check of the doctor; what it raises is a row as well."
+    try: return list(check(*args))
+    except Exception as e: return [(name, 'fault', _first_line(file_error(e) or e), 'repair what it names')]
+
+def _first_line(error:Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0]
 
 # %% ../nbs/07_pipeline.ipynb #75b5c45d
 def _absolute_source(data:str|None) -> str|None:
@@ -1329,8 +1489,13 @@ def find_bundle(settings, # `Settings` of the environment
         folder = open_run(run, env=settings.env).folder/'packaging'/'bundle'
         if not folder.exists(): raise AerecError(f'run {run} has no bundle: run the pipeline to its end first (aerec run --run {run})')
         return folder
+    return _registry(settings).resolve(settings.packaging.alias or settings.env)
+
+def _registry(settings):
+    "The registry of an environment; raises `FileError` at once where its file cannot be used."
     from aerec_nb.packaging import Registry
-    return Registry.from_settings(settings).resolve(settings.packaging.alias or settings.env)
+    _check_database(_registry_url(settings))
+    return Registry.from_settings(settings)
 
 # %% ../nbs/07_pipeline.ipynb #acee2afd
 def _asked(args) -> dict:
@@ -1421,7 +1586,7 @@ def _cmd_recommend(args) -> int:
     user = args.user_id if args.user is None else args.user
     if user is None and args.history is None and not args.batch: raise AerecError('say for whom: aerec recommend 42, aerec recommend --history 1,2,3, or aerec recommend --batch FOLDER')
     settings = load_settings(args.env, engine=args.engine, address=args.address)
-    recommender = load_bundle(find_bundle(settings, args.run))
+    recommender = load_bundle(find_bundle(settings, args.run), settings=settings)
     if args.batch:
         if settings.scale.engine == 'local': shards = recommender.recommend_batch(k=args.k, folder=Path(args.batch))
         else:
@@ -1437,15 +1602,20 @@ def _cmd_recommend(args) -> int:
     return 0
 
 def _cmd_serve(args) -> int:
+    from aerec_nb.events import events_url
     from aerec_nb.serving import serve
     settings = load_settings(args.env, host=args.host, port=args.port, workers=args.workers, allow_unauthenticated=args.allow_unauthenticated or None)
+    _check_database(events_url(settings))
+    if not args.run: _check_database(_registry_url(settings))
     if args.run: serve(find_bundle(settings, args.run), settings)
     else: serve(None, settings, alias=settings.packaging.alias or settings.env) # and goes with it when it moves
     return 0
 
 def _cmd_monitor(args) -> int:
+    from aerec_nb.events import events_url
     from aerec_nb.monitoring import monitor, watch
     settings = load_settings(args.env, event_source='real')
+    _check_database(events_url(settings))
     def bundle(): return find_bundle(settings, args.run)
     if args.watch or args.once: return watch(settings, bundle, args.watch or 60., args.once, say=lambda line: print(line, flush=True))
     with redirect_stdout(sys.stderr): table = monitor(settings, bundle()) # says which log it was
@@ -1467,8 +1637,16 @@ def _cmd_doctor(args) -> int:
 
 # %% ../nbs/07_pipeline.ipynb #48b670db
 def _cmd_models(args) -> int:
-    from aerec_nb.packaging import Registry
-    registry = Registry.from_settings(load_settings(args.env))
+    from aerec_nb.packaging import key_id, new_signing_key
+    if args.what == 'new-key':
+        private, public = new_signing_key()
+        print(f'private key, secret, for AEREC_PACKAGING__SIGNING_KEY where bundles are packed: {private}')
+        print(f'public key, for AEREC_BUNDLE_KEYS or packaging.bundle_keys where they are loaded: {public}')
+        print(f'id of the key: {key_id(public)}')
+        return 0
+    settings = load_settings(args.env)
+    if args.what in ('promote', 'rollback', 'archive'): _check_database(_registry_url(settings), check_sqlite_writable)
+    registry = _registry(settings)
     def version(text): return int(text) if str(text).isdigit() else text
     def number(text):
         if not str(text).isdigit(): raise AerecError(f"'{text}' is no version: give its number, as aerec models list shows it")
@@ -1483,6 +1661,11 @@ def _cmd_models(args) -> int:
         table = registry.verify(version(args.version) if args.version else None)
         _show(table, args)
         return 0 if (table.result == 'ok').all() else 1
+    elif args.what == 'sign':
+        if settings.packaging.signing_key is None:
+            advice = 'make a pair with aerec models new-key, and set AEREC_PACKAGING__SIGNING_KEY'
+            raise AerecError(f'there is no key to sign with: {advice}')
+        print(registry.sign(version(args.version), settings.packaging.signing_key))
     elif args.what == 'archive': print(registry.archive(number(args.version), by=args.by, why=args.why))
     elif args.what == 'rollback': print(registry.rollback(args.alias, by=args.by, why=args.why))
     else: print(registry.promote(number(args.version), args.alias, by=args.by, why=args.why, force=args.force))
@@ -1495,7 +1678,7 @@ def _parser() -> argparse.ArgumentParser:
     "Every command with its options."
     parser = argparse.ArgumentParser(prog='aerec', description='From a table of ratings to a monitored recommendation service.', formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog='a first hour:\n  aerec new my_recommender && cd my_recommender\n  aerec run\n  aerec recommend 1\n  aerec serve\n\n'
-                                            'exit codes: 0 fine, 1 a stage failed or the doctor found a fault, 2 a mistake in what was asked, 3 a monitor fires\ntab completion: eval "$(aerec completion bash)"')
+                                            'exit codes: 0 fine, 1 a stage failed, the doctor found a fault or a file cannot be used, 2 a mistake in what was asked, 3 a monitor fires, 130 Ctrl-C\ntab completion: eval "$(aerec completion bash)"')
     parser.add_argument('--version', action='version', version=f'aerec_nb {importlib.metadata.version("aerec_nb")}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     def command(name, function, help, *examples, among=commands, env=True, json=True):
@@ -1573,7 +1756,7 @@ def _bundle_parsers(command) -> None:
     p.add_argument('--run', help=_TAKES_RUN)
     p.add_argument('--watch', type=float, nargs='?', const=60., metavar='SECONDS', help='again and again (default every 60 s); who must know of an alert is told')
     p.add_argument('--once', action='store_true', help='one look of a watch, for cron')
-    among = command('models', None, 'the registry: list, show, diff, verify, gates, promote, rollback, history, archive, gc', 'aerec models list', 'aerec models promote 3 live --by release-manager --why "better on test"',
+    among = command('models', None, 'the registry: list, show, diff, verify, gates, new-key, sign, promote, rollback, history, archive, gc', 'aerec models list', 'aerec models promote 3 live --by release-manager --why "better on test"',
                     env=False, json=False).add_subparsers(dest='what', required=True, metavar='WHAT')
     def model(name, help, example, *arguments, by=False, json=True, **options):
         p = command(name, _cmd_models, help, example, json=json, **options)
@@ -1587,6 +1770,8 @@ def _bundle_parsers(command) -> None:
     model('verify', 'check every byte, and replay the golden requests', 'aerec models verify', among=among).add_argument('version', nargs='?')
     model('gates', 'what the gates of an alias say to a version; nothing is moved', 'aerec models gates 3 live', 'version', 'alias', among=among)
     model('history', 'every promotion, refusal, rollback and archiving', 'aerec models history', among=among)
+    model('new-key', 'make a pair of keys: one signs bundles, the other is listed where they are loaded', 'aerec models new-key', json=False, env=False, among=among)
+    model('sign', 'sign the bundle of a version or an alias, with AEREC_PACKAGING__SIGNING_KEY', 'aerec models sign 3', 'version', json=False, among=among)
     model('gc', 'bundles that nothing needs', 'aerec models gc --delete', among=among).add_argument('--delete', action='store_true', help='delete them')
     for where in ({'among': among}, {}): # at the top as well, as they always were
         p = model('promote', 'point an alias to a registered version' if where else None, 'aerec models promote 3 live --by release-manager --why "better on test"', 'version', 'alias', by=True, json=False, **where)
@@ -1626,15 +1811,28 @@ def _cmd_completion(args) -> int:
     return 0
 
 # %% ../nbs/07_pipeline.ipynb #235baa62
-def main(argv:list=None # words after `aerec`; None: of the command line
-        ) -> int: # exit code: 0 fine, 1 a stage failed, 2 a mistake in what was asked, 3 a monitor fires
+def main(
+    argv:list=None # words after `aerec`; None: of the command line
+) -> int: # exit code: 0 fine, 1 a stage failed or a file cannot be used, 2 a mistake, 3 a monitor fires, 130 Ctrl-C
     "The `aerec` command."
     args = _parser().parse_args(argv)
-    try: return args.function(args)
+    try:
+        with file_errors():
+            code = args.function(args)
+            sys.stdout.flush()
+        return code
     except AerecError as e:
         print(f'error: {e}', file=sys.stderr)
-        return 2
+        _drop_output()
+        return 1 if isinstance(e, FileError) else 2
     except BrokenPipeError: # `aerec ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
-    except KeyboardInterrupt: return 130
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
+
+def _drop_output() -> None:
+    "Let go of output that cannot be written, or Python would complain of it at its end."
+    try: sys.stdout.flush()
+    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

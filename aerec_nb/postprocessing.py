@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from scipy.sparse import csr_matrix
 from .blocklist import BanList
-from .configuration import AerecError, own_file, own_object, project_dir
+from .configuration import AerecError, check_name, own_file, plugin_module, project_dir
 from .limits import Deadline, DeadlineExceeded, did_you_mean, preview
 from .model_preprocessing import NOTHING, Interactions, ItemFeatures, Split, _with_year
 from .runs import read_json, sha256_file, sha256_json, write_json, write_parquet
@@ -887,7 +887,7 @@ def find_step(name:str, # as settings name it
               elsewhere:bool=False # shall it be known in other processes too?
              ) -> Step:
     "The step behind a name; raises `AerecError` naming those there are."
-    if ':' in name: return _step_of_file(name)
+    if ':' in check_name(name, 'step'): return _step_of_file(name)
     if name in STEPS and not (elsewhere and _is_foreign(STEPS[name])): return STEPS[name]
     why = 'which is registered in this process only' if name in STEPS else f'and there is none{did_you_mean(name, STEPS)}'
     raise AerecError(f"postprocessing.steps names the step '{name}', {why}: there are {', '.join(sorted(n for n in STEPS if not _is_foreign(STEPS[n])))}; "
@@ -899,17 +899,17 @@ def _is_foreign(s:Step) -> bool:
     except (OSError, TypeError): return True
 
 def _step_of_file(name:str) -> Step:
-    "The step, from the file as it is now; what the file registers stays its own."
+    "Load the step of a plugin; other steps that its file registers are not kept."
     registries, own = [STEPS, importlib.import_module('aerec_nb.postprocessing').STEPS], name.split(':')[1] # the file registers with the module, whatever runs here
     before = [dict(r) for r in registries]
     for r in registries: r.pop(own, None)
     try:
-        try: function = own_object(name, 'postprocessing.steps')
-        except AerecError as e:
-            if 'has no function' not in str(e): raise
-            function = None
+        made = plugin_module(name, 'postprocessing.steps')
+        function = getattr(made, own, None)
         found = next((s for r in registries for s in r.values() if s.function is function), None)
-        if found is None: raise AerecError(f"postprocessing.steps names '{name}', but {own_file(name, 'postprocessing.steps').name} registers no step '{own}': put @step('{own}') over its function")
+        if found is None:
+            advice = f"put @step('{own}') over its function"
+            raise AerecError(f"postprocessing.steps names '{name}', but {Path(made.__file__).name} registers no step '{own}': {advice}")
         return found
     finally:
         for r,kept in zip(registries, before): r.clear(); r.update(kept)
@@ -923,11 +923,12 @@ class Chain:
         index=None, # `IdIndex` or `Catalogue` that candidates are numbers of; None: bound later
         options:dict=None, # step -> its parameters
         seed:int=0, # of what is drawn
-        bans=() # further `BanList`s, which follow changes
+        bans=(), # further `BanList`s, which follow changes
+        found:list=None # `Step` of each name, where they are known already; None: looked up
     ):
         self.steps, self.options, self.seed = list(steps), {n: dict(o) for n,o in (options or {}).items()}, seed
         self.bans = [BanList(banned_items), *bans] if len(banned_items) or not bans else list(bans)
-        self._found = [find_step(name) for name in self.steps]
+        self._found = [find_step(name) for name in self.steps] if found is None else list(found)
         if left := set(self.options) - set(self.steps): raise AerecError(f"postprocessing.step_options: steps does not name {', '.join(sorted(left))}: add it there, or leave this out")
         if any(b.ids or b.changes for b in self.bans) and 'ban_list' not in self.steps:
             raise AerecError("postprocessing.steps lacks 'ban_list', but items are banned: add the step, or empty the ban list")
@@ -973,12 +974,13 @@ class Chain:
     def bind(self, index # `IdIndex` or `Catalogue`
             ): # -> Chain
         "The same chain for a vocabulary; raises `AerecError` for columns that its items do not have."
-        return Chain(self.steps, (), index, self.options, self.seed, self.bans)
+        return Chain(self.steps, (), index, self.options, self.seed, self.bans, self._found)
 
     def with_bans(self, banned # ids, or a `BanList`
                  ): # -> Chain
         "The same chain with more banned items."
-        return Chain(self.steps, (), self.catalogue, self.options, self.seed, [*self.bans, banned if hasattr(banned, 'refresh') else BanList(banned)])
+        bans = [*self.bans, banned if hasattr(banned, 'refresh') else BanList(banned)]
+        return Chain(self.steps, (), self.catalogue, self.options, self.seed, bans, self._found)
 
     @property
     def spec(self) -> dict: # plain data
@@ -989,10 +991,30 @@ class Chain:
     def from_spec(cls, spec:dict, # `spec` of a chain
                   index=None # `IdIndex` or `Catalogue`; None: bound later
                  ): # -> Chain
-        "A chain as it was kept."
-        return cls(spec['steps'], spec['banned_items'], index, spec.get('options'), spec.get('seed', 0))
+        "Make a chain of what was kept; raises `AerecError` where that is no chain."
+        _check_spec(spec)
+        return cls(spec['steps'], spec['banned_items'], index, spec.get('options', {}), spec.get('seed', 0))
 
     def __repr__(self): return f"Chain({' > '.join(self.steps)}, {len(self.banned_items)} banned)"
+
+def _check_spec(spec:dict) -> None:
+    "Refuse what is no `spec` of a chain, names first; raises `AerecError`."
+    def check(holds, why):
+        if not holds: raise AerecError(f'chain.json: {why}')
+
+    check(isinstance(spec, dict), 'it holds no chain')
+    steps, options, seed = spec.get('steps'), spec.get('options', {}), spec.get('seed', 0)
+    banned = spec.get('banned_items')
+    check(isinstance(steps, list) and len(steps) <= 100, 'steps must be a list of at most 100 names')
+    for name in steps: check_name(name, 'chain.json: step')
+    check(len(set(steps)) == len(steps), 'steps names a step twice')
+    has_dicts = isinstance(options, dict) and all(isinstance(given, dict) for given in options.values())
+    check(has_dicts, 'options must have a dict of parameters for each step')
+    for name in options: check_name(name, 'chain.json: options of step')
+    is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
+    check(is_seed, 'seed must be a whole number of at least 0')
+    has_ids = isinstance(banned, list) and all(isinstance(id, (int, str)) for id in banned)
+    check(has_ids, 'banned_items must be a list of ids')
 
 # %% ../nbs/04a_postprocessing.ipynb #a5567e47
 MAX_PINS = 1_000  # pins of a request

@@ -77,7 +77,7 @@ def _health(address, environ, seconds):
     return '' if found.returncode == 0 else found.stderr or 'no'
 
 # %% ../nbs/06a_scale.ipynb #9841be5a
-def _check_nodes(ray):
+def _check_nodes(ray, seconds=120):
     "Raise `AerecError` for a machine whose Python lacks this package or has another version of it."
     def has():
         import importlib.metadata
@@ -87,8 +87,8 @@ def _check_nodes(ray):
     own, ask = importlib.metadata.version('aerec_nb'), ray.remote(num_cpus=0, max_retries=1)(has)
     asked = {n['NodeManagerAddress']: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n['NodeID'], soft=False)).remote() for n in ray.nodes() if n['Alive']}
     for node, answer in asked.items():
-        try: found = ray.get(answer, timeout=120)
-        except ray.exceptions.GetTimeoutError: raise AerecError(f'the Ray worker on {node} did not start within 120 s; look at `ray status` there') from None
+        try: found = ray.get(answer, timeout=seconds)
+        except ray.exceptions.GetTimeoutError: raise AerecError(f'the Ray worker on {node} did not start within {seconds:g} s; look at `ray status` there') from None
         except ray.exceptions.RayError as e: raise AerecError(f'the Ray worker on {node} failed: {_last_line(e)}') from None
         if found != own: raise AerecError(f"the Ray worker on {node} has {f'aerec_nb {found}, this process {own}' if found else 'no aerec_nb'}: pip install \"aerec_nb[ray]=={own}\" in its Python")
 
@@ -111,7 +111,8 @@ def start_engine(
     own = dict(num_cpus=scale.n_workers, include_dashboard=False, object_store_memory=int((scale.object_store_gib or min(max(free/4, .5), 32))*2**30))
     with calm():
         try: ray.init(address=address, **quiet) if address else ray.init(**quiet, **own)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as e: raise AerecError(f"Ray {f'at {address}' if address else 'on this machine'} does not start: {_last_line(e)}") from None
+        except Exception as e: # Ray raises a bare Exception where one of its processes starts late
+            raise AerecError(f"Ray {f'at {address}' if address else 'on this machine'} does not start: {_last_line(e)}") from None
     if address != known or not address:
         try: _check_nodes(ray)
         except AerecError:
@@ -237,8 +238,7 @@ def _cut(large, size):
     for path, file in zip(large.paths, large.files):
         name = large._name(path)
         if large.is_parquet:
-            try: meta = pq.ParquetFile(path).metadata
-            except (OSError, pyarrow.ArrowException) as e: raise di._no_parquet(name, e) from None
+            meta = pq.ParquetFile(path).metadata
             groups = _row_groups([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
             pieces += [Piece(path, name, a, b, schema=file.schema, hive=file.hive) for a, b in groups]
         elif file.packed == 'none' and path.stat().st_size > 1.5*size and _may_be_cut(path, file.head, file.layout):
@@ -1282,9 +1282,9 @@ def _own_error(error, what):
         e = todo.pop()
         if e is None or id(e) in seen: continue
         seen.add(id(e))
-        if isinstance(e, AerecError): return AerecError(str(e))
+        if isinstance(e, AerecError) and not isinstance(e, ray_module().exceptions.RayError): return AerecError(str(e)) # Ray's own has a traceback in its text
         todo += [e.__cause__, e.__context__, getattr(e, 'cause', None), *(getattr(e, 'worker_failures', None) or {}).values()]
-    said = [m[2] for line in str(error).splitlines() if (m := re.match(r'\s*(?:\w+\.)*(\w*(?:AerecError|Diverged|BadRows))(?:\(\))?: (.*)', line))]
+    said = [m[2] for line in str(error).splitlines() if (m := re.match(r'\s*(?:\w+\.)*(\w*(?:AerecError|Diverged))(?:\(\))?: (.*)', line))]
     other = [line.strip() for line in str(error).splitlines() if re.match(r'\s*(?:\w+\.)*\w*(?:Error|Exception)\b.*: ', line)]
     return AerecError(said[-1] if said else f'{what}: the workers failed: {other[-1] if other else _last_line(error)}')
 

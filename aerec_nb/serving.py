@@ -43,7 +43,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError, to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from .configuration import AerecError, load_settings
+from .configuration import AerecError, current_settings, load_settings, plugin_hashes
 from .events import EventLog, MAX_ID, new_event, save_events, simulated_reaction, sqlite_url
 from .inference import Recent, Recommender, UnknownUser
 from .packaging import Registry, load_bundle
@@ -466,7 +466,6 @@ class JsonLines(logging.Handler):
     def emit(self, record): say(record.levelname.lower(), text=record.getMessage(), logger=record.name)
 
 # %% ../nbs/05a_serving.ipynb #725ffc42
-_REQUEST_ID = re.compile(r'[A-Za-z0-9._-]{1,64}')
 MAX_OPEN = 8 # requests that need no key, /health apart, answered at the same time: those with a key share the threads with them
 MAX_WRONG_KEYS = 10. # wrong keys a second and address, where serving.rate_limit says nothing
 
@@ -591,9 +590,10 @@ class RequestMiddleware:
             if status >= 400: payload['error'] = TITLES.get(status, 'other')
             s.writer.offer(new_event('request', event_id=s.fresh_id(), request_id=note.get('request_id', scope['request_id']), user_id=note.get('user_id'), payload=payload, simulated=s.simulated))
 
-LOGGED = {'/v1/recommend/{user_id:path}': 'recommend', '/v1/recommend': 'recommend', '/v1/recommend:batch': 'batch', '/v1/similar/{item_id:path}': 'similar', '/v1/popular': 'popular', '/v1/rank': 'rank'}
-
 # %% ../nbs/05a_serving.ipynb #e00073b6
+LOGGED = {'/v1/recommend/{user_id:path}': 'recommend', '/v1/recommend': 'recommend', '/v1/recommend:batch': 'batch', '/v1/similar/{item_id:path}': 'similar', '/v1/popular': 'popular', '/v1/rank': 'rank'}
+_REQUEST_ID = re.compile(r'[A-Za-z0-9._-]{1,64}')
+
 class _Exchange:
     "The head of a request, and what was sent for it."
     def __init__(self, scope, send, fresh_id):
@@ -998,7 +998,7 @@ def create_app(bundle, # `Recommender`, or the folder of a bundle
               ) -> FastAPI:
     "The service as an ASGI app; raises `AerecError` if keys are required and there are none, the bundle does not verify, or an allowed host is no host name."
     settings = settings or load_settings()
-    recommender = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle)
+    recommender = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle, settings=settings)
     state = State(recommender, settings, event_log or EventLog.from_settings(settings), simulated, shared, metrics)
 
     @asynccontextmanager
@@ -1046,7 +1046,7 @@ def _last_change(folder) -> tuple:
 
 def _change_bundle(state:State, version, folder) -> None:
     "Load a bundle and serve it."
-    recommender = load_bundle(folder)
+    recommender = load_bundle(folder, settings=state.settings)
     recommender.info['number'] = version
     if recommender.info['id'][:16] != state.live.version: state.swap(recommender)
     else: state.live.recommender.info['number'] = version
@@ -1341,7 +1341,7 @@ def serve(bundle_folder:Path, # a bundle; None: what the alias points to
     number, folder = look() if look else (None, bundle_folder)
     torch.set_num_threads(1) # requests are what runs side by side
     sock = _bind(s.host, s.port)
-    recommender = load_bundle(folder)
+    recommender = load_bundle(folder, settings=settings)
     recommender.info['number'] = number
     for blocklist in (ban_list, ban_file): blocklist(settings) # one that cannot be read is said here, once
     log = EventLog.from_settings(settings, events)
@@ -1355,7 +1355,7 @@ def serve(bundle_folder:Path, # a bundle; None: what the alias points to
             if look:
                 try:
                     if (now := look())[0] != number: # it moved since the first worker began
-                        newest = load_bundle(now[1])
+                        newest = load_bundle(now[1], settings=settings)
                         newest.info['number'] = now[0]
                 except Exception as e: say('alert', text='the newest bundle cannot be loaded, the one before is served', error=str(e).splitlines()[0])
             app = create_app(newest, settings, EventLog.from_settings(settings, events), simulated, shared, Path(counters), look)
@@ -1549,7 +1549,7 @@ def _service_variables(settings, key_entry:str=None) -> dict:
     "The serving settings of a run, for the process that serves; with a key of its own where keys are needed."
     s = settings.serving
     own = {f'AEREC_SERVING__{name.upper()}': str(getattr(s, name)).lower() for name in ('require_auth', 'max_k', 'queue_size', 'workers', 'timeout_s', 'max_concurrency', 'demo', 'liked_from', 'history_days')}
-    return own | ({'AEREC_SERVING__API_KEYS': key_entry} if key_entry else {})
+    return own | {'AEREC_PLUGINS__TRUSTED': json.dumps(plugin_hashes(current_settings()))} | ({'AEREC_SERVING__API_KEYS': key_entry} if key_entry else {}) # the run may name plugins that no file names
 
 def build_serving(run, # `Run` from `aerec_nb.runs`
                   folder:Path # where to write events.parquet, latencies.parquet and answers.json

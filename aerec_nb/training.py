@@ -686,7 +686,7 @@ class ExperimentLog:
                 known = self._client.get_experiment_by_name(name)
                 self.experiment_id = known.experiment_id if known else self._client.create_experiment(name, artifacts.absolute().as_uri() if artifacts else None)
         except AerecError: raise
-        except Exception as e: raise AerecError(f"training.tracking_uri {show_value(uri)}: MLflow cannot open it: {str(e).splitlines()[0]}; set it to off to train without a log") from None
+        except Exception as e: raise AerecError(f"training.tracking_uri {show_value(uri)}: MLflow cannot open it: {(str(e) or type(e).__name__).splitlines()[0]}; set it to off to train without a log") from None
 
     @classmethod
     def from_settings(cls, settings # sections training and paths are read
@@ -701,7 +701,7 @@ class ExperimentLog:
         if self._client is None: return None
         try: return getattr(self._client, what)(*args, **kwargs)
         except Exception as e:
-            print(f'experiment log {show_value(self.uri)}: {str(e).splitlines()[0]}; training goes on without it')
+            print(f'experiment log {show_value(self.uri)}: {(str(e) or type(e).__name__).splitlines()[0]}; training goes on without it')
             self._client = None
 
 # %% ../nbs/03_training.ipynb #609131e7

@@ -1,5 +1,5 @@
 "The `aerec` command as a person or a script uses it: help, JSON, exit codes, completion, the doctor, the plain papermill command."
-import json, os, re, shlex, shutil, subprocess
+import http.server, json, os, re, shlex, shutil, signal, subprocess, threading, time
 from pathlib import Path
 import pytest
 from aerec_nb import pipeline
@@ -107,6 +107,138 @@ def test_doctor(here, capsys, monkeypatch):
     monkeypatch.setenv('AEREC_PROJECT', str(here/'empty'))
     code, out, _ = aerec(capsys, 'doctor')
     assert code == 1 and 'aerec new' in out
+
+
+# --- what the machine refuses: one line, exit code 1, and nothing half-written ---------------------------------------------------------------------------
+
+UNPRIVILEGED = ['setpriv', '--bounding-set=-all', '--inh-caps=-all'] if os.geteuid() == 0 else [] # so that file modes count for root as well
+
+
+def refused(*words, env, cwd, code=1):
+    "Run the command without privileges; return the one line that it says."
+    done = run(*UNPRIVILEGED, BIN/'aerec', *words, env=env, cwd=cwd, timeout=100)
+    assert done.returncode == code and len(done.stderr.strip().splitlines()) == 1, (words, done.stdout, done.stderr)
+    return done.stderr.strip()
+
+
+@pytest.fixture
+def closed(tmp_path):
+    "Take write permission from a folder until the test ends."
+    taken = []
+
+    def close(folder, mode=0o555):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(mode)
+        taken.append(folder)
+        return folder
+    yield close
+    for folder in taken: folder.chmod(0o755)
+
+
+def test_stores_that_may_not_be_written(closed, environ, tmp_path):
+    var = closed(tmp_path/'var')
+    for words in (['models', 'list'], ['serve', '--port', '0'], ['run', '--data', 'sample']):
+        assert refused(*words, env=environ, cwd=tmp_path).endswith(f'{var}: permission denied; change its owner or mode, or name another path'), words
+    assert list(var.iterdir()) == [] and not (tmp_path/'runs').exists()
+
+
+def test_the_doctor_never_fails_itself(closed, environ, tmp_path):
+    closed(tmp_path/'var', 0o000)
+    closed(tmp_path/'runs', 0o000)
+    done = run(*UNPRIVILEGED, BIN/'aerec', 'doctor', '--json', env=environ, cwd=tmp_path)
+    assert done.returncode == 1 and not done.stderr, done.stderr
+    rows = {r['check']: r for r in json.loads(done.stdout)}
+    for check in ('folder runs_dir', 'folder var_dir', 'runs', 'registry', 'event log'):
+        assert rows[check]['state'] == 'fault' and 'permission denied' in rows[check]['found'] and rows[check]['fix'], rows[check]
+    assert rows['notebooks']['state'] == rows['settings of dev']['state'] == 'fine' and 'memory' in rows
+
+
+def test_a_run_that_may_not_be_read_stops_no_other(closed, here, environ, tmp_path):
+    for lr in (.1, .2):
+        opened = open_run(lr=lr)
+        opened.quiet = True
+        opened.ensure('configuration')
+    newest, oldest = all_runs(tmp_path/'runs')
+    closed(newest, 0o000)
+    done = run(*UNPRIVILEGED, BIN/'aerec', 'runs', 'list', '--json', env=environ, cwd=tmp_path)
+    assert done.returncode == 0 and [r['run'] for r in json.loads(done.stdout)] == [oldest.name]
+    assert len(done.stderr.splitlines()) == 1 and newest.name in done.stderr and 'permission denied' in done.stderr, done.stderr
+    newest.chmod(0o555)
+    done = run(*UNPRIVILEGED, BIN/'aerec', 'runs', 'prune', '--keep', '0', '--json', env=environ, cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout) == [oldest.name] and f'run {newest.name} stays' in done.stderr, done.stderr
+
+
+def test_a_download_that_may_not_be_kept(closed, environ, tmp_path):
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        cache = closed(tmp_path/'dataset')/'.cache'
+        said = refused('data', f'http://127.0.0.1:{server.server_port}/ratings.csv', env={**environ, 'AEREC_PATHS__DATASET_DIR': str(tmp_path/'dataset')}, cwd=tmp_path)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert said.startswith(f'error: {cache}: permission denied'), said
+
+
+def test_output_on_a_full_disk(environ, tmp_path):
+    done = subprocess.run(f'{BIN}/aerec config > /dev/full', shell=True, env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == 'error: the disk is full; free some space and start again\n', done.stderr
+
+
+@pytest.mark.parametrize('content', ['garbage', 'truncated', 'folder'])
+def test_a_registry_that_is_none(content, here, capsys):
+    var = here/'var'
+    var.mkdir()
+    if content == 'folder': (var/'registry.db').mkdir()
+    elif content == 'garbage': (var/'registry.db').write_bytes(b'garbage'*1000)
+    else:
+        import sqlite3
+        with sqlite3.connect(var/'whole.db') as db: db.execute('CREATE TABLE a AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM n LIMIT 9000) SELECT x FROM n')
+        (var/'registry.db').write_bytes((var/'whole.db').read_bytes()[:5000])
+    for words in (['models', 'list'], ['recommend', '1'], ['serve', '--port', '0'], ['monitor'], ['run', '--data', 'sample'], ['models', 'promote', '1', 'dev']):
+        code, _, err = aerec(capsys, *words)
+        assert code == 1 and len(err.strip().splitlines()) == 1 and 'registry.db: ' in err, (words, err)
+    rows = {r['check']: r for r in json.loads(aerec(capsys, 'doctor', '--json')[1])}
+    assert rows['registry']['state'] == 'fault' and 'registry.db: ' in rows['registry']['found']
+
+
+def test_an_event_log_that_is_none(here, capsys):
+    (here/'var').mkdir()
+    (here/'var'/'events.db').write_bytes(b'garbage'*1000)
+    for words in (['serve', '--port', '0'], ['monitor'], ['monitor', '--once']):
+        code, _, err = aerec(capsys, *words)
+        assert code == 1 and err.strip().endswith('events.db: it is not a SQLite database; restore it from a copy, or move it away'), err
+
+
+def test_a_damaged_run_is_named_and_left_out(here, capsys, caplog, monkeypatch):
+    monkeypatch.setenv('AEREC_RUN__LOG_LEVEL', 'WARNING') # the environment test only tells of errors
+    for lr in (.1, .2, .3):
+        opened = open_run(lr=lr)
+        opened.quiet = True
+        opened.ensure('configuration')
+    good, manifest, about = all_runs(here/'runs')
+    (manifest/'configuration'/'manifest.json').write_text('{"stage": ')
+    (about/'run.json').write_bytes(b'\xff\xfe')
+    rows = json.loads(aerec(capsys, 'runs', 'list', '--json')[1])
+    assert [(r['run'], r['state'], r['stages']) for r in rows] == [(good.name, 'in part', '1 of 12'), (manifest.name, 'damaged', '0 of 12')]
+    warned = [r.getMessage() for r in caplog.records]
+    assert len(warned) == 2 and all('\n' not in line for line in warned), warned
+    assert any(manifest.name in line and 'stage configuration' in line for line in warned) and any(about.name in line and 'run.json' in line for line in warned)
+    shown = json.loads(aerec(capsys, 'runs', 'show', manifest.name, '--json')[1])
+    assert shown[0]['state'] == 'damaged'
+    code, _, err = aerec(capsys, 'runs', 'show', about.name)
+    assert code == 1 and 'it is not UTF-8' in err and len(err.splitlines()) == 1, err
+    for words in (['runs', 'compare', good.name, manifest.name], ['run', '--resume', '--dry-run'], ['run', '--dry-run', '--to', 'data_import']): assert aerec(capsys, *words)[0] == 0, words
+    rows = {r['check']: r for r in json.loads(aerec(capsys, 'doctor', '--json')[1])}
+    assert rows['runs']['state'] == 'note' and manifest.name in rows['runs']['found'] and about.name in rows['runs']['found']
+
+
+def test_an_interrupted_command_is_one_line(environ, tmp_path):
+    process = subprocess.Popen([BIN/'python', '-c', "from unittest.mock import patch\nfrom aerec_nb import pipeline\nimport time\ndef waits(args):\n    print('here', flush=True)\n    time.sleep(60)\n"
+        "with patch.object(pipeline, '_cmd_config', waits): raise SystemExit(pipeline.main(['config']))"], env=environ, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'here\n'
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=30)[1], process.returncode) == ('interrupted\n', 130)
 
 
 @pytest.mark.skipif(not shutil.which('bash'), reason='no bash here')

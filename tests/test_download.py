@@ -137,6 +137,18 @@ def test_the_beginning_of_another_file_is_found_out_by_the_checksum(server, tmp_
     assert ['Range' in a for a in server.asked] == [False, True, False]
 
 
+def test_another_file_is_refused_after_a_second_try_from_its_beginning(server, tmp_path):
+    server.etag = None
+    server.doing = [('stall', 1000)]
+    server.content = b'x' * len(CONTENT)
+    with pytest.raises(OSError, match='nothing came'):
+        download(server.url, tmp_path / 'a', SHA256, timeout=0.3)
+    with pytest.raises(OSError, match='not what its checksum says'):
+        download(server.url, tmp_path / 'a', SHA256)
+    assert ['Range' in a for a in server.asked] == [False, True, False]
+    assert left(tmp_path) == []
+
+
 def test_a_file_that_has_become_shorter(server, tmp_path):
     server.doing = [('stall', 1000)]
     with pytest.raises(OSError): download(server.url, tmp_path/'a', timeout=.3)
@@ -270,8 +282,8 @@ def test_a_disk_that_is_full_while_unpacking_leaves_nothing(grouplens, tmp_path,
     def full(*args): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
         m.setattr(data_import.shutil, 'copyfileobj', full)
-        with pytest.raises(AerecError, match='MovieLens 1M from GroupLens: no room on the disk for it; name a folder'): data_import._named('ml-1m', tmp_path, 5.)
-    assert left(tmp_path) == ['attempts.json'] and not any(p.name.startswith('.ml-1m') for p in (tmp_path/'.cache').iterdir())
+        with pytest.raises(AerecError, match='MovieLens 1M from GroupLens: the disk is full; free some space and start again; name a folder'): data_import._named('ml-1m', tmp_path, 5.)
+    assert left(tmp_path) == [] and not any(p.name.startswith('.ml-1m') for p in (tmp_path/'.cache').iterdir()), 'the next try is not kept waiting'
 
 
 def test_a_set_whose_checksum_is_wrong_is_refused_and_remembered(grouplens, tmp_path):
@@ -295,6 +307,30 @@ def test_ml_100k_comes_from_grouplens_or_else_from_the_wheel_and_says_which(grou
     second = data_import._named('ml-100k', tmp_path/'b', 5., places)
     assert second.description == data_import._WHEEL and second.why == 'MovieLens 100K from GroupLens: 404 Not Found; fetched now'
     assert data_import._named('ml-100k', tmp_path/'b', 5., places).description == data_import._WHEEL
+
+
+@pytest.mark.parametrize(
+    'wheel, timeout, said',
+    [
+        (False, 10, 'pip could not bring recbole 1.2.1'),
+        (True, 10, 'ml-100k.inter in the wheel is not what its checksum says'),
+        (True, 0.01, 'pip did not bring recbole 1.2.1 within 0.12 s'),
+    ],
+)
+def test_a_wheel_that_does_not_come_or_holds_another_file(wheel, timeout, said, tmp_path, monkeypatch):
+    (found := tmp_path / 'found').mkdir()
+    if wheel:
+        with zipfile.ZipFile(found / 'recbole-1.2.1-py3-none-any.whl', 'w') as z:
+            z.writestr('recbole/dataset_example/ml-100k/ml-100k.inter', 'user_id:token\titem_id:token\n1\t2\n')
+            z.writestr('recbole-1.2.1.dist-info/METADATA', 'Metadata-Version: 2.1\nName: recbole\nVersion: 1.2.1\n')
+            z.writestr('recbole-1.2.1.dist-info/WHEEL', 'Wheel-Version: 1.0\nTag: py3-none-any\n')
+            z.writestr('recbole-1.2.1.dist-info/RECORD', '')
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_FIND_LINKS', str(found))
+    places = {'ml-100k': [(data_import._WHEEL, data_import._fetch_wheel)]}
+    with pytest.raises(AerecError, match=f'{data_import._WHEEL}: {said}; name a folder'):
+        data_import._named('ml-100k', tmp_path, timeout, places)
+    assert left(tmp_path / '.cache') == ['attempts.json']
 
 
 def test_a_first_run_without_grouplens_says_what_happened_then(server, tmp_path, monkeypatch, capsys):

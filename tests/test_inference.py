@@ -1,11 +1,12 @@
 "The recommender under a great many random requests; lists of all users into files, killed and gone on with; new items."
 import json, os, signal, subprocess, sys, time
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.sparse import csr_matrix
 from conftest import ROOT, variables
 from aerec_nb.configuration import AerecError, load_settings
-from aerec_nb.inference import Recommender, Segments, with_cold_items
+from aerec_nb.inference import Recommender, Segments, unrated_items, with_cold_items
 from aerec_nb.modeling import create_model
 from aerec_nb.postprocessing import Chain
 
@@ -186,3 +187,96 @@ def test_segments_through_the_pipeline(environ, tmp_path):
     assert served.items == r.items and served.recommend('nobody', k=3, exclude=sorted(cold)).item_ids == r.recommend('nobody', k=3, exclude=sorted(cold)).item_ids
     with pytest.raises(AerecError, match='inference.segments_file: there is no file'):
         open_run(None, env='test', segments_file=str(tmp_path/'none.csv')).execute('inference', build=aerec_nb.inference.build_inference)
+
+
+# ---------------------------------------------------------------- arguments that a client chooses
+IDS = [f'i{n}' for n in range(N_ITEMS)]
+NUMBERS = [float('inf'), -float('inf'), float('nan'), 1e999, 10**400, -10**400, 2**31, 2**63, 2**64, -1, 0, .5, 1, 1e308, -1e308, 1e-320]
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(NUMBERS + ['i3', 'u5', 'KR', 'country', 'x'*2000, '\ud800', '9'*5000])
+anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=6) | st.sampled_from(['country', 'any', 'all', 'genres', '1', '2']), inner, max_size=4), max_leaves=10)
+ids = st.lists(st.sampled_from(IDS) | scalars, max_size=9)
+USUAL = dict(user_id=st.sampled_from(['u3', 'u9999', None]), history=ids, k=st.integers(1, 40), exclude_seen=st.booleans(), exclude=ids, fallback=st.sampled_from(['popular', 'none']), candidates=ids, filter=st.sampled_from(list(SPECS.values())),
+             pins=ids | st.dictionaries(st.integers(-1, 9) | scalars, st.sampled_from(IDS) | scalars, max_size=4), diversity=st.floats(0, 1), max_per_category=st.integers(1, 3), min_score=st.floats(), explain=st.booleans(),
+             context=st.sampled_from([{'country': 'KR'}, {'country': 'KP'}]), now=st.floats(0, 2e9), draw=st.integers())
+
+
+@st.composite
+def requests(draw):
+    "Some arguments of `recommend`, each usual or anything."
+    names = draw(st.lists(st.sampled_from(list(USUAL)), max_size=6, unique=True))
+    return {name: draw(anything if draw(st.integers(0, 3)) == 0 else USUAL[name]) for name in names}
+
+
+@pytest.fixture(scope='module')
+def asked():
+    return world(create_model('ease', lam=20.), 0, chain=Chain(['exclude_seen', 'ban_list', 'explore'], ['i5'], options={'explore': {'slots': [2], 'pool': 5}}))[0]
+
+
+def answered(call, *args, **kw):
+    "An answer that JSON can hold (RFC 8259), or None where it was refused in one short line."
+    try:
+        answer = call(*args, **kw)
+    except AerecError as e:
+        assert '\n' not in str(e) and len(str(e)) < 1500
+        return None
+    for a in answer if isinstance(answer, list) else [answer]:
+        if not isinstance(a, AerecError):
+            json.dumps([a.items, a.steps, list(a.trails.values())], allow_nan=False)
+            assert all(len(w) < 1500 for w in a.warnings)
+    return answer
+
+
+@settings(max_examples=5_000 if STRESS else 150, deadline=None)
+@given(requests())
+def test_any_argument_is_answered_or_refused(asked, request):
+    answer = answered(asked.recommend, **request)
+    (each,) = asked.recommend_each([request], errors='return')
+    assert isinstance(each, AerecError) if answer is None else each.item_ids == answer.item_ids
+    more = {name: value for name, value in request.items() if name not in ('k', 'history', 'user_id', 'candidates', 'exclude_seen')}
+    answered(asked.popular, 'country=KR', **more)
+    answered(asked.similar_items, 'i3', **more)
+    answered(asked.rank, ['i3', 'i7', 'i5'], **more)
+
+
+@pytest.mark.parametrize('name', list(USUAL))
+def test_numbers_too_long_to_print_are_refused_or_unknown(asked, name):
+    for value in (10**5000, [10**5000], {'country': 10**5000}, {10**5000: 'i3'}, [[10**5000]]):
+        answered(asked.recommend, **{name: value})
+
+
+@pytest.mark.parametrize('least', [-1e308, 1e308, -2.**62, 2.**62, 5e-324])
+def test_extreme_numbers_stay_finite(asked, least):
+    answer = answered(asked.recommend, 'u3', min_score=least, diversity=1, explain=True)
+    assert answer is None or all(np.isfinite(i['score']) for i in answer)
+    assert all(0 < i.get('propensity', 1) <= 1 for d in (0., 5e-324, 1.) for i in answered(asked.recommend, 'u3', diversity=d))
+
+
+def test_a_model_that_is_sure_gives_finite_answers():
+    "Infinite scores and infinite contributions are the largest finite ones in an answer."
+    r = world(create_model('ease', lam=20.), 0)[0]
+    r.model.B[:, :2] = np.inf, -np.inf
+    assert np.isinf(r.model.score(csr_matrix(np.ones((1, N_ITEMS), np.float32)))).sum() == 2
+    for explain in (False, True):
+        answer = answered(r.recommend, history=['i7', 'i8'], k=N_ITEMS, explain=explain, exclude_seen=False)
+        assert len(answer) == N_ITEMS and all(np.isfinite(i['score']) for i in answer)
+    assert np.isfinite(r.recommend_batch(['u3'], k=N_ITEMS).score).all()
+
+
+def test_infinite_numbers_of_the_items_are_unknown():
+    table = pd.DataFrame({'item_id': IDS, 'price': [np.inf, -np.inf, 1.5]*80, 'genres': None})
+    x = csr_matrix(np.eye(N_ITEMS, dtype=np.float32))
+    r = Recommender(create_model('popularity').fit(x), IDS, IDS, x, item_table=table)
+    assert {json.dumps(i['metadata'], allow_nan=False) for i in answered(r.recommend, k=N_ITEMS)} == {'{}', '{"price": 1.5}'}
+
+
+def test_parts_that_do_not_fit_are_refused(tmp_path):
+    r = world(create_model('popularity'), 0)[0]
+    people = Segments(['country=KR'], csr_matrix((1, 3), dtype=np.float32), np.array([1]))
+    for wrong, why in ((dict(times=np.zeros(3)), '3 times, but histories have'), (dict(segments=people), 'segments are over 3 items')):
+        with pytest.raises(AerecError, match=why):
+            Recommender(r.model, r.items, r.users, r.histories, **wrong)
+    (tmp_path/'other.json').write_text('{}')
+    with pytest.raises(AerecError, match='files that no job left here'):
+        r.recommend_batch(k=2, folder=tmp_path)
+    with pytest.raises(AerecError, match='there is no table of items'):
+        unrated_items(SimpleNamespace(need=lambda stage: tmp_path))

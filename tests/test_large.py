@@ -85,6 +85,7 @@ TEXTS = { # each with what becomes of it: the number of ratings, or words of the
     'blanks':              ('user,item,rating\n 7,1, 4\n7 ,2 ,4 \n8,1,3\n', 3, 3),
     'equal but for blanks': ('user,item,rating\n x,2,4\nx,2,5\n', 1, 1),
     'blank lines':         ('\n\nuser,item,rating\n1,2,3\n\n3,4,5\n\n', 2, 2),
+    'blank lines at the end': ('user,item,rating\n1,2,3\n3,4,5\n\n\n', 2, 2),
     'Windows':             ('user,item,rating,timestamp\r\n5,7,4,100\r\n3,7,3.5,101\r\n', 2, 2),
     'both line ends':      ('user,item,rating\r\n1,2,3\n3,4,5\r\n', 2, 2),
     'no last line end':    ('user,item,rating\n1,2,3\n3,4,5', 2, 2),
@@ -191,6 +192,23 @@ def test_parquet_in_parts(tmp_path):
     assert found.ratings.timestamp.tolist() == [1, 2, 2] and found.n_duplicates == 1
     pd.DataFrame(dict(user=['u'], item=['a'])).to_parquet(tmp_path/'r'/'day=2'/'y.parquet')
     assert 'do not fit together' in str(same_both_ways(tmp_path/'r'))
+
+
+def test_damaged_parquet(tmp_path):
+    rows = pd.DataFrame(dict(user=np.arange(9000), item=np.arange(9000)))
+    rows.to_parquet(path := tmp_path/'ratings.parquet', compression=None)
+    whole = path.read_bytes()
+    for damaged in (whole[:-8], whole[:4] + bytes(len(whole)//2) + whole[4+len(whole)//2:]):
+        path.write_bytes(damaged)
+        assert str(same_both_ways(path)).startswith('ratings.parquet: cannot be read as Parquet (')
+
+
+@pytest.mark.parametrize('options, said', [
+    (dict(on_bad='skip'), "no rule 'skip' for bad rows: choose raise"),
+    (dict(on_duplicate='newest'), "no rule 'newest' for duplicates: choose last")])
+def test_a_rule_that_is_none(options, said, tmp_path):
+    (path := tmp_path/'ratings.csv').write_text(TEXTS['integers'][0])
+    assert said in str(same_both_ways(path, **options))
 
 
 @pytest.mark.parametrize('on_bad', ['raise', 'quarantine'])
@@ -318,3 +336,20 @@ def test_nothing_but_ours_is_said(tmp_path):
     def bar(opened): return subprocess.run([sys.executable, '-c', asked.format(opened), tmp_path], env=variables(tmp_path), capture_output=True, text=True, check=True).stdout.strip()
     assert bar('from aerec_nb.data_import import _duckdb; con = _duckdb(sys.argv[1])') == 'False'
     assert bar('import duckdb; con = duckdb.connect()') == 'True', 'otherwise this shows nothing'
+
+
+def test_more_bad_rows_than_are_checked_are_refused_even_where_bad_rows_are_set_aside(tmp_path, monkeypatch):
+    whole = data_import._Large.pieces
+
+    def small_pieces(self, *args):
+        for piece in whole(self, *args):
+            for start in range(0, len(piece), 3):
+                yield piece.slice(start, 3)
+
+    monkeypatch.setattr(data_import, '_MOST_BAD', 2)
+    monkeypatch.setattr(data_import._Large, 'pieces', small_pieces)
+    path = tmp_path/'ratings.csv'
+    path.write_text('user,item,rating\n' + '1,2,4\n'*6 + '1,2,bad\n'*6)
+    error = told(path, -1, on_bad='quarantine')
+    assert isinstance(error, AerecError) and 'only the first 3 such rows were checked' in str(error)
+    assert len(error.problems) == 3

@@ -1,19 +1,22 @@
 "Bundles that lie, a registry that is killed, a real MLflow server, ONNX against the models, and the Dockerfile as plain commands. Loopback only."
-import hashlib, json, os, random, re, shlex, shutil, signal, socket, sqlite3, stat, struct, subprocess, sys, time, urllib.request, zipfile
+import hashlib, json, math, os, pwd, random, re, resource, shlex, shutil, signal, socket, sqlite3, stat, struct, subprocess, sys, tempfile, time, urllib.request, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from filelock import FileLock
 from scipy.sparse import csr_matrix
-from aerec_nb.configuration import AerecError, PackagingSettings
-from aerec_nb.inference import Recommender, Segments
+from safetensors.numpy import load_file, save_file
+from aerec_nb.configuration import AerecError, PackagingSettings, default_settings
+from aerec_nb.inference import Recommender, Segments, with_cold_items
 from aerec_nb.linear_models import solve_path
 from aerec_nb.modeling import Blend, ColdItems, create_model, model_names
-from aerec_nb.packaging import Registry, bundle_id, export_onnx, load_bundle, pack_zip, save_bundle, unpack_zip, verify_bundle
+from aerec_nb.packaging import LoadPolicy, Registry, _load_folder, bundle_id, export_onnx, key_id, load_bundle, new_signing_key, pack_zip, save_bundle, sign_bundle, unpack_zip, verify_bundle
 from aerec_nb.postprocessing import Chain
 from conftest import BIN, ROOT, run, variables
 
 TRIALS = 10 if os.environ.get('STRESS') else 1  # `make stress` runs the fault trials in full, `make test` a tenth of them
 IN_CI = os.environ.get('CI', '').lower() in ('1', 'true')
+PRIVATE, PUBLIC = new_signing_key()
+POLICY = PackagingSettings(bundle_keys=[PUBLIC])
 
 
 def recommender(seed=0, **kw):
@@ -32,10 +35,10 @@ def bundle(tmp_path_factory): return save_bundle(recommender(), tmp_path_factory
 
 @pytest.fixture(scope='module')
 def bundles(tmp_path_factory):
-    "Three bundles that differ, with headlines that compare."
+    "Three signed bundles that differ, with headlines that compare."
     folder = tmp_path_factory.mktemp('bundles')
     card = lambda n: {'name': 'films', 'headline': {'metric': 'test NDCG@10', 'value': .2+n/1000, 'se': .01, 'data': 'd', 'split': 's'}}
-    return [save_bundle(recommender(n), folder/str(n), card(n)) for n in range(3)]
+    return [save_bundle(recommender(n), folder/str(n), card(n), key=PRIVATE) for n in range(3)]
 
 
 # --- bundles ------------------------------------------------------------------------------------------------------------------------------------------
@@ -168,7 +171,7 @@ def test_a_zip_that_others_made_is_read(bundle, tmp_path):
 
 # --- the registry -------------------------------------------------------------------------------------------------------------------------------------
 
-def registry_at(folder, **kw): return Registry(f"sqlite:///{folder/'registry.db'}", folder/'bundles', 'films', **kw)
+def registry_at(folder, policy=POLICY, **kw): return Registry(f"sqlite:///{folder/'registry.db'}", folder/'bundles', 'films', policy=policy, **kw)
 
 
 @pytest.fixture(scope='module')
@@ -277,7 +280,7 @@ def test_gates_decide(bundles, home):
     for b in bundles: r.register(b)
     assert r.promote(3, 'live', by='ann').gates.result.tolist() == ['passed', 'not compared', 'passed', 'passed']
     assert r.promote(1, 'live', by='ann').gates.result.tolist() == ['passed']*4 # .200 is within .202 - 1.96 x .01
-    tight = registry_at(home, policy=PackagingSettings(gate_size_mib=.001, gate_latency_ms=1e-9))
+    tight = registry_at(home, policy=PackagingSettings(gate_size_mib=.001, gate_latency_ms=1e-9, bundle_keys=[PUBLIC]))
     with pytest.raises(AerecError, match='version 2 may not become live: latency: .* ms a recommendation, asked is at most 1e-09 ms .*; size: .* MiB'): tight.promote(2, 'live', by='bob')
     with pytest.raises(AerecError, match='live is never forced'): tight.promote(2, 'live', by='bob', why='now', force=True)
     assert tight.promote(2, 'dev', by='bob').gates is None and r.current('live') == 1
@@ -365,7 +368,7 @@ def mlflow_server(tmp_path):
 @pytest.mark.xdist_group('mlflow')
 def test_a_real_mlflow_server_by_its_uri(mlflow_server, bundles, tmp_path, capfd):
     "Two machines, one server: what one registers the other finds, fetches, verifies and serves."
-    here, there = (Registry(mlflow_server, tmp_path/machine/'bundles', 'films') for machine in ('here', 'there'))
+    here, there = (Registry(mlflow_server, tmp_path/machine/'bundles', 'films', policy=POLICY) for machine in ('here', 'there'))
     assert [here.register(b) for b in bundles] == [1, 2, 3] and here.register(bundles[1]) == 2
     assert here.promote(1, 'live', by='ann') == 'films: live is version 1' and here.promote(2, 'live', by='ann') == 'films: live is version 2 (was 1)'
     assert here.rollback('live', by='bob') == 'films: live is version 1 (was 2)'
@@ -375,16 +378,558 @@ def test_a_real_mlflow_server_by_its_uri(mlflow_server, bundles, tmp_path, capfd
     assert there.list().aliases.tolist() == ['live', '', ''] and there.list().value.tolist() == [.2, .201, .202]
     assert there.promote(3, 'stage', by='eve').gates is not None and here.current('stage') == 3
     here.promote(3, 'live', by='ann')
-    assert there.rollback('live', by='eve') == 'films: live is version 1 (was 3)' and Registry(mlflow_server, tmp_path/'here'/'bundles', 'films').current('live') == 1
+    assert there.rollback('live', by='eve') == 'films: live is version 1 (was 3)' and Registry(mlflow_server, tmp_path/'here'/'bundles', 'films', policy=POLICY).current('live') == 1
     assert here.history().equals(there.history()) and here.history().action.tolist() == ['promote', 'promote', 'rollback', 'promote', 'promote', 'rollback']
     here.archive(2, by='ann', why='old')
     with pytest.raises(AerecError, match='version 2 was archived'): there.resolve(2)
+    for n, sign in ((4, lambda b: here.sign(4, PRIVATE)), (5, lambda b: (sign_bundle(b, PRIVATE), here.register(b)))): # signed later: the other machine fetches it signed
+        unsigned = save_bundle(recommender(n), tmp_path/f'unsigned{n}')
+        assert here.register(unsigned) == n
+        with pytest.raises(AerecError, match='it is not signed'): here.promote(n, 'live', by='ann')
+        sign(unsigned)
+        assert load_bundle(there.resolve(n), settings=default_settings('live', bundle_keys=[PUBLIC])).info['id'] == bundle_id(unsigned)
     for p in (tmp_path/'server'/'artifacts').rglob('*.zip'): p.write_bytes(pack_zip(bundles[0], tmp_path/'other.zip').read_bytes()) # somebody changes what the server keeps
     shutil.rmtree(tmp_path/'there'/'bundles')
     with pytest.raises(AerecError, match='version 3: the server has another bundle than was registered'): there.resolve(3)
     said = capfd.readouterr()
     assert not said.out and 'Downloading' not in said.err, said
     with pytest.raises(AerecError, match='nothing answers there as an MLflow registry does'): Registry(f'{mlflow_server}/nothing', tmp_path/'x'/'bundles', 'films')
+
+
+# --- bundles that break later -------------------------------------------------------------------------------------------------------------------------
+
+def reseal(folder):
+    "Make the hashes fit again, as any writer of the folder can."
+    manifest = json.loads((folder/'manifest.json').read_text())
+    names = [p.name for p in folder.iterdir() if p.name not in ('manifest.json', 'manifest.sha256', 'signature.json')]
+    manifest['files'] = {name: {'sha256': hashlib.sha256((folder/name).read_bytes()).hexdigest(), 'bytes': (folder/name).stat().st_size} for name in names}
+    (folder/'manifest.json').write_text(json.dumps(manifest))
+    (folder/'manifest.sha256').write_text(hashlib.sha256((folder/'manifest.json').read_bytes()).hexdigest())
+
+
+def document(name, change):
+    def mutate(folder): (folder/name).write_text(json.dumps(change(json.loads((folder/name).read_text()))))
+    return mutate
+
+
+def arrays(name, change):
+    def mutate(folder):
+        found = {k: v.copy() for k, v in load_file(folder/name).items()}
+        save_file(change(found) or found, folder/name)
+    return mutate
+
+
+def header(change):
+    def mutate(folder):
+        path = folder/'model.safetensors'
+        raw = path.read_bytes()
+        n = struct.unpack('<Q', raw[:8])[0]
+        changed = json.dumps({k: v if k == '__metadata__' else {**v, **change} for k, v in json.loads(raw[8:8+n]).items()}).encode()
+        path.write_bytes(struct.pack('<Q', len(changed)) + changed + raw[8+n:])
+    return mutate
+
+
+def table(name, change):
+    def mutate(folder): change(pd.read_parquet(folder/name)).to_parquet(folder/name, index=False)
+    return mutate
+
+
+def content(name, change):
+    def mutate(folder): (folder/name).write_bytes(change((folder/name).read_bytes()))
+    return mutate
+
+
+def put(key, at, value):
+    "Set one value of an array."
+    def change(found): found[key].reshape(-1)[at] = value
+    return change
+
+
+def extra(**more): return lambda d: {**d, **more}
+def hyper(**more): return lambda d: {**d, 'hyperparameters': {**d['hyperparameters'], **more}}
+
+
+GOLDEN, MODEL, HISTORIES, CHAIN, CARD, REFERENCE = 'golden.json', 'model.safetensors', 'histories.safetensors', 'chain.json', 'card.json', 'reference.json'
+MUTATIONS = {  # name -> (change, a part of the refusal; None: it loads, and every list is finite)
+    'golden answers altered': (document(GOLDEN, lambda d: [{**g, 'answer': g['answer'][::-1]} for g in d]), 'is answered differently'),
+    'golden empty': (document(GOLDEN, lambda d: []), 'golden.json must have 1 to 1,000 requests'),
+    'model poisoned': (arrays(MODEL, lambda d: {**d, 'B': -d['B']}), 'is answered differently'),
+    'model poisoned, golden emptied': (lambda b: (arrays(MODEL, lambda d: {**d, 'B': -d['B']})(b), document(GOLDEN, lambda d: [])(b)), 'golden.json must have'),
+    'golden asks for very much': (document(GOLDEN, lambda d: [{'request': {'history': [50], 'k': 10**9}, 'answer': []}]), 'k must be a whole number from 1 to 1000'),
+    'golden asks for long lists': (document(GOLDEN, lambda d: [{'request': {'exclude': [1]*100_001}, 'answer': []}]), 'more than 100,000 ids'),
+    'golden with another argument': (document(GOLDEN, lambda d: [{'request': {'evil': 1}, 'answer': []}]), "no argument 'evil'"),
+    'golden with a bad argument': (document(GOLDEN, lambda d: [{'request': {'history': {'a': 1}}, 'answer': []}]), 'history must be a list'),
+    'golden is no list': (document(GOLDEN, lambda d: {'a': 1}), 'golden.json must have'),
+    'weights not numbers': (arrays(MODEL, lambda d: {**d, 'B': d['B']*np.float32('nan')}), "'B' has values that are not finite"),
+    'a weight not a number': (arrays(MODEL, put('B', 5, np.nan)), "'B' has values that are not finite"),
+    'a weight infinite': (arrays(MODEL, put('B', 5, np.inf)), "'B' has values that are not finite"),
+    'a weight beyond reason': (arrays(MODEL, put('B', 5, 1e38)), 'beyond 1e+15'),
+    'weights float64': (arrays(MODEL, lambda d: {k: v.astype(np.float64) if k == 'B' else v for k, v in d.items()}), None),
+    'weights int8': (arrays(MODEL, lambda d: {k: v.astype(np.int8) for k, v in d.items()}), 'is not of a type that is read here'),
+    'weights flat': (arrays(MODEL, lambda d: {k: v.reshape(-1) for k, v in d.items()}), 'do not fit together'),
+    'weights too few': (arrays(MODEL, lambda d: {**d, 'B': np.ascontiguousarray(d['B'][:10])}), 'do not fit together'),
+    'weights too wide': (arrays(MODEL, lambda d: {**d, 'B': np.pad(d['B'], ((0, 0), (0, 1)))}), 'a finite score for each item'),
+    'a method as an array': (arrays(MODEL, extra(score=np.zeros(3, np.float32))), "EASE has no array 'score'"),
+    'items of the model': (arrays(MODEL, put('n_items', 0, 59)), 'its arrays are of 59 items'),
+    'history index beyond': (arrays(HISTORIES, put('indices', 30, 2**31-1)), 'an index is not within the 60 columns'),
+    'history index negative': (arrays(HISTORIES, put('indices', 30, -5)), 'an index is not within the 60 columns'),
+    'history indptr falls': (arrays(HISTORIES, put('indptr', 5, 2**30)), 'indptr must not fall'),
+    'history indptr negative': (arrays(HISTORIES, put('indptr', 5, -7)), 'indptr must not fall'),
+    'history indptr begins late': (arrays(HISTORIES, put('indptr', 0, 1)), 'must begin at 0'),
+    'history indptr empty': (arrays(HISTORIES, extra(indptr=np.zeros(0, np.int64))), 'lacks indptr'),
+    'history data not a number': (arrays(HISTORIES, put('data', 30, np.nan)), "'data' has values that are not finite"),
+    'history data large': (arrays(HISTORIES, put('data', 30, 1e12)), 'data must have a finite value'),
+    'history data too few': (arrays(HISTORIES, lambda d: {**d, 'data': d['data'][:-1]}), 'data must have a finite value for each index'),
+    'history duplicate index': (arrays(HISTORIES, lambda d: put('indices', 1, d['indices'][0])(d)), 'sorted, each once'),
+    'history of another type': (arrays(HISTORIES, lambda d: {**d, 'indices': d['indices'].astype(np.int64)}), 'not of its type'),
+    'history with more': (arrays(HISTORIES, extra(evil=np.zeros(1, np.float32))), "'evil' is not expected"),
+    'history without indices': (arrays(HISTORIES, lambda d: {k: v for k, v in d.items() if k != 'indices'}), 'lacks indices'),
+    'negatives index beyond': (arrays(HISTORIES, put('negatives.indices', 1, 2**31-1)), 'negatives: an index is not within'),
+    'features index beyond': (arrays(HISTORIES, put('features.indices', 1, 2**31-1)), 'features: an index is not within'),
+    'features of other items': (arrays(HISTORIES, put('features.shape', 0, 61)), 'features.shape must have the items'),
+    'features very wide': (arrays(HISTORIES, put('features.shape', 1, 2**40)), 'no more columns than values'),
+    'features data infinite': (arrays(HISTORIES, put('features.data', 1, np.inf)), "'features.data' has values that are not finite"),
+    'features data large': (arrays(HISTORIES, put('features.data', 1, 1e12)), 'features.data must have a finite value'),
+    'times too few': (arrays(HISTORIES, lambda d: {**d, 'times': d['times'][:-1]}), 'times must have'),
+    'times beyond reason': (arrays(HISTORIES, put('times', 3, 2**62)), 'times must have'),
+    'popularity not a number': (arrays(HISTORIES, put('popularity', 3, np.nan)), "'popularity' has values that are not finite"),
+    'popularity negative': (arrays(HISTORIES, put('popularity', 3, -1)), 'popularity must have a number of at least 0'),
+    'popularity too short': (arrays(HISTORIES, lambda d: {**d, 'popularity': d['popularity'][:-1]}), 'popularity must have a number of at least 0 for each item'),
+    'safetensors huge shape': (header({'shape': [2**40, 2**20]}), 'has a shape that its bytes do not fill'),
+    'safetensors place beyond': (header({'data_offsets': [0, 2**50]}), 'has no shape and place'),
+    'safetensors overlapping': (header({'data_offsets': [0, 4], 'shape': [1], 'dtype': 'F32'}), 'gaps or overlaps'),
+    'safetensors other type': (header({'dtype': 'F8_E4M3'}), 'is not of a type that is read here'),
+    'safetensors long header': (content(MODEL, lambda b: b'\xff'*8 + b[8:]), 'is no safetensors file'),
+    'safetensors cut': (content(MODEL, lambda b: b[:300]), 'model.safetensors'),
+    'safetensors empty': (content(MODEL, lambda b: b''), 'is no safetensors file'),
+    'items cut': (content('items.parquet', lambda b: b[:-100]), 'items.parquet is no table'),
+    'items garbage': (content('items.parquet', lambda b: b'PAR1' + b'x'*1000 + b'PAR1'), 'items.parquet is no table'),
+    'items one fewer': (table('items.parquet', lambda t: t.iloc[:-1]), 'items.parquet has 59 rows instead of 60'),
+    'items id twice': (table('items.parquet', lambda t: t.assign(item_id=[0, *t.item_id[:-1]])), 'an id is there twice'),
+    'items id missing': (table('items.parquet', lambda t: t.assign(item_id=[None, *map(str, t.item_id[1:])])), 'none of them missing'),
+    'items id float': (table('items.parquet', lambda t: t.assign(item_id=t.item_id+.5)), 'ids must be whole numbers or texts'),
+    'items without id': (table('items.parquet', lambda t: t.drop(columns='item_id')), 'items.parquet must have item_id'),
+    'items with lists': (table('items.parquet', lambda t: t.assign(tags=[['a']]*60)), "column 'tags' is of the type list"),
+    'items infinite': (table('items.parquet', lambda t: t.assign(price=np.inf)), "column 'price' has an infinite number"),
+    'items column popularity': (table('items.parquet', lambda t: t.assign(popularity=np.nan)), None),
+    'items with a bomb of text': (table('items.parquet', lambda t: t.assign(title='x'*10**7)), 'far more text than its file has bytes'),
+    'items with many columns': (table('items.parquet', lambda t: t.assign(**{f'c{n}': 1 for n in range(1001)})), 'too many columns'),
+    'titles html': (table('items.parquet', lambda t: t.assign(title='<img src=x onerror=alert(1)>')), None),
+    'users id is a list': (table('users.parquet', lambda t: t.assign(user_id=[[1]]*len(t))), 'of the type list'),
+    'users one more': (table('users.parquet', lambda t: pd.DataFrame({'user_id': range(len(t)+1)})), 'users.parquet has 201 rows instead of 200'),
+    'users without id': (table('users.parquet', lambda t: t.rename(columns={'user_id': 'id'})), 'users.parquet must have user_id'),
+    'segments with a gap': (table('segments.parquet', lambda t: t.assign(segment=None)), 'and no gaps'),
+    'segments not named': (table('segments.parquet', lambda t: t.assign(segment='KR')), 'a column of the wrong type'),
+    'segments item beyond': (table('segments.parquet', lambda t: t.assign(item=t.item+1)), 'a number that is out of range'),
+    'segments twice': (table('segments.parquet', lambda t: pd.concat([t, t])), 'one row for the size of each segment'),
+    'segments many': (table('segments.parquet', lambda t: t.iloc[np.zeros(10**6, int)]), 'segments.parquet has 1,000,000 rows'),
+    'chain steps no list': (document(CHAIN, extra(steps='exclude_seen')), 'steps must be a list'),
+    'chain without steps': (document(CHAIN, extra(steps=[], banned_items=[])), 'is answered differently'),
+    'chain option beyond': (document(CHAIN, lambda d: {**d, 'steps': [*d['steps'], 'mmr'], 'options': {'mmr': {'diversity': 5}}}), 'mmr.diversity = 5'),
+    'chain option of no step': (document(CHAIN, extra(options={'mmr': {}})), 'steps does not name mmr'),
+    'chain seed': (document(CHAIN, extra(seed=1.5)), 'seed must be a whole number'),
+    'chain unknown step': (document(CHAIN, extra(steps=['exclude_seen', 'ban_list', 'evil'])), "the step 'evil'"),
+    'model unknown': (document('model.json', extra(name='evil')), "unknown model 'evil'"),
+    'model of the system': (document('model.json', extra(name='os:system')), 'os is part of Python and no plugin'),
+    'model with more': (document('model.json', hyper(evil=1)), "unexpected keyword argument 'evil'"),
+    'model with bad values': (document('model.json', hyper(lam='x')), "lam = 'x'"),
+    'model other items': (document('model.json', extra(n_items=59)), 'an index is not within the 59 columns'),
+    'model very many items': (document('model.json', extra(n_items=10**12)), 'no more than the files can hold'),
+    'model is no table': (document('model.json', lambda d: [1]), 'model.json must have the number of items'),
+    'model.json deep': (content('model.json', lambda b: b'['*100_000 + b']'*100_000), 'model.json is no JSON document (RecursionError'),
+    'card deep': (content(CARD, lambda b: b'{"a":'*50_000 + b'1' + b'}'*50_000), 'card.json is no JSON document (RecursionError'),
+    'card nested': (content(CARD, lambda b: b'{"a":'*100 + b'1' + b'}'*100), 'nested more than 32 deep'),
+    'card a list': (content(CARD, lambda b: b'[1]'), 'card.json is no card'),
+    'card no text': (content('card.md', lambda b: b'\xff'), 'card.md is no text'),
+    'card not a number': (content(CARD, lambda b: b'{"packed": NaN}'), 'NaN is no number'),
+    'card name an object': (document(CARD, extra(name={'a': 1})), 'name must be a line of text'),
+    'card name html': (document(CARD, extra(name='<img src=x onerror=alert(1)>')), None),
+    'card headline': (document(CARD, extra(headline={'metric': 'x'})), 'headline must have a metric'),
+    'versions a list': (content('versions.json', lambda b: b'[1]'), 'versions.json must have'),
+    'reference without figures': (content(REFERENCE, lambda b: b'{}'), 'reference.json must have n_users and k'),
+    'reference without bins': (document(REFERENCE, extra(history_length=[])), 'history_length must have rising edges'),
+}
+
+
+@pytest.fixture(scope='module')
+def rich(tmp_path_factory):
+    "A bundle with everything that a bundle can have."
+    features = csr_matrix((np.random.default_rng(0).random((60, 5)) < .4).astype(np.float32))
+    return save_bundle(recommender(features=features), tmp_path_factory.mktemp('bundles')/'rich', k=5)
+
+
+@pytest.mark.parametrize('name', MUTATIONS)
+def test_a_bundle_that_is_sealed_again_is_refused_in_one_line_or_works(name, rich, tmp_path):
+    change, said = MUTATIONS[name]
+    folder = Path(shutil.copytree(rich, tmp_path/'b'))
+    change(folder)
+    reseal(folder)
+    if said: return refused(folder, said)
+    r = load_bundle(folder)
+    assert all(math.isfinite(item['score']) for user in r.users for item in r.recommend(user, k=10))
+
+
+def test_a_net_is_not_allocated_before_its_arrays_were_looked_at(tmp_path):
+    x = recommender().histories
+    folder = save_bundle(Recommender(create_model('elsa', rank=4, num_epoch=1).fit(x), np.arange(60)), tmp_path/'b')
+    document('model.json', hyper(rank=10**11))(folder)
+    reseal(folder)
+    refused(folder, 'its hyperparameters ask for 6,000,000,000,000 weights, and its arrays have 2')
+
+
+def test_files_that_are_no_files(bundle, tmp_path):
+    "Links are not followed, pipes do not block: each file of a bundle in turn, the manifest and its seal too."
+    signal.alarm(60) # a pipe that is opened would wait for ever
+    try:
+        for name in sorted(p.name for p in bundle.iterdir()):
+            for kind, said in ((lambda p: p.symlink_to(bundle/p.name), 'is a link'), (os.mkfifo, 'is no plain file'), (Path.mkdir, 'is no plain file')):
+                folder = Path(shutil.copytree(bundle, tmp_path/f'{name}-{said}', dirs_exist_ok=True))
+                (folder/name).unlink()
+                kind(folder/name)
+                refused(folder, f'{name} {said}')
+                shutil.rmtree(folder)
+        for make in (os.mkfifo, Path.touch):
+            make(tmp_path/'x')
+            refused(tmp_path/'x', 'x')
+            (tmp_path/'x').unlink()
+    finally: signal.alarm(0)
+
+
+def test_a_file_that_becomes_a_link_or_changes_while_it_is_read(bundle, tmp_path, monkeypatch):
+    "What is parsed is what was hashed: nothing is read a second time, and a link that takes a file's place is not followed."
+    from aerec_nb import packaging
+    folder, expected = Path(shutil.copytree(bundle, tmp_path/'b')), load_bundle(bundle).recommend(1, k=5).item_ids
+    real = packaging._Files.contents
+    def contents(self, name, *args):
+        found = real(self, name, *args)
+        (folder/name).write_bytes(b'garbage') # as soon as it was read
+        return found
+    monkeypatch.setattr(packaging._Files, 'contents', contents)
+    assert load_bundle(folder).recommend(1, k=5).item_ids == expected
+    monkeypatch.undo()
+    refused(folder, 'was changed')
+    folder = Path(shutil.copytree(bundle, tmp_path/'c'))
+    def swapped(self, name, *args):
+        (folder/name).unlink()
+        (folder/name).symlink_to(bundle/name)
+        return real(self, name, *args)
+    monkeypatch.setattr(packaging._Files, 'contents', swapped)
+    refused(folder, 'is a link')
+
+
+def test_columns_of_the_items_are_the_same_after_packing(tmp_path):
+    "A column popularity, no column genres, ids of histories in any order: the lists are the same; new items keep the column as well."
+    rng = np.random.default_rng(3)
+    x = csr_matrix((rng.random((30, 12)) < .4).astype(np.float32))
+    shuffled = csr_matrix((x.data, np.concatenate([rng.permutation(x.indices[a:b]) for a, b in zip(x.indptr, x.indptr[1:])]), x.indptr), shape=x.shape)
+    table = pd.DataFrame({'item_id': np.arange(12), 'popularity': np.arange(12.), 'year': pd.array([1990, None]*6, 'Int64')})
+    chain = Chain(['exclude_seen', 'ban_list', 'filter', 'mmr'], options={'filter': {'where': {'all': [{'popularity': {'ge': 3}}]}}, 'mmr': {'diversity': .5}})
+    r = Recommender(create_model('ease').fit(x), np.arange(12), np.arange(30), shuffled, item_table=table, chain=chain, times=np.arange(x.nnz), features=x[:12].T.tocsr()[:, :8])
+    back = load_bundle(save_bundle(r, tmp_path/'b', k=4))
+    for user in r.users: assert back.recommend(user, k=4, now=0.).items == r.recommend(user, k=4, now=0.).items
+    def times_of(r): return {(user, item): when for user, item, when in zip(np.repeat(np.arange(30), np.diff(r.histories.indptr)).tolist(), r.histories.indices.tolist(), np.asarray(r.times).tolist())}
+    assert times_of(back) == times_of(r)
+    more = with_cold_items(r, pd.DataFrame({'item_id': [99], 'popularity': [5.], 'year': [1990]}))
+    assert 99 in more.catalogue.index.ids and more.catalogue.numbers('popularity')[-1] == 5
+
+
+def test_what_cannot_be_packed_says_so_and_leaves_nothing(tmp_path):
+    x = recommender().histories
+    twice = csr_matrix((np.ones(3, np.float32), [1, 1, 2], [0, 3]), shape=(1, 60))
+    for r, why in ((Recommender(create_model('ease').fit(x), np.arange(60)+.5), 'ids must be whole numbers or texts'), (Recommender(create_model('ease').fit(x), np.arange(60), ['u'], twice), 'sorted, each once'),
+                   (Recommender(create_model('ease').fit(x), np.arange(60), item_table=pd.DataFrame({'item_id': np.arange(60), 'price': np.inf})), "column 'price' has an infinite number")):
+        with pytest.raises(AerecError, match=why) as e: save_bundle(r, tmp_path/'b')
+        assert one_line(e) and not [*tmp_path.iterdir()]
+    r = recommender()
+    r.recent = object() # of a running service: it is not packed
+    assert load_bundle(save_bundle(r, tmp_path/'b')).n_users == 200
+
+
+# --- code that a bundle names -------------------------------------------------------------------------------------------------------------------------
+
+STEPS = """
+from pathlib import Path
+from aerec_nb.postprocessing import step
+from aerec_nb.modeling import Model
+Path(__file__).with_suffix('.ran').touch()
+
+@step('even')
+def even(candidates, request): return candidates.items % 2 == 0
+
+class Flat(Model):
+    fitted = ()
+    def _fit(self, train, item_features): pass
+    def _score(self, history):
+        import numpy as np
+        return np.zeros(history.shape, np.float32)
+"""
+BAD_NAMES = ['drop/evil:x', '.drop.evil:x', '..evil:x', '/tmp/evil:x', 'C:\\evil:x', 'evil.py:x', 'evil', 'evil:x', 'drop.evil:x', 'os:system', 'this:x', 'antigravity:x', 'xml.dom.minidom:parse', 'aerec_nb.modeling:Blend', 'numpy:array', 'evil:x:y',
+             'evil:', ':x', '', 'еvil:x', 'evіl:x', 'evil\0:x', 'evil:x\n', ' evil:x', 'evil :x', 'e'*10**5, 'e.'*10**4 + 'x:y', '__main__:x', 'Ease', 'ease ', None, 7, ['evil:x'], {'name': 'evil:x'}]
+PLACES = {  # where a name can stand in a bundle
+    'step': ('chain.json', lambda d, name: {**d, 'steps': [*d['steps'], name]}), 'option': ('chain.json', lambda d, name: {**d, 'options': {name if isinstance(name, str) else json.dumps(name): {}}}),
+    'option value': ('chain.json', lambda d, name: {**d, 'steps': [*d['steps'], 'mmr'], 'options': {'mmr': {'of': name if name is not None else 'evil:x'}}}), 'model': ('model.json', lambda d, name: {**d, 'name': name}),
+    'member': ('model.json', lambda d, name: {**d, 'name': 'blend', 'hyperparameters': {'members': [name]}}), 'named member': ('model.json', lambda d, name: {**d, 'name': 'blend', 'hyperparameters': {'members': [{'name': name}]}}),
+    'member of a member': ('model.json', lambda d, name: {**d, 'name': 'blend', 'hyperparameters': {'members': [{'name': 'cold_items', 'hyperparameters': {'member': {'name': name}}}]}}),
+    'cold items': ('model.json', lambda d, name: {**d, 'name': 'cold_items', 'hyperparameters': {'member': name}})}
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    "A project with a plugin that nothing names, and the same file where it does not belong; each leaves a mark when it is run."
+    (tmp_path/'shop'/'drop').mkdir(parents=True)
+    for path in ('evil.py', 'drop/evil.py'): (tmp_path/'shop'/path).write_text(STEPS)
+    shutil.copy(tmp_path/'shop'/'evil.py', tmp_path/'evil.py')
+    monkeypatch.setenv('AEREC_PROJECT', str(tmp_path/'shop'))
+    monkeypatch.chdir(tmp_path/'shop')
+    return tmp_path/'shop'
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_no_name_in_a_bundle_runs_code(place, rich, shop, tmp_path):
+    "Neither is anything imported; what is not refused by its pattern is refused because nothing lists or names it."
+    name, change = PLACES[place]
+    folder, kept = Path(shutil.copytree(rich, tmp_path/'b')), (rich/name).read_text()
+    before = set(sys.modules)
+    for bad in BAD_NAMES:
+        (folder/name).write_text(json.dumps(change(json.loads(kept), bad)))
+        reseal(folder)
+        refused(folder)
+    assert not [*tmp_path.rglob('*.ran')]
+    assert not {'this', 'antigravity', '_aerec_own_evil', '_aerec_own_os', 'xml.dom.minidom'} & (set(sys.modules) - before)
+
+
+def test_a_plugin_is_run_where_the_operator_lists_or_names_it(shop, tmp_path):
+    "The same bundle: refused with the line that would allow it, taken with it, refused again once the file has changed."
+    x = recommender().histories
+    r = Recommender(create_model('evil:Flat').fit(x), np.arange(60), np.arange(200), x, chain=Chain(['exclude_seen', 'ban_list', 'evil:even']))
+    folder = save_bundle(r, tmp_path/'b')
+    (shop/'evil.ran').unlink()
+    sha = hashlib.sha256((shop/'evil.py').read_bytes()).hexdigest()
+    for env in ('dev', 'test', 'stage', 'live'):
+        refused(folder, f'write "evil:Flat" = "{sha}" under [plugins.trusted] in config/{env}.toml', settings=default_settings(env, require_signature=False))
+    for env in ('stage', 'live'): refused(folder, 'write "evil:Flat"', settings=default_settings(env, require_signature=False, steps=['evil:even'], models=['evil:Flat']))
+    assert not (shop/'evil.ran').exists()
+    trusted = {'evil:Flat': sha, 'evil:even': sha}
+    for settings in (default_settings('dev', steps=['evil:even'], models=['evil:Flat']), default_settings('dev', trusted=trusted), default_settings('live', trusted=trusted, require_signature=False)):
+        back = load_bundle(folder, settings=settings)
+        assert {i % 2 for i in back.recommend(1, k=5).item_ids} == {0}
+    (shop/'config').mkdir()
+    (shop/'config'/'dev.toml').write_text('[plugins.trusted]\n' + ''.join(f'"{name}" = "{sha}"\n' for name in trusted))
+    assert load_bundle(folder).recommend(1, k=5).item_ids == back.recommend(1, k=5).item_ids
+    back.chain.bind(back.catalogue), back.chain.with_bans([3]) # as a service does while it runs: the file is not read again
+    (shop/'evil.ran').unlink()
+    (shop/'evil.py').write_text(STEPS + '# changed')
+    assert back.chain.with_bans([3]).bind(back.catalogue).banned_items == [3]
+    refused(folder, 'evil.py has another sha256 than plugins.trusted lists')
+    assert not (shop/'evil.ran').exists()
+
+
+def test_the_bytes_that_are_hashed_are_the_bytes_that_run(shop, monkeypatch):
+    "A file that changes right after it was read is not read again."
+    from aerec_nb.configuration import own_object, using_settings
+    good, real, path, reads = (shop/'evil.py').read_bytes(), Path.read_bytes, shop/'evil.py', []
+    def read_bytes(self):
+        data = real(self)
+        if self == path:
+            reads.append(self)
+            path.write_text('1/0')
+        return data
+    monkeypatch.setattr(Path, 'read_bytes', read_bytes)
+    with using_settings(default_settings('live', trusted={'evil:even': hashlib.sha256(good).hexdigest()}), from_bundle=True): assert callable(own_object('evil:even', 'x'))
+    assert reads == [path]
+    path.unlink()
+    path.write_bytes(good)
+    monkeypatch.setattr(Path, 'read_bytes', lambda self: (_ for _ in ()).throw(PermissionError(13, 'Permission denied')))
+    with using_settings(default_settings('dev')), pytest.raises(AerecError, match='evil.py cannot be read: Permission denied'): own_object('evil:even', 'x')
+
+
+# --- signatures ---------------------------------------------------------------------------------------------------------------------------------------
+
+def poisoned(folder, key=None):
+    "Other weights with answers made for them: what an attacker who can write the folder makes."
+    arrays(MODEL, lambda d: {**d, 'B': d['B'] + 50*np.eye(1, 60, 7, dtype=np.float32)})(folder)
+    (folder/'golden.json').write_text(json.dumps([{'request': {'history': [1], 'k': 2}, 'answer': []}]))
+    reseal(folder)
+    r = _load_folder(folder, folder, LoadPolicy()).recommender
+    (folder/'golden.json').write_text(json.dumps([{'request': {'history': [1], 'k': 2}, 'answer': [[i['item_id'], i['score']] for i in r.recommend(history=[1], k=2)]}]))
+    reseal(folder)
+    if key: sign_bundle(folder, key)
+    return folder
+
+
+def test_a_signature_finds_what_hashes_do_not(bundles, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = poisoned(Path(shutil.copytree(bundles[0], tmp_path/'b')))
+    assert load_bundle(folder).recommend(history=[1], k=1).item_ids == [7], 'without a key that is what is promised'
+    monkeypatch.setenv('AEREC_BUNDLE_KEYS', PUBLIC)
+    refused(folder, f'its signature is not one of the key {key_id(PUBLIC)} on these files')
+    theirs, their_public = new_signing_key()
+    sign_bundle(folder, theirs)
+    refused(folder, f"signed by the key '{key_id(their_public)}', which packaging.bundle_keys does not list")
+    (folder/'signature.json').unlink()
+    assert load_bundle(folder), 'dev does not ask for one'
+    for settings in (default_settings('live', bundle_keys=[PUBLIC]), default_settings('dev', bundle_keys=[PUBLIC], require_signature=True)): refused(folder, 'it is not signed', settings=settings)
+    assert load_bundle(bundles[0]).info['id'] == load_bundle(bundles[0], settings=default_settings('live', bundle_keys=[PUBLIC])).info['id']
+
+
+def test_the_signature_is_checked_before_anything_else_is_read(bundles, tmp_path, monkeypatch):
+    from aerec_nb import packaging
+    folder = poisoned(Path(shutil.copytree(bundles[0], tmp_path/'b')))
+    monkeypatch.setattr(packaging._Files, 'contents', lambda *a: pytest.fail('a file was read'))
+    refused(folder, 'its signature is not one of the key', settings=default_settings('live', bundle_keys=[PUBLIC]))
+
+
+def test_a_signature_survives_what_is_done_with_bundles(bundles, home):
+    "Packed, unpacked, registered as a folder and as a zip, shown, verified, promoted, rolled back; a copy that was kept unsigned gets it."
+    zipped, live = pack_zip(bundles[0], home/'b.zip'), default_settings('live', bundle_keys=[PUBLIC])
+    (home/'unpacked').mkdir()
+    unpack_zip(zipped, home/'unpacked')
+    for path in (zipped, home/'unpacked'): assert load_bundle(path, settings=live).info['id'] == bundle_id(bundles[0])
+    unsigned = Path(shutil.copytree(bundles[1], home/'unsigned'))
+    (unsigned/'signature.json').unlink()
+    r = registry_at(home)
+    assert [r.register(b) for b in (zipped, unsigned)] == [1, 2]
+    assert not (r.resolve(2)/'signature.json').exists()
+    assert r.promote(1, 'live', by='ann') == 'films: live is version 1'
+    for refuse in (r.promote, r.check_gates):
+        with pytest.raises(AerecError, match='it is not signed'): refuse(2, 'live')
+    assert r.current('live') == 1 and r.promote(2, 'dev', by='ann') and r.register(bundles[1]) == 2
+    assert r.promote(2, 'live', by='ann') == 'films: live is version 2 (was 1)' and (r.verify().result == 'ok').all() and len(r.show(2)) and len(r.diff(1, 2))
+    assert r.rollback('live', by='ann') == 'films: live is version 1 (was 2)'
+    for version in (1, 2): assert load_bundle(r.resolve(version), settings=live)
+    sign_bundle(unsigned, theirs := new_signing_key()[0])
+    careless = registry_at(home, policy=PackagingSettings())
+    assert careless.register(unsigned) == 2 and load_bundle(r.resolve(2), settings=live), 'a signature that was not verified does not take the place of another'
+    r.sign(2, theirs)
+    with pytest.raises(AerecError, match='which packaging.bundle_keys does not list'): r.promote(2, 'live', by='ann')
+    (r.resolve(1)/'signature.json').unlink()
+    assert r.current('live') == 1
+    with pytest.raises(AerecError, match='it is not signed'): r.promote(1, 'live', by='ann')
+
+
+def test_what_is_registered_is_what_is_loaded(bundles, home, monkeypatch):
+    "A folder that is exchanged between the look at its identity and the load."
+    r = registry_at(home)
+    for b in bundles[:2]: r.register(b)
+    real, calls = Registry.resolve, []
+    def resolve(self, version):
+        folder = real(self, version)
+        other = self.bundles_dir/bundle_id(bundles[1])[:16]
+        calls.append(folder)
+        if len(calls) == 2:
+            shutil.rmtree(folder)
+            shutil.copytree(other, folder)
+        return folder
+    monkeypatch.setattr(Registry, 'resolve', resolve)
+    with pytest.raises(AerecError, match='is not the bundle that was registered'): r.promote(1, 'dev', by='ann')
+    monkeypatch.undo()
+    with pytest.raises(AerecError, match='another bundle is kept there, whose identity begins alike'): r.register(bundles[0])
+
+
+def test_a_bundle_that_answers_differently_is_neither_written_nor_promoted(bundles, home, monkeypatch):
+    from aerec_nb import packaging
+    r = registry_at(home)
+    r.register(bundles[0])
+    monkeypatch.setattr(packaging, 'same_answer', lambda *a: False)
+    with pytest.raises(AerecError, match='version 1: the golden request .* is answered differently'): r.promote(1, 'dev', by='ann')
+    assert 'answered differently' in r.verify().result[0] and r.check_gates(1, 'live').result[0] == 'failed'
+    with pytest.raises(AerecError, match='the golden request .* is answered differently'): save_bundle(recommender(), home/'b')
+    assert not (home/'b').exists() and not [p for p in home.iterdir() if p.name.startswith('.b')]
+
+
+def test_a_server_that_is_not_there(bundles, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+    from aerec_nb import packaging
+    monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
+    registry = SimpleNamespace(uri=f'http://ann:s3cret@127.0.0.1:{free_port()}', name='films')
+    for use, why in ((lambda: packaging._upload(registry, bundles[0], 'x'*64), 'the server does not take the bundle'), (lambda: packaging._download(registry, SimpleNamespace(run_id='r', version='1'), 'x'*64), 'does not give its bundle'),
+                     (lambda: packaging._upload_again(registry, SimpleNamespace(run_id='r'), bundles[0]), 'the server does not take the bundle')):
+        with pytest.raises(AerecError, match=why) as e: use()
+        assert one_line(e) and 's3cret' not in str(e.value)
+
+
+# --- full disks and missing rights --------------------------------------------------------------------------------------------------------------------
+
+def in_strange_conditions(work, n_bytes=None, user=None):
+    "Call a function in a child in which no file may become larger, or as another user; -> what it printed."
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            sys.stdout = open(theirs, 'w')
+            if n_bytes is not None: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes)) # as a full disk: writing fails with an error
+            if user is not None: os.setgroups([]); os.setgid(user.pw_gid); os.setuid(user.pw_uid)
+            work()
+            code = 0
+        except BaseException as e: print(f'{type(e).__name__}: {e}')
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    os.close(theirs)
+    with open(ours) as f: said = f.read()
+    assert os.waitpid(pid, 0)[1] == 0, said
+    return said.splitlines()
+
+
+def tried(*actions):
+    def work():
+        for action in actions:
+            try: print('done', action())
+            except AerecError as e: print(str(e) if '\n' not in str(e) else 'SEVERAL LINES')
+    return work
+
+
+def test_a_full_disk(bundles, home, tmp_path):
+    "No file may have more than 8 KiB (RLIMIT_FSIZE, which needs no rights): one line each, and nothing half written is left."
+    r, registry = recommender(), registry_at(home)
+    registry.register(bundles[0])
+    (home/'full').mkdir()
+    def lists(): return r.recommend_batch(k=50, folder=home/'full'/'lists')
+    said = in_strange_conditions(tried(lambda: save_bundle(r, home/'full'/'b'), lambda: save_bundle(r, home/'full'/'b.zip'), lambda: pack_zip(bundles[0], home/'full'/'c.zip'), lambda: registry.register(bundles[1]),
+                                       lambda: registry.promote(1, 'dev', by='ann'), lists, lambda: Registry(f"sqlite:///{home/'full'/'new.db'}", home/'x', 'films'), lambda: len(registry.list())), n_bytes=8192)
+    assert len(said) == 8 and all('File too large' in line and 'free space there' in line for line in said[:4]), said
+    assert all(line.startswith(f'packaging.registry_uri sqlite:///{home}') for line in (said[4], said[6])) and 'the lists cannot be written (' in said[5] and said[7] == 'done 1', said
+    assert not [p.name for p in (home/'full').rglob('*') if p.suffix not in ('.lock', '.db', '.json') and p.name != 'lists'] and not [p for p in (home/'bundles').iterdir() if p.name.startswith('.')]
+    assert registry.register(bundles[1]) == 2
+
+
+def test_a_registry_that_cannot_be_used(home, tmp_path):
+    "Garbage, nothing, a folder: refused in one line, and left as it is."
+    for name, make, why in (('garbage', lambda p: p.write_bytes(b'garbage'*1000), 'it is no SQLite database; restore it from a backup'), ('empty', Path.touch, 'it is empty; restore it'), ('folder', Path.mkdir, 'it is no file'),
+                            ('page', lambda p: p.write_bytes((home/'registry.db').read_bytes()[:100] + b'x'*100_000), 'MLflow cannot open it')):
+        path = tmp_path/f'{name}.db'
+        make(path)
+        before = path.read_bytes() if path.is_file() else None
+        with pytest.raises(AerecError, match=why) as e: Registry(f'sqlite:///{path}', tmp_path/'x', 'films')
+        assert one_line(e) and (path.read_bytes() if path.is_file() else None) == before
+    r = registry_at(home)
+    (home/'registry.db').write_bytes(b'garbage'*10_000) # while it is used
+    for ask in (r.list, r.history, r.versions, lambda: r.resolve('live'), lambda: r.promote(1, 'dev')):
+        with pytest.raises(AerecError, match='packaging.registry_uri') as e: ask()
+        assert one_line(e)
+
+
+def test_missing_rights(bundles, empty):
+    "As a user who may not read or not write: one line each."
+    with tempfile.TemporaryDirectory() as d:
+        home = Path(d)
+        home.chmod(0o755)
+        shutil.copy(empty, home/'registry.db')
+        r = registry_at(home)
+        r.register(bundles[0])
+        shutil.copytree(bundles[0], home/'b')
+        (home/'b'/'model.json').chmod(0)
+        shutil.copytree(bundles[0], home/'shut')
+        (home/'shut').chmod(0)
+        user = pwd.getpwnam('nobody') if os.geteuid() == 0 else None
+        if user is None:
+            for p in (home, home/'registry.db', home/'bundles'): p.chmod(0o555 if p.is_dir() else 0o444)
+        said = in_strange_conditions(tried(lambda: load_bundle(home/'shut'/'b'), lambda: save_bundle(recommender(), home/'new'), lambda: pack_zip(bundles[0], home/'new.zip'), lambda: load_bundle(home/'b'), lambda: load_bundle(home/'shut'), lambda: registry_at(home),
+                                           lambda: r.promote(1, 'dev', by='ann'), lambda: recommender().recommend_batch(folder=home/'lists')), user=user)
+        assert len(said) == 8 and not [line for line in said if line.startswith('done') or 'SEVERAL' in line], said
+        assert 'Permission denied; choose a folder that you may use' in said[1] and 'model.json cannot be read: Permission denied' in said[3] and all('Permission denied' in said[n] for n in (0, 4, 5)), said
+        for p in (home, home/'bundles', home/'shut'): p.chmod(0o755)
 
 
 # --- ONNX ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -493,6 +1038,8 @@ def test_the_dockerfile_as_plain_commands(bundle, tmp_path):
     where = run('python', '-c', 'import aerec_nb; print(aerec_nb.__file__)', env=env, cwd=tmp_path/'app')
     assert str(tmp_path/'venv') in where.stdout, where
     key = 'a-key-that-is-long-enough-to-be-one'
+    bundle, env['AEREC_BUNDLE_KEYS'] = shutil.copytree(bundle, tmp_path/'signed'), PUBLIC
+    sign_bundle(bundle, PRIVATE)
     env['AEREC_SERVING__API_KEYS'] = f'read:sha256:{hashlib.sha256(key.encode()).hexdigest()}'
     script = ("import sys; from aerec_nb.configuration import load_settings; from aerec_nb.packaging import Registry; r = Registry.from_settings(load_settings()); "
               "print(r.promote(r.register(sys.argv[1]), 'live', by='release-manager', why='first'))")

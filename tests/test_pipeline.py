@@ -217,6 +217,14 @@ def test_promote_and_roll_back(finished, tmp_path):
     environ, folder, said = finished
     refused = aerec('promote', '1', 'live', '--by', 'somebody', '--why', 'a try', env=environ, cwd=ROOT)
     assert refused.returncode == 2 and "'somebody' may not move live" in refused.stderr, refused.stdout + refused.stderr
+    unsigned = aerec('promote', '1', 'live', '--by', 'release-manager', '--why', 'first', env=environ, cwd=ROOT)
+    assert unsigned.returncode == 2 and 'it is not signed' in unsigned.stderr and 'aerec models sign' in unsigned.stderr, unsigned.stderr
+    assert aerec('models', 'sign', '1', env=environ, cwd=ROOT).stderr.startswith('error: there is no key to sign with')
+    made = aerec('models', 'new-key', env=environ, cwd=ROOT).stdout.splitlines()
+    private, public = (line.split(': ')[1] for line in made[:2])
+    environ = {**environ, 'AEREC_PACKAGING__SIGNING_KEY': private, 'AEREC_BUNDLE_KEYS': public}
+    signed = aerec('models', 'sign', '1', env=environ, cwd=ROOT)
+    assert signed.returncode == 0 and 'version 1 is signed by the key' in signed.stdout, signed.stderr
     moved = aerec('promote', '1', 'live', '--by', 'release-manager', '--why', 'first', env=environ, cwd=ROOT)
     assert moved.returncode == 0 and 'live is version 1' in moved.stdout, moved.stderr
     nowhere = aerec('rollback', 'live', '--by', 'release-manager', '--why', 'a try', env=environ, cwd=ROOT)
@@ -322,15 +330,20 @@ def test_only_what_changed_is_run_again(short, short_environ, tmp_path):
     first = aerec('run', *to, env=short_environ, cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     folder, = runs_of(short_environ)
-    assert not [p for p in folder.rglob('.*') if p.name != '.lock'], 'hidden files are left'
+    assert not [p for p in folder.rglob('.*') if p.name not in ('.lock', '.hashes.json')], 'hidden files are left'
     plan = actions(short_environ, tmp_path, *to)
     assert [plan[s][0] for s in PART] == ['reuse']*7 and plan['packaging'][0] == 'leave out'
     changed = actions(short_environ, tmp_path, *to, '-p', 'topk', '5')
     assert [s for s in PART if changed[s][0] == 'run'] == ['training', 'validation'] and changed['training'][1] == 'settings changed: validation.topk 10 -> 5'
     damaged = folder/'training'/'ease'/'model.safetensors'
     damaged.rename(tmp_path/'away')
-    assert actions(short_environ, tmp_path, *to)['training'] == ('run', 'it lacks ease/model.safetensors')
+    assert actions(short_environ, tmp_path, *to)['training'] == ('run', f'it lacks ease/model.safetensors (run {folder.name})')
     (tmp_path/'away').rename(damaged)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-200] + bytes(200)) # of the same size
+    assert actions(short_environ, tmp_path, *to)['training'] == ('run', f'damaged: ease/model.safetensors (run {folder.name})')
+    assert actions(short_environ, tmp_path, *to, '--resume')['training'] == ('run', 'damaged: ease/model.safetensors')
+    damaged.write_bytes(content)
     # markdown, comments and other people's settings change nothing; code of a notebook does, for itself; data does
     notebook = short/'project'/'nbs'/'02_modeling.ipynb'
     kept = notebook.read_bytes()
@@ -350,6 +363,22 @@ def test_only_what_changed_is_run_again(short, short_environ, tmp_path):
     assert actions({**short_environ, 'AEREC_DATA__SOURCE': 'sample'}, tmp_path, *to)['data_import'][0] == 'run'
     refused = aerec('run', '--from', 'validation', '-p', 'random_seed', '7', env=short_environ, cwd=tmp_path)
     assert refused.returncode == 2 and 'begin with --from' in refused.stderr, refused.stderr
+
+
+@pytest.mark.xdist_group('short')
+def test_a_full_disk(short, short_environ, tmp_path):
+    "No file may grow beyond a limit: the stage that meets it says so in one line, leaves nothing half-written, and succeeds once there is room."
+    to, short_environ = ('--to', 'data_import'), {**short_environ, 'AEREC_RUN__LOG_LEVEL': 'WARNING'}
+    done = run('bash', '-c', f'ulimit -f 24; exec {BIN}/aerec run {" ".join(to)}', env=short_environ, cwd=tmp_path)
+    folder, = runs_of(short_environ)
+    assert done.returncode == 1 and 'Traceback' not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert re.search(r'01_data_import .*data_import.*: the file is larger than this process may write', done.stdout), done.stdout
+    assert not (folder/'data_import').exists() and not (folder.parent/'.building').exists()
+    assert not [p for p in folder.rglob('.*') if p.name not in ('.lock', '.hashes.json')], 'hidden files are left'
+    (folder/'configuration'/'settings.json').write_text(' '*(folder/'configuration'/'settings.json').stat().st_size) # damaged meanwhile
+    done = aerec('run', '--resume', *to, env=short_environ, cwd=tmp_path)
+    assert done.returncode == 0 and f'run {folder.name}: configuration is damaged (damaged: settings.json)' in done.stderr, done.stdout + done.stderr
+    assert json.loads((folder/'configuration'/'settings.json').read_text()) and re.search(r'00_configuration +[\d.]+ s', done.stdout), 'it was made again'
 
 
 @pytest.mark.xdist_group('short')

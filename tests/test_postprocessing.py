@@ -1,5 +1,5 @@
 "The chain under random requests: what may not be shown never is, k items wherever k are eligible; ban lists that change; steps of one's own."
-import os, time
+import itertools, os, time
 import numpy as np, pandas as pd, pytest, sqlalchemy as sa
 from hypothesis import given, settings, strategies as st
 from conftest import BIN, ROOT, run
@@ -7,6 +7,7 @@ from aerec_nb.configuration import AerecError, load_settings
 from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model
 from aerec_nb.blocklist import BlocklistUnavailable
+from aerec_nb.limits import Deadline, DeadlineExceeded
 from aerec_nb.postprocessing import BanList, Catalogue, Chain, IdIndex, Request, ban_list, check_chain, filter_items
 from scipy.sparse import csr_matrix
 
@@ -46,20 +47,25 @@ def eligible(chain, r):
     return {n for n in range(N) if may(n)}
 
 
+# ---------------------------------------------------------------- filters that a client writes
+ODD = pd.DataFrame({'item_id': range(40), 'title': [f'Title number {n}' for n in range(40)], 'genres': [GENRES[n % 6] or None for n in range(40)], 'year': [1950+n for n in range(40)],
+                    'price': [np.nan, np.inf, -np.inf, 1e300, 2.5]*8, 'huge': [2.**80, 1., 2., np.nan]*10, 'date': pd.to_datetime(['2020-01-31', None, '1677-09-22', '2262-04-11']*10), 'flag': [True, False]*20,
+                    'text_date': ['2020-01-31', None]*20, 'mixed': [1, 'one', None, 2.5]*10, 'none': [None]*40})
+ODD_CATALOGUE = Catalogue(IdIndex(ODD.item_id), ODD, np.arange(40))
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(['\ud800', '\0', 'now', '1'*41, '9999999-01-01', 10**400, -1e308]) | st.builds(lambda: 10**5000),
                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.sampled_from(['any', 'all', 'none', 'genres', 'year', 'item_id', 'ge', 'lt']), inner, max_size=4), max_leaves=12)
 WANTED = JSON | st.dictionaries(st.sampled_from(['ge', 'gt', 'le', 'lt']), JSON | st.dates().map(str) | st.datetimes().map(str), min_size=1, max_size=4)
-CONDITION = st.dictionaries(st.sampled_from([*TABLE.columns, 'genre']) | st.text(max_size=4), WANTED, min_size=1, max_size=3)
+CONDITION = st.dictionaries(st.sampled_from([*TABLE.columns, *ODD.columns, 'genre']) | st.text(max_size=4), WANTED, min_size=1, max_size=3)
 FILTER = JSON | st.dictionaries(st.sampled_from(['any', 'all', 'none']), st.lists(CONDITION, min_size=1, max_size=3), min_size=1)
 
 
 @settings(max_examples=10_000 if STRESS else 250, deadline=None)
-@given(FILTER)
-def test_any_filter_gives_a_mask_or_an_error_of_one_line(spec):
+@given(FILTER, st.sampled_from([CATALOGUE, ODD_CATALOGUE]))
+def test_any_filter_gives_a_mask_or_an_error_of_one_line(spec, catalogue):
     begin = time.perf_counter()
     try:
-        passed, unknown = filter_items(CATALOGUE, spec)
-        assert passed.dtype == bool and passed.shape == (N,) and len(unknown) <= 4
+        passed, unknown = filter_items(catalogue, spec)
+        assert passed.dtype == bool and passed.shape == (catalogue.n,) and len(unknown) <= 4
         said = unknown
     except AerecError as e:
         said = [str(e)]
@@ -260,3 +266,100 @@ def test_wrong_options_are_refused_by_the_stage_before_anything_runs(environ, tm
     done = run(BIN/'papermill', '--no-progress-bar', ROOT/'nbs'/'04a_postprocessing.ipynb', tmp_path/'out.ipynb', env=environ, cwd=tmp_path)
     assert done.returncode != 0 and 'postprocessing.step_options: mmr.diversity = 7: Input should be less than or equal to 1' in done.stderr
     assert not os.path.exists(environ['AEREC_RUNS_DIR']) or not os.listdir(environ['AEREC_RUNS_DIR'])
+
+
+# ---------------------------------------------------------------- ends of ranges, titles and deadlines of filters
+TIMES = ['9999999-01-01', 'now', 'today', '9'*4000, '1600-01-01', '2020-13-01', '0001-01-01', '2020', '20200131', '2020-01-31T25:00', '2020-01-31T10:00+99:00', '1e999', 'NaT', '', '\ud800', '٣٠٢٠-01-01', '2020-W01-1', '0'*39]
+NUMBERS = [float('inf'), -float('inf'), float('nan'), 1e999, 10**400, -10**400, 2**63, -2**63, 2**64, 1e308, -0., 5e-324]
+
+
+@pytest.mark.parametrize('column', ODD.columns)
+def test_any_end_of_a_range_is_answered_or_refused(column):
+    for op, end in itertools.product(('ge', 'lt'), TIMES + NUMBERS):
+        try:
+            filter_items(ODD_CATALOGUE, {'all': [{column: {op: end}}]})
+        except AerecError:
+            pass
+
+
+def test_dates_beyond_nanoseconds_and_words_for_dates():
+    items = lambda **r: np.count_nonzero(filter_items(ODD_CATALOGUE, {'all': [{'date': r}]})[0])
+    assert items(ge='1600-01-01') == 30 and items(ge='2020-01-31') == 20 and items(lt='9999-12-31') == 30
+    for wrong in ('now', 'today', 'NaT', '9999999-01-01', '9'*4000):
+        with pytest.raises(AerecError):
+            items(ge=wrong)
+
+
+@pytest.fixture(scope='module')
+def large():
+    "50,000 items with as many titles."
+    n = 50_000
+    table = pd.DataFrame({'item_id': range(n), 'title': [f'Star Wars {i} ({1900+i % 100})' for i in range(n)], 'genres': [GENRES[i % 5] for i in range(n)], 'year': [1900+i % 100 for i in range(n)]})
+    catalogue = Catalogue(IdIndex(table.item_id), table, np.arange(n))
+    catalogue.categories('title')
+    return catalogue
+
+
+def seconds(call):
+    "The shortest of three times: other programs may run beside the tests."
+    def once():
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    return min(once() for _ in range(3))
+
+
+@pytest.mark.parametrize('n', [1, 50, 1000, 3000, 20_000])
+def test_misspelt_titles_take_no_time(large, n):
+    def ask():
+        try:
+            return filter_items(large, {'any': [{'title': [f'Stor Wars {n} {i}' for i in range(n)]}]})
+        except AerecError as e:
+            assert n > 1000 and 'at most 1,000 values' in str(e)
+    assert seconds(ask) < .2
+
+
+def test_misspelt_titles_get_one_suggestion(large):
+    _, unknown = filter_items(large, {'any': [{'title': ['Stor Wars 7 (1907)', *map(str, range(900))]}]})
+    assert len(unknown) == 4 and 'did you mean' in unknown[0] and not any('did you mean' in u for u in unknown[1:]) and unknown[3] == '898 more values that no item has'
+
+
+class Counted(Deadline):
+    "A deadline that is over at its n-th check."
+    def __init__(self, n):
+        super().__init__(60)
+        self.left = n
+
+    def check(self):
+        self.left -= 1
+        if self.left == 0:
+            self.expire()
+        super().check()
+
+
+@pytest.mark.parametrize('name, options, n_checks', [('mmr', {'diversity': .5, 'pool': None}, 50), ('calibrate', {'pool': 2000}, 50), ('max_per_category', {'most': 10**6}, 3)])
+def test_a_step_looks_at_the_deadline_while_it_works(large, name, options, n_checks):
+    chain = Chain([name], index=large, options={name: options})
+    request = Request(k=1000, history=np.arange(100), weights=np.ones(100), deadline=Counted(10**9))
+    chain.run(np.arange(large.n, dtype=np.float32), request)
+    assert 10**9 - request.deadline.left > n_checks
+    request.deadline = Counted(n_checks)
+    with pytest.raises(DeadlineExceeded):
+        chain.run(np.arange(large.n, dtype=np.float32), request)
+
+
+def test_a_filter_looks_at_the_deadline_between_conditions(large):
+    with pytest.raises(DeadlineExceeded):
+        filter_items(large, {'any': [{'title': 'x'}]*3}, Counted(3))
+
+
+def test_a_filter_of_a_chain_is_refused_by_its_deadline_as_such(large):
+    request = Request(filter={'any': [{'year': 1901}]}, deadline=Counted(2))
+    with pytest.raises(DeadlineExceeded) as e:
+        Chain([], index=large).run(np.zeros(large.n, np.float32), request)
+    assert not str(e.value).startswith('filter: ')
+
+
+def test_truth_values_are_no_dates():
+    with pytest.raises(AerecError, match='has no dates, but True and False'):
+        ODD_CATALOGUE.moments('flag')

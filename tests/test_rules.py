@@ -227,7 +227,7 @@ def test_the_lectures_rule_on_the_lectures_data():
 
 # --- what is refused, and when ---
 
-BAD = [(dict(rules=['positive_threshold', 'no_reruns']), "rules.rules names 'no_reruns'"), (dict(rules=['my_rules:missing']), 'my_rules.py has no function missing'),
+BAD = [(dict(rules=['positive_threshold', 'no_reruns']), "rules.rules names 'no_reruns'"), (dict(rules=['my_rules:missing']), 'my_rules.py has no function or class missing'),
        (dict(rules=['other:rule']), 'no file other.py'), (dict(rules=['broken:rule']), 'broken.py cannot be run: SyntaxError'), (dict(positive_threshold=5.5), 'outside the scale'),
        (dict(excluded_users_file='none.txt'), 'none.txt: No such file'), (dict(excluded_users_file='empty.txt'), 'empty.txt: there is no id in it'),
        (dict(excluded_items_file='latin.txt'), 'latin.txt, line 2: not UTF-8'), (dict(excluded_items_file='odd.csv'), 'odd.csv, line 3: no item_id'),

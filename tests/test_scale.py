@@ -70,6 +70,46 @@ class Killer(threading.Thread):
         return self.killed
 
 
+def test_an_engine_that_does_not_start_is_one_line(monkeypatch):
+    "Stands before the tests with an engine: Ray is started once a process."
+    small = ScaleSettings(engine='ray', object_store_gib=0.01)
+    with pytest.raises(AerecError, match='^Ray on this machine does not start: .*the minimum allowed is'):
+        scale.start_engine(small)
+
+    def late(**options):
+        raise Exception('The current node timed out during startup.')
+
+    monkeypatch.setattr(scale.ray_module(), 'init', late)
+    with pytest.raises(AerecError, match='^Ray on this machine does not start: The current node timed out'):
+        scale.start_engine(TWO)
+
+
+def test_a_split_without_a_valid_fold(split):
+    with pytest.raises(AerecError, match='the split has no valid fold to watch'):
+        scale.train(create_model('mult_vae'), split.refit(), scale=TWO)
+
+
+def test_nodes_are_asked_what_they_have(engine, monkeypatch):
+    "A node that is late, one that fails, one with another version, and this one."
+    ray = scale.ray_module()
+    scale._check_nodes(ray)
+    with pytest.raises(AerecError, match='did not start within 0 s; look at `ray status` there'):
+        scale._check_nodes(ray, seconds=0)
+
+    def crashed(answer, timeout):
+        raise ray.exceptions.WorkerCrashedError()
+
+    with monkeypatch.context() as m:
+        m.setattr(ray, 'get', crashed)
+        with pytest.raises(AerecError, match='^the Ray worker on .* failed: The worker died unexpectedly'):
+            scale._check_nodes(ray)
+
+    found = scale.importlib.metadata.version('aerec_nb')
+    monkeypatch.setattr(scale.importlib.metadata, 'version', lambda name: '0.0')
+    with pytest.raises(AerecError, match=f'has aerec_nb {found}, this process 0.0: pip install'):
+        scale._check_nodes(ray)
+
+
 @pytest.mark.parametrize('n_workers', [1, 2, 3])
 def test_closed_forms_are_equal_to_the_bit(engine, split, n_workers):
     features = item_features(pd.read_csv(ROOT/'dataset'/'sample'/'movies.csv').rename(columns={'movieId': 'item_id'})).over(split.items).matrix
@@ -154,6 +194,15 @@ def test_lists_are_the_same_files(engine, bundle, tmp_path):
         with pytest.raises(AerecError, match=said): scale.recommend_batch(**wrong, scale=TWO)
 
 
+def test_a_bundle_that_workers_cannot_load_is_one_line(engine, bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / 'bundle')
+    loaded = load_bundle(tmp_path / 'bundle')
+    (tmp_path / 'bundle' / 'manifest.json').unlink()
+    with pytest.raises(AerecError, match='manifest.json') as said:
+        scale.recommend_batch(loaded, folder=tmp_path / 'lists', scale=TWO)
+    assert '\n' not in str(said.value)
+
+
 def test_a_killed_worker_of_a_batch_is_replaced(engine, bundle, tmp_path):
     r = load_bundle(bundle)
     r.recommend_batch(folder=tmp_path/'here', shard_users=2, now=1.7e9)
@@ -220,11 +269,16 @@ def fails(words, env, cwd):
 def test_ray_missing_and_an_address_that_does_not_answer(environ, tmp_path):
     (tmp_path/'hide').mkdir()
     (tmp_path/'hide'/'sitecustomize.py').write_text(HIDE.format(name='ray'))
-    assert 'pip install "aerec_nb[ray]"' in fails(['run', '--engine', 'ray'], {**environ, 'PYTHONPATH': str(tmp_path/'hide')}, tmp_path)
+    assert 'pip install "aerec_nb[ray]"' in fails(['run', '--engine', 'ray'], with_path(tmp_path/'hide', environ), tmp_path)
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     assert f'scale.address = 127.0.0.1:{port}: nothing answers there' in fails(['run', '--engine', 'ray', '--address', f'127.0.0.1:{port}'], environ, tmp_path)
     assert 'give host:port' in fails(['run', '--engine', 'ray', '--address', 'over-there'], environ, tmp_path)
     assert not Path(environ['AEREC_RUNS_DIR']).exists()
+
+
+def with_path(folder, env):
+    "Variables with a folder before all others in which Python looks for modules."
+    return {**env, 'PYTHONPATH': os.pathsep.join([str(folder), *filter(None, [env.get('PYTHONPATH')])])}
 
 
 HIDE = '''import sys
@@ -264,7 +318,7 @@ def cluster(folder, env):
 def test_a_worker_without_the_package(environ, tmp_path):
     (tmp_path/'hide').mkdir()
     (tmp_path/'hide'/'sitecustomize.py').write_text(HIDE.format(name='aerec_nb'))
-    with cluster(tmp_path, {**environ, 'PYTHONPATH': str(tmp_path/'hide')}) as address: said = fails(['run', '--engine', 'ray', '--address', address], environ, tmp_path)
+    with cluster(tmp_path, with_path(tmp_path/'hide', environ)) as address: said = fails(['run', '--engine', 'ray', '--address', address], environ, tmp_path)
     assert 'no aerec_nb' in said and 'pip install' in said, said
     assert not Path(environ['AEREC_RUNS_DIR']).exists()
 

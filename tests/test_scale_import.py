@@ -1,5 +1,5 @@
 "Import and rules on Ray: the same as in one process, whatever the pieces and shards, and whatever happens to workers."
-import json, os, signal, subprocess, sys, threading, time
+import io, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +38,7 @@ def table():
     "A million ratings, or the sample; times are made up, since the stored set has none."
     rng = np.random.default_rng(0)
     if ML_1M.is_file(): table = pd.read_csv(ML_1M)
-    else:
-        files = di._sample_files()
-        table = pd.read_csv(files['ratings.csv'] if isinstance(files, dict) else files[0])
+    else: table = pd.read_csv(io.BytesIO(di._sample_files()['ratings.csv']))
     return table.assign(timestamp=956703932 + rng.integers(0, 3*10**7, len(table))//50*50)
 
 
@@ -155,6 +153,36 @@ def test_bad_rows(tmp_path):
     assert len(pd.read_parquet(tmp_path/'out'/'quarantine.parquet')) == 2
 
 
+@pytest.mark.parametrize(
+    'text, options, said',
+    [
+        ('user_id,item_id\n', {}, 'the table has no rows'),
+        ('user_id,item_id\n1,2\n', dict(on_bad='skip'), "no rule 'skip' for bad rows: choose raise"),
+        ('user_id,item_id\n1,2\n', dict(on_duplicate='newest'), "no rule 'newest' for duplicates: choose last"),
+    ],
+)
+def test_tables_and_options_that_both_ways_refuse(tmp_path, text, options, said):
+    (tmp_path / 'ratings.csv').write_text(text)
+    source = found(tmp_path / 'ratings.csv')
+    with pytest.raises(AerecError, match=said) as local:
+        di.check_source(source, **options)
+    with pytest.raises(AerecError) as ours:
+        scale.check_source(source, scale=SCALE, **options)
+    assert str(local.value) == str(ours.value)
+
+
+@pytest.mark.parametrize('count, said', [(3e38, '^weight is not a number in 1 rows'), (0, '^no interactions: the table is empty')])
+def test_counts_that_are_no_weights(tmp_path, count, said):
+    "The sum of the counts of a pair is no float32, or each is 0."
+    (tmp_path / 'ratings.csv').write_text(f'user_id,item_id,count\n1,2,{count}\n1,2,{count}\n')
+    source = found(tmp_path / 'ratings.csv')
+    rules = dict(rules=['deduplicate'])
+    with pytest.raises(AerecError, match=said):
+        local_interactions(source, rules, on_duplicate='sum')
+    with pytest.raises(AerecError, match=said):
+        scale.import_shards(source, tmp_path / 'out', rules, n_shards=1, on_duplicate='sum', scale=SCALE)
+
+
 def test_bad_line_in_a_cut_file(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, 'PIECE_BYTES', 200)
     lines = ['user_id,item_id,rating'] + [f'{i},{i % 7},4' for i in range(200)]
@@ -202,8 +230,19 @@ def test_rules_of_ones_own():
         ratings = di.check_ratings(SMALL, 'small').ratings
         same_result(bp.run_rules(ratings, rules), scale.run_rules(ratings, rules, n_shards=3, scale=SCALE))
         assert seen[0] == seen[1] # all rows in one place
+
+        @bp.register_rule('of_numbers', per_user=True)
+        def of_numbers(ratings):
+            return np.ones(len(ratings), int)
+
+        rules = dict(rules=['of_numbers'])
+        with pytest.raises(AerecError, match='^rule of_numbers returned int64 values; a mask has True or False') as local:
+            bp.run_rules(ratings, rules)
+        with pytest.raises(AerecError) as ours:
+            scale.run_rules(ratings, rules, n_shards=3, scale=SCALE)
+        assert str(local.value) == str(ours.value)
     finally:
-        for name in ('no_thirds', 'two_each'): bp.RULES.pop(name, None)
+        for name in ('no_thirds', 'two_each', 'of_numbers'): bp.RULES.pop(name, None)
 
 
 def test_rules_that_leave_nothing():

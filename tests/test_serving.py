@@ -271,7 +271,7 @@ def test_roles_and_rotation(bundle, log_url):
 
 
 def test_live_takes_digests_only(bundle, log_url, tmp_path):
-    plain = start(bundle, log_url, '--env', 'live', AEREC_SERVING__API_KEYS='secret-key', AEREC_PATHS__VAR_DIR=str(tmp_path/'var'))
+    plain = start(bundle, log_url, '--env', 'live', AEREC_SERVING__API_KEYS='secret-key', AEREC_PATHS__VAR_DIR=str(tmp_path/'var'), AEREC_PACKAGING__REQUIRE_SIGNATURE='false')
     assert plain.returncode == 1 and 'live takes digests only' in plain.stderr and 'secret-key' not in plain.stderr + plain.stdout
 
 

@@ -2,6 +2,8 @@
 import json, os, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import pytest
+from aerec_nb.configuration import AerecError
+from aerec_nb.training import ExperimentLog
 from conftest import run
 
 TRIALS = 10 if os.environ.get('STRESS') else 1  # `make stress` kills ten times as often
@@ -87,3 +89,10 @@ def test_a_killed_stage_goes_on_in_its_run_and_in_its_log(environ, tmp_path):
     assert len(logged) == 2, logged  # the killed training is one run of the log, not two
     for status, width, fingerprint, steps, pictures in logged:
         assert (status, width, sorted(steps), pictures) == ('FINISHED', '8', list(range(1, 41)), ['curves.png']), logged
+
+
+def test_an_experiment_log_that_is_no_database(tmp_path):
+    (path := tmp_path / 'registry.db').write_bytes(b'no database' * 100)
+    with pytest.raises(AerecError, match='^training.tracking_uri sqlite:.*: MLflow cannot open it: .*; set it to off'):
+        ExperimentLog(f'sqlite:///{path}')
+    assert path.read_bytes() == b'no database' * 100
