@@ -15,7 +15,7 @@ ALLOWED = {
     'transport': ['configuration'],
     'limits': ['configuration'],
     'data_import': ['runs', 'events'],
-    'id_lists': ['data_import'],
+    'id_lists': ['data_import', 'limits'],
     'blocklist': ['id_lists'],
     'business_preprocessing': ['id_lists'],
     'model_preprocessing': ['business_preprocessing'],
