@@ -24,8 +24,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from .blocklist import BanList
 from .configuration import AerecError
 from .id_lists import read_ids
-from .limits import Deadline
-from .runs import alone, atomic_path
+from .limits import Deadline, DeadlineExceeded
+from .runs import alone, atomic_path, file_errors
 
 # %% ../nbs/05c_service_state.ipynb #ba699ae4
 SMALL_BODY = 16 * 2**10  # bytes; a larger body is parsed in a thread
@@ -95,10 +95,12 @@ class RequestThreads:
         work,  # function()
         deadline: Deadline = None,  # what `work` looks at; None: it takes no time worth stopping
     ):  # -> what `work` gives back
-        "Run work in a thread; it ends, or is not begun, where the caller gives up."
+        "Run work in a thread; it ends, or is not begun, where the caller gives up; raises `TimeoutError` at the deadline."
         future = asyncio.wrap_future(self._pool.submit(work))
         try:
             return await future
+        except DeadlineExceeded:
+            raise TimeoutError from None
         finally:
             if deadline is not None:
                 deadline.expire()
@@ -321,7 +323,9 @@ def banned_through_service(
 ) -> list:  # of str
     "Read the ids of banned items; raises `AerecError` where the list is missing or damaged."
     ids = read_ids(path, 'item_id', 'the list of banned items', may_be_empty=True)
-    if not path.read_bytes().startswith(BAN_COMMENT.encode()):
+    with file_errors(path):
+        begins_well = path.read_bytes().startswith(BAN_COMMENT.encode())
+    if not begins_well:
         raise AerecError(f"the list of banned items {path}: it does not begin with '{BAN_COMMENT}', so it is damaged; restore it")
     return ids
 
@@ -339,14 +343,11 @@ def change_bans(
     banned: bool,  # False: allow it
 ) -> bool:  # did that change anything?
     "Put an item on the list, or take it off; raises `BadItemId`, and `AerecError` where the list cannot be read or written."
-    try:
-        with alone(path, 5):
-            ids = banned_through_service(path)
-            if (item_id in ids) == banned:
-                return False
-            _write_bans(path, [*ids, item_id] if banned else [id for id in ids if id != item_id])
-    except OSError as e:
-        raise AerecError(f'the list of banned items {path} cannot be written: {e.strerror or e}') from None
+    with alone(path, 5):
+        ids = banned_through_service(path)
+        if (item_id in ids) == banned:
+            return False
+        _write_bans(path, [*ids, item_id] if banned else [id for id in ids if id != item_id])
     return True
 
 

@@ -10,7 +10,7 @@ __all__ = ['MAX_HISTORY', 'MAX_IN_QUERY', 'MAX_EVENTS', 'MAX_BATCH', 'MAX_BODY',
            'BatchBody', 'RankBody', 'PopularQuery', 'SimilarQuery', 'ItemsQuery', 'check_payload', 'EventIn', 'Problem',
            'problem', 'problems', 'validation_detail', 'new_api_key', 'ApiKeys', 'required_role', 'Shared',
            'EventWriter', 'Metrics', 'share_metrics', 'say', 'JsonLines', 'RequestMiddleware', 'Live', 'page_token',
-           'shown_before', 'NotReady', 'State', 'likes', 'Together', 'read_query', 'BodyRoute', 'ItemOut', 'ListOut',
+           'shown_before', 'NotReady', 'State', 'likes', 'Together', 'read_query', 'DirectRoute', 'ItemOut', 'ListOut',
            'BatchOut', 'AcceptedOut', 'create_app', 'follow', 'search_items', 'look_at', 'serve', 'supervise', 'main',
            'service', 'drive_service', 'latency_table', 'build_serving', 'describe_serving', 'answers_table',
            'plot_latencies']
@@ -845,7 +845,7 @@ def _list_of(state:State, live:Live, id:str, ask, user_id, k, page, dry_run, arm
     try:
         before = shown_before(page) if page else []
         answer = ask(live.recommender, k, before)
-    except DeadlineExceeded: raise TimeoutError from None
+    except DeadlineExceeded: raise # it is an AerecError too
     except BlocklistUnavailable: return _no_blocklist(id), about
     except UnknownUser as e: return problem(404, str(e), id), about
     except AerecError as e: return problem(422, str(e), id), about
@@ -931,12 +931,14 @@ def _described(model:type, # of the query
     return {'parameters': path+query}
 
 # %% ../nbs/05a_serving.ipynb #b57b508a
-class BodyRoute(APIRoute):
-    "A route that reads its JSON body within the limits of `parse_body`; a large body is parsed in a thread."
+class DirectRoute(APIRoute):
+    "A route that calls its endpoint with the request and at most a JSON body; a large body is parsed in a thread."
     def get_route_handler(self):
-        body = inspect.signature(self.endpoint).parameters.get('body')
-        if body is None: return super().get_route_handler()
-        adapter = TypeAdapter(body.annotation)
+        parameters = inspect.signature(self.endpoint).parameters
+        if 'body' not in parameters:
+            direct = set(parameters) == {'request'} and self.response_class is Response and inspect.iscoroutinefunction(self.endpoint)
+            return self.endpoint if direct else super().get_route_handler()
+        adapter = TypeAdapter(parameters['body'].annotation)
 
         async def handle(request):
             text = await request.body()
@@ -1007,7 +1009,7 @@ def create_app(bundle, # `Recommender`, or the folder of a bundle
         yield
         state.close()
     app = FastAPI(title='aerec', description='Recommendations out, events in.', version='1', lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.service, app.router.route_class = state, BodyRoute
+    app.state.service, app.router.route_class = state, DirectRoute
     _add_lists(app, state)
     _add_changes(app, state)
     _add_operation(app, state)
@@ -1146,7 +1148,7 @@ def _answer_batch(state:State, request:Request, live:Live, asked:list, deadline:
     try:
         before = [shown_before(q.page) if q.page else [] for q in asked]
         answers = live.recommender.recommend_each([_wishes(q, f'{id}.{n}', k, b) for n,(q,k,b) in enumerate(zip(asked, ks, before))], deadline=deadline)
-    except DeadlineExceeded: raise TimeoutError from None
+    except DeadlineExceeded: raise # it is an AerecError too
     except BlocklistUnavailable: return _no_blocklist(id)
     except UnknownUser as e: return problem(404, str(e), id)
     except AerecError as e: return problem(422, str(e), id)

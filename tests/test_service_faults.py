@@ -164,13 +164,13 @@ def test_ready_only_after_the_log_was_read(bundle, tmp_path):
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url='http://x') as client: return await client.get(path)
         return asyncio.run(go())
     began = time.monotonic()
-    found = {path: ask(path) for path in ('/health/live', '/health/ready', '/v1/recommend/1001')}
-    assert [a.status_code for a in found.values()] == [200, 503, 503] and time.monotonic()-began < 3
+    found = {path: ask(path) for path in ('/health/live', '/health/ready', '/v1/recommend/1001', '/demo/history?user_id=1001')}
+    assert [a.status_code for a in found.values()] == [200, 503, 503, 503] and time.monotonic()-began < 3
     assert 'starting' in found['/health/ready'].json()['detail']
     release.set()
     end = time.monotonic()+10
     while ask('/health/ready').status_code != 200 and time.monotonic() < end: time.sleep(.05)
-    assert [ask(path).status_code for path in found] == [200, 200, 200]
+    assert [ask(path).status_code for path in found] == [200]*4
     app.state.service.close()
 
 

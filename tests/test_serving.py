@@ -510,6 +510,8 @@ def test_a_damaged_blocklist_shows_nothing_that_was_banned(bundle, log_url, tmp_
             shown = ids_shown(client)
             assert (shown is None) == (policy == 'refuse') and 20 not in (shown or []), name
             is_problem(client.get('/v1/bans'), 503)
+            others = [client.get('/v1/items?q=film').status_code, client.post('/v1/recommend:batch', json={'requests': [{'user_id': 1001}]}).status_code, client.get('/version').status_code]
+            assert others == [200 if policy == 'keep_last' else 503]*3
             for method in ('PUT', 'DELETE'): is_problem(client.request(method, '/v1/bans/21'), 503)
             assert wait_until(lambda: 'aerec_blocklist_failing 1.0' in client.get('/metrics').text), name
             ready = client.get('/health/ready')
