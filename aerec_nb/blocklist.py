@@ -28,7 +28,11 @@ _STATEMENT_S = 5  # seconds that the query may take
 _FIRST_READ_S = 15.0  # seconds to wait for the first list
 _TIMEOUTS = {
     'sqlite': {'timeout': _STATEMENT_S},
-    'postgresql': {'connect_timeout': _CONNECT_S, 'options': f'-c statement_timeout={1000*_STATEMENT_S}', 'tcp_user_timeout': 1000*_STATEMENT_S},
+    'postgresql': {
+        'connect_timeout': _CONNECT_S,
+        'options': f'-c statement_timeout={1000 * _STATEMENT_S}',
+        'tcp_user_timeout': 1000 * _STATEMENT_S,
+    },
 }
 
 
@@ -71,7 +75,10 @@ class _Read:
         try:
             self._ids = _read_database(url, query)
         except Exception as e:  # whatever a driver raises is reported where the list is used
-            self._error = e if isinstance(e, AerecError) else AerecError(f'postprocessing.ban_url {hide_secrets(url)}: {hide_secrets(str(e))}')
+            known = isinstance(e, AerecError)
+            self._error = (
+                e if known else AerecError(f'postprocessing.ban_url {hide_secrets(url)}: {hide_secrets(str(e))}')
+            )
         self._done.set()
 
     def wait(self, seconds: float) -> bool:
@@ -150,7 +157,9 @@ class BanList:
                 return True
         except AerecError as e:
             if self._errors.get(part) != str(e):
-                log.warning('%s; %s', e, 'the last known list is kept' if self.on_error == 'keep_last' else 'nothing is recommended until it can be read')
+                keeps = self.on_error == 'keep_last'
+                effect = 'the last known list is kept' if keeps else 'nothing is recommended until it can be read'
+                log.warning('%s; %s', e, effect)
             self._errors[part] = str(e)
         return False
 

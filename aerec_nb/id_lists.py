@@ -16,7 +16,14 @@ from .data_import import NAMES
 from .limits import preview
 
 # %% ../nbs/00c_id_lists.ipynb #c6c974db
-_MARKS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+_MARKS = {
+    codecs.BOM_UTF8: 'utf-8-sig',
+    codecs.BOM_UTF32_LE: 'utf-32',  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: 'utf-32',
+    codecs.BOM_UTF16_LE: 'utf-16',
+    codecs.BOM_UTF16_BE: 'utf-16',
+}
+_OR_NONE = "restore it, or write a line '# none' to say that it names nothing"
 _COMMENT = re.compile(r'(?:^|(?<=\s))#(?=\s|$).*')  # a lone '#' and what follows it
 _UNCLEAR = re.compile(r'\s#\S')  # an id with a '#' in it, or an id and a comment?
 _QUOTED = re.compile(r'"([^"]*)"(?:\s+#(?:\s.*)?)?')  # an id in quotes, with or without a comment
@@ -37,12 +44,13 @@ def _decode(data: bytes, where: str) -> str:
     encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), 'utf-8')
     try:
         text = data.decode(encoding)
-        if encoding in ('utf-16', 'utf-32') and not any(c.isascii() for c in text):  # damaged bytes often decode as rare letters
+        if encoding in ('utf-16', 'utf-32') and not any(c.isascii() for c in text):  # as damaged bytes often decode
             raise UnicodeDecodeError(encoding, data, 0, len(data), 'no ASCII character')
         return text
     except UnicodeDecodeError as e:
         line = data.count(b'\n', 0, e.start) + 1
-        raise AerecError(f'{where}, line {line}: not {encoding.upper().removesuffix("-SIG")} text; save it as UTF-8') from None
+        name = encoding.upper().removesuffix('-SIG')
+        raise AerecError(f'{where}, line {line}: not {name} text; save it as UTF-8') from None
 
 
 def _read_lines(path: Path, where: str) -> list:  # of str
@@ -52,7 +60,7 @@ def _read_lines(path: Path, where: str) -> list:  # of str
     except OSError as e:
         raise AerecError(f'{where}: {e.strerror or e}; correct the path, or leave the setting out') from None
     if not data:
-        raise AerecError(f"{where}: the file is empty (0 bytes); restore it, or write a line '# none' to say that it names nothing")
+        raise AerecError(f'{where}: the file is empty (0 bytes); {_OR_NONE}')
     text = _decode(data, where)
     if '\0' in text:
         line = text.count('\n', 0, text.index('\0')) + 1
@@ -75,7 +83,8 @@ def _ids_of_text(lines: list, where: str) -> list:  # of str
             continue
         line = _without_comment(line)
         if _UNCLEAR.search(line):
-            raise AerecError(f"{where}, line {n}: {preview(line)} may be an id, or an id and a comment; write '# ' before a comment, or put the id in quotes")
+            advice = "write '# ' before a comment, or put the id in quotes"
+            raise AerecError(f'{where}, line {n}: {preview(line)} may be an id, or an id and a comment; {advice}')
         ids.append(line)
     return ids
 
@@ -103,7 +112,8 @@ def _ids_of_table(lines: list, column: str, where: str) -> list:  # of str
     header, names = _cells(line, separator), {_plain(name) for name in NAMES[column]}
     at = next((i for i, name in enumerate(header) if _plain(name) in names), None)
     if at is None:
-        raise AerecError(f"{where}, line {first}: no column {column} among {preview(header)}; a table needs a header that names it")
+        advice = 'a table needs a header that names it'
+        raise AerecError(f'{where}, line {first}: no column {column} among {preview(header)}; {advice}')
     if len(header) == 1:
         return _ids_of_text(rows, where)
     ids = []
@@ -111,8 +121,9 @@ def _ids_of_table(lines: list, column: str, where: str) -> list:  # of str
         cells = _cells(line, separator)
         if len(cells) <= at or not cells[at]:
             raise AerecError(f'{where}, line {n}: no {column} in it; fill it in, or remove the line')
-        if any(cells[len(header):]):
-            raise AerecError(f'{where}, line {n}: {len(cells)} cells, but the header has {len(header)}; put a cell that has a separator in quotes')
+        if any(cells[len(header) :]):
+            found = f'{len(cells)} cells, but the header has {len(header)}'
+            raise AerecError(f'{where}, line {n}: {found}; put a cell that has a separator in quotes')
         ids.append(cells[at])
     return ids
 
@@ -126,7 +137,8 @@ def _is_table(path: Path, lines: list, column: str, where: str) -> bool:
     if _plain(column) in header:
         return True
     if len(header) > 1 and not {_plain(name) for name in NAMES[column]}.isdisjoint(header):
-        raise AerecError(f'{where}, line {n}: {preview(line)} looks like the header of a table; call the column {column}, or call the file .csv')
+        advice = f'call the column {column}, or call the file .csv'
+        raise AerecError(f'{where}, line {n}: {preview(line)} looks like the header of a table; {advice}')
     return False
 
 # %% ../nbs/00c_id_lists.ipynb #bf9701c1
@@ -141,7 +153,7 @@ def read_ids(
     numbered = list(enumerate(_read_lines(path, where), 1))
     lines = [(n, line) for n, line in numbered if line and _without_comment(line)]
     if not lines and not any(line for _, line in numbered):
-        raise AerecError(f"{where}: there is nothing in it; restore it, or write a line '# none' to say that it names nothing")
+        raise AerecError(f'{where}: there is nothing in it; {_OR_NONE}')
     is_table = lines and _is_table(path, lines, column, where)
     ids = [id for id in (_ids_of_table(lines, column, where) if is_table else _ids_of_text(lines, where)) if id]
     if not ids and not may_be_empty:

@@ -214,7 +214,7 @@ def _named(
 ) -> str:
     "Name the first few ids, for a warning."
     shown = ', '.join(map(preview, ids[:limit]))
-    return shown + (f' and {len(ids)-limit} more' if len(ids) > limit else '')
+    return shown + (f' and {len(ids) - limit} more' if len(ids) > limit else '')
 
 
 def _id_list(
@@ -234,11 +234,19 @@ def _is_whole(value) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
+def _is_attribute(value) -> bool:
+    "Tell whether a value is a text or a number of bounded length."
+    if isinstance(value, str):
+        return len(value) <= MAX_ID_TEXT
+    return isinstance(value, (bool, float)) or _is_whole(value)
+
+
 def _check_kinds(asked: dict) -> None:
     "Refuse arguments of `recommend` that are of a wrong kind; raises `AerecError`."
     user_id, fallback, now = asked['user_id'], asked['fallback'], asked['now']
-    if not (user_id is None or isinstance(user_id, str) and len(user_id) <= MAX_ID_TEXT or _is_whole(user_id) or isinstance(user_id, (bool, float, np.generic, uuid.UUID))):
-        raise AerecError(f'user_id must be a text of at most {MAX_ID_TEXT:,} characters or a number of 64 bits, not {preview(user_id)}')
+    if not (user_id is None or _is_attribute(user_id) or isinstance(user_id, (np.generic, uuid.UUID))):
+        kinds = f'a text of at most {MAX_ID_TEXT:,} characters or a number of 64 bits'
+        raise AerecError(f'user_id must be {kinds}, not {preview(user_id)}')
     if not isinstance(fallback, str) or fallback not in ('popular', 'none'):
         raise AerecError(f"fallback must be 'popular' or 'none', not {preview(fallback)}")
     for name in ('exclude_seen', 'explain'):
@@ -354,9 +362,12 @@ class Recent:
         if not of_user:
             return None
         numbers = index.numbers([item for item, _ in of_user])
-        latest = {n: event for n, (_, event) in zip(numbers.tolist(), of_user) if n >= 0}  # two spellings of one item: the later event counts
+        # Of two spellings of one item the later event counts.
+        latest = {n: event for n, (_, event) in zip(numbers.tolist(), of_user) if n >= 0}
         order = sorted(latest)
-        arrays = np.array(order, np.int32), np.array([latest[n][0] for n in order], bool), np.array([np.nan if latest[n][1] is None else latest[n][1] for n in order], float)
+        liked = np.array([latest[n][0] for n in order], bool)
+        when = np.array([np.nan if latest[n][1] is None else latest[n][1] for n in order], float)
+        arrays = np.array(order, np.int32), liked, when
         with self._lock:
             if list(self._feedback.get(user, {}).items()) == of_user:
                 self._resolved[user] = index, *arrays
@@ -401,20 +412,22 @@ def contributions(
     shown: np.ndarray,  # int item numbers that were recommended
     deadline: Deadline = None,  # None: it may take any time
 ) -> np.ndarray:  # float32 [n_history, n_shown]
-    "Compute what each item of a history adds to each score: the item's own part of a sum, otherwise what leaving it out changes."
-    return np.concatenate([np.empty((0, len(shown)), np.float32), *_contribution_blocks(model, items, weights, shown, deadline)])
+    "Compute what each item adds to each score: its own part of a sum, otherwise what leaving it out changes."
+    blocks = _contribution_blocks(model, items, weights, shown, deadline)
+    return np.concatenate([np.empty((0, len(shown)), np.float32), *blocks])
 
 
 def _contribution_blocks(model, items, weights, shown, deadline):  # yields float32 [some of the history, n_shown]
     "Compute contributions of some items of the history at a time; a block takes some milliseconds."
     n, n_items = len(items), model.n_items
-    n_rows = max(1, min(2**22//max(n_items, len(shown)), n if model.additive else 2**17//max(1, n)))
+    n_rows = max(1, min(2**22 // max(n_items, len(shown)), n if model.additive else 2**17 // max(1, n)))
     whole = 0 if model.additive else model.score(_row(items, weights, n_items))[0, shown]
     for start in range(0, n, n_rows):
         _check(deadline)
-        of = np.arange(start, min(n, start+n_rows))
+        of = np.arange(start, min(n, start + n_rows))
         if model.additive:
-            yield model.score(csr_matrix((weights[of], items[of], np.arange(len(of)+1)), shape=(len(of), n_items)))[:, shown]
+            alone = csr_matrix((weights[of], items[of], np.arange(len(of) + 1)), shape=(len(of), n_items))
+            yield model.score(alone)[:, shown]
         else:
             yield whole - model.score(_leaving_out(of, items, weights, n_items))[:, shown]
 
@@ -425,11 +438,11 @@ def _check(deadline: Deadline) -> None:
         deadline.check()
 
 
-def _leaving_out(positions: np.ndarray, items: np.ndarray, weights: np.ndarray, n_items: int) -> csr_matrix:  # [len(positions), n_items]
-    "Make one history for each position: all items but the one there."
+def _leaving_out(positions: np.ndarray, items: np.ndarray, weights: np.ndarray, n_items: int) -> csr_matrix:
+    "Make a row for each position: the history without the item there."
     n, keep = len(items), np.arange(len(items)) != positions[:, None]
     weights, items = np.broadcast_to(weights, keep.shape)[keep], np.broadcast_to(items, keep.shape)[keep]
-    return csr_matrix((weights, items, np.arange(len(positions)+1)*(n-1)), shape=(len(positions), n_items))
+    return csr_matrix((weights, items, np.arange(len(positions) + 1) * (n - 1)), shape=(len(positions), n_items))
 
 
 def _largest(blocks, n_columns: int, n: int = 3) -> tuple:  # values float32 [n, n_columns], rows int [n, n_columns]
@@ -437,10 +450,12 @@ def _largest(blocks, n_columns: int, n: int = 3) -> tuple:  # values float32 [n,
     limit, columns, start = np.finfo(np.float32).max, np.arange(n_columns), 0
     values, rows = np.zeros((n, n_columns), np.float32), np.full((n, n_columns), -1)
     for block in blocks:
-        together, before = np.concatenate([values, np.nan_to_num(block, nan=0., posinf=limit, neginf=-limit)]), rows.copy()  # a model that is sure has infinite scores
+        finite = np.nan_to_num(block, nan=0.0, posinf=limit, neginf=-limit)  # a model that is sure has infinite scores
+        together, before = np.concatenate([values, finite]), rows.copy()
         for place in range(n):
             at = together.argmax(0)
-            values[place], rows[place] = together[at, columns], np.where(at < n, before[np.minimum(at, n-1), columns], start+at-n)
+            values[place] = together[at, columns]
+            rows[place] = np.where(at < n, before[np.minimum(at, n - 1), columns], start + at - n)
             together[at, columns] = -np.inf
         start += len(block)
     return values, rows
@@ -458,9 +473,18 @@ def _add_reasons(
     values, rows = _largest(_contribution_blocks(r.model, items, weights, numbers, deadline), len(shown))
     for item, added, positions in zip(shown, values.T.tolist(), rows.T.tolist()):
         reasons = [(items[n], value) for n, value in zip(positions, added) if value > 0]
-        item['reasons'] = [{'item_id': r.items[i], 'title': r._titles[i], 'contribution': value} for i, value in reasons]
-        named = [str(reason['title'] if isinstance(reason['title'], str) else reason['item_id']) for reason in item['reasons']]
-        item['why'] = 'because of ' + ', '.join(named[:-1]) + (' and ' if len(named) > 1 else '') + named[-1] if named else 'nothing in the history speaks for it'
+        item['reasons'] = [
+            {'item_id': r.items[i], 'title': r._titles[i], 'contribution': value} for i, value in reasons
+        ]
+        item['why'] = _reasons_in_words(item['reasons'])
+
+
+def _reasons_in_words(reasons: list) -> str:
+    "Name the reasons in a sentence."
+    named = [str(reason['title'] if isinstance(reason['title'], str) else reason['item_id']) for reason in reasons]
+    if not named:
+        return 'nothing in the history speaks for it'
+    return 'because of ' + ', '.join(named[:-1]) + (' and ' if len(named) > 1 else '') + named[-1]
 
 # %% ../nbs/04_inference.ipynb #025c1cca
 @patch
@@ -484,8 +508,13 @@ def recommend(self:Recommender,
               deadline:Deadline=None # raise `DeadlineExceeded` when the time is over; None: it may take any time
              ) -> Recommendations: # k items unless fewer are eligible
     "The best k items for one user, or for a history without one."
-    asked = _understand(self, dict(user_id=user_id, history=history, k=k, exclude_seen=exclude_seen, exclude=exclude, fallback=fallback, candidates=candidates, filter=filter, pins=pins,
-                                   diversity=diversity, max_per_category=max_per_category, min_score=min_score, explain=explain, context=context, now=now, draw=draw, deadline=deadline))
+    given = dict(
+        user_id=user_id, history=history, k=k, exclude_seen=exclude_seen, exclude=exclude, fallback=fallback,
+        candidates=candidates, filter=filter, pins=pins, diversity=diversity,
+        max_per_category=max_per_category, min_score=min_score, explain=explain, context=context,
+        now=now, draw=draw, deadline=deadline,
+    )
+    asked = _understand(self, given)
     return _answered(self, asked, _scores_of(self, asked))
 
 # %% ../nbs/04_inference.ipynb #e7ec4a1f
@@ -494,10 +523,10 @@ def recommend_each(
     self: Recommender,
     requests: list,  # dicts, each with arguments of `recommend`
     errors: str = 'raise',  # 'raise', or 'return': the `AerecError` stands in the place of the answer
-    deadline: Deadline = None,  # of all together: raise `DeadlineExceeded`; None: they may take any time, each up to its own deadline
+    deadline: Deadline = None,  # of all together; None: each has its own, if any
 ) -> list:  # of `Recommendations`, in the same order; raises `AerecError` naming the request by its number from 1
     "Answer different requests at once, scored together."
-    found, asked = [None]*len(requests), {}
+    found, asked = [None] * len(requests), {}
     for n, request in enumerate(requests):
         _check(deadline)
         try:
@@ -523,7 +552,7 @@ def _scores_of_each(r: Recommender, asked: dict, deadline):  # yields (number of
     scored, size = [n for n, a in asked.items() if not a.fallback_used], block_rows(r.n_items)
     for start in range(0, len(scored), size):
         _check(deadline)
-        block = scored[start:start+size]
+        block = scored[start : start + size]
         ends = np.append(0, np.cumsum([len(asked[n].items) for n in block])).astype(np.int32)
         entries = np.concatenate([asked[n].weights for n in block]), np.concatenate([asked[n].items for n in block])
         yield from zip(block, r.model.score(csr_matrix((*entries, ends), shape=(len(block), r.n_items))))
@@ -540,23 +569,53 @@ def _arguments(request: dict) -> dict:
     return request
 
 # %% ../nbs/04_inference.ipynb #4a310aed
-_DEFAULTS = dict(user_id=None, history=None, k=10, exclude_seen=True, exclude=(), fallback='popular', candidates=None, filter=None, pins=(), diversity=None, max_per_category=None, min_score=None, explain=False,
-                 context=None, now=None, draw=0, deadline=None)
+_DEFAULTS = dict(
+    user_id=None,
+    history=None,
+    k=10,
+    exclude_seen=True,
+    exclude=(),
+    fallback='popular',
+    candidates=None,
+    filter=None,
+    pins=(),
+    diversity=None,
+    max_per_category=None,
+    min_score=None,
+    explain=False,
+    context=None,
+    now=None,
+    draw=0,
+    deadline=None,
+)
 _ARGUMENTS = set(_DEFAULTS)
+_PASSED_ON = (
+    'draw',
+    'now',
+    'exclude_seen',
+    'filter',
+    'pins',
+    'diversity',
+    'max_per_category',
+    'min_score',
+    'explain',
+    'deadline',
+)
 
 
 @dataclass(eq=False)
 class _Asked:
     "A request that was understood."
-    request:Request
-    items:np.ndarray # item numbers of what the answer rests on
-    weights:np.ndarray # of these
-    fallback_used:bool
-    popular:np.ndarray # [n_items] what answers where the model cannot; None: the model can
-    source:str # 'model', 'popular' or 'segment'
-    warnings:list
-    unknown_user:bool = False
-    why_popular:str = None # sentence that says why popular items answer; None: nothing to say
+
+    request: Request
+    items: np.ndarray  # item numbers of what the answer rests on
+    weights: np.ndarray  # of these
+    fallback_used: bool
+    popular: np.ndarray  # [n_items] what answers where the model cannot; None: the model can
+    source: str  # 'model', 'popular' or 'segment'
+    warnings: list
+    unknown_user: bool = False
+    why_popular: str = None  # sentence that says why popular items answer; None: nothing to say
 
 
 def _understand(
@@ -571,24 +630,34 @@ def _understand(
     segments = [] if asked['context'] is None else _segments_of(r, asked['context'], warnings)
     items, weights, times, user, disliked = _evidence(r, user_id, history, warnings)
     candidates = None if asked['candidates'] is None else known_numbers(r, asked['candidates'], 'candidates', warnings)
-    request = Request(check_k(asked['k']), items, weights, times, user=user_id, draw=asked['draw'], now=asked['now'], exclude_seen=asked['exclude_seen'],
-                      exclude=known_numbers(r, asked['exclude'], 'exclude', warnings), candidates=candidates, filter=asked['filter'], pins=asked['pins'], diversity=asked['diversity'],
-                      max_per_category=asked['max_per_category'], min_score=asked['min_score'], explain=asked['explain'], deadline=asked['deadline'])
+    request = Request(
+        check_k(asked['k']),
+        items,
+        weights,
+        times,
+        user=user_id,
+        exclude=known_numbers(r, asked['exclude'], 'exclude', warnings),
+        candidates=candidates,
+        **{name: asked[name] for name in _PASSED_ON},
+    )
     if user >= 0:
-        request.disliked = r.negatives.indices[r.negatives.indptr[user]:r.negatives.indptr[user+1]]
+        request.disliked = r.negatives.indices[r.negatives.indptr[user] : r.negatives.indptr[user + 1]]
     if len(disliked):
         request.disliked = np.union1d(request.disliked, disliked)
     unknown = user_id is not None and user < 0 and (r.recent is None or r.recent.resolve(user_id, r.item_index) is None)
     if len(items):
         return _Asked(request, items, weights, False, None, 'model', warnings, unknown)
     reason = _reason_of_fallback(asked['fallback'], user_id, history, segments)
-    popular, source = (r.segments.shares(segments, r.popularity, r.n_users), 'segment') if segments else (r.popularity, 'popular')
-    return _Asked(request, items, weights, True, popular, source, warnings, unknown, reason)
+    popular = r.segments.shares(segments, r.popularity, r.n_users) if segments else r.popularity
+    return _Asked(
+        request, items, weights, True, popular, 'segment' if segments else 'popular', warnings, unknown, reason
+    )
 
 
 def _segments_of(r: Recommender, context: dict, warnings: list) -> list:  # of names
     "List the segments that a context names; raises `AerecError`."
-    if not isinstance(context, dict) or len(context) > 20 or not all(_is_attribute(name) and (value is None or _is_attribute(value)) for name, value in context.items()):
+    values = [*context, *(v for v in context.values() if v is not None)] if isinstance(context, dict) else []
+    if not isinstance(context, dict) or len(context) > 20 or not all(map(_is_attribute, values)):
         raise AerecError("context must be at most 20 names with a text or a number each, such as {'country': 'KR'}")
     if r.segments is None:
         return []
@@ -601,11 +670,6 @@ def _segments_of(r: Recommender, context: dict, warnings: list) -> list:  # of n
         else:
             warnings.append(f'context: no segment {preview(f"{name}={value}")}')
     return found
-
-
-def _is_attribute(value) -> bool:
-    "Tell whether a value is a text or a number of bounded length."
-    return len(value) <= MAX_ID_TEXT if isinstance(value, str) else isinstance(value, (bool, float)) or _is_whole(value)
 
 
 def _reason_of_fallback(fallback: str, user_id, history: list, segments: list) -> str:
@@ -646,7 +710,18 @@ def _answered(
             item['propensity'] = p
     if request.explain and not asked.fallback_used:
         _add_reasons(r, shown, asked.items, asked.weights, request.deadline)
-    return Recommendations(shown, warnings, asked.fallback_used, request.user, r._model_name, r._version, done.report, asked.unknown_user, _trails(r, done, k) if request.explain else {})
+    trails = _trails(r, done, k) if request.explain else {}
+    return Recommendations(
+        shown,
+        warnings,
+        asked.fallback_used,
+        user_id=request.user,
+        model=r._model_name,
+        version=r._version,
+        steps=done.report,
+        unknown_user=asked.unknown_user,
+        trails=trails,
+    )
 
 
 def _trails(r:Recommender, done, k:int) -> dict:
@@ -691,8 +766,12 @@ def popular(
         _check_segment(self, segment)
     asked = _understand(self, {**_DEFAULTS, 'k': k, **_arguments(request)})
     asked.why_popular, asked.source = None, 'popular' if segment is None else 'segment'
-    answer = _answered(self, asked, self.popularity if segment is None else self.segments.shares([segment], self.popularity, self.n_users))
-    answer.fallback_used = False # it is what was asked for
+    answer = _answered(
+        self,
+        asked,
+        self.popularity if segment is None else self.segments.shares([segment], self.popularity, self.n_users),
+    )
+    answer.fallback_used = False  # it is what was asked for
     return answer
 
 
@@ -701,7 +780,11 @@ def _check_segment(r: Recommender, segment: str) -> None:
     names = {} if r.segments is None else r.segments._number
     if not isinstance(segment, str) or segment not in names:
         hint = did_you_mean(segment, names) if isinstance(segment, str) else ''
-        there = f'there are {_named(list(names))}' if names else 'there are none: name a table of users in inference.segments_file'
+        there = (
+            f'there are {_named(list(names))}'
+            if names
+            else 'there are none: name a table of users in inference.segments_file'
+        )
         raise AerecError(f'there is no segment {preview(segment)}{hint}; {there}')
 
 
@@ -717,11 +800,23 @@ def rank(
     "Put given items into the order of a user."
     warnings = []
     numbers = known_numbers(self, items, 'items', warnings)
-    asked = _understand(self, {**_DEFAULTS, 'user_id': user_id, 'history': history, 'k': max(1, len(numbers)), 'exclude_seen': exclude_seen,
-                               'candidates': [self.items[n] for n in numbers], **_arguments(request)})
+    asked = _understand(
+        self,
+        {
+            **_DEFAULTS,
+            'user_id': user_id,
+            'history': history,
+            'k': max(1, len(numbers)),
+            'exclude_seen': exclude_seen,
+            'candidates': [self.items[n] for n in numbers],
+            **_arguments(request),
+        },
+    )
     answer = _answered(self, asked, _scores_of(self, asked), is_full=False)
     left = [self.items[n] for n in np.setdiff1d(numbers, self.item_index.numbers(answer.item_ids))]
-    answer.warnings = warnings + answer.warnings + ([f'items: {len(left)} may not be shown: {_named(left)}'] if left else [])
+    answer.warnings = (
+        warnings + answer.warnings + ([f'items: {len(left)} may not be shown: {_named(left)}'] if left else [])
+    )
     return answer
 
 # %% ../nbs/04_inference.ipynb #9d34d555

@@ -64,7 +64,9 @@ def preview(
 
 # %% ../nbs/00d_limits.ipynb #7e9b4d63
 MAX_MISSPELT = 50  # characters of a name that gets a suggestion
-_SCANNED, _SIMILAR, _COMPARED = 50_000, 2_000, 30  # names that are looked at, whose letters are counted, that are compared
+_SCANNED = 50_000  # names that are looked at
+_SIMILAR = 2_000  # names whose letters are counted
+_COMPARED = 30  # names that are compared
 
 
 def _letter_pairs(text: str) -> set:
@@ -75,7 +77,8 @@ def _letter_pairs(text: str) -> set:
 def _plausible(text: str, names):  # -> iterator of str
     "Keep the names of about the same length that begin or end like a text."
     longest, first, last = 2 + len(text) // 4, text[0], text[-1]
-    return (name for name in names if name and abs(len(name) - len(text)) <= longest and (name[0].casefold() == first or name[-1].casefold() == last))
+    near = (name for name in names if name and abs(len(name) - len(text)) <= longest)
+    return (name for name in near if name[0].casefold() == first or name[-1].casefold() == last)
 
 
 def did_you_mean(
@@ -89,6 +92,7 @@ def did_you_mean(
     names = [str(v) for v in islice(valid, _SCANNED)]
     if len(names) > _COMPARED:
         pairs = _letter_pairs(text)
-        names = heapq.nlargest(_COMPARED, islice(_plausible(text, names), _SIMILAR), key=lambda v: len(pairs & _letter_pairs(v.casefold())))
+        similar = islice(_plausible(text, names), _SIMILAR)
+        names = heapq.nlargest(_COMPARED, similar, key=lambda v: len(pairs & _letter_pairs(v.casefold())))
     found = difflib.get_close_matches(str(name), names, n=1)
     return f" (did you mean '{found[0]}'?)" if found else ''

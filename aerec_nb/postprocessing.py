@@ -58,7 +58,8 @@ class IdIndex:
 
     def _twin(self, id):
         "The same id in the vocabulary's type: '50' is 50, but '050' is not."
-        if not self.integer: return str(id) if isinstance(id, (int, np.integer)) and -2**63 <= id < 2**64 else None # str() refuses longer ones
+        if not self.integer:
+            return str(id) if isinstance(id, (int, np.integer)) and -2**63 <= id < 2**64 else None # str() refuses longer ones
         if not isinstance(id, str) or len(id) > 20: return None
         try: return int(id) if str(int(id)) == id else None
         except ValueError: return None
@@ -149,7 +150,8 @@ def categories(self:Catalogue, name:str='genres' # a column
 
 def _as_text(values:pd.Series) -> pd.Series:
     "Values as text; whole numbers without .0, as they were before some were missing."
-    if pd.api.types.is_float_dtype(values) and (values % 1 == 0).all() and (values.abs() < 2**63).all(): values = values.astype(np.int64)
+    if pd.api.types.is_float_dtype(values) and ((values % 1 == 0) & (values.abs() < 2**63)).all():
+        values = values.astype(np.int64)
     return values.astype(str)
 
 def _as_categories(column:pd.Series) -> Categories:
@@ -190,7 +192,8 @@ def _as_moments(column:pd.Series) -> np.ndarray:
             years = (numbers >= 1000) & (numbers <= 3000)
             return np.where(years, (np.nan_to_num(numbers).astype(np.int64)-1970).clip(-970, 1030).astype('datetime64[Y]').astype('datetime64[s]').astype(np.float64), numbers) \
                 if (years | np.isnan(numbers)).all() else numbers
-        if values.dtype == object: values = values.map(lambda v: str(v) if isinstance(v, (int, float)) else v, na_action='ignore') # pandas reads numbers among texts as epochs
+        if values.dtype == object: # pandas reads numbers among texts as epochs
+            values = values.map(lambda v: str(v) if isinstance(v, (int, float)) else v, na_action='ignore')
         parsed = pd.to_datetime(values, errors='coerce', utc=True, format='ISO8601')
         wrong = values[parsed.isna() & values.notna()]
         if len(wrong): raise AerecError(f"the items' column '{column.name}' has no dates: {preview(str(wrong.iloc[0]))} is neither one such as 2020-01-31, nor seconds since 1970")
@@ -228,9 +231,13 @@ def _conditions(spec: dict) -> list:  # of (group, condition)
         raise AerecError(f"a filter is a dictionary such as {{'any': [{{'genres': 'Comedy'}}]}}, not {preview(spec)}")
     for group, conditions in spec.items():
         if group not in ('any', 'all', 'none'):
-            raise AerecError(f"a filter has any, all and none, not {preview(group)}: write {{'all': [{{{preview(group)}: ...}}]}} if that is a column")
+            advice = f"write {{'all': [{{{preview(group)}: ...}}]}} if that is a column"
+            raise AerecError(f'a filter has any, all and none, not {preview(group)}: {advice}')
         if not isinstance(conditions, list) or not conditions or not all(isinstance(c, dict) and c for c in conditions):
-            raise AerecError(f"'{group}' of a filter is a list of conditions such as {{'genres': 'Comedy'}} or {{'year': {{'ge': 1990}}}}, not {preview(conditions)}")
+            example = "{'genres': 'Comedy'} or {'year': {'ge': 1990}}"
+            raise AerecError(
+                f"'{group}' of a filter is a list of conditions such as {example}, not {preview(conditions)}"
+            )
         for condition in conditions:
             for column, wanted in condition.items():
                 _check_wanted(column, wanted)
@@ -244,7 +251,8 @@ def _check_wanted(column, wanted) -> None:
     if isinstance(wanted, dict):
         unknown = [op for op in wanted if op not in RANGES]
         if unknown or not wanted:
-            raise AerecError(f'a range of {preview(column)} has {", ".join(RANGES)}, not {preview(unknown[0]) if unknown else "nothing"}')
+            found = preview(unknown[0]) if unknown else 'nothing'
+            raise AerecError(f'a range of {preview(column)} has {", ".join(RANGES)}, not {found}')
         for op, end in wanted.items():
             if isinstance(end, bool) or not _is_value(end):
                 raise AerecError(f'{preview(column)} {op} {preview(end)}: a range ends at a number or a date')
@@ -263,8 +271,14 @@ def _is_value(value) -> bool:
 
 def _check_size(conditions: list) -> None:
     "Refuse a filter that is larger than a request may send."
-    sizes = [len(wanted) if isinstance(wanted, list) else 1 for _, condition in conditions for wanted in condition.values()]
-    for n, most, what in ((len(sizes), MAX_CONDITIONS, 'conditions'), (max(sizes), MAX_VALUES, 'values in one condition'), (sum(sizes), MAX_FILTER_VALUES, 'values')):
+    wanted = [wanted for _, condition in conditions for wanted in condition.values()]
+    sizes = [len(values) if isinstance(values, list) else 1 for values in wanted]
+    limits = (
+        (len(sizes), MAX_CONDITIONS, 'conditions'),
+        (max(sizes), MAX_VALUES, 'values in one condition'),
+        (sum(sizes), MAX_FILTER_VALUES, 'values'),
+    )
+    for n, most, what in limits:
         if n > most:
             raise AerecError(f'a filter of a request has at most {most:,} {what}, not {n:,}')
 
@@ -326,7 +340,9 @@ def _describe_unknown(catalogue: Catalogue, unknown: list) -> list:  # of senten
 # %% ../nbs/04a_postprocessing.ipynb #5ce241b4
 def _refuse_contradictions(conditions: list) -> None:
     "Refuse conditions that no item can ever meet; raises `AerecError`."
-    texts = {g: [json.dumps(c, sort_keys=True) for group, c in conditions if group == g] for g in ('any', 'all', 'none')}
+    texts = {'any': [], 'all': [], 'none': []}
+    for group, condition in conditions:
+        texts[group].append(json.dumps(condition, sort_keys=True))
     excluded = set(texts['none'])
     both = next((text for text in texts['all'] if text in excluded), None)
     if both is not None:
@@ -368,7 +384,8 @@ def _find_items(
     for group, condition in conditions:
         if deadline is not None:
             deadline.check()
-        mask = np.logical_and.reduce([_condition_mask(catalogue, column, wanted, unknown) for column, wanted in condition.items()])
+        masks = [_condition_mask(catalogue, column, wanted, unknown) for column, wanted in condition.items()]
+        mask = np.logical_and.reduce(masks)
         if group == 'any':
             alternatives = mask if alternatives is None else alternatives | mask
         else:
@@ -734,7 +751,8 @@ def mmr(candidates:Candidates, request:Request, *,
         of:Annotated[str|None, OnItems(Catalogue.vectors)]=None # 'features', or a column of categories; None: genres, else features
        ) -> Candidates:
     "Take in turn what is relevant and unlike all that was taken before."
-    order = mmr_order(relevance(candidates.scores), _similarity(of[candidates.items]), diversity, request.depth, request.deadline)
+    similarity = _similarity(of[candidates.items])
+    order = mmr_order(relevance(candidates.scores), similarity, diversity, request.depth, request.deadline)
     return _first(candidates, order)
 
 # %% ../nbs/04a_postprocessing.ipynb #9851b138
@@ -781,7 +799,9 @@ def calibrate(candidates:Candidates, request:Request, *,
     "Keep the list to the user's own mix of genres; nothing changes for who has none."
     p = mix(column.shares(request.history), request.weights)
     if p.sum() == 0: return candidates
-    return _first(candidates, calibrated_order(relevance(candidates.scores), column.shares(candidates.items), p, weight, request.depth, request.deadline))
+    shares = column.shares(candidates.items)
+    order = calibrated_order(relevance(candidates.scores), shares, p, weight, request.depth, request.deadline)
+    return _first(candidates, order)
 
 # %% ../nbs/04a_postprocessing.ipynb #44068cca
 def _placed(candidates:Candidates, places:dict, scores, source:str) -> Candidates:
@@ -872,7 +892,8 @@ def explore(candidates:Candidates, request:Request, *,
         cards, drawn, chosen = np.arange(k+n, end, len(slots)), rng.random(), rng.random()
         if not len(cards): continue
         if temperature:
-            weight = np.exp((likely[cards-k] - likely[cards-k].max())/temperature) # the best has 1, however low the temperature
+            of_cards = likely[cards-k]
+            weight = np.exp((of_cards - of_cards.max())/temperature) # the best has 1, however low the temperature
             cards, p = cards[weight > 0], weight[weight > 0]/weight.sum()
         else:
             p = np.full(len(cards), 1/len(cards))
@@ -1053,9 +1074,11 @@ def _plan_others(self: Chain, request: Request) -> list:  # of `Bound`
         rest = self._with(rest, 'min_score', 'least', _as_number(request.min_score, 'min_score.least'))
     if request.diversity is not None:
         diversity = _as_number(request.diversity, 'mmr.diversity')
-        rest = self._with(rest, 'mmr', 'diversity', diversity) if diversity != 0 else [b for b in rest if b.name != 'mmr']
+        without = [b for b in rest if b.name != 'mmr']
+        rest = self._with(rest, 'mmr', 'diversity', diversity) if diversity != 0 else without
     if request.max_per_category is not None:
-        rest = self._with(rest, 'max_per_category', 'most', _as_number(request.max_per_category, 'max_per_category.most'))
+        most = _as_number(request.max_per_category, 'max_per_category.most')
+        rest = self._with(rest, 'max_per_category', 'most', most)
     pins = _as_pins(request.pins)
     return self._with(rest, 'pins', 'places', pins) if pins else rest
 
@@ -1072,10 +1095,14 @@ def _as_pins(pins) -> dict:  # position -> item id
     "Return the pins of a request by position; raises `AerecError` for anything else."
     pins = pins.tolist() if isinstance(pins, np.ndarray) else pins
     if not isinstance(pins, (list, tuple, dict)):
-        raise AerecError(f'request: pins.places = {preview(pins)}: give item ids for the first positions, or {{position: item id}}')
+        advice = 'give item ids for the first positions, or {position: item id}'
+        raise AerecError(f'request: pins.places = {preview(pins)}: {advice}')
     if len(pins) > MAX_PINS:
         raise AerecError(f'request: at most {MAX_PINS:,} pins are allowed, not {len(pins):,}')
-    return {_as_integer(position, 'position'): id if isinstance(id, str) else _as_integer(id, 'item id') for position, id in _as_places(pins).items()}
+    found = {}
+    for position, id in _as_places(pins).items():
+        found[_as_integer(position, 'position')] = id if isinstance(id, str) else _as_integer(id, 'item id')
+    return found
 
 
 def _as_integer(value, what: str) -> int:
@@ -1107,7 +1134,7 @@ def _asked(self: Chain, key, make):  # -> what `make` gives
     if found is not None:
         return found
     made = make()
-    most = min(256, max(8, 2**26//max(1, self.catalogue.n)))  # 64 MiB of masks
+    most = min(256, max(8, 2**26 // max(1, self.catalogue.n)))  # 64 MiB of masks
     with self._lock:
         if len(self._kept) >= most:
             self._kept.clear()
@@ -1118,7 +1145,8 @@ def _asked(self: Chain, key, make):  # -> what `make` gives
 @patch
 def _with(self: Chain, rest: list, name: str, parameter: str, value) -> list:  # of `Bound`
     "Set a parameter of a step; a step that is not there is added before those that place items."
-    bound = self._asked((name, repr(value)), lambda: bind_step(STEPS[name], {**self.options.get(name, {}), parameter: value}, self.catalogue, 'request'))
+    given = {**self.options.get(name, {}), parameter: value}
+    bound = self._asked((name, repr(value)), lambda: bind_step(STEPS[name], given, self.catalogue, 'request'))
     if any(b.name == name for b in rest):
         return [bound if b.name == name else b for b in rest]
     placing = [b for b in rest if b.kind == 'place']

@@ -76,33 +76,118 @@ def test_random_requests(part):
 
 def nested(depth):
     found = []
-    for _ in range(depth): found = [found]
+    for _ in range(depth):
+        found = [found]
     return found
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(['\ud800', '\0', 'i1', 'u1', 'x'*5000, 10**400, 2**63, 1e308, -1e308, 5e-324, float('nan'), float('inf')]) | st.builds(lambda: 10**5000)
-ANYTHING = st.one_of(SCALARS, st.lists(SCALARS, max_size=4), st.lists(st.sampled_from([f'i{n}' for n in range(9)]), max_size=4), st.dictionaries(st.text(max_size=3) | st.integers(), SCALARS, max_size=3), st.builds(nested, st.sampled_from([3, 50_000])),
-                     st.sampled_from([np.array([1, 2]), np.array('i1'), np.array([['i1']]), np.array(['?', '??']), np.float32(.5), np.int64(3), pd.Series(['i1', 'i2']), {'i1', 'i2'}, b'i1', object(), range(3), ('i1', 'i2'), {1: 'i1', 'b': 'i2'}, {2**62: 'i1'}, 'popular',
-                                      {'country': 'KR'}, {'country': 10**400}, {'all': [{'year': {'ge': '9999999-01-01'}}]}, {'any': [{'genres': 'A'}]}, pd.Timestamp(0)]))
-ARGUMENTS = ['user_id', 'history', 'k', 'exclude_seen', 'exclude', 'fallback', 'candidates', 'filter', 'pins', 'diversity', 'max_per_category', 'min_score', 'explain', 'context', 'now', 'draw']
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ['\ud800', '\0', 'i1', 'u1', 'x' * 5000, 10**400, 2**63, 1e308, -1e308, 5e-324, float('nan'), float('inf')]
+    )
+    | st.builds(lambda: 10**5000)
+)
+ANYTHING = st.one_of(
+    SCALARS,
+    st.lists(SCALARS, max_size=4),
+    st.lists(st.sampled_from([f'i{n}' for n in range(9)]), max_size=4),
+    st.dictionaries(st.text(max_size=3) | st.integers(), SCALARS, max_size=3),
+    st.builds(nested, st.sampled_from([3, 50_000])),
+    st.sampled_from(
+        [
+            np.array([1, 2]),
+            np.array('i1'),
+            np.array([['i1']]),
+            np.array(['?', '??']),
+            np.float32(0.5),
+            np.int64(3),
+            pd.Series(['i1', 'i2']),
+            {'i1', 'i2'},
+            b'i1',
+            object(),
+            range(3),
+            ('i1', 'i2'),
+            {1: 'i1', 'b': 'i2'},
+            {2**62: 'i1'},
+            'popular',
+            {'country': 'KR'},
+            {'country': 10**400},
+            {'all': [{'year': {'ge': '9999999-01-01'}}]},
+            {'any': [{'genres': 'A'}]},
+            pd.Timestamp(0),
+        ]
+    ),
+)
+ARGUMENTS = [
+    'user_id',
+    'history',
+    'k',
+    'exclude_seen',
+    'exclude',
+    'fallback',
+    'candidates',
+    'filter',
+    'pins',
+    'diversity',
+    'max_per_category',
+    'min_score',
+    'explain',
+    'context',
+    'now',
+    'draw',
+]
 
 
 @pytest.fixture(scope='module')
 def answering():
     "A recommender with every kind of step."
-    steps = ['exclude_seen', 'ban_list', 'available', 'boost', 'temper_popularity', 'freshness', 'mmr', 'calibrate', 'explore']
-    options = {'available': {'start': None, 'end': None}, 'boost': {'rules': [{'items': ['i3'], 'factor': 3, 'add': 1.}]}, 'explore': {'slots': [2], 'pool': 5, 'temperature': 1e-9}, 'mmr': {'pool': 20}}
-    return world(create_model('ease', lam=20.), 0, chain=Chain(steps, ['i5'], None, options))[0]
+    steps = [
+        'exclude_seen',
+        'ban_list',
+        'available',
+        'boost',
+        'temper_popularity',
+        'freshness',
+        'mmr',
+        'calibrate',
+        'explore',
+    ]
+    options = {
+        'available': {'start': None, 'end': None},
+        'boost': {'rules': [{'items': ['i3'], 'factor': 3, 'add': 1.0}]},
+        'explore': {'slots': [2], 'pool': 5, 'temperature': 1e-9},
+        'mmr': {'pool': 20},
+    }
+    return world(create_model('ease', lam=20.0), 0, chain=Chain(steps, ['i5'], None, options))[0]
 
 
-@settings(max_examples=10_000 if STRESS else 100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(given=st.dictionaries(st.sampled_from(ARGUMENTS), ANYTHING, min_size=1, max_size=4), how=st.sampled_from(['recommend', 'popular', 'rank', 'similar_items', 'each']), what=ANYTHING)
+@settings(
+    max_examples=10_000 if STRESS else 100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    given=st.dictionaries(st.sampled_from(ARGUMENTS), ANYTHING, min_size=1, max_size=4),
+    how=st.sampled_from(['recommend', 'popular', 'rank', 'similar_items', 'each']),
+    what=ANYTHING,
+)
 def test_any_arguments_give_a_list_of_finite_numbers_or_an_error_of_one_line(answering, given, how, what):
-    begin, r = time.perf_counter(), answering
-    if how == 'rank': given = {name: value for name, value in given.items() if name not in ('k', 'candidates')}
-    if how == 'similar_items': given.pop('history', None)
-    ask = {'recommend': lambda: r.recommend(**given), 'popular': lambda: r.popular(what, **given), 'rank': lambda: r.rank(what, **given), 'similar_items': lambda: r.similar_items(what, **given),
-           'each': lambda: r.recommend_each([given])[0]}[how]
+    begin = time.perf_counter()
+    r = answering
+    if how == 'rank':
+        given = {name: value for name, value in given.items() if name not in ('k', 'candidates')}
+    if how == 'similar_items':
+        given.pop('history', None)
+    ask = {
+        'recommend': lambda: r.recommend(**given),
+        'popular': lambda: r.popular(what, **given),
+        'rank': lambda: r.rank(what, **given),
+        'similar_items': lambda: r.similar_items(what, **given),
+        'each': lambda: r.recommend_each([given])[0],
+    }[how]
     try:
         answer = ask()
         json.dumps([answer.items, answer.steps, list(answer.trails.values())], allow_nan=False)

@@ -52,11 +52,36 @@ ODD = pd.DataFrame({'item_id': range(40), 'title': [f'Title number {n}' for n in
                     'price': [np.nan, np.inf, -np.inf, 1e300, 2.5]*8, 'huge': [2.**80, 1., 2., np.nan]*10, 'date': pd.to_datetime(['2020-01-31', None, '1677-09-22', '2262-04-11']*10), 'flag': [True, False]*20,
                     'text_date': ['2020-01-31', None]*20, 'mixed': [1, 'one', None, 2.5]*10, 'none': [None]*40})
 ODD_CATALOGUE = Catalogue(IdIndex(ODD.item_id), ODD, np.arange(40))
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(['\ud800', '\0', 'now', '1'*41, '9999999-01-01', 10**400, -1e308]) | st.builds(lambda: 10**5000),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.sampled_from(['any', 'all', 'none', 'genres', 'year', 'item_id', 'ge', 'lt']), inner, max_size=4), max_leaves=12)
-WANTED = JSON | st.dictionaries(st.sampled_from(['ge', 'gt', 'le', 'lt']), JSON | st.dates().map(str) | st.datetimes().map(str), min_size=1, max_size=4)
-CONDITION = st.dictionaries(st.sampled_from([*TABLE.columns, *ODD.columns, 'genre']) | st.text(max_size=4), WANTED, min_size=1, max_size=3)
-FILTER = JSON | st.dictionaries(st.sampled_from(['any', 'all', 'none']), st.lists(CONDITION, min_size=1, max_size=3), min_size=1)
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(['\ud800', '\0', 'now', '1' * 41, '9999999-01-01', 10**400, -1e308])
+    | st.builds(lambda: 10**5000),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.text(max_size=4) | st.sampled_from(['any', 'all', 'none', 'genres', 'year', 'item_id', 'ge', 'lt']),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+WANTED = JSON | st.dictionaries(
+    st.sampled_from(['ge', 'gt', 'le', 'lt']),
+    JSON | st.dates().map(str) | st.datetimes().map(str),
+    min_size=1,
+    max_size=4,
+)
+CONDITION = st.dictionaries(
+    st.sampled_from([*TABLE.columns, *ODD.columns, 'genre']) | st.text(max_size=4), WANTED, min_size=1, max_size=3
+)
+FILTER = JSON | st.dictionaries(
+    st.sampled_from(['any', 'all', 'none']), st.lists(CONDITION, min_size=1, max_size=3), min_size=1
+)
 
 
 @settings(max_examples=10_000 if STRESS else 250, deadline=None)
@@ -75,17 +100,33 @@ def test_any_filter_gives_a_mask_or_an_error_of_one_line(spec, catalogue):
 
 def test_large_filters_cost_no_more_than_they_may():
     "Thousands of misspelt titles of a large catalogue: one suggestion, and no comparison of each with each."
-    titles = [f'{a} {b} {n}' for n in range(2000) for a in ('Star', 'Moon', 'Sea', 'Dark', 'Gold') for b in ('Wars', 'Light', 'Song', 'River', 'Night')]
+    titles = [
+        f'{a} {b} {n}'
+        for n in range(2000)
+        for a in ('Star', 'Moon', 'Sea', 'Dark', 'Gold')
+        for b in ('Wars', 'Light', 'Song', 'River', 'Night')
+    ]
     large = Catalogue(IdIndex(range(len(titles))), pd.DataFrame(dict(item_id=range(len(titles)), title=titles)))
     large.categories('title')
     begin = time.perf_counter()
-    passed, unknown = filter_items(large, {'any': [{'title': [f'Stor Wars {m} {n}' for n in range(1000)]} for m in range(10)]})
-    assert not passed.any() and unknown[3] == '9,997 more values that no item has' and sum('did you mean' in u for u in unknown) == 1
+    passed, unknown = filter_items(
+        large, {'any': [{'title': [f'Stor Wars {m} {n}' for n in range(1000)]} for m in range(10)]}
+    )
+    assert (
+        not passed.any()
+        and unknown[3] == '9,997 more values that no item has'
+        and sum('did you mean' in u for u in unknown) == 1
+    )
     passed, unknown = filter_items(large, {'any': [{'title': titles[n::50]} for n in range(10)]})
     assert passed.sum() == 10_000 and not unknown
     assert time.perf_counter() - begin < 2
-    for spec, why in (({'any': [{'title': titles[:1001]}]}, '1,000 values in one condition'), ({'none': [{'title': 'x'}]*101}, '100 conditions'), ({'all': [{'title': ['x'*1001]}]}, 'must be a value')):
-        with pytest.raises(AerecError, match=why): filter_items(large, spec)
+    for spec, why in (
+        ({'any': [{'title': titles[:1001]}]}, '1,000 values in one condition'),
+        ({'none': [{'title': 'x'}] * 101}, '100 conditions'),
+        ({'all': [{'title': ['x' * 1001]}]}, 'must be a value'),
+    ):
+        with pytest.raises(AerecError, match=why):
+            filter_items(large, spec)
 
 
 @settings(max_examples=3000 if STRESS else 150, deadline=None)
