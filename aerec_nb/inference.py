@@ -266,8 +266,9 @@ def known_numbers(recommender:Recommender, # whose vocabulary counts
                   warnings:list # gets a sentence if some are unknown
                  ) -> np.ndarray: # sorted, each once
     "Item numbers of those ids that are known."
+    if isinstance(ids, tuple) and not ids: return _NONE # most requests exclude nothing
     ids = _id_list(ids, what)
-    if not ids: return np.array([], np.int32)
+    if not ids: return _NONE
     numbers = recommender.item_index.numbers(ids)
     unknown = list(dict.fromkeys(map(_hashable, (id for id,n in zip(ids, numbers) if n < 0))))
     if unknown: warnings.append(f"{what}: {len(unknown)} unknown item{'s' if len(unknown) > 1 else ''} left out: {_named(unknown)}")
@@ -589,18 +590,6 @@ _DEFAULTS = dict(
     deadline=None,
 )
 _ARGUMENTS = set(_DEFAULTS)
-_PASSED_ON = (
-    'draw',
-    'now',
-    'exclude_seen',
-    'filter',
-    'pins',
-    'diversity',
-    'max_per_category',
-    'min_score',
-    'explain',
-    'deadline',
-)
 
 
 @dataclass(eq=False)
@@ -638,7 +627,16 @@ def _understand(
         user=user_id,
         exclude=known_numbers(r, asked['exclude'], 'exclude', warnings),
         candidates=candidates,
-        **{name: asked[name] for name in _PASSED_ON},
+        draw=asked['draw'],
+        now=asked['now'],
+        exclude_seen=asked['exclude_seen'],
+        filter=asked['filter'],
+        pins=asked['pins'],
+        diversity=asked['diversity'],
+        max_per_category=asked['max_per_category'],
+        min_score=asked['min_score'],
+        explain=asked['explain'],
+        deadline=asked['deadline'],
     )
     if user >= 0:
         request.disliked = r.negatives.indices[r.negatives.indptr[user] : r.negatives.indptr[user + 1]]
