@@ -725,14 +725,6 @@ def test_a_large_log_is_not_read_whole_when_it_is_opened(tmp_path, monkeypatch):
     EventLog(tmp_path / 'events.db').close()
 
 
-def foreign(sql):
-    def make(path):
-        with sqlite3.connect(path) as db:
-            db.execute(sql)
-
-    return make
-
-
 def journal_alone(path):
     log = EventLog(path)
     log.append([event('a')])
@@ -746,9 +738,9 @@ UNUSABLE = {
     'garbage': (lambda path: path.write_bytes(b'garbage' * 1000), 'damaged or no event log'),
     'empty': (lambda path: path.write_bytes(b''), 'is empty'),
     'a folder': (lambda path: path.mkdir(), 'cannot be opened'),
-    'another schema': (foreign('CREATE TABLE events (a INT)'), 'has no column seq'),
-    'no unique ids': (foreign(FIRST.replace(' UNIQUE', '')), 'those of another program'),
-    'another meta': (foreign('CREATE TABLE events_meta (a INT)'), 'those of another program'),
+    'another schema': (statement('CREATE TABLE events (a INT)'), 'has no column seq'),
+    'no unique ids': (statement(FIRST.replace(' UNIQUE', '')), 'those of another program'),
+    'another meta': (statement('CREATE TABLE events_meta (a INT)'), 'those of another program'),
     'journal alone': (journal_alone, 'events.db-wal is still there'),
     'damaged far from its ends': (
         lambda path: [

@@ -852,7 +852,7 @@ BAD_NAMES = [
     'drop/evil:x',
     '.drop.evil:x',
     '..evil:x',
-    '/tmp/evil:x',
+    '/srv/evil:x',
     'C:\\evil:x',
     'evil.py:x',
     'evil',
