@@ -18,114 +18,179 @@ from .modeling import Model, check_value, scores_bytes, top_k
 # %% ../nbs/02c_baselines.ipynb #3b669571
 class Popularity(Model):
     "What most people have, whoever asks."
-    name, fitted = 'popularity', ('share',)
-    def __init__(self): super().__init__()
+
+    name, fitted = "popularity", ("share",)
+
+    def __init__(self):
+        super().__init__()
+
     def _fit(self, train, item_features):
-        self.share = (np.bincount(train.indices, minlength=train.shape[1])/train.shape[0]).astype(np.float32)
-    def _score(self, history): return np.tile(self.share, (history.shape[0], 1))
-    def scoring(self, n_users, n_items, nnz): return scores_bytes(n_users, n_items)
+        self.share = (np.bincount(train.indices, minlength=train.shape[1]) / train.shape[0]).astype(np.float32)
+
+    def _score(self, history):
+        return np.tile(self.share, (history.shape[0], 1))
+
+    def scoring(self, n_users, n_items, nnz):
+        return scores_bytes(n_users, n_items)
 
 # %% ../nbs/02c_baselines.ipynb #43d6e177
-def weighted(train: sparse.csr_matrix, # [n_users, n_items]
-             similarity: str, # cosine, tfidf or bm25
-             k1: float = 1.2, # bm25: how soon more of the same stops counting
-             b: float = .2,   # bm25: how far popular items are weighed down, 0 to 1
-            ) -> sparse.csr_matrix: # float32
+def weighted(
+    train: sparse.csr_matrix,  # [n_users, n_items]
+    similarity: str,  # cosine, tfidf or bm25
+    k1: float = 1.2,  # bm25: how soon more of the same stops counting
+    b: float = 0.2,  # bm25: how far popular items are weighed down, 0 to 1
+) -> sparse.csr_matrix:  # float32
     "What each interaction counts in the similarity of items."
-    if similarity == 'cosine': return train
+    if similarity == "cosine":
+        return train
     rows = np.repeat(np.arange(train.shape[0]), np.diff(train.indptr))
-    rarity = np.log(train.shape[1]/(1 + np.diff(train.indptr)))[rows]
-    x,totals = train.data.astype(np.float64), np.bincount(train.indices, train.data, minlength=train.shape[1])
-    norm = 1 - b + b*totals/max(totals.mean(), 1e-12)
-    values = np.sqrt(np.maximum(x, 0)) if similarity == 'tfidf' else x*(k1+1)/np.maximum(x + k1*norm[train.indices], 1e-12)
-    return sparse.csr_matrix(((values*rarity).astype(np.float32), train.indices, train.indptr), shape=train.shape)
+    rarity = np.log(train.shape[1] / (1 + np.diff(train.indptr)))[rows]
+    x, totals = train.data.astype(np.float64), np.bincount(train.indices, train.data, minlength=train.shape[1])
+    norm = 1 - b + b * totals / max(totals.mean(), 1e-12)
+    values = (
+        np.sqrt(np.maximum(x, 0))
+        if similarity == "tfidf"
+        else x * (k1 + 1) / np.maximum(x + k1 * norm[train.indices], 1e-12)
+    )
+    return sparse.csr_matrix(((values * rarity).astype(np.float32), train.indices, train.indptr), shape=train.shape)
 
 # %% ../nbs/02c_baselines.ipynb #b7ac2202
 class ItemKNN(Model):
     "Nearest items by shrunk cosine, tf-idf or BM25 (Sarwar et al. 2001)."
-    name, fitted = 'item_knn', ('S',)
-    tune_space = dict(n_neighbors=(10, 400, 'int'), shrink=(0., 100., 'linear'), b=(0., .8, 'linear'))
-    def __init__(self,
-        n_neighbors: int = 100, # neighbours kept of each item
-        shrink: float = 10.,    # added to the denominator: distrust of similarities that few people stand behind; not for bm25
-        similarity: str = 'cosine', # cosine, tfidf or bm25
-        k1: float = 1.2,        # bm25: how soon more of the same stops counting
-        b: float = .2,          # bm25: how far popular items are weighed down, 0 to 1
+
+    name, fitted = "item_knn", ("S",)
+    tune_space = dict(n_neighbors=(10, 400, "int"), shrink=(0.0, 100.0, "linear"), b=(0.0, 0.8, "linear"))
+
+    def __init__(
+        self,
+        n_neighbors: int = 100,  # neighbours kept of each item
+        shrink: float = 10.0,  # added to the denominator: distrust of similarities that few people stand behind; not for bm25
+        similarity: str = "cosine",  # cosine, tfidf or bm25
+        k1: float = 1.2,  # bm25: how soon more of the same stops counting
+        b: float = 0.2,  # bm25: how far popular items are weighed down, 0 to 1
     ):
-        if similarity not in ('cosine', 'tfidf', 'bm25'): raise AerecError(f'similarity = {similarity!r}: it must be cosine, tfidf or bm25')
-        super().__init__(n_neighbors=check_value('n_neighbors', n_neighbors, 1, kind=int), shrink=check_value('shrink', shrink, 0), similarity=similarity,
-                         k1=check_value('k1', k1, 0), b=check_value('b', b, 0, np.nextafter(1, 2)))
+        if similarity not in ("cosine", "tfidf", "bm25"):
+            raise AerecError(f"similarity = {similarity!r}: it must be cosine, tfidf or bm25")
+        super().__init__(
+            n_neighbors=check_value("n_neighbors", n_neighbors, 1, kind=int),
+            shrink=check_value("shrink", shrink, 0),
+            similarity=similarity,
+            k1=check_value("k1", k1, 0),
+            b=check_value("b", b, 0, np.nextafter(1, 2)),
+        )
 
     def cost(self, n_users, n_items, nnz):
-        block = n_items*max(1, min(n_items, 2**21//n_items))
-        return 'neighbours', 20*nnz + 26*block + 24*n_items*min(self.n_neighbors, n_items), 60*nnz**2/n_users + 200*n_items**2
+        block = n_items * max(1, min(n_items, 2**21 // n_items))
+        return (
+            "neighbours",
+            20 * nnz + 26 * block + 24 * n_items * min(self.n_neighbors, n_items),
+            60 * nnz**2 / n_users + 200 * n_items**2,
+        )
 
-    def scoring(self, n_users, n_items, nnz): return 8*n_items*min(self.n_neighbors, n_items) + scores_bytes(n_users, n_items, 12*n_items)
+    def scoring(self, n_users, n_items, nnz):
+        return 8 * n_items * min(self.n_neighbors, n_items) + scores_bytes(n_users, n_items, 12 * n_items)
 
     def _fit(self, train, item_features):
         W = weighted(train, self.similarity, self.k1, self.b)
         columns = W.T.tocsr()
-        norms,step,blocks = np.sqrt(columns.multiply(columns).sum(1)).A1.astype(np.float32), max(1, 2**21//train.shape[1]), []
+        norms, step, blocks = (
+            np.sqrt(columns.multiply(columns).sum(1)).A1.astype(np.float32),
+            max(1, 2**21 // train.shape[1]),
+            [],
+        )
         for start in range(0, len(norms), step):
-            s = (columns[start:start+step] @ W).toarray() # w_i' w_j
-            if self.similarity != 'bm25': s /= norms[start:start+step, None]*norms + np.float32(self.shrink) + np.float32(1e-9)
-            s[np.arange(len(s)), start+np.arange(len(s))] = 0
-            neighbours,values = top_k(s, self.n_neighbors)
-            near = sparse.csr_matrix((values.ravel(), (np.repeat(np.arange(len(s)), values.shape[1]), neighbours.ravel())), shape=s.shape, dtype=np.float32)
+            s = (columns[start : start + step] @ W).toarray()  # w_i' w_j
+            if self.similarity != "bm25":
+                s /= norms[start : start + step, None] * norms + np.float32(self.shrink) + np.float32(1e-9)
+            s[np.arange(len(s)), start + np.arange(len(s))] = 0
+            neighbours, values = top_k(s, self.n_neighbors)
+            near = sparse.csr_matrix(
+                (values.ravel(), (np.repeat(np.arange(len(s)), values.shape[1]), neighbours.ravel())),
+                shape=s.shape,
+                dtype=np.float32,
+            )
             near.eliminate_zeros()
             blocks.append(near)
-        self.S = sparse.vstack(blocks, format='csr').T.tocsr() # a history's item j reaches every i that has j among its nearest
+        self.S = sparse.vstack(
+            blocks, format="csr"
+        ).T.tocsr()  # a history's item j reaches every i that has j among its nearest
         self.S.sort_indices()
 
-    def _score(self, history): return (history @ self.S).toarray()
+    def _score(self, history):
+        return (history @ self.S).toarray()
 
 # %% ../nbs/02c_baselines.ipynb #35793241
 class IALS(Model):
     "Matrix factorisation of implicit feedback by alternating least squares (Hu et al. 2008), fitted by `implicit`."
-    name, fitted = 'ials', ('Y',)
-    tune_space = dict(factors=(16, 256, 'int'), regularization=(.1, 200., 'log'), alpha=(.3, 30., 'log'))
-    def __init__(self,
-        factors: int = 128,          # width of the factors
-        regularization: float = 30., # L2 strength
-        alpha: float = 3.,           # how much more an interaction counts than its absence: 1 + alpha x value
-        iterations: int = 15,        # alternations
-        random_seed: int = 42,       # of the first factors
+
+    name, fitted = "ials", ("Y",)
+    tune_space = dict(factors=(16, 256, "int"), regularization=(0.1, 200.0, "log"), alpha=(0.3, 30.0, "log"))
+
+    def __init__(
+        self,
+        factors: int = 128,  # width of the factors
+        regularization: float = 30.0,  # L2 strength
+        alpha: float = 3.0,  # how much more an interaction counts than its absence: 1 + alpha x value
+        iterations: int = 15,  # alternations
+        random_seed: int = 42,  # of the first factors
     ):
-        super().__init__(factors=check_value('factors', factors, 1, kind=int), regularization=check_value('regularization', regularization, 0, open=True), alpha=check_value('alpha', alpha, 0),
-                         iterations=check_value('iterations', iterations, 1, kind=int), random_seed=check_value('random_seed', random_seed, 0, kind=int))
+        super().__init__(
+            factors=check_value("factors", factors, 1, kind=int),
+            regularization=check_value("regularization", regularization, 0, open=True),
+            alpha=check_value("alpha", alpha, 0),
+            iterations=check_value("iterations", iterations, 1, kind=int),
+            random_seed=check_value("random_seed", random_seed, 0, kind=int),
+        )
 
     def cost(self, n_users, n_items, nnz):
         f = self.factors
-        return 'factors', 4*f*(n_users + n_items) + 20*nnz, self.iterations*(12*nnz*f + 4*(n_users + n_items)*f**2)*4
+        return (
+            "factors",
+            4 * f * (n_users + n_items) + 20 * nnz,
+            self.iterations * (12 * nnz * f + 4 * (n_users + n_items) * f**2) * 4,
+        )
 
-    def scoring(self, n_users, n_items, nnz): return 4*n_items*self.factors + scores_bytes(n_users, n_items, 4*self.factors) + 16*256*self.factors**2
+    def scoring(self, n_users, n_items, nnz):
+        return (
+            4 * n_items * self.factors + scores_bytes(n_users, n_items, 4 * self.factors) + 16 * 256 * self.factors**2
+        )
 
     def _fit(self, train, item_features):
         try:
-            with warnings.catch_warnings(): # about progress bars in notebooks, which it is told not to show
-                warnings.simplefilter('ignore')
+            with warnings.catch_warnings():  # about progress bars in notebooks, which it is told not to show
+                warnings.simplefilter("ignore")
                 from implicit.cpu.als import AlternatingLeastSquares
             from threadpoolctl import threadpool_limits
-        except ImportError: raise AerecError("the model 'ials' needs the package implicit, which is not installed: pip install implicit, or take another model") from None
+        except ImportError:
+            raise AerecError(
+                "the model 'ials' needs the package implicit, which is not installed: pip install implicit, or take another model"
+            ) from None
         confidence = train.copy()
-        confidence.data = 1 + np.float32(self.alpha)*confidence.data
-        with threadpool_limits(1, 'blas'): # one BLAS thread in each of its own
-            als = AlternatingLeastSquares(factors=self.factors, regularization=self.regularization, iterations=self.iterations, num_threads=torch.get_num_threads(), random_state=self.random_seed)
+        confidence.data = 1 + np.float32(self.alpha) * confidence.data
+        with threadpool_limits(1, "blas"):  # one BLAS thread in each of its own
+            als = AlternatingLeastSquares(
+                factors=self.factors,
+                regularization=self.regularization,
+                iterations=self.iterations,
+                num_threads=torch.get_num_threads(),
+                random_state=self.random_seed,
+            )
             als.fit(confidence, show_progress=False)
         self.Y = als.item_factors
 
     def _fold_in(self, history, step=256):
         "The factors of histories, each solved on its own."
         Y = self.Y.astype(np.float64)
-        always,X = Y.T @ Y + self.regularization*np.eye(self.factors), np.zeros((history.shape[0], self.factors))
+        always, X = Y.T @ Y + self.regularization * np.eye(self.factors), np.zeros((history.shape[0], self.factors))
         for start in range(0, len(X), step):
-            rows = history[start:start+step]
+            rows = history[start : start + step]
             A = np.repeat(always[None], rows.shape[0], 0)
-            for u,(first,last) in enumerate(zip(rows.indptr, rows.indptr[1:])):
+            for u, (first, last) in enumerate(zip(rows.indptr, rows.indptr[1:])):
                 y = Y[rows.indices[first:last]]
-                A[u] += (y.T*(self.alpha*rows.data[first:last])) @ y
-                X[start+u] = (1 + self.alpha*rows.data[first:last]) @ y
-            X[start:start+step] = np.linalg.solve(A, X[start:start+step, :, None])[..., 0]
+                A[u] += (y.T * (self.alpha * rows.data[first:last])) @ y
+                X[start + u] = (1 + self.alpha * rows.data[first:last]) @ y
+            X[start : start + step] = np.linalg.solve(A, X[start : start + step, :, None])[..., 0]
         return X.astype(np.float32)
 
-    def _score(self, history): return self._fold_in(history) @ self.Y.T
+    def _score(self, history):
+        return self._fold_in(history) @ self.Y.T

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from .configuration import AerecError, hide_secrets
 from .id_lists import read_ids
 
-log = logging.getLogger('aerec_nb')
+log = logging.getLogger("aerec_nb")
 
 # %% ../nbs/04b_blocklist.ipynb #bdc57a06
 class BlocklistUnavailable(AerecError):
@@ -27,28 +27,28 @@ _CONNECT_S = 3  # seconds to wait for a connection
 _STATEMENT_S = 5  # seconds that the query may take
 _FIRST_READ_S = 15.0  # seconds to wait for the first list
 _TIMEOUTS = {
-    'sqlite': {'timeout': _STATEMENT_S},
-    'postgresql': {
-        'connect_timeout': _CONNECT_S,
-        'options': f'-c statement_timeout={1000 * _STATEMENT_S}',
-        'tcp_user_timeout': 1000 * _STATEMENT_S,
+    "sqlite": {"timeout": _STATEMENT_S},
+    "postgresql": {
+        "connect_timeout": _CONNECT_S,
+        "options": f"-c statement_timeout={1000 * _STATEMENT_S}",
+        "tcp_user_timeout": 1000 * _STATEMENT_S,
     },
 }
 
 
 def _as_select(query: str) -> str:
     "Return a SELECT for a query or the name of a table; raises `AerecError` for anything else."
-    query = query.strip().rstrip(';')
+    query = query.strip().rstrip(";")
     if not any(c.isspace() for c in query):
-        return 'SELECT item_id FROM ' + '.'.join(f'"{part}"' for part in query.split('.'))
-    if not query.lower().startswith(('select', 'with')):
-        raise AerecError(f'postprocessing.ban_query is a SELECT or the name of a table, not {query!r}')
+        return "SELECT item_id FROM " + ".".join(f'"{part}"' for part in query.split("."))
+    if not query.lower().startswith(("select", "with")):
+        raise AerecError(f"postprocessing.ban_query is a SELECT or the name of a table, not {query!r}")
     return query
 
 
 def _read_database(url: str, query: str) -> list:  # item ids
     "Read the first column of a query; raises `AerecError` with the password masked."
-    select = sa.text(_as_select(query).replace(':', r'\:'))
+    select = sa.text(_as_select(query).replace(":", r"\:"))
     try:
         engine = sa.create_engine(url, connect_args=_TIMEOUTS.get(sa.make_url(url).get_backend_name(), {}))
         try:
@@ -57,8 +57,8 @@ def _read_database(url: str, query: str) -> list:  # item ids
         finally:
             engine.dispose()
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as e:
-        reason = hide_secrets(str(getattr(e, 'orig', None) or e).strip().splitlines()[0])
-        raise AerecError(f'postprocessing.ban_url {hide_secrets(url)}: {reason}') from None
+        reason = hide_secrets(str(getattr(e, "orig", None) or e).strip().splitlines()[0])
+        raise AerecError(f"postprocessing.ban_url {hide_secrets(url)}: {reason}") from None
     return [id for id in rows if id is not None]
 
 
@@ -69,7 +69,7 @@ class _Read:
         self.started = time.monotonic()
         self._done = threading.Event()
         self._ids, self._error = None, None
-        threading.Thread(target=self._work, args=(url, query), name='blocklist', daemon=True).start()
+        threading.Thread(target=self._work, args=(url, query), name="blocklist", daemon=True).start()
 
     def _work(self, url, query):
         try:
@@ -77,7 +77,7 @@ class _Read:
         except Exception as e:  # whatever a driver raises is reported where the list is used
             known = isinstance(e, AerecError)
             self._error = (
-                e if known else AerecError(f'postprocessing.ban_url {hide_secrets(url)}: {hide_secrets(str(e))}')
+                e if known else AerecError(f"postprocessing.ban_url {hide_secrets(url)}: {hide_secrets(str(e))}")
             )
         self._done.set()
 
@@ -100,9 +100,9 @@ class BanList:
         ids=(),  # item ids from the settings
         file: Path = None,  # text with one id a line or a table, see `read_ids`
         url: str = None,  # SQLAlchemy URL of a database
-        query: str = 'bans',  # a SELECT whose first column is item ids, or the name of a table
+        query: str = "bans",  # a SELECT whose first column is item ids, or the name of a table
         refresh_s: float = 5.0,  # seconds after which the table is read again
-        on_error: str = 'keep_last',  # a list that becomes unreadable: 'keep_last' or 'refuse'
+        on_error: str = "keep_last",  # a list that becomes unreadable: 'keep_last' or 'refuse'
     ):
         self.fixed, self.query, self.refresh_s, self.on_error = list(ids), query, refresh_s, on_error
         self.file, self.url = Path(file) if file else None, url
@@ -125,12 +125,12 @@ class BanList:
     @property
     def error(self) -> str | None:
         "Say why a part of the list cannot be read now; None where all is well."
-        return '; '.join(self._errors.values()) or None
+        return "; ".join(self._errors.values()) or None
 
     def check(self) -> None:
         "Raise `BlocklistUnavailable` where the list cannot be read and `on_error` is 'refuse'."
-        if self.on_error == 'refuse' and self._errors:
-            raise BlocklistUnavailable(f'{self.error}; nothing is recommended until the list can be read')
+        if self.on_error == "refuse" and self._errors:
+            raise BlocklistUnavailable(f"{self.error}; nothing is recommended until the list can be read")
 
     def refresh(
         self,
@@ -141,7 +141,7 @@ class BanList:
             return False
         try:
             before = self.ids
-            read = [self._refresh('file', self._newer_file), self._refresh('table', lambda: self._newer_table(wait_s))]
+            read = [self._refresh("file", self._newer_file), self._refresh("table", lambda: self._newer_table(wait_s))]
             if any(read) and self._merged() != before:
                 self._merge()
                 return True
@@ -157,9 +157,9 @@ class BanList:
                 return True
         except AerecError as e:
             if self._errors.get(part) != str(e):
-                keeps = self.on_error == 'keep_last'
-                effect = 'the last known list is kept' if keeps else 'nothing is recommended until it can be read'
-                log.warning('%s; %s', e, effect)
+                keeps = self.on_error == "keep_last"
+                effect = "the last known list is kept" if keeps else "nothing is recommended until it can be read"
+                log.warning("%s; %s", e, effect)
             self._errors[part] = str(e)
         return False
 
@@ -179,14 +179,14 @@ class BanList:
         return s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino
 
     def _read_file(self) -> list:
-        return read_ids(self.file, 'item_id', 'postprocessing.ban_file', may_be_empty=True)
+        return read_ids(self.file, "item_id", "postprocessing.ban_file", may_be_empty=True)
 
     def _newer_file(self) -> bool:
         "Read the file if it changed; one that failed is tried again every second."
         if not self.file:
             return False
         stamp = self._file_stamp()
-        if stamp == self._stamp and not ('file' in self._errors and time.monotonic() >= self._retry_at):
+        if stamp == self._stamp and not ("file" in self._errors and time.monotonic() >= self._retry_at):
             return False
         self._stamp, self._retry_at = stamp, time.monotonic() + 1
         self._file_ids = self._read_file()
@@ -196,7 +196,7 @@ class BanList:
         "Read the table for the first time."
         read = _Read(self.url, self.query)
         if not read.wait(_FIRST_READ_S):
-            raise AerecError(f'postprocessing.ban_url {hide_secrets(self.url)}: no answer within {_FIRST_READ_S:g} s')
+            raise AerecError(f"postprocessing.ban_url {hide_secrets(self.url)}: no answer within {_FIRST_READ_S:g} s")
         return read.ids()
 
     def _newer_table(self, wait_s: float) -> bool:
@@ -210,7 +210,7 @@ class BanList:
             self._read.wait(wait_s)
         if not self._read.wait(0):
             if time.monotonic() - self._read.started > _CONNECT_S + _STATEMENT_S:
-                raise AerecError(f'postprocessing.ban_url {hide_secrets(self.url)}: no answer')
+                raise AerecError(f"postprocessing.ban_url {hide_secrets(self.url)}: no answer")
             return False
         read, self._read = self._read, None
         self._table_ids = read.ids()

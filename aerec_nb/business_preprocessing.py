@@ -26,39 +26,46 @@ from .id_lists import read_ids
 from .runs import Run, on_engine, read_json, sha256_bytes, sha256_file, write_json, write_parquet
 
 # %% ../nbs/01a_business_preprocessing.ipynb #74b40da3
-OFF = 'off' # what a rule returns when its knobs leave it nothing to do: it is not in the waterfall then
+OFF = "off"  # what a rule returns when its knobs leave it nothing to do: it is not in the waterfall then
+
 
 @dataclass
 class Verdict:
     "What a rule decided, and what the waterfall says of it."
-    rows: object       # bool mask of the rows to keep, or a frame: the rows themselves
-    setting: str = ''  # how the rule is set, e.g. 'at least 3'
-    note: str = ''     # what else there is to say
-    warn: bool = False # does the note deserve a look?
+
+    rows: object  # bool mask of the rows to keep, or a frame: the rows themselves
+    setting: str = ""  # how the rule is set, e.g. 'at least 3'
+    note: str = ""  # what else there is to say
+    warn: bool = False  # does the note deserve a look?
 
 # %% ../nbs/01a_business_preprocessing.ipynb #57a0e755
-RULES = {} # name -> function(ratings, knobs) -> mask, frame, Verdict or OFF
+RULES = {}  # name -> function(ratings, knobs) -> mask, frame, Verdict or OFF
+
 
 def register_rule(
-    name: str, # what settings call it
-    negatives: bool = False, # are the rows it drops explicit dislikes? They are kept then, for exclusion
-    per_user: bool = False, # is what it says of a user's rows the same without the other users? Workers (section scale) share the users then
-): # a decorator
+    name: str,  # what settings call it
+    negatives: bool = False,  # are the rows it drops explicit dislikes? They are kept then, for exclusion
+    per_user: bool = False,  # is what it says of a user's rows the same without the other users? Workers (section scale) share the users then
+):  # a decorator
     "Add a rule to those that settings may name; the same name again replaces it."
+
     def register(function):
         function.negatives, function.per_user = negatives, per_user
         RULES[name] = function
         return function
+
     return register
 
 # %% ../nbs/01a_business_preprocessing.ipynb #d5e0af9c
 def codes_of(
-    ids: pd.Series, # a column of ids, categorical or plain
-) -> tuple: # (integer code of each row, ids by code as Index)
+    ids: pd.Series,  # a column of ids, categorical or plain
+) -> tuple:  # (integer code of each row, ids by code as Index)
     "Ids as small integers, and what they stand for."
-    if isinstance(ids.dtype, pd.CategoricalDtype): return ids.cat.codes.to_numpy(), ids.cat.categories
+    if isinstance(ids.dtype, pd.CategoricalDtype):
+        return ids.cat.codes.to_numpy(), ids.cat.categories
     codes, names = pd.factorize(ids)
     return codes, pd.Index(names)
+
 
 def _times_seen(ids):
     "How often the id of each row occurs."
@@ -66,28 +73,33 @@ def _times_seen(ids):
     return np.bincount(codes, minlength=len(names))[codes]
 
 # %% ../nbs/01a_business_preprocessing.ipynb #fce295af
-@register_rule('deduplicate', per_user=True)
+@register_rule("deduplicate", per_user=True)
 def settle_repeats(
-    ratings: pd.DataFrame, # rows that are left
-    deduplicate: str = 'last', # last or first (in time, then by row), max, mean or sum of the values, or off
+    ratings: pd.DataFrame,  # rows that are left
+    deduplicate: str = "last",  # last or first (in time, then by row), max, mean or sum of the values, or off
 ):
     "One row of each pair stays, the last unless it shall be the first; its value may be worked out from all of them."
     users, items = codes_of(ratings.user_id)[0], codes_of(ratings.item_id)
-    pair = users.astype(np.int64)*len(items[1]) + items[0]
-    if deduplicate == 'off' or not _repeats(pair): return OFF
+    pair = users.astype(np.int64) * len(items[1]) + items[0]
+    if deduplicate == "off" or not _repeats(pair):
+        return OFF
     several = np.flatnonzero(pd.Series(pair).duplicated(keep=False))
-    times = ratings.timestamp.to_numpy()[several] if 'timestamp' in ratings else np.zeros(len(several), np.int8)
-    order = several[np.lexsort((times, pair[several]))] # stable: rows of one time stay in their order
+    times = ratings.timestamp.to_numpy()[several] if "timestamp" in ratings else np.zeros(len(several), np.int8)
+    order = several[np.lexsort((times, pair[several]))]  # stable: rows of one time stay in their order
     changes = np.flatnonzero(np.diff(pair[order])) + 1
-    stay = order[np.r_[0, changes] if deduplicate == 'first' else np.r_[changes-1, len(order)-1]]
-    keep = np.ones(len(ratings), bool); keep[several] = False; keep[stay] = True
+    stay = order[np.r_[0, changes] if deduplicate == "first" else np.r_[changes - 1, len(order) - 1]]
+    keep = np.ones(len(ratings), bool)
+    keep[several] = False
+    keep[stay] = True
     rows = ratings[keep]
-    if deduplicate in ('max', 'mean', 'sum'):
-        for column in ('rating',) if 'rating' in ratings else [c for c in ('count', 'weight') if c in ratings]:
-            made = ratings[column].iloc[order].groupby(pair[order]).agg(deduplicate) # by pair, as `stay` is
-            values = ratings[column].to_numpy(copy=True); values[stay] = made.to_numpy()
+    if deduplicate in ("max", "mean", "sum"):
+        for column in ("rating",) if "rating" in ratings else [c for c in ("count", "weight") if c in ratings]:
+            made = ratings[column].iloc[order].groupby(pair[order]).agg(deduplicate)  # by pair, as `stay` is
+            values = ratings[column].to_numpy(copy=True)
+            values[stay] = made.to_numpy()
             rows = rows.assign(**{column: values[keep]})
-    return Verdict(rows, deduplicate, f'{len(stay):,} pairs had several rows')
+    return Verdict(rows, deduplicate, f"{len(stay):,} pairs had several rows")
+
 
 def _repeats(keys):
     "Does any key occur twice?"
@@ -97,58 +109,78 @@ def _repeats(keys):
 # %% ../nbs/01a_business_preprocessing.ipynb #86241110
 def _without(ids, excluded):
     "A verdict that leaves out the rows of some ids, given as text or numbers."
-    if not len(excluded): return OFF
+    if not len(excluded):
+        return OFF
     codes, names = codes_of(ids)
     text, wanted = names.astype(str), {str(id) for id in excluded}
     absent = sorted(wanted - set(text[np.bincount(codes, minlength=len(names)) > 0]))
-    note = f'not in the data: {", ".join(absent[:10])}{f" and {len(absent)-10:,} more" if len(absent) > 10 else ""}' if absent else ''
-    return Verdict(~text.isin(wanted)[codes], f'{len(wanted):,} id{"s" if len(wanted) > 1 else ""}', note, bool(absent))
+    note = (
+        f"not in the data: {', '.join(absent[:10])}{f' and {len(absent) - 10:,} more' if len(absent) > 10 else ''}"
+        if absent
+        else ""
+    )
+    return Verdict(~text.isin(wanted)[codes], f"{len(wanted):,} id{'s' if len(wanted) > 1 else ''}", note, bool(absent))
 
-@register_rule('excluded_users', per_user=True)
+
+@register_rule("excluded_users", per_user=True)
 def leave_out_users(
-    ratings: pd.DataFrame, # rows that are left
-    excluded_users: list = (), # user ids: abusers, staff, people who asked for it
+    ratings: pd.DataFrame,  # rows that are left
+    excluded_users: list = (),  # user ids: abusers, staff, people who asked for it
 ):
     "Drop all rows of some users."
     return _without(ratings.user_id, excluded_users)
 
-@register_rule('excluded_items', per_user=True)
+
+@register_rule("excluded_items", per_user=True)
 def leave_out_items(
-    ratings: pd.DataFrame, # rows that are left
-    excluded_items: list = (), # item ids
+    ratings: pd.DataFrame,  # rows that are left
+    excluded_items: list = (),  # item ids
 ):
     "Drop all rows of some items."
     return _without(ratings.item_id, excluded_items)
 
 # %% ../nbs/01a_business_preprocessing.ipynb #8b62fe15
-def _seconds(moment): return None if moment is None else datetime.fromisoformat(moment).timestamp()
+def _seconds(moment):
+    return None if moment is None else datetime.fromisoformat(moment).timestamp()
+
+
 def _day(seconds):
     "Seconds as people read them: the day, and the time where it is not midnight."
-    return datetime.fromtimestamp(float(seconds), timezone.utc).isoformat(' ', 'seconds').removesuffix('+00:00').removesuffix(' 00:00:00')
+    return (
+        datetime.fromtimestamp(float(seconds), timezone.utc)
+        .isoformat(" ", "seconds")
+        .removesuffix("+00:00")
+        .removesuffix(" 00:00:00")
+    )
 
-@register_rule('time_window', per_user=True)
+
+@register_rule("time_window", per_user=True)
 def within_times(
-    ratings: pd.DataFrame, # rows that are left
-    time_from: str = None, # ISO 8601 with a zone, as settings keep it; None: from the beginning
-    time_to: str = None, # the same; None: to the end
+    ratings: pd.DataFrame,  # rows that are left
+    time_from: str = None,  # ISO 8601 with a zone, as settings keep it; None: from the beginning
+    time_to: str = None,  # the same; None: to the end
 ):
     "Keep what happened from one moment to just before another."
-    if time_from is None and time_to is None: return OFF
+    if time_from is None and time_to is None:
+        return OFF
     first, last, times = _seconds(time_from), _seconds(time_to), ratings.timestamp.to_numpy()
     keep = np.ones(len(times), bool) if first is None else times >= first
-    if last is not None: keep &= times < last
-    said = ', '.join(f'{word} {_day(t)}' for word, t in (('from', first), ('before', last)) if t is not None)
-    return Verdict(keep, said, f'the data are from {_day(times.min())} to {_day(times.max())}' if len(times) else '')
+    if last is not None:
+        keep &= times < last
+    said = ", ".join(f"{word} {_day(t)}" for word, t in (("from", first), ("before", last)) if t is not None)
+    return Verdict(keep, said, f"the data are from {_day(times.min())} to {_day(times.max())}" if len(times) else "")
 
 # %% ../nbs/01a_business_preprocessing.ipynb #ef3ddf2c
 def _by_user_and_time(users, times):
     "Row numbers by user, then by time, then by row: `numpy.lexsort`, but as one fast sort of user and time in one number."
-    if not len(users): return np.array([], np.int64)
+    if not len(users):
+        return np.array([], np.int64)
     times = times.astype(np.int64) - int(times.min())
     span = int(times.max()) + 1
-    if (int(users.max())+1)*span >= 2**63: return np.lexsort((times, users))
-    key = users*np.int64(span) + times
-    order = np.argsort(key) # not stable, so rows of one user and moment are put in order afterwards
+    if (int(users.max()) + 1) * span >= 2**63:
+        return np.lexsort((times, users))
+    key = users * np.int64(span) + times
+    order = np.argsort(key)  # not stable, so rows of one user and moment are put in order afterwards
     same = np.diff(key[order]) == 0
     tied = np.flatnonzero(np.r_[False, same] | np.r_[same, False])
     order[tied] = order[tied][np.lexsort((order[tied], key[order[tied]]))]
@@ -163,184 +195,244 @@ def _beyond(users, times, n, seconds):
     out[order[n:]] = (u[n:] == u[:-n]) & (t[n:] - t[:-n] < seconds)
     return out
 
-@register_rule('bots', per_user=True)
+
+@register_rule("bots", per_user=True)
 def leave_out_bots(
-    ratings: pd.DataFrame, # rows that are left
-    bot_interactions: int = None, # most interactions of a person within the window; None: off
-    bot_hours: float = 24., # length of the window
-    bot_policy: str = 'drop', # drop: the whole user; cap: only what is beyond
+    ratings: pd.DataFrame,  # rows that are left
+    bot_interactions: int = None,  # most interactions of a person within the window; None: off
+    bot_hours: float = 24.0,  # length of the window
+    bot_policy: str = "drop",  # drop: the whole user; cap: only what is beyond
 ):
     "Drop users who do more in a short time than people do, or what is beyond."
-    if bot_interactions is None: return OFF
+    if bot_interactions is None:
+        return OFF
     users, names = codes_of(ratings.user_id)
-    beyond = _beyond(users, ratings.timestamp.to_numpy(), bot_interactions, 3600*bot_hours)
+    beyond = _beyond(users, ratings.timestamp.to_numpy(), bot_interactions, 3600 * bot_hours)
     is_bot = np.bincount(users[beyond], minlength=len(names)) > 0
     n = np.count_nonzero(is_bot)
-    how = 'users dropped' if bot_policy == 'drop' else 'the rest dropped'
-    return Verdict(~(is_bot[users] if bot_policy == 'drop' else beyond), f'over {bot_interactions:,} in {bot_hours:g} h: {how}',
-                   f'{n:,} bot-like user{"" if n == 1 else "s"}')
+    how = "users dropped" if bot_policy == "drop" else "the rest dropped"
+    return Verdict(
+        ~(is_bot[users] if bot_policy == "drop" else beyond),
+        f"over {bot_interactions:,} in {bot_hours:g} h: {how}",
+        f"{n:,} bot-like user{'' if n == 1 else 's'}",
+    )
 
 # %% ../nbs/01a_business_preprocessing.ipynb #24eb169e
 def threshold_for(
-    ratings: pd.DataFrame, # a ratings frame
-    positive_threshold = 'auto', # 'auto', 'off', or a rating
-    scale: tuple = None, # least and greatest rating; None: of these ratings
-) -> float: # None: every row counts
+    ratings: pd.DataFrame,  # a ratings frame
+    positive_threshold="auto",  # 'auto', 'off', or a rating
+    scale: tuple = None,  # least and greatest rating; None: of these ratings
+) -> float:  # None: every row counts
     "The least rating that counts as an interaction."
-    if 'rating' not in ratings: scale = None
-    elif scale is None: scale = float(ratings.rating.min()), float(ratings.rating.max())
+    if "rating" not in ratings:
+        scale = None
+    elif scale is None:
+        scale = float(ratings.rating.min()), float(ratings.rating.max())
     return _threshold(positive_threshold, feedback_of(ratings), scale)
+
 
 def _threshold(positive_threshold, feedback, scale):
     "The same of a scale that is known already."
-    if feedback != 'explicit' or positive_threshold == 'off':
+    if feedback != "explicit" or positive_threshold == "off":
         if not isinstance(positive_threshold, str):
-            raise AerecError(f'positive_threshold is {positive_threshold:g}, but these data have no ratings '
-                             f'({feedback} feedback): set it to off or auto')
+            raise AerecError(
+                f"positive_threshold is {positive_threshold:g}, but these data have no ratings "
+                f"({feedback} feedback): set it to off or auto"
+            )
         return None
     low, high = scale
-    if positive_threshold == 'auto': return 3. if 4 < high <= 5 else .6*high
+    if positive_threshold == "auto":
+        return 3.0 if 4 < high <= 5 else 0.6 * high
     if not low <= positive_threshold <= high:
-        raise AerecError(f'positive_threshold is {positive_threshold:g}, outside the scale of these ratings ({low:g} to {high:g}): '
-                         'choose a rating on it, auto, or off')
+        raise AerecError(
+            f"positive_threshold is {positive_threshold:g}, outside the scale of these ratings ({low:g} to {high:g}): "
+            "choose a rating on it, auto, or off"
+        )
     return float(positive_threshold)
 
 # %% ../nbs/01a_business_preprocessing.ipynb #3bfc526a
-@register_rule('positive_threshold', negatives=True, per_user=True)
+@register_rule("positive_threshold", negatives=True, per_user=True)
 def keep_positive(
-    ratings: pd.DataFrame, # rows that are left
-    positive_threshold = 'auto', # 'auto', 'off', or a rating
-    scale: tuple = None, # least and greatest rating of the data; None: of these rows
+    ratings: pd.DataFrame,  # rows that are left
+    positive_threshold="auto",  # 'auto', 'off', or a rating
+    scale: tuple = None,  # least and greatest rating of the data; None: of these rows
 ):
     "Keep ratings from the threshold on."
     threshold = threshold_for(ratings, positive_threshold, scale)
-    return OFF if threshold is None else Verdict(ratings.rating.to_numpy() >= threshold, f'at least {threshold:g}')
+    return OFF if threshold is None else Verdict(ratings.rating.to_numpy() >= threshold, f"at least {threshold:g}")
 
-@register_rule('positive_count', per_user=True)
+
+@register_rule("positive_count", per_user=True)
 def keep_counted(
-    ratings: pd.DataFrame, # rows that are left
-    positive_count: float = 0., # what a count must be above
+    ratings: pd.DataFrame,  # rows that are left
+    positive_count: float = 0.0,  # what a count must be above
 ):
     "Keep counts above a number: no play is no interaction."
-    return Verdict(ratings['count'].to_numpy() > positive_count, f'above {positive_count:g}') if 'count' in ratings else OFF
+    return (
+        Verdict(ratings["count"].to_numpy() > positive_count, f"above {positive_count:g}")
+        if "count" in ratings
+        else OFF
+    )
 
 # %% ../nbs/01a_business_preprocessing.ipynb #a290fd20
-@register_rule('user_cap', per_user=True)
+@register_rule("user_cap", per_user=True)
 def cap_users(
-    ratings: pd.DataFrame, # rows that are left
-    user_cap: int = None, # most rows of one user; None: all
-    user_cap_keep: str = 'latest', # latest or first
+    ratings: pd.DataFrame,  # rows that are left
+    user_cap: int = None,  # most rows of one user; None: all
+    user_cap_keep: str = "latest",  # latest or first
 ):
     "Keep at most so many rows of a user."
-    if user_cap is None: return OFF
+    if user_cap is None:
+        return OFF
     users = codes_of(ratings.user_id)[0]
     many = np.flatnonzero((np.bincount(users) > user_cap)[users])
-    if 'timestamp' in ratings: order = many[_by_user_and_time(users[many], ratings.timestamp.to_numpy()[many])]
-    else: order = many[np.argsort(users[many], kind='stable')]
+    if "timestamp" in ratings:
+        order = many[_by_user_and_time(users[many], ratings.timestamp.to_numpy()[many])]
+    else:
+        order = many[np.argsort(users[many], kind="stable")]
     begins = np.flatnonzero(np.diff(users[order], prepend=-1))
     sizes = np.diff(begins, append=len(order))
     rank = np.arange(len(order)) - np.repeat(begins, sizes)
     keep = np.ones(len(users), bool)
-    keep[order] = rank < user_cap if user_cap_keep == 'first' else rank >= np.repeat(sizes, sizes)-user_cap
-    return Verdict(keep, f'{user_cap_keep} {user_cap:,} of a user', f'{len(begins):,} users had more')
+    keep[order] = rank < user_cap if user_cap_keep == "first" else rank >= np.repeat(sizes, sizes) - user_cap
+    return Verdict(keep, f"{user_cap_keep} {user_cap:,} of a user", f"{len(begins):,} users had more")
 
-@register_rule('min_user_interactions', per_user=True)
+
+@register_rule("min_user_interactions", per_user=True)
 def leave_out_rare_users(
-    ratings: pd.DataFrame, # rows that are left
-    min_user_interactions: int = 1, # least number of rows
+    ratings: pd.DataFrame,  # rows that are left
+    min_user_interactions: int = 1,  # least number of rows
 ):
     "Drop users with fewer rows."
-    return OFF if min_user_interactions <= 1 else Verdict(_times_seen(ratings.user_id) >= min_user_interactions, f'at least {min_user_interactions:,}')
+    return (
+        OFF
+        if min_user_interactions <= 1
+        else Verdict(_times_seen(ratings.user_id) >= min_user_interactions, f"at least {min_user_interactions:,}")
+    )
 
-@register_rule('min_item_interactions')
+
+@register_rule("min_item_interactions")
 def leave_out_rare_items(
-    ratings: pd.DataFrame, # rows that are left
-    min_item_interactions: int = 1, # least number of rows
+    ratings: pd.DataFrame,  # rows that are left
+    min_item_interactions: int = 1,  # least number of rows
 ):
     "Drop items with fewer rows."
-    return OFF if min_item_interactions <= 1 else Verdict(_times_seen(ratings.item_id) >= min_item_interactions, f'at least {min_item_interactions:,}')
+    return (
+        OFF
+        if min_item_interactions <= 1
+        else Verdict(_times_seen(ratings.item_id) >= min_item_interactions, f"at least {min_item_interactions:,}")
+    )
 
 # %% ../nbs/01a_business_preprocessing.ipynb #b1b9efe6
 def k_core_rows(
-    users: np.ndarray, # int [n] code of each row's user
-    items: np.ndarray, # int [n] code of each row's item
-    k_users: int, # least number of rows of a user
-    k_items: int, # least number of rows of an item
-) -> tuple: # (numbers of the rows that stay, rows dropped in each round)
+    users: np.ndarray,  # int [n] code of each row's user
+    items: np.ndarray,  # int [n] code of each row's item
+    k_users: int,  # least number of rows of a user
+    k_items: int,  # least number of rows of an item
+) -> tuple:  # (numbers of the rows that stay, rows dropped in each round)
     "Drop users and items with too few rows until nobody has."
     stay, rounds = np.arange(len(users)), []
     while len(stay):
         u, i = users[stay], items[stay]
         enough = (np.bincount(u) >= k_users)[u] & (np.bincount(i) >= k_items)[i]
-        if enough.all(): break
+        if enough.all():
+            break
         stay = stay[enough]
-        rounds.append(len(enough)-len(stay))
+        rounds.append(len(enough) - len(stay))
     return stay, rounds
 
-@register_rule('k_core')
+
+@register_rule("k_core")
 def keep_core(
-    ratings: pd.DataFrame, # rows that are left
-    k_core: int = None, # least number of rows of a user and of an item; None: off
-    k_core_users: int = None, # of a user alone
-    k_core_items: int = None, # of an item alone
+    ratings: pd.DataFrame,  # rows that are left
+    k_core: int = None,  # least number of rows of a user and of an item; None: off
+    k_core_users: int = None,  # of a user alone
+    k_core_items: int = None,  # of an item alone
 ):
     "Keep the largest part in which everybody has enough."
     k_users, k_items = (own or k_core or 1 for own in (k_core_users, k_core_items))
-    if k_users == k_items == 1: return OFF
+    if k_users == k_items == 1:
+        return OFF
     stay, rounds = k_core_rows(codes_of(ratings.user_id)[0], codes_of(ratings.item_id)[0], k_users, k_items)
-    keep = np.zeros(len(ratings), bool); keep[stay] = True
-    shown = ', '.join(f'{n:,}' for n in rounds[:6]) + (', ...' if len(rounds) > 6 else '')
-    return Verdict(keep, f'at least {k_users:,}' if k_users == k_items else f'users {k_users:,}, items {k_items:,}',
-                   f'{len(rounds):,} round{"" if len(rounds) == 1 else "s"}' + (f': {shown} rows' if rounds else ''))
+    keep = np.zeros(len(ratings), bool)
+    keep[stay] = True
+    shown = ", ".join(f"{n:,}" for n in rounds[:6]) + (", ..." if len(rounds) > 6 else "")
+    return Verdict(
+        keep,
+        f"at least {k_users:,}" if k_users == k_items else f"users {k_users:,}, items {k_items:,}",
+        f"{len(rounds):,} round{'' if len(rounds) == 1 else 's'}" + (f": {shown} rows" if rounds else ""),
+    )
 
 # %% ../nbs/01a_business_preprocessing.ipynb #8028e319
-_LEAST = np.finfo(np.float32).tiny # the least weight
+_LEAST = np.finfo(np.float32).tiny  # the least weight
 
-@register_rule('weight_by_rating', per_user=True)
+
+@register_rule("weight_by_rating", per_user=True)
 def weigh_by_rating(
-    ratings: pd.DataFrame, # rows that are left
-    weight_by_rating: bool = False, # on or off
-    scale: tuple = None, # least and greatest rating of the data; None: of these rows
+    ratings: pd.DataFrame,  # rows that are left
+    weight_by_rating: bool = False,  # on or off
+    scale: tuple = None,  # least and greatest rating of the data; None: of these rows
 ):
     "Multiply weights by the rating's share of the scale's end."
-    if not weight_by_rating: return OFF
+    if not weight_by_rating:
+        return OFF
     low, high = float(ratings.rating.min()), float(ratings.rating.max()) if scale is None else scale[1]
-    if low <= 0: raise AerecError(f'weight_by_rating: a rating of {low:g} cannot weigh; raise positive_threshold above 0, or turn weight_by_rating off')
-    return Verdict(ratings.assign(weight=ratings.weight*(ratings.rating/high).astype(np.float32)), f'rating / {high:g}')
+    if low <= 0:
+        raise AerecError(
+            f"weight_by_rating: a rating of {low:g} cannot weigh; raise positive_threshold above 0, or turn weight_by_rating off"
+        )
+    return Verdict(
+        ratings.assign(weight=ratings.weight * (ratings.rating / high).astype(np.float32)), f"rating / {high:g}"
+    )
 
-@register_rule('time_decay')
+
+@register_rule("time_decay")
 def decay(
-    ratings: pd.DataFrame, # rows that are left
-    half_life_days: float = None, # age that halves a weight; None: off
-    last: float = None, # seconds of the last interaction; None: of these rows
+    ratings: pd.DataFrame,  # rows that are left
+    half_life_days: float = None,  # age that halves a weight; None: off
+    last: float = None,  # seconds of the last interaction; None: of these rows
 ):
     "Halve weights for every half-life before the last interaction."
-    if half_life_days is None: return OFF
+    if half_life_days is None:
+        return OFF
     last, times = ratings.timestamp.max() if last is None else last, ratings.timestamp.to_numpy()
-    faded = ratings.weight.to_numpy(np.float32)*np.exp2((times-last)/(86400*half_life_days)).astype(np.float32)
-    return Verdict(ratings.assign(weight=np.maximum(faded, _LEAST)), f'half in {half_life_days:g} days', f'counted back from {_day(last)}')
+    faded = ratings.weight.to_numpy(np.float32) * np.exp2((times - last) / (86400 * half_life_days)).astype(np.float32)
+    return Verdict(
+        ratings.assign(weight=np.maximum(faded, _LEAST)),
+        f"half in {half_life_days:g} days",
+        f"counted back from {_day(last)}",
+    )
 
 # %% ../nbs/01a_business_preprocessing.ipynb #8f6a9810
 def _rule_of_file(name):
     "Load the function of a plugin, as its file is now: what runs is what was hashed."
-    return own_object(name, 'rules.rules')
+    return own_object(name, "rules.rules")
 
 # %% ../nbs/01a_business_preprocessing.ipynb #d6dfd022
 def _is_ours(function):
     "Is it a rule of this module, as it was exported?"
-    try: return inspect.getsource(function).strip() in Path(importlib.util.find_spec('aerec_nb.business_preprocessing').origin).read_text(encoding='utf-8')
-    except (OSError, TypeError): return False
+    try:
+        return inspect.getsource(function).strip() in Path(
+            importlib.util.find_spec("aerec_nb.business_preprocessing").origin
+        ).read_text(encoding="utf-8")
+    except (OSError, TypeError):
+        return False
+
 
 def find_rule(
-    name: str, # a registered name, or module:function
-    elsewhere: bool = False, # shall it be known in other processes too?
-): # -> function
+    name: str,  # a registered name, or module:function
+    elsewhere: bool = False,  # shall it be known in other processes too?
+):  # -> function
     "The function behind a name in the settings; raises `AerecError` naming those there are."
-    if ':' in name: return _rule_of_file(name)
-    if name in RULES and not (elsewhere and not _is_ours(RULES[name])): return RULES[name]
-    why = 'which is registered in this process only' if name in RULES else 'and no such rule is registered here'
-    raise AerecError(f"rules.rules names '{name}', {why}: the rules are {', '.join(n for n in RULES if _is_ours(RULES[n]) or not elsewhere)}; "
-                     'one of your own goes into a file of the project, and is named module:function')
+    if ":" in name:
+        return _rule_of_file(name)
+    if name in RULES and not (elsewhere and not _is_ours(RULES[name])):
+        return RULES[name]
+    why = "which is registered in this process only" if name in RULES else "and no such rule is registered here"
+    raise AerecError(
+        f"rules.rules names '{name}', {why}: the rules are {', '.join(n for n in RULES if _is_ours(RULES[n]) or not elsewhere)}; "
+        "one of your own goes into a file of the project, and is named module:function"
+    )
 
 # %% ../nbs/01a_business_preprocessing.ipynb #50a6f55e
 def _arguments(name, function, knobs, options):
@@ -348,166 +440,272 @@ def _arguments(name, function, knobs, options):
     accepted = dict(list(inspect.signature(function).parameters.items())[1:])
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if not open_ended and (unknown := [o for o in options if o not in accepted]):
-        raise AerecError(f"rules.rule_options: the rule {name} has no option {', '.join(unknown)}; it has {', '.join(accepted) or 'none'}")
+        raise AerecError(
+            f"rules.rule_options: the rule {name} has no option {', '.join(unknown)}; it has {', '.join(accepted) or 'none'}"
+        )
     found = {k: v for k, v in knobs.items() if k in accepted} | options
-    missing = [p for p, a in accepted.items() if a.default is a.empty and a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY) and p not in found]
-    if missing: raise AerecError(f"rules.rule_options: the rule {name} needs {', '.join(missing)}; set it as {{{name} = {{{missing[0]} = ...}}}}")
+    missing = [
+        p
+        for p, a in accepted.items()
+        if a.default is a.empty and a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY) and p not in found
+    ]
+    if missing:
+        raise AerecError(
+            f"rules.rule_options: the rule {name} needs {', '.join(missing)}; set it as {{{name} = {{{missing[0]} = ...}}}}"
+        )
     return found
 
 # %% ../nbs/01a_business_preprocessing.ipynb #e353accd
 def _kept_rows(name, rows, given):
     "The rows that a rule keeps, as a frame; raises `AerecError` naming the rule if its answer makes no sense."
-    def wrong(text): return AerecError(f'rule {name} {text}')
-    if isinstance(rows, pd.DataFrame): return _checked_rows(wrong, rows, given)
-    if np.ndim(rows) != 1 or isinstance(rows, str): raise wrong(f'returned {type(rows).__name__}; it must return a mask (True keeps the row), or the rows to keep')
-    if len(rows) != len(given): raise wrong(f'returned a mask of {len(rows):,} values for {len(given):,} rows; one True or False a row is wanted')
-    if isinstance(rows, pd.Series) and not rows.index.equals(given.index): raise wrong('returned a mask whose rows are in another order than it was given')
-    if pd.isna(rows).any(): raise wrong('returned a mask with missing values')
+
+    def wrong(text):
+        return AerecError(f"rule {name} {text}")
+
+    if isinstance(rows, pd.DataFrame):
+        return _checked_rows(wrong, rows, given)
+    if np.ndim(rows) != 1 or isinstance(rows, str):
+        raise wrong(f"returned {type(rows).__name__}; it must return a mask (True keeps the row), or the rows to keep")
+    if len(rows) != len(given):
+        raise wrong(
+            f"returned a mask of {len(rows):,} values for {len(given):,} rows; one True or False a row is wanted"
+        )
+    if isinstance(rows, pd.Series) and not rows.index.equals(given.index):
+        raise wrong("returned a mask whose rows are in another order than it was given")
+    if pd.isna(rows).any():
+        raise wrong("returned a mask with missing values")
     mask = np.asarray(rows)
-    if mask.dtype == object and {type(v) for v in mask} <= {bool, np.bool_}: mask = mask.astype(bool)
-    if mask.dtype != bool: raise wrong(f'returned {mask.dtype} values; a mask has True or False')
+    if mask.dtype == object and {type(v) for v in mask} <= {bool, np.bool_}:
+        mask = mask.astype(bool)
+    if mask.dtype != bool:
+        raise wrong(f"returned {mask.dtype} values; a mask has True or False")
     return given if mask.all() else given[mask]
 
 # %% ../nbs/01a_business_preprocessing.ipynb #3d5f03fb
 def _checked_rows(wrong, rows, given):
     "A returned frame in the order of the given one, its ids and columns as they were."
-    if missing := [c for c in given if c not in rows]: raise wrong(f"returned rows without the column {', '.join(missing)}")
+    if missing := [c for c in given if c not in rows]:
+        raise wrong(f"returned rows without the column {', '.join(missing)}")
     if not rows.index.equals(given.index):
         at = _places(rows.index.to_numpy(), given.index.to_numpy())
-        if (at < 0).any() or _repeats(at): raise wrong('returned rows that it was not given; it may drop rows, not add or renumber them')
+        if (at < 0).any() or _repeats(at):
+            raise wrong("returned rows that it was not given; it may drop rows, not add or renumber them")
         rows, given = rows.iloc[np.argsort(at)], given.iloc[np.sort(at)]
-    for column in ('user_id', 'item_id'):
-        if not rows[column].equals(given[column]) and (rows[column].astype(object) != given[column].astype(object)).any():
-            raise wrong(f'returned rows with another {column}; it may drop rows, not change or renumber them')
+    for column in ("user_id", "item_id"):
+        if (
+            not rows[column].equals(given[column])
+            and (rows[column].astype(object) != given[column].astype(object)).any()
+        ):
+            raise wrong(f"returned rows with another {column}; it may drop rows, not change or renumber them")
     weight = rows.weight.to_numpy()
     bad = ~((weight > 0) & np.isfinite(weight)) & (given.weight.to_numpy() > 0)
-    if bad.any(): raise wrong(f'gave {np.count_nonzero(bad):,} rows a weight that is not above 0, such as {weight[bad][0]:g}; drop such rows')
+    if bad.any():
+        raise wrong(
+            f"gave {np.count_nonzero(bad):,} rows a weight that is not above 0, such as {weight[bad][0]:g}; drop such rows"
+        )
     return rows[list(given)].assign(user_id=given.user_id, item_id=given.item_id, weight=rows.weight.astype(np.float32))
+
 
 def _places(labels, index):
     "Where labels stand in a sorted index; -1 for what is not there."
-    if labels.dtype.kind not in 'iu': return np.full(len(labels), -1)
-    at = np.minimum(np.searchsorted(index, labels), len(index)-1)
+    if labels.dtype.kind not in "iu":
+        return np.full(len(labels), -1)
+    at = np.minimum(np.searchsorted(index, labels), len(index) - 1)
     return np.where(index[at] == labels, at, -1)
 
 # %% ../nbs/01a_business_preprocessing.ipynb #0c88b8c1
 def _as_rules(rules):
     "The settings of the rules from settings, a dict, or None."
-    if rules is None: return RuleSettings()
-    if not isinstance(rules, dict): return rules
+    if rules is None:
+        return RuleSettings()
+    if not isinstance(rules, dict):
+        return rules
     if unknown := set(rules) - set(RuleSettings.model_fields):
-        raise AerecError(f'no rule named {", ".join(sorted(unknown))}: the settings of rules are {", ".join(RuleSettings.model_fields)}')
-    try: return RuleSettings(**rules)
-    except ValueError as e: raise AerecError(f'rules: {e.errors()[0]["loc"][0]}: {e.errors()[0]["msg"]}') from None
+        raise AerecError(
+            f"no rule named {', '.join(sorted(unknown))}: the settings of rules are {', '.join(RuleSettings.model_fields)}"
+        )
+    try:
+        return RuleSettings(**rules)
+    except ValueError as e:
+        raise AerecError(f"rules: {e.errors()[0]['loc'][0]}: {e.errors()[0]['msg']}") from None
 
-_LISTS = dict(excluded_users='user_id', excluded_items='item_id')
+
+_LISTS = dict(excluded_users="user_id", excluded_items="item_id")
+
 
 def _knobs(rules):
     "The settings of the rules by name, the ids of list files with the others."
     found, files = {name: getattr(rules, name) for name in RuleSettings.model_fields}, _list_files(rules)
-    return found | {name: [*found[name], *read_ids(path, _LISTS[name], f'rules.{name}_file')] for name, path in files.items()}
+    return found | {
+        name: [*found[name], *read_ids(path, _LISTS[name], f"rules.{name}_file")] for name, path in files.items()
+    }
+
 
 def _list_files(rules):
     "The list files that are set; a relative path is taken from the project's folder."
-    return {name: project_dir()/Path(path).expanduser() for name in _LISTS if (path := getattr(rules, f'{name}_file'))}
+    return {
+        name: project_dir() / Path(path).expanduser() for name in _LISTS if (path := getattr(rules, f"{name}_file"))
+    }
+
 
 def _steps(rules, knobs, elsewhere=False):
     "Name, function and arguments of each rule, in order."
     found = [(name, find_rule(name, elsewhere)) for name in rules.rules]
-    return [(name, function, _arguments(name, function, knobs, rules.rule_options.get(name, {}))) for name, function in found]
+    return [
+        (name, function, _arguments(name, function, knobs, rules.rule_options.get(name, {})))
+        for name, function in found
+    ]
 
 # %% ../nbs/01a_business_preprocessing.ipynb #d1a76edc
-SCALES = {name: (low, 5.) for name, low in (('ml-latest-small', .5), ('ml-100k', 1.), ('ml-1m', 1.), ('ml-20m', .5), ('ml-25m', .5), ('ml-32m', .5), ('sample', .5))}
+SCALES = {
+    name: (low, 5.0)
+    for name, low in (
+        ("ml-latest-small", 0.5),
+        ("ml-100k", 1.0),
+        ("ml-1m", 1.0),
+        ("ml-20m", 0.5),
+        ("ml-25m", 0.5),
+        ("ml-32m", 0.5),
+        ("sample", 0.5),
+    )
+}
+
 
 def check_source(
-    rules, # settings.rules
-    source: dict, # what is known of the data: feedback, scale (None without ratings), has_times
+    rules,  # settings.rules
+    source: dict,  # what is known of the data: feedback, scale (None without ratings), has_times
 ) -> None:
     "Refuse rules that such data cannot satisfy; raises `AerecError`."
-    if 'positive_threshold' in rules.rules: _threshold(rules.positive_threshold, source['feedback'], source['scale'])
-    needs = dict(time_from='times', time_to='times', bot_interactions='times', half_life_days='times', weight_by_rating='ratings')
-    there = dict(times=source['has_times'], ratings=source['feedback'] == 'explicit')
+    if "positive_threshold" in rules.rules:
+        _threshold(rules.positive_threshold, source["feedback"], source["scale"])
+    needs = dict(
+        time_from="times", time_to="times", bot_interactions="times", half_life_days="times", weight_by_rating="ratings"
+    )
+    there = dict(times=source["has_times"], ratings=source["feedback"] == "explicit")
     for knob, what in needs.items():
-        if getattr(rules, knob) and not there[what]: raise AerecError(f"{knob} needs {what}, and these data have none ({source['feedback']} feedback): leave it out")
+        if getattr(rules, knob) and not there[what]:
+            raise AerecError(
+                f"{knob} needs {what}, and these data have none ({source['feedback']} feedback): leave it out"
+            )
+
 
 def check_rules(
-    settings, # from `load_settings`
-    elsewhere: bool = False, # will the stage run in another process?
+    settings,  # from `load_settings`
+    elsewhere: bool = False,  # will the stage run in another process?
 ) -> None:
     "Refuse unknown rules, wrong options, list files that cannot be read, and a threshold off a scale that is known; raises `AerecError`."
     rules = settings.rules
     _steps(rules, _knobs(rules) | dict(scale=None), elsewhere)
-    if settings.data.source in SCALES and settings.data.on_duplicate != 'sum':
-        check_source(rules, dict(feedback='explicit', scale=SCALES[settings.data.source], has_times=True))
+    if settings.data.source in SCALES and settings.data.on_duplicate != "sum":
+        check_source(rules, dict(feedback="explicit", scale=SCALES[settings.data.source], has_times=True))
 
 # %% ../nbs/01a_business_preprocessing.ipynb #2fa48c54
 def rule_files(
-    settings, # from `load_settings`
-) -> dict: # label -> sha256
+    settings,  # from `load_settings`
+) -> dict:  # label -> sha256
     "What the stage depends on outside the run: list files, files of rules, and rules that somebody registered."
     rules = settings.rules
-    listed = {f'{name}_file': sha256_file(path) for name, path in _list_files(rules).items() if path.is_file()}
-    own = {name: sha256_file(own_file(name, 'rules.rules')) for name in rules.rules if ':' in name}
-    return listed | own | {name: _source_hash(RULES[name]) for name in rules.rules if name in RULES and not _is_ours(RULES[name])}
+    listed = {f"{name}_file": sha256_file(path) for name, path in _list_files(rules).items() if path.is_file()}
+    own = {name: sha256_file(own_file(name, "rules.rules")) for name in rules.rules if ":" in name}
+    return (
+        listed
+        | own
+        | {name: _source_hash(RULES[name]) for name in rules.rules if name in RULES and not _is_ours(RULES[name])}
+    )
+
 
 def _source_hash(function):
     "Hash of a function's source, or of its code where there is no source."
-    try: return sha256_bytes(inspect.getsource(function).encode())
-    except (OSError, TypeError): return sha256_bytes(repr((function.__code__.co_code, function.__code__.co_names, function.__code__.co_varnames)).encode())
+    try:
+        return sha256_bytes(inspect.getsource(function).encode())
+    except (OSError, TypeError):
+        return sha256_bytes(
+            repr((function.__code__.co_code, function.__code__.co_names, function.__code__.co_varnames)).encode()
+        )
 
 # %% ../nbs/01a_business_preprocessing.ipynb #c7b5cfdb
 @dataclass
 class RuleResult:
     "What the rules made of the ratings."
-    interactions: pd.DataFrame # user_id, item_id, interaction, weight (, timestamp), in the order of the ratings
-    report: pd.DataFrame       # the waterfall: a row a rule
-    dropped: pd.DataFrame      # user_id, item_id, row (position in the ratings), rule: every row that went, once
-    negatives: pd.DataFrame    # user_id, item_id: rated below the threshold by users who are still there
+
+    interactions: pd.DataFrame  # user_id, item_id, interaction, weight (, timestamp), in the order of the ratings
+    report: pd.DataFrame  # the waterfall: a row a rule
+    dropped: pd.DataFrame  # user_id, item_id, row (position in the ratings), rule: every row that went, once
+    negatives: pd.DataFrame  # user_id, item_id: rated below the threshold by users who are still there
 
 # %% ../nbs/01a_business_preprocessing.ipynb #f21bf14e
 @dataclass
 class _Step:
     "What is left after a rule, and which rows it dropped."
+
     rule: str
-    left: pd.DataFrame    # rows that are left, by their position in the ratings
-    dropped: np.ndarray   # positions
-    negative: bool        # are the dropped ones explicit dislikes?
+    left: pd.DataFrame  # rows that are left, by their position in the ratings
+    dropped: np.ndarray  # positions
+    negative: bool  # are the dropped ones explicit dislikes?
     verdict: Verdict
-    reweighed: bool       # did it change weights?
+    reweighed: bool  # did it change weights?
+
 
 def _walk(ratings, rules, scale):
     "Apply one rule after the other and yield what each leaves; rules that are off are passed over."
     steps = _steps(rules, _knobs(rules) | dict(scale=scale))
     left = ratings.reset_index(drop=True)
-    left = left.assign(weight=(left['count'] if 'count' in left else left.weight if 'weight' in left else pd.Series(1, left.index)).astype(np.float32))
-    yield _Step('ratings', left, np.array([], np.int64), False, Verdict(None, 'as imported'), False)
+    left = left.assign(
+        weight=(
+            left["count"] if "count" in left else left.weight if "weight" in left else pd.Series(1, left.index)
+        ).astype(np.float32)
+    )
+    yield _Step("ratings", left, np.array([], np.int64), False, Verdict(None, "as imported"), False)
     for name, function, arguments in steps:
         said = _ask(name, function, arguments, left)
-        if isinstance(said, str) and said == OFF: continue
-        if not hasattr(said, 'rows'): said = Verdict(said, ', '.join(f'{k} {v}' for k, v in arguments.items()))
+        if isinstance(said, str) and said == OFF:
+            continue
+        if not hasattr(said, "rows"):
+            said = Verdict(said, ", ".join(f"{k} {v}" for k, v in arguments.items()))
         before, left = left, _kept_rows(name, said.rows, left)
-        reweighed = isinstance(said.rows, pd.DataFrame) and bool((left.weight.to_numpy() != before.weight.loc[left.index].to_numpy()).any())
-        yield _Step(name, left, _gone(before.index.to_numpy(), left.index.to_numpy(), len(ratings)), getattr(function, 'negatives', False), said, reweighed)
+        reweighed = isinstance(said.rows, pd.DataFrame) and bool(
+            (left.weight.to_numpy() != before.weight.loc[left.index].to_numpy()).any()
+        )
+        yield _Step(
+            name,
+            left,
+            _gone(before.index.to_numpy(), left.index.to_numpy(), len(ratings)),
+            getattr(function, "negatives", False),
+            said,
+            reweighed,
+        )
+
 
 def _gone(before, after, n):
     "Positions that are no longer there."
-    there = np.zeros(n, bool); there[after] = True
+    there = np.zeros(n, bool)
+    there[after] = True
     return before[~there[before]]
+
 
 def _ask(name, function, arguments, left):
     "A rule's answer; what it raises becomes one line that names it."
-    try: return function(left.copy(deep=False), **arguments)
-    except AerecError: raise
-    except Exception as e: raise AerecError(f'rule {name} failed: {exception_line(e, inspect.getsourcefile(function) if inspect.isfunction(function) else None)}') from e
+    try:
+        return function(left.copy(deep=False), **arguments)
+    except AerecError:
+        raise
+    except Exception as e:
+        raise AerecError(
+            f"rule {name} failed: {exception_line(e, inspect.getsourcefile(function) if inspect.isfunction(function) else None)}"
+        ) from e
+
 
 def _check_frame(ratings, rules):
     "The scale of the ratings, after a look at whether the rules fit them."
-    if not len(ratings): raise AerecError('there are no ratings: the table is empty')
-    for column in ('user_id', 'item_id'):
-        if column not in ratings: raise AerecError(f'no column {column} among {list(ratings)}: load the table with data_import.load_ratings')
-        if n := int(ratings[column].isna().sum()): raise AerecError(f'{column} is missing in {n:,} rows: fill it or drop them')
-    scale = (float(ratings.rating.min()), float(ratings.rating.max())) if 'rating' in ratings else None
-    check_source(rules, dict(feedback=feedback_of(ratings), scale=scale, has_times='timestamp' in ratings))
+    if not len(ratings):
+        raise AerecError("there are no ratings: the table is empty")
+    for column in ("user_id", "item_id"):
+        if column not in ratings:
+            raise AerecError(f"no column {column} among {list(ratings)}: load the table with data_import.load_ratings")
+        if n := int(ratings[column].isna().sum()):
+            raise AerecError(f"{column} is missing in {n:,} rows: fill it or drop them")
+    scale = (float(ratings.rating.min()), float(ratings.rating.max())) if "rating" in ratings else None
+    check_source(rules, dict(feedback=feedback_of(ratings), scale=scale, has_times="timestamp" in ratings))
     return scale
 
 # %% ../nbs/01a_business_preprocessing.ipynb #8b9fa780
@@ -518,18 +716,44 @@ def _cascade(ratings, rules, tolerant=False):
     n, report, gone, before = len(ratings), [], [], {}
     for step in _walk(ratings, rules, scale):
         rows = step.left.index.to_numpy()
-        now = dict(rows=len(rows), users=_distinct(users, rows), items=_distinct(items, rows)) if len(step.dropped) or not report else before
-        note, mean = step.verdict.note, float(step.left.weight.to_numpy().mean(dtype=np.float64)) if len(rows) else 0.
-        if step.reweighed: note = f'{note}; '*bool(note) + f"{'weights only: ' if not len(step.dropped) else ''}mean weight {mean:.4g}, was {report[-1]['mean_weight']:.4g}"
-        report.append(dict(rule=step.rule, setting=step.verdict.setting, dropped=len(step.dropped), dropped_share=len(step.dropped)/n, kept=len(rows), kept_share=len(rows)/n,
-                           users=now['users'], items=now['items'], note=note, **{f'{k}_before': v for k, v in (before or now).items()}, mean_weight=mean, warn=step.verdict.warn))
+        now = (
+            dict(rows=len(rows), users=_distinct(users, rows), items=_distinct(items, rows))
+            if len(step.dropped) or not report
+            else before
+        )
+        note, mean = step.verdict.note, float(step.left.weight.to_numpy().mean(dtype=np.float64)) if len(rows) else 0.0
+        if step.reweighed:
+            note = (
+                f"{note}; " * bool(note)
+                + f"{'weights only: ' if not len(step.dropped) else ''}mean weight {mean:.4g}, was {report[-1]['mean_weight']:.4g}"
+            )
+        report.append(
+            dict(
+                rule=step.rule,
+                setting=step.verdict.setting,
+                dropped=len(step.dropped),
+                dropped_share=len(step.dropped) / n,
+                kept=len(rows),
+                kept_share=len(rows) / n,
+                users=now["users"],
+                items=now["items"],
+                note=note,
+                **{f"{k}_before": v for k, v in (before or now).items()},
+                mean_weight=mean,
+                warn=step.verdict.warn,
+            )
+        )
         gone.append((step.rule, step.dropped, step.negative))
         before = now
         if not len(rows):
-            if tolerant: break
-            why = f' ({note})' if note else ''
-            raise AerecError(f'the rules leave no interactions: {step.rule} ({step.verdict.setting}) dropped the last {len(step.dropped):,} rows{why}; loosen it')
+            if tolerant:
+                break
+            why = f" ({note})" if note else ""
+            raise AerecError(
+                f"the rules leave no interactions: {step.rule} ({step.verdict.setting}) dropped the last {len(step.dropped):,} rows{why}; loosen it"
+            )
     return pd.DataFrame(report), step.left, gone, users, items
+
 
 def _distinct(codes, rows):
     "How many ids occur in some rows."
@@ -537,143 +761,208 @@ def _distinct(codes, rows):
 
 # %% ../nbs/01a_business_preprocessing.ipynb #62620d45
 def run_rules(
-    ratings: pd.DataFrame, # user_id, item_id (, rating or count) (, timestamp); ids may be categorical
-    rules = None, # settings.rules, or a dict of some of its names; None: the defaults
-) -> RuleResult: # interactions, waterfall, every dropped row with its rule, explicit negatives
+    ratings: pd.DataFrame,  # user_id, item_id (, rating or count) (, timestamp); ids may be categorical
+    rules=None,  # settings.rules, or a dict of some of its names; None: the defaults
+) -> RuleResult:  # interactions, waterfall, every dropped row with its rule, explicit negatives
     "Drop what the rules say, in their order, and account for every row."
     report, left, gone, users, items = _cascade(ratings, _as_rules(rules))
     rows = np.concatenate([positions for _, positions, _ in gone])
-    rule = pd.Categorical.from_codes(np.repeat(np.arange(len(gone)-1), [len(p) for _, p, _ in gone[1:]]), [name for name, *_ in gone[1:]])
-    dropped = ratings[['user_id', 'item_id']].iloc[rows].reset_index(drop=True).assign(row=rows, rule=rule)
-    disliked = np.sort(np.concatenate([np.array([], np.int64), *(positions for _, positions, negative in gone if negative)]))
+    rule = pd.Categorical.from_codes(
+        np.repeat(np.arange(len(gone) - 1), [len(p) for _, p, _ in gone[1:]]), [name for name, *_ in gone[1:]]
+    )
+    dropped = ratings[["user_id", "item_id"]].iloc[rows].reset_index(drop=True).assign(row=rows, rule=rule)
+    disliked = np.sort(
+        np.concatenate([np.array([], np.int64), *(positions for _, positions, negative in gone if negative)])
+    )
     disliked = _only_disliked(users, items, disliked, left.index.to_numpy())
-    return RuleResult(_interactions(left), report, dropped, ratings[['user_id', 'item_id']].iloc[disliked].reset_index(drop=True))
+    return RuleResult(
+        _interactions(left), report, dropped, ratings[["user_id", "item_id"]].iloc[disliked].reset_index(drop=True)
+    )
+
 
 def _only_disliked(users, items, disliked, left):
     "Rows of users who are still there, each pair once, none that is an interaction as well."
     present = np.bincount(users[0][left], minlength=len(users[1])) > 0
     disliked = disliked[present[users[0][disliked]]]
-    pair = lambda rows: users[0][rows].astype(np.int64)*len(items[1]) + items[0][rows]
+    pair = lambda rows: users[0][rows].astype(np.int64) * len(items[1]) + items[0][rows]
     wanted, liked = pair(disliked), pair(left)
-    if not _repeats(np.concatenate([wanted, liked])): return disliked
+    if not _repeats(np.concatenate([wanted, liked])):
+        return disliked
     return disliked[~np.isin(wanted, liked) & ~pd.Series(wanted).duplicated().to_numpy()]
+
 
 def _interactions(left):
     "Rows that are left as interactions."
-    out = left[['user_id', 'item_id']].assign(interaction=np.int8(1), weight=left.weight)
-    return (out.assign(timestamp=left.timestamp) if 'timestamp' in left else out).reset_index(drop=True)
+    out = left[["user_id", "item_id"]].assign(interaction=np.int8(1), weight=left.weight)
+    return (out.assign(timestamp=left.timestamp) if "timestamp" in left else out).reset_index(drop=True)
 
 # %% ../nbs/01a_business_preprocessing.ipynb #1cc67bfa
 def apply_rules(
-    ratings: pd.DataFrame, # user_id, item_id (, rating or count) (, timestamp)
-    rules = None, # settings.rules, or a dict of some of its names; None: the defaults
-) -> tuple: # (interactions: user_id, item_id, interaction, weight (, timestamp); report: a row a rule)
+    ratings: pd.DataFrame,  # user_id, item_id (, rating or count) (, timestamp)
+    rules=None,  # settings.rules, or a dict of some of its names; None: the defaults
+) -> tuple:  # (interactions: user_id, item_id, interaction, weight (, timestamp); report: a row a rule)
     "Drop what the rules say, in their order, and report how much each dropped."
     result = run_rules(ratings, rules)
     return result.interactions, result.report
 
+
 def preview_rules(
-    ratings: pd.DataFrame, # user_id, item_id (, rating or count) (, timestamp)
-    rules = None, # settings.rules, or a dict of some of its names; None: the defaults
-) -> pd.DataFrame: # the waterfall: a row a rule, down to the one that leaves nothing, if there is one
+    ratings: pd.DataFrame,  # user_id, item_id (, rating or count) (, timestamp)
+    rules=None,  # settings.rules, or a dict of some of its names; None: the defaults
+) -> pd.DataFrame:  # the waterfall: a row a rule, down to the one that leaves nothing, if there is one
     "What the rules would drop; unlike `apply_rules` it also shows which one is too strict."
     return _cascade(ratings, _as_rules(rules), tolerant=True)[0]
 
 # %% ../nbs/01a_business_preprocessing.ipynb #6e3a121b
 def waterfall_table(
-    report: pd.DataFrame, # from `run_rules`, `apply_rules` or `preview_rules`
-): # -> pandas Styler, which a notebook shows as a table
+    report: pd.DataFrame,  # from `run_rules`, `apply_rules` or `preview_rules`
+):  # -> pandas Styler, which a notebook shows as a table
     "The waterfall as people read it: rows, users and items before and after each rule."
-    columns = {('', 'setting'): report.setting, ('rows', 'before'): report.rows_before, ('rows', 'dropped'): report.dropped, ('rows', 'after'): report.kept,
-               ('rows', 'share dropped'): report.dropped_share, ('rows', 'share left'): report.kept_share, ('users', 'before'): report.users_before,
-               ('users', 'after'): report.users, ('items', 'before'): report.items_before, ('items', 'after'): report['items'], (' ', 'note'): report.note}
+    columns = {
+        ("", "setting"): report.setting,
+        ("rows", "before"): report.rows_before,
+        ("rows", "dropped"): report.dropped,
+        ("rows", "after"): report.kept,
+        ("rows", "share dropped"): report.dropped_share,
+        ("rows", "share left"): report.kept_share,
+        ("users", "before"): report.users_before,
+        ("users", "after"): report.users,
+        ("items", "before"): report.items_before,
+        ("items", "after"): report["items"],
+        (" ", "note"): report.note,
+    }
     table = pd.DataFrame(columns).set_axis(report.rule.rename(None))
-    return table.style.format(thousands=',', precision=6, escape='html').set_properties(subset=[('', 'setting'), (' ', 'note')], **{'text-align': 'left'})
+    return table.style.format(thousands=",", precision=6, escape="html").set_properties(
+        subset=[("", "setting"), (" ", "note")], **{"text-align": "left"}
+    )
 
 # %% ../nbs/01a_business_preprocessing.ipynb #459000d2
 def plot_waterfall(
-    report: pd.DataFrame, # from `run_rules`, `apply_rules` or `preview_rules`
+    report: pd.DataFrame,  # from `run_rules`, `apply_rules` or `preview_rules`
 ) -> plt.Figure:
     "How many rows, users and items there were, what each rule dropped, and what is left."
-    labels = ['as imported', *(f'{r.rule}\n{r.setting}' for r in report[1:].itertuples()), 'interactions']
+    labels = ["as imported", *(f"{r.rule}\n{r.setting}" for r in report[1:].itertuples()), "interactions"]
     y = np.arange(len(labels))
-    fig, axes = plt.subplots(1, 3, figsize=(11, 1.2+.44*len(labels)), sharey=True, width_ratios=(2, 1, 1), layout='constrained')
-    for ax, what, before, after in zip(axes, ('rows', 'users', 'items'), ('rows_before', 'users_before', 'items_before'), ('kept', 'users', 'items')):
-        level, dropped = report[after].to_numpy(), (report[before]-report[after]).to_numpy()
-        ax.barh(y[[0, -1]], level[[0, -1]], color='#0072B2', height=.7)
-        ax.barh(y[1:-1], level[1:], color='#0072B2', alpha=.25, height=.7)
-        ax.barh(y[1:-1], dropped[1:], left=level[1:], color='#D55E00', height=.7)
+    fig, axes = plt.subplots(
+        1, 3, figsize=(11, 1.2 + 0.44 * len(labels)), sharey=True, width_ratios=(2, 1, 1), layout="constrained"
+    )
+    for ax, what, before, after in zip(
+        axes, ("rows", "users", "items"), ("rows_before", "users_before", "items_before"), ("kept", "users", "items")
+    ):
+        level, dropped = report[after].to_numpy(), (report[before] - report[after]).to_numpy()
+        ax.barh(y[[0, -1]], level[[0, -1]], color="#0072B2", height=0.7)
+        ax.barh(y[1:-1], level[1:], color="#0072B2", alpha=0.25, height=0.7)
+        ax.barh(y[1:-1], dropped[1:], left=level[1:], color="#D55E00", height=0.7)
         for at, value, lost in zip(y, [*level, level[-1]], [*dropped, 0]):
-            said = f'{value:,}' if at == 0 else f'{value:,} ({value/level[0]:.1%})' if at == y[-1] else f'-{lost:,} ({lost/level[0]:.1%})' if lost else '0'
-            if what == 'rows' and at < y[-1] and 'mean weight' in report.note[at]: said = f'{said}, mean weight {report.mean_weight[at]:.3g}'
-            ax.annotate(said, (value+lost, at), xytext=(4, 0), textcoords='offset points', va='center', fontsize=8.5)
-        ax.set(title=what, xlabel=what, xlim=(0, (1.4 if what == 'rows' else 1.6)*level[0]))
-        ax.xaxis.set_major_locator(plt.MaxNLocator(4 if what == 'rows' else 3, integer=True)); ax.xaxis.set_major_formatter('{x:,.0f}')
-        ax.spines[['top', 'right']].set_visible(False)
+            said = (
+                f"{value:,}"
+                if at == 0
+                else f"{value:,} ({value / level[0]:.1%})"
+                if at == y[-1]
+                else f"-{lost:,} ({lost / level[0]:.1%})"
+                if lost
+                else "0"
+            )
+            if what == "rows" and at < y[-1] and "mean weight" in report.note[at]:
+                said = f"{said}, mean weight {report.mean_weight[at]:.3g}"
+            ax.annotate(said, (value + lost, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        ax.set(title=what, xlabel=what, xlim=(0, (1.4 if what == "rows" else 1.6) * level[0]))
+        ax.xaxis.set_major_locator(plt.MaxNLocator(4 if what == "rows" else 3, integer=True))
+        ax.xaxis.set_major_formatter("{x:,.0f}")
+        ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(y, labels, fontsize=8.5)
     axes[0].invert_yaxis()
-    fig.suptitle('What each rule dropped, and its share of what was imported')
+    fig.suptitle("What each rule dropped, and its share of what was imported")
     plt.close(fig)
     return fig
 
 # %% ../nbs/01a_business_preprocessing.ipynb #7290dcac
 def build_business_preprocessing(
-    run, # reads settings rules
-    folder: Path, # where to write
-) -> dict: # metrics for the manifest
+    run,  # reads settings rules
+    folder: Path,  # where to write
+) -> dict:  # metrics for the manifest
     "Apply the configured rules: interactions.parquet, waterfall.parquet, dropped.parquet, negatives.parquet, rules.json."
-    source, ratings = _imported(run.need('data_import'), run.settings.rules)
+    source, ratings = _imported(run.need("data_import"), run.settings.rules)
     result = on_engine(run.settings, run_rules)(ratings, run.settings.rules)
-    for name, frame in (('interactions', result.interactions), ('waterfall', result.report), ('dropped', result.dropped), ('negatives', result.negatives)):
-        write_parquet(folder/f'{name}.parquet', frame)
+    for name, frame in (
+        ("interactions", result.interactions),
+        ("waterfall", result.report),
+        ("dropped", result.dropped),
+        ("negatives", result.negatives),
+    ):
+        write_parquet(folder / f"{name}.parquet", frame)
     rules, last = run.settings.rules, result.report.iloc[-1]
-    threshold = _threshold(rules.positive_threshold, source['feedback'], source['scale']) if 'positive_threshold' in rules.rules else None
-    write_json(folder/'rules.json', rules.model_dump(mode='json') | dict(threshold=threshold))
-    return dict(interactions=len(result.interactions), kept_share=len(result.interactions)/len(ratings), users=int(last.users), items=int(last['items']),
-                negatives=len(result.negatives), mean_weight=last.mean_weight)
+    threshold = (
+        _threshold(rules.positive_threshold, source["feedback"], source["scale"])
+        if "positive_threshold" in rules.rules
+        else None
+    )
+    write_json(folder / "rules.json", rules.model_dump(mode="json") | dict(threshold=threshold))
+    return dict(
+        interactions=len(result.interactions),
+        kept_share=len(result.interactions) / len(ratings),
+        users=int(last.users),
+        items=int(last["items"]),
+        negatives=len(result.negatives),
+        mean_weight=last.mean_weight,
+    )
+
 
 def _imported(folder, rules):
     "What is known of the data, and, if the rules fit it, the data."
-    source = read_json(folder/'source.json')
+    source = read_json(folder / "source.json")
     check_source(rules, source)
-    return source, pd.read_parquet(folder/'ratings.parquet')
+    return source, pd.read_parquet(folder / "ratings.parquet")
+
 
 def describe_rules(
-    folder: Path, # artifact of this stage
-) -> str: # one line, or more where something needs a look
+    folder: Path,  # artifact of this stage
+) -> str:  # one line, or more where something needs a look
     "How many interactions the rules left; warnings, if there are any."
     folder = Path(folder)
-    report, threshold, n = pd.read_parquet(folder/'waterfall.parquet'), read_json(folder/'rules.json')['threshold'], len(pd.read_parquet(folder/'negatives.parquet', columns=['item_id']))
-    said = (f'a rating of at least {threshold:g} counts; {n:,} lower ones are kept to be excluded from recommendations' if threshold is not None else 'every row counts')
-    return _summary(report, 'are interactions', said)
+    report, threshold, n = (
+        pd.read_parquet(folder / "waterfall.parquet"),
+        read_json(folder / "rules.json")["threshold"],
+        len(pd.read_parquet(folder / "negatives.parquet", columns=["item_id"])),
+    )
+    said = (
+        f"a rating of at least {threshold:g} counts; {n:,} lower ones are kept to be excluded from recommendations"
+        if threshold is not None
+        else "every row counts"
+    )
+    return _summary(report, "are interactions", said)
+
 
 def _summary(report, are, said):
     "The first line, and a line for every note that deserves a look."
     last = report.iloc[-1]
-    lines = [f'{last.kept:,} of {report.kept[0]:,} rows {are} ({last.kept_share:.6f}); {said}']
-    return '\n'.join(lines + [f'warning: {r.rule}: {r.note}' for r in report.itertuples() if r.warn])
+    lines = [f"{last.kept:,} of {report.kept[0]:,} rows {are} ({last.kept_share:.6f}); {said}"]
+    return "\n".join(lines + [f"warning: {r.rule}: {r.note}" for r in report.itertuples() if r.warn])
 
 # %% ../nbs/01a_business_preprocessing.ipynb #e12f1137
 def preview_stage(
-    run, # from `open_run`; nothing is written there
-) -> pd.DataFrame: # the waterfall
+    run,  # from `open_run`; nothing is written there
+) -> pd.DataFrame:  # the waterfall
     "What the configured rules would drop from the configured data."
     check_rules(run.settings)
     with tempfile.TemporaryDirectory() as folder:
-        imported = Run(Path(folder)/'dry_run', run.settings, run.overrides).ensure('data_import')
+        imported = Run(Path(folder) / "dry_run", run.settings, run.overrides).ensure("data_import")
         return preview_rules(_imported(imported, run.settings.rules)[1], run.settings.rules)
 
+
 def describe_preview(
-    report: pd.DataFrame, # from `preview_stage`
-) -> str: # one line, or more where something needs a look
+    report: pd.DataFrame,  # from `preview_stage`
+) -> str:  # one line, or more where something needs a look
     "What a dry run found."
-    return _summary(report, 'would be interactions', 'this was a dry run, nothing is written')
+    return _summary(report, "would be interactions", "this was a dry run, nothing is written")
+
 
 def is_on(
-    value, # a flag as papermill brings it: True, False, or text
-    name: str = 'dry_run', # of the parameter, for the error
+    value,  # a flag as papermill brings it: True, False, or text
+    name: str = "dry_run",  # of the parameter, for the error
 ) -> bool:
     "A flag; raises `AerecError` for what is none."
     word = str(value).lower()
-    if word not in ('true', 'false', '1', '0'): raise AerecError(f'{name} is {value!r}: set it to True or False')
-    return word in ('true', '1')
+    if word not in ("true", "false", "1", "0"):
+        raise AerecError(f"{name} is {value!r}: set it to True or False")
+    return word in ("true", "1")

@@ -23,65 +23,86 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 import matplotlib.pyplot as plt
 import pandas as pd
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
 
 # %% ../nbs/00_configuration.ipynb #615aed1a
 class AerecError(ValueError):
     "A user's mistake, said in one line: what, where, and what to do."
-    def _render_traceback_(self): return [f'AerecError: {self}']
+
+    def _render_traceback_(self):
+        return [f"AerecError: {self}"]
 
 # %% ../nbs/00_configuration.ipynb #cddb5b69
-def _unknown(what:str, name:str, valid) -> AerecError:
+def _unknown(what: str, name: str, valid) -> AerecError:
     "The error for a name that is not among `valid`, with the nearest one suggested."
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ''
+    hint = f"did you mean '{near[0]}'? " if near else ""
     return AerecError(f"unknown {what} '{name}': {hint}valid names are {', '.join(valid)}")
 
 # %% ../nbs/00_configuration.ipynb #950794ae
-def _assigned(source:str) -> list:
+def _assigned(source: str) -> list:
     "Names that a cell assigns at its top level."
     found = []
     for node in ast.parse(source).body:
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
+        targets = (
+            [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
+        )
         found += [t.id for t in targets if isinstance(t, ast.Name)]
     return found
 
 # %% ../nbs/00_configuration.ipynb #54470127
-def check_parameters(cells:list # IPython's `In`: the sources of the cells executed so far
-                    ) -> None:
+def check_parameters(
+    cells: list,  # IPython's `In`: the sources of the cells executed so far
+) -> None:
     "Refuse parameters that papermill injected and the parameters cell does not have; raises `AerecError`."
-    injected = [i for i,source in enumerate(cells) if source.lstrip().startswith('# Parameters')]
-    if not injected: return
-    valid = _assigned(cells[injected[-1]-1])
+    injected = [i for i, source in enumerate(cells) if source.lstrip().startswith("# Parameters")]
+    if not injected:
+        return
+    valid = _assigned(cells[injected[-1] - 1])
     for name in _assigned(cells[injected[-1]]):
-        if name not in valid: raise _unknown('parameter', name, valid)
+        if name not in valid:
+            raise _unknown("parameter", name, valid)
 
 # %% ../nbs/00_configuration.ipynb #111a35b7
-def _is_project(folder:Path) -> bool:
+def _is_project(folder: Path) -> bool:
     "Does `folder` hold a settings.ini that names aerec_nb?"
-    ini = ConfigParser(delimiters=['='])
-    try: return bool(ini.read(folder/'settings.ini', encoding='utf-8')) and ini['DEFAULT'].get('lib_name') == 'aerec_nb'
-    except (ConfigError, OSError): return False
+    ini = ConfigParser(delimiters=["="])
+    try:
+        return (
+            bool(ini.read(folder / "settings.ini", encoding="utf-8")) and ini["DEFAULT"].get("lib_name") == "aerec_nb"
+        )
+    except (ConfigError, OSError):
+        return False
 
 # %% ../nbs/00_configuration.ipynb #d16ebb35
-def project_dir() -> Path: # absolute path of the project's root, or the working folder where there is no project
+def project_dir() -> Path:  # absolute path of the project's root, or the working folder where there is no project
     "Find the project's root from anywhere; raises `AerecError` if AEREC_PROJECT is not a folder."
-    named = os.environ.get('AEREC_PROJECT')
+    named = os.environ.get("AEREC_PROJECT")
     if named:
-        if not Path(named).is_dir(): raise AerecError(f'AEREC_PROJECT: {named} is not a folder; set it to the project, or unset it')
+        if not Path(named).is_dir():
+            raise AerecError(f"AEREC_PROJECT: {named} is not a folder; set it to the project, or unset it")
         return Path(named).resolve()
     here = Path.cwd()
-    package = importlib.util.find_spec('aerec_nb')
+    package = importlib.util.find_spec("aerec_nb")
     beside = [Path(package.origin).parent.parent] if package and package.origin else []
     return next((p for p in [here, *here.parents, *beside] if _is_project(p)), here)
 
 # %% ../nbs/00_configuration.ipynb #cfdfbd5b
-_IDENTIFIER = '[A-Za-z_][A-Za-z0-9_]{0,99}'
-_REGISTERED_NAME = re.compile('[a-z][a-z0-9_]{0,99}')
-_PLUGIN_NAME = re.compile(rf'{_IDENTIFIER}(\.{_IDENTIFIER}){{0,9}}:{_IDENTIFIER}')
+_IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]{0,99}"
+_REGISTERED_NAME = re.compile("[a-z][a-z0-9_]{0,99}")
+_PLUGIN_NAME = re.compile(rf"{_IDENTIFIER}(\.{_IDENTIFIER}){{0,9}}:{_IDENTIFIER}")
 
 
 def check_name(
@@ -92,7 +113,7 @@ def check_name(
     if isinstance(name, str) and (_REGISTERED_NAME.fullmatch(name) or _PLUGIN_NAME.fullmatch(name)):
         return name
     raise AerecError(
-        f'{what} {ascii(name)[:80]}: a name has small letters, digits and _, or is module:name with Python identifiers'
+        f"{what} {ascii(name)[:80]}: a name has small letters, digits and _, or is module:name with Python identifiers"
     )
 
 # %% ../nbs/00_configuration.ipynb #296c6d9c
@@ -100,18 +121,18 @@ def own_file(
     name: str,  # module:name
     setting: str,  # that names it, for the error
 ) -> Path:
-    "Find the file of a plugin, in the project or in an installed package, without importing anything; raises "
+    "Find the file of a plugin, in the project or in an installed package, without importing anything; raises"
     "`AerecError` where there is none."
-    module = check_name(name, setting).split(':')[0]
+    module = check_name(name, setting).split(":")[0]
     path = project_dir() / f"{module.replace('.', '/')}.py"
     if path.is_file():
         return path
-    if module.split('.')[0] in sys.stdlib_module_names:
+    if module.split(".")[0] in sys.stdlib_module_names:
         raise AerecError(
             f"{setting} names '{name}': {module} is part of Python and no plugin; put the plugin into a file of the "
             "project"
         )
-    found = _installed_file(*module.split('.'))
+    found = _installed_file(*module.split("."))
     if found is None:
         raise AerecError(
             f"{setting} names '{name}', but the project has no file {module.replace('.', '/')}.py, and there is no "
@@ -131,14 +152,14 @@ def _installed_file(
     if below:
         candidates = [Path(folder, *below) for folder in spec.submodule_search_locations or ()]
     else:
-        candidates = [Path(spec.origin).with_suffix('')] if (spec.origin or '').endswith('.py') else []
-    files = [file for c in candidates for file in (c.with_suffix('.py'), c / '__init__.py')]
+        candidates = [Path(spec.origin).with_suffix("")] if (spec.origin or "").endswith(".py") else []
+    files = [file for c in candidates for file in (c.with_suffix(".py"), c / "__init__.py")]
     return next((file for file in files if file.is_file()), None)
 
 # %% ../nbs/00_configuration.ipynb #91192854
 # Names of models may be nested in hyperparameters, whose constructors take no settings.
 # So the settings that judge plugins are those of the surrounding block.
-_JUDGE = ContextVar('judge', default=(None, False))
+_JUDGE = ContextVar("judge", default=(None, False))
 
 
 @contextmanager
@@ -171,19 +192,19 @@ def named_plugins(
         *settings.rules.rules,
         *settings.monitoring.own_monitors,
     ]
-    return {name for name in names if name and ':' in name}
+    return {name for name in names if name and ":" in name}
 
 
 def plugin_hashes(
     settings,  # from `load_settings`
 ) -> dict:  # module:name -> sha256
-    "Return the plugins that may be run, with the hashes of their files; a process that gets them as `plugins.trusted` "
+    "Return the plugins that may be run, with the hashes of their files; a process that gets them as `plugins.trusted`"
     "may run the same."
     named = (
         {}
-        if settings.env in ('stage', 'live')
+        if settings.env in ("stage", "live")
         else {
-            name: hashlib.sha256(own_file(name, 'settings').read_bytes()).hexdigest()
+            name: hashlib.sha256(own_file(name, "settings").read_bytes()).hexdigest()
             for name in named_plugins(settings)
         }
     )
@@ -210,7 +231,7 @@ def _read_plugin(
             f"{setting} names '{name}', and {path.name} has another sha256 than plugins.trusted lists: read the file, "
             f"and if you trust it, write {line}"
         )
-    if settings.env in ('stage', 'live'):
+    if settings.env in ("stage", "live"):
         raise AerecError(
             f"{setting} names '{name}', and {settings.env} runs only plugins that plugins.trusted lists: read "
             f"{path.name}, and if you trust it, write {line}"
@@ -229,14 +250,14 @@ def plugin_module(
 ) -> types.ModuleType:
     "Run the file of a plugin; raises `AerecError` where it may not or cannot be run."
     path, data = _read_plugin(name, setting)
-    module = name.split(':')[0]
+    module = name.split(":")[0]
     made = types.ModuleType(f"_aerec_own_{module.replace('.', '_')}")
     made.__file__ = str(path)
-    made.__package__ = module.rpartition('.')[0]
+    made.__package__ = module.rpartition(".")[0]
     sys.modules[made.__name__] = made
     sys.path.insert(0, str(project_dir()))
     try:
-        exec(compile(data, str(path), 'exec'), made.__dict__)
+        exec(compile(data, str(path), "exec"), made.__dict__)
     except AerecError:
         raise
     except Exception as e:
@@ -252,9 +273,9 @@ def own_object(
     name: str,  # module:name
     setting: str,  # that names it, for the error
 ):  # -> function or class
-    "Load a function or class of a plugin; raises `AerecError` where the file may not be run, cannot be run, or has no "
+    "Load a function or class of a plugin; raises `AerecError` where the file may not be run, cannot be run, or has no"
     "such name."
-    made, own = plugin_module(name, setting), name.split(':')[1]
+    made, own = plugin_module(name, setting), name.split(":")[1]
     found = getattr(made, own, None)
     if not callable(found):
         raise AerecError(f"{setting} names '{name}', but {Path(made.__file__).name} has no function or class {own}")
@@ -266,474 +287,910 @@ def exception_line(
     path: Path = None,  # file whose line is named; None: none
 ) -> str:
     "Return an exception in one line, with the line of the file where it was raised."
-    trace, line = error.__traceback__, getattr(error, 'lineno', None) if isinstance(error, SyntaxError) else None
+    trace, line = error.__traceback__, getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
     while trace is not None:
         if path is None or trace.tb_frame.f_code.co_filename == str(path):
             line = line if isinstance(error, SyntaxError) else trace.tb_lineno
         trace = trace.tb_next
     text = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
-    return f'{type(error).__name__}: {text[0] if text else ""}'.rstrip(': ') + (
-        f' (line {line})' if line and path else ''
+    return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ") + (
+        f" (line {line})" if line and path else ""
     )
 
 # %% ../nbs/00_configuration.ipynb #e9853fe7
-def _as_list(value:Any) -> Any:
+def _as_list(value: Any) -> Any:
     "Text becomes a list: JSON, or parts between commas."
-    if not isinstance(value, str): return value
+    if not isinstance(value, str):
+        return value
     text = value.strip()
-    return json.loads(text) if text.startswith('[') else [part.strip() for part in text.split(',') if part.strip()]
+    return json.loads(text) if text.startswith("[") else [part.strip() for part in text.split(",") if part.strip()]
 
-def _as_dict(value:Any) -> Any:
+
+def _as_dict(value: Any) -> Any:
     "Text becomes a dict: JSON, or `a=b` pairs between commas."
-    if not isinstance(value, str): return value
+    if not isinstance(value, str):
+        return value
     text = value.strip()
-    return json.loads(text) if text.startswith('{') else dict(pair.split('=', 1) for pair in text.split(',') if pair.strip())
+    return (
+        json.loads(text)
+        if text.startswith("{")
+        else dict(pair.split("=", 1) for pair in text.split(",") if pair.strip())
+    )
+
 
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
-Worths = Annotated[dict[str, Literal['value']|float], BeforeValidator(_as_dict)]
-Ids = Annotated[list[str|int], BeforeValidator(_as_list)]
+Worths = Annotated[dict[str, Literal["value"] | float], BeforeValidator(_as_dict)]
+Ids = Annotated[list[str | int], BeforeValidator(_as_list)]
 Lengths = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_as_list)]
 Mapping = Annotated[dict[str, str], BeforeValidator(_as_dict)]
 Secrets = Annotated[list[SecretStr], BeforeValidator(_as_list)]
 
 # %% ../nbs/00_configuration.ipynb #72407b52
-_SECRETS = [re.compile(pattern, re.IGNORECASE) for pattern in (
-    r'(?<=://)(?P<before>[^\s:/?#@]*:)(?P<secret>[^\s/?#@]+)(?=@)',
-    r'\b(?P<before>(?!https?:|ftp:)\w[\w+.-]*://[^\s:/@]*:)(?P<secret>\S+)(?=@)',
-    r'(?P<before>[?&;](?:[\w-]*(?:password|passwd|token|signature|secret|credential)|pwd|sig|api[_-]?key)=)(?P<secret>[^\s&#]+)')]
+_SECRETS = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(?<=://)(?P<before>[^\s:/?#@]*:)(?P<secret>[^\s/?#@]+)(?=@)",
+        r"\b(?P<before>(?!https?:|ftp:)\w[\w+.-]*://[^\s:/@]*:)(?P<secret>\S+)(?=@)",
+        r"(?P<before>[?&;](?:[\w-]*(?:password|passwd|token|signature|secret|credential)|pwd|sig|api[_-]?key)=)(?P<secret>[^\s&#]+)",
+    )
+]
 
 # %% ../nbs/00_configuration.ipynb #671b445f
-def hide_secrets(text:str # anything that may hold addresses
-                ) -> str: # the same with *** for passwords, tokens and signatures
+def hide_secrets(
+    text: str,  # anything that may hold addresses
+) -> str:  # the same with *** for passwords, tokens and signatures
     "Mask what is secret in addresses."
-    for pattern in _SECRETS: text = pattern.sub(r'\g<before>***', text)
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\g<before>***", text)
     return text
 
-def is_database(source:str # of data
-               ) -> bool: # a SQLAlchemy URL?
+
+def is_database(
+    source: str,  # of data
+) -> bool:  # a SQLAlchemy URL?
     "Is it the address of a database, and not of a file or a web page?"
-    return bool(re.match(r'(?!(https?|ftp|file|events):)[a-z][a-z0-9_+.-]*://', source, re.IGNORECASE))
+    return bool(re.match(r"(?!(https?|ftp|file|events):)[a-z][a-z0-9_+.-]*://", source, re.IGNORECASE))
 
 # %% ../nbs/00_configuration.ipynb #5712acec
 class Section(BaseModel):
     "A group of settings: fixed names, checked types, no changes after loading; secrets do not show."
-    model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True)
-    def __repr_args__(self): return [(name, hide_secrets(value) if isinstance(value, str) else value) for name,value in super().__repr_args__()]
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    def __repr_args__(self):
+        return [
+            (name, hide_secrets(value) if isinstance(value, str) else value) for name, value in super().__repr_args__()
+        ]
 
 # %% ../nbs/00_configuration.ipynb #92dfc805
 class RunSettings(Section):
     "What holds for a whole run."
-    random_seed: int = Field(42, ge=0, description='seed of everything that is random')
-    log_level: Literal['DEBUG', 'INFO', 'WARNING', 'ERROR'] = Field('INFO', description='how much the loggers say')
+
+    random_seed: int = Field(42, ge=0, description="seed of everything that is random")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much the loggers say")
+
 
 class PathSettings(Section):
     "Where things are kept; relative paths are relative to the project."
-    runs_dir: Path = Field(Path('runs'), description='run folders')
-    var_dir: Path = Field(Path('var'), description='stores that outlive runs: registry, bundles, event log')
-    dataset_dir: Path = Field(Path('dataset'), description="the user's own files and cached downloads")
+
+    runs_dir: Path = Field(Path("runs"), description="run folders")
+    var_dir: Path = Field(Path("var"), description="stores that outlive runs: registry, bundles, event log")
+    dataset_dir: Path = Field(Path("dataset"), description="the user's own files and cached downloads")
 
 # %% ../nbs/00_configuration.ipynb #d673165c
-def _codec(name:str):
+def _codec(name: str):
     "The codec of a name; None where there is none."
-    try: return codecs.lookup(name)
-    except (LookupError, ValueError): return None
+    try:
+        return codecs.lookup(name)
+    except (LookupError, ValueError):
+        return None
 
 # %% ../nbs/00_configuration.ipynb #995274da
 class DataSettings(Section):
     "What `01_data_import` reads."
-    source: str = Field('auto', min_length=1, description='auto, sample, events, a named set (ml-latest-small, ml-100k, ml-1m, ml-20m, ml-25m, ml-32m), or a folder, file, pattern, web address or SQLAlchemy URL')
-    query: str|None = Field(None, min_length=1, description='of a database source: a SELECT, or the name of a table; None: its table ratings, interactions, events or plays')
-    items_source: str|None = Field(None, min_length=1, description="where items are, if not beside the ratings: what source may be")
-    items_query: str|None = Field(None, min_length=1, description='of a database: a SELECT for the items, or the name of a table; None: its table movies or items')
-    event_values: Worths = Field({'rating': 'value', 'feedback': 'value', 'click': 1.}, min_length=1,
-                                 description="source events: what feedback is worth by its payload's type ('feedback' if it has none): a number, or its own 'value'")
-    columns: Mapping = Field({}, description='own column name -> user_id, item_id, rating, count, timestamp, ingested_at, title or genres')
-    encoding: str|None = Field(None, description="of text files, such as latin-1; None: the file's own mark, else UTF-8, else cp1252")
-    as_of: str|None = Field(None, description='only what was known at this moment: ISO 8601 (without a zone: UTC), or seconds since 1970')
-    on_bad: Literal['raise', 'quarantine'] = Field('raise', description='rows that cannot be used: refuse the source, or set them aside')
-    on_duplicate: Literal['last', 'first', 'max', 'mean', 'sum', 'raise'] = Field('last', description='which of several ratings of one pair counts')
-    download_timeout: float = Field(10., gt=0, description='seconds without a single byte (name look-up included) after which a download is given up')
-    max_users: int|None = Field(None, ge=1, description='take only the first so many users; None: all')
-    large_mb: float = Field(500., ge=0, description='files of more megabytes than this (as plain text) are read piece by piece, through DuckDB')
 
-    @field_validator('as_of', mode='before')
+    source: str = Field(
+        "auto",
+        min_length=1,
+        description="auto, sample, events, a named set (ml-latest-small, ml-100k, ml-1m, ml-20m, ml-25m, ml-32m), or a folder, file, pattern, web address or SQLAlchemy URL",
+    )
+    query: str | None = Field(
+        None,
+        min_length=1,
+        description="of a database source: a SELECT, or the name of a table; None: its table ratings, interactions, events or plays",
+    )
+    items_source: str | None = Field(
+        None, min_length=1, description="where items are, if not beside the ratings: what source may be"
+    )
+    items_query: str | None = Field(
+        None,
+        min_length=1,
+        description="of a database: a SELECT for the items, or the name of a table; None: its table movies or items",
+    )
+    event_values: Worths = Field(
+        {"rating": "value", "feedback": "value", "click": 1.0},
+        min_length=1,
+        description="source events: what feedback is worth by its payload's type ('feedback' if it has none): a number, or its own 'value'",
+    )
+    columns: Mapping = Field(
+        {}, description="own column name -> user_id, item_id, rating, count, timestamp, ingested_at, title or genres"
+    )
+    encoding: str | None = Field(
+        None, description="of text files, such as latin-1; None: the file's own mark, else UTF-8, else cp1252"
+    )
+    as_of: str | None = Field(
+        None, description="only what was known at this moment: ISO 8601 (without a zone: UTC), or seconds since 1970"
+    )
+    on_bad: Literal["raise", "quarantine"] = Field(
+        "raise", description="rows that cannot be used: refuse the source, or set them aside"
+    )
+    on_duplicate: Literal["last", "first", "max", "mean", "sum", "raise"] = Field(
+        "last", description="which of several ratings of one pair counts"
+    )
+    download_timeout: float = Field(
+        10.0,
+        gt=0,
+        description="seconds without a single byte (name look-up included) after which a download is given up",
+    )
+    max_users: int | None = Field(None, ge=1, description="take only the first so many users; None: all")
+    large_mb: float = Field(
+        500.0,
+        ge=0,
+        description="files of more megabytes than this (as plain text) are read piece by piece, through DuckDB",
+    )
+
+    @field_validator("as_of", mode="before")
     @classmethod
-    def _is_moment(cls, value): return _moment(value)
+    def _is_moment(cls, value):
+        return _moment(value)
 
-    @field_validator('encoding')
+    @field_validator("encoding")
     @classmethod
     def _is_encoding(cls, value):
-        if value is not None and not getattr(_codec(value), '_is_text_encoding', False):
-            raise PydanticCustomError('encoding', 'no encoding of text: give a name such as utf-8, latin-1, cp1252 or utf-16-le')
+        if value is not None and not getattr(_codec(value), "_is_text_encoding", False):
+            raise PydanticCustomError(
+                "encoding", "no encoding of text: give a name such as utf-8, latin-1, cp1252 or utf-16-le"
+            )
         return value
 
 # %% ../nbs/00_configuration.ipynb #34a29c41
-def _moment(value:Any) -> str|None:
+def _moment(value: Any) -> str | None:
     "A time as ISO 8601 text in UTC; taken as ISO 8601 (without a zone: UTC) or as seconds since 1970."
-    if value is None or isinstance(value, str) and not value.strip(): return None
+    if value is None or isinstance(value, str) and not value.strip():
+        return None
     text = value.isoformat() if isinstance(value, date) else str(value).strip()
-    try: seconds = float(text)
-    except ValueError: seconds = None
-    if seconds is not None and (re.fullmatch(r'(19|20)\d{6}', text) or not abs(seconds) < 1e11):
-        raise PydanticCustomError('moment', 'give a date as 2020-01-31, or seconds since 1970')
-    try: found = datetime.fromisoformat(text) if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
-    except (ValueError, OverflowError, OSError): raise PydanticCustomError('moment', 'this is no time: give 2020-01-31, 2020-01-31T12:00+01:00, or seconds since 1970') from None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = None
+    if seconds is not None and (re.fullmatch(r"(19|20)\d{6}", text) or not abs(seconds) < 1e11):
+        raise PydanticCustomError("moment", "give a date as 2020-01-31, or seconds since 1970")
+    try:
+        found = datetime.fromisoformat(text) if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        raise PydanticCustomError(
+            "moment", "this is no time: give 2020-01-31, 2020-01-31T12:00+01:00, or seconds since 1970"
+        ) from None
     return (found.replace(tzinfo=timezone.utc) if found.tzinfo is None else found.astimezone(timezone.utc)).isoformat()
 
-def _as_options(value:Any) -> Any:
+
+def _as_options(value: Any) -> Any:
     "Text becomes a dict by JSON; what JSON cannot say (a date of a TOML file) becomes text."
     return json.loads(value) if isinstance(value, str) else json.loads(json.dumps(value, default=str))
 
-def _as_threshold(value:Any) -> Any:
+
+def _as_threshold(value: Any) -> Any:
     "A rating as a number, or one of two words."
-    if value in ('auto', 'off'): return value
-    try: number = float(value)
-    except (TypeError, ValueError): number = None
-    if isinstance(value, bool) or number is None or number - number != 0: raise PydanticCustomError('threshold', 'give a rating, auto or off')
+    if value in ("auto", "off"):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = None
+    if isinstance(value, bool) or number is None or number - number != 0:
+        raise PydanticCustomError("threshold", "give a rating, auto or off")
     return number
 
-Moment = Annotated[str|None, BeforeValidator(_moment)]
-Threshold = Annotated[Literal['auto', 'off']|float, BeforeValidator(_as_threshold)]
+
+Moment = Annotated[str | None, BeforeValidator(_moment)]
+Threshold = Annotated[Literal["auto", "off"] | float, BeforeValidator(_as_threshold)]
 Options = Annotated[dict[str, dict[str, Any]], BeforeValidator(_as_options)]
 
 # %% ../nbs/00_configuration.ipynb #e2de61c3
 def _each_once(what, names, why):
     "Names of one's own functions or of ours, none of them twice."
     for name in names:
-        if not _REGISTERED_NAME.fullmatch(name) and not _PLUGIN_NAME.fullmatch(name): raise PydanticCustomError(what, f"'{{name}}' is neither the name of a {what} nor module:{'function' if what == 'rule' else what}", {'name': name})
-        if names.count(name) > 1: raise PydanticCustomError(what, f"'{{name}}' is there twice: {why}", {'name': name})
+        if not _REGISTERED_NAME.fullmatch(name) and not _PLUGIN_NAME.fullmatch(name):
+            raise PydanticCustomError(
+                what,
+                f"'{{name}}' is neither the name of a {what} nor module:{'function' if what == 'rule' else what}",
+                {"name": name},
+            )
+        if names.count(name) > 1:
+            raise PydanticCustomError(what, f"'{{name}}' is there twice: {why}", {"name": name})
     return names
 
 # %% ../nbs/00_configuration.ipynb #d800755f
-RULE_KNOBS = { # rule -> its knobs; this is also the order in which rules act unless `rules` says otherwise
-    'deduplicate': ('deduplicate',), 'excluded_users': ('excluded_users', 'excluded_users_file'), 'excluded_items': ('excluded_items', 'excluded_items_file'),
-    'time_window': ('time_from', 'time_to'), 'bots': ('bot_interactions', 'bot_hours', 'bot_policy'), 'positive_threshold': ('positive_threshold',),
-    'positive_count': ('positive_count',), 'user_cap': ('user_cap', 'user_cap_keep'), 'min_user_interactions': ('min_user_interactions',),
-    'min_item_interactions': ('min_item_interactions',), 'k_core': ('k_core', 'k_core_users', 'k_core_items'), 'weight_by_rating': ('weight_by_rating',),
-    'time_decay': ('half_life_days',)}
+RULE_KNOBS = {  # rule -> its knobs; this is also the order in which rules act unless `rules` says otherwise
+    "deduplicate": ("deduplicate",),
+    "excluded_users": ("excluded_users", "excluded_users_file"),
+    "excluded_items": ("excluded_items", "excluded_items_file"),
+    "time_window": ("time_from", "time_to"),
+    "bots": ("bot_interactions", "bot_hours", "bot_policy"),
+    "positive_threshold": ("positive_threshold",),
+    "positive_count": ("positive_count",),
+    "user_cap": ("user_cap", "user_cap_keep"),
+    "min_user_interactions": ("min_user_interactions",),
+    "min_item_interactions": ("min_item_interactions",),
+    "k_core": ("k_core", "k_core_users", "k_core_items"),
+    "weight_by_rating": ("weight_by_rating",),
+    "time_decay": ("half_life_days",),
+}
+
 
 class RuleSettings(Section):
     "What `01a_business_preprocessing` applies."
-    rules: Texts = Field(list(RULE_KNOBS), description='rules by name, or as module:function of a file of the project, in the order in which they act')
-    rule_options: Options = Field({}, description="rule -> options of a rule of one's own, as {rule = {option = value}}")
-    deduplicate: Literal['last', 'first', 'max', 'mean', 'sum', 'off'] = Field('last', description='which of several rows of one pair counts, should there still be any')
-    excluded_users: Ids = Field([], description='user ids to leave out')
-    excluded_users_file: str|None = Field(None, description='file of user ids to leave out: one a line, or a CSV with a column user_id')
-    excluded_items: Ids = Field([], description='item ids to leave out')
-    excluded_items_file: str|None = Field(None, description='file of item ids to leave out: one a line, or a CSV with a column item_id')
-    time_from: Moment = Field(None, description='leave out what is older: ISO 8601, or seconds since 1970')
-    time_to: Moment = Field(None, description='leave out this moment and what is later: ISO 8601, or seconds since 1970')
-    bot_interactions: int|None = Field(None, ge=1, description='who has more than so many interactions within bot_hours acts like a bot; None: nobody')
-    bot_hours: float = Field(24., gt=0, allow_inf_nan=False, description='length of the window of bot_interactions, hours')
-    bot_policy: Literal['drop', 'cap'] = Field('drop', description='drop bot-like users whole, or cap: only what is beyond bot_interactions within bot_hours')
-    positive_threshold: Threshold = Field('auto', description='least rating that counts as an interaction')
-    positive_count: float = Field(0., ge=0, allow_inf_nan=False, description='counts: only what is above counts as an interaction')
-    user_cap: int|None = Field(None, ge=1, description='most interactions of one user; None: all')
-    user_cap_keep: Literal['latest', 'first'] = Field('latest', description='which ones user_cap keeps')
-    min_user_interactions: int = Field(1, ge=1, description='users with fewer interactions are left out')
-    min_item_interactions: int = Field(1, ge=1, description='items with fewer interactions are left out')
-    k_core: int|None = Field(None, ge=1, description='drop users and items with fewer interactions until nobody has; None: off')
-    k_core_users: int|None = Field(None, ge=1, description='the same with a minimum of its own for users')
-    k_core_items: int|None = Field(None, ge=1, description='the same with a minimum of its own for items')
+
+    rules: Texts = Field(
+        list(RULE_KNOBS),
+        description="rules by name, or as module:function of a file of the project, in the order in which they act",
+    )
+    rule_options: Options = Field(
+        {}, description="rule -> options of a rule of one's own, as {rule = {option = value}}"
+    )
+    deduplicate: Literal["last", "first", "max", "mean", "sum", "off"] = Field(
+        "last", description="which of several rows of one pair counts, should there still be any"
+    )
+    excluded_users: Ids = Field([], description="user ids to leave out")
+    excluded_users_file: str | None = Field(
+        None, description="file of user ids to leave out: one a line, or a CSV with a column user_id"
+    )
+    excluded_items: Ids = Field([], description="item ids to leave out")
+    excluded_items_file: str | None = Field(
+        None, description="file of item ids to leave out: one a line, or a CSV with a column item_id"
+    )
+    time_from: Moment = Field(None, description="leave out what is older: ISO 8601, or seconds since 1970")
+    time_to: Moment = Field(
+        None, description="leave out this moment and what is later: ISO 8601, or seconds since 1970"
+    )
+    bot_interactions: int | None = Field(
+        None, ge=1, description="who has more than so many interactions within bot_hours acts like a bot; None: nobody"
+    )
+    bot_hours: float = Field(
+        24.0, gt=0, allow_inf_nan=False, description="length of the window of bot_interactions, hours"
+    )
+    bot_policy: Literal["drop", "cap"] = Field(
+        "drop", description="drop bot-like users whole, or cap: only what is beyond bot_interactions within bot_hours"
+    )
+    positive_threshold: Threshold = Field("auto", description="least rating that counts as an interaction")
+    positive_count: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="counts: only what is above counts as an interaction"
+    )
+    user_cap: int | None = Field(None, ge=1, description="most interactions of one user; None: all")
+    user_cap_keep: Literal["latest", "first"] = Field("latest", description="which ones user_cap keeps")
+    min_user_interactions: int = Field(1, ge=1, description="users with fewer interactions are left out")
+    min_item_interactions: int = Field(1, ge=1, description="items with fewer interactions are left out")
+    k_core: int | None = Field(
+        None, ge=1, description="drop users and items with fewer interactions until nobody has; None: off"
+    )
+    k_core_users: int | None = Field(None, ge=1, description="the same with a minimum of its own for users")
+    k_core_items: int | None = Field(None, ge=1, description="the same with a minimum of its own for items")
     weight_by_rating: bool = Field(False, description="weigh interactions by rating: its share of the scale's end")
-    half_life_days: float|None = Field(None, gt=0, allow_inf_nan=False, description='age in days that halves the weight of an interaction; None: off')
+    half_life_days: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="age in days that halves the weight of an interaction; None: off"
+    )
 
-    @field_validator('rules')
+    @field_validator("rules")
     @classmethod
-    def _named(cls, rules): return _each_once('rule', rules, 'a rule acts once (k_core repeats by itself)')
+    def _named(cls, rules):
+        return _each_once("rule", rules, "a rule acts once (k_core repeats by itself)")
 
-    @field_validator('*')
+    @field_validator("*")
     @classmethod
     def _consistent(cls, value, info):
         "Knobs without their rule, and knobs that contradict each other."
-        name, rules, others = info.field_name, info.data.get('rules', []), info.data
-        def refuse(text): raise PydanticCustomError('rules', '{text}', {'text': text})
-        if name == 'rule_options' and (left := set(value) - set(rules)): refuse(f"rules does not name {', '.join(sorted(left))}")
+        name, rules, others = info.field_name, info.data.get("rules", []), info.data
+
+        def refuse(text):
+            raise PydanticCustomError("rules", "{text}", {"text": text})
+
+        if name == "rule_options" and (left := set(value) - set(rules)):
+            refuse(f"rules does not name {', '.join(sorted(left))}")
         rule = next((r for r, knobs in RULE_KNOBS.items() if name in knobs), None)
-        if rule and rules and rule not in rules and value != cls.model_fields[name].default: refuse(f'rules does not name {rule}: add it there, or leave this out')
-        if name == 'time_to' and value and others.get('time_from') and value <= others['time_from']: refuse(f"this is not after time_from = {others['time_from']}")
-        if name in ('k_core_users', 'k_core_items') and value and others.get('k_core'): refuse(f"k_core = {others['k_core']} says another minimum already: leave one of them out")
-        cap = others.get('user_cap')
-        if name in ('min_user_interactions', 'k_core', 'k_core_users') and cap and value and value > cap: refuse(f'user_cap = {cap} leaves nobody with so many')
+        if rule and rules and rule not in rules and value != cls.model_fields[name].default:
+            refuse(f"rules does not name {rule}: add it there, or leave this out")
+        if name == "time_to" and value and others.get("time_from") and value <= others["time_from"]:
+            refuse(f"this is not after time_from = {others['time_from']}")
+        if name in ("k_core_users", "k_core_items") and value and others.get("k_core"):
+            refuse(f"k_core = {others['k_core']} says another minimum already: leave one of them out")
+        cap = others.get("user_cap")
+        if name in ("min_user_interactions", "k_core", "k_core_users") and cap and value and value > cap:
+            refuse(f"user_cap = {cap} leaves nobody with so many")
         return value
 
 # %% ../nbs/00_configuration.ipynb #8799047d
-def time_in_seconds(value:str|int # seconds since 1970, or a date or time; without a zone it is UTC
-                   ) -> int: # seconds since 1970
+def time_in_seconds(
+    value: str | int,  # seconds since 1970, or a date or time; without a zone it is UTC
+) -> int:  # seconds since 1970
     "A time as people write it, in seconds; raises `ValueError` if it is none."
-    try: return int(value) if isinstance(value, int) or value.strip().lstrip('-').isdigit() else int(pd.Timestamp(value).timestamp())
+    try:
+        return (
+            int(value)
+            if isinstance(value, int) or value.strip().lstrip("-").isdigit()
+            else int(pd.Timestamp(value).timestamp())
+        )
     except (ValueError, TypeError, AttributeError, OverflowError):
-        raise ValueError(f'{value!r} is no time: write 2016-01-31, 2016-01-31T12:00:00Z, or seconds since 1970') from None
+        raise ValueError(
+            f"{value!r} is no time: write 2016-01-31, 2016-01-31T12:00:00Z, or seconds since 1970"
+        ) from None
 
 # %% ../nbs/00_configuration.ipynb #5f303bb1
 def _is_time(value):
     "Refuse what is no time; it stays as it was written."
-    if value is not None: time_in_seconds(value)
+    if value is not None:
+        time_in_seconds(value)
     return value
 
-def _instead_of(other:str, splits:tuple):
+
+def _instead_of(other: str, splits: tuple):
     "Of this setting and `other` only one may be set, where the split is one of `splits`."
+
     def check(value, info):
-        if value is not None and info.data.get(other) is not None and info.data.get('split') in splits:
+        if value is not None and info.data.get(other) is not None and info.data.get("split") in splits:
             raise ValueError(f"{other} is set as well, and split '{info.data['split']}' takes one of the two")
         return value
+
     return BeforeValidator(check)
+
 
 def _before_the_cut(value, info):
     "A time before `cut_time`, which must be set."
-    if _is_time(value) is None: return None
-    cut = info.data.get('cut_time')
-    if cut is None: raise ValueError('cut_time is not set: set it as well')
-    if time_in_seconds(value) >= time_in_seconds(cut): raise ValueError(f'it must lie before cut_time, {cut}')
+    if _is_time(value) is None:
+        return None
+    cut = info.data.get("cut_time")
+    if cut is None:
+        raise ValueError("cut_time is not set: set it as well")
+    if time_in_seconds(value) >= time_in_seconds(cut):
+        raise ValueError(f"it must lie before cut_time, {cut}")
     return value
 
-Time = Annotated[str|int, BeforeValidator(_is_time)]
+
+Time = Annotated[str | int, BeforeValidator(_is_time)]
 
 # %% ../nbs/00_configuration.ipynb #b77aef00
 class SplitSettings(Section):
     "What `01b_model_preprocessing` holds out, and which features of items it makes."
-    split: Literal['auto', 'lecture', 'holdout', 'leave_last', 'temporal', 'strong'] = Field('auto', description='protocol; auto: leave_last with times, else holdout')
-    valid_sample_size: int|None = Field(None, ge=1, description='lecture, holdout, leave_last: held-out items a user, for validation and again for test; None: 10 for lecture, else at most 5')
-    heldout_share: Annotated[float|None, _instead_of('valid_sample_size', ('auto', 'holdout', 'leave_last'))] = Field(
-        None, gt=0, lt=.5, description='instead of a count: share held out for validation and again for test, of each history (temporal: of all interactions; strong: of a held-out history); None: temporal .1, strong .2')
-    cut_time: Annotated[Time|None, _instead_of('heldout_share', ('temporal',))] = Field(None, description='temporal: test begins here, a date or seconds since 1970; None: by heldout_share')
-    valid_cut_time: Annotated[str|int|None, BeforeValidator(_before_the_cut)] = Field(None, description='temporal with cut_time: validation begins here; None: as long before cut_time as the data go on after it')
-    short_histories: Literal['train', 'drop'] = Field('train', description='users with too few items to hold any out: train learns from them, drop leaves them out')
-    n_heldout_users: int|None = Field(None, ge=1, description='strong: users for validation and again for test; None: a tenth')
-    feature_columns: Texts = Field([], description='columns of the items table that become features; empty: all that are fit for it')
-    max_categories: int = Field(50, ge=1, description='values a column may have as features of their own; rarer ones become "other"')
-    max_tags: int = Field(500, ge=1, description='tags that become features, those of most items first')
-    tags_file: str|None = Field(None, description='table of tags (item, tag), features by tf-idf; relative to the project')
+
+    split: Literal["auto", "lecture", "holdout", "leave_last", "temporal", "strong"] = Field(
+        "auto", description="protocol; auto: leave_last with times, else holdout"
+    )
+    valid_sample_size: int | None = Field(
+        None,
+        ge=1,
+        description="lecture, holdout, leave_last: held-out items a user, for validation and again for test; None: 10 for lecture, else at most 5",
+    )
+    heldout_share: Annotated[float | None, _instead_of("valid_sample_size", ("auto", "holdout", "leave_last"))] = Field(
+        None,
+        gt=0,
+        lt=0.5,
+        description="instead of a count: share held out for validation and again for test, of each history (temporal: of all interactions; strong: of a held-out history); None: temporal .1, strong .2",
+    )
+    cut_time: Annotated[Time | None, _instead_of("heldout_share", ("temporal",))] = Field(
+        None, description="temporal: test begins here, a date or seconds since 1970; None: by heldout_share"
+    )
+    valid_cut_time: Annotated[str | int | None, BeforeValidator(_before_the_cut)] = Field(
+        None,
+        description="temporal with cut_time: validation begins here; None: as long before cut_time as the data go on after it",
+    )
+    short_histories: Literal["train", "drop"] = Field(
+        "train", description="users with too few items to hold any out: train learns from them, drop leaves them out"
+    )
+    n_heldout_users: int | None = Field(
+        None, ge=1, description="strong: users for validation and again for test; None: a tenth"
+    )
+    feature_columns: Texts = Field(
+        [], description="columns of the items table that become features; empty: all that are fit for it"
+    )
+    max_categories: int = Field(
+        50, ge=1, description='values a column may have as features of their own; rarer ones become "other"'
+    )
+    max_tags: int = Field(500, ge=1, description="tags that become features, those of most items first")
+    tags_file: str | None = Field(
+        None, description="table of tags (item, tag), features by tf-idf; relative to the project"
+    )
 
 # %% ../nbs/00_configuration.ipynb #584ab474
 class ModelSettings(Section):
     "Which models, and the knobs of their shape; None is the model's own default."
-    models: Texts = Field(['popularity', 'ease', 'autoencoder'], min_length=1, description='models to train and compare; auto among them: one that is searched for within budget_s')
-    model: str|None = Field(None, description='train this one only')
-    lam: float|None = Field(None, gt=0, description='L2 strength of closed-form models')
-    xi: float|None = Field(None, ge=0, lt=1, description="rlae, rdlae: bound on an item's weight on itself")
-    user_power: float|None = Field(None, ge=0, description='closed-form models: how far heavy users are weighed down; 0: not at all')
-    item_power: float|None = Field(None, ge=0, description='closed-form models: how far popular items are weighed down; 0: not at all')
-    feature_weight: float|None = Field(None, ge=0, description='closed-form models: what a row of item features counts, in users; 0: nothing')
-    use_item_features: bool = Field(False, description='give what items.csv says of the items to the models that can use it (closed forms, nets)')
-    cold_dropout: float|None = Field(None, ge=0, lt=1, description='nets with item features: share of the items that a batch knows by their features only')
-    feature_decay: float|None = Field(None, ge=0, description='nets with item features: L2 of what features say')
-    preset: str|None = Field(None, description="a named set of hyperparameters, e.g. small, of the models that have it; single knobs win over it")
-    hidden_dim: int|None = Field(None, ge=1, description='width of the hidden layer')
-    latent_dim: int|None = Field(None, ge=1, description='width of the latent taste of mult_vae and recvae')
-    rank: int|None = Field(None, ge=1, description="width of the items' rows of elsa")
-    linear_decoder: bool|None = Field(None, description='mult_vae: from the latent taste straight to the items')
-    beta: float|None = Field(None, ge=0, description='mult_vae: weight of the KL divergence once annealed')
-    anneal_steps: int|None = Field(None, ge=0, description='mult_vae: batches in which that weight rises by 1; 0: no annealing')
-    gamma: float|None = Field(None, ge=0, description='recvae: weight of the KL divergence for each interaction of a history')
-    dropout: float|None = Field(None, ge=0, lt=1, description='share of the input that training drops')
-    weight_decay: float|None = Field(None, ge=0, description='L2 of gradient-trained models')
-    max_memory_gib: float|None = Field(None, gt=0, description='what the planner may use; None: 80 % of what is free')
+
+    models: Texts = Field(
+        ["popularity", "ease", "autoencoder"],
+        min_length=1,
+        description="models to train and compare; auto among them: one that is searched for within budget_s",
+    )
+    model: str | None = Field(None, description="train this one only")
+    lam: float | None = Field(None, gt=0, description="L2 strength of closed-form models")
+    xi: float | None = Field(None, ge=0, lt=1, description="rlae, rdlae: bound on an item's weight on itself")
+    user_power: float | None = Field(
+        None, ge=0, description="closed-form models: how far heavy users are weighed down; 0: not at all"
+    )
+    item_power: float | None = Field(
+        None, ge=0, description="closed-form models: how far popular items are weighed down; 0: not at all"
+    )
+    feature_weight: float | None = Field(
+        None, ge=0, description="closed-form models: what a row of item features counts, in users; 0: nothing"
+    )
+    use_item_features: bool = Field(
+        False, description="give what items.csv says of the items to the models that can use it (closed forms, nets)"
+    )
+    cold_dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="nets with item features: share of the items that a batch knows by their features only",
+    )
+    feature_decay: float | None = Field(None, ge=0, description="nets with item features: L2 of what features say")
+    preset: str | None = Field(
+        None,
+        description="a named set of hyperparameters, e.g. small, of the models that have it; single knobs win over it",
+    )
+    hidden_dim: int | None = Field(None, ge=1, description="width of the hidden layer")
+    latent_dim: int | None = Field(None, ge=1, description="width of the latent taste of mult_vae and recvae")
+    rank: int | None = Field(None, ge=1, description="width of the items' rows of elsa")
+    linear_decoder: bool | None = Field(None, description="mult_vae: from the latent taste straight to the items")
+    beta: float | None = Field(None, ge=0, description="mult_vae: weight of the KL divergence once annealed")
+    anneal_steps: int | None = Field(
+        None, ge=0, description="mult_vae: batches in which that weight rises by 1; 0: no annealing"
+    )
+    gamma: float | None = Field(
+        None, ge=0, description="recvae: weight of the KL divergence for each interaction of a history"
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="share of the input that training drops")
+    weight_decay: float | None = Field(None, ge=0, description="L2 of gradient-trained models")
+    max_memory_gib: float | None = Field(None, gt=0, description="what the planner may use; None: 80 % of what is free")
 
 # %% ../nbs/00_configuration.ipynb #c538f31a
 class TrainingSettings(Section):
     "How `03_training` trains; None is the model's own default."
-    trains: bool = Field(True, description='may this environment train? stage and live receive bundles by promotion')
-    lr: float|None = Field(None, gt=0, description='learning rate')
-    num_epoch: int|None = Field(None, ge=1, description='most epochs')
-    batch_size: int|None = Field(None, ge=1, description='users a step')
-    cosine_epochs: int|None = Field(None, ge=0, description='epochs over which the learning rate falls along a cosine; 0: it stays')
-    clip_norm: float|None = Field(None, ge=0, description='longest gradient; 0: any')
-    patience: int|None = Field(None, ge=1, description='epochs without improvement before training stops')
-    valid_metric: Literal['ndcg', 'recall', 'hit', 'hit_rate'] = Field('ndcg', description='what decides the best epoch, on validation')
-    tune_trials: int = Field(0, ge=0, description='trials of a search for the hyperparameters that were not given, for each model that says where to look; 0: none')
-    budget_s: float = Field(600., gt=0, description='seconds that the model auto may look for, tune, choose and blend models')
-    max_valid_users: int = Field(10_000, ge=1, description='validation users that training looks at after an epoch; more are sampled')
-    checkpoint_s: float = Field(60., ge=0, description='seconds between checkpoints; 0: after every batch')
-    tracking_uri: str|None = Field(None, description='MLflow server for the experiment log; None: the embedded SQLite file in var/; off: none')
-    device: str = Field('cpu', description='torch device')
+
+    trains: bool = Field(True, description="may this environment train? stage and live receive bundles by promotion")
+    lr: float | None = Field(None, gt=0, description="learning rate")
+    num_epoch: int | None = Field(None, ge=1, description="most epochs")
+    batch_size: int | None = Field(None, ge=1, description="users a step")
+    cosine_epochs: int | None = Field(
+        None, ge=0, description="epochs over which the learning rate falls along a cosine; 0: it stays"
+    )
+    clip_norm: float | None = Field(None, ge=0, description="longest gradient; 0: any")
+    patience: int | None = Field(None, ge=1, description="epochs without improvement before training stops")
+    valid_metric: Literal["ndcg", "recall", "hit", "hit_rate"] = Field(
+        "ndcg", description="what decides the best epoch, on validation"
+    )
+    tune_trials: int = Field(
+        0,
+        ge=0,
+        description="trials of a search for the hyperparameters that were not given, for each model that says where to look; 0: none",
+    )
+    budget_s: float = Field(
+        600.0, gt=0, description="seconds that the model auto may look for, tune, choose and blend models"
+    )
+    max_valid_users: int = Field(
+        10_000, ge=1, description="validation users that training looks at after an epoch; more are sampled"
+    )
+    checkpoint_s: float = Field(60.0, ge=0, description="seconds between checkpoints; 0: after every batch")
+    tracking_uri: str | None = Field(
+        None, description="MLflow server for the experiment log; None: the embedded SQLite file in var/; off: none"
+    )
+    device: str = Field("cpu", description="torch device")
+
 
 class ValidationSettings(Section):
     "How `03a_validation` measures."
-    topk: int = Field(10, ge=1, description='length of the ranked list that models are chosen by')
-    report_k: Lengths = Field([20, 100], description='further lengths of the list to report')
-    n_bootstrap: int = Field(1000, ge=100, description='resamples behind each interval')
-    lecture_replay: Literal['auto', 'on', 'off'] = Field('auto', description="replay of the lecture's leak; auto: on small data that allow it")
+
+    topk: int = Field(10, ge=1, description="length of the ranked list that models are chosen by")
+    report_k: Lengths = Field([20, 100], description="further lengths of the list to report")
+    n_bootstrap: int = Field(1000, ge=100, description="resamples behind each interval")
+    lecture_replay: Literal["auto", "on", "off"] = Field(
+        "auto", description="replay of the lecture's leak; auto: on small data that allow it"
+    )
 
 # %% ../nbs/00_configuration.ipynb #f9a187e5
 class InferenceSettings(Section):
     "What `04_inference` keeps."
-    n_candidates: int = Field(100, ge=1, description='candidates a user handed to postprocessing')
-    segments_file: str|None = Field(None, min_length=1, description='table with user_id and a column an attribute, such as country: what is popular is then known for each of its values; relative to the project')
-    cold_items: bool = Field(False, description='recommend items of the items table that nobody has rated, by what is known of them')
+
+    n_candidates: int = Field(100, ge=1, description="candidates a user handed to postprocessing")
+    segments_file: str | None = Field(
+        None,
+        min_length=1,
+        description="table with user_id and a column an attribute, such as country: what is popular is then known for each of its values; relative to the project",
+    )
+    cold_items: bool = Field(
+        False, description="recommend items of the items table that nobody has rated, by what is known of them"
+    )
+
 
 class PostprocessingSettings(Section):
     "What `04a_postprocessing` does with a list."
-    steps: Texts = Field(['exclude_seen', 'ban_list'], description="the chain, in order: steps by name, or as module:step of a file of the project")
-    step_options: Options = Field({}, description='step -> its parameters, as {mmr = {diversity = 0.3}}')
-    banned_items: Ids = Field([], description='item ids that are never shown')
-    ban_file: str|None = Field(None, description='text file with one banned item id a line; read again when it changes')
-    ban_url: str|None = Field(None, description='database with banned item ids, a SQLAlchemy URL; read again every ban_refresh_s')
-    ban_query: str = Field('bans', min_length=1, description='of ban_url: a SELECT whose first column is item ids, or the name of a table')
-    ban_refresh_s: float = Field(5., ge=0, allow_inf_nan=False, description='seconds after which ban_url is asked again')
-    on_blocklist_error: Literal['keep_last', 'refuse'] = Field('keep_last', description='a list of banned items that becomes missing, empty or unreadable while in use: keep the last known list and alert, or refuse to recommend')
-    tradeoff_users: int = Field(200, ge=1, description='validation users behind the curves of what each step costs')
 
-    @field_validator('steps')
+    steps: Texts = Field(
+        ["exclude_seen", "ban_list"],
+        description="the chain, in order: steps by name, or as module:step of a file of the project",
+    )
+    step_options: Options = Field({}, description="step -> its parameters, as {mmr = {diversity = 0.3}}")
+    banned_items: Ids = Field([], description="item ids that are never shown")
+    ban_file: str | None = Field(
+        None, description="text file with one banned item id a line; read again when it changes"
+    )
+    ban_url: str | None = Field(
+        None, description="database with banned item ids, a SQLAlchemy URL; read again every ban_refresh_s"
+    )
+    ban_query: str = Field(
+        "bans", min_length=1, description="of ban_url: a SELECT whose first column is item ids, or the name of a table"
+    )
+    ban_refresh_s: float = Field(
+        5.0, ge=0, allow_inf_nan=False, description="seconds after which ban_url is asked again"
+    )
+    on_blocklist_error: Literal["keep_last", "refuse"] = Field(
+        "keep_last",
+        description="a list of banned items that becomes missing, empty or unreadable while in use: keep the last known list and alert, or refuse to recommend",
+    )
+    tradeoff_users: int = Field(200, ge=1, description="validation users behind the curves of what each step costs")
+
+    @field_validator("steps")
     @classmethod
-    def _named(cls, steps): return _each_once('step', steps, 'a step acts once')
+    def _named(cls, steps):
+        return _each_once("step", steps, "a step acts once")
 
-    @field_validator('ban_url')
+    @field_validator("ban_url")
     @classmethod
     def _is_url(cls, value):
-        if value is not None and not is_database(value): raise PydanticCustomError('url', 'this is no SQLAlchemy URL such as postgresql://user@host/shop; a text file goes into ban_file')
+        if value is not None and not is_database(value):
+            raise PydanticCustomError(
+                "url", "this is no SQLAlchemy URL such as postgresql://user@host/shop; a text file goes into ban_file"
+            )
         return value
+
 
 class PackagingSettings(Section):
     "How `05_packaging` names and publishes."
-    model_name: str = Field('aerec', min_length=1, description='name in the registry')
-    alias: Literal['dev', 'stage', 'live']|None = Field(None, description="alias to set; None: the environment's own")
-    registry_uri: str|None = Field(None, description='MLflow registry; None: the embedded SQLite file in var/')
-    promoters: Texts = Field([], description='who may promote; empty: anyone')
-    signing_key: SecretStr|None = Field(None, description='Ed25519 private key that bundles are signed with, base64 of its 32 bytes; only from AEREC_PACKAGING__SIGNING_KEY; None: bundles are not signed')
-    bundle_keys: Texts = Field([], description='Ed25519 public keys, base64 of 32 bytes each, whose signatures on bundles are trusted; also from AEREC_BUNDLE_KEYS')
-    require_signature: bool|None = Field(None, description='refuse bundles without a signature by a key of bundle_keys; None: in live only')
-    gated_aliases: Annotated[list[Literal['dev', 'stage', 'live', 'test']], BeforeValidator(_as_list)] = Field(['stage', 'live'], description='aliases that a version reaches only through the gates')
-    gate_latency_ms: float = Field(50., gt=0, allow_inf_nan=False, description='gate: milliseconds that a recommendation for a known user may take, median')
-    gate_size_mib: float = Field(2048., gt=0, allow_inf_nan=False, description='gate: MiB that a bundle may have')
-    bundle_limit_mib: float = Field(16384., gt=0, allow_inf_nan=False, description='a bundle of more MiB is refused before it is read or unpacked')
-    rollback_depth: int = Field(5, ge=1, description='cleaning keeps the bundles of so many versions that an alias has come from')
 
-    @field_validator('bundle_keys', 'signing_key')
+    model_name: str = Field("aerec", min_length=1, description="name in the registry")
+    alias: Literal["dev", "stage", "live"] | None = Field(None, description="alias to set; None: the environment's own")
+    registry_uri: str | None = Field(None, description="MLflow registry; None: the embedded SQLite file in var/")
+    promoters: Texts = Field([], description="who may promote; empty: anyone")
+    signing_key: SecretStr | None = Field(
+        None,
+        description="Ed25519 private key that bundles are signed with, base64 of its 32 bytes; only from AEREC_PACKAGING__SIGNING_KEY; None: bundles are not signed",
+    )
+    bundle_keys: Texts = Field(
+        [],
+        description="Ed25519 public keys, base64 of 32 bytes each, whose signatures on bundles are trusted; also from AEREC_BUNDLE_KEYS",
+    )
+    require_signature: bool | None = Field(
+        None, description="refuse bundles without a signature by a key of bundle_keys; None: in live only"
+    )
+    gated_aliases: Annotated[list[Literal["dev", "stage", "live", "test"]], BeforeValidator(_as_list)] = Field(
+        ["stage", "live"], description="aliases that a version reaches only through the gates"
+    )
+    gate_latency_ms: float = Field(
+        50.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="gate: milliseconds that a recommendation for a known user may take, median",
+    )
+    gate_size_mib: float = Field(2048.0, gt=0, allow_inf_nan=False, description="gate: MiB that a bundle may have")
+    bundle_limit_mib: float = Field(
+        16384.0, gt=0, allow_inf_nan=False, description="a bundle of more MiB is refused before it is read or unpacked"
+    )
+    rollback_depth: int = Field(
+        5, ge=1, description="cleaning keeps the bundles of so many versions that an alias has come from"
+    )
+
+    @field_validator("bundle_keys", "signing_key")
     @classmethod
     def _are_keys(cls, value):
         for text in value if isinstance(value, list) else [value.get_secret_value()] if value else []:
-            try: valid = len(base64.b64decode(text, validate=True)) == 32
-            except (binascii.Error, ValueError): valid = False
+            try:
+                valid = len(base64.b64decode(text, validate=True)) == 32
+            except (binascii.Error, ValueError):
+                valid = False
             if not valid:
-                raise PydanticCustomError('key', 'a key is the base64 of 32 bytes; make a pair with: aerec models new-key')
+                raise PydanticCustomError(
+                    "key", "a key is the base64 of 32 bytes; make a pair with: aerec models new-key"
+                )
         return value
 
 # %% ../nbs/00_configuration.ipynb #e08ab615
 class EventSettings(Section):
     "Where `00b_events` keeps what happened."
-    events_url: str|None = Field(None, description='SQLAlchemy URL of the event log; None: events.db in var/')
-    connect_timeout_s: float = Field(3., gt=0, allow_inf_nan=False, description='seconds to wait for a connection to the event log')
-    statement_timeout_s: float = Field(5., gt=0, allow_inf_nan=False, description='seconds that one statement on the event log may take')
-    erasure_key: SecretStr|None = Field(None, description='key of the hashes by which deleted users are recognised; only from AEREC_EVENTS__ERASURE_KEY; None: a key made once and kept in a file in var/, outside the log')
-    keep_days: float|None = Field(None, gt=0, description='events older than this are removed by the watch of the monitors; None: they are kept')
+
+    events_url: str | None = Field(None, description="SQLAlchemy URL of the event log; None: events.db in var/")
+    connect_timeout_s: float = Field(
+        3.0, gt=0, allow_inf_nan=False, description="seconds to wait for a connection to the event log"
+    )
+    statement_timeout_s: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="seconds that one statement on the event log may take"
+    )
+    erasure_key: SecretStr | None = Field(
+        None,
+        description="key of the hashes by which deleted users are recognised; only from AEREC_EVENTS__ERASURE_KEY; None: a key made once and kept in a file in var/, outside the log",
+    )
+    keep_days: float | None = Field(
+        None, gt=0, description="events older than this are removed by the watch of the monitors; None: they are kept"
+    )
+
 
 class ServingSettings(Section):
     "How `05a_serving` answers."
-    host: str = Field('127.0.0.1', description='address to listen on')
-    port: int = Field(8000, ge=0, le=65535, description='port to listen on')
-    require_auth: bool = Field(False, description='refuse requests without an API key')
-    api_keys: Secrets = Field([], description='valid keys, as roles:sha256:digest (roles: read, feedback, admin, joined by +); only from AEREC_SERVING__API_KEYS, never from a file or an argument')
-    allow_unauthenticated: bool = Field(False, description='listen on an address that other machines can reach although no keys are required')
-    allowed_hosts: Texts = Field([], description='Host headers that are answered, without port; empty: stage and live answer the address that is listened on and localhost, dev and test answer any')
-    trusted_proxies: Texts = Field([], description='addresses of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto headers are used; empty: none')
-    max_k: int = Field(1000, ge=1, description='longest list a client may ask for')
-    queue_size: int = Field(10000, ge=1, description='request events that may wait for the log')
-    workers: int = Field(1, ge=1, le=64, description='processes that answer; one that dies is replaced')
-    timeout_s: float = Field(10., gt=0, description='seconds after which an answer is given up with 503, and a body that does not arrive with 408')
-    head_timeout_s: float = Field(10., gt=0, allow_inf_nan=False, description='seconds in which the head of a request must arrive; then the connection is closed')
-    max_connections: int = Field(1000, ge=1, description='open connections of a worker; where there are more, the one that has waited longest for a request is closed')
-    max_concurrency: int = Field(64, ge=1, description='requests that a worker has at the same time; further ones get 503 and Retry-After')
-    rate_limit: float|None = Field(None, gt=0, description='requests a second for each key, or each address where there are no keys, over all workers; beyond it 429; None: any')
-    follow_s: float = Field(2., ge=0, allow_inf_nan=False, description='seconds between looks at where the alias points; 0: never')
-    liked_from: float = Field(3., allow_inf_nan=False, description='feedback of type rating from this value on is a like, below it a dislike; all other feedback is a like above 0')
-    history_days: float = Field(30., ge=0, allow_inf_nan=False, description='days of feedback in the log that histories are brought up to date with')
-    max_feedback_per_user: int = Field(1000, ge=1, description='feedback events of one user, the newest ones, that lists take into account')
-    demo: bool = Field(True, description='the page /demo')
-    access_log: bool = Field(False, description='a line of JSON on stderr for every request')
-    n_requests: int = Field(200, ge=1, description='simulated requests of the stage')
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    require_auth: bool = Field(False, description="refuse requests without an API key")
+    api_keys: Secrets = Field(
+        [],
+        description="valid keys, as roles:sha256:digest (roles: read, feedback, admin, joined by +); only from AEREC_SERVING__API_KEYS, never from a file or an argument",
+    )
+    allow_unauthenticated: bool = Field(
+        False, description="listen on an address that other machines can reach although no keys are required"
+    )
+    allowed_hosts: Texts = Field(
+        [],
+        description="Host headers that are answered, without port; empty: stage and live answer the address that is listened on and localhost, dev and test answer any",
+    )
+    trusted_proxies: Texts = Field(
+        [],
+        description="addresses of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto headers are used; empty: none",
+    )
+    max_k: int = Field(1000, ge=1, description="longest list a client may ask for")
+    queue_size: int = Field(10000, ge=1, description="request events that may wait for the log")
+    workers: int = Field(1, ge=1, le=64, description="processes that answer; one that dies is replaced")
+    timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="seconds after which an answer is given up with 503, and a body that does not arrive with 408",
+    )
+    head_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds in which the head of a request must arrive; then the connection is closed",
+    )
+    max_connections: int = Field(
+        1000,
+        ge=1,
+        description="open connections of a worker; where there are more, the one that has waited longest for a request is closed",
+    )
+    max_concurrency: int = Field(
+        64, ge=1, description="requests that a worker has at the same time; further ones get 503 and Retry-After"
+    )
+    rate_limit: float | None = Field(
+        None,
+        gt=0,
+        description="requests a second for each key, or each address where there are no keys, over all workers; beyond it 429; None: any",
+    )
+    follow_s: float = Field(
+        2.0, ge=0, allow_inf_nan=False, description="seconds between looks at where the alias points; 0: never"
+    )
+    liked_from: float = Field(
+        3.0,
+        allow_inf_nan=False,
+        description="feedback of type rating from this value on is a like, below it a dislike; all other feedback is a like above 0",
+    )
+    history_days: float = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="days of feedback in the log that histories are brought up to date with",
+    )
+    max_feedback_per_user: int = Field(
+        1000, ge=1, description="feedback events of one user, the newest ones, that lists take into account"
+    )
+    demo: bool = Field(True, description="the page /demo")
+    access_log: bool = Field(False, description="a line of JSON on stderr for every request")
+    n_requests: int = Field(200, ge=1, description="simulated requests of the stage")
 
 # %% ../nbs/00_configuration.ipynb #42fbe03f
 class MonitoringSettings(Section):
     "When `06_monitoring` raises an alert."
-    event_source: Literal['simulated', 'real'] = Field('simulated', description="events of the run's simulated traffic, or the real log")
-    window_hours: float = Field(24., gt=0, allow_inf_nan=False, description='how far back monitors look')
-    reference_hours: float|None = Field(None, gt=0, allow_inf_nan=False, description='length of the earlier window that this one is compared with; None: as long as the window')
-    maturity_minutes: float = Field(30., ge=0, allow_inf_nan=False, description='a request counts for clicks once it is so old, and a click counts for so long')
-    min_availability: float = Field(.99, ge=0, le=1, description='least share of five-minute spans in which most requests were answered')
-    max_error_share: float = Field(.01, ge=0, le=1, description='share of requests that may fail')
-    max_client_error_share: float = Field(.1, ge=0, le=1, description='share of requests that may be refused for a mistake of the client')
-    max_latency_p50_ms: float = Field(100., gt=0, description='median latency, milliseconds')
-    max_latency_p95_ms: float = Field(250., gt=0, description='95th percentile of latency, milliseconds')
-    max_latency_p99_ms: float = Field(1000., gt=0, description='99th percentile of latency, milliseconds')
-    max_fallback_share: float = Field(.2, ge=0, le=1, description='most of the lists that popularity may make')
-    max_unknown_share: float = Field(.3, ge=0, le=1, description='most of the requests with a user id that may be by users the bundle does not know')
-    max_version_skew: float = Field(.05, ge=0, le=1, description='most of the latest answers that may come from another bundle')
-    max_model_age_days: float = Field(90., gt=0, description='days after which a bundle is too old')
-    max_empty_share: float = Field(.01, ge=0, le=1, description='most of the lists that may be empty')
-    max_short_share: float = Field(.05, ge=0, le=1, description='most of the lists that may be shorter than asked for')
-    max_bad_score_share: float = Field(.01, ge=0, le=1, description="most of the model's lists whose scores may all be the same or no numbers")
-    min_overlap: float = Field(.05, ge=0, le=1, description='least part of a list that the bundle before shows too')
-    min_coverage: float = Field(.02, ge=0, le=1, description='least share of the catalogue that is shown')
-    max_popularity_share: float = Field(.8, ge=0, le=1, description='most of what is shown that may be the top 1 % of items')
-    max_list_change: float = Field(.25, gt=0, le=1, description='relative change for the worse of what lists look like, against the reference, that is an alert')
-    max_churn: float = Field(.95, ge=0, le=1, description="most of a user's list that may be new since the earlier window")
-    max_group_gap: float = Field(.75, ge=0, le=1, description='how much less often one group of users may click than another, relative')
-    min_volume_ratio: float = Field(.3, ge=0, le=1, description='least requests an hour, relative to the earlier window')
-    max_volume_ratio: float = Field(3., gt=1, description='most requests an hour, relative to the earlier window')
-    max_silence_hours: float = Field(24., gt=0, description='hours without any event')
-    min_feedback_ratio: float = Field(.4, ge=0, le=1, description='least feedback a list, relative to the earlier window')
-    max_duplicate_share: float = Field(.02, ge=0, le=1, description='most of the reports that may repeat another one under a new id')
-    max_new_item_share: float = Field(.1, ge=0, le=1, description='most of the feedback that may be on items the bundle does not know')
-    max_user_share: float = Field(.1, ge=0, le=1, description='most of the requests that one user may make')
-    max_clock_skew: float = Field(.02, ge=0, le=1, description='most of the reports that may be dated before their own request')
-    max_drift: float = Field(.1, ge=0, le=1, description='Jensen-Shannon divergence (0 to 1) from the earlier window that is an alert')
-    max_item_drift: float = Field(.15, ge=0, le=1, description='Jensen-Shannon divergence of shown items from the earlier window that is an alert')
-    max_psi: float = Field(.25, gt=0, description='population stability index against the earlier window that is an alert')
-    max_metric_drop: float = Field(.05, ge=0, description='relative loss of NDCG against the last run that is an alert')
-    max_ctr_drop: float = Field(.3, gt=0, le=1, description='relative loss of clicks against the earlier window that is an alert')
-    min_lift: float = Field(1., ge=0, description="least clicks on the model's lists, relative to popular lists")
-    min_sample_ratio_p: float = Field(.001, gt=0, lt=1, description='least p of the check that the arms of an experiment have the users they should have')
-    experiment_shares: Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], BeforeValidator(_as_dict)] = Field({}, description='arm -> its share of the users; empty: all the same')
-    retrain_days: float = Field(30., gt=0, description='age of a bundle, in days, at which to train again')
-    retrain_feedback_share: float = Field(.1, gt=0, description='new feedback, relative to the interactions of the bundle, at which to train again')
-    alert_after: int = Field(2, ge=1, description='looks in a row at which a warning must be firing before it is an alert; critical ones are at once')
-    resolve_after: int = Field(2, ge=1, description='looks in a row at which it must be fine before an alert is resolved')
-    alert_file: str|None = Field(None, description='file that alerts are added to, a line of JSON each; None: alerts.jsonl in var/')
-    own_monitors: Texts = Field([], description='monitors of your own, module:function, in a file of the project')
-    webhook_url: SecretStr|None = Field(None, description='where alerts are posted as JSON: an address that is a secret, so set AEREC_MONITORING__WEBHOOK_URL; None: nowhere')
 
-    @field_validator('webhook_url')
+    event_source: Literal["simulated", "real"] = Field(
+        "simulated", description="events of the run's simulated traffic, or the real log"
+    )
+    window_hours: float = Field(24.0, gt=0, allow_inf_nan=False, description="how far back monitors look")
+    reference_hours: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="length of the earlier window that this one is compared with; None: as long as the window",
+    )
+    maturity_minutes: float = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="a request counts for clicks once it is so old, and a click counts for so long",
+    )
+    min_availability: float = Field(
+        0.99, ge=0, le=1, description="least share of five-minute spans in which most requests were answered"
+    )
+    max_error_share: float = Field(0.01, ge=0, le=1, description="share of requests that may fail")
+    max_client_error_share: float = Field(
+        0.1, ge=0, le=1, description="share of requests that may be refused for a mistake of the client"
+    )
+    max_latency_p50_ms: float = Field(100.0, gt=0, description="median latency, milliseconds")
+    max_latency_p95_ms: float = Field(250.0, gt=0, description="95th percentile of latency, milliseconds")
+    max_latency_p99_ms: float = Field(1000.0, gt=0, description="99th percentile of latency, milliseconds")
+    max_fallback_share: float = Field(0.2, ge=0, le=1, description="most of the lists that popularity may make")
+    max_unknown_share: float = Field(
+        0.3, ge=0, le=1, description="most of the requests with a user id that may be by users the bundle does not know"
+    )
+    max_version_skew: float = Field(
+        0.05, ge=0, le=1, description="most of the latest answers that may come from another bundle"
+    )
+    max_model_age_days: float = Field(90.0, gt=0, description="days after which a bundle is too old")
+    max_empty_share: float = Field(0.01, ge=0, le=1, description="most of the lists that may be empty")
+    max_short_share: float = Field(0.05, ge=0, le=1, description="most of the lists that may be shorter than asked for")
+    max_bad_score_share: float = Field(
+        0.01, ge=0, le=1, description="most of the model's lists whose scores may all be the same or no numbers"
+    )
+    min_overlap: float = Field(0.05, ge=0, le=1, description="least part of a list that the bundle before shows too")
+    min_coverage: float = Field(0.02, ge=0, le=1, description="least share of the catalogue that is shown")
+    max_popularity_share: float = Field(
+        0.8, ge=0, le=1, description="most of what is shown that may be the top 1 % of items"
+    )
+    max_list_change: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="relative change for the worse of what lists look like, against the reference, that is an alert",
+    )
+    max_churn: float = Field(
+        0.95, ge=0, le=1, description="most of a user's list that may be new since the earlier window"
+    )
+    max_group_gap: float = Field(
+        0.75, ge=0, le=1, description="how much less often one group of users may click than another, relative"
+    )
+    min_volume_ratio: float = Field(
+        0.3, ge=0, le=1, description="least requests an hour, relative to the earlier window"
+    )
+    max_volume_ratio: float = Field(3.0, gt=1, description="most requests an hour, relative to the earlier window")
+    max_silence_hours: float = Field(24.0, gt=0, description="hours without any event")
+    min_feedback_ratio: float = Field(
+        0.4, ge=0, le=1, description="least feedback a list, relative to the earlier window"
+    )
+    max_duplicate_share: float = Field(
+        0.02, ge=0, le=1, description="most of the reports that may repeat another one under a new id"
+    )
+    max_new_item_share: float = Field(
+        0.1, ge=0, le=1, description="most of the feedback that may be on items the bundle does not know"
+    )
+    max_user_share: float = Field(0.1, ge=0, le=1, description="most of the requests that one user may make")
+    max_clock_skew: float = Field(
+        0.02, ge=0, le=1, description="most of the reports that may be dated before their own request"
+    )
+    max_drift: float = Field(
+        0.1, ge=0, le=1, description="Jensen-Shannon divergence (0 to 1) from the earlier window that is an alert"
+    )
+    max_item_drift: float = Field(
+        0.15,
+        ge=0,
+        le=1,
+        description="Jensen-Shannon divergence of shown items from the earlier window that is an alert",
+    )
+    max_psi: float = Field(
+        0.25, gt=0, description="population stability index against the earlier window that is an alert"
+    )
+    max_metric_drop: float = Field(
+        0.05, ge=0, description="relative loss of NDCG against the last run that is an alert"
+    )
+    max_ctr_drop: float = Field(
+        0.3, gt=0, le=1, description="relative loss of clicks against the earlier window that is an alert"
+    )
+    min_lift: float = Field(1.0, ge=0, description="least clicks on the model's lists, relative to popular lists")
+    min_sample_ratio_p: float = Field(
+        0.001,
+        gt=0,
+        lt=1,
+        description="least p of the check that the arms of an experiment have the users they should have",
+    )
+    experiment_shares: Annotated[
+        dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], BeforeValidator(_as_dict)
+    ] = Field({}, description="arm -> its share of the users; empty: all the same")
+    retrain_days: float = Field(30.0, gt=0, description="age of a bundle, in days, at which to train again")
+    retrain_feedback_share: float = Field(
+        0.1, gt=0, description="new feedback, relative to the interactions of the bundle, at which to train again"
+    )
+    alert_after: int = Field(
+        2,
+        ge=1,
+        description="looks in a row at which a warning must be firing before it is an alert; critical ones are at once",
+    )
+    resolve_after: int = Field(
+        2, ge=1, description="looks in a row at which it must be fine before an alert is resolved"
+    )
+    alert_file: str | None = Field(
+        None, description="file that alerts are added to, a line of JSON each; None: alerts.jsonl in var/"
+    )
+    own_monitors: Texts = Field([], description="monitors of your own, module:function, in a file of the project")
+    webhook_url: SecretStr | None = Field(
+        None,
+        description="where alerts are posted as JSON: an address that is a secret, so set AEREC_MONITORING__WEBHOOK_URL; None: nowhere",
+    )
+
+    @field_validator("webhook_url")
     @classmethod
     def _is_web_address(cls, value):
-        if value is not None and not re.match(r'https?://[^/]', value.get_secret_value()): raise PydanticCustomError('url', 'this is no web address: it begins with http:// or https://')
+        if value is not None and not re.match(r"https?://[^/]", value.get_secret_value()):
+            raise PydanticCustomError("url", "this is no web address: it begins with http:// or https://")
         return value
 
 # %% ../nbs/00_configuration.ipynb #3ef5edf4
 class PipelineSettings(Section):
     "How `07_pipeline` executes the notebooks."
-    n_parallel: int = Field(2, ge=1, description='notebooks at once: independent stages, and those whose inputs are still being made; 1: one after another')
-    stage_timeout_s: float|None = Field(None, gt=0, description="seconds after which a stage's notebook is ended; None: each stage's own limit")
+
+    n_parallel: int = Field(
+        2,
+        ge=1,
+        description="notebooks at once: independent stages, and those whose inputs are still being made; 1: one after another",
+    )
+    stage_timeout_s: float | None = Field(
+        None, gt=0, description="seconds after which a stage's notebook is ended; None: each stage's own limit"
+    )
+
 
 class PluginSettings(Section):
     "Code outside the package that may be loaded."
-    trusted: Mapping = Field({}, description='module:name of a model, rule, step or monitor -> sha256 of its file; a bundle can name only these, and stage and live load only these')
 
-    @field_validator('trusted')
+    trusted: Mapping = Field(
+        {},
+        description="module:name of a model, rule, step or monitor -> sha256 of its file; a bundle can name only these, and stage and live load only these",
+    )
+
+    @field_validator("trusted")
     @classmethod
     def _are_hashes(cls, value):
-        for name,digest in value.items():
+        for name, digest in value.items():
             if not _PLUGIN_NAME.fullmatch(name):
-                raise PydanticCustomError('plugin', "'{name}' is not module:name", {'name': name})
-            if not re.fullmatch('[0-9a-f]{64}', digest):
+                raise PydanticCustomError("plugin", "'{name}' is not module:name", {"name": name})
+            if not re.fullmatch("[0-9a-f]{64}", digest):
                 said = "the sha256 of '{name}' is not 64 hexadecimal digits in small letters"
-                raise PydanticCustomError('plugin', said, {'name': name})
+                raise PydanticCustomError("plugin", said, {"name": name})
         return value
+
 
 class ScaleSettings(Section):
     "Where the heavy work of the stages is done: in this process, or by workers on Ray."
-    engine: Literal['local', 'ray'] = Field('local', description='local: in this process; ray: by Ray workers (needs the extra: pip install "aerec_nb[ray]")')
-    address: str|None = Field(None, min_length=1, description='host:port of a running Ray cluster, or auto; None: workers on this machine, for as long as they are needed')
-    n_workers: int = Field(2, ge=1, le=10_000, description='workers that share the work')
-    n_shards: int|None = Field(None, ge=1, le=100_000, description='parts that users are divided into; None: four a worker')
-    object_store_gib: float|None = Field(None, gt=0, description="memory for what workers pass to each other, GiB, on this machine; None: a quarter of what is free")
+
+    engine: Literal["local", "ray"] = Field(
+        "local",
+        description='local: in this process; ray: by Ray workers (needs the extra: pip install "aerec_nb[ray]")',
+    )
+    address: str | None = Field(
+        None,
+        min_length=1,
+        description="host:port of a running Ray cluster, or auto; None: workers on this machine, for as long as they are needed",
+    )
+    n_workers: int = Field(2, ge=1, le=10_000, description="workers that share the work")
+    n_shards: int | None = Field(
+        None, ge=1, le=100_000, description="parts that users are divided into; None: four a worker"
+    )
+    object_store_gib: float | None = Field(
+        None,
+        gt=0,
+        description="memory for what workers pass to each other, GiB, on this machine; None: a quarter of what is free",
+    )
 
 # %% ../nbs/00_configuration.ipynb #bab4db87
 class Settings(BaseSettings):
     "All settings of one environment, each value with its origin."
-    model_config = SettingsConfigDict(env_prefix='AEREC_', env_nested_delimiter='__', extra='forbid', frozen=True,
-                                      enable_decoding=False, validate_default=True)
-    env: Literal['dev', 'stage', 'live', 'test'] = Field('dev', description='the environment')
+
+    model_config = SettingsConfigDict(
+        env_prefix="AEREC_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        enable_decoding=False,
+        validate_default=True,
+    )
+    env: Literal["dev", "stage", "live", "test"] = Field("dev", description="the environment")
     run: RunSettings = RunSettings()
     paths: PathSettings = PathSettings()
     data: DataSettings = DataSettings()
@@ -753,243 +1210,346 @@ class Settings(BaseSettings):
     scale: ScaleSettings = ScaleSettings()
     _sources: dict = PrivateAttr(default_factory=dict)
 
-    def items(self): # iterator over (dotted name, value, description, source)
+    def items(self):  # iterator over (dotted name, value, description, source)
         "Every setting by its dotted name, in order."
-        yield 'env', self.env, type(self).model_fields['env'].description, self._sources.get('env', 'default')
+        yield "env", self.env, type(self).model_fields["env"].description, self._sources.get("env", "default")
         for section in SECTIONS:
             values = getattr(self, section)
-            for name,field in type(values).model_fields.items():
-                key = f'{section}.{name}'
-                yield key, getattr(values, name), field.description, self._sources.get(key, 'default')
+            for name, field in type(values).model_fields.items():
+                key = f"{section}.{name}"
+                yield key, getattr(values, name), field.description, self._sources.get(key, "default")
 
 # %% ../nbs/00_configuration.ipynb #e68bf0c8
-SECTIONS = {name: field.annotation for name,field in Settings.model_fields.items() if name != 'env'} # section name -> its class
-KNOBS = {knob: section for section,cls in SECTIONS.items() for knob in cls.model_fields} # knob name -> its section
+SECTIONS = {
+    name: field.annotation for name, field in Settings.model_fields.items() if name != "env"
+}  # section name -> its class
+KNOBS = {knob: section for section, cls in SECTIONS.items() for knob in cls.model_fields}  # knob name -> its section
 
 # %% ../nbs/00_configuration.ipynb #8501e998
 def _test_dir() -> Path:
     "One temporary folder for all stores of a test, shared with child processes and removed by the process that made it."
-    if 'AEREC_TEST_DIR' not in os.environ:
-        made = os.environ['AEREC_TEST_DIR'] = tempfile.mkdtemp(prefix='aerec_nb-')
+    if "AEREC_TEST_DIR" not in os.environ:
+        made = os.environ["AEREC_TEST_DIR"] = tempfile.mkdtemp(prefix="aerec_nb-")
         atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return Path(os.environ['AEREC_TEST_DIR'])
+    return Path(os.environ["AEREC_TEST_DIR"])
 
 # %% ../nbs/00_configuration.ipynb #7899fb3c
-def _environment_defaults(env:str) -> dict:
+def _environment_defaults(env: str) -> dict:
     "What an environment must have even without its TOML file."
-    if env == 'test':
-        return {'paths': {'runs_dir': str(_test_dir()/'runs'), 'var_dir': str(_test_dir()/'var')}, 'data': {'source': 'sample'},
-                'training': {'num_epoch': 3, 'tracking_uri': 'off'}, 'validation': {'n_bootstrap': 200}, 'serving': {'n_requests': 60}}
-    if env in ('stage', 'live'): return {'serving': {'require_auth': True, 'demo': env != 'live'}, 'training': {'trains': False}}
+    if env == "test":
+        return {
+            "paths": {"runs_dir": str(_test_dir() / "runs"), "var_dir": str(_test_dir() / "var")},
+            "data": {"source": "sample"},
+            "training": {"num_epoch": 3, "tracking_uri": "off"},
+            "validation": {"n_bootstrap": 200},
+            "serving": {"n_requests": 60},
+        }
+    if env in ("stage", "live"):
+        return {"serving": {"require_auth": True, "demo": env != "live"}, "training": {"trains": False}}
     return {}
 
 # %% ../nbs/00_configuration.ipynb #40f43dee
 # variable -> the setting that it is a short form of
-_SHORT_VARIABLES = {'AEREC_RUNS_DIR': ('paths', 'runs_dir'), 'AEREC_BUNDLE_KEYS': ('packaging', 'bundle_keys')}
-_OWN_VARIABLES = {'AEREC_ENV', 'AEREC_PROJECT', 'AEREC_TEST_DIR', *_SHORT_VARIABLES}
+_SHORT_VARIABLES = {"AEREC_RUNS_DIR": ("paths", "runs_dir"), "AEREC_BUNDLE_KEYS": ("packaging", "bundle_keys")}
+_OWN_VARIABLES = {"AEREC_ENV", "AEREC_PROJECT", "AEREC_TEST_DIR", *_SHORT_VARIABLES}
 # secrets that come only from variables
-_ONLY_VARIABLES = ('serving.api_keys', 'packaging.signing_key', 'events.erasure_key')
+_ONLY_VARIABLES = ("serving.api_keys", "packaging.signing_key", "events.erasure_key")
+
 
 def _check_variables() -> None:
     "Refuse AEREC_* variables that no setting claims."
-    valid = _OWN_VARIABLES | {f'AEREC_{section}__{knob}'.upper() for knob,section in KNOBS.items()}
+    valid = _OWN_VARIABLES | {f"AEREC_{section}__{knob}".upper() for knob, section in KNOBS.items()}
     for name in os.environ:
-        if name.upper().startswith('AEREC_') and name not in valid: raise _unknown('variable', name, valid)
+        if name.upper().startswith("AEREC_") and name not in valid:
+            raise _unknown("variable", name, valid)
 
-def _from_toml(path:Path) -> dict:
+
+def _from_toml(path: Path) -> dict:
     "The settings in one TOML file, names checked; {} where there is no such file."
-    if not path.exists(): return {}
-    where = f'{path.parent.name}/{path.name}'
-    try: found = tomllib.loads(path.read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise AerecError(f'{where}: not valid TOML: {e}') from None
-    for section,values in found.items():
-        if section not in SECTIONS: raise _unknown(f'section in {where}', section, SECTIONS)
-        if not isinstance(values, dict): raise AerecError(f'{where}: [{section}] must be a table of settings')
+    if not path.exists():
+        return {}
+    where = f"{path.parent.name}/{path.name}"
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise AerecError(f"{where}: not valid TOML: {e}") from None
+    for section, values in found.items():
+        if section not in SECTIONS:
+            raise _unknown(f"section in {where}", section, SECTIONS)
+        if not isinstance(values, dict):
+            raise AerecError(f"{where}: [{section}] must be a table of settings")
         for knob in values:
-            if knob not in SECTIONS[section].model_fields: raise _unknown(f'setting of [{section}] in {where}', knob, SECTIONS[section].model_fields)
+            if knob not in SECTIONS[section].model_fields:
+                raise _unknown(f"setting of [{section}] in {where}", knob, SECTIONS[section].model_fields)
     return found
 
-def _from_arguments(arguments:dict) -> dict:
+
+def _from_arguments(arguments: dict) -> dict:
     "Knobs (`lr=...`) and sections (`training={'lr': ...}`) as one nested dict; None means 'as configured'."
     nested = {}
-    for name,value in arguments.items():
-        if value is None: continue
+    for name, value in arguments.items():
+        if value is None:
+            continue
         if name in SECTIONS and isinstance(value, dict):
-            for knob,v in value.items():
-                if knob not in SECTIONS[name].model_fields: raise _unknown(f'setting of {name}', knob, SECTIONS[name].model_fields)
-                if v is not None: nested.setdefault(name, {})[knob] = v
-        elif name in KNOBS: nested.setdefault(KNOBS[name], {})[name] = value
-        else: raise _unknown('setting', name, KNOBS)
+            for knob, v in value.items():
+                if knob not in SECTIONS[name].model_fields:
+                    raise _unknown(f"setting of {name}", knob, SECTIONS[name].model_fields)
+                if v is not None:
+                    nested.setdefault(name, {})[knob] = v
+        elif name in KNOBS:
+            nested.setdefault(KNOBS[name], {})[name] = value
+        else:
+            raise _unknown("setting", name, KNOBS)
     return nested
 
 # %% ../nbs/00_configuration.ipynb #42af719c
-def _layers(env:str, arguments:dict) -> list:
+def _layers(env: str, arguments: dict) -> list:
     "Pairs of (origin, nested dict), weakest first."
-    config = project_dir()/'config'
+    config = project_dir() / "config"
     variables = EnvSettingsSource(Settings)()
-    variables.pop('env', None)
-    for name,(section,field) in _SHORT_VARIABLES.items():
-        if os.environ.get(name): variables.setdefault(section, {}).setdefault(field, os.environ[name])
-    return [(f'environment {env}', _environment_defaults(env)), ('config/base.toml', _from_toml(config/'base.toml')),
-            (f'config/{env}.toml', _from_toml(config/f'{env}.toml')), ('variable', variables), ('argument', _from_arguments(arguments))]
+    variables.pop("env", None)
+    for name, (section, field) in _SHORT_VARIABLES.items():
+        if os.environ.get(name):
+            variables.setdefault(section, {}).setdefault(field, os.environ[name])
+    return [
+        (f"environment {env}", _environment_defaults(env)),
+        ("config/base.toml", _from_toml(config / "base.toml")),
+        (f"config/{env}.toml", _from_toml(config / f"{env}.toml")),
+        ("variable", variables),
+        ("argument", _from_arguments(arguments)),
+    ]
 
-def _origin(layer:str, key:str) -> str:
+
+def _origin(layer: str, key: str) -> str:
     "How the origin of a value is shown."
-    if layer != 'variable': return layer
+    if layer != "variable":
+        return layer
     name = f"AEREC_{key.replace('.', '__').upper()}"
-    return name if name in os.environ else next(short for short,setting in _SHORT_VARIABLES.items() if '.'.join(setting) == key)
+    return (
+        name
+        if name in os.environ
+        else next(short for short, setting in _SHORT_VARIABLES.items() if ".".join(setting) == key)
+    )
 
-def _one_line(error:ValidationError, sources:dict) -> str:
+
+def _one_line(error: ValidationError, sources: dict) -> str:
     "What pydantic found, each problem with its setting, value and origin."
     problems = []
     for e in error.errors():
-        key = '.'.join(str(part) for part in e['loc'][:2])
-        if any(p.startswith(f'setting {key} ') for p in problems): continue
-        secret = key in (*_ONLY_VARIABLES, 'monitoring.webhook_url')
-        problems.append(f"setting {key} = {'(secret)' if secret else hide_secrets(repr(e.get('input')))} (from {sources.get(key, 'default')}): {e['msg'].removeprefix('Value error, ')}")
-    return '; '.join(problems)
+        key = ".".join(str(part) for part in e["loc"][:2])
+        if any(p.startswith(f"setting {key} ") for p in problems):
+            continue
+        secret = key in (*_ONLY_VARIABLES, "monitoring.webhook_url")
+        problems.append(
+            f"setting {key} = {'(secret)' if secret else hide_secrets(repr(e.get('input')))} (from {sources.get(key, 'default')}): {e['msg'].removeprefix('Value error, ')}"
+        )
+    return "; ".join(problems)
 
 # %% ../nbs/00_configuration.ipynb #19657bad
-def _check_secrets(layers:list) -> None:
+def _check_secrets(layers: list) -> None:
     "Refuse an address that holds a password unless it came from a variable."
-    for origin,nested in layers:
-        for section,values in nested.items():
-            for knob,value in values.items():
-                if origin == 'variable' or not isinstance(value, str) or hide_secrets(value) == value: continue
-                raise AerecError(f'{section}.{knob} came from {origin} and holds a password: secrets come only from variables; set '
-                                 f'AEREC_{section.upper()}__{knob.upper()} to the whole address, or leave the password to PGPASSWORD or ~/.pgpass')
+    for origin, nested in layers:
+        for section, values in nested.items():
+            for knob, value in values.items():
+                if origin == "variable" or not isinstance(value, str) or hide_secrets(value) == value:
+                    continue
+                raise AerecError(
+                    f"{section}.{knob} came from {origin} and holds a password: secrets come only from variables; set "
+                    f"AEREC_{section.upper()}__{knob.upper()} to the whole address, or leave the password to PGPASSWORD or ~/.pgpass"
+                )
 
-def _check_queries(settings:Settings, layers:list) -> None:
+
+def _check_queries(settings: Settings, layers: list) -> None:
     "Refuse a query that no database is asked, unless a stronger layer has put another source in its place."
-    def strength(*knobs): return max([i for i,(_,nested) in enumerate(layers) if any(nested.get('data', {}).get(k) is not None for k in knobs)], default=-1)
+
+    def strength(*knobs):
+        return max(
+            [
+                i
+                for i, (_, nested) in enumerate(layers)
+                if any(nested.get("data", {}).get(k) is not None for k in knobs)
+            ],
+            default=-1,
+        )
+
     data = settings.data
-    for knob,asked in (('query', ['source']), ('items_query', ['source', 'items_source'])):
-        if getattr(data, knob) is None or any(is_database(getattr(data, s) or '') for s in asked) or strength(knob) < strength(*asked): continue
-        raise AerecError(f'data.{knob} is asked of a database, and data.source is {data.source!r}: set it to a SQLAlchemy URL such as postgresql://user@host/name')
+    for knob, asked in (("query", ["source"]), ("items_query", ["source", "items_source"])):
+        if (
+            getattr(data, knob) is None
+            or any(is_database(getattr(data, s) or "") for s in asked)
+            or strength(knob) < strength(*asked)
+        ):
+            continue
+        raise AerecError(
+            f"data.{knob} is asked of a database, and data.source is {data.source!r}: set it to a SQLAlchemy URL such as postgresql://user@host/name"
+        )
 
 # %% ../nbs/00_configuration.ipynb #0eac2088
-def load_settings(env:str=None, # dev, stage, live or test; None: AEREC_ENV, or dev (always test under nbdev_test)
-                  **overrides # knobs (`lr=0.001`) or sections (`training={'lr': 0.001}`); None means 'as configured'
-                 ) -> Settings: # frozen; each value knows its origin
+def load_settings(
+    env: str = None,  # dev, stage, live or test; None: AEREC_ENV, or dev (always test under nbdev_test)
+    **overrides,  # knobs (`lr=0.001`) or sections (`training={'lr': 0.001}`); None means 'as configured'
+) -> Settings:  # frozen; each value knows its origin
     "Settings of one environment from all layers; raises `AerecError` for unknown names, wrong types and secrets in the wrong place."
     _check_variables()
-    env = 'test' if os.environ.get('IN_TEST') else env or os.environ.get('AEREC_ENV') or 'dev'
-    if env not in ('dev', 'stage', 'live', 'test'): raise _unknown('environment', env, ['dev', 'stage', 'live', 'test'])
+    env = "test" if os.environ.get("IN_TEST") else env or os.environ.get("AEREC_ENV") or "dev"
+    if env not in ("dev", "stage", "live", "test"):
+        raise _unknown("environment", env, ["dev", "stage", "live", "test"])
     return _from_layers(env, _layers(env, overrides))
 
-def default_settings(env:str='test', # dev, stage, live or test
-                     **overrides # knobs or sections, as for `load_settings`
-                    ) -> Settings: # frozen
-    "Settings as they are without a project's files and without variables: for examples, and for tests that must not depend on who runs them."
-    return _from_layers(env, [(f'environment {env}', _environment_defaults(env)), ('argument', _from_arguments(overrides))])
 
-def _from_layers(env:str, layers:list) -> Settings:
+def default_settings(
+    env: str = "test",  # dev, stage, live or test
+    **overrides,  # knobs or sections, as for `load_settings`
+) -> Settings:  # frozen
+    "Settings as they are without a project's files and without variables: for examples, and for tests that must not depend on who runs them."
+    return _from_layers(
+        env, [(f"environment {env}", _environment_defaults(env)), ("argument", _from_arguments(overrides))]
+    )
+
+
+def _from_layers(env: str, layers: list) -> Settings:
     "Put layers together and check the whole."
     sources = {}
-    for origin,nested in layers:
-        for section,values in nested.items():
-            for knob in values: sources[f'{section}.{knob}'] = _origin(origin, f'{section}.{knob}')
+    for origin, nested in layers:
+        for section, values in nested.items():
+            for knob in values:
+                sources[f"{section}.{knob}"] = _origin(origin, f"{section}.{knob}")
     for key in _ONLY_VARIABLES:
         name = f"AEREC_{key.replace('.', '__').upper()}"
         if sources.get(key, name) != name:
-            raise AerecError(f'{key} came from {sources[key]}: secrets come only from the variable {name}')
+            raise AerecError(f"{key} came from {sources[key]}: secrets come only from the variable {name}")
     _check_secrets(layers)
-    try: settings = _build(env, layers)
+    try:
+        settings = _build(env, layers)
     except (ValidationError, json.JSONDecodeError) as e:
-        raise AerecError(_one_line(e, sources) if isinstance(e, ValidationError) else f'a setting is not valid JSON: {e}') from None
+        raise AerecError(
+            _one_line(e, sources) if isinstance(e, ValidationError) else f"a setting is not valid JSON: {e}"
+        ) from None
     _check_queries(settings, layers)
-    settings._sources = {'env': 'AEREC_ENV' if os.environ.get('AEREC_ENV') == env else 'argument' if env != 'dev' else 'default', **sources}
+    settings._sources = {
+        "env": "AEREC_ENV" if os.environ.get("AEREC_ENV") == env else "argument" if env != "dev" else "default",
+        **sources,
+    }
     return settings
 
 # %% ../nbs/00_configuration.ipynb #710e6644
-def _beside(root:Path, url:str|None) -> str|None:
+def _beside(root: Path, url: str | None) -> str | None:
     "A relative SQLite path in a URL becomes relative to the project."
-    prefix = 'sqlite:///'
-    if not url or not url.startswith(prefix) or url[len(prefix):].startswith(('/', ':memory:')): return url
-    return prefix + (root/url[len(prefix):]).as_posix()
+    prefix = "sqlite:///"
+    if not url or not url.startswith(prefix) or url[len(prefix) :].startswith(("/", ":memory:")):
+        return url
+    return prefix + (root / url[len(prefix) :]).as_posix()
 
 # %% ../nbs/00_configuration.ipynb #46165144
-def _build(env:str, layers:list) -> Settings:
+def _build(env: str, layers: list) -> Settings:
     "Merge the layers, make the paths absolute, and check every type."
+
     class _Layered(Settings):
         @classmethod
         def settings_customise_sources(cls, settings_cls, **kwargs):
-            return tuple(InitSettingsSource(settings_cls, init_kwargs=nested) for _,nested in [*reversed(layers), ('', {'env': env})])
+            return tuple(
+                InitSettingsSource(settings_cls, init_kwargs=nested)
+                for _, nested in [*reversed(layers), ("", {"env": env})]
+            )
+
     layered = _Layered()
     root = project_dir()
-    paths = {name: root/path for name,path in layered.paths} # an absolute path stays as it is
-    values = {name: getattr(layered, name) for name in SECTIONS} | {'env': env, 'paths': PathSettings(**paths)}
-    values['events'] = layered.events.model_copy(update={'events_url': _beside(root, layered.events.events_url)})
-    values['packaging'] = layered.packaging.model_copy(update={'registry_uri': _beside(root, layered.packaging.registry_uri)})
-    values['training'] = layered.training.model_copy(update={'tracking_uri': _beside(root, layered.training.tracking_uri)})
+    paths = {name: root / path for name, path in layered.paths}  # an absolute path stays as it is
+    values = {name: getattr(layered, name) for name in SECTIONS} | {"env": env, "paths": PathSettings(**paths)}
+    values["events"] = layered.events.model_copy(update={"events_url": _beside(root, layered.events.events_url)})
+    values["packaging"] = layered.packaging.model_copy(
+        update={"registry_uri": _beside(root, layered.packaging.registry_uri)}
+    )
+    values["training"] = layered.training.model_copy(
+        update={"tracking_uri": _beside(root, layered.training.tracking_uri)}
+    )
     return Settings.model_construct(**values)
 
 # %% ../nbs/00_configuration.ipynb #b189d72f
-def show_value(value:Any # of a setting
-              ) -> str: # text without secrets and machine paths
+def show_value(
+    value: Any,  # of a setting
+) -> str:  # text without secrets and machine paths
     "A value as people read it: paths relative to the project, secrets masked."
     if isinstance(value, Path):
-        if value.is_relative_to(project_dir()): return value.relative_to(project_dir()).as_posix()
-        return f'(temporary)/{value.name}' if 'AEREC_TEST_DIR' in os.environ and value.is_relative_to(_test_dir()) else value.as_posix()
-    if isinstance(value, list) and value and isinstance(value[0], SecretStr): return f'{len(value)} hidden'
-    if isinstance(value, str) and value.startswith('sqlite:///'): return value.replace(f'{project_dir().as_posix()}/', '')
-    return hide_secrets(json.dumps(value) if isinstance(value, (list, dict)) else '-' if value is None else str(value))
+        if value.is_relative_to(project_dir()):
+            return value.relative_to(project_dir()).as_posix()
+        return (
+            f"(temporary)/{value.name}"
+            if "AEREC_TEST_DIR" in os.environ and value.is_relative_to(_test_dir())
+            else value.as_posix()
+        )
+    if isinstance(value, list) and value and isinstance(value[0], SecretStr):
+        return f"{len(value)} hidden"
+    if isinstance(value, str) and value.startswith("sqlite:///"):
+        return value.replace(f"{project_dir().as_posix()}/", "")
+    return hide_secrets(json.dumps(value) if isinstance(value, (list, dict)) else "-" if value is None else str(value))
 
 # %% ../nbs/00_configuration.ipynb #0dcb5377
-def settings_table(settings:Settings # from `load_settings`
-                  ) -> pd.DataFrame: # columns setting, value, source, meaning
+def settings_table(
+    settings: Settings,  # from `load_settings`
+) -> pd.DataFrame:  # columns setting, value, source, meaning
     "Every setting with its value, its origin and what it means; secrets masked."
-    rows = [(key, show_value(value), source, meaning) for key,value,meaning,source in settings.items()]
-    return pd.DataFrame(rows, columns=['setting', 'value', 'source', 'meaning']).set_index('setting')
+    rows = [(key, show_value(value), source, meaning) for key, value, meaning, source in settings.items()]
+    return pd.DataFrame(rows, columns=["setting", "value", "source", "meaning"]).set_index("setting")
 
 # %% ../nbs/00_configuration.ipynb #33c73c38
-def diff_settings(first:Settings, # one environment
-                  second:Settings # another one
-                 ) -> pd.DataFrame: # one row a setting that differs
+def diff_settings(
+    first: Settings,  # one environment
+    second: Settings,  # another one
+) -> pd.DataFrame:  # one row a setting that differs
     "What is different between two environments."
-    a,b = settings_table(first), settings_table(second)
-    return pd.DataFrame({first.env: a.value, second.env: b.value, 'meaning': a.meaning})[a.value != b.value]
+    a, b = settings_table(first), settings_table(second)
+    return pd.DataFrame({first.env: a.value, second.env: b.value, "meaning": a.meaning})[a.value != b.value]
 
 # %% ../nbs/00_configuration.ipynb #d39765e9
-def _outside_tests(env:str) -> Settings:
+def _outside_tests(env: str) -> Settings:
     "Settings of `env` even while tests run, to compare environments."
-    hidden = os.environ.pop('IN_TEST', None)
-    try: return load_settings(env)
+    hidden = os.environ.pop("IN_TEST", None)
+    try:
+        return load_settings(env)
     finally:
-        if hidden is not None: os.environ['IN_TEST'] = hidden
+        if hidden is not None:
+            os.environ["IN_TEST"] = hidden
 
 # %% ../nbs/00_configuration.ipynb #36c7b741
-def environments_table() -> pd.DataFrame: # one row a setting, one column an environment
+def environments_table() -> pd.DataFrame:  # one row a setting, one column an environment
     "The settings in which dev, stage, live and test are not alike."
-    tables = {env: settings_table(_outside_tests(env)).value for env in ('dev', 'stage', 'live', 'test')}
+    tables = {env: settings_table(_outside_tests(env)).value for env in ("dev", "stage", "live", "test")}
     table = pd.DataFrame(tables)
     return table[table.nunique(axis=1) > 1]
 
 # %% ../nbs/00_configuration.ipynb #1ccf6445
-def plot_sources(settings:Settings # from `load_settings`
-                ): # -> matplotlib Figure
+def plot_sources(
+    settings: Settings,  # from `load_settings`
+):  # -> matplotlib Figure
     "How many settings of each section come from which layer."
-    table = settings_table(settings).drop(index='env').reset_index()
-    table['layer'] = table.source.where(~table.source.str.startswith('AEREC_'), 'variable')
-    counts = table.assign(section=table.setting.str.split('.').str[0]).groupby(['section', 'layer']).size().unstack(fill_value=0)
+    table = settings_table(settings).drop(index="env").reset_index()
+    table["layer"] = table.source.where(~table.source.str.startswith("AEREC_"), "variable")
+    counts = (
+        table.assign(section=table.setting.str.split(".").str[0])
+        .groupby(["section", "layer"])
+        .size()
+        .unstack(fill_value=0)
+    )
     counts = counts.reindex([s for s in SECTIONS][::-1])
-    counts = counts[['default', *[c for c in counts.columns if c != 'default']]]
-    fig, ax = plt.subplots(figsize=(8, 3.8), layout='constrained')
-    palette = ['#cccccc', '#0072b2', '#e69f00', '#009e73', '#cc79a7', '#d55e00']
-    counts.plot.barh(stacked=True, ax=ax, color=palette[:counts.shape[1]], width=.75)
-    ax.set(title=f'Where the settings of {settings.env} come from', xlabel='settings', ylabel='')
-    ax.legend(title='', loc='lower right', fontsize=8)
-    ax.spines[['top', 'right']].set_visible(False)
+    counts = counts[["default", *[c for c in counts.columns if c != "default"]]]
+    fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    palette = ["#cccccc", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00"]
+    counts.plot.barh(stacked=True, ax=ax, color=palette[: counts.shape[1]], width=0.75)
+    ax.set(title=f"Where the settings of {settings.env} come from", xlabel="settings", ylabel="")
+    ax.legend(title="", loc="lower right", fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
 
 # %% ../nbs/00_configuration.ipynb #d7138ec4
-def build_configuration(run, # `Run` from `aerec_nb.runs`
-                        folder:Path # where to write settings.json and environments.parquet
-                       ) -> dict: # key figures for the manifest
+def build_configuration(
+    run,  # `Run` from `aerec_nb.runs`
+    folder: Path,  # where to write settings.json and environments.parquet
+) -> dict:  # key figures for the manifest
     "Write the settings of the run with their origins, and what differs between environments."
     table = settings_table(run.settings)
-    written = {key: {'value': row.value, 'source': row.source} for key,row in table.iterrows()}
-    (Path(folder)/'settings.json').write_text(json.dumps(written, indent=1, sort_keys=True), encoding='utf-8')
-    environments_table().reset_index().to_parquet(Path(folder)/'environments.parquet')
-    return {'env': run.settings.env, 'n_settings': len(table), 'n_changed': int((table.source != 'default').sum())}
+    written = {key: {"value": row.value, "source": row.source} for key, row in table.iterrows()}
+    (Path(folder) / "settings.json").write_text(json.dumps(written, indent=1, sort_keys=True), encoding="utf-8")
+    environments_table().reset_index().to_parquet(Path(folder) / "environments.parquet")
+    return {"env": run.settings.env, "n_settings": len(table), "n_changed": int((table.source != "default").sum())}

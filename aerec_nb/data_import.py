@@ -41,258 +41,389 @@ from tqdm import tqdm
 
 from .configuration import AerecError, Settings, hide_secrets, is_database, load_settings, project_dir
 from .events import COLUMNS, events_frame, events_url
-from .runs import FileError, atomic_path, file_error, file_errors, on_engine, read_json, sha256_bytes, sha256_file, write_json, write_parquet
+from aerec_nb.runs import (
+    FileError,
+    atomic_path,
+    file_error,
+    file_errors,
+    on_engine,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+    write_parquet,
+)
 
 # %% ../nbs/01_data_import.ipynb #f847b183
-def _list(names): return ', '.join(' '.join(str(n).split()) for n in names)
-def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0]
+def _list(names):
+    return ", ".join(" ".join(str(n).split()) for n in names)
 
-_PACKED = {b'\x1f\x8b': lambda f: gzip.GzipFile(fileobj=f), b'BZh': bz2.BZ2File, b'\xfd7zXZ': lzma.LZMAFile,
-           b'\x28\xb5\x2f\xfd': lambda f: pyarrow.CompressedInputStream(pyarrow.PythonFile(f, 'r'), 'zstd')} # first bytes -> unpacked stream
+
+def _first_line(e):
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
+_PACKED = {
+    b"\x1f\x8b": lambda f: gzip.GzipFile(fileobj=f),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": lambda f: pyarrow.CompressedInputStream(pyarrow.PythonFile(f, "r"), "zstd"),
+}  # first bytes -> unpacked stream
+
 
 @contextmanager
 def open_table(
-    path: Path, # a file
-): # yields a binary stream
+    path: Path,  # a file
+):  # yields a binary stream
     "The unpacked bytes of a file; what cannot be unpacked raises `AerecError`, also while it is read."
     where = Path(path).name
     try:
-        with open(path, 'rb') as packed, ExitStack() as stack:
-            first = packed.read(6); packed.seek(0)
+        with open(path, "rb") as packed, ExitStack() as stack:
+            first = packed.read(6)
+            packed.seek(0)
             unpack = next((f for mark, f in _PACKED.items() if first.startswith(mark)), None)
-            if first.startswith(b'PK\x03\x04'):
-                raise AerecError(f'{where}: is a zip file or a spreadsheet: let its name end in .zip, or save the sheet as CSV')
+            if first.startswith(b"PK\x03\x04"):
+                raise AerecError(
+                    f"{where}: is a zip file or a spreadsheet: let its name end in .zip, or save the sheet as CSV"
+                )
             yield stack.enter_context(unpack(packed)) if unpack else packed
-    except FileNotFoundError: raise AerecError(f'{path}: no such file') from None
+    except FileNotFoundError:
+        raise AerecError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as e:
-        raise AerecError(f'{where}: cannot be read ({_first_line(e)}); if it is not whole, fetch or write it again') from None
+        raise AerecError(
+            f"{where}: cannot be read ({_first_line(e)}); if it is not whole, fetch or write it again"
+        ) from None
 
 # %% ../nbs/01_data_import.ipynb #fb30cbaf
-_MARKS = ((b'\xef\xbb\xbf', 'utf-8-sig'), (b'\xff\xfe\0\0', 'utf-32'), (b'\0\0\xfe\xff', 'utf-32'), (b'\xff\xfe', 'utf-16'), (b'\xfe\xff', 'utf-16'))
+_MARKS = (
+    (b"\xef\xbb\xbf", "utf-8-sig"),
+    (b"\xff\xfe\0\0", "utf-32"),
+    (b"\0\0\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+
 
 def _encodings(head, where, encoding=None):
     "Encodings to try, the likeliest first."
     marked = next((name for mark, name in _MARKS if head.startswith(mark)), None)
     if encoding:
-        try: codec = codecs.lookup(encoding)
-        except LookupError: codec = None
-        if not getattr(codec, '_is_text_encoding', False):
-            raise AerecError(f'encoding = {encoding!r} is none: give a name such as utf-8, latin-1, cp1252 or utf-16-le')
+        try:
+            codec = codecs.lookup(encoding)
+        except LookupError:
+            codec = None
+        if not getattr(codec, "_is_text_encoding", False):
+            raise AerecError(
+                f"encoding = {encoding!r} is none: give a name such as utf-8, latin-1, cp1252 or utf-16-le"
+            )
         return [codec.name]
-    if marked: return [marked]
-    if b'\0' in head:
-        raise AerecError(f'{where}: holds NUL bytes, as binary files do: save it as text (CSV) or Parquet; if it is text, set encoding, '
-                         'for example to utf-16-le')
-    return ['utf-8', 'cp1252']
+    if marked:
+        return [marked]
+    if b"\0" in head:
+        raise AerecError(
+            f"{where}: holds NUL bytes, as binary files do: save it as text (CSV) or Parquet; if it is text, set encoding, "
+            "for example to utf-16-le"
+        )
+    return ["utf-8", "cp1252"]
+
 
 def _text_of(head, encoding):
     "The decoded head of a file; a character that its end cuts in two is left out. Raises UnicodeError."
-    return codecs.getincrementaldecoder(encoding)().decode(head).removeprefix('\ufeff')
+    return codecs.getincrementaldecoder(encoding)().decode(head).removeprefix("\ufeff")
 
 # %% ../nbs/01_data_import.ipynb #1f9adf0d
-_SEPARATORS = '\t;,|'
-_PAIR = '\x1f' # what `::` becomes for the parser, which knows separators of one character: the unit separator of ASCII
+_SEPARATORS = "\t;,|"
+_PAIR = "\x1f"  # what `::` becomes for the parser, which knows separators of one character: the unit separator of ASCII
+
 
 def _fields(line, sep):
-    if sep == '::': return line.split('::')
+    if sep == "::":
+        return line.split("::")
     return next(csv.reader([line], delimiter=sep, skipinitialspace=True), [])
+
 
 def _separator(lines):
     "The separator of some first lines."
-    if '::' in lines[0]: return '::'
+    if "::" in lines[0]:
+        return "::"
     counts = {sep: [len(_fields(line, sep)) for line in lines] for sep in _SEPARATORS}
     return max(_SEPARATORS, key=lambda sep: (len(set(counts[sep])) == 1 and counts[sep][0] > 1, counts[sep][0]))
+
 
 @dataclass
 class _Layout:
     "How a text file is laid out."
+
     sep: str
-    names: list    # of the columns
-    headless: bool # the first line is data
-    skip: int      # lines before the data
+    names: list  # of the columns
+    headless: bool  # the first line is data
+    skip: int  # lines before the data
     encoding: str
+
 
 def _layout(head, encoding, whole, where, positions):
     "The layout that the head of a file shows; `positions` names the columns of a file without a header."
-    lines = re.split('\r\n|\n|\r', _text_of(head, encoding))
-    if not whole and len(lines) > 1: lines.pop()
+    lines = re.split("\r\n|\n|\r", _text_of(head, encoding))
+    if not whole and len(lines) > 1:
+        lines.pop()
     blank = next((i for i, line in enumerate(lines) if line.strip()), None)
-    if blank is None: raise AerecError(f'{where}: the file is empty (no header in its first line)')
-    sep = _separator([line for line in lines[blank:blank+20] if line.strip()])
+    if blank is None:
+        raise AerecError(f"{where}: the file is empty (no header in its first line)")
+    sep = _separator([line for line in lines[blank : blank + 20] if line.strip()])
     fields = [f.strip() for f in _fields(lines[blank], sep)]
-    headless = len(fields) > 1 and all(re.fullmatch(r'-?\d+(\.\d+)?', v) for v in fields[:1 if sep == '::' else 2])
-    if headless: names = [*positions, *(f'column_{i}' for i in range(len(positions), len(fields)))][:len(fields)]
-    else: names = [f or f'unnamed_{i}' for i, f in enumerate(fields)]
+    headless = len(fields) > 1 and all(re.fullmatch(r"-?\d+(\.\d+)?", v) for v in fields[: 1 if sep == "::" else 2])
+    if headless:
+        names = [*positions, *(f"column_{i}" for i in range(len(positions), len(fields)))][: len(fields)]
+    else:
+        names = [f or f"unnamed_{i}" for i, f in enumerate(fields)]
     _check_names(names, where)
-    return _Layout(sep, names, headless, blank if headless else blank+1, encoding)
+    return _Layout(sep, names, headless, blank if headless else blank + 1, encoding)
+
 
 def _check_names(names, where):
     names = list(map(str, names))
     if twice := [n for n in dict.fromkeys(names) if names.count(n) > 1]:
-        raise AerecError(f'{where}: the header names {_list(map(repr, twice))} twice; give every column a name of its own')
+        raise AerecError(
+            f"{where}: the header names {_list(map(repr, twice))} twice; give every column a name of its own"
+        )
 
 # %% ../nbs/01_data_import.ipynb #a5284718
-_FAULT = 'fault of the line' # a column that a table has only if some line of its file has too many or too few fields
+_FAULT = "fault of the line"  # a column that a table has only if some line of its file has too many or too few fields
+
 
 class _Watched:
     "A stream for the parser: counts quotes and NUL bytes, and swaps `::`."
+
     closed = False
-    def __init__(self, stream, pairs): self.stream, self.pairs, self.n_quotes, self.n_nul = stream, pairs, 0, 0
+
+    def __init__(self, stream, pairs):
+        self.stream, self.pairs, self.n_quotes, self.n_nul = stream, pairs, 0, 0
+
     def read(self, n=-1):
-        data = self.stream.read(n-1 if n > 1 else n)
-        self.n_quotes += data.count(b'"'); self.n_nul += data.count(b'\0')
-        if not self.pairs: return data
-        if data.endswith(b':') and n > 1: data += self.stream.read(1) # a pair must not be cut in two
-        return data.replace(b'::', _PAIR.encode())
+        data = self.stream.read(n - 1 if n > 1 else n)
+        self.n_quotes += data.count(b'"')
+        self.n_nul += data.count(b"\0")
+        if not self.pairs:
+            return data
+        if data.endswith(b":") and n > 1:
+            data += self.stream.read(1)  # a pair must not be cut in two
+        return data.replace(b"::", _PAIR.encode())
+
 
 def _read_fast(f, layout):
     "The table as Arrow reads it, or None where a line is not like the others."
-    pairs, wide, faults = layout.sep == '::', layout.encoding.startswith(('utf-16', 'utf-32', 'utf_16', 'utf_32')), []
-    if pairs and wide: return None
+    pairs, wide, faults = layout.sep == "::", layout.encoding.startswith(("utf-16", "utf-32", "utf_16", "utf_32")), []
+    if pairs and wide:
+        return None
     stream = _Watched(f, pairs)
     try:
-        table = pyarrow.csv.read_csv(pyarrow.PythonFile(stream, 'r'),
-            pyarrow.csv.ReadOptions(use_threads=False, block_size=2**24, skip_rows=layout.skip, column_names=layout.names,
-                                    encoding='utf8' if layout.encoding in ('utf-8', 'utf-8-sig') else layout.encoding),
-            pyarrow.csv.ParseOptions(delimiter=_PAIR if pairs else layout.sep, quote_char=False if pairs else '"', newlines_in_values=True,
-                                     invalid_row_handler=lambda row: faults.append(row) or 'skip'),
-            pyarrow.csv.ConvertOptions(column_types={c: pyarrow.large_string() for c in layout.names}, null_values=[''],
-                                       strings_can_be_null=True, quoted_strings_can_be_null=True))
+        table = pyarrow.csv.read_csv(
+            pyarrow.PythonFile(stream, "r"),
+            pyarrow.csv.ReadOptions(
+                use_threads=False,
+                block_size=2**24,
+                skip_rows=layout.skip,
+                column_names=layout.names,
+                encoding="utf8" if layout.encoding in ("utf-8", "utf-8-sig") else layout.encoding,
+            ),
+            pyarrow.csv.ParseOptions(
+                delimiter=_PAIR if pairs else layout.sep,
+                quote_char=False if pairs else '"',
+                newlines_in_values=True,
+                invalid_row_handler=lambda row: faults.append(row) or "skip",
+            ),
+            pyarrow.csv.ConvertOptions(
+                column_types={c: pyarrow.large_string() for c in layout.names},
+                null_values=[""],
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=True,
+            ),
+        )
     except pyarrow.ArrowInvalid as e:
-        if 'UTF8' in str(e): raise UnicodeError(str(e)) from None
+        if "UTF8" in str(e):
+            raise UnicodeError(str(e)) from None
         return None
-    if faults or (not pairs and stream.n_quotes % 2) or (stream.n_nul and not wide): return None # an odd number: one is never closed
+    if faults or (not pairs and stream.n_quotes % 2) or (stream.n_nul and not wide):
+        return None  # an odd number: one is never closed
     table = _trimmed(table)
     return None if table is None else table.to_pandas()
+
 
 def _trimmed(table):
     "Without blanks around the values, a value of nothing else missing; None where a blank has hidden a quote from the parser."
     for i, (name, column) in enumerate(zip(table.column_names, table.columns)):
         bare = pc.ascii_trim_whitespace(column)
-        if bare.equals(column): continue
-        if pc.any(pc.starts_with(bare, '"')).as_py(): return None
-        table = table.set_column(i, name, pc.if_else(pc.equal(bare, ''), None, bare))
+        if bare.equals(column):
+            continue
+        if pc.any(pc.starts_with(bare, '"')).as_py():
+            return None
+        table = table.set_column(i, name, pc.if_else(pc.equal(bare, ""), None, bare))
     return table
 
 # %% ../nbs/01_data_import.ipynb #b1c7e0c0
 def _records(lines, sep, where):
     "Number of its first line, and fields, of each record; blank lines are left out."
-    mark = '\x1e' # behind the last line: if it does not come back alone, an open quote has swallowed it
-    text = (line.replace('::', _PAIR) for line in chain(lines, [mark])) if sep == '::' else chain(lines, [mark])
-    reader = csv.reader(text, delimiter=_PAIR if sep == '::' else sep, skipinitialspace=True,
-                        quoting=csv.QUOTE_NONE if sep == '::' else csv.QUOTE_MINIMAL)
+    mark = "\x1e"  # behind the last line: if it does not come back alone, an open quote has swallowed it
+    text = (line.replace("::", _PAIR) for line in chain(lines, [mark])) if sep == "::" else chain(lines, [mark])
+    reader = csv.reader(
+        text,
+        delimiter=_PAIR if sep == "::" else sep,
+        skipinitialspace=True,
+        quoting=csv.QUOTE_NONE if sep == "::" else csv.QUOTE_MINIMAL,
+    )
     begun = 1
     try:
         for fields in reader:
-            if fields == [mark]: return
-            if fields and (len(fields) > 1 or fields[0].strip()): yield begun, fields
-            last, begun = begun, reader.line_num+1
-    except csv.Error as e: raise AerecError(f'{where}, line {begun}: cannot be read ({e}); is a quote missing before it?') from None
-    raise AerecError(f'{where}, line {last}: a quote opens there and is never closed; close it, or double a quote that is part of the text')
+            if fields == [mark]:
+                return
+            if fields and (len(fields) > 1 or fields[0].strip()):
+                yield begun, fields
+            last, begun = begun, reader.line_num + 1
+    except csv.Error as e:
+        raise AerecError(f"{where}, line {begun}: cannot be read ({e}); is a quote missing before it?") from None
+    raise AerecError(
+        f"{where}, line {last}: a quote opens there and is never closed; close it, or double a quote that is part of the text"
+    )
+
 
 def _line_records(f, layout, where):
     "Of each record its values, as many as the layout has columns, and what is wrong with it (None: nothing)."
-    text, n = io.TextIOWrapper(f, layout.encoding, newline=''), len(layout.names)
+    text, n = io.TextIOWrapper(f, layout.encoding, newline=""), len(layout.names)
     records = _records(text, layout.sep, where)
-    if not layout.headless: next(records)
+    if not layout.headless:
+        next(records)
     for line, fields in records:
-        if len(fields) == n+1 and not fields[-1].strip(): fields.pop() # a separator at the end of the line
-        many, first = 'many' if len(fields) > n else 'few', 'first line' if layout.headless else 'header'
-        fault = None if len(fields) == n else f'too {many} fields: {len(fields)} in line {line}, {n} in the {first}'
-        yield [v.strip() or None for v in (fields + ['']*n)[:n]], fault
+        if len(fields) == n + 1 and not fields[-1].strip():
+            fields.pop()  # a separator at the end of the line
+        many, first = "many" if len(fields) > n else "few", "first line" if layout.headless else "header"
+        fault = None if len(fields) == n else f"too {many} fields: {len(fields)} in line {line}, {n} in the {first}"
+        yield [v.strip() or None for v in (fields + [""] * n)[:n]], fault
     text.detach()
+
 
 def _read_lines(f, layout, where):
     "The table line by line; lines with too many or too few fields are marked as faulty."
     rows, faults = [], []
     for values, fault in _line_records(f, layout, where):
-        if fault: faults.append((len(rows), fault))
+        if fault:
+            faults.append((len(rows), fault))
         rows.append(values)
-    df = pd.DataFrame(rows, columns=layout.names, dtype='str')
-    if faults: df[_FAULT] = pd.Series(dict(faults), dtype='str').reindex(df.index)
+    df = pd.DataFrame(rows, columns=layout.names, dtype="str")
+    if faults:
+        df[_FAULT] = pd.Series(dict(faults), dtype="str").reindex(df.index)
     return df
 
 # %% ../nbs/01_data_import.ipynb #7d587eaa
 def _read_text(path, where, positions, encoding=None):
     "All columns of a delimited text file as text."
-    with open_table(path) as f: head = f.read(2**16)
+    with open_table(path) as f:
+        head = f.read(2**16)
     tried = _encodings(head, where, encoding)
     for name in tried:
         try:
             layout = _layout(head, name, len(head) < 2**16, where, positions)
-            with open_table(path) as f: df = _read_fast(f, layout)
+            with open_table(path) as f:
+                df = _read_fast(f, layout)
             if df is None:
-                with open_table(path) as f: df = _read_lines(f, layout, where)
-            if name == 'cp1252': df.attrs['encoding'] = name
+                with open_table(path) as f:
+                    df = _read_lines(f, layout, where)
+            if name == "cp1252":
+                df.attrs["encoding"] = name
             return df
         except UnicodeError:
-            if len(tried) > 1 and name == 'utf-8' and _mostly_utf8(path): tried = [name]; break # damaged, which cp1252 would hide
+            if len(tried) > 1 and name == "utf-8" and _mostly_utf8(path):
+                tried = [name]
+                break  # damaged, which cp1252 would hide
     line, byte = _undecodable(path, tried[-1])
-    raise AerecError(f'{where}, line {line}: byte 0x{byte:02x} is not {" or ".join(tried)}; correct it, or set encoding to what the file was written in')
+    raise AerecError(
+        f"{where}, line {line}: byte 0x{byte:02x} is not {' or '.join(tried)}; correct it, or set encoding to what the file was written in"
+    )
+
 
 def _mostly_utf8(path):
     "Is more of what is not ASCII valid UTF-8 than not?"
-    decoder, good, bad = codecs.getincrementaldecoder('utf-8')('replace'), 0, 0
+    decoder, good, bad = codecs.getincrementaldecoder("utf-8")("replace"), 0, 0
     with open_table(path) as f:
         while piece := f.read(2**20):
-            beyond = re.sub('[\0-\x7f]+', '', decoder.decode(piece)); broken = beyond.count('\ufffd')
+            beyond = re.sub("[\0-\x7f]+", "", decoder.decode(piece))
+            broken = beyond.count("\ufffd")
             good, bad = good + len(beyond) - broken, bad + broken
     return good > bad
 
+
 def _undecodable(path, encoding):
     "Line and value of the first byte that an encoding does not have."
-    decoder, line, piece = codecs.getincrementaldecoder(encoding)(), 1, b'-'
+    decoder, line, piece = codecs.getincrementaldecoder(encoding)(), 1, b"-"
     with open_table(path) as f:
         while piece:
             piece = f.read(2**20)
-            try: decoder.decode(piece, final=not piece)
-            except UnicodeDecodeError as e: return line + e.object[:e.start].count(b'\n'), e.object[e.start]
-            line += piece.count(b'\n')
+            try:
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as e:
+                return line + e.object[: e.start].count(b"\n"), e.object[e.start]
+            line += piece.count(b"\n")
 
 # %% ../nbs/01_data_import.ipynb #c92c8eaf
 def _read_table(path, positions, encoding=None):
     "A file as a table of text (Parquet: of its own types); `positions` names the columns of a file without a header."
     where = Path(path).name
-    with open_table(path) as f: first = f.read(4)
-    return _read_parquet(path, where) if first == b'PAR1' or where.endswith('.parquet') else _read_text(path, where, positions, encoding)
+    with open_table(path) as f:
+        first = f.read(4)
+    return (
+        _read_parquet(path, where)
+        if first == b"PAR1" or where.endswith(".parquet")
+        else _read_text(path, where, positions, encoding)
+    )
 
 # %% ../nbs/01_data_import.ipynb #d91bb57d
 NAMES = dict(
-    user_id='user_id user uid user_name user_key customer_id customer member_id visitor_id account_id reviewer_id profile_id subscriber_id '
-            'viewer_id listener_id reader_id client_id shopper_id buyer_id person_id consumer_id'.split(),
-    item_id='item_id item iid item_key movie_id movie film_id product_id product book_id isbn article_id asin parent_asin track_id song_id '
-            'artist_id album_id business_id sku content_id show_id series_id video_id game_id app_id anime_id joke_id recipe_id news_id '
-            'restaurant_id place_id venue_id poi_id gmap_id course_id job_id post_id page_id offer_id object_id entity_id'.split(),
-    rating='rating ratings score stars star_rating user_rating user_score book_rating movie_rating overall overall_rating rate grade'.split(),
-    count='count counts plays play_count n_plays listen_count listens times_played clicks n_clicks click_count views n_views view_count '
-          'quantity qty purchases purchase_count hours hours_played playtime weight interaction_count n_interactions'.split(),
-    timestamp='timestamp timestamps time ts unix_review_time unix_time unix_timestamp epoch event_time event_timestamp timestamp_ms datetime '
-              'date rated_at created_at occurred_at rating_time rating_date review_time review_date listened_at played_at purchased_at '
-              'purchase_date order_date'.split(),
-    ingested_at='ingested_at ingestion_time ingestion_timestamp ingest_time'.split(),
-    event_id=['event_id'],
-    title='title name movie_title item_name product_name book_title track_name song_name'.split(),
-    genres='genres genre category categories class'.split(),
+    user_id="user_id user uid user_name user_key customer_id customer member_id visitor_id account_id reviewer_id profile_id subscriber_id "
+    "viewer_id listener_id reader_id client_id shopper_id buyer_id person_id consumer_id".split(),
+    item_id="item_id item iid item_key movie_id movie film_id product_id product book_id isbn article_id asin parent_asin track_id song_id "
+    "artist_id album_id business_id sku content_id show_id series_id video_id game_id app_id anime_id joke_id recipe_id news_id "
+    "restaurant_id place_id venue_id poi_id gmap_id course_id job_id post_id page_id offer_id object_id entity_id".split(),
+    rating="rating ratings score stars star_rating user_rating user_score book_rating movie_rating overall overall_rating rate grade".split(),
+    count="count counts plays play_count n_plays listen_count listens times_played clicks n_clicks click_count views n_views view_count "
+    "quantity qty purchases purchase_count hours hours_played playtime weight interaction_count n_interactions".split(),
+    timestamp="timestamp timestamps time ts unix_review_time unix_time unix_timestamp epoch event_time event_timestamp timestamp_ms datetime "
+    "date rated_at created_at occurred_at rating_time rating_date review_time review_date listened_at played_at purchased_at "
+    "purchase_date order_date".split(),
+    ingested_at="ingested_at ingestion_time ingestion_timestamp ingest_time".split(),
+    event_id=["event_id"],
+    title="title name movie_title item_name product_name book_title track_name song_name".split(),
+    genres="genres genre category categories class".split(),
 )
 
-def _shown(header): return _list(str(c)[:40] for c in header[:12]) + (', ...' if len(header) > 12 else '')
-def _plain(name): return re.sub(r'[\s_.-]', '', str(name).strip('\ufeff').split(':')[0]).lower()
 
-_RANK = {standard: {_plain(name): i for i, name in reversed(list(enumerate(names)))} for standard, names in NAMES.items()}
+def _shown(header):
+    return _list(str(c)[:40] for c in header[:12]) + (", ..." if len(header) > 12 else "")
+
+
+def _plain(name):
+    return re.sub(r"[\s_.-]", "", str(name).strip("\ufeff").split(":")[0]).lower()
+
+
+_RANK = {
+    standard: {_plain(name): i for i, name in reversed(list(enumerate(names)))} for standard, names in NAMES.items()
+}
+
 
 def _recognise(header, wanted, columns):
     "Own column name -> standard name: by the user's mapping first, then by the names above, the likelier name first."
     for own, standard in (columns or {}).items():
-        if standard not in NAMES: raise AerecError(f'columns maps {own!r} to {standard!r}: the standard names are {_list(NAMES)}')
+        if standard not in NAMES:
+            raise AerecError(f"columns maps {own!r} to {standard!r}: the standard names are {_list(NAMES)}")
     mine = {own: standard for own, standard in (columns or {}).items() if standard in wanted}
     found = {own: standard for own, standard in mine.items() if own in header}
-    for own, standard in mine.items(): # two mappings of one name may be meant for two tables, one each
+    for own, standard in mine.items():  # two mappings of one name may be meant for two tables, one each
         if own not in header and standard not in found.values():
-            raise AerecError(f'columns maps {own!r}, which is not there: the columns are {_shown(header)}')
-        if own in header and list(found.values()).count(standard) > 1: raise AerecError(f'columns maps two columns to {standard!r}: choose one')
+            raise AerecError(f"columns maps {own!r}, which is not there: the columns are {_shown(header)}")
+        if own in header and list(found.values()).count(standard) > 1:
+            raise AerecError(f"columns maps two columns to {standard!r}: choose one")
     for standard in wanted:
         free = [h for h in header if h not in (columns or {}) and _plain(h) in _RANK[standard]]
-        if free and standard not in found.values(): found[min(free, key=lambda h: _RANK[standard][_plain(h)])] = standard
+        if free and standard not in found.values():
+            found[min(free, key=lambda h: _RANK[standard][_plain(h)])] = standard
     return found
 
 # %% ../nbs/01_data_import.ipynb #e73660b5
@@ -301,43 +432,89 @@ def _numpy(s):
     if isinstance(s.dtype, pd.CategoricalDtype):
         of = s.cat.categories.dtype
         s = s.astype(object if s.isna().any() and not isinstance(of, pd.StringDtype) else of)
-    if isinstance(s.dtype, pd.StringDtype): return s if s.dtype.na_value is np.nan else s.astype('str')
-    if isinstance(s.dtype, pd.api.extensions.ExtensionDtype) and hasattr(s.array, '__arrow_array__') and not isinstance(s.dtype, pd.DatetimeTZDtype):
-        return _numpy(pd.Series(pyarrow.array(s).to_pandas(integer_object_nulls=True))) # objects: a missing id must not round the others
-    return s.astype('str') if s.dtype == object and pd.api.types.infer_dtype(s) == 'string' else s
+    if isinstance(s.dtype, pd.StringDtype):
+        return s if s.dtype.na_value is np.nan else s.astype("str")
+    if (
+        isinstance(s.dtype, pd.api.extensions.ExtensionDtype)
+        and hasattr(s.array, "__arrow_array__")
+        and not isinstance(s.dtype, pd.DatetimeTZDtype)
+    ):
+        return _numpy(
+            pd.Series(pyarrow.array(s).to_pandas(integer_object_nulls=True))
+        )  # objects: a missing id must not round the others
+    return s.astype("str") if s.dtype == object and pd.api.types.infer_dtype(s) == "string" else s
 
-_NO_IDS = dict(boolean='true or false', datetime64='times', datetime='times', date='dates', timedelta='time spans', complex='complex numbers',
-               int='whole numbers', float='fractions', str='texts', bool='true or false', list='lists', ndarray='lists', dict='dicts')
+
+_NO_IDS = dict(
+    boolean="true or false",
+    datetime64="times",
+    datetime="times",
+    date="dates",
+    timedelta="time spans",
+    complex="complex numbers",
+    int="whole numbers",
+    float="fractions",
+    str="texts",
+    bool="true or false",
+    list="lists",
+    ndarray="lists",
+    dict="dicts",
+)
+
 
 def _ids(s, where, own):
     "Ids of one type, missing where there is none that can be used."
     s = _numpy(s)
-    kind = pd.api.types.infer_dtype(s) if s.dtype == object else s.dtype.kind if isinstance(s.dtype, np.dtype) else 'string'
-    if kind in ('string', 'empty'): return _text_ids(s.astype('str'))
-    if kind == 'bytes': return _text_ids( # what is not UTF-8 gets a NUL, which no id may have
-        s.map(lambda b: b.decode('utf-8', 'replace').replace('\ufffd', '\0'), na_action='ignore').astype('str'))
-    if kind in ('f', 'floating', 'mixed-integer-float', 'decimal', 'integer'): return _whole(s)
-    if kind in 'iu': return s if kind == 'u' and len(s) and s.max() >= 2**63 else s.astype(np.int64)
-    types = {type(v).__name__ for v in s[s.notna()]} if kind in ('mixed', 'mixed-integer') else {pd.api.types.infer_dtype(s)}
-    if types == {'UUID'}: return s
+    kind = (
+        pd.api.types.infer_dtype(s)
+        if s.dtype == object
+        else s.dtype.kind
+        if isinstance(s.dtype, np.dtype)
+        else "string"
+    )
+    if kind in ("string", "empty"):
+        return _text_ids(s.astype("str"))
+    if kind == "bytes":
+        return _text_ids(  # what is not UTF-8 gets a NUL, which no id may have
+            s.map(lambda b: b.decode("utf-8", "replace").replace("\ufffd", "\0"), na_action="ignore").astype("str")
+        )
+    if kind in ("f", "floating", "mixed-integer-float", "decimal", "integer"):
+        return _whole(s)
+    if kind in "iu":
+        return s if kind == "u" and len(s) and s.max() >= 2**63 else s.astype(np.int64)
+    types = (
+        {type(v).__name__ for v in s[s.notna()]}
+        if kind in ("mixed", "mixed-integer")
+        else {pd.api.types.infer_dtype(s)}
+    )
+    if types == {"UUID"}:
+        return s
     holds = _list(sorted(_NO_IDS.get(t, t) for t in types))
-    raise AerecError(f'{where}, column {_list([own])}: holds {holds}: ids are whole numbers, texts or UUIDs, all of one kind; convert them')
+    raise AerecError(
+        f"{where}, column {_list([own])}: holds {holds}: ids are whole numbers, texts or UUIDs, all of one kind; convert them"
+    )
+
 
 def _text_ids(s):
     "int64 where every id is written as a whole number is; else the texts, missing where blank or with a NUL."
     text = pyarrow.array(s)
     try:
         numbers = pc.cast(text, pyarrow.int64())
-        if pc.cast(numbers, text.type).equals(text): return s if text.null_count else pd.Series(numbers.to_numpy())
-    except pyarrow.ArrowInvalid: pass
-    unusable = pc.or_(pc.equal(pc.utf8_trim_whitespace(text), ''), pc.match_substring(text, '\0'))
+        if pc.cast(numbers, text.type).equals(text):
+            return s if text.null_count else pd.Series(numbers.to_numpy())
+    except pyarrow.ArrowInvalid:
+        pass
+    unusable = pc.or_(pc.equal(pc.utf8_trim_whitespace(text), ""), pc.match_substring(text, "\0"))
     return s.mask(unusable.to_pandas().fillna(True).astype(bool)) if pc.any(unusable).as_py() else s
+
 
 def _whole(s):
     "int64 where all numbers are whole (floats often are ids with a missing one among them); objects where one is larger than that."
     if s.dtype == object:
-        whole = s.map(lambda v: int(v) if v == v and abs(v) != float('inf') and v == int(v) else None, na_action='ignore')
-        fits = s.notna().all() and whole.notna().all() and all(-2**63 <= v < 2**63 for v in whole)
+        whole = s.map(
+            lambda v: int(v) if v == v and abs(v) != float("inf") and v == int(v) else None, na_action="ignore"
+        )
+        fits = s.notna().all() and whole.notna().all() and all(-(2**63) <= v < 2**63 for v in whole)
         return whole.astype(np.int64) if fits else whole
     whole = s.where(np.isfinite(s) & (s == np.floor(s)) & (s.abs() < 2**63))
     return whole.astype(np.int64) if whole.notna().all() else whole
@@ -346,802 +523,1216 @@ def _whole(s):
 def _numbers(s):
     "float64, missing where a value is no number."
     s = _numpy(s)
-    if s.dtype != object and pd.api.types.is_numeric_dtype(s): return s.astype(float) # also true and false: 1 and 0
-    s = s.map(str, na_action='ignore').astype('str') if s.dtype == object else s.astype('str')
-    try: return pd.Series(pc.cast(pyarrow.array(s), pyarrow.float64()).to_numpy(zero_copy_only=False))
-    except pyarrow.ArrowInvalid: return pd.to_numeric(s, errors='coerce').astype(float)
+    if s.dtype != object and pd.api.types.is_numeric_dtype(s):
+        return s.astype(float)  # also true and false: 1 and 0
+    s = s.map(str, na_action="ignore").astype("str") if s.dtype == object else s.astype("str")
+    try:
+        return pd.Series(pc.cast(pyarrow.array(s), pyarrow.float64()).to_numpy(zero_copy_only=False))
+    except pyarrow.ArrowInvalid:
+        return pd.to_numeric(s, errors="coerce").astype(float)
 
-_UNITS = ((1e17, 10**9), (1e14, 10**6), (1e11, 1000)) # from this size on: so many to the second
+
+_UNITS = ((1e17, 10**9), (1e14, 10**6), (1e11, 1000))  # from this size on: so many to the second
+
 
 def _seconds(s):
     "Seconds since 1970: int64, or float64 with gaps where a value is no time."
     s = _numpy(s)
-    if pd.api.types.is_datetime64_any_dtype(s): return _epoch(pd.to_datetime(s, utc=True))
-    if s.dtype == object: s = s.map(lambda v: v.isoformat() if hasattr(v, 'isoformat') else str(v), na_action='ignore').astype('str')
+    if pd.api.types.is_datetime64_any_dtype(s):
+        return _epoch(pd.to_datetime(s, utc=True))
+    if s.dtype == object:
+        s = s.map(lambda v: v.isoformat() if hasattr(v, "isoformat") else str(v), na_action="ignore").astype("str")
     if isinstance(s.dtype, pd.StringDtype):
-        try: s = pd.Series(pc.cast(pyarrow.array(s), pyarrow.int64()).to_pandas())
-        except pyarrow.ArrowInvalid: return _written_times(s)
-    if s.dtype == bool: return pd.Series(np.nan, s.index)
+        try:
+            s = pd.Series(pc.cast(pyarrow.array(s), pyarrow.int64()).to_pandas())
+        except pyarrow.ArrowInvalid:
+            return _written_times(s)
+    if s.dtype == bool:
+        return pd.Series(np.nan, s.index)
     return _in_seconds(s)
+
 
 def _in_seconds(v):
     "Numbers of seconds or of smaller units as whole seconds."
-    if pd.api.types.is_float_dtype(v) and v.notna().all() and (v.abs() < 2**63).all(): v = np.floor(v).astype(np.int64)
+    if pd.api.types.is_float_dtype(v) and v.notna().all() and (v.abs() < 2**63).all():
+        v = np.floor(v).astype(np.int64)
     size = v.abs()
-    if not size.max() >= _UNITS[-1][0]: return v if v.dtype == float else v.astype(np.int64)
+    if not size.max() >= _UNITS[-1][0]:
+        return v if v.dtype == float else v.astype(np.int64)
     return v // np.select([size >= least for least, _ in _UNITS], [n for _, n in _UNITS], 1)
+
 
 def _written_times(s):
     "Texts as times: numbers where they are numbers, else ISO 8601."
-    numbers = pd.to_numeric(s, errors='coerce').astype(float)
+    numbers = pd.to_numeric(s, errors="coerce").astype(float)
     times, dates = _in_seconds(numbers).astype(float), numbers.isna()
-    times[dates] = _epoch(pd.to_datetime(s[dates], errors='coerce', utc=True, format='ISO8601'))
+    times[dates] = _epoch(pd.to_datetime(s[dates], errors="coerce", utc=True, format="ISO8601"))
     return times.astype(np.int64) if times.notna().all() and np.isfinite(times).all() else times
 
+
 def _epoch(dates):
-    seconds = dates.dt.as_unit('s')
+    seconds = dates.dt.as_unit("s")
     return seconds.astype(np.int64) if seconds.notna().all() else seconds.astype(np.int64).where(seconds.notna())
 
 # %% ../nbs/01_data_import.ipynb #f528db62
-ON_DUPLICATE = ('last', 'first', 'max', 'mean', 'sum', 'raise')
+ON_DUPLICATE = ("last", "first", "max", "mean", "sum", "raise")
+
 
 def _one_per_pair(df, on_duplicate, where):
     "Settle duplicated pairs by the rule; rows stay in their order. Also how many rows went."
-    if on_duplicate not in ON_DUPLICATE: raise AerecError(f'no rule {on_duplicate!r} for duplicates: choose {_list(ON_DUPLICATE)}')
-    pair = ['user_id', 'item_id']
+    if on_duplicate not in ON_DUPLICATE:
+        raise AerecError(f"no rule {on_duplicate!r} for duplicates: choose {_list(ON_DUPLICATE)}")
+    pair = ["user_id", "item_id"]
     repeated = df.duplicated(pair)
-    if not repeated.any(): return df, 0
-    if on_duplicate == 'raise':
-        n = int(np.flatnonzero(repeated)[0]); user, item = (df[c].iloc[n] for c in pair)
-        raise AerecError(f'{where}, row {df.index[n]+1}: user {user} has item {item} a second time ({repeated.sum():,} such rows); correct them, '
-                         f'or set on_duplicate to one of {_list(ON_DUPLICATE[:-1])}')
-    value = next((c for c in ('rating', 'count') if c in df), None)
-    if on_duplicate == 'sum' and value is None: df, value = df.assign(count=1.), 'count'
-    in_time = df.sort_values('timestamp', kind='stable') if 'timestamp' in df else df
-    kept = in_time.drop_duplicates(pair, keep='first' if on_duplicate == 'first' else 'last').sort_index()
-    if on_duplicate in ('max', 'mean', 'sum') and value:
+    if not repeated.any():
+        return df, 0
+    if on_duplicate == "raise":
+        n = int(np.flatnonzero(repeated)[0])
+        user, item = (df[c].iloc[n] for c in pair)
+        raise AerecError(
+            f"{where}, row {df.index[n] + 1}: user {user} has item {item} a second time ({repeated.sum():,} such rows); correct them, "
+            f"or set on_duplicate to one of {_list(ON_DUPLICATE[:-1])}"
+        )
+    value = next((c for c in ("rating", "count") if c in df), None)
+    if on_duplicate == "sum" and value is None:
+        df, value = df.assign(count=1.0), "count"
+    in_time = df.sort_values("timestamp", kind="stable") if "timestamp" in df else df
+    kept = in_time.drop_duplicates(pair, keep="first" if on_duplicate == "first" else "last").sort_index()
+    if on_duplicate in ("max", "mean", "sum") and value:
         values = df.groupby(pair, sort=False, observed=True)[value].agg(on_duplicate)
         kept = kept.assign(**{value: values.loc[pd.MultiIndex.from_frame(kept[pair])].to_numpy()})
     return kept.reset_index(drop=True), int(repeated.sum())
 
 # %% ../nbs/01_data_import.ipynb #fab70d2d
-_LATEST_TIME = 7_258_118_400 # 2200-01-01
+_LATEST_TIME = 7_258_118_400  # 2200-01-01
 _CHECKS = dict(
-    rating=[pa.Check(lambda s: s.abs() <= np.finfo(np.float32).max, error='is not finite')],
-    count=[pa.Check(lambda s: s.abs() <= np.finfo(np.float32).max, error='is not finite'), pa.Check.ge(0, error='is a negative count')],
-    timestamp=[pa.Check.in_range(0, _LATEST_TIME, error='lies before 1970 or after 2200')],
-    ingested_at=[pa.Check.in_range(0, _LATEST_TIME, error='lies before 1970 or after 2200')])
-_TYPES = dict(rating=float, count=float, timestamp='int64')
+    rating=[pa.Check(lambda s: s.abs() <= np.finfo(np.float32).max, error="is not finite")],
+    count=[
+        pa.Check(lambda s: s.abs() <= np.finfo(np.float32).max, error="is not finite"),
+        pa.Check.ge(0, error="is a negative count"),
+    ],
+    timestamp=[pa.Check.in_range(0, _LATEST_TIME, error="lies before 1970 or after 2200")],
+    ingested_at=[pa.Check.in_range(0, _LATEST_TIME, error="lies before 1970 or after 2200")],
+)
+_TYPES = dict(rating=float, count=float, timestamp="int64")
+
 
 def ratings_schema(
-    ratings: pd.DataFrame, # a frame to make the schema for: which of the optional columns it has
+    ratings: pd.DataFrame,  # a frame to make the schema for: which of the optional columns it has
 ) -> pa.DataFrameSchema:
     "What a ratings frame must be."
-    return pa.DataFrameSchema({c: pa.Column(_TYPES.get(c), _CHECKS.get(c), nullable=False) for c in ('user_id', 'item_id', *_TYPES)
-                               if c in ratings or c.endswith('_id')}, strict=True, unique=['user_id', 'item_id'])
+    return pa.DataFrameSchema(
+        {
+            c: pa.Column(_TYPES.get(c), _CHECKS.get(c), nullable=False)
+            for c in ("user_id", "item_id", *_TYPES)
+            if c in ratings or c.endswith("_id")
+        },
+        strict=True,
+        unique=["user_id", "item_id"],
+    )
 
 # %% ../nbs/01_data_import.ipynb #045b9268
-ON_BAD = ('raise', 'quarantine')
+ON_BAD = ("raise", "quarantine")
 
-_MAKE = dict(user_id=_ids, item_id=_ids, rating=_numbers, count=_numbers, timestamp=_seconds, ingested_at=_seconds, event_id=_ids)
-_NO = {_ids: 'is no id', _numbers: 'is not a number', _seconds: 'is no time'}
-_NOTHING = ('', 'na', 'n/a', 'nan', 'null', 'none', '\\n')
+_MAKE = dict(
+    user_id=_ids, item_id=_ids, rating=_numbers, count=_numbers, timestamp=_seconds, ingested_at=_seconds, event_id=_ids
+)
+_NO = {_ids: "is no id", _numbers: "is not a number", _seconds: "is no time"}
+_NOTHING = ("", "na", "n/a", "nan", "null", "none", "\\n")
+
 
 def _empty(s):
     "Does a column hold no value at all?"
-    return s.isna().all() or (isinstance(s.dtype, pd.StringDtype) and str(s.dropna().iloc[0]).strip().lower() in _NOTHING
-                              and s.dropna().str.strip().str.lower().isin(_NOTHING).all())
+    return s.isna().all() or (
+        isinstance(s.dtype, pd.StringDtype)
+        and str(s.dropna().iloc[0]).strip().lower() in _NOTHING
+        and s.dropna().str.strip().str.lower().isin(_NOTHING).all()
+    )
+
 
 def _convert(raw, found, where):
     "The standard columns of a table in their types; missing where a value cannot be used."
-    return pd.DataFrame({s: make(raw[own], where, own) if make is _ids else make(raw[own])
-                         for s, make in _MAKE.items() if (own := found.get(s)) is not None})
+    return pd.DataFrame(
+        {
+            s: make(raw[own], where, own) if make is _ids else make(raw[own])
+            for s, make in _MAKE.items()
+            if (own := found.get(s)) is not None
+        }
+    )
+
 
 def _problems(raw, typed, found):
     "Every problem of every row: row (from 1), column, reason, value."
-    schema = pa.DataFrameSchema({c: pa.Column(checks=_CHECKS.get(c), nullable=False, unique=c == 'event_id', report_duplicates='exclude_first') for c in typed})
+    schema = pa.DataFrameSchema(
+        {
+            c: pa.Column(
+                checks=_CHECKS.get(c), nullable=False, unique=c == "event_id", report_duplicates="exclude_first"
+            )
+            for c in typed
+        }
+    )
     cases = pd.DataFrame(dict(index=[], column=[], check=[]))
-    try: schema.validate(typed, lazy=True, inplace=True)
-    except pa.errors.SchemaErrors as e: cases = e.failure_cases
-    lines = raw[_FAULT].dropna() if _FAULT in raw else pd.Series([], dtype='str')
-    cases = cases[~cases['index'].isin(lines.index)] # a line out of step has no columns to judge
-    parts = [pd.DataFrame(dict(row=lines.index+1, column='', reason=lines.str.split(': ').str[0], value=lines.str.split(': ').str[-1]))]
-    for (column, check), some in cases.groupby(['column', 'check'], sort=False):
-        values = raw[found[column]].iloc[some['index'].astype(int)]
+    try:
+        schema.validate(typed, lazy=True, inplace=True)
+    except pa.errors.SchemaErrors as e:
+        cases = e.failure_cases
+    lines = raw[_FAULT].dropna() if _FAULT in raw else pd.Series([], dtype="str")
+    cases = cases[~cases["index"].isin(lines.index)]  # a line out of step has no columns to judge
+    parts = [
+        pd.DataFrame(
+            dict(
+                row=lines.index + 1, column="", reason=lines.str.split(": ").str[0], value=lines.str.split(": ").str[-1]
+            )
+        )
+    ]
+    for (column, check), some in cases.groupby(["column", "check"], sort=False):
+        values = raw[found[column]].iloc[some["index"].astype(int)]
         missing = values.isna() | values.map(lambda v: isinstance(v, str) and not v.strip()).astype(bool)
-        reason = np.where(missing, 'is missing', {'not_nullable': _NO[_MAKE[column]], 'field_uniqueness': 'comes a second time'}.get(check, check))
-        parts.append(pd.DataFrame(dict(row=values.index+1, column=str(found[column]), reason=reason, value=_as_text(values))))
-    return pd.concat(parts, ignore_index=True).sort_values('row', kind='stable', ignore_index=True)
+        reason = np.where(
+            missing,
+            "is missing",
+            {"not_nullable": _NO[_MAKE[column]], "field_uniqueness": "comes a second time"}.get(check, check),
+        )
+        parts.append(
+            pd.DataFrame(dict(row=values.index + 1, column=str(found[column]), reason=reason, value=_as_text(values)))
+        )
+    return pd.concat(parts, ignore_index=True).sort_values("row", kind="stable", ignore_index=True)
 
-def _as_text(values): return values.map(str, na_action='ignore').astype(object).where(values.notna(), None).to_numpy()
+
+def _as_text(values):
+    return values.map(str, na_action="ignore").astype(object).where(values.notna(), None).to_numpy()
 
 # %% ../nbs/01_data_import.ipynb #e24bf8f9
 def _kinds(problems):
     "One row a kind of problem, in the order of their first rows."
-    return problems.groupby(['column', 'reason'], sort=False).agg(
-        rows=('row', 'nunique'), first_rows=('row', lambda r: list(dict.fromkeys(r.head(5)))), example=('value', 'first')).reset_index()
+    return (
+        problems.groupby(["column", "reason"], sort=False)
+        .agg(
+            rows=("row", "nunique"),
+            first_rows=("row", lambda r: list(dict.fromkeys(r.head(5)))),
+            example=("value", "first"),
+        )
+        .reset_index()
+    )
+
 
 def _told(kind):
     "A kind of problem in words."
-    if not kind.column: what = f': {kind.reason} ({kind.example})'
-    else: what = f', column {_list([kind.column])}: ' + ('the value is missing' if kind.reason == 'is missing' else f'{str(kind.example)[:60]!r} {kind.reason}')
-    others = f', rows {_list(kind.first_rows)}{", ..." if kind.rows > len(kind.first_rows) else ""}'
-    return f'row {kind.first_rows[0]}{what}' + (f' ({kind.rows:,} such{others})' if kind.rows > 1 else '')
+    if not kind.column:
+        what = f": {kind.reason} ({kind.example})"
+    else:
+        what = f", column {_list([kind.column])}: " + (
+            "the value is missing" if kind.reason == "is missing" else f"{str(kind.example)[:60]!r} {kind.reason}"
+        )
+    others = f", rows {_list(kind.first_rows)}{', ...' if kind.rows > len(kind.first_rows) else ''}"
+    return f"row {kind.first_rows[0]}{what}" + (f" ({kind.rows:,} such{others})" if kind.rows > 1 else "")
+
 
 def _refusal(problems, where, n_rows, rules=ON_BAD):
     "The one line about a table's bad rows."
-    told, n_bad = '; '.join(map(_told, _kinds(problems).itertuples())), problems.row.nunique()
-    count = f'{n_bad:,} of {n_rows:,} rows' if n_bad < n_rows else f'all {n_rows:,} rows' if n_rows > 1 else 'the only row'
-    todo = 'correct them' + (', or set on_bad to quarantine to set them aside' if n_bad < n_rows and 'quarantine' in rules else '')
-    error = AerecError(f'{where}, {told}; {count} cannot be used: {todo}')
-    error.problems = problems # the whole table, for who catches the error
+    told, n_bad = "; ".join(map(_told, _kinds(problems).itertuples())), problems.row.nunique()
+    count = (
+        f"{n_bad:,} of {n_rows:,} rows" if n_bad < n_rows else f"all {n_rows:,} rows" if n_rows > 1 else "the only row"
+    )
+    todo = "correct them" + (
+        ", or set on_bad to quarantine to set them aside" if n_bad < n_rows and "quarantine" in rules else ""
+    )
+    error = AerecError(f"{where}, {told}; {count} cannot be used: {todo}")
+    error.problems = problems  # the whole table, for who catches the error
     return error
+
 
 def _set_aside(problems, raw):
     "The problems, each beside its row as it was."
-    was = raw.drop(columns=_FAULT, errors='ignore').iloc[problems.row-1].reset_index(drop=True).apply(lambda s: pd.Series(_as_text(s), dtype='str'))
-    was.columns = [f'{c} (raw)' if c in ('row', 'column', 'reason', 'value') else str(c) for c in was.columns]
-    return pd.concat([problems.astype(dict(row=np.int64, column='str', reason='str', value='str')), was], axis=1)
+    was = (
+        raw.drop(columns=_FAULT, errors="ignore")
+        .iloc[problems.row - 1]
+        .reset_index(drop=True)
+        .apply(lambda s: pd.Series(_as_text(s), dtype="str"))
+    )
+    was.columns = [f"{c} (raw)" if c in ("row", "column", "reason", "value") else str(c) for c in was.columns]
+    return pd.concat([problems.astype(dict(row=np.int64, column="str", reason="str", value="str")), was], axis=1)
 
 # %% ../nbs/01_data_import.ipynb #627fb407
 def moment(
-    as_of, # ISO 8601 date or time, seconds since 1970, or a datetime
-) -> int: # seconds since 1970
+    as_of,  # ISO 8601 date or time, seconds since 1970, or a datetime
+) -> int:  # seconds since 1970
     "A moment in seconds; raises `AerecError` for what is none."
     at = _seconds(pd.Series([as_of])).iloc[0]
-    if not 0 <= at < _LATEST_TIME: raise AerecError(f'as_of = {as_of!r} is no time: write a date such as 2026-01-31, or seconds since 1970')
+    if not 0 <= at < _LATEST_TIME:
+        raise AerecError(f"as_of = {as_of!r} is no time: write a date such as 2026-01-31, or seconds since 1970")
     return int(at)
 
-def _said(seconds): return pd.Timestamp(seconds, unit='s').isoformat() + 'Z'
+
+def _said(seconds):
+    return pd.Timestamp(seconds, unit="s").isoformat() + "Z"
+
 
 def known_at(
-    ratings: pd.DataFrame, # with timestamp or ingested_at, or both: seconds
-    at: int, # seconds since 1970
-    where: str = 'the source', # its name, for errors
-) -> pd.DataFrame: # the rows known then
+    ratings: pd.DataFrame,  # with timestamp or ingested_at, or both: seconds
+    at: int,  # seconds since 1970
+    where: str = "the source",  # its name, for errors
+) -> pd.DataFrame:  # the rows known then
     "Leave out what happened or arrived later."
-    times = [c for c in ('timestamp', 'ingested_at') if c in ratings]
-    if not times: raise AerecError(f'{where}: as_of = {_said(at)} needs times, and the table has none; leave as_of out, or map the column of times')
+    times = [c for c in ("timestamp", "ingested_at") if c in ratings]
+    if not times:
+        raise AerecError(
+            f"{where}: as_of = {_said(at)} needs times, and the table has none; leave as_of out, or map the column of times"
+        )
     known = ratings[ratings[times].max(axis=1) <= at]
-    if not len(known): raise AerecError(f'{where}: nothing was known as of {_said(at)}: the first row is of {_said(ratings[times].max(axis=1).min())}; '
-                                        'choose a later as_of')
+    if not len(known):
+        raise AerecError(
+            f"{where}: nothing was known as of {_said(at)}: the first row is of {_said(ratings[times].max(axis=1).min())}; "
+            "choose a later as_of"
+        )
     return known
 
 # %% ../nbs/01_data_import.ipynb #933cf59f
 @dataclass
 class Checked:
     "A table that was checked."
+
     ratings: pd.DataFrame  # the ratings frame
-    bad: pd.DataFrame      # a row a problem: row (from 1), column, reason, value, and the row as it was
-    used: dict             # standard name -> own name of each column that is used
-    why: str               # how the kind of feedback was told
-    n_later: int = 0       # rows that were not known as of the moment asked for
+    bad: pd.DataFrame  # a row a problem: row (from 1), column, reason, value, and the row as it was
+    used: dict  # standard name -> own name of each column that is used
+    why: str  # how the kind of feedback was told
+    n_later: int = 0  # rows that were not known as of the moment asked for
     n_duplicates: int = 0  # rows that the rule for duplicates left out
-    n_rows: int = 0        # of the table
-    unused: tuple = ()     # columns that are not used
-    encoding: str = None   # of a text that is not UTF-8 and was taken for something else
+    n_rows: int = 0  # of the table
+    unused: tuple = ()  # columns that are not used
+    encoding: str = None  # of a text that is not UTF-8 and was taken for something else
+
 
 def _standard_columns(raw, where, columns):
     "Standard name -> own name of the columns to use, and how the kind of feedback was told."
-    header, handed_over = [c for c in raw.columns if c != _FAULT], raw.attrs.get('handed_over')
+    header, handed_over = [c for c in raw.columns if c != _FAULT], raw.attrs.get("handed_over")
     found = {s: own for own, s in _recognise(header, list(_MAKE), columns).items()}
-    if missing := [s for s in ('user_id', 'item_id') if s not in found]:
-        raise AerecError(f'{where}: no column for {" and ".join(missing)} among {_shown(header)}; rename it, or say which it is: '
-                         f'data.columns = {{"<your column>" = "{missing[0]}"}} in config/base.toml')
-    empty = [s for s in found if not s.endswith('_id') and not handed_over and _empty(raw[found[s]])]
-    value = next((s for s in ('rating', 'count') if s in found and s not in empty), None)
-    if value == 'rating': empty.append('count')
-    why = f'column {found[value]} holds {value}s' if value else 'no column of ratings or counts' + (f'; {found["rating"]} is empty' if 'rating' in found else '')
+    if missing := [s for s in ("user_id", "item_id") if s not in found]:
+        raise AerecError(
+            f"{where}: no column for {' and '.join(missing)} among {_shown(header)}; rename it, or say which it is: "
+            f'data.columns = {{"<your column>" = "{missing[0]}"}} in config/base.toml'
+        )
+    empty = [s for s in found if not s.endswith("_id") and not handed_over and _empty(raw[found[s]])]
+    value = next((s for s in ("rating", "count") if s in found and s not in empty), None)
+    if value == "rating":
+        empty.append("count")
+    why = (
+        f"column {found[value]} holds {value}s"
+        if value
+        else "no column of ratings or counts" + (f"; {found['rating']} is empty" if "rating" in found else "")
+    )
     return {s: own for s, own in found.items() if s not in empty}, why
 
+
 def check_ratings(
-    raw: pd.DataFrame, # as it was read
-    where: str, # its name, for errors
-    columns: dict = None, # own column name -> user_id, item_id, rating, count, timestamp or ingested_at; None: recognised by name
-    on_duplicate: str = 'last', # last, first, max, mean, sum or raise
-    on_bad: str = 'raise', # raise, or quarantine
-    as_of = None, # only what was known at this moment; None: everything
+    raw: pd.DataFrame,  # as it was read
+    where: str,  # its name, for errors
+    columns: dict = None,  # own column name -> user_id, item_id, rating, count, timestamp or ingested_at; None: recognised by name
+    on_duplicate: str = "last",  # last, first, max, mean, sum or raise
+    on_bad: str = "raise",  # raise, or quarantine
+    as_of=None,  # only what was known at this moment; None: everything
 ) -> Checked:
     "A table as a ratings frame, with all that was found out on the way."
-    if on_bad not in ON_BAD: raise AerecError(f'no rule {on_bad!r} for bad rows: choose {_list(ON_BAD)}')
+    if on_bad not in ON_BAD:
+        raise AerecError(f"no rule {on_bad!r} for bad rows: choose {_list(ON_BAD)}")
     at = None if as_of is None else moment(as_of)
     raw = raw.reset_index(drop=raw.index.names == [None])
     _check_names(raw.columns, where)
     found, why = _standard_columns(raw, where, columns)
-    if not len(raw): raise AerecError(f'{where}: the table has no rows')
-    if not raw.attrs.get('handed_over'):
-        found.pop('event_id', None)
-        if at is None: found.pop('ingested_at', None)
+    if not len(raw):
+        raise AerecError(f"{where}: the table has no rows")
+    if not raw.attrs.get("handed_over"):
+        found.pop("event_id", None)
+        if at is None:
+            found.pop("ingested_at", None)
     typed = _convert(raw, found, where)
     problems = _problems(raw, typed, found)
     if len(problems):
-        good = ~raw.index.isin(problems.row-1)
-        if on_bad == 'raise' or not good.any(): raise _refusal(problems, where, len(raw))
+        good = ~raw.index.isin(problems.row - 1)
+        if on_bad == "raise" or not good.any():
+            raise _refusal(problems, where, len(raw))
         typed = _convert(raw[good].reset_index(drop=True), found, where).set_axis(raw.index[good])
     known = typed if at is None else known_at(typed, at, where)
-    ratings, n_duplicates = _one_per_pair(known.drop(columns=['ingested_at', 'event_id'], errors='ignore'), on_duplicate, where)
-    unused = [f'{c} (empty)' if _empty(raw[c]) else str(c) for c in raw.columns if c not in found.values() and c != _FAULT]
-    return Checked(ratings.reset_index(drop=True), _set_aside(problems, raw), found, why, len(typed)-len(known), n_duplicates,
-                   len(raw), unused, raw.attrs.get('encoding'))
+    ratings, n_duplicates = _one_per_pair(
+        known.drop(columns=["ingested_at", "event_id"], errors="ignore"), on_duplicate, where
+    )
+    unused = [
+        f"{c} (empty)" if _empty(raw[c]) else str(c) for c in raw.columns if c not in found.values() and c != _FAULT
+    ]
+    return Checked(
+        ratings.reset_index(drop=True),
+        _set_aside(problems, raw),
+        found,
+        why,
+        len(typed) - len(known),
+        n_duplicates,
+        len(raw),
+        unused,
+        raw.attrs.get("encoding"),
+    )
+
 
 def validate(
-    raw: pd.DataFrame, # as it was read
-    where: str, # its name, for errors
-    columns: dict = None, # own column name -> standard name; None: recognised by name
-    on_duplicate: str = 'last', # last, first, max, mean, sum or raise
-    on_bad: str = 'raise', # raise, or quarantine
-) -> tuple: # (ratings frame, quarantined rows)
+    raw: pd.DataFrame,  # as it was read
+    where: str,  # its name, for errors
+    columns: dict = None,  # own column name -> standard name; None: recognised by name
+    on_duplicate: str = "last",  # last, first, max, mean, sum or raise
+    on_bad: str = "raise",  # raise, or quarantine
+) -> tuple:  # (ratings frame, quarantined rows)
     "A table as a ratings frame, and the rows that were set aside."
     checked = check_ratings(raw, where, columns, on_duplicate, on_bad)
     return checked.ratings, checked.bad
 
 # %% ../nbs/01_data_import.ipynb #6c8debf7
 def validate_items(
-    raw: pd.DataFrame, # as it was read
-    where: str, # its name, for errors
-    columns: dict = None, # own column name -> item_id, title or genres; None: recognised by name
-    on_bad: str = 'raise', # raise, or quarantine
-) -> tuple: # (items frame: item_id, title and genres if there, then whatever else there is; quarantined rows)
+    raw: pd.DataFrame,  # as it was read
+    where: str,  # its name, for errors
+    columns: dict = None,  # own column name -> item_id, title or genres; None: recognised by name
+    on_bad: str = "raise",  # raise, or quarantine
+) -> tuple:  # (items frame: item_id, title and genres if there, then whatever else there is; quarantined rows)
     "A table of items in standard form, and the rows that were set aside."
-    if on_bad not in ON_BAD: raise AerecError(f'no rule {on_bad!r} for bad rows: choose {_list(ON_BAD)}')
+    if on_bad not in ON_BAD:
+        raise AerecError(f"no rule {on_bad!r} for bad rows: choose {_list(ON_BAD)}")
     raw = raw.reset_index(drop=raw.index.names == [None])
     _check_names(raw.columns, where)
     header = [c for c in raw.columns if c != _FAULT]
-    columns = {own: s for own, s in (columns or {}).items() if own in header or s in ('title', 'genres')} # the others are for the ratings
-    found = {s: own for own, s in _recognise(header, ('item_id', 'title', 'genres'), columns).items()}
-    if 'item_id' not in found: raise AerecError(f'{where}: no column for item_id among {_shown(header)}; rename it, or map it in data.columns')
-    only = {'item_id': found['item_id']}
-    problems = _problems(raw, _convert(raw, only, where), only) if len(raw) else pd.DataFrame(columns=['row', 'column', 'reason', 'value'])
-    good = ~raw.index.isin(problems.row-1)
-    if len(problems) and (on_bad == 'raise' or not good.any()): raise _refusal(problems, where, len(raw))
+    columns = {
+        own: s for own, s in (columns or {}).items() if own in header or s in ("title", "genres")
+    }  # the others are for the ratings
+    found = {s: own for own, s in _recognise(header, ("item_id", "title", "genres"), columns).items()}
+    if "item_id" not in found:
+        raise AerecError(f"{where}: no column for item_id among {_shown(header)}; rename it, or map it in data.columns")
+    only = {"item_id": found["item_id"]}
+    problems = (
+        _problems(raw, _convert(raw, only, where), only)
+        if len(raw)
+        else pd.DataFrame(columns=["row", "column", "reason", "value"])
+    )
+    good = ~raw.index.isin(problems.row - 1)
+    if len(problems) and (on_bad == "raise" or not good.any()):
+        raise _refusal(problems, where, len(raw))
     df = raw.loc[good, header].reset_index(drop=True)
     items = pd.DataFrame({s: _TIDY[s](df[own], where, str(own)) for s, own in found.items()})
-    rest = df.drop(columns=list(found.values())).rename(columns=lambda c: str(c).split(':')[0])
+    rest = df.drop(columns=list(found.values())).rename(columns=lambda c: str(c).split(":")[0])
     items = pd.concat([items, rest[[c for c in rest if c not in items]]], axis=1)
-    if 'release_year:token' in header and 'title' in items: # RecBole keeps the year apart
-        items['title'] += (' (' + df['release_year:token'].where(df['release_year:token'].str.fullmatch(r'\d{4}').fillna(False).astype(bool)) + ')').fillna('')
-    return items.drop_duplicates('item_id').reset_index(drop=True), _set_aside(problems, raw)
+    if "release_year:token" in header and "title" in items:  # RecBole keeps the year apart
+        items["title"] += (
+            " ("
+            + df["release_year:token"].where(
+                df["release_year:token"].str.fullmatch(r"\d{4}").fillna(False).astype(bool)
+            )
+            + ")"
+        ).fillna("")
+    return items.drop_duplicates("item_id").reset_index(drop=True), _set_aside(problems, raw)
 
-def _titles(s, where, own): return _numpy(s).map(str, na_action='ignore').astype('str')
+
+def _titles(s, where, own):
+    return _numpy(s).map(str, na_action="ignore").astype("str")
+
 
 def _genres(s, where, own):
     "Genres as text with `|` between them, from text, from lists, or from RecBole's sequences with blanks."
-    if s.dtype == object: s = s.map(lambda g: '|'.join(map(str, g)) if isinstance(g, (list, tuple, set, np.ndarray)) else g, na_action='ignore')
+    if s.dtype == object:
+        s = s.map(
+            lambda g: "|".join(map(str, g)) if isinstance(g, (list, tuple, set, np.ndarray)) else g, na_action="ignore"
+        )
     s = _titles(s, where, own)
-    return s.str.replace(' ', '|') if own.endswith(':token_seq') else s
+    return s.str.replace(" ", "|") if own.endswith(":token_seq") else s
+
 
 _TIDY = dict(item_id=_ids, title=_titles, genres=_genres)
 
 # %% ../nbs/01_data_import.ipynb #8bf5699c
-CONTRACT, VERSION = b'aerec_nb.contract', b'1'
-_ID, _TIME = ('int64', 'string', 'uuid'), ('timestamp[us, tz=UTC]',)
-_HANDOVER = dict( # column -> types, required, meaning
-    user_id=(_ID, True, 'who'), item_id=(_ID, True, 'what'),
-    rating=(('double',), False, 'how well it was liked, any finite number; a table has ratings, counts, or neither'),
-    count=(('double',), False, 'how often or how much, 0 or more'),
-    timestamp=(_TIME, False, 'when it happened, 1970 to 2200'),
-    ingested_at=(_TIME, False, 'when the row arrived: with `as_of`, rows that arrived later do not count'),
-    event_id=(_ID, False, 'names the event: an event that was delivered twice is found'))
+CONTRACT, VERSION = b"aerec_nb.contract", b"1"
+_ID, _TIME = ("int64", "string", "uuid"), ("timestamp[us, tz=UTC]",)
+_HANDOVER = dict(  # column -> types, required, meaning
+    user_id=(_ID, True, "who"),
+    item_id=(_ID, True, "what"),
+    rating=(("double",), False, "how well it was liked, any finite number; a table has ratings, counts, or neither"),
+    count=(("double",), False, "how often or how much, 0 or more"),
+    timestamp=(_TIME, False, "when it happened, 1970 to 2200"),
+    ingested_at=(_TIME, False, "when the row arrived: with `as_of`, rows that arrived later do not count"),
+    event_id=(_ID, False, "names the event: an event that was delivered twice is found"),
+)
 
-def handover_contract() -> pd.DataFrame: # one row a column
+
+def handover_contract() -> pd.DataFrame:  # one row a column
     "The contract as people read it."
-    return pd.DataFrame([(c, ' or '.join(types), 'no', 'yes' if required else 'no', meaning) for c, (types, required, meaning) in _HANDOVER.items()],
-                        columns=['column', 'type', 'nullable', 'required', 'meaning']).set_index('column')
+    return pd.DataFrame(
+        [
+            (c, " or ".join(types), "no", "yes" if required else "no", meaning)
+            for c, (types, required, meaning) in _HANDOVER.items()
+        ],
+        columns=["column", "type", "nullable", "required", "meaning"],
+    ).set_index("column")
+
 
 def handover_schema(
-    columns: list = ('rating', 'timestamp', 'ingested_at', 'event_id'), # besides user_id and item_id
-    user_id: str = 'int64', # int64, string or uuid
-    item_id: str = 'int64', # the same
-    event_id: str = 'string', # the same
-) -> pyarrow.Schema: # stamped with the version: what is written with it declares the contract
+    columns: list = ("rating", "timestamp", "ingested_at", "event_id"),  # besides user_id and item_id
+    user_id: str = "int64",  # int64, string or uuid
+    item_id: str = "int64",  # the same
+    event_id: str = "string",  # the same
+) -> pyarrow.Schema:  # stamped with the version: what is written with it declares the contract
     "The contract as a schema to write with."
     ids = dict(user_id=user_id, item_id=item_id, event_id=event_id)
     kind = lambda c: ids.get(c) or _HANDOVER[c][0][0]
-    types = {'int64': pyarrow.int64(), 'string': pyarrow.string(), 'uuid': pyarrow.uuid(), 'double': pyarrow.float64(), _TIME[0]: pyarrow.timestamp('us', 'UTC')}
-    return pyarrow.schema([pyarrow.field(c, types[kind(c)], nullable=False) for c in _HANDOVER if c in ('user_id', 'item_id', *columns)], {CONTRACT: VERSION})
+    types = {
+        "int64": pyarrow.int64(),
+        "string": pyarrow.string(),
+        "uuid": pyarrow.uuid(),
+        "double": pyarrow.float64(),
+        _TIME[0]: pyarrow.timestamp("us", "UTC"),
+    }
+    return pyarrow.schema(
+        [pyarrow.field(c, types[kind(c)], nullable=False) for c in _HANDOVER if c in ("user_id", "item_id", *columns)],
+        {CONTRACT: VERSION},
+    )
 
 # %% ../nbs/01_data_import.ipynb #2674f119
 def _contract_type(t):
     "The name that the contract has for an Arrow type; None where it has none."
-    if pyarrow.types.is_dictionary(t): t = t.value_type
-    if pyarrow.types.is_large_string(t) or pyarrow.types.is_string_view(t): t = pyarrow.string()
-    if pyarrow.types.is_timestamp(t) and t.tz in ('UTC', '+00:00', 'Etc/UTC'): return _TIME[0] # of any unit
-    return 'uuid' if t == pyarrow.uuid() else str(t)
+    if pyarrow.types.is_dictionary(t):
+        t = t.value_type
+    if pyarrow.types.is_large_string(t) or pyarrow.types.is_string_view(t):
+        t = pyarrow.string()
+    if pyarrow.types.is_timestamp(t) and t.tz in ("UTC", "+00:00", "Etc/UTC"):
+        return _TIME[0]  # of any unit
+    return "uuid" if t == pyarrow.uuid() else str(t)
+
 
 def check_handover(
-    schema: pyarrow.Schema, # of a Parquet file
-    where: str, # its name, for errors
-) -> bool: # whether the file declares the contract
+    schema: pyarrow.Schema,  # of a Parquet file
+    where: str,  # its name, for errors
+) -> bool:  # whether the file declares the contract
     "Check the columns of a file that declares the contract; raises `AerecError` that names every violation."
     version = (schema.metadata or {}).get(CONTRACT)
-    if version is None: return False
+    if version is None:
+        return False
     if version != VERSION:
-        raise AerecError(f'{where}: declares version {version.decode("utf-8", "replace")} of the hand-over contract; this package knows version {VERSION.decode()}')
+        raise AerecError(
+            f"{where}: declares version {version.decode('utf-8', 'replace')} of the hand-over contract; this package knows version {VERSION.decode()}"
+        )
     types = {f.name: _contract_type(f.type) for f in schema}
-    wrong = [f'column {c} is missing' for c, (_, required, _) in _HANDOVER.items() if required and c not in types]
-    wrong += [f'column {c} is {types[c]}, not {" or ".join(allowed)}' for c, (allowed, _, _) in _HANDOVER.items() if c in types and types[c] not in allowed]
-    if 'rating' in types and 'count' in types: wrong.append('there are both rating and count')
-    if wrong: raise AerecError(f'{where}: breaks the hand-over contract that it declares: {"; ".join(wrong)}; write it with handover_schema()')
+    wrong = [f"column {c} is missing" for c, (_, required, _) in _HANDOVER.items() if required and c not in types]
+    wrong += [
+        f"column {c} is {types[c]}, not {' or '.join(allowed)}"
+        for c, (allowed, _, _) in _HANDOVER.items()
+        if c in types and types[c] not in allowed
+    ]
+    if "rating" in types and "count" in types:
+        wrong.append("there are both rating and count")
+    if wrong:
+        raise AerecError(
+            f"{where}: breaks the hand-over contract that it declares: {'; '.join(wrong)}; write it with handover_schema()"
+        )
     return True
 
 # %% ../nbs/01_data_import.ipynb #2b8664f5
 def _read_parquet(path, where):
     "A Parquet file in its own types, and whether it declares the contract in `.attrs`."
     with open_table(path) as f:
-        try: table = pq.ParquetFile(f).read()
-        except (OSError, EOFError, pyarrow.ArrowException) as e: raise AerecError(f'{where}: cannot be read as Parquet ({_first_line(e)}); fetch or write it again') from None
+        try:
+            table = pq.ParquetFile(f).read()
+        except (OSError, EOFError, pyarrow.ArrowException) as e:
+            raise AerecError(
+                f"{where}: cannot be read as Parquet ({_first_line(e)}); fetch or write it again"
+            ) from None
     return _from_arrow(table, check_handover(table.schema, where))
+
 
 def _from_arrow(table, handed_over=False):
     "An Arrow table as a frame; a column of integers with gaps is one of objects, because a float would round large ids."
     df = table.to_pandas(integer_object_nulls=True)
-    if handed_over: df.attrs['handed_over'] = True
+    if handed_over:
+        df.attrs["handed_over"] = True
     return df
 
+
 def write_handover(
-    frame: pd.DataFrame, # user_id, item_id (, rating or count) (, timestamp, ingested_at: seconds or times) (, event_id), maybe more
-    path: Path, # of the Parquet file
+    frame: pd.DataFrame,  # user_id, item_id (, rating or count) (, timestamp, ingested_at: seconds or times) (, event_id), maybe more
+    path: Path,  # of the Parquet file
 ):
     "Write a table by the contract, stamped; what breaks it raises `AerecError`, and nothing is written."
     df, where = frame.reset_index(drop=True), Path(path).name
     found = {c: c for c in _HANDOVER if c in df}
     typed = _convert(df, found, where)
-    if len(problems := _problems(df, typed, found)): raise _refusal(problems, where, len(df), ON_BAD[:1])
-    for c in ('timestamp', 'ingested_at'):
-        if c in typed: typed[c] = pd.to_datetime(typed[c], unit='s', utc=True)
-    try: table = pyarrow.Table.from_pandas(pd.concat([typed, df.drop(columns=list(found))], axis=1), preserve_index=False)
+    if len(problems := _problems(df, typed, found)):
+        raise _refusal(problems, where, len(df), ON_BAD[:1])
+    for c in ("timestamp", "ingested_at"):
+        if c in typed:
+            typed[c] = pd.to_datetime(typed[c], unit="s", utc=True)
+    try:
+        table = pyarrow.Table.from_pandas(
+            pd.concat([typed, df.drop(columns=list(found))], axis=1), preserve_index=False
+        )
     except (OverflowError, pyarrow.ArrowException) as e:
-        raise AerecError(f'{where}: a column fits no type of Parquet ({_first_line(e)}); convert its values to one type') from None
+        raise AerecError(
+            f"{where}: a column fits no type of Parquet ({_first_line(e)}); convert its values to one type"
+        ) from None
     kinds = {c: _contract_type(table.field(c).type) for c in found if _HANDOVER[c][0] == _ID}
-    if not set(kinds.values()) <= set(_ID): raise AerecError(f'{where}: ids are {_list(kinds.values())}; the contract wants {" or ".join(_ID)}')
+    if not set(kinds.values()) <= set(_ID):
+        raise AerecError(f"{where}: ids are {_list(kinds.values())}; the contract wants {' or '.join(_ID)}")
     schema = handover_schema(list(found), **kinds)
     schema = pyarrow.schema([schema.field(f.name) if f.name in found else f for f in table.schema], schema.metadata)
     check_handover(schema, where)
-    with atomic_path(path) as p: pq.write_table(table.cast(schema), p, compression='zstd')
+    with atomic_path(path) as p:
+        pq.write_table(table.cast(schema), p, compression="zstd")
 
 # %% ../nbs/01_data_import.ipynb #58d3b7b9
-GENRES = tuple('Action Adventure Animation Comedy Crime Documentary Drama Fantasy Horror Musical Mystery Romance Sci-Fi Thriller '
-               'War Western'.split())
-_FIRST = ('Amber Bitter Blue Borrowed Broken Burning Clever Crimson Distant Electric Endless Final Forgotten Frozen Gentle Golden '
-          'Hidden Hollow Iron Last Little Lonely Lost Midnight Northern Paper Quiet Restless Second Secret Silent Silver Slow '
-          'Stolen Sudden Summer Velvet Wandering Wild Winter').split()
-_SECOND = ('Album Anchor Bargain Bridge Captain Carnival Choir Circus City Compass Empire Express Fountain Garden Ghost Harbor '
-           'Highway Hotel House Island Journey Kingdom Lantern Letters Lighthouse Machine Mirror Mountain Orchard Orchestra Promise '
-           'Railway River Satellite Shadow Station Stranger Theatre Voyage Witness').split()
+GENRES = tuple(
+    "Action Adventure Animation Comedy Crime Documentary Drama Fantasy Horror Musical Mystery Romance Sci-Fi Thriller "
+    "War Western".split()
+)
+_FIRST = (
+    "Amber Bitter Blue Borrowed Broken Burning Clever Crimson Distant Electric Endless Final Forgotten Frozen Gentle Golden "
+    "Hidden Hollow Iron Last Little Lonely Lost Midnight Northern Paper Quiet Restless Second Secret Silent Silver Slow "
+    "Stolen Sudden Summer Velvet Wandering Wild Winter"
+).split()
+_SECOND = (
+    "Album Anchor Bargain Bridge Captain Carnival Choir Circus City Compass Empire Express Fountain Garden Ghost Harbor "
+    "Highway Hotel House Island Journey Kingdom Lantern Letters Lighthouse Machine Mirror Mountain Orchard Orchestra Promise "
+    "Railway River Satellite Shadow Station Stranger Theatre Voyage Witness"
+).split()
+
 
 def generate_sample(
-    seed: int = 610, # of everything; the committed files were made with the default
-    n_users: int = 500, # people
-    n_items: int = 2000, # films
-    n_ratings: int = 50_000, # about so many
-) -> tuple: # (ratings: userId, movieId, rating, timestamp; movies: movieId, title, genres), as MovieLens has them
+    seed: int = 610,  # of everything; the committed files were made with the default
+    n_users: int = 500,  # people
+    n_items: int = 2000,  # films
+    n_ratings: int = 50_000,  # about so many
+) -> tuple:  # (ratings: userId, movieId, rating, timestamp; movies: movieId, title, genres), as MovieLens has them
     "Invent ratings with a long tail, times, titles, genres and tastes that a model can find."
     random = np.random.default_rng(seed)
     n_niches = 32
     niche_genres = np.array([random.choice(len(GENRES), 3, replace=False) for _ in range(n_niches)])
     niche = random.integers(n_niches, size=n_items)
-    popularity = -1.4*np.log(random.permutation(n_items) + 15)                           # a long tail
+    popularity = -1.4 * np.log(random.permutation(n_items) + 15)  # a long tail
     year = 2018 - np.minimum(70, random.exponential(14, n_items)).astype(int)
-    taste = np.full((n_users, n_niches), -1.6) + .6*random.standard_normal((n_users, n_niches))
-    for u in range(n_users): taste[u, random.choice(n_niches, random.integers(1, 5), replace=False)] += 4. # the niches one likes
-    activity = np.exp(random.normal(4.1, .85, n_users))
-    activity = np.clip(activity*n_ratings/activity.sum(), 20, .4*n_items).astype(int)
-    quality = random.normal(0, .35, n_items)
-    appeal = popularity + taste[:, niche] + random.gumbel(size=(n_users, n_items)) # Gumbel: drawn in proportion, each film once
+    taste = np.full((n_users, n_niches), -1.6) + 0.6 * random.standard_normal((n_users, n_niches))
+    for u in range(n_users):
+        taste[u, random.choice(n_niches, random.integers(1, 5), replace=False)] += 4.0  # the niches one likes
+    activity = np.exp(random.normal(4.1, 0.85, n_users))
+    activity = np.clip(activity * n_ratings / activity.sum(), 20, 0.4 * n_items).astype(int)
+    quality = random.normal(0, 0.35, n_items)
+    appeal = (
+        popularity + taste[:, niche] + random.gumbel(size=(n_users, n_items))
+    )  # Gumbel: drawn in proportion, each film once
     rows = []
     for u in range(n_users):
-        seen = np.argsort(-appeal[u], kind='stable')[:activity[u]]
-        liking = 3.55 + quality[seen] + .35*(taste[u, niche[seen]] > .5) + random.normal(0, .3) + random.normal(0, .8, len(seen))
-        rating = np.clip(np.where(random.random(len(seen)) < .7, np.round(liking), np.round(2*liking)/2), .5, 5)
-        start = 1_000_000_000 + random.integers(15*365*86_400)
-        pauses = random.exponential(90, len(seen)) + (random.random(len(seen)) < .02)*random.exponential(20*86_400, len(seen))
+        seen = np.argsort(-appeal[u], kind="stable")[: activity[u]]
+        liking = (
+            3.55
+            + quality[seen]
+            + 0.35 * (taste[u, niche[seen]] > 0.5)
+            + random.normal(0, 0.3)
+            + random.normal(0, 0.8, len(seen))
+        )
+        rating = np.clip(np.where(random.random(len(seen)) < 0.7, np.round(liking), np.round(2 * liking) / 2), 0.5, 5)
+        start = 1_000_000_000 + random.integers(15 * 365 * 86_400)
+        pauses = random.exponential(90, len(seen)) + (random.random(len(seen)) < 0.02) * random.exponential(
+            20 * 86_400, len(seen)
+        )
         times = start + np.cumsum(pauses).astype(int)
-        order = np.argsort(-appeal[u, seen] + 1.5*random.standard_normal(len(seen)), kind='stable')
-        rows.append(pd.DataFrame(dict(userId=u+1, movieId=seen[order]+1, rating=rating[order], timestamp=times)))
-    ratings = pd.concat(rows).sort_values(['userId', 'movieId'], kind='stable', ignore_index=True)
-    names = [f'{a} {b}' for a in _FIRST for b in _SECOND]
-    names += [f'The {name}' for name in names]
-    titles = [f'{names[i]} ({y})' for i, y in zip(random.permutation(len(names)), year)]
-    n_genres = 1 + (random.random((n_items, 1)) > [.35, .8]).sum(1)
-    genres = ['|'.join(GENRES[g] for g in sorted(niche_genres[k][:n])) for k, n in zip(niche, n_genres)]
-    return ratings, pd.DataFrame(dict(movieId=np.arange(1, n_items+1), title=titles, genres=genres))
+        order = np.argsort(-appeal[u, seen] + 1.5 * random.standard_normal(len(seen)), kind="stable")
+        rows.append(pd.DataFrame(dict(userId=u + 1, movieId=seen[order] + 1, rating=rating[order], timestamp=times)))
+    ratings = pd.concat(rows).sort_values(["userId", "movieId"], kind="stable", ignore_index=True)
+    names = [f"{a} {b}" for a in _FIRST for b in _SECOND]
+    names += [f"The {name}" for name in names]
+    titles = [f"{names[i]} ({y})" for i, y in zip(random.permutation(len(names)), year)]
+    n_genres = 1 + (random.random((n_items, 1)) > [0.35, 0.8]).sum(1)
+    genres = ["|".join(GENRES[g] for g in sorted(niche_genres[k][:n])) for k, n in zip(niche, n_genres)]
+    return ratings, pd.DataFrame(dict(movieId=np.arange(1, n_items + 1), title=titles, genres=genres))
 
 # %% ../nbs/01_data_import.ipynb #05667963
 @lru_cache(maxsize=1)
 def _sample_files():
     "Name -> bytes of the sample's two files."
-    tables = zip(('ratings.csv', 'movies.csv'), generate_sample())
-    return {name: table.to_csv(index=False, lineterminator='\n').encode() for name, table in tables}
+    tables = zip(("ratings.csv", "movies.csv"), generate_sample())
+    return {name: table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables}
+
 
 def write_sample(
-    folder: Path, # made if it is not there; `dataset/sample` in the project
+    folder: Path,  # made if it is not there; `dataset/sample` in the project
 ):
     "Write the sample's two files."
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, content in _sample_files().items(): (Path(folder)/name).write_bytes(content)
+    for name, content in _sample_files().items():
+        (Path(folder) / name).write_bytes(content)
 
 # %% ../nbs/01_data_import.ipynb #9178b377
-POSITIONS = dict(ratings=('user_id', 'item_id', 'rating', 'timestamp'), items=('item_id', 'title', 'genres')) # of files without a header
+POSITIONS = dict(
+    ratings=("user_id", "item_id", "rating", "timestamp"), items=("item_id", "title", "genres")
+)  # of files without a header
+
 
 @dataclass
 class Source:
     "Where the ratings are, what they are called, and why these."
-    name: str             # short
-    description: str      # one sentence
-    ratings: object       # a path, bytes of a CSV file, or a table below (`Parts`, `Zipped`, `Query`, `Feedback`)
-    items: object = None  # the same, or None
-    why: str = ''         # why the sources before it were not used; '' if there were none
 
-    def tables(self): return {k: v for k, v in dict(ratings=self.ratings, items=self.items).items() if v is not None}
-    def read(self, which, **options): # options: of reading text
+    name: str  # short
+    description: str  # one sentence
+    ratings: object  # a path, bytes of a CSV file, or a table below (`Parts`, `Zipped`, `Query`, `Feedback`)
+    items: object = None  # the same, or None
+    why: str = ""  # why the sources before it were not used; '' if there were none
+
+    def tables(self):
+        return {k: v for k, v in dict(ratings=self.ratings, items=self.items).items() if v is not None}
+
+    def read(self, which, **options):  # options: of reading text
         "The table of ratings or of items as it is (text files: as text), and its name for errors."
         table = getattr(self, which)
-        if isinstance(table, bytes): return pd.read_csv(io.BytesIO(table), dtype=str), f'{which} of the sample'
-        if isinstance(table, Path): return _read_file(table, which, options), table.name
-        return table.read(which, options), getattr(table, 'where', table.name)
+        if isinstance(table, bytes):
+            return pd.read_csv(io.BytesIO(table), dtype=str), f"{which} of the sample"
+        if isinstance(table, Path):
+            return _read_file(table, which, options), table.name
+        return table.read(which, options), getattr(table, "where", table.name)
+
     def hashes(self):
         "Label -> sha256 of each table."
-        return {k: sha256_bytes(v) if isinstance(v, bytes) else sha256_file(v) if isinstance(v, Path) else v.sha256() for k, v in self.tables().items()}
+        return {
+            k: sha256_bytes(v) if isinstance(v, bytes) else sha256_file(v) if isinstance(v, Path) else v.sha256()
+            for k, v in self.tables().items()
+        }
+
     def files(self, which):
         "The files that hold a table, for readers that take files one by one; None where it is in none."
         table = getattr(self, which)
-        return [table] if isinstance(table, Path) else getattr(table, 'paths', None)
+        return [table] if isinstance(table, Path) else getattr(table, "paths", None)
+
     @property
-    def live(self): return any(getattr(t, 'live', False) for t in self.tables().values()) # may it change between two looks?
+    def live(self):
+        return any(getattr(t, "live", False) for t in self.tables().values())  # may it change between two looks?
+
     @property
-    def notes(self): return [n for t in self.tables().values() for n in getattr(t, 'notes', [])] # what was left out in reading
+    def notes(self):
+        return [n for t in self.tables().values() for n in getattr(t, "notes", [])]  # what was left out in reading
 
 # %% ../nbs/01_data_import.ipynb #cd76bc5e
-_GENRES_100K = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical Mystery Romance "
-                'Sci-Fi Thriller War Western').split()
+_GENRES_100K = (
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical Mystery Romance "
+    "Sci-Fi Thriller War Western"
+).split()
+
 
 def _read_u_item(path):
     "The items of MovieLens 100K in the columns that the later sets have."
-    table = pd.read_csv(path, sep='|', header=None, dtype=str, encoding='latin-1', quoting=csv.QUOTE_NONE, keep_default_na=False)
+    table = pd.read_csv(
+        path, sep="|", header=None, dtype=str, encoding="latin-1", quoting=csv.QUOTE_NONE, keep_default_na=False
+    )
     if table.shape[1] != 5 + len(_GENRES_100K):
-        raise AerecError(f'{path.name}: {table.shape[1]} columns between pipes, not the {5+len(_GENRES_100K)} of MovieLens 100K; give items another name')
-    flags = table.iloc[:, 6:].to_numpy() == '1' # without `unknown`
-    genres = ['|'.join(np.array(_GENRES_100K[1:])[row]) or '(no genres listed)' for row in flags]
+        raise AerecError(
+            f"{path.name}: {table.shape[1]} columns between pipes, not the {5 + len(_GENRES_100K)} of MovieLens 100K; give items another name"
+        )
+    flags = table.iloc[:, 6:].to_numpy() == "1"  # without `unknown`
+    genres = ["|".join(np.array(_GENRES_100K[1:])[row]) or "(no genres listed)" for row in flags]
     return pd.DataFrame(dict(item_id=table[0], title=table[1], genres=genres))
 
+
 def _read_file(path, which, options):
-    return _read_u_item(path) if path.name == 'u.item' else _read_table(path, POSITIONS[which], **options)
+    return _read_u_item(path) if path.name == "u.item" else _read_table(path, POSITIONS[which], **options)
 
 # %% ../nbs/01_data_import.ipynb #cae0eff8
-_TEXT = ('.csv', '.tsv', '.txt', '.dat', '.data', '.inter', '.item')
-_ENDINGS = ('.parquet', *(ending+packed for ending in _TEXT for packed in ('', '.gz', '.zst', '.bz2', '.xz')))
-_STEMS = dict(ratings=('ratings', 'interactions', 'events', 'plays'), items=('movies', 'items'))
+_TEXT = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item")
+_ENDINGS = (".parquet", *(ending + packed for ending in _TEXT for packed in ("", ".gz", ".zst", ".bz2", ".xz")))
+_STEMS = dict(ratings=("ratings", "interactions", "events", "plays"), items=("movies", "items"))
 
-def _stem(path): return path.name.lower().split('.')[0]
-def _is_table(path): return path.is_file() and path.name.lower().endswith(_ENDINGS) and not path.name.startswith(('.', '_'))
+
+def _stem(path):
+    return path.name.lower().split(".")[0]
+
+
+def _is_table(path):
+    return path.is_file() and path.name.lower().endswith(_ENDINGS) and not path.name.startswith((".", "_"))
+
 
 def _table_in(folder, which):
     "The file of ratings or items in a folder (or a folder of Parquet parts that is called so), or None."
     there = sorted(p for p in Path(folder).iterdir() if _is_table(p) or p.is_dir())
     for stem in _STEMS[which]:
         for p in there:
-            if _stem(p) == stem and p.is_file(): return p
-            if _stem(p) == stem and (parts := _parquet_in(p)): return Parts(p.name, parts, p)
-    suffix, name = dict(ratings=('.inter', 'u.data'), items=('.item', 'u.item'))[which]
-    return next((p for p in there if p.is_file() and (p.name == name or p.suffix == suffix and p.name != 'u.item')), None)
+            if _stem(p) == stem and p.is_file():
+                return p
+            if _stem(p) == stem and (parts := _parquet_in(p)):
+                return Parts(p.name, parts, p)
+    suffix, name = dict(ratings=(".inter", "u.data"), items=(".item", "u.item"))[which]
+    return next(
+        (p for p in there if p.is_file() and (p.name == name or p.suffix == suffix and p.name != "u.item")), None
+    )
+
 
 def _parquet_in(folder):
     "All Parquet files below a folder, in the order of their names; those of names with a dot or an underscore in front are none."
-    found = sorted(p for p in Path(folder).rglob('*.parquet') if p.is_file())
-    return [p for p in found if not any(part.startswith(('.', '_')) for part in p.relative_to(folder).parts)]
+    found = sorted(p for p in Path(folder).rglob("*.parquet") if p.is_file())
+    return [p for p in found if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
 
 # %% ../nbs/01_data_import.ipynb #e5c1100c
 @dataclass
 class Parts:
     "Several files of one kind that are one table."
-    name: str    # of the folder, or the pattern
+
+    name: str  # of the folder, or the pattern
     paths: list  # in order
-    root: Path   # folder below which `column=value` folders become columns
+    root: Path  # folder below which `column=value` folders become columns
 
     @property
-    def where(self): return f'{self.name} ({len(self.paths)} files, rows counted through)'
+    def where(self):
+        return f"{self.name} ({len(self.paths)} files, rows counted through)"
+
     def read(self, which, options):
-        if self.paths[0].suffix == '.parquet': return _read_parquet_parts(self)
+        if self.paths[0].suffix == ".parquet":
+            return _read_parquet_parts(self)
         frames = {p.relative_to(self.root).as_posix(): _read_table(p, POSITIONS[which], **options) for p in self.paths}
         _same_columns(self.name, {name: [c for c in f.columns if c != _FAULT] for name, f in frames.items()})
         return pd.concat(frames.values(), ignore_index=True)
-    def sha256(self): return sha256_bytes(repr([(p.relative_to(self.root).as_posix(), sha256_file(p)) for p in self.paths]).encode())
+
+    def sha256(self):
+        return sha256_bytes(repr([(p.relative_to(self.root).as_posix(), sha256_file(p)) for p in self.paths]).encode())
+
 
 def _same_columns(name, columns):
     "Refuse parts that differ in their columns."
     (first, expected), *others = columns.items()
     for other, found in others:
         if found != expected:
-            raise AerecError(f'{name}: the parts are not of one table: {first} has the columns {_list(expected)}, {other} has {_list(found)}; name one of them')
+            raise AerecError(
+                f"{name}: the parts are not of one table: {first} has the columns {_list(expected)}, {other} has {_list(found)}; name one of them"
+            )
+
 
 def _hive(path, root):
     "The columns that are in the names of a part's folders: column -> value, None for the missing one."
-    pairs = [part.split('=', 1) for part in path.relative_to(root).parts[:-1] if '=' in part]
-    return {k: None if v == '__HIVE_DEFAULT_PARTITION__' else urllib.parse.unquote(v) for k, v in pairs}
+    pairs = [part.split("=", 1) for part in path.relative_to(root).parts[:-1] if "=" in part]
+    return {k: None if v == "__HIVE_DEFAULT_PARTITION__" else urllib.parse.unquote(v) for k, v in pairs}
+
 
 def _read_parquet_parts(parts):
     "Parquet parts as one table of their own types; a type that grew from part to part (int32 to int64, say) is taken as the wider one."
     tables, handed_over = {}, False
     for path in parts.paths:
         name = path.relative_to(parts.root).as_posix()
-        try: table = pq.ParquetFile(path).read()
-        except (OSError, pyarrow.ArrowException) as e: raise AerecError(f'{name}: cannot be read as Parquet: {_first_line(e)}') from None
+        try:
+            table = pq.ParquetFile(path).read()
+        except (OSError, pyarrow.ArrowException) as e:
+            raise AerecError(f"{name}: cannot be read as Parquet: {_first_line(e)}") from None
         handed_over |= check_handover(table.schema, name)
         for column, value in _hive(path, parts.root).items():
-            if column not in table.column_names: table = table.append_column(column, pyarrow.repeat(pyarrow.scalar(value, pyarrow.string()), len(table)))
+            if column not in table.column_names:
+                table = table.append_column(column, pyarrow.repeat(pyarrow.scalar(value, pyarrow.string()), len(table)))
         tables[name] = table
     _same_columns(parts.name, {name: sorted(table.column_names) for name, table in tables.items()})
     order = next(iter(tables.values())).column_names
-    try: return _from_arrow(pyarrow.concat_tables([t.select(order) for t in tables.values()], promote_options='permissive'), handed_over)
-    except pyarrow.ArrowException as e: raise AerecError(f'{parts.name}: the parts do not fit together: {_first_line(e)}') from None
+    try:
+        return _from_arrow(
+            pyarrow.concat_tables([t.select(order) for t in tables.values()], promote_options="permissive"), handed_over
+        )
+    except pyarrow.ArrowException as e:
+        raise AerecError(f"{parts.name}: the parts do not fit together: {_first_line(e)}") from None
 
 # %% ../nbs/01_data_import.ipynb #96ae8575
 def _from_folder(folder):
     "The tables of a folder: by their names, or all its Parquet parts, or its only table, or its only zip."
-    ratings, items = _table_in(folder, 'ratings'), _table_in(folder, 'items')
+    ratings, items = _table_in(folder, "ratings"), _table_in(folder, "items")
     if ratings is None:
         there = sorted(folder.iterdir())
         tables = [p for p in there if _is_table(p) and p != items]
         parts = [p for p in _parquet_in(folder) if p != items]
-        zips = [p for p in there if p.suffix.lower() == '.zip']
-        if len(parts) > 1 and all(p in parts for p in tables): ratings = Parts(folder.name, parts, folder)
-        elif len(tables) == 1: ratings = tables[0]
-        elif len(parts) == 1 and not tables: ratings = Parts(folder.name, parts, folder)
-        elif len(zips) == 1 and not tables: return _from_zip(zips[0])
+        zips = [p for p in there if p.suffix.lower() == ".zip"]
+        if len(parts) > 1 and all(p in parts for p in tables):
+            ratings = Parts(folder.name, parts, folder)
+        elif len(tables) == 1:
+            ratings = tables[0]
+        elif len(parts) == 1 and not tables:
+            ratings = Parts(folder.name, parts, folder)
+        elif len(zips) == 1 and not tables:
+            return _from_zip(zips[0])
         else:
-            names = _list(p.name for p in there[:8]) + (', ...' if len(there) > 8 else '') or 'nothing'
-            raise AerecError(f'{folder}: no ratings.csv in it (there: {names}); name the file itself, or a pattern such as {folder.name}/*.csv')
-    return Source(folder.name, f'{ratings.name} in {folder}', ratings, items)
+            names = _list(p.name for p in there[:8]) + (", ..." if len(there) > 8 else "") or "nothing"
+            raise AerecError(
+                f"{folder}: no ratings.csv in it (there: {names}); name the file itself, or a pattern such as {folder.name}/*.csv"
+            )
+    return Source(folder.name, f"{ratings.name} in {folder}", ratings, items)
 
-_PATTERN = re.compile(r'[*?\[]')
+
+_PATTERN = re.compile(r"[*?\[]")
+
 
 def _from_pattern(folder, pattern, given):
     "What a pattern finds, as one table; None if it finds nothing."
-    fixed = Path(*itertools.takewhile(lambda part: not _PATTERN.search(part), (folder/pattern).parts))
-    below = (folder/pattern).relative_to(fixed).as_posix()
-    found = sorted(p for p in fixed.glob(below) if fixed.is_dir() and not p.name.startswith(('.', '_')))
+    fixed = Path(*itertools.takewhile(lambda part: not _PATTERN.search(part), (folder / pattern).parts))
+    below = (folder / pattern).relative_to(fixed).as_posix()
+    found = sorted(p for p in fixed.glob(below) if fixed.is_dir() and not p.name.startswith((".", "_")))
     paths = [file for p in found for file in (_parquet_in(p) if p.is_dir() else [p] if _is_table(p) else [])]
-    if not paths: return None
-    kinds = sorted({'Parquet' if p.suffix == '.parquet' else 'text' for p in paths})
-    if len(kinds) > 1: raise AerecError(f'source {given}: finds both Parquet files and text files ({len(paths)} in all); make the pattern narrower')
-    items = _table_in(fixed, 'items')
-    return Source(given, f'{len(paths)} files that {given} finds', Parts(given, paths, fixed), None if items in paths else items)
+    if not paths:
+        return None
+    kinds = sorted({"Parquet" if p.suffix == ".parquet" else "text" for p in paths})
+    if len(kinds) > 1:
+        raise AerecError(
+            f"source {given}: finds both Parquet files and text files ({len(paths)} in all); make the pattern narrower"
+        )
+    items = _table_in(fixed, "items")
+    return Source(
+        given, f"{len(paths)} files that {given} finds", Parts(given, paths, fixed), None if items in paths else items
+    )
 
 # %% ../nbs/01_data_import.ipynb #41ffdead
-MAX_UNPACKED = 64*2**30 # bytes
-_BESIDE = re.compile(r'(readme|licen[sc]e|u\.genre)[^/]*', re.IGNORECASE)
+MAX_UNPACKED = 64 * 2**30  # bytes
+_BESIDE = re.compile(r"(readme|licen[sc]e|u\.genre)[^/]*", re.IGNORECASE)
+
 
 def _wanted(z, where):
     "The members of a zip that may come out: name -> entry; raises `AerecError` for a name that leads out of the folder, and for absurd sizes."
     entries = [e for e in z.infolist() if not e.is_dir()]
     wanted = {}
     for e in entries:
-        parts = Path(e.filename.replace('\\', '/')).parts
-        if e.filename.startswith(('/', '\\')) or '..' in parts or ':' in parts[0] or stat.S_ISLNK(e.external_attr >> 16):
-            raise AerecError(f'{where}: refused: {e.filename!r} in it leads out of its folder; unpack it yourself if you trust it')
-        if '__MACOSX' in parts or parts[-1].startswith('.'): continue
-        if e.filename.lower().endswith(_ENDINGS) or _BESIDE.fullmatch(parts[-1]): wanted['/'.join(parts)] = e
+        parts = Path(e.filename.replace("\\", "/")).parts
+        if (
+            e.filename.startswith(("/", "\\"))
+            or ".." in parts
+            or ":" in parts[0]
+            or stat.S_ISLNK(e.external_attr >> 16)
+        ):
+            raise AerecError(
+                f"{where}: refused: {e.filename!r} in it leads out of its folder; unpack it yourself if you trust it"
+            )
+        if "__MACOSX" in parts or parts[-1].startswith("."):
+            continue
+        if e.filename.lower().endswith(_ENDINGS) or _BESIDE.fullmatch(parts[-1]):
+            wanted["/".join(parts)] = e
     size, packed = sum(e.file_size for e in wanted.values()), sum(e.compress_size for e in wanted.values())
-    if size > MAX_UNPACKED or len(wanted) > 10_000 or size > 2**30 and size > 300*packed:
-        raise AerecError(f'{where}: refused: {len(wanted):,} files, {packed:,} bytes that would become {size:,}; unpack it yourself if you trust it')
+    if size > MAX_UNPACKED or len(wanted) > 10_000 or size > 2**30 and size > 300 * packed:
+        raise AerecError(
+            f"{where}: refused: {len(wanted):,} files, {packed:,} bytes that would become {size:,}; unpack it yourself if you trust it"
+        )
     return wanted
 
+
 def unpack(
-    archive: Path, # a zip file
-    folder: Path, # existing and empty
-    where: str = None, # its name for errors
-    leave: tuple = (), # names of files that are not needed
+    archive: Path,  # a zip file
+    folder: Path,  # existing and empty
+    where: str = None,  # its name for errors
+    leave: tuple = (),  # names of files that are not needed
 ):
     "Unpack the tables of a zip safely; a folder that holds all of them is left away."
     where = where or Path(archive).name
     try:
         with zipfile.ZipFile(archive) as z:
-            wanted = {n: e for n, e in _wanted(z, where).items() if n.split('/')[-1] not in leave}
+            wanted = {n: e for n, e in _wanted(z, where).items() if n.split("/")[-1] not in leave}
             _need_room(folder, sum(e.file_size for e in wanted.values()))
-            tops = {n.split('/')[0] for n in wanted}
-            strip = len(tops) == 1 and all('/' in n for n in wanted)
+            tops = {n.split("/")[0] for n in wanted}
+            strip = len(tops) == 1 and all("/" in n for n in wanted)
             for name, entry in wanted.items():
-                target = Path(folder)/(name.split('/', 1)[1] if strip else name)
+                target = Path(folder) / (name.split("/", 1)[1] if strip else name)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with z.open(entry) as packed, open(target, 'wb') as f: shutil.copyfileobj(packed, f, 2**20)
+                with z.open(entry) as packed, open(target, "wb") as f:
+                    shutil.copyfileobj(packed, f, 2**20)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as e:
-        raise AerecError(f'{where}: cannot be unpacked ({str(e) or type(e).__name__}); get it again, or unpack it yourself') from None
+        raise AerecError(
+            f"{where}: cannot be unpacked ({str(e) or type(e).__name__}); get it again, or unpack it yourself"
+        ) from None
+
 
 def _need_room(folder, n_bytes):
     "Refuse to begin what does not fit on the disk."
     free = shutil.disk_usage(folder).free
-    if n_bytes > free: raise FileError(f'no room on the disk: {n_bytes/1e6:,.0f} MB are needed, {free/1e6:,.0f} MB are free', errno.ENOSPC)
+    if n_bytes > free:
+        raise FileError(
+            f"no room on the disk: {n_bytes / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free", errno.ENOSPC
+        )
 
 # %% ../nbs/01_data_import.ipynb #d4660595
 @dataclass
 class Zip:
     "A zip file, unpacked when first asked for what is in it; the folder goes with the object."
+
     path: Path
+
     @cached_property
     def found(self):
-        self.folder = tempfile.TemporaryDirectory(prefix='aerec_nb-')
+        self.folder = tempfile.TemporaryDirectory(prefix="aerec_nb-")
         unpack(self.path, self.folder.name)
         holding = _holding(Path(self.folder.name))
-        try: return _from_folder(holding)
-        except AerecError as e: raise AerecError(str(e).replace(str(holding), self.path.name).split(', or a pattern')[0]) from None
+        try:
+            return _from_folder(holding)
+        except AerecError as e:
+            raise AerecError(str(e).replace(str(holding), self.path.name).split(", or a pattern")[0]) from None
+
 
 @dataclass
 class Zipped:
     "A table in a zip file."
+
     zip: Zip
-    which: str # ratings or items
+    which: str  # ratings or items
+
     @property
-    def name(self): return f'{getattr(self.zip.found, self.which).name} in {self.zip.path.name}'
+    def name(self):
+        return f"{getattr(self.zip.found, self.which).name} in {self.zip.path.name}"
+
     @property
-    def paths(self): return self.zip.found.files(self.which)
-    def read(self, which, options): return self.zip.found.read(self.which, **options)[0]
-    def sha256(self): return sha256_file(self.zip.path)
+    def paths(self):
+        return self.zip.found.files(self.which)
+
+    def read(self, which, options):
+        return self.zip.found.read(self.which, **options)[0]
+
+    def sha256(self):
+        return sha256_file(self.zip.path)
+
 
 def _holding(folder):
     "The folder itself or the first one in it that has ratings, else the first that has a table."
-    folders = [folder, *sorted(p for p in folder.rglob('*') if p.is_dir())]
-    return next((p for p in folders if _table_in(p, 'ratings')), next((p for p in folders if any(map(_is_table, p.iterdir()))), folder))
+    folders = [folder, *sorted(p for p in folder.rglob("*") if p.is_dir())]
+    return next(
+        (p for p in folders if _table_in(p, "ratings")),
+        next((p for p in folders if any(map(_is_table, p.iterdir()))), folder),
+    )
+
 
 def _from_zip(path):
     "The tables in a zip file, told by their names alone."
     try:
-        with zipfile.ZipFile(path) as z: names = [Path(n).name.lower() for n in _wanted(z, path.name) if n.lower().endswith(_ENDINGS)]
-    except (zipfile.BadZipFile, OSError) as e: raise AerecError(f'{path.name}: cannot be read as a zip file ({e}); get it again') from None
-    if not names: raise AerecError(f'{path.name}: no table in it (endings: {_list(_TEXT)}, .parquet)')
-    has_items = any(n.split('.')[0] in _STEMS['items'] or n.endswith('.item') for n in names)
+        with zipfile.ZipFile(path) as z:
+            names = [Path(n).name.lower() for n in _wanted(z, path.name) if n.lower().endswith(_ENDINGS)]
+    except (zipfile.BadZipFile, OSError) as e:
+        raise AerecError(f"{path.name}: cannot be read as a zip file ({e}); get it again") from None
+    if not names:
+        raise AerecError(f"{path.name}: no table in it (endings: {_list(_TEXT)}, .parquet)")
+    has_items = any(n.split(".")[0] in _STEMS["items"] or n.endswith(".item") for n in names)
     inside = Zip(path)
-    return Source(path.name, f'the zip file {path}', Zipped(inside, 'ratings'), Zipped(inside, 'items') if has_items else None)
+    return Source(
+        path.name, f"the zip file {path}", Zipped(inside, "ratings"), Zipped(inside, "items") if has_items else None
+    )
 
 # %% ../nbs/01_data_import.ipynb #f27aabf3
 def _from_path(path, given):
     "A file or folder that is there."
-    if path.is_dir(): return _from_folder(path)
+    if path.is_dir():
+        return _from_folder(path)
     if not path.is_file():
-        near = difflib.get_close_matches(given, ('auto', 'sample', 'events', *FETCHED), n=1)
-        raise AerecError(f'source {given}: no such file or folder ({path}); ' + (f'did you mean {near[0]}?' if near else 'name one that is there, or auto'))
-    if path.suffix.lower() == '.zip': return _from_zip(path)
-    items = _table_in(path.parent, 'items')
-    return Source(path.name, f'the file {path}', path, None if items == path else items)
+        near = difflib.get_close_matches(given, ("auto", "sample", "events", *FETCHED), n=1)
+        raise AerecError(
+            f"source {given}: no such file or folder ({path}); "
+            + (f"did you mean {near[0]}?" if near else "name one that is there, or auto")
+        )
+    if path.suffix.lower() == ".zip":
+        return _from_zip(path)
+    items = _table_in(path.parent, "items")
+    return Source(path.name, f"the file {path}", path, None if items == path else items)
 
 # %% ../nbs/01_data_import.ipynb #cdd777c2
 @contextmanager
 def _cached(folder):
     "A temporary folder that becomes `folder` if the block succeeds; whoever comes second finds the first one's."
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f'.{folder.name}.*'): # by a process that was killed
-        if time.time() - left.stat().st_mtime > 86_400: shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    for left in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     temporary.chmod(0o755)
     try:
         yield temporary
-        try: os.rename(temporary, folder)
+        try:
+            os.rename(temporary, folder)
         except OSError:
-            if not folder.is_dir(): raise
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not any(folder.parent.iterdir()): folder.parent.rmdir()
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
 
 def _within(seconds, function, *args):
     "The function's result, or TimeoutError when the seconds are over; what still runs then is left to end with the process."
     result = {}
+
     def work():
-        try: result['value'] = function(*args)
-        except BaseException as e: result['error'] = e
+        try:
+            result["value"] = function(*args)
+        except BaseException as e:
+            result["error"] = e
+
     thread = threading.Thread(target=work, daemon=True)
-    thread.start(); thread.join(seconds)
-    if thread.is_alive(): raise TimeoutError(f'no answer within {seconds:g} s')
-    if 'error' in result: raise result['error']
-    return result['value']
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if "error" in result:
+        raise result["error"]
+    return result["value"]
 
 # %% ../nbs/01_data_import.ipynb #b75e3c3d
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # what the system says where there is no room
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says where there is no room
+
 
 def _request(url, headers):
     "A request for a file as it is, without an encoding on its way."
     parts = urllib.parse.urlsplit(url)
-    who, at, place = parts.netloc.rpartition('@')
-    request = urllib.request.Request(parts._replace(netloc=place).geturl(), headers={'User-Agent': 'aerec_nb', 'Accept-Encoding': 'identity', **headers})
-    if at: request.add_unredirected_header('Authorization', 'Basic ' + base64.b64encode(urllib.parse.unquote(who).encode()).decode())
+    who, at, place = parts.netloc.rpartition("@")
+    request = urllib.request.Request(
+        parts._replace(netloc=place).geturl(),
+        headers={"User-Agent": "aerec_nb", "Accept-Encoding": "identity", **headers},
+    )
+    if at:
+        request.add_unredirected_header(
+            "Authorization", "Basic " + base64.b64encode(urllib.parse.unquote(who).encode()).decode()
+        )
     return request
+
 
 def _why(error):
     "What went wrong, in a few words without secrets."
-    if isinstance(error, urllib.error.HTTPError): return f'{error.code} {error.reason}'
-    if isinstance(error, http.client.IncompleteRead): return 'the connection ended too early'
+    if isinstance(error, urllib.error.HTTPError):
+        return f"{error.code} {error.reason}"
+    if isinstance(error, http.client.IncompleteRead):
+        return "the connection ended too early"
     refused = file_error(error)
-    if refused is not None: return str(refused)
-    reason = getattr(error, 'reason', error)
-    return hide_secrets(getattr(reason, 'strerror', None) or str(reason).splitlines()[0] if str(reason) else type(error).__name__)
+    if refused is not None:
+        return str(refused)
+    reason = getattr(error, "reason", error)
+    return hide_secrets(
+        getattr(reason, "strerror", None) or str(reason).splitlines()[0] if str(reason) else type(error).__name__
+    )
 
 # %% ../nbs/01_data_import.ipynb #b893f5cc
 @dataclass
 class _Part:
     "The beginning of a file that is being downloaded."
-    path: Path # <file>.part, its note beside it
+
+    path: Path  # <file>.part, its note beside it
+
     @property
-    def note(self): return self.path.with_name(self.path.name + '.json')
+    def note(self):
+        return self.path.with_name(self.path.name + ".json")
+
     @property
-    def size(self): return self.path.stat().st_size if self.path.exists() else 0
+    def size(self):
+        return self.path.stat().st_size if self.path.exists() else 0
 
     def mark(self, url, has_checksum):
         "What to ask with for the rest: a mark, '' where the checksum alone will tell, or None: begin anew."
-        try: note = read_json(self.note)
-        except (OSError, ValueError): return None
-        if not self.size or note['url'] != sha256_bytes(url.encode()): return None
-        return note['mark'] or ('' if has_checksum else None)
+        try:
+            note = read_json(self.note)
+        except (OSError, ValueError):
+            return None
+        if not self.size or note["url"] != sha256_bytes(url.encode()):
+            return None
+        return note["mark"] or ("" if has_checksum else None)
 
     def begin(self, url, answer):
         "An empty part, with its note."
         self.forget()
-        tag = answer.headers.get('ETag', '')
-        write_json(self.note, dict(url=sha256_bytes(url.encode()), mark=answer.headers.get('Last-Modified', '') if tag.startswith('W/') or not tag else tag))
+        tag = answer.headers.get("ETag", "")
+        write_json(
+            self.note,
+            dict(
+                url=sha256_bytes(url.encode()),
+                mark=answer.headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag,
+            ),
+        )
         self.path.touch()
 
     def forget(self):
-        for p in (self.path, self.note): p.unlink(missing_ok=True)
+        for p in (self.path, self.note):
+            p.unlink(missing_ok=True)
+
 
 def _goes_on(answer, part, mark):
     "Does the answer hold exactly the rest of the part?"
-    asked = re.fullmatch(r'bytes (\d+)-\d+/(\d+|\*)', answer.headers.get('Content-Range', ''))
-    now = answer.headers.get('ETag')
-    return answer.status == 206 and bool(asked) and int(asked[1]) == part.size and not (mark.startswith('"') and now and now != mark)
+    asked = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+    now = answer.headers.get("ETag")
+    return (
+        answer.status == 206
+        and bool(asked)
+        and int(asked[1]) == part.size
+        and not (mark.startswith('"') and now and now != mark)
+    )
 
 # %% ../nbs/01_data_import.ipynb #003fd3f7
-def _open(url, headers, timeout): return _within(timeout, lambda: urllib.request.urlopen(_request(url, headers), timeout=timeout))
+def _open(url, headers, timeout):
+    return _within(timeout, lambda: urllib.request.urlopen(_request(url, headers), timeout=timeout))
+
 
 def _continue(url, part, timeout, has_checksum, progress):
     "One try: append to the part what is missing; raises if not all of it came."
     mark = part.mark(url, has_checksum)
-    headers = {} if mark is None else {'Range': f'bytes={part.size}-'} | ({'If-Range': mark} if mark else {})
-    try: answer = _open(url, headers, timeout)
+    headers = {} if mark is None else {"Range": f"bytes={part.size}-"} | ({"If-Range": mark} if mark else {})
+    try:
+        answer = _open(url, headers, timeout)
     except urllib.error.HTTPError as e:
-        if e.code != 416 or mark is None: raise
-        part.forget() # the file is no longer that long
+        if e.code != 416 or mark is None:
+            raise
+        part.forget()  # the file is no longer that long
         return _continue(url, part, timeout, has_checksum, progress)
     with answer:
         if mark is not None and answer.status == 206 and not _goes_on(answer, part, mark):
             part.forget()
             return _continue(url, part, timeout, has_checksum, progress)
-        if mark is None or answer.status != 206: part.begin(url, answer)
+        if mark is None or answer.status != 206:
+            part.begin(url, answer)
         _receive(answer, part, timeout, progress)
+
 
 def _receive(answer, part, timeout, progress):
     "Append what an answer holds to the part, as it comes."
-    length = answer.headers.get('Content-Length')
+    length = answer.headers.get("Content-Length")
     total = None if length is None else part.size + int(length)
-    if total: _need_room(part.path.parent, int(length))
-    with open(part.path, 'ab') as f, tqdm(total=total, initial=part.size, desc=progress, unit='B', unit_scale=True, unit_divisor=1000,
-                                          mininterval=1, delay=1, disable=progress is None) as bar:
+    if total:
+        _need_room(part.path.parent, int(length))
+    with (
+        open(part.path, "ab") as f,
+        tqdm(
+            total=total,
+            initial=part.size,
+            desc=progress,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1000,
+            mininterval=1,
+            delay=1,
+            disable=progress is None,
+        ) as bar,
+    ):
         while True:
-            try: piece = answer.read1(2**16)
-            except TimeoutError: raise TimeoutError(f'nothing came for {timeout:g} s, after {_megabytes(f.tell(), total)}') from None
-            if not piece: break
-            f.write(piece); bar.update(len(piece))
-        f.flush(); os.fsync(f.fileno())
-    if total is not None and part.size < total: raise ConnectionError(f'the connection ended after {_megabytes(part.size, total)}')
+            try:
+                piece = answer.read1(2**16)
+            except TimeoutError:
+                raise TimeoutError(f"nothing came for {timeout:g} s, after {_megabytes(f.tell(), total)}") from None
+            if not piece:
+                break
+            f.write(piece)
+            bar.update(len(piece))
+        f.flush()
+        os.fsync(f.fileno())
+    if total is not None and part.size < total:
+        raise ConnectionError(f"the connection ended after {_megabytes(part.size, total)}")
 
-def _megabytes(size, total): return f'{size/1e6:,.1f} MB' + (f' of {total/1e6:,.1f} MB' if total else '')
+
+def _megabytes(size, total):
+    return f"{size / 1e6:,.1f} MB" + (f" of {total / 1e6:,.1f} MB" if total else "")
 
 # %% ../nbs/01_data_import.ipynb #15be0310
 def download(
-    url: str, # http, https or ftp; may hold `user:password@`
-    path: Path, # of the file to be; its folder is made
-    sha256: str = None, # of the whole file; None: not known
-    timeout: float = 10., # seconds without a byte after which it is given up
-    progress: str = None, # label of the progress bar; None: no bar
-) -> Path: # `path`
+    url: str,  # http, https or ftp; may hold `user:password@`
+    path: Path,  # of the file to be; its folder is made
+    sha256: str = None,  # of the whole file; None: not known
+    timeout: float = 10.0,  # seconds without a byte after which it is given up
+    progress: str = None,  # label of the progress bar; None: no bar
+) -> Path:  # `path`
     "Fetch a file whole or not at all, going on where an earlier try broke off; raises OSError or ValueError."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(path):
-        if path.exists(): return path
-        part = _Part(path.with_name(path.name + '.part'))
+        if path.exists():
+            return path
+        part = _Part(path.with_name(path.name + ".part"))
         resumed = part.size > 0
         _persist(url, part, timeout, sha256, progress)
         if sha256 and sha256_file(part.path) != sha256:
             part.forget()
-            if not resumed: raise OSError(_WRONG)
-            _persist(url, part, timeout, sha256, progress) # the beginning may have been of another file
+            if not resumed:
+                raise OSError(_WRONG)
+            _persist(url, part, timeout, sha256, progress)  # the beginning may have been of another file
             if sha256_file(part.path) != sha256:
                 part.forget()
                 raise OSError(_WRONG)
@@ -1149,45 +1740,61 @@ def download(
         part.forget()
     return path
 
-_WRONG = 'what came is not what its checksum says'
+
+_WRONG = "what came is not what its checksum says"
+
 
 def _persist(url, part, timeout, sha256, progress):
     "Try until all has come, as long as each try brings more than those before it."
     longest = part.size
     while True:
-        try: return _continue(url, part, timeout, sha256 is not None, progress)
+        try:
+            return _continue(url, part, timeout, sha256 is not None, progress)
         except (OSError, http.client.HTTPException) as e:
-            if getattr(e, 'errno', None) in _FULL: part.forget()
-            broken = isinstance(e, (ConnectionError, http.client.IncompleteRead, urllib.error.URLError)) and not isinstance(e, urllib.error.HTTPError)
-            if not broken or part.size <= longest: raise
+            if getattr(e, "errno", None) in _FULL:
+                part.forget()
+            broken = isinstance(
+                e, (ConnectionError, http.client.IncompleteRead, urllib.error.URLError)
+            ) and not isinstance(e, urllib.error.HTTPError)
+            if not broken or part.size <= longest:
+                raise
             longest = part.size
 
-def _one_at_a_time(path): return FileLock(path.with_name(path.name + '.lock'))
+
+def _one_at_a_time(path):
+    return FileLock(path.with_name(path.name + ".lock"))
 
 # %% ../nbs/01_data_import.ipynb #aba16d3a
-_GROUPLENS_URL = 'https://files.grouplens.org/datasets/movielens/{}.zip'
-GROUPLENS = { # name -> title and sha256 of the zip
-    'ml-latest-small': ('MovieLens latest-small', '696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436'),
-    'ml-100k': ('MovieLens 100K', '50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229'),
-    'ml-1m': ('MovieLens 1M', 'a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20'),
-    'ml-20m': ('MovieLens 20M', '96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3'),
-    'ml-25m': ('MovieLens 25M', '8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa'),
-    'ml-32m': ('MovieLens 32M', 'e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee')}
-_LEFT_OUT = ('genome-scores.csv', 'genome-tags.csv') # of 20M and 25M: hundreds of megabytes that nothing here reads
+_GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens/{}.zip"
+GROUPLENS = {  # name -> title and sha256 of the zip
+    "ml-latest-small": ("MovieLens latest-small", "696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436"),
+    "ml-100k": ("MovieLens 100K", "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"),
+    "ml-1m": ("MovieLens 1M", "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),
+    "ml-20m": ("MovieLens 20M", "96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3"),
+    "ml-25m": ("MovieLens 25M", "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa"),
+    "ml-32m": ("MovieLens 32M", "e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee"),
+}
+_LEFT_OUT = ("genome-scores.csv", "genome-tags.csv")  # of 20M and 25M: hundreds of megabytes that nothing here reads
+
 
 def _fetch_into(folder, url, timeout, sha256=None, progress=None, leave=()):
     "Download a file into a folder of the cache, a zip unpacked; both or neither. What an unfinished download has kept lies in `.parts`."
-    name = urllib.parse.unquote(Path(urllib.parse.urlsplit(url).path).name) or 'ratings.csv'
-    file = folder.parent/'.parts'/f'{folder.name}-{name}'
+    name = urllib.parse.unquote(Path(urllib.parse.urlsplit(url).path).name) or "ratings.csv"
+    file = folder.parent / ".parts" / f"{folder.name}-{name}"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f'{folder.name}.lock')):
-        if folder.is_dir(): return
+    with FileLock(file.with_name(f"{folder.name}.lock")):
+        if folder.is_dir():
+            return
         download(url, file, sha256, timeout, progress)
         try:
             with _cached(folder) as t:
-                if name.lower().endswith('.zip'): unpack(file, t, name, leave)
-                else: os.replace(file, t/name)
-        finally: file.unlink(missing_ok=True)
+                if name.lower().endswith(".zip"):
+                    unpack(file, t, name, leave)
+                else:
+                    os.replace(file, t / name)
+        finally:
+            file.unlink(missing_ok=True)
+
 
 def _fetch_grouplens(folder, timeout, name):
     "A MovieLens set from GroupLens, checked."
@@ -1195,240 +1802,382 @@ def _fetch_grouplens(folder, timeout, name):
     _fetch_into(folder, _GROUPLENS_URL.format(name), timeout, sha256, title, _LEFT_OUT)
 
 # %% ../nbs/01_data_import.ipynb #aeb0622f
-_RECBOLE = {'ml-100k.inter': '4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff',
-            'ml-100k.item': '51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532'}
-_WHEEL = 'MovieLens 100K out of the wheel of recbole 1.2.1'
+_RECBOLE = {
+    "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+    "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+}
+_WHEEL = "MovieLens 100K out of the wheel of recbole 1.2.1"
+
 
 def _fetch_wheel(folder, timeout):
     "MovieLens 100K out of the wheel of recbole 1.2.1, which pip brings from wherever it is set up to look."
     with tempfile.TemporaryDirectory() as d:
-        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:',
-                   '--disable-pip-version-check', '--retries', '1', '--timeout', f'{max(1, timeout):g}', '--dest', d, 'recbole==1.2.1']
-        try: done = subprocess.run(command, capture_output=True, text=True, timeout=12*timeout, stdin=subprocess.DEVNULL)
-        except subprocess.TimeoutExpired: raise TimeoutError(f'pip did not bring recbole 1.2.1 within {12*timeout:g} s') from None
-        wheels = list(Path(d).glob('*.whl'))
-        if done.returncode or not wheels: raise OSError('pip could not bring recbole 1.2.1')
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--disable-pip-version-check",
+            "--retries",
+            "1",
+            "--timeout",
+            f"{max(1, timeout):g}",
+            "--dest",
+            d,
+            "recbole==1.2.1",
+        ]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=12 * timeout, stdin=subprocess.DEVNULL
+            )
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"pip did not bring recbole 1.2.1 within {12 * timeout:g} s") from None
+        wheels = list(Path(d).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise OSError("pip could not bring recbole 1.2.1")
         with _cached(folder) as t, zipfile.ZipFile(wheels[0]) as z:
             for name, sha256 in _RECBOLE.items():
-                content = z.read(f'recbole/dataset_example/ml-100k/{name}')
-                if sha256_bytes(content) != sha256: raise OSError(f'{name} in the wheel is not what its checksum says')
-                (t/name).write_bytes(content)
+                content = z.read(f"recbole/dataset_example/ml-100k/{name}")
+                if sha256_bytes(content) != sha256:
+                    raise OSError(f"{name} in the wheel is not what its checksum says")
+                (t / name).write_bytes(content)
 
-FETCHED = {name: [(f'{title} from GroupLens', partial(_fetch_grouplens, name=name))] for name, (title, _) in GROUPLENS.items()} # name -> where from, in order
-FETCHED['ml-100k'].append((_WHEEL, _fetch_wheel))
-_AUTO = {'ml-latest-small': FETCHED['ml-latest-small'], 'ml-100k': FETCHED['ml-100k'][1:]} # what `auto` tries
+
+FETCHED = {
+    name: [(f"{title} from GroupLens", partial(_fetch_grouplens, name=name))] for name, (title, _) in GROUPLENS.items()
+}  # name -> where from, in order
+FETCHED["ml-100k"].append((_WHEEL, _fetch_wheel))
+_AUTO = {"ml-latest-small": FETCHED["ml-latest-small"], "ml-100k": FETCHED["ml-100k"][1:]}  # what `auto` tries
 
 # %% ../nbs/01_data_import.ipynb #ba401c65
-_FORGET = 600 # seconds
+_FORGET = 600  # seconds
+
 
 def _attempts(cache):
     "Where from -> time and reason of the last attempt that failed."
-    try: return read_json(cache/'attempts.json')
-    except (OSError, ValueError): return {}
+    try:
+        return read_json(cache / "attempts.json")
+    except (OSError, ValueError):
+        return {}
+
 
 def _ago(seconds):
     "How long ago, as people say it."
-    unit, name = next(((s, n) for s, n in ((86_400, 'day'), (3600, 'hour'), (60, 'minute')) if seconds >= 2*s), (1, 's'))
-    return f'{seconds//unit:.0f} {name}{"" if name == "s" else "s"} ago'
+    unit, name = next(
+        ((s, n) for s, n in ((86_400, "day"), (3600, "hour"), (60, "minute")) if seconds >= 2 * s), (1, "s")
+    )
+    return f"{seconds // unit:.0f} {name}{'' if name == 's' else 's'} ago"
+
 
 def _try_fetch(folder, title, fetch, timeout, insist=False):
     "Fetch a set into the cache: None, or why it is not there. `insist`: an attempt that a while ago brought a part is repeated at once."
     cache = folder.parent
     before = _attempts(cache).get(title, {})
-    ago = time.time() - before.get('time', 0)
-    begun = insist and any((cache/'.parts').glob(f'{folder.name}-*.part'))
-    if 0 <= ago < _FORGET and not begun: return f"{before['why']} (tried {_ago(ago)}, again after {_FORGET//60} minutes)"
-    try: fetch(folder, timeout)
+    ago = time.time() - before.get("time", 0)
+    begun = insist and any((cache / ".parts").glob(f"{folder.name}-*.part"))
+    if 0 <= ago < _FORGET and not begun:
+        return f"{before['why']} (tried {_ago(ago)}, again after {_FORGET // 60} minutes)"
+    try:
+        fetch(folder, timeout)
     except Exception as e:
         why = _why(e)
-        if file_error(e) is not None: return why # of this machine and not of the source: the next try may find it mended
+        if file_error(e) is not None:
+            return why  # of this machine and not of the source: the next try may find it mended
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            write_json(cache/'attempts.json', _attempts(cache) | {title: dict(time=time.time(), why=why)})
-        except OSError: pass
+            write_json(cache / "attempts.json", _attempts(cache) | {title: dict(time=time.time(), why=why)})
+        except OSError:
+            pass
         return why
 
 # %% ../nbs/01_data_import.ipynb #ed164e55
 def _cached_set(name, cache):
     "A named set that is in the cache."
-    folder = cache/name
-    title = _WHEEL if (folder/'ml-100k.inter').is_file() else f'{GROUPLENS[name][0]} from GroupLens'
-    return Source(name, title, _table_in(folder, 'ratings'), _table_in(folder, 'items'))
+    folder = cache / name
+    title = _WHEEL if (folder / "ml-100k.inter").is_file() else f"{GROUPLENS[name][0]} from GroupLens"
+    return Source(name, title, _table_in(folder, "ratings"), _table_in(folder, "items"))
+
 
 def _named(name, dataset_dir, timeout, fetchers=FETCHED):
     "A named set from the cache, or fetched now from the first place that has it."
-    cache, failed = Path(dataset_dir)/'.cache', []
-    if (cache/name).is_dir(): return _cached_set(name, cache)
+    cache, failed = Path(dataset_dir) / ".cache", []
+    if (cache / name).is_dir():
+        return _cached_set(name, cache)
     for title, fetch in fetchers[name]:
-        why = _try_fetch(cache/name, title, fetch, timeout, insist=True)
+        why = _try_fetch(cache / name, title, fetch, timeout, insist=True)
         if why is None:
             source = _cached_set(name, cache)
-            source.why = '; '.join([*failed, 'fetched now'])
+            source.why = "; ".join([*failed, "fetched now"])
             return source
-        failed.append(f'{title}: {why}')
-    kept = '; what came is kept, and the next try goes on from there' if any((cache/'.parts').glob(f'{name}-*.part')) else ''
-    raise AerecError(f'source {name} could not be fetched: {"; ".join(failed)}{kept}; name a folder or file of your own, or source sample')
+        failed.append(f"{title}: {why}")
+    kept = (
+        "; what came is kept, and the next try goes on from there"
+        if any((cache / ".parts").glob(f"{name}-*.part"))
+        else ""
+    )
+    raise AerecError(
+        f"source {name} could not be fetched: {'; '.join(failed)}{kept}; name a folder or file of your own, or source sample"
+    )
+
 
 def _sample(dataset_dir):
-    folder = Path(dataset_dir)/'sample'
-    on_disk = all((folder/name).is_file() for name in ('ratings.csv', 'movies.csv'))
-    ratings, movies = (folder/'ratings.csv', folder/'movies.csv') if on_disk else _sample_files().values()
-    return Source('sample', 'the sample that this project generates (invented films and people)', ratings, movies)
+    folder = Path(dataset_dir) / "sample"
+    on_disk = all((folder / name).is_file() for name in ("ratings.csv", "movies.csv"))
+    ratings, movies = (folder / "ratings.csv", folder / "movies.csv") if on_disk else _sample_files().values()
+    return Source("sample", "the sample that this project generates (invented films and people)", ratings, movies)
 
 # %% ../nbs/01_data_import.ipynb #8387e66b
 def _auto(dataset_dir, timeout, fetchers=_AUTO):
     "The user's own files, else MovieLens latest-small, else MovieLens 100K, else the sample; and why."
     dataset_dir = Path(dataset_dir)
-    own = _table_in(dataset_dir, 'ratings') if dataset_dir.is_dir() else None
-    if own: return Source('own', f'your own {own.name} in {dataset_dir.name}/', own, _table_in(dataset_dir, 'items'))
-    cache, why = dataset_dir/'.cache', [f'no ratings.csv in {dataset_dir.name}/']
-    cached = next((name for name in fetchers if (cache/name).is_dir()), None)
+    own = _table_in(dataset_dir, "ratings") if dataset_dir.is_dir() else None
+    if own:
+        return Source("own", f"your own {own.name} in {dataset_dir.name}/", own, _table_in(dataset_dir, "items"))
+    cache, why = dataset_dir / ".cache", [f"no ratings.csv in {dataset_dir.name}/"]
+    cached = next((name for name in fetchers if (cache / name).is_dir()), None)
     for name, places in fetchers.items():
-        if name == cached: break
+        if name == cached:
+            break
         for title, fetch in places:
-            if cached: why.append(_not_asked(title, cache)); continue
-            failed = _try_fetch(cache/name, title, fetch, timeout)
-            if failed is None: return replace(_cached_set(name, cache), why='; '.join([*why, 'fetched now']))
-            why.append(f'{title} could not be fetched: {failed}')
-    if cached: return replace(_cached_set(cached, cache), why='; '.join([*why, f'this one is in {dataset_dir.name}/.cache']))
-    return replace(_sample(dataset_dir), why='; '.join(why))
+            if cached:
+                why.append(_not_asked(title, cache))
+                continue
+            failed = _try_fetch(cache / name, title, fetch, timeout)
+            if failed is None:
+                return replace(_cached_set(name, cache), why="; ".join([*why, "fetched now"]))
+            why.append(f"{title} could not be fetched: {failed}")
+    if cached:
+        return replace(_cached_set(cached, cache), why="; ".join([*why, f"this one is in {dataset_dir.name}/.cache"]))
+    return replace(_sample(dataset_dir), why="; ".join(why))
+
 
 def _not_asked(title, cache):
     "Why a set that comes first was not used where a later one is in the cache already."
     last = _attempts(cache).get(title)
-    if last is None: return f'{title} not tried'
-    ago = time.time() - last['time']
-    return f"{title} was not reached {_ago(ago)} ({last['why']})" + (' and not tried again' if not 0 <= ago < _FORGET else '')
+    if last is None:
+        return f"{title} not tried"
+    ago = time.time() - last["time"]
+    return f"{title} was not reached {_ago(ago)} ({last['why']})" + (
+        " and not tried again" if not 0 <= ago < _FORGET else ""
+    )
 
 # %% ../nbs/01_data_import.ipynb #bae0c3eb
-_DRIVERS = dict(postgresql='psycopg[binary]', mysql='pymysql', mariadb='pymysql', mssql='pyodbc', oracle='oracledb', duckdb='duckdb-engine', snowflake='snowflake-sqlalchemy')
+_DRIVERS = dict(
+    postgresql="psycopg[binary]",
+    mysql="pymysql",
+    mariadb="pymysql",
+    mssql="pyodbc",
+    oracle="oracledb",
+    duckdb="duckdb-engine",
+    snowflake="snowflake-sqlalchemy",
+)
+
 
 @dataclass
 class Database:
     "A database by its URL; nothing that is said of it shows a password."
+
     url: sa.URL
-    timeout: float = 10. # seconds until a connection must be there
+    timeout: float = 10.0  # seconds until a connection must be there
 
     @property
-    def name(self): return hide_secrets(self.url.render_as_string(hide_password=True))
+    def name(self):
+        return hide_secrets(self.url.render_as_string(hide_password=True))
 
     @contextmanager
     def connected(self):
         "A connection in a transaction that only reads."
-        sqlite, postgresql = (self.url.get_backend_name() == n for n in ('sqlite', 'postgresql'))
-        options = {'connect_args': {'connect_timeout': max(2, round(self.timeout))}} if postgresql else {}
-        try: engine = sa.create_engine(self.url, poolclass=sa.NullPool, **options)
-        except (sa.exc.NoSuchModuleError, ImportError): raise AerecError(self._no_driver()) from None
+        sqlite, postgresql = (self.url.get_backend_name() == n for n in ("sqlite", "postgresql"))
+        options = {"connect_args": {"connect_timeout": max(2, round(self.timeout))}} if postgresql else {}
+        try:
+            engine = sa.create_engine(self.url, poolclass=sa.NullPool, **options)
+        except (sa.exc.NoSuchModuleError, ImportError):
+            raise AerecError(self._no_driver()) from None
         try:
             with engine.connect() as c:
-                if postgresql: c.execution_options(postgresql_readonly=True).exec_driver_sql("SET TIME ZONE 'UTC'")
-                if sqlite: c.exec_driver_sql('PRAGMA query_only=ON')
+                if postgresql:
+                    c.execution_options(postgresql_readonly=True).exec_driver_sql("SET TIME ZONE 'UTC'")
+                if sqlite:
+                    c.exec_driver_sql("PRAGMA query_only=ON")
                 yield c
-        except sa.exc.SQLAlchemyError as e: raise AerecError(f'{self.name}: {self._said(e)}') from None
-        except UnicodeError as e: raise AerecError(f'{self.name}: the query or the answer holds text that the database cannot encode ({_first_line(e)})') from None
-        finally: engine.dispose()
+        except sa.exc.SQLAlchemyError as e:
+            raise AerecError(f"{self.name}: {self._said(e)}") from None
+        except UnicodeError as e:
+            raise AerecError(
+                f"{self.name}: the query or the answer holds text that the database cannot encode ({_first_line(e)})"
+            ) from None
+        finally:
+            engine.dispose()
 
     def _no_driver(self):
         kind = self.url.get_backend_name()
-        _, _, driver = self.url.drivername.partition('+')
-        if kind in _DRIVERS: return f'source {self.name}: the driver is missing: pip install "{_DRIVERS[kind] if driver in ("", "psycopg") else driver}"'
-        return f'source {self.name}: no way to read {kind} is known here: name a folder, a file, an http address, or the SQLAlchemy URL of a database whose driver is installed'
+        _, _, driver = self.url.drivername.partition("+")
+        if kind in _DRIVERS:
+            return f'source {self.name}: the driver is missing: pip install "{_DRIVERS[kind] if driver in ("", "psycopg") else driver}"'
+        return f"source {self.name}: no way to read {kind} is known here: name a folder, a file, an http address, or the SQLAlchemy URL of a database whose driver is installed"
 
     def _said(self, error):
         "The database's own words, in one line."
-        lines = [line.strip() for line in str(getattr(error, 'orig', None) or error).splitlines()]
-        said = [l for l in lines if l and not re.match(r'(LINE \d+:|\^|\[SQL|\(Background|Multiple connection attempts|Is the server running)', l)]
-        text = hide_secrets('; '.join(said[:3]))
-        for secret in {self.url.password, urllib.parse.quote(self.url.password or ''), urllib.parse.quote_plus(self.url.password or '')} - {None, ''}:
-            text = text.replace(secret, '***')
-        return text[:500] + ('; is it running, and is the address right?' if isinstance(error, sa.exc.OperationalError) and not self.url.get_backend_name() == 'sqlite' else '')
+        lines = [line.strip() for line in str(getattr(error, "orig", None) or error).splitlines()]
+        said = [
+            l
+            for l in lines
+            if l
+            and not re.match(r"(LINE \d+:|\^|\[SQL|\(Background|Multiple connection attempts|Is the server running)", l)
+        ]
+        text = hide_secrets("; ".join(said[:3]))
+        for secret in {
+            self.url.password,
+            urllib.parse.quote(self.url.password or ""),
+            urllib.parse.quote_plus(self.url.password or ""),
+        } - {None, ""}:
+            text = text.replace(secret, "***")
+        return text[:500] + (
+            "; is it running, and is the address right?"
+            if isinstance(error, sa.exc.OperationalError) and not self.url.get_backend_name() == "sqlite"
+            else ""
+        )
 
-def _database(url, base, timeout, missing='no such file; name one that is there'):
+
+def _database(url, base, timeout, missing="no such file; name one that is there"):
     "The database behind a URL; a SQLite file must be there, a relative one in one of the folders `base`."
-    try: address = sa.make_url(url)
+    try:
+        address = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError):
-        raise AerecError(f'source {hide_secrets(url)} is not a SQLAlchemy URL; write sqlite:////folder/shop.db or postgresql://user@host/name, with special characters in a password as %40') from None
-    if address.drivername in ('postgresql', 'postgres'): address = address.set(drivername='postgresql+psycopg')
-    if address.get_backend_name() == 'sqlite' and 'uri' not in address.query:
-        tried = [folder/(address.database or '') for folder in base]
-        file = next((p for p in tried if p.is_file()), None) # SQLite would make one
-        if file is None: raise AerecError(f'source {url}: {missing} ({tried[0]})')
+        raise AerecError(
+            f"source {hide_secrets(url)} is not a SQLAlchemy URL; write sqlite:////folder/shop.db or postgresql://user@host/name, with special characters in a password as %40"
+        ) from None
+    if address.drivername in ("postgresql", "postgres"):
+        address = address.set(drivername="postgresql+psycopg")
+    if address.get_backend_name() == "sqlite" and "uri" not in address.query:
+        tried = [folder / (address.database or "") for folder in base]
+        file = next((p for p in tried if p.is_file()), None)  # SQLite would make one
+        if file is None:
+            raise AerecError(f"source {url}: {missing} ({tried[0]})")
         address = address.set(database=str(file))
     return Database(address, timeout)
 
 # %% ../nbs/01_data_import.ipynb #d2ee2b22
-_PIECE = 100_000 # rows
+_PIECE = 100_000  # rows
+
 
 def _plain_value(value):
     "A value of a database as one that Arrow knows."
-    if isinstance(value, (list, tuple, set)): return '|'.join(str(v) for v in value)
-    if isinstance(value, dict): return json.dumps(value, sort_keys=True, ensure_ascii=False)
-    if isinstance(value, (bytes, memoryview)): return bytes(value).hex()
-    if isinstance(value, Decimal): return value if value.is_finite() else float(value)
+    if isinstance(value, (list, tuple, set)):
+        return "|".join(str(v) for v in value)
+    if isinstance(value, dict):
+        return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    if isinstance(value, (bytes, memoryview)):
+        return bytes(value).hex()
+    if isinstance(value, Decimal):
+        return value if value.is_finite() else float(value)
     return value
+
 
 def _arrow(values):
     "Values as an Arrow array: as text where they are of several types."
     types = set(map(type, values)) - {type(None)}
-    if types == {uuid.UUID}: return pyarrow.array([v and v.bytes for v in values], pyarrow.uuid())
-    if not types <= {int, float, str, bool, datetime, date}: values = [_plain_value(v) for v in values]
+    if types == {uuid.UUID}:
+        return pyarrow.array([v and v.bytes for v in values], pyarrow.uuid())
+    if not types <= {int, float, str, bool, datetime, date}:
+        values = [_plain_value(v) for v in values]
     if Decimal in types:
-        whole = all(v is None or isinstance(v, int) or isinstance(v, Decimal) and v == v.to_integral_value() for v in values)
+        whole = all(
+            v is None or isinstance(v, int) or isinstance(v, Decimal) and v == v.to_integral_value() for v in values
+        )
         values = [None if v is None else int(v) if whole else float(v) for v in values]
-    try: return pyarrow.array(values)
-    except (pyarrow.ArrowException, OverflowError): return pyarrow.array([None if v is None else str(v) for v in values], pyarrow.string())
+    try:
+        return pyarrow.array(values)
+    except (pyarrow.ArrowException, OverflowError):
+        return pyarrow.array([None if v is None else str(v) for v in values], pyarrow.string())
+
 
 def _one_table(pieces):
     "Pieces of an answer as columns; numbers become float64 if they are that in some piece, and other columns of several types text."
     columns = []
     for arrays in zip(*pieces):
         kinds = {a.type for a in arrays if a.type != pyarrow.null()} or {pyarrow.null()}
-        kind = kinds.pop() if len(kinds) == 1 else pyarrow.float64() if kinds == {pyarrow.int64(), pyarrow.float64()} else pyarrow.string()
+        kind = (
+            kinds.pop()
+            if len(kinds) == 1
+            else pyarrow.float64()
+            if kinds == {pyarrow.int64(), pyarrow.float64()}
+            else pyarrow.string()
+        )
         texts = lambda a: pyarrow.array([None if v is None else str(v) for v in a.to_pylist()], pyarrow.string())
-        columns.append(pyarrow.chunked_array([texts(a) if kind == pyarrow.string() != a.type else a.cast(kind) for a in arrays]))
+        columns.append(
+            pyarrow.chunked_array([texts(a) if kind == pyarrow.string() != a.type else a.cast(kind) for a in arrays])
+        )
     return columns
+
 
 def _to_frame(names, columns):
     "Arrow columns as a frame, a day as the time at which it begins."
-    return _from_arrow(pyarrow.table([c.cast(pyarrow.timestamp('us')) if pyarrow.types.is_date(c.type) else c for c in columns], names))
+    return _from_arrow(
+        pyarrow.table([c.cast(pyarrow.timestamp("us")) if pyarrow.types.is_date(c.type) else c for c in columns], names)
+    )
 
 # %% ../nbs/01_data_import.ipynb #8a5359af
-_TABLE_NAME = re.compile(r'[\w$]+(\.[\w$]+)?')
+_TABLE_NAME = re.compile(r"[\w$]+(\.[\w$]+)?")
+
 
 def _ask(database, query):
     "The rows of a query as a frame."
     with database.connected() as c:
         if _TABLE_NAME.fullmatch(query.strip()):
-            schema, _, table = query.strip().rpartition('.')
-            statement = sa.select(sa.text('*')).select_from(sa.table(table, schema=schema or None))
-        else: statement = sa.text(re.sub(r'(?<!:):(?!:)', r'\:', query.strip().rstrip(';'))) # no colon in it is ours
+            schema, _, table = query.strip().rpartition(".")
+            statement = sa.select(sa.text("*")).select_from(sa.table(table, schema=schema or None))
+        else:
+            statement = sa.text(re.sub(r"(?<!:):(?!:)", r"\:", query.strip().rstrip(";")))  # no colon in it is ours
         rows = c.execution_options(stream_results=True, max_row_buffer=_PIECE).execute(statement)
-        if not rows.returns_rows: raise AerecError(f'{database.name}: the query gives no table; write a SELECT')
+        if not rows.returns_rows:
+            raise AerecError(f"{database.name}: the query gives no table; write a SELECT")
         names = list(rows.keys())
-        if twice := [n for n in names if names.count(n) > 1]: raise AerecError(f'{database.name}: the query gives two columns named {twice[0]!r}; name them apart with AS')
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise AerecError(
+                f"{database.name}: the query gives two columns named {twice[0]!r}; name them apart with AS"
+            )
         pieces = [[_arrow(list(column)) for column in zip(*piece)] for piece in rows.partitions(_PIECE)]
     return _to_frame(names, _one_table(pieces)) if pieces else pd.DataFrame({n: [] for n in names}, dtype=object)
+
 
 def _frame_sha256(frame):
     "SHA-256 of a frame: its columns, their types, and its rows in their order."
     rows = pd.util.hash_pandas_object(frame, index=False).to_numpy()
     return sha256_bytes(repr([(str(c), str(t)) for c, t in frame.dtypes.items()]).encode() + rows.tobytes())
 
+
 @dataclass
 class Query:
     "What a database answers to a query, asked when first needed, and once."
+
     database: Database
-    query: str # a SELECT, or the name of a table
+    query: str  # a SELECT, or the name of a table
     live = True
 
     @property
-    def name(self): return f'{self.database.name}, ' + (f'table {self.query.strip()}' if _TABLE_NAME.fullmatch(self.query.strip()) else 'the query')
+    def name(self):
+        return f"{self.database.name}, " + (
+            f"table {self.query.strip()}" if _TABLE_NAME.fullmatch(self.query.strip()) else "the query"
+        )
+
     @cached_property
-    def frame(self): return _ask(self.database, self.query)
+    def frame(self):
+        return _ask(self.database, self.query)
+
     @cached_property
-    def hashed(self): return _frame_sha256(self.frame)
-    def read(self, which, options): return self.frame.copy(deep=False)
-    def sha256(self): return self.hashed
+    def hashed(self):
+        return _frame_sha256(self.frame)
+
+    def read(self, which, options):
+        return self.frame.copy(deep=False)
+
+    def sha256(self):
+        return self.hashed
+
 
 def _from_database(url, base, timeout, query, items_query):
     "The tables of a database: by the given queries, else by their names."
@@ -1437,124 +2186,210 @@ def _from_database(url, base, timeout, query, items_query):
         with database.connected() as c:
             inspector = sa.inspect(c)
             there = sorted(inspector.get_table_names() + inspector.get_view_names())
-        named = {which: next((t for stem in stems for t in there if t.lower() == stem), None) for which, stems in _STEMS.items()}
-        if not query and named['ratings'] is None:
-            raise AerecError(f'{database.name}: no table {" or ".join(_STEMS["ratings"])} (there: {_list(there[:8]) or "nothing"}); say what to read with query')
-        query, items_query = query or named['ratings'], items_query or named['items']
+        named = {
+            which: next((t for stem in stems for t in there if t.lower() == stem), None)
+            for which, stems in _STEMS.items()
+        }
+        if not query and named["ratings"] is None:
+            raise AerecError(
+                f"{database.name}: no table {' or '.join(_STEMS['ratings'])} (there: {_list(there[:8]) or 'nothing'}); say what to read with query"
+            )
+        query, items_query = query or named["ratings"], items_query or named["items"]
     ratings = Query(database, query)
-    return Source(Path(database.url.database or '').name or database.name, ratings.name, ratings, Query(database, items_query) if items_query else None)
+    return Source(
+        Path(database.url.database or "").name or database.name,
+        ratings.name,
+        ratings,
+        Query(database, items_query) if items_query else None,
+    )
 
 # %% ../nbs/01_data_import.ipynb #15d617b7
 def feedback_ratings(
-    events: pd.DataFrame, # as `EventLog.read('feedback')` gives them
-    event_values: dict, # type of feedback -> what it is worth: a number, or 'value'
-) -> tuple: # (user_id, item_id (, rating or count), timestamp: seconds; what was left out: reason -> events)
+    events: pd.DataFrame,  # as `EventLog.read('feedback')` gives them
+    event_values: dict,  # type of feedback -> what it is worth: a number, or 'value'
+) -> tuple:  # (user_id, item_id (, rating or count), timestamp: seconds; what was left out: reason -> events)
     "What people did, as ratings."
-    kind = events.payload.map(lambda p: str(p.get('type', 'feedback')))
-    worth = kind.map({k: np.nan if v == 'value' else v for k, v in event_values.items()}).astype(float)
-    worth = worth.where(~kind.isin([k for k, v in event_values.items() if v == 'value']), events.value)
-    reasons = {'simulated': events.simulated, 'without a user': events.user_id.isna(), 'without an item': events.item_id.isna(),
-               **{f'of type {k!r}': kind == k for k in kind.unique() if k not in event_values}, 'without a value': worth.isna()}
+    kind = events.payload.map(lambda p: str(p.get("type", "feedback")))
+    worth = kind.map({k: np.nan if v == "value" else v for k, v in event_values.items()}).astype(float)
+    worth = worth.where(~kind.isin([k for k, v in event_values.items() if v == "value"]), events.value)
+    reasons = {
+        "simulated": events.simulated,
+        "without a user": events.user_id.isna(),
+        "without an item": events.item_id.isna(),
+        **{f"of type {k!r}": kind == k for k in kind.unique() if k not in event_values},
+        "without a value": worth.isna(),
+    }
     kept, left_out = pd.Series(True, events.index), {}
     for reason, is_so in reasons.items():
-        if n := int((kept & is_so).sum()): left_out[reason] = n
+        if n := int((kept & is_so).sum()):
+            left_out[reason] = n
         kept &= ~is_so
     found = events[kept]
-    ratings = pd.DataFrame(dict(user_id=found.user_id, item_id=found.item_id, rating=worth[kept], timestamp=found.time)).reset_index(drop=True)
+    ratings = pd.DataFrame(
+        dict(user_id=found.user_id, item_id=found.item_id, rating=worth[kept], timestamp=found.time)
+    ).reset_index(drop=True)
     used = {event_values[k] for k in kind[kept].unique()}
-    if ratings.rating.eq(1).all(): ratings = ratings.drop(columns='rating')
-    elif 'value' not in used: ratings = ratings.rename(columns=dict(rating='count'))
+    if ratings.rating.eq(1).all():
+        ratings = ratings.drop(columns="rating")
+    elif "value" not in used:
+        ratings = ratings.rename(columns=dict(rating="count"))
     return ratings, left_out
 
 # %% ../nbs/01_data_import.ipynb #8f619faf
 @dataclass
 class Feedback:
     "The feedback in an event log as ratings, read when first needed, and once."
+
     database: Database
     event_values: dict
     live = True
 
     @property
-    def name(self): return f'the event log {self.database.name}'
+    def name(self):
+        return f"the event log {self.database.name}"
+
     @cached_property
     def found(self):
-        log = sa.table('events', *map(sa.column, ('seq', *COLUMNS)))
-        with self.database.connected() as c: # not by `EventLog`, which makes its table where there is none
-            if not sa.inspect(c).has_table('events'): raise AerecError(f'{self.database.name}: no event log in it (no table events); the service writes one, see events.events_url')
-            rows = c.execute(sa.select(*(log.c[n] for n in COLUMNS)).where(log.c.kind == 'feedback').order_by(log.c.seq)).all()
+        log = sa.table("events", *map(sa.column, ("seq", *COLUMNS)))
+        with self.database.connected() as c:  # not by `EventLog`, which makes its table where there is none
+            if not sa.inspect(c).has_table("events"):
+                raise AerecError(
+                    f"{self.database.name}: no event log in it (no table events); the service writes one, see events.events_url"
+                )
+            rows = c.execute(
+                sa.select(*(log.c[n] for n in COLUMNS)).where(log.c.kind == "feedback").order_by(log.c.seq)
+            ).all()
         ratings, left_out = feedback_ratings(events_frame(rows), self.event_values)
         if not len(ratings):
-            raise AerecError(f'{self.name}: no feedback to make ratings of (left out: {_counted(left_out) or "nothing"}); what counts is said by '
-                             f'event_values = {{{_stated(self.event_values)}}}')
+            raise AerecError(
+                f"{self.name}: no feedback to make ratings of (left out: {_counted(left_out) or 'nothing'}); what counts is said by "
+                f"event_values = {{{_stated(self.event_values)}}}"
+            )
         return ratings, left_out
-    @property
-    def notes(self): return [f'of its feedback left out: {_counted(self.found[1])}'] if self.found[1] else []
-    def read(self, which, options): return self.found[0].copy(deep=False)
-    @cached_property
-    def hashed(self): return _frame_sha256(self.found[0])
-    def sha256(self): return self.hashed
 
-def _counted(left_out): return ', '.join(f'{n:,} {reason}' for reason, n in left_out.items())
-def _stated(values): return ', '.join(f'{k} = "{v}"' if isinstance(v, str) else f'{k} = {v:g}' for k, v in values.items())
+    @property
+    def notes(self):
+        return [f"of its feedback left out: {_counted(self.found[1])}"] if self.found[1] else []
+
+    def read(self, which, options):
+        return self.found[0].copy(deep=False)
+
+    @cached_property
+    def hashed(self):
+        return _frame_sha256(self.found[0])
+
+    def sha256(self):
+        return self.hashed
+
+
+def _counted(left_out):
+    return ", ".join(f"{n:,} {reason}" for reason, n in left_out.items())
+
+
+def _stated(values):
+    return ", ".join(f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v:g}" for k, v in values.items())
+
 
 def _from_events(source, settings, base):
     "`events`: the configured log; `events:<URL>`: another one."
-    url = source.removeprefix('events').removeprefix(':') or events_url(settings)
-    database = _database(url, base, settings.data.download_timeout, 'there is no event log yet: the service writes one, see events.events_url')
-    return Source('events', f'feedback in the event log {database.name}, worth {_stated(settings.data.event_values)}', Feedback(database, settings.data.event_values))
+    url = source.removeprefix("events").removeprefix(":") or events_url(settings)
+    database = _database(
+        url,
+        base,
+        settings.data.download_timeout,
+        "there is no event log yet: the service writes one, see events.events_url",
+    )
+    return Source(
+        "events",
+        f"feedback in the event log {database.name}, worth {_stated(settings.data.event_values)}",
+        Feedback(database, settings.data.event_values),
+    )
 
 # %% ../nbs/01_data_import.ipynb #30bfc9f8
 def _from_url(url, dataset_dir, timeout):
     "A file (or a zip of files) from a web address."
-    folder, shown = Path(dataset_dir)/'.cache'/f'url-{sha256_bytes(url.encode())[:12]}', hide_secrets(url)
+    folder, shown = Path(dataset_dir) / ".cache" / f"url-{sha256_bytes(url.encode())[:12]}", hide_secrets(url)
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or shown
     if not folder.is_dir():
         try:
-            with file_errors(folder): _fetch_into(folder, url, timeout, progress=name)
-        except AerecError: raise
+            with file_errors(folder):
+                _fetch_into(folder, url, timeout, progress=name)
+        except AerecError:
+            raise
         except (OSError, ValueError, http.client.HTTPException) as e:
-            kept = ' (what came is kept, and the next try goes on from there)' if any((folder.parent/'.parts').glob(f'{folder.name}-*.part')) else ''
-            raise AerecError(f'source {shown}: {_why(e)}{kept}; check the address, or download it and name the file') from None
-    return replace(_from_folder(_holding(folder)), name=name, description=f'{shown} (kept in {folder.parent.name}/{folder.name}; delete that folder to fetch it again)')
+            kept = (
+                " (what came is kept, and the next try goes on from there)"
+                if any((folder.parent / ".parts").glob(f"{folder.name}-*.part"))
+                else ""
+            )
+            raise AerecError(
+                f"source {shown}: {_why(e)}{kept}; check the address, or download it and name the file"
+            ) from None
+    return replace(
+        _from_folder(_holding(folder)),
+        name=name,
+        description=f"{shown} (kept in {folder.parent.name}/{folder.name}; delete that folder to fetch it again)",
+    )
 
 # %% ../nbs/01_data_import.ipynb #6c711e21
 def _find(source, settings, base, query=None, items_query=None):
     timeout, dataset_dir = settings.data.download_timeout, settings.paths.dataset_dir
     if query and not is_database(source):
-        raise AerecError(f'a query is asked of a database, and {hide_secrets(source)} is none: give a SQLAlchemy URL such as postgresql://user@host/name')
-    if source == 'auto': return _auto(dataset_dir, timeout)
-    if source == 'sample': return _sample(dataset_dir)
-    if source in FETCHED: return _named(source, dataset_dir, timeout)
-    if source == 'events' or source.startswith('events:'): return _from_events(source, settings, base)
-    if is_database(source): return _from_database(source, base, timeout, query, items_query)
-    if re.match(r'(https?|ftp)://', source): return _from_url(source, dataset_dir, timeout)
+        raise AerecError(
+            f"a query is asked of a database, and {hide_secrets(source)} is none: give a SQLAlchemy URL such as postgresql://user@host/name"
+        )
+    if source == "auto":
+        return _auto(dataset_dir, timeout)
+    if source == "sample":
+        return _sample(dataset_dir)
+    if source in FETCHED:
+        return _named(source, dataset_dir, timeout)
+    if source == "events" or source.startswith("events:"):
+        return _from_events(source, settings, base)
+    if is_database(source):
+        return _from_database(source, base, timeout, query, items_query)
+    if re.match(r"(https?|ftp)://", source):
+        return _from_url(source, dataset_dir, timeout)
     path = _path(source, base)
     if not path.exists() and _PATTERN.search(source):
-        found = next((f for folder in base if (f := _from_pattern(folder, str(Path(source).expanduser()), source))), None)
-        if found is None: raise AerecError(f'source {source}: the pattern finds no table')
+        found = next(
+            (f for folder in base if (f := _from_pattern(folder, str(Path(source).expanduser()), source))), None
+        )
+        if found is None:
+            raise AerecError(f"source {source}: the pattern finds no table")
         return found
     return _from_path(path, source)
 
+
 def _path(source, base):
     "The path that a source names, in the first folder of `base` that has it."
-    named = Path(urllib.request.url2pathname(source.removeprefix('file://')) if source.startswith('file://') else source).expanduser()
-    tried = [folder/named for folder in base]
+    named = Path(
+        urllib.request.url2pathname(source.removeprefix("file://")) if source.startswith("file://") else source
+    ).expanduser()
+    tried = [folder / named for folder in base]
     return next((p for p in tried if p.exists()), tried[0])
+
 
 def _items_beside(source, settings, base, query=None):
     "A source for the sake of its items: a file of items is one; a database needs no ratings."
-    if is_database(source): return _from_database(source, base, settings.data.download_timeout, query or 'items', query)
+    if is_database(source):
+        return _from_database(source, base, settings.data.download_timeout, query or "items", query)
     path = _path(source, base)
-    if path.is_file() and (_stem(path) in _STEMS['items'] or path.suffix == '.item'): return Source(path.name, f'the file {path}', None, path)
-    if path.is_dir() and (table := _table_in(path, 'items')): return Source(path.name, f'{table.name} in {path}', None, table)
+    if path.is_file() and (_stem(path) in _STEMS["items"] or path.suffix == ".item"):
+        return Source(path.name, f"the file {path}", None, path)
+    if path.is_dir() and (table := _table_in(path, "items")):
+        return Source(path.name, f"{table.name} in {path}", None, table)
     return _find(source, settings, base, query)
+
 
 def _items_in(source, settings, base, query):
     "The table of items in a source that is named for its items: any table that it has will do."
     path = _path(source, base)
-    if path.is_file() and path.suffix.lower() != '.zip': return path
+    if path.is_file() and path.suffix.lower() != ".zip":
+        return path
     found = _items_beside(source, settings, base, query)
     return found.items or found.ratings
+
 
 def _locate(source, settings, base, query=None, items_query=None, items_source=None):
     "Any source but a DataFrame; relative paths are tried in the folders of `base`."
@@ -1563,84 +2398,119 @@ def _locate(source, settings, base, query=None, items_query=None, items_source=N
 
 # %% ../nbs/01_data_import.ipynb #3b22252f
 def resolve_source(
-    settings: Settings, # reads data, paths and events
-) -> Source: # fetched, if it had to be
+    settings: Settings,  # reads data, paths and events
+) -> Source:  # fetched, if it had to be
     "Find the configured source; a relative path is relative to the project, or else to the working folder."
     data = settings.data
     asked = is_database(data.source)
-    return _locate(data.source, settings, [project_dir(), Path.cwd()], data.query if asked else None,
-                   data.items_query if asked or is_database(data.items_source or '') else None, data.items_source)
+    return _locate(
+        data.source,
+        settings,
+        [project_dir(), Path.cwd()],
+        data.query if asked else None,
+        data.items_query if asked or is_database(data.items_source or "") else None,
+        data.items_source,
+    )
+
 
 class SourceFiles(dict):
     "Label -> sha256 of each table of a source, with the source itself."
+
     def __init__(self, source):
         super().__init__(source.hashes())
         self.source, self.live = source, source.live
 
+
 def source_files(
-    settings: Settings, # reads data, paths and events
-) -> SourceFiles: # label -> sha256
+    settings: Settings,  # reads data, paths and events
+) -> SourceFiles:  # label -> sha256
     "What the configured source holds, by its hashes: part of a run's fingerprint."
     return SourceFiles(resolve_source(settings))
 
+
 def found_source(
-    run, # in a build
-) -> Source: # the one that the run's fingerprint saw
+    run,  # in a build
+) -> Source:  # the one that the run's fingerprint saw
     "The source to build from."
-    return getattr(run.found, 'source', None) or resolve_source(run.settings)
+    return getattr(run.found, "source", None) or resolve_source(run.settings)
 
 # %% ../nbs/01_data_import.ipynb #49d7fd37
 @contextmanager
 def small_pages():
     "Let numpy take memory in small pages: huge ones, beside busy threads or on a virtual machine, can take longer than the work."
-    madvise = getattr(np._core.multiarray, '_set_madvise_hugepage', lambda on: on) # NUMPY_MADVISE_HUGEPAGE, while the process runs
+    madvise = getattr(
+        np._core.multiarray, "_set_madvise_hugepage", lambda on: on
+    )  # NUMPY_MADVISE_HUGEPAGE, while the process runs
     before = madvise(False)
-    try: yield
-    finally: madvise(before)
+    try:
+        yield
+    finally:
+        madvise(before)
+
 
 def side_by_side(
-    function, # that spends its time in numpy, scipy or Arrow, which let others run meanwhile
-    *arguments: list, # as for `map`
-) -> list: # the results, in order
+    function,  # that spends its time in numpy, scipy or Arrow, which let others run meanwhile
+    *arguments: list,  # as for `map`
+) -> list:  # the results, in order
     "`map` on all cores."
-    with ThreadPoolExecutor(_n_threads()) as pool: return list(pool.map(function, *arguments))
+    with ThreadPoolExecutor(_n_threads()) as pool:
+        return list(pool.map(function, *arguments))
 
-def _n_threads(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+def _n_threads():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
 
 class _Growing:
     "An array that grows at its end; where about `expected` are to come, it has the room, which is no memory before it is written to."
-    def __init__(self, dtype, expected=2**16): self.array, self.n = np.empty(expected, dtype), 0
+
+    def __init__(self, dtype, expected=2**16):
+        self.array, self.n = np.empty(expected, dtype), 0
+
     def add(self, part):
-        if self.n+len(part) > len(self.array): self.array.resize(max(5*len(self.array)//4, self.n+len(part)), refcheck=False)
-        self.array[self.n:self.n+len(part)] = part
+        if self.n + len(part) > len(self.array):
+            self.array.resize(max(5 * len(self.array) // 4, self.n + len(part)), refcheck=False)
+        self.array[self.n : self.n + len(part)] = part
         self.n += len(part)
+
     def whole(self):
         self.array.resize(self.n, refcheck=False)
         return self.array
 
 # %% ../nbs/01_data_import.ipynb #f1b4ffc0
-def _is_text(t): return pyarrow.types.is_string(t) or pyarrow.types.is_large_string(t) or pyarrow.types.is_string_view(t)
+def _is_text(t):
+    return pyarrow.types.is_string(t) or pyarrow.types.is_large_string(t) or pyarrow.types.is_string_view(t)
+
 
 def _whole_numbers(text):
     "int64 values of texts (without gaps) and their lengths; None where one is not even like a whole number."
-    offsets = np.frombuffer(text.buffers()[1], np.int32)[text.offset:text.offset+len(text)+1]
-    if np.frombuffer(text.buffers()[2] or b'', np.uint8)[offsets[0]:offsets[-1]].max(initial=0) > ord('9'): return None
-    try: return pc.cast(text, pyarrow.int64()).to_numpy(), np.diff(offsets)
-    except pyarrow.ArrowInvalid: return None
+    offsets = np.frombuffer(text.buffers()[1], np.int32)[text.offset : text.offset + len(text) + 1]
+    if np.frombuffer(text.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]].max(initial=0) > ord("9"):
+        return None
+    try:
+        return pc.cast(text, pyarrow.int64()).to_numpy(), np.diff(offsets)
+    except pyarrow.ArrowInvalid:
+        return None
+
 
 def _stored(part):
     "An Arrow array in a type that can be looked up: no dictionaries, no extensions, one kind of text."
-    if pyarrow.types.is_dictionary(part.type): part = part.dictionary_decode()
-    if isinstance(part, pyarrow.ExtensionArray): part = part.storage
+    if pyarrow.types.is_dictionary(part.type):
+        part = part.dictionary_decode()
+    if isinstance(part, pyarrow.ExtensionArray):
+        part = part.storage
     return part.cast(pyarrow.string()) if _is_text(part.type) else part
+
 
 class _Ids:
     "The distinct values of a column in order of first appearance, and for each row the number of its value (-1: missing)."
-    limit = 2**24 # of the table
+
+    limit = 2**24  # of the table
+
     def __init__(self, expected=2**16):
         self.codes, self.table = _Growing(np.int32, expected), np.full(2**16, -1, np.int32)
         self.found, self.digits = np.empty(0, np.int64), np.empty(0, np.int64)
-        self.values = self.type = None # values: Arrow array, once the table does not do
+        self.values = self.type = None  # values: Arrow array, once the table does not do
         self.n_missing = 0
 
     def add(self, column):
@@ -1649,80 +2519,107 @@ class _Ids:
         self.n_missing += sum(part.null_count for part in parts)
         while self.values is None and parts:
             known = self.found
-            if (codes := self._by_table(parts[0])) is not None: self.codes.add(codes); parts.pop(0)
-            else: self.values = pyarrow.array(known).cast(parts[0].type) if len(known) else parts[0][:0]
-        if parts: self._by_value(parts)
+            if (codes := self._by_table(parts[0])) is not None:
+                self.codes.add(codes)
+                parts.pop(0)
+            else:
+                self.values = pyarrow.array(known).cast(parts[0].type) if len(known) else parts[0][:0]
+        if parts:
+            self._by_value(parts)
 
     def _by_table(self, part):
         "Codes of whole numbers; None where some are not such, or are too large."
         if part.null_count:
             codes, inner = np.full(len(part), -1, np.int32), self._by_table(part.drop_null())
-            if inner is not None: codes[part.is_valid().to_numpy(zero_copy_only=False)] = inner
+            if inner is not None:
+                codes[part.is_valid().to_numpy(zero_copy_only=False)] = inner
             return None if inner is None else codes
-        if not len(part): return np.empty(0, np.int32)
+        if not len(part):
+            return np.empty(0, np.int32)
         whole = pyarrow.types.is_integer(part.type)
-        numbers, lengths = (part.to_numpy(), None) if whole else _is_text(part.type) and _whole_numbers(part) or (None, None)
-        if numbers is None or numbers.min() < 0 or numbers.max() >= self.limit: return None
-        while numbers.max() >= len(self.table): self.table = np.append(self.table, np.full_like(self.table, -1))
+        numbers, lengths = (
+            (part.to_numpy(), None) if whole else _is_text(part.type) and _whole_numbers(part) or (None, None)
+        )
+        if numbers is None or numbers.min() < 0 or numbers.max() >= self.limit:
+            return None
+        while numbers.max() >= len(self.table):
+            self.table = np.append(self.table, np.full_like(self.table, -1))
         codes = self.table[numbers]
-        if codes.min() < 0: codes = self._learn(numbers[codes < 0].astype(np.int64))[numbers]
+        if codes.min() < 0:
+            codes = self._learn(numbers[codes < 0].astype(np.int64))[numbers]
         return codes if lengths is None or (self.digits[codes] == lengths).all() else None
 
     def _learn(self, numbers):
-        fresh = pd.unique(numbers[np.append(True, numbers[1:] != numbers[:-1])]) # often they come in runs
-        self.table[fresh] = np.arange(len(self.found), len(self.found)+len(fresh))
+        fresh = pd.unique(numbers[np.append(True, numbers[1:] != numbers[:-1])])  # often they come in runs
+        self.table[fresh] = np.arange(len(self.found), len(self.found) + len(fresh))
         self.found = np.append(self.found, fresh)
-        self.digits = np.append(self.digits, np.searchsorted(10**np.arange(1, 10), fresh, 'right')+1)
+        self.digits = np.append(self.digits, np.searchsorted(10 ** np.arange(1, 10), fresh, "right") + 1)
         return self.table
 
     def _by_value(self, parts):
         "Codes from a dictionary that begins with the values known so far."
-        known = [self.values]*bool(len(self.values))
+        known = [self.values] * bool(len(self.values))
         encoded = pyarrow.chunked_array(known + parts).dictionary_encode()
-        for part in encoded.chunks[len(known):]: self.codes.add(part.indices.fill_null(-1).to_numpy())
-        if encoded.num_chunks: self.values = encoded.chunk(0).dictionary
+        for part in encoded.chunks[len(known) :]:
+            self.codes.add(part.indices.fill_null(-1).to_numpy())
+        if encoded.num_chunks:
+            self.values = encoded.chunk(0).dictionary
 
     def distinct(self):
         "The distinct values as an Arrow array."
-        if self.values is None: return pyarrow.array(self.found)
-        return pyarrow.ExtensionArray.from_storage(self.type, self.values) if isinstance(self.type, pyarrow.BaseExtensionType) else self.values
+        if self.values is None:
+            return pyarrow.array(self.found)
+        return (
+            pyarrow.ExtensionArray.from_storage(self.type, self.values)
+            if isinstance(self.type, pyarrow.BaseExtensionType)
+            else self.values
+        )
 
 # %% ../nbs/01_data_import.ipynb #58292895
 _NO_TIME = np.iinfo(np.int64).min
 
+
 def _bare(texts):
     "Arrow texts without blanks around them, missing where there is nothing else."
     bare = pc.ascii_trim_whitespace(texts)
-    return pc.if_else(pc.equal(bare, ''), None, bare)
+    return pc.if_else(pc.equal(bare, ""), None, bare)
+
 
 class _Values:
     "The values of a column row by row: NaN, or of times the least integer, where there is none that can be used."
+
     def __init__(self, standard, may_be_empty, trim, expected=2**16):
         self.make, self.empty, self.trim, self.n = _MAKE[standard], may_be_empty, trim, 0
         self.times = self.make is _seconds
         self.kind, self.missing = (pyarrow.int64(), _NO_TIME) if self.times else (pyarrow.float64(), np.nan)
         self.values = _Growing(self.kind.to_pandas_dtype(), expected)
-        self.least, self.most = np.inf, -np.inf # NaN where one is missing
+        self.least, self.most = np.inf, -np.inf  # NaN where one is missing
 
     def add(self, column):
         for part in column.chunks:
             values = self._convert(part)
-            if len(values): self.least, self.most = np.minimum(self.least, values.min()), np.maximum(self.most, values.max())
+            if len(values):
+                self.least, self.most = np.minimum(self.least, values.min()), np.maximum(self.most, values.max())
             if self.empty and not self._nothing(part, values):
                 self.empty = False
                 self.values.add(np.full(self.n, self.missing))
             self.n += len(part)
-            if not self.empty: self.values.add(values)
+            if not self.empty:
+                self.values.add(values)
 
     def _convert(self, part):
         if not _is_text(part.type):
-            if not (self.times and pyarrow.types.is_signed_integer(part.type)): return self._filled(self.make(_from_arrow(pyarrow.table({'x': part}))['x']))
+            if not (self.times and pyarrow.types.is_signed_integer(part.type)):
+                return self._filled(self.make(_from_arrow(pyarrow.table({"x": part}))["x"]))
             return self._in_seconds(part.cast(self.kind))
-        try: values = pc.cast(part, self.kind)
+        try:
+            values = pc.cast(part, self.kind)
         except pyarrow.ArrowInvalid:
             encoded = part.dictionary_encode()
-            values = np.append(self._filled(self.make(self._tidy(encoded.dictionary))), self.kind.to_pandas_dtype()(self.missing))
-            return values[encoded.indices.fill_null(len(values)-1).to_numpy()]
+            values = np.append(
+                self._filled(self.make(self._tidy(encoded.dictionary))), self.kind.to_pandas_dtype()(self.missing)
+            )
+            return values[encoded.indices.fill_null(len(values) - 1).to_numpy()]
         return self._in_seconds(values) if self.times else values.to_numpy(zero_copy_only=False)
 
     def _in_seconds(self, values):
@@ -1731,119 +2628,194 @@ class _Values:
 
     def _filled(self, made):
         values = made.to_numpy()
-        if not self.times or values.dtype == np.int64: return values
+        if not self.times or values.dtype == np.int64:
+            return values
         whole = np.full(len(values), _NO_TIME)
         whole[np.isfinite(values)] = values[np.isfinite(values)]
         return whole
 
-    def _tidy(self, texts): return pd.Series(_bare(texts) if self.trim else texts, dtype='str')
+    def _tidy(self, texts):
+        return pd.Series(_bare(texts) if self.trim else texts, dtype="str")
 
     def _nothing(self, part, values):
-        if not ((values == _NO_TIME) if self.times else np.isnan(values)).all(): return False
+        if not ((values == _NO_TIME) if self.times else np.isnan(values)).all():
+            return False
         return bool(_empty(self._tidy(part.unique()))) if _is_text(part.type) else True
 
 # %% ../nbs/01_data_import.ipynb #1ced116a
-_LINES = 2**18        # rows of a piece of the thorough reader
-_MOST_BAD = 1_000_000 # bad rows that are looked at one by one
+_LINES = 2**18  # rows of a piece of the thorough reader
+_MOST_BAD = 1_000_000  # bad rows that are looked at one by one
+
 
 class _Stumbled(Exception):
     "A way to read a file that does not do."
 
+
 def _duckdb(folder):
     "A connection that takes no more than a part of the memory, leaves nothing behind and fetches nothing."
-    con = duckdb.connect(config=dict(memory_limit='1GB', threads=_n_threads(), temp_directory=str(folder), autoinstall_known_extensions=False))
-    try: con.execute('set enable_progress_bar = false') # or it would write to what others read
-    except duckdb.InvalidInputException: pass # in a notebook without ipywidgets it is off, and cannot be set
-    con.execute("set preserve_insertion_order = true; set streaming_buffer_size = '64MB'") # parsed ahead while a piece is worked on
+    con = duckdb.connect(
+        config=dict(
+            memory_limit="1GB", threads=_n_threads(), temp_directory=str(folder), autoinstall_known_extensions=False
+        )
+    )
+    try:
+        con.execute("set enable_progress_bar = false")  # or it would write to what others read
+    except duckdb.InvalidInputException:
+        pass  # in a notebook without ipywidgets it is off, and cannot be set
+    con.execute(
+        "set preserve_insertion_order = true; set streaming_buffer_size = '64MB'"
+    )  # parsed ahead while a piece is worked on
     return con
+
 
 def _check_whole(path):
     "Unpack a file once: DuckDB does not see that one ends too early."
     with open_table(path) as f:
-        while f.read(2**22): pass
+        while f.read(2**22):
+            pass
+
 
 def _written(column, width=None):
     "How many bytes the values of an Arrow column are written with: texts, whole numbers, or decimals of one width."
-    if _is_text(column.type): return sum(int(np.diff(np.frombuffer(p.buffers()[1], np.int32)[[p.offset, p.offset+len(p)]])[0]) for p in column.chunks)
-    if pyarrow.types.is_floating(column.type): return width*(len(column)-column.null_count)
+    if _is_text(column.type):
+        return sum(
+            int(np.diff(np.frombuffer(p.buffers()[1], np.int32)[[p.offset, p.offset + len(p)]])[0])
+            for p in column.chunks
+        )
+    if pyarrow.types.is_floating(column.type):
+        return width * (len(column) - column.null_count)
     n = 0
     for part in column.chunks:
         numbers = part.drop_null().to_numpy()
-        if numbers.min(initial=0) < 0: n, numbers = n + np.count_nonzero(numbers < 0), np.abs(numbers)
+        if numbers.min(initial=0) < 0:
+            n, numbers = n + np.count_nonzero(numbers < 0), np.abs(numbers)
         least, most = (len(str(m)) for m in (numbers.min(initial=10**9), numbers.max(initial=0)))
-        n += least*len(numbers) + sum(np.count_nonzero(numbers >= 10**k) for k in range(least, most))
+        n += least * len(numbers) + sum(np.count_nonzero(numbers >= 10**k) for k in range(least, most))
     return int(n)
 
 # %% ../nbs/01_data_import.ipynb #a4ae68be
 @dataclass
 class _TextFile:
     "A text file that is read in pieces."
+
     path: Path
     name: str
     layout: _Layout
-    way: str      # typed, text or lines
+    way: str  # typed, text or lines
     head: bytes
-    packed: str   # none, or how: gzip, zstd or else
+    packed: str  # none, or how: gzip, zstd or else
+
     @property
-    def header(self): return self.layout.names
+    def header(self):
+        return self.layout.names
+
     @property
-    def expected(self): # rows, about
-        return 2**16 if self.packed != 'none' else int(1.05*self.path.stat().st_size*self.head.count(b'\n')/max(1, len(self.head)))
+    def expected(self):  # rows, about
+        return (
+            2**16
+            if self.packed != "none"
+            else int(1.05 * self.path.stat().st_size * self.head.count(b"\n") / max(1, len(self.head)))
+        )
 
     def pieces(self, columns, ids=None):
         "Tables of the columns: typed as far as can be if it is said which are ids, else as text."
-        if self.way == 'lines': return self._by_lines(columns)
-        types = self._types(ids) if self.way == 'typed' and ids is not None and sorted(columns) == sorted(self.header) else {}
+        if self.way == "lines":
+            return self._by_lines(columns)
+        types = (
+            self._types(ids)
+            if self.way == "typed" and ids is not None and sorted(columns) == sorted(self.header)
+            else {}
+        )
         return self._as_written(columns, types, any(c in types for c in ids)) if types else self._by_duckdb(columns, {})
 
     def _types(self, ids):
         "Column -> type in SQL and width (None: of the digits), of those that hold numbers in the head; none where the bytes could not be counted."
-        head = self.head.replace(b'\r\n', b'\n')
-        if self.packed != 'none' or self.layout.sep not in '\t,' or b'"' in head or b'\r' in head or head.startswith(b'\xef\xbb\xbf'): return {}
-        lines = head.decode(errors='replace').split('\n')[self.layout.skip:-1]
-        fields = zip(*(line.split(self.layout.sep) for line in lines if line.count(self.layout.sep) == len(self.header)-1))
+        head = self.head.replace(b"\r\n", b"\n")
+        if (
+            self.packed != "none"
+            or self.layout.sep not in "\t,"
+            or b'"' in head
+            or b"\r" in head
+            or head.startswith(b"\xef\xbb\xbf")
+        ):
+            return {}
+        lines = head.decode(errors="replace").split("\n")[self.layout.skip : -1]
+        fields = zip(
+            *(line.split(self.layout.sep) for line in lines if line.count(self.layout.sep) == len(self.header) - 1)
+        )
         values = {c: {v for v in column if v} for c, column in zip(self.header, fields)}
-        whole = {c: max(abs(int(v)) for v in vs) for c, vs in values.items() if vs and all(re.fullmatch(r'0|-?[1-9][0-9]{0,17}', v) for v in vs)}
-        decimal = {c: len(min(vs)) for c, vs in values.items() if vs and all(re.fullmatch(r'[0-9]+\.[0-9]+', v) for v in vs)}
-        types = {c: ('INTEGER' if most < 2_000_000_000 else 'BIGINT', None) for c, most in whole.items()}
-        if len(whole) + len(decimal) == len(self.header): return types
-        one_width = {c: ('DOUBLE', n) for c, n in decimal.items() if len({len(v) for v in values[c]}) == 1}
+        whole = {
+            c: max(abs(int(v)) for v in vs)
+            for c, vs in values.items()
+            if vs and all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", v) for v in vs)
+        }
+        decimal = {
+            c: len(min(vs)) for c, vs in values.items() if vs and all(re.fullmatch(r"[0-9]+\.[0-9]+", v) for v in vs)
+        }
+        types = {c: ("INTEGER" if most < 2_000_000_000 else "BIGINT", None) for c, most in whole.items()}
+        if len(whole) + len(decimal) == len(self.header):
+            return types
+        one_width = {c: ("DOUBLE", n) for c, n in decimal.items() if len({len(v) for v in values[c]}) == 1}
         return {c: t for c, t in (types | one_width).items() if c not in ids}
 
     def _as_written(self, columns, types, no_letters):
         "Pieces of typed columns, as long as they are what is written in the file."
-        newline, size = b'\r\n' if b'\r\n' in self.head else b'\n', self.path.stat().st_size
+        newline, size = b"\r\n" if b"\r\n" in self.head else b"\n", self.path.stat().st_size
         block = np.empty(2**20, np.uint8)
-        with open(self.path, 'rb') as f:
-            for _ in range(self.layout.skip): f.readline()
+        with open(self.path, "rb") as f:
+            for _ in range(self.layout.skip):
+                f.readline()
             at = f.tell()
             for piece in self._by_duckdb(columns, types):
-                end = at + len(piece)*(len(columns)-1+len(newline)) + sum(_written(piece[c], types.get(c, (None, None))[1]) for c in columns)
-                while no_letters and (n := f.readinto(memoryview(block)[:end-at])):
-                    if block[:n].max() > ord('9'): raise _Stumbled
+                end = (
+                    at
+                    + len(piece) * (len(columns) - 1 + len(newline))
+                    + sum(_written(piece[c], types.get(c, (None, None))[1]) for c in columns)
+                )
+                while no_letters and (n := f.readinto(memoryview(block)[: end - at])):
+                    if block[:n].max() > ord("9"):
+                        raise _Stumbled
                     at += n
-                f.seek(end-len(newline))
-                if (last := f.read(len(newline))) != newline and (last or end != size+len(newline)): raise _Stumbled # the last line may have no end
+                f.seek(end - len(newline))
+                if (last := f.read(len(newline))) != newline and (last or end != size + len(newline)):
+                    raise _Stumbled  # the last line may have no end
                 at = end
                 yield piece
-            if at < size: raise _Stumbled
+            if at < size:
+                raise _Stumbled
 
     def _by_duckdb(self, columns, types):
         quoted = lambda text: "'" + str(text).replace("'", "''") + "'"
-        if self.packed != 'none': _check_whole(self.path)
-        l, quote = self.layout, "''" if self.layout.sep == '::' else quoted('"')
-        options = dict(delim=quoted(l.sep), quote=quote, escape=quote, nullstr="''", comment="''", skip=l.skip, header='false', auto_detect='false',
-                       compression=quoted(self.packed), columns='{' + ', '.join(f"'c{i}': '{types.get(c, ('VARCHAR', None))[0]}'" for i, c in enumerate(l.names)) + '}')
-        name = quoted(re.sub(r'([*?\[])', r'[\1]', str(self.path))) # a name is no pattern
-        query = f'select {", ".join(f"c{l.names.index(c)}" for c in columns)} from read_csv({name}, {", ".join(f"{k}={v}" for k, v in options.items())})'
-        with tempfile.TemporaryDirectory(prefix='aerec_nb-') as folder, _duckdb(folder) as con:
+        if self.packed != "none":
+            _check_whole(self.path)
+        l, quote = self.layout, "''" if self.layout.sep == "::" else quoted('"')
+        options = dict(
+            delim=quoted(l.sep),
+            quote=quote,
+            escape=quote,
+            nullstr="''",
+            comment="''",
+            skip=l.skip,
+            header="false",
+            auto_detect="false",
+            compression=quoted(self.packed),
+            columns="{"
+            + ", ".join(f"'c{i}': '{types.get(c, ('VARCHAR', None))[0]}'" for i, c in enumerate(l.names))
+            + "}",
+        )
+        name = quoted(re.sub(r"([*?\[])", r"[\1]", str(self.path)))  # a name is no pattern
+        query = f"select {', '.join(f'c{l.names.index(c)}' for c in columns)} from read_csv({name}, {', '.join(f'{k}={v}' for k, v in options.items())})"
+        with tempfile.TemporaryDirectory(prefix="aerec_nb-") as folder, _duckdb(folder) as con:
             batches = None
             while True:
                 try:
                     batches, piece = batches or con.sql(query).to_arrow_reader(2**20), []
-                    while sum(map(len, piece)) < 2**20 and (batch := next(batches, None)) is not None: piece.append(batch)
-                except (duckdb.Error, OSError): raise _Stumbled from None
-                if not piece: return
+                    while sum(map(len, piece)) < 2**20 and (batch := next(batches, None)) is not None:
+                        piece.append(batch)
+                except (duckdb.Error, OSError):
+                    raise _Stumbled from None
+                if not piece:
+                    return
                 yield pyarrow.Table.from_batches(piece).rename_columns(columns)
 
     def _by_lines(self, columns):
@@ -1852,76 +2824,132 @@ class _TextFile:
             records = _line_records(f, l, self.name)
             while piece := list(itertools.islice(records, _LINES)):
                 texts = [pyarrow.array([values[i] for values, _ in piece], pyarrow.string()) for i in place]
-                yield pyarrow.table([*texts, pyarrow.array([fault for _, fault in piece], pyarrow.string())], [*columns, _FAULT])
+                yield pyarrow.table(
+                    [*texts, pyarrow.array([fault for _, fault in piece], pyarrow.string())], [*columns, _FAULT]
+                )
 
 # %% ../nbs/01_data_import.ipynb #93ea3ce7
-def _no_parquet(name, e): return AerecError(f'{name}: cannot be read as Parquet ({_first_line(e)}); fetch or write it again')
+def _no_parquet(name, e):
+    return AerecError(f"{name}: cannot be read as Parquet ({_first_line(e)}); fetch or write it again")
+
 
 @dataclass
 class _ParquetFile:
     "A Parquet file that is read in pieces."
+
     path: Path
     name: str
-    schema: pyarrow.Schema # of the whole source: types that every part fits in
-    hive: dict             # column in the names of its folders -> value
-    expected: int          # so many rows
+    schema: pyarrow.Schema  # of the whole source: types that every part fits in
+    hive: dict  # column in the names of its folders -> value
+    expected: int  # so many rows
+
     @property
-    def header(self): return self.schema.names
+    def header(self):
+        return self.schema.names
 
     def pieces(self, columns, ids=None):
         "Tables of the columns in their own types."
         try:
-            for batch in pq.ParquetFile(self.path).iter_batches(2**20, columns=[c for c in columns if c not in self.hive]):
+            for batch in pq.ParquetFile(self.path).iter_batches(
+                2**20, columns=[c for c in columns if c not in self.hive]
+            ):
                 table = pyarrow.Table.from_batches([batch])
                 for c, value in self.hive.items():
-                    if c in columns: table = table.append_column(c, pyarrow.repeat(pyarrow.scalar(value, pyarrow.string()), len(table)))
+                    if c in columns:
+                        table = table.append_column(
+                            c, pyarrow.repeat(pyarrow.scalar(value, pyarrow.string()), len(table))
+                        )
                 table = table.select(columns)
                 types = pyarrow.schema([self.schema.field(c) for c in columns])
                 yield table if table.schema.types == types.types else table.cast(types)
-        except (OSError, pyarrow.ArrowException) as e: raise _no_parquet(self.name, e) from None
+        except (OSError, pyarrow.ArrowException) as e:
+            raise _no_parquet(self.name, e) from None
 
 # %% ../nbs/01_data_import.ipynb #3c15e510
 class _Large:
     "The files of a large source, and the ways in which they are read."
-    def __init__(self, paths, root, name, encoding, where=None): # where: the name for errors, if it is another
-        self.paths, self.root, self.name, self.encoding, self.tried = paths, root, name, encoding, dict.fromkeys(paths, 0)
+
+    def __init__(self, paths, root, name, encoding, where=None):  # where: the name for errors, if it is another
+        self.paths, self.root, self.name, self.encoding, self.tried = (
+            paths,
+            root,
+            name,
+            encoding,
+            dict.fromkeys(paths, 0),
+        )
         self.where = where or name
-        with open_table(paths[0]) as f: self.is_parquet = f.read(4) == b'PAR1' or paths[0].name.endswith('.parquet')
+        with open_table(paths[0]) as f:
+            self.is_parquet = f.read(4) == b"PAR1" or paths[0].name.endswith(".parquet")
         self.handed_over = False
-        if self.is_parquet: self._open_parquet()
-        else: self.files = [self._open_text(p) for p in paths]
+        if self.is_parquet:
+            self._open_parquet()
+        else:
+            self.files = [self._open_text(p) for p in paths]
         _same_columns(name, {f.name: sorted(f.header) if self.is_parquet else f.header for f in self.files})
         self.header, self.expected = self.files[0].header, max(2**16, sum(f.expected for f in self.files))
         _check_names(self.header, self.where)
 
-    def _name(self, path): return path.name if self.root is None else path.relative_to(self.root).as_posix()
+    def _name(self, path):
+        return path.name if self.root is None else path.relative_to(self.root).as_posix()
 
     def _open_parquet(self):
         schemas, hives, rows = {}, {}, {}
         for path in self.paths:
-            try: rows[path], schema = (f := pq.ParquetFile(path)).metadata.num_rows, f.schema_arrow
-            except (OSError, pyarrow.ArrowException) as e: raise _no_parquet(self._name(path), e) from None
+            try:
+                rows[path], schema = (f := pq.ParquetFile(path)).metadata.num_rows, f.schema_arrow
+            except (OSError, pyarrow.ArrowException) as e:
+                raise _no_parquet(self._name(path), e) from None
             self.handed_over |= check_handover(schema, self._name(path))
-            hives[path] = {c: v for c, v in (_hive(path, self.root) if self.root else {}).items() if c not in schema.names}
+            hives[path] = {
+                c: v for c, v in (_hive(path, self.root) if self.root else {}).items() if c not in schema.names
+            }
             schemas[path] = pyarrow.schema([*schema, *(pyarrow.field(c, pyarrow.string()) for c in hives[path])])
-        try: whole = pyarrow.unify_schemas(list(schemas.values()), promote_options='permissive')
-        except pyarrow.ArrowException as e: raise AerecError(f'{self.name}: the parts do not fit together: {_first_line(e)}') from None
-        self.files = [_ParquetFile(p, self._name(p), pyarrow.schema([whole.field(c) for c in schemas[p].names]), hives[p], rows[p]) for p in self.paths]
+        try:
+            whole = pyarrow.unify_schemas(list(schemas.values()), promote_options="permissive")
+        except pyarrow.ArrowException as e:
+            raise AerecError(f"{self.name}: the parts do not fit together: {_first_line(e)}") from None
+        self.files = [
+            _ParquetFile(
+                p, self._name(p), pyarrow.schema([whole.field(c) for c in schemas[p].names]), hives[p], rows[p]
+            )
+            for p in self.paths
+        ]
 
     def _open_text(self, path):
         "The file in the first way that was not tried in vain."
         name = self._name(path)
-        with open_table(path) as f: head = f.read(2**16)
-        with open(path, 'rb') as f: packed = 'none' if f.read(len(head)) == head else {b'\x1f\x8b': 'gzip', b'\x28\xb5': 'zstd'}.get(open(path, 'rb').read(2), 'else')
+        with open_table(path) as f:
+            head = f.read(2**16)
+        with open(path, "rb") as f:
+            packed = (
+                "none"
+                if f.read(len(head)) == head
+                else {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(open(path, "rb").read(2), "else")
+            )
         encodings = _encodings(head, name, self.encoding)
-        ways = [(encoding, way) for encoding in encodings for way in ('typed', 'text', 'lines')
-                if way == 'lines' or codecs.lookup(encoding).name in ('utf-8', 'utf-8-sig') and packed != 'else']
+        ways = [
+            (encoding, way)
+            for encoding in encodings
+            for way in ("typed", "text", "lines")
+            if way == "lines" or codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") and packed != "else"
+        ]
         while self.tried[path] < len(ways):
             encoding, way = ways[self.tried[path]]
-            try: return _TextFile(path, name, _layout(head, encoding, len(head) < 2**16, name, POSITIONS['ratings']), way, head, packed)
-            except UnicodeError: self.tried[path] += 1
+            try:
+                return _TextFile(
+                    path,
+                    name,
+                    _layout(head, encoding, len(head) < 2**16, name, POSITIONS["ratings"]),
+                    way,
+                    head,
+                    packed,
+                )
+            except UnicodeError:
+                self.tried[path] += 1
         line, byte = _undecodable(path, encodings[-1])
-        raise AerecError(f'{name}, line {line}: byte 0x{byte:02x} is not {" or ".join(encodings)}; correct it, or set encoding to what the file was written in')
+        raise AerecError(
+            f"{name}, line {line}: byte 0x{byte:02x} is not {' or '.join(encodings)}; correct it, or set encoding to what the file was written in"
+        )
 
     def pieces(self, columns, ids=None):
         "Tables of the columns, file after file; `_Stumbled` where a file has to be read in another way, the next time."
@@ -1929,8 +2957,13 @@ class _Large:
             try:
                 yield from file.pieces(columns, ids)
             except (_Stumbled, UnicodeError) as e:
-                if isinstance(e, UnicodeError) and self.encoding is None and file.layout.encoding == 'utf-8' and _mostly_utf8(file.path):
-                    self.encoding = 'utf-8' # damaged, which cp1252 would hide
+                if (
+                    isinstance(e, UnicodeError)
+                    and self.encoding is None
+                    and file.layout.encoding == "utf-8"
+                    and _mostly_utf8(file.path)
+                ):
+                    self.encoding = "utf-8"  # damaged, which cp1252 would hide
                 self.tried[file.path] += 1
                 self.files[i] = self._open_text(file.path)
                 raise _Stumbled from None
@@ -1940,12 +2973,13 @@ class _Large:
         while True:
             taker = take()
             try:
-                with tqdm(desc=self.name, unit=' rows', unit_scale=True, mininterval=1, delay=1) as bar:
+                with tqdm(desc=self.name, unit=" rows", unit_scale=True, mininterval=1, delay=1) as bar:
                     for piece in self.pieces(columns, ids):
                         taker(piece)
                         bar.update(len(piece))
                 return taker
-            except _Stumbled: continue
+            except _Stumbled:
+                continue
 
     def rows(self, wanted, most):
         "The rows that a mask wants, but no more than about `most`, as the small way reads them."
@@ -1953,49 +2987,77 @@ class _Large:
             found, n = [], 0
             try:
                 for piece in self.pieces(self.header):
-                    found.append(piece.filter(pyarrow.array(wanted[n:n+len(piece)])))
+                    found.append(piece.filter(pyarrow.array(wanted[n : n + len(piece)])))
                     n += len(piece)
-                    if sum(map(len, found)) >= most: break
+                    if sum(map(len, found)) >= most:
+                        break
                 break
-            except _Stumbled: continue
-        table = pyarrow.concat_tables(found, promote_options='default')
-        if self.is_parquet: return _from_arrow(table, self.handed_over)
-        return pyarrow.table([c if name == _FAULT else _bare(c) for name, c in zip(table.column_names, table.columns)], table.column_names).to_pandas()
+            except _Stumbled:
+                continue
+        table = pyarrow.concat_tables(found, promote_options="default")
+        if self.is_parquet:
+            return _from_arrow(table, self.handed_over)
+        return pyarrow.table(
+            [c if name == _FAULT else _bare(c) for name, c in zip(table.column_names, table.columns)],
+            table.column_names,
+        ).to_pandas()
 
     def nothing_bad(self):
-        return _set_aside(pd.DataFrame(dict(row=[], column=[], reason=[], value=[])), pd.DataFrame({c: pd.Series(dtype='str') for c in self.header}))
+        return _set_aside(
+            pd.DataFrame(dict(row=[], column=[], reason=[], value=[])),
+            pd.DataFrame({c: pd.Series(dtype="str") for c in self.header}),
+        )
 
     def standard_columns(self, empty, columns):
         "What `_standard_columns` finds when some columns are empty."
-        shown = pd.DataFrame({c: ['' if c in empty else '.'] for c in self.header}, dtype='str')
-        if self.handed_over: shown.attrs['handed_over'] = True
+        shown = pd.DataFrame({c: ["" if c in empty else "."] for c in self.header}, dtype="str")
+        if self.handed_over:
+            shown.attrs["handed_over"] = True
         return _standard_columns(shown, self.where, columns)
 
 # %% ../nbs/01_data_import.ipynb #4c6ea242
 class _Columns:
     "Takes the pieces of a table and keeps what the ratings frame is made of."
+
     def __init__(self, found, large, expected=2**16):
         self.own, self.where, self.n, self.faults = found, large.where, 0, []
-        make = lambda s: (_Ids(expected) if s in ('user_id', 'item_id') else _Hashes() if s == 'event_id' else
-                          _Values(s, not large.handed_over, not large.is_parquet, expected))
+        make = lambda s: (
+            _Ids(expected)
+            if s in ("user_id", "item_id")
+            else _Hashes()
+            if s == "event_id"
+            else _Values(s, not large.handed_over, not large.is_parquet, expected)
+        )
         self.columns = {s: make(s) for s in found}
 
     def __call__(self, piece):
         for s, column in self.columns.items():
-            try: column.add(piece[self.own[s]])
-            except pyarrow.ArrowNotImplementedError: # lists and the like
-                _MAKE[s](_from_arrow(pyarrow.table({'x': piece[self.own[s]]}))['x'], self.where, self.own[s])
+            try:
+                column.add(piece[self.own[s]])
+            except pyarrow.ArrowNotImplementedError:  # lists and the like
+                _MAKE[s](_from_arrow(pyarrow.table({"x": piece[self.own[s]]}))["x"], self.where, self.own[s])
                 raise
-        if _FAULT in piece.column_names and (faulty := piece[_FAULT].is_valid().to_numpy()).any(): self.faults.append(np.flatnonzero(faulty)+self.n)
+        if _FAULT in piece.column_names and (faulty := piece[_FAULT].is_valid().to_numpy()).any():
+            self.faults.append(np.flatnonzero(faulty) + self.n)
         self.n += len(piece)
+
 
 class _Hashes:
     "Hashes of ids that may come only once."
-    def __init__(self): self.hashes = _Growing(np.uint64)
-    def add(self, column): self.hashes.add(pd.util.hash_array(pyarrow.chunked_array([_stored(p) for p in column.chunks]).to_pandas().to_numpy(), categorize=False))
+
+    def __init__(self):
+        self.hashes = _Growing(np.uint64)
+
+    def add(self, column):
+        self.hashes.add(
+            pd.util.hash_array(
+                pyarrow.chunked_array([_stored(p) for p in column.chunks]).to_pandas().to_numpy(), categorize=False
+            )
+        )
+
     def repeated(self):
-        ordered = np.sort(self.hashes.array[:self.hashes.n])
-        return np.isin(self.hashes.array[:self.hashes.n], ordered[1:][ordered[1:] == ordered[:-1]])
+        ordered = np.sort(self.hashes.array[: self.hashes.n])
+        return np.isin(self.hashes.array[: self.hashes.n], ordered[1:][ordered[1:] == ordered[:-1]])
 
 # %% ../nbs/01_data_import.ipynb #400f0029
 def _pairs(user, item, n_items):
@@ -2004,35 +3066,42 @@ def _pairs(user, item, n_items):
     key += item
     return key
 
+
 def _any_repeated(user, item, n_items, block=2**20):
     "Does a pair come twice? Where users come one after the other, as many of them at a time as the processor's cache can hold."
     starts = [0, len(user)]
     if (user[1:] >= user[:-1]).all():
-        ends = np.searchsorted(user, user[block-1::block], 'right') # a user is not cut in two
+        ends = np.searchsorted(user, user[block - 1 :: block], "right")  # a user is not cut in two
         starts = np.unique(np.concatenate([starts, ends]))
+
     def repeated(a, b):
         key = _pairs(user[a:b], item[a:b], n_items)
         key.sort()
         return bool((key[1:] == key[:-1]).any())
+
     return any(side_by_side(repeated, starts[:-1], starts[1:]))
+
 
 def _settle(frame, on_duplicate, where):
     "One row a pair by the rule, as `_one_per_pair` does it, for ids that are categories."
     user, item = frame.user_id.array, frame.item_id.array
     key = _pairs(user.codes, item.codes, len(item.categories))
-    order = np.argsort(key, kind='stable')
+    order = np.argsort(key, kind="stable")
     first = np.append(True, key[order[1:]] != key[order[:-1]])
     starts = np.flatnonzero(first)
     sizes = np.diff(np.append(starts, len(key)))
-    if on_duplicate == 'raise': _one_per_pair(frame.iloc[np.sort(order[np.repeat(sizes > 1, sizes)])], 'raise', where)
-    if 'timestamp' in frame: order = np.lexsort((frame.timestamp.to_numpy(), key))
-    kept = order[starts if on_duplicate == 'first' else starts+sizes-1]
-    value = next((c for c in ('rating', 'count') if c in frame), None)
+    if on_duplicate == "raise":
+        _one_per_pair(frame.iloc[np.sort(order[np.repeat(sizes > 1, sizes)])], "raise", where)
+    if "timestamp" in frame:
+        order = np.lexsort((frame.timestamp.to_numpy(), key))
+    kept = order[starts if on_duplicate == "first" else starts + sizes - 1]
+    value = next((c for c in ("rating", "count") if c in frame), None)
     made = None
-    if on_duplicate == 'sum' and value is None: value, made = 'count', sizes.astype(float)
-    elif on_duplicate in ('max', 'mean', 'sum') and value:
-        of = (np.maximum if on_duplicate == 'max' else np.add).reduceat(frame[value].to_numpy()[order], starts)
-        made = of/sizes if on_duplicate == 'mean' else of
+    if on_duplicate == "sum" and value is None:
+        value, made = "count", sizes.astype(float)
+    elif on_duplicate in ("max", "mean", "sum") and value:
+        of = (np.maximum if on_duplicate == "max" else np.add).reduceat(frame[value].to_numpy()[order], starts)
+        made = of / sizes if on_duplicate == "mean" else of
     place = np.argsort(kept)
     out = frame.iloc[kept[place]]
     return out if made is None else out.assign(**{value: made[place]})
@@ -2041,13 +3110,17 @@ def _settle(frame, on_duplicate, where):
 def _passes(values, checks):
     "Series of booleans: which values are there and pass all checks."
     passes = values.notna()
-    for check in checks: passes[passes] = check(values[passes]).check_output
+    for check in checks:
+        passes[passes] = check(values[passes]).check_output
     return passes
+
 
 def _unusable(column, standard):
     "Mask of the values that do not pass the checks of their column; None where all do: the least and the largest are asked first."
-    if _passes(pd.Series([column.least, column.most]), _CHECKS[standard]).all(): return None
+    if _passes(pd.Series([column.least, column.most]), _CHECKS[standard]).all():
+        return None
     return ~_passes(pd.Series(column.values.whole()), _CHECKS[standard]).to_numpy()
+
 
 def _categories(ids, large, own, keep):
     "A categorical of the rows to keep (None: all); ids of the types of the small way, in order of first appearance."
@@ -2057,217 +3130,304 @@ def _categories(ids, large, own, keep):
         codes, used = codes[keep], np.zeros(len(distinct), bool)
         used[codes] = True
     numbers, different = pd.factorize(_ids(distinct[used].reset_index(drop=True), large.where, own))
-    if keep is None and len(different) == len(used): return pd.Categorical.from_codes(codes, pd.Index(different), validate=False)
+    if keep is None and len(different) == len(used):
+        return pd.Categorical.from_codes(codes, pd.Index(different), validate=False)
     place = np.full(len(used), -1, np.int32)
     place[used] = numbers
     return _in_first_order(place[codes], different)
+
 
 def _in_first_order(codes, categories):
     codes, order = pd.factorize(codes)
     return pd.Categorical.from_codes(codes.astype(np.int32), pd.Index(categories[order]), validate=False)
 
+
 def _distinct(ids, large):
     "The distinct values of a column as the small way reads them."
     values = ids.distinct()
-    if large.is_parquet: return _from_arrow(pyarrow.table({'x': values}))['x']
-    return pd.Series(_bare(values.cast(pyarrow.string())), dtype='str')
+    if large.is_parquet:
+        return _from_arrow(pyarrow.table({"x": values}))["x"]
+    return pd.Series(_bare(values.cast(pyarrow.string())), dtype="str")
+
 
 def _is_bad(taken, large):
     "Mask of the rows that may be bad; None if there is none."
     bad = np.zeros(taken.n, bool)
-    for rows in taken.faults: bad[rows] = True
+    for rows in taken.faults:
+        bad[rows] = True
     for s, column in taken.columns.items():
-        if s == 'event_id': bad |= column.repeated()
+        if s == "event_id":
+            bad |= column.repeated()
         elif isinstance(column, _Ids):
-            missing = np.append(_ids(_distinct(column, large), large.where, taken.own[s]).isna(), True) # the last one: of code -1
-            if missing[:-1].any() or column.n_missing: bad |= missing[column.codes.whole()]
-        elif not column.empty and (mask := _unusable(column, s)) is not None: bad |= mask
+            missing = np.append(
+                _ids(_distinct(column, large), large.where, taken.own[s]).isna(), True
+            )  # the last one: of code -1
+            if missing[:-1].any() or column.n_missing:
+                bad |= missing[column.codes.whole()]
+        elif not column.empty and (mask := _unusable(column, s)) is not None:
+            bad |= mask
     return bad if bad.any() else None
+
 
 def _set_apart(large, maybe, found, on_bad, n):
     "The rows that are bad among those that may be, as `_set_aside` gives them, and the mask of the others."
     rows, raw = np.flatnonzero(maybe), large.rows(maybe, _MOST_BAD)
     problems = _problems(raw, _convert(raw, found, large.where), found)
-    row, good = rows[problems.row-1]+1, np.ones(n, bool)
-    good[row-1] = False
+    row, good = rows[problems.row - 1] + 1, np.ones(n, bool)
+    good[row - 1] = False
     bad, all_seen = _set_aside(problems, raw).assign(row=row), len(raw) == len(rows)
-    if len(bad) and (on_bad == 'raise' or not good.any() or not all_seen):
+    if len(bad) and (on_bad == "raise" or not good.any() or not all_seen):
         problems = problems.assign(row=row)
         error = _refusal(problems, large.where, n)
         if not all_seen:
-            error = AerecError(f'{error} (only the first {len(raw):,} such rows were checked: too many to set aside)')
+            error = AerecError(f"{error} (only the first {len(raw):,} such rows were checked: too many to set aside)")
             error.problems = problems
         raise error
     return bad, good
 
+
 def check_large(
-    large: _Large, # a source
-    columns: dict = None, # own column name -> standard name; None: recognised by name
-    on_duplicate: str = 'last', # last, first, max, mean, sum or raise
-    on_bad: str = 'raise', # raise, or quarantine
-    as_of = None, # only what was known at this moment; None: everything
-) -> Checked: # as `check_ratings` gives it; the ids of the ratings are categorical
+    large: _Large,  # a source
+    columns: dict = None,  # own column name -> standard name; None: recognised by name
+    on_duplicate: str = "last",  # last, first, max, mean, sum or raise
+    on_bad: str = "raise",  # raise, or quarantine
+    as_of=None,  # only what was known at this moment; None: everything
+) -> Checked:  # as `check_ratings` gives it; the ids of the ratings are categorical
     "A large source as a ratings frame."
     where, at = large.where, None if as_of is None else moment(as_of)
-    if on_bad not in ON_BAD: raise AerecError(f'no rule {on_bad!r} for bad rows: choose {_list(ON_BAD)}')
-    if on_duplicate not in ON_DUPLICATE: raise AerecError(f'no rule {on_duplicate!r} for duplicates: choose {_list(ON_DUPLICATE)}')
+    if on_bad not in ON_BAD:
+        raise AerecError(f"no rule {on_bad!r} for bad rows: choose {_list(ON_BAD)}")
+    if on_duplicate not in ON_DUPLICATE:
+        raise AerecError(f"no rule {on_duplicate!r} for duplicates: choose {_list(ON_DUPLICATE)}")
     large.standard_columns([], columns)
-    needless = [s for s, needed in (('event_id', large.handed_over), ('ingested_at', large.handed_over or at is not None)) if not needed]
+    needless = [
+        s
+        for s, needed in (("event_id", large.handed_over), ("ingested_at", large.handed_over or at is not None))
+        if not needed
+    ]
     found = {s: own for own, s in _recognise(large.header, list(_MAKE), columns).items() if s not in needless}
-    with small_pages(): taken = large.scan(list(found.values()), [found['user_id'], found['item_id']], lambda: _Columns(found, large, large.expected))
-    if not taken.n: raise AerecError(f'{where}: the table has no rows')
+    with small_pages():
+        taken = large.scan(
+            list(found.values()), [found["user_id"], found["item_id"]], lambda: _Columns(found, large, large.expected)
+        )
+    if not taken.n:
+        raise AerecError(f"{where}: the table has no rows")
     empty = [found[s] for s, column in taken.columns.items() if isinstance(column, _Values) and column.empty]
     used, why = large.standard_columns(empty, columns)
     found = {s: own for s, own in found.items() if s in used}
     taken.columns = {s: taken.columns[s] for s in _MAKE if s in found}
     bad, good = large.nothing_bad(), None
-    if (maybe := _is_bad(taken, large)) is not None: bad, good = _set_apart(large, maybe, found, on_bad, taken.n)
-    ids = [taken.columns.pop(s) for s in ('user_id', 'item_id')] # so that no column is there twice
-    typed = dict(zip(('user_id', 'item_id'), side_by_side(lambda s, column: _categories(column, large, found[s], good), ('user_id', 'item_id'), ids)))
+    if (maybe := _is_bad(taken, large)) is not None:
+        bad, good = _set_apart(large, maybe, found, on_bad, taken.n)
+    ids = [taken.columns.pop(s) for s in ("user_id", "item_id")]  # so that no column is there twice
+    typed = dict(
+        zip(
+            ("user_id", "item_id"),
+            side_by_side(lambda s, column: _categories(column, large, found[s], good), ("user_id", "item_id"), ids),
+        )
+    )
     del ids
-    for s in [s for s in taken.columns if s != 'event_id']:
+    for s in [s for s in taken.columns if s != "event_id"]:
         values = taken.columns.pop(s).values.whole()
         typed[s] = values if good is None else values[good]
     typed = pd.DataFrame(typed, None if good is None else np.flatnonzero(good), copy=False)
     known = typed if at is None else known_at(typed, at, where)
-    ratings, n_known = known.drop(columns='ingested_at', errors='ignore'), len(known)
+    ratings, n_known = known.drop(columns="ingested_at", errors="ignore"), len(known)
     user, item = ratings.user_id.array, ratings.item_id.array
-    if _any_repeated(user.codes, item.codes, len(item.categories)): ratings = _settle(ratings, on_duplicate, where)
-    if len(ratings) < len(typed): ratings = ratings.assign(**{c: _in_first_order(ratings[c].array.codes, ratings[c].array.categories) for c in ('user_id', 'item_id')})
-    return Checked(ratings.reset_index(drop=True), bad, found, why, len(typed)-n_known, n_known-len(ratings), taken.n,
-                   [f'{c} (empty)' if c in empty else str(c) for c in large.header if c not in found.values()],
-                   next((f.layout.encoding for f in large.files if not large.is_parquet and f.layout.encoding == 'cp1252'), None))
+    if _any_repeated(user.codes, item.codes, len(item.categories)):
+        ratings = _settle(ratings, on_duplicate, where)
+    if len(ratings) < len(typed):
+        ratings = ratings.assign(
+            **{c: _in_first_order(ratings[c].array.codes, ratings[c].array.categories) for c in ("user_id", "item_id")}
+        )
+    return Checked(
+        ratings.reset_index(drop=True),
+        bad,
+        found,
+        why,
+        len(typed) - n_known,
+        n_known - len(ratings),
+        taken.n,
+        [f"{c} (empty)" if c in empty else str(c) for c in large.header if c not in found.values()],
+        next((f.layout.encoding for f in large.files if not large.is_parquet and f.layout.encoding == "cp1252"), None),
+    )
 
 # %% ../nbs/01_data_import.ipynb #83276ee6
 def _size_as_text(path):
     "Bytes that a file would have as plain text, about."
-    with open(path, 'rb') as f: first = f.read(6)
+    with open(path, "rb") as f:
+        first = f.read(6)
     size = path.stat().st_size
-    if first.startswith(b'PAR1'):
-        try: return 30*pq.ParquetFile(path).metadata.num_rows
-        except (OSError, pyarrow.ArrowException): return size
-    return 4*size if any(first.startswith(mark) for mark in _PACKED) else size
+    if first.startswith(b"PAR1"):
+        try:
+            return 30 * pq.ParquetFile(path).metadata.num_rows
+        except (OSError, pyarrow.ArrowException):
+            return size
+    return 4 * size if any(first.startswith(mark) for mark in _PACKED) else size
+
 
 def _as_large(source, encoding, large_mb):
     "The source's ratings as a large source, or None if they are not large, or not in files."
-    files = source.files('ratings')
-    if not files or sum(map(_size_as_text, files)) <= large_mb*1e6: return None
+    files = source.files("ratings")
+    if not files or sum(map(_size_as_text, files)) <= large_mb * 1e6:
+        return None
     table = source.ratings.zip.found.ratings if isinstance(source.ratings, Zipped) else source.ratings
-    return _Large(files, table.root if isinstance(table, Parts) else None, source.ratings.name, encoding, getattr(source.ratings, 'where', None))
+    return _Large(
+        files,
+        table.root if isinstance(table, Parts) else None,
+        source.ratings.name,
+        encoding,
+        getattr(source.ratings, "where", None),
+    )
+
 
 def check_source(
-    source: Source, # where the ratings are
-    columns: dict = None, # own column name -> standard name; None: recognised by name
-    on_duplicate: str = 'last', # last, first, max, mean, sum or raise
-    on_bad: str = 'raise', # raise, or quarantine
-    as_of = None, # only what was known at this moment; None: everything
-    encoding: str = None, # of text; None: the file's own mark, else UTF-8, else cp1252
-    large_mb: float = 500., # files of more megabytes of text than this are read piece by piece
+    source: Source,  # where the ratings are
+    columns: dict = None,  # own column name -> standard name; None: recognised by name
+    on_duplicate: str = "last",  # last, first, max, mean, sum or raise
+    on_bad: str = "raise",  # raise, or quarantine
+    as_of=None,  # only what was known at this moment; None: everything
+    encoding: str = None,  # of text; None: the file's own mark, else UTF-8, else cp1252
+    large_mb: float = 500.0,  # files of more megabytes of text than this are read piece by piece
 ) -> Checked:
     "The ratings of a source, whatever its size."
-    if large := _as_large(source, encoding, large_mb): return check_large(large, columns, on_duplicate, on_bad, as_of)
-    return check_ratings(*source.read('ratings', encoding=encoding), columns, on_duplicate, on_bad, as_of)
+    if large := _as_large(source, encoding, large_mb):
+        return check_large(large, columns, on_duplicate, on_bad, as_of)
+    return check_ratings(*source.read("ratings", encoding=encoding), columns, on_duplicate, on_bad, as_of)
 
 # %% ../nbs/01_data_import.ipynb #1e5a3b6f
 def load_ratings(
-    source, # a DataFrame, a folder, a file, a URL, or a named set: auto, sample, ml-latest-small, ml-100k
-    columns: dict = None, # own column name -> user_id, item_id, rating, count or timestamp; None: recognised by name
-    on_duplicate: str = 'last', # last, first, max, mean, sum or raise
-    max_users: int = None, # only the first so many users, by first appearance; None: all
-    on_bad: str = 'raise', # rows that cannot be used: raise, or quarantine (leave them out; `validate` also returns them)
-    as_of = None, # only what was known at this moment: ISO 8601, or seconds since 1970; None: everything
-    query: str = None, # of a database: a SELECT, or the name of a table; None: found by the names that files would have
-    encoding: str = None, # of text; None: UTF-8 (or what the file's mark says), else cp1252
-) -> pd.DataFrame: # user_id, item_id (, rating or count) (, timestamp: int64 seconds); ids of a large source (`data.large_mb`) are categorical
+    source,  # a DataFrame, a folder, a file, a URL, or a named set: auto, sample, ml-latest-small, ml-100k
+    columns: dict = None,  # own column name -> user_id, item_id, rating, count or timestamp; None: recognised by name
+    on_duplicate: str = "last",  # last, first, max, mean, sum or raise
+    max_users: int = None,  # only the first so many users, by first appearance; None: all
+    on_bad: str = "raise",  # rows that cannot be used: raise, or quarantine (leave them out; `validate` also returns them)
+    as_of=None,  # only what was known at this moment: ISO 8601, or seconds since 1970; None: everything
+    query: str = None,  # of a database: a SELECT, or the name of a table; None: found by the names that files would have
+    encoding: str = None,  # of text; None: UTF-8 (or what the file's mark says), else cp1252
+) -> pd.DataFrame:  # user_id, item_id (, rating or count) (, timestamp: int64 seconds); ids of a large source (`data.large_mb`) are categorical
     "Ratings from anywhere as one validated frame; rows stay in their order."
-    if isinstance(source, pd.DataFrame): checked = check_ratings(source, 'the DataFrame', columns, on_duplicate, on_bad, as_of)
+    if isinstance(source, pd.DataFrame):
+        checked = check_ratings(source, "the DataFrame", columns, on_duplicate, on_bad, as_of)
     else:
         settings = load_settings()
-        checked = check_source(_locate(source, settings, [Path.cwd()], query), columns, on_duplicate, on_bad, as_of, encoding, settings.data.large_mb)
+        checked = check_source(
+            _locate(source, settings, [Path.cwd()], query),
+            columns,
+            on_duplicate,
+            on_bad,
+            as_of,
+            encoding,
+            settings.data.large_mb,
+        )
     return _first_users(checked.ratings, max_users)
+
 
 def _first_users(ratings, n):
     "The rows of the first n users."
-    if n is None: return ratings
+    if n is None:
+        return ratings
     first = ratings[pd.factorize(ratings.user_id)[0] < n].reset_index(drop=True)
-    coded = [c for c in ('user_id', 'item_id') if isinstance(first[c].dtype, pd.CategoricalDtype)]
+    coded = [c for c in ("user_id", "item_id") if isinstance(first[c].dtype, pd.CategoricalDtype)]
     return first.assign(**{c: first[c].cat.remove_unused_categories() for c in coded})
 
 # %% ../nbs/01_data_import.ipynb #1a689066
 def load_items(
-    source, # a DataFrame, a folder, a file, a URL, or a named set; a file of ratings has its items beside it
-    columns: dict = None, # own column name -> item_id, title or genres; None: recognised by name
-    on_bad: str = 'raise', # rows that cannot be used: raise, or quarantine (leave them out; `validate_items` also returns them)
-    query: str = None, # of a database: a SELECT, or the name of a table; None: found by the names that files would have
-    encoding: str = None, # of text; None: UTF-8 (or what the file's mark says), else cp1252
-) -> pd.DataFrame: # item_id (, title) (, genres: `|` between them), and what else there is; None where there are none
+    source,  # a DataFrame, a folder, a file, a URL, or a named set; a file of ratings has its items beside it
+    columns: dict = None,  # own column name -> item_id, title or genres; None: recognised by name
+    on_bad: str = "raise",  # rows that cannot be used: raise, or quarantine (leave them out; `validate_items` also returns them)
+    query: str = None,  # of a database: a SELECT, or the name of a table; None: found by the names that files would have
+    encoding: str = None,  # of text; None: UTF-8 (or what the file's mark says), else cp1252
+) -> pd.DataFrame:  # item_id (, title) (, genres: `|` between them), and what else there is; None where there are none
     "Side information of items from anywhere."
-    if isinstance(source, pd.DataFrame): return validate_items(source, 'the DataFrame', columns, on_bad)[0]
+    if isinstance(source, pd.DataFrame):
+        return validate_items(source, "the DataFrame", columns, on_bad)[0]
     found = _items_beside(str(source), load_settings(), [Path.cwd()], query)
-    return None if found.items is None else validate_items(*found.read('items', encoding=encoding), columns, on_bad)[0]
+    return None if found.items is None else validate_items(*found.read("items", encoding=encoding), columns, on_bad)[0]
 
 # %% ../nbs/01_data_import.ipynb #80cb1382
 def feedback_of(
-    ratings: pd.DataFrame, # a ratings frame
-) -> str: # explicit, counts or unary
+    ratings: pd.DataFrame,  # a ratings frame
+) -> str:  # explicit, counts or unary
     "What kind of feedback a ratings frame holds, told by its columns."
-    return 'explicit' if 'rating' in ratings else 'counts' if 'count' in ratings else 'unary'
+    return "explicit" if "rating" in ratings else "counts" if "count" in ratings else "unary"
+
 
 def _codes(ids):
     "Ids as integers from 0, and the ids that these stand for; a categorical has both already."
-    if isinstance(ids.dtype, pd.CategoricalDtype): return ids.array.codes, ids.array.categories
+    if isinstance(ids.dtype, pd.CategoricalDtype):
+        return ids.array.codes, ids.array.categories
     return pd.factorize(ids)
 
 # %% ../nbs/01_data_import.ipynb #f33e8e86
 def _gini(
-    amounts: np.ndarray, # [n] positive
-) -> float: # 0: all alike, nearly 1: one has all
+    amounts: np.ndarray,  # [n] positive
+) -> float:  # 0: all alike, nearly 1: one has all
     "How unequal amounts are."
     n = len(amounts)
-    return float(2*(np.arange(1, n+1)*np.sort(amounts)).sum()/(n*amounts.sum()) - (n+1)/n)
+    return float(2 * (np.arange(1, n + 1) * np.sort(amounts)).sum() / (n * amounts.sum()) - (n + 1) / n)
 
-_PERCENT = (0, .1, .2, .5, 1, 2, 5, 10, 15, *range(20, 101, 10))
+
+_PERCENT = (0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, *range(20, 101, 10))
+
 
 def _concentration(amounts):
     "Gini, and the part of everything that the largest 1 %, 10 % ... have (of fewer than one, a part of the largest)."
-    total = np.append(0, np.cumsum(np.sort(amounts)[::-1]))/amounts.sum()
-    top = np.interp(np.array(_PERCENT)/100*len(amounts), np.arange(len(total)), total)
-    return dict(gini=_gini(amounts), half=int(np.searchsorted(total, .5)), top={f'{p:g}': float(v) for p, v in zip(_PERCENT, top)})
+    total = np.append(0, np.cumsum(np.sort(amounts)[::-1])) / amounts.sum()
+    top = np.interp(np.array(_PERCENT) / 100 * len(amounts), np.arange(len(total)), total)
+    return dict(
+        gini=_gini(amounts),
+        half=int(np.searchsorted(total, 0.5)),
+        top={f"{p:g}": float(v) for p, v in zip(_PERCENT, top)},
+    )
 
 # %% ../nbs/01_data_import.ipynb #55c5e958
 def _amounts_histogram(amounts):
     "Lower edge (0, 1, 2, 3, 4, 6, 8, 12, ...) -> how many amounts are from there to the next."
     amounts = np.asarray(amounts, float)
-    edges = np.concatenate([[0, 1], *([2.**k, 1.5*2**k] for k in range(1, 2+int(np.log2(max(2, amounts.max())))))])
-    n = np.bincount(np.searchsorted(edges, amounts, 'right')-1)
+    edges = np.concatenate([[0, 1], *([2.0**k, 1.5 * 2**k] for k in range(1, 2 + int(np.log2(max(2, amounts.max())))))])
+    n = np.bincount(np.searchsorted(edges, amounts, "right") - 1)
     first = int(np.flatnonzero(n)[0])
-    return {f'{e:.15g}': int(v) for e, v in zip(edges[first:], n[first:])}
+    return {f"{e:.15g}": int(v) for e, v in zip(edges[first:], n[first:])}
+
 
 def _grid_step(low, high, n=20):
     "The power of two that cuts a range into some `n` to 2`n` parts."
-    return 1. if high <= low else float(2.**np.floor(np.log2((high-low)/n)))
+    return 1.0 if high <= low else float(2.0 ** np.floor(np.log2((high - low) / n)))
+
 
 def _grid_histogram(values, step):
     "Lower edge (a multiple of `step`) -> how many values are from there to the next."
-    cell = np.floor(values/step).astype(np.int64); first = int(cell.min())
-    return {f'{(first+k)*step:.15g}': int(v) for k, v in enumerate(np.bincount(cell-first))}
+    cell = np.floor(values / step).astype(np.int64)
+    first = int(cell.min())
+    return {f"{(first + k) * step:.15g}": int(v) for k, v in enumerate(np.bincount(cell - first))}
 
 # %% ../nbs/01_data_import.ipynb #6b8be063
 _HOUR, _DAY = 3600, 86_400
 
+
 def _periods(
-    first: int, last: int, # seconds
-    n: int = 120, # most periods
-) -> tuple: # (name of the period, int64 seconds at which each starts)
+    first: int,
+    last: int,  # seconds
+    n: int = 120,  # most periods
+) -> tuple:  # (name of the period, int64 seconds at which each starts)
     "The finest of the usual periods that are few enough."
-    for name, length, offset in (('hour', _HOUR, 0), ('day', _DAY, 0), ('week', 7*_DAY, -3*_DAY)):      # weeks begin on Monday
-        low, high = ((t-offset)//length for t in (first, last))
-        if high-low < n: return name, np.arange(low, high+1)*length + offset
-    low, high = np.array([first, last], 'datetime64[s]').astype('datetime64[M]').astype(np.int64)
-    years = -(-int(high-low)//(12*(n-1)))
-    name, months = next((p for p in (('month', 1), ('quarter', 3), ('year', 12)) if high//p[1] - low//p[1] < n), (f'{years} years', 12*years))
-    starts = np.arange(low//months, high//months+1)*months
-    return name, starts.astype('datetime64[M]').astype('datetime64[s]').astype(np.int64)
+    for name, length, offset in (
+        ("hour", _HOUR, 0),
+        ("day", _DAY, 0),
+        ("week", 7 * _DAY, -3 * _DAY),
+    ):  # weeks begin on Monday
+        low, high = ((t - offset) // length for t in (first, last))
+        if high - low < n:
+            return name, np.arange(low, high + 1) * length + offset
+    low, high = np.array([first, last], "datetime64[s]").astype("datetime64[M]").astype(np.int64)
+    years = -(-int(high - low) // (12 * (n - 1)))
+    name, months = next(
+        (p for p in (("month", 1), ("quarter", 3), ("year", 12)) if high // p[1] - low // p[1] < n),
+        (f"{years} years", 12 * years),
+    )
+    starts = np.arange(low // months, high // months + 1) * months
+    return name, starts.astype("datetime64[M]").astype("datetime64[s]").astype(np.int64)
 
 # %% ../nbs/01_data_import.ipynb #82b1d8e5
 def _first_seen(codes, n, hours):
@@ -2276,172 +3436,245 @@ def _first_seen(codes, n, hours):
     np.minimum.at(first, codes, hours)
     return first[first < np.iinfo(np.int32).max]
 
+
 def _activity(user, item, n_users, n_items, timestamp):
     "Interactions, first-seen users and first-seen items in each period; and what is new in the last tenth."
-    start = int(timestamp.min())//_HOUR
-    hours = (timestamp//_HOUR - start).astype(np.int32)                 # every period begins with an hour
+    start = int(timestamp.min()) // _HOUR
+    hours = (timestamp // _HOUR - start).astype(np.int32)  # every period begins with an hour
     name, starts = _periods(int(timestamp.min()), int(timestamp.max()))
     per_hour = np.bincount(hours)
-    period = np.searchsorted(starts//_HOUR - start, np.arange(len(per_hour)), 'right') - 1
+    period = np.searchsorted(starts // _HOUR - start, np.arange(len(per_hour)), "right") - 1
     first = dict(users=_first_seen(user, n_users, hours), items=_first_seen(item, n_items, hours))
-    label = lambda seconds: str(np.datetime64(int(seconds), 's').astype(f'datetime64[{"h" if name == "hour" else "D"}]'))
-    activity = dict(period=name, start=[label(s) for s in starts],
-                    interactions=np.bincount(period, weights=per_hour, minlength=len(starts)).astype(int).tolist(),
-                    **{f'new_{k}': np.bincount(period[v], minlength=len(starts)).tolist() for k, v in first.items()})
-    cut = int(np.searchsorted(np.cumsum(per_hour), .9*len(hours), 'right'))
+    label = lambda seconds: str(
+        np.datetime64(int(seconds), "s").astype(f"datetime64[{'h' if name == 'hour' else 'D'}]")
+    )
+    activity = dict(
+        period=name,
+        start=[label(s) for s in starts],
+        interactions=np.bincount(period, weights=per_hour, minlength=len(starts)).astype(int).tolist(),
+        **{f"new_{k}": np.bincount(period[v], minlength=len(starts)).tolist() for k, v in first.items()},
+    )
+    cut = int(np.searchsorted(np.cumsum(per_hour), 0.9 * len(hours), "right"))
     late = hours >= cut
-    if late.mean() > .5: return dict(activity=activity)                 # nearly all of it in one hour: no last tenth
+    if late.mean() > 0.5:
+        return dict(activity=activity)  # nearly all of it in one hour: no last tenth
     there = {k: np.count_nonzero(np.bincount(codes[late])) for k, codes in dict(users=user, items=item).items()}
-    return dict(activity=activity, late=dict(since=label((cut+start)*_HOUR), share=float(late.mean()),
-                                             **{f'new_{k}': float((first[k] >= cut).sum()/n) for k, n in there.items()}))
+    return dict(
+        activity=activity,
+        late=dict(
+            since=label((cut + start) * _HOUR),
+            share=float(late.mean()),
+            **{f"new_{k}": float((first[k] >= cut).sum() / n) for k, n in there.items()},
+        ),
+    )
 
 # %% ../nbs/01_data_import.ipynb #969edf92
-_POPULAR = 2000   # items whose popularity is kept, so that two data sets can be compared item by item
-_COLD = 5         # interactions below which a user or an item is cold
+_POPULAR = 2000  # items whose popularity is kept, so that two data sets can be compared item by item
+_COLD = 5  # interactions below which a user or an item is cold
 
-_QUARTILES = ('min', '25 %', 'median', '75 %', 'max')
+_QUARTILES = ("min", "25 %", "median", "75 %", "max")
 
-def _quartiles(values): return dict(zip(_QUARTILES, np.quantile(values, [0, .25, .5, .75, 1]).tolist()))
+
+def _quartiles(values):
+    return dict(zip(_QUARTILES, np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()))
+
 
 def _by_number(amounts):
     "(number, amount) in the order of the numbers, which are keys: JSON keeps them as texts, and in no order."
     return sorted((float(k), v) for k, v in amounts.items())
 
-def _plain_ids(ids): return [i if isinstance(i, (int, str)) else str(i) for i in np.asarray(ids).tolist()]
+
+def _plain_ids(ids):
+    return [i if isinstance(i, (int, str)) else str(i) for i in np.asarray(ids).tolist()]
+
 
 def _rating_facts(user, per_user, rating):
     "Shares of the values, and how the users differ in them."
     rating = rating.to_numpy()
     values = pd.Series(rating).value_counts(normalize=True).sort_index()
     few = len(values) <= 20
-    shares = {f'{k:g}': float(v) for k, v in values.items()} if few else None
+    shares = {f"{k:g}": float(v) for k, v in values.items()} if few else None
     step = None if few else _grid_step(rating.min(), rating.max())
     seen = per_user > 0
-    mean = np.bincount(user, weights=rating, minlength=len(per_user))[seen]/per_user[seen]
-    square = np.bincount(user, weights=(rating-rating.mean())**2, minlength=len(per_user))[seen]/per_user[seen]
-    spread = np.sqrt(np.maximum(0, square - (mean-rating.mean())**2))
+    mean = np.bincount(user, weights=rating, minlength=len(per_user))[seen] / per_user[seen]
+    square = np.bincount(user, weights=(rating - rating.mean()) ** 2, minlength=len(per_user))[seen] / per_user[seen]
+    spread = np.sqrt(np.maximum(0, square - (mean - rating.mean()) ** 2))
     user_step = _grid_step(values.index[0], values.index[-1])
-    by_user = dict(mean=_quartiles(mean), spread=_quartiles(spread), one_value=float((spread < 1e-9*max(1, abs(rating.max()))).mean()),
-                   step=user_step, means=_grid_histogram(mean, user_step))
-    return (dict(rating_shares=shares) if few else dict(rating_histogram=_grid_histogram(rating, step), rating_step=step)) | dict(
-        mean_rating=float(rating.mean()), rating_by_user=by_user)
+    by_user = dict(
+        mean=_quartiles(mean),
+        spread=_quartiles(spread),
+        one_value=float((spread < 1e-9 * max(1, abs(rating.max()))).mean()),
+        step=user_step,
+        means=_grid_histogram(mean, user_step),
+    )
+    return (
+        dict(rating_shares=shares) if few else dict(rating_histogram=_grid_histogram(rating, step), rating_step=step)
+    ) | dict(mean_rating=float(rating.mean()), rating_by_user=by_user)
+
 
 def ratings_facts(
-    ratings: pd.DataFrame, # a ratings frame; ids plain or categorical
-    n_duplicates: int = None, # duplicated rows that the import settled, if that is known
-) -> dict: # plain numbers, texts, lists and dicts, as JSON can hold them
+    ratings: pd.DataFrame,  # a ratings frame; ids plain or categorical
+    n_duplicates: int = None,  # duplicated rows that the import settled, if that is known
+) -> dict:  # plain numbers, texts, lists and dicts, as JSON can hold them
     "The figures that the lecture gives for its data, and those behind `describe_ratings`, the plots and `compare_ratings`."
     (user, users), (item, items) = _codes(ratings.user_id), _codes(ratings.item_id)
     all_users, all_items = np.bincount(user, minlength=len(users)), np.bincount(item, minlength=len(items))
     per_user, per_item = all_users[all_users > 0], all_items[all_items > 0]
-    facts = dict(feedback=feedback_of(ratings), users=len(per_user), items=len(per_item), interactions=len(ratings),
-                 sparsity=1-len(ratings)/(len(per_user)*len(per_item)), per_user=_quartiles(per_user), per_item=_quartiles(per_item),
-                 user_concentration=_concentration(per_user), item_concentration=_concentration(per_item),
-                 user_histogram=_amounts_histogram(per_user), item_histogram=_amounts_histogram(per_item),
-                 cold=dict(below=_COLD, users=float((per_user < _COLD).mean()), items=float((per_item < _COLD).mean()),
-                           interactions_of_items=float(per_item[per_item < _COLD].sum()/len(ratings))))
-    top = np.argsort(-all_items, kind='stable')[:min(_POPULAR, len(per_item))]
-    facts['popular'] = dict(items=_plain_ids(items[top]), interactions=all_items[top].tolist())
-    if n_duplicates is not None: facts['duplicates'] = n_duplicates
-    if 'rating' in ratings: facts |= _rating_facts(user, all_users, ratings.rating)
-    if 'count' in ratings: facts |= dict(counts=_quartiles(ratings['count']), count_histogram=_amounts_histogram(ratings['count']))
-    if 'timestamp' in ratings:
-        facts['times'] = [str(pd.Timestamp(t, unit='s').date()) for t in (ratings.timestamp.min(), ratings.timestamp.max())]
+    facts = dict(
+        feedback=feedback_of(ratings),
+        users=len(per_user),
+        items=len(per_item),
+        interactions=len(ratings),
+        sparsity=1 - len(ratings) / (len(per_user) * len(per_item)),
+        per_user=_quartiles(per_user),
+        per_item=_quartiles(per_item),
+        user_concentration=_concentration(per_user),
+        item_concentration=_concentration(per_item),
+        user_histogram=_amounts_histogram(per_user),
+        item_histogram=_amounts_histogram(per_item),
+        cold=dict(
+            below=_COLD,
+            users=float((per_user < _COLD).mean()),
+            items=float((per_item < _COLD).mean()),
+            interactions_of_items=float(per_item[per_item < _COLD].sum() / len(ratings)),
+        ),
+    )
+    top = np.argsort(-all_items, kind="stable")[: min(_POPULAR, len(per_item))]
+    facts["popular"] = dict(items=_plain_ids(items[top]), interactions=all_items[top].tolist())
+    if n_duplicates is not None:
+        facts["duplicates"] = n_duplicates
+    if "rating" in ratings:
+        facts |= _rating_facts(user, all_users, ratings.rating)
+    if "count" in ratings:
+        facts |= dict(counts=_quartiles(ratings["count"]), count_histogram=_amounts_histogram(ratings["count"]))
+    if "timestamp" in ratings:
+        facts["times"] = [
+            str(pd.Timestamp(t, unit="s").date()) for t in (ratings.timestamp.min(), ratings.timestamp.max())
+        ]
         facts |= _activity(user, item, len(users), len(items), ratings.timestamp.to_numpy())
     return facts
 
 # %% ../nbs/01_data_import.ipynb #d33b3354
 def facts_table(
-    facts: dict, # from `ratings_facts`
-) -> pd.DataFrame: # one column, `value`, written as people read it
+    facts: dict,  # from `ratings_facts`
+) -> pd.DataFrame:  # one column, `value`, written as people read it
     "Users, items, interactions, sparsity; how much a user has and an item gets; values, long tail, what is cold."
     f = facts
-    spread = lambda q: ' / '.join(f'{q[k]:,.4g}' if q[k] < 1000 else f'{q[k]:,.0f}' for k in _QUARTILES)
-    inner = lambda q: ' / '.join(f'{q[k]:.3f}' for k in ('25 %', 'median', '75 %'))
-    rows = {**{k: f'{f[k]:,}' for k in ('users', 'items', 'interactions')}, 'sparsity': f'{f["sparsity"]:.4f}',
-            'per user: min / 25 % / median / 75 % / max': spread(f['per_user']),
-            'per item: min / 25 % / median / 75 % / max': spread(f['per_item'])}
-    if 'times' in f: rows['from / to'] = ' / '.join(f['times'])
-    if 'counts' in f: rows['count: min / 25 % / median / 75 % / max'] = spread(f['counts'])
-    if 'mean_rating' in f: rows['mean rating'] = f'{f["mean_rating"]:.3f}'
-    rows |= {f'share of rating {k:g}': f'{v:.4f}' for k, v in _by_number(f.get('rating_shares', {}))}
-    if 'rating_by_user' in f:
-        by_user = f['rating_by_user']
-        rows['mean rating of a user: 25 % / median / 75 %'] = inner(by_user['mean'])
-        rows['spread of a user (standard deviation): 25 % / median / 75 %'] = inner(by_user['spread'])
-        rows['users who give one value only'] = f'{by_user["one_value"]:.2%}'
-    tail, active, cold = f['item_concentration'], f['user_concentration'], f['cold']
-    rows |= {'Gini of items / of users': f'{tail["gini"]:.3f} / {active["gini"]:.3f}',
-             'interactions of the top 1 % / 10 % of items': f'{tail["top"]["1"]:.1%} / {tail["top"]["10"]:.1%}',
-             'interactions of the top 1 % / 10 % of users': f'{active["top"]["1"]:.1%} / {active["top"]["10"]:.1%}',
-             f'cold: users / items with fewer than {cold["below"]}': f'{cold["users"]:.1%} / {cold["items"]:.1%}',
-             'interactions with such items': f'{cold["interactions_of_items"]:.1%}'}
-    if 'late' in f: rows[f'new among the users / items since {f["late"]["since"]} ({f["late"]["share"]:.0%} of interactions)'] = (
-        f'{f["late"]["new_users"]:.1%} / {f["late"]["new_items"]:.1%}')
-    if 'duplicates' in f: rows['duplicated rows settled'] = f'{f["duplicates"]:,}'
-    return pd.DataFrame(dict(value=rows)).rename_axis(f'{f["feedback"]} feedback')
+    spread = lambda q: " / ".join(f"{q[k]:,.4g}" if q[k] < 1000 else f"{q[k]:,.0f}" for k in _QUARTILES)
+    inner = lambda q: " / ".join(f"{q[k]:.3f}" for k in ("25 %", "median", "75 %"))
+    rows = {
+        **{k: f"{f[k]:,}" for k in ("users", "items", "interactions")},
+        "sparsity": f"{f['sparsity']:.4f}",
+        "per user: min / 25 % / median / 75 % / max": spread(f["per_user"]),
+        "per item: min / 25 % / median / 75 % / max": spread(f["per_item"]),
+    }
+    if "times" in f:
+        rows["from / to"] = " / ".join(f["times"])
+    if "counts" in f:
+        rows["count: min / 25 % / median / 75 % / max"] = spread(f["counts"])
+    if "mean_rating" in f:
+        rows["mean rating"] = f"{f['mean_rating']:.3f}"
+    rows |= {f"share of rating {k:g}": f"{v:.4f}" for k, v in _by_number(f.get("rating_shares", {}))}
+    if "rating_by_user" in f:
+        by_user = f["rating_by_user"]
+        rows["mean rating of a user: 25 % / median / 75 %"] = inner(by_user["mean"])
+        rows["spread of a user (standard deviation): 25 % / median / 75 %"] = inner(by_user["spread"])
+        rows["users who give one value only"] = f"{by_user['one_value']:.2%}"
+    tail, active, cold = f["item_concentration"], f["user_concentration"], f["cold"]
+    rows |= {
+        "Gini of items / of users": f"{tail['gini']:.3f} / {active['gini']:.3f}",
+        "interactions of the top 1 % / 10 % of items": f"{tail['top']['1']:.1%} / {tail['top']['10']:.1%}",
+        "interactions of the top 1 % / 10 % of users": f"{active['top']['1']:.1%} / {active['top']['10']:.1%}",
+        f"cold: users / items with fewer than {cold['below']}": f"{cold['users']:.1%} / {cold['items']:.1%}",
+        "interactions with such items": f"{cold['interactions_of_items']:.1%}",
+    }
+    if "late" in f:
+        rows[f"new among the users / items since {f['late']['since']} ({f['late']['share']:.0%} of interactions)"] = (
+            f"{f['late']['new_users']:.1%} / {f['late']['new_items']:.1%}"
+        )
+    if "duplicates" in f:
+        rows["duplicated rows settled"] = f"{f['duplicates']:,}"
+    return pd.DataFrame(dict(value=rows)).rename_axis(f"{f['feedback']} feedback")
+
 
 def describe_ratings(
-    ratings: pd.DataFrame, # a ratings frame
-) -> pd.DataFrame: # one column, `value`, written as people read it
+    ratings: pd.DataFrame,  # a ratings frame
+) -> pd.DataFrame:  # one column, `value`, written as people read it
     "What is in a ratings frame."
     return facts_table(ratings_facts(ratings))
 
 # %% ../nbs/01_data_import.ipynb #0c31e839
 def log_axis(axis, low, high):
     "A logarithmic axis with plain numbers, as many as can be read."
-    axis.axes.set(**{f'{axis.axis_name}scale': 'log'})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high/max(low, 1) < 30 else (1, 3) if high/max(low, 1) < 1000 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:,.0f}' if v >= 1 else f'{v:g}'))
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if high / max(low, 1) < 30 else (1, 3) if high / max(low, 1) < 1000 else (1,))
+    )
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
     axis.set_minor_formatter(NullFormatter())
 
+
 def plot_ratings(
-    ratings: pd.DataFrame, # a ratings frame
-    name: str = '', # of the data, for the title
+    ratings: pd.DataFrame,  # a ratings frame
+    name: str = "",  # of the data, for the title
 ) -> plt.Figure:
     "Interactions per user, share of each rating (or spread of counts), and the long tail of items."
-    per_user, per_item = (np.sort(n[n > 0])[::-1] for n in (np.bincount(_codes(ratings[c])[0]) for c in ('user_id', 'item_id')))
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout='constrained')
+    per_user, per_item = (
+        np.sort(n[n > 0])[::-1] for n in (np.bincount(_codes(ratings[c])[0]) for c in ("user_id", "item_id"))
+    )
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     a, b, c = axes
-    a.hist(per_user, bins=np.geomspace(max(1, per_user.min()), per_user.max()+1, 21), color='#0072B2', edgecolor='white')
-    a.axvline(np.median(per_user), color='#D55E00', label=f'median {np.median(per_user):g}')
+    a.hist(
+        per_user, bins=np.geomspace(max(1, per_user.min()), per_user.max() + 1, 21), color="#0072B2", edgecolor="white"
+    )
+    a.axvline(np.median(per_user), color="#D55E00", label=f"median {np.median(per_user):g}")
     log_axis(a.xaxis, per_user.min(), per_user.max())
-    a.set(title='Interactions per user', xlabel='interactions (log scale)', ylabel='users')
-    a.margins(y=.25); a.legend(frameon=False)
-    value = next((v for v in ('rating', 'count') if v in ratings), None)
-    shares = ratings.rating.value_counts(normalize=True).sort_index() if value == 'rating' else []
-    if value == 'rating' and len(shares) <= 20:
-        b.bar([f'{k:g}' for k in shares.index], shares, color='#009E73')
-        b.set(title='Share of each rating', xlabel='rating', ylabel='share of ratings')
-    elif value == 'count':
-        edges = np.geomspace(max(1, ratings['count'].min()), ratings['count'].max()+1, 30)
-        b.hist(ratings['count'], bins=np.unique(edges.round()), color='#009E73')
-        log_axis(b.xaxis, ratings['count'].min(), ratings['count'].max())
+    a.set(title="Interactions per user", xlabel="interactions (log scale)", ylabel="users")
+    a.margins(y=0.25)
+    a.legend(frameon=False)
+    value = next((v for v in ("rating", "count") if v in ratings), None)
+    shares = ratings.rating.value_counts(normalize=True).sort_index() if value == "rating" else []
+    if value == "rating" and len(shares) <= 20:
+        b.bar([f"{k:g}" for k in shares.index], shares, color="#009E73")
+        b.set(title="Share of each rating", xlabel="rating", ylabel="share of ratings")
+    elif value == "count":
+        edges = np.geomspace(max(1, ratings["count"].min()), ratings["count"].max() + 1, 30)
+        b.hist(ratings["count"], bins=np.unique(edges.round()), color="#009E73")
+        log_axis(b.xaxis, ratings["count"].min(), ratings["count"].max())
         log_axis(b.yaxis, 1, len(ratings))
-        b.set(title='Counts', xlabel='count (log scale)', ylabel='interactions (log scale)')
+        b.set(title="Counts", xlabel="count (log scale)", ylabel="interactions (log scale)")
     elif value:
-        b.hist(ratings.rating, bins=30, color='#009E73')
-        b.set(title='Ratings', xlabel='rating', ylabel='ratings')
+        b.hist(ratings.rating, bins=30, color="#009E73")
+        b.set(title="Ratings", xlabel="rating", ylabel="ratings")
     else:
-        b.text(.5, .5, 'no values:\nevery row is an interaction', ha='center', va='center', transform=b.transAxes)
+        b.text(0.5, 0.5, "no values:\nevery row is an interaction", ha="center", va="center", transform=b.transAxes)
         b.set_axis_off()
-    c.plot(np.arange(1, len(per_item)+1), per_item, color='#0072B2')
-    half = int(np.searchsorted(per_item.cumsum(), len(ratings)/2)) + 1
-    c.axvline(half, color='#D55E00', ls='--', label=f'half of all interactions:\ntop {half:,} of {len(per_item):,} items')
+    c.plot(np.arange(1, len(per_item) + 1), per_item, color="#0072B2")
+    half = int(np.searchsorted(per_item.cumsum(), len(ratings) / 2)) + 1
+    c.axvline(
+        half, color="#D55E00", ls="--", label=f"half of all interactions:\ntop {half:,} of {len(per_item):,} items"
+    )
     log_axis(c.xaxis, 1, len(per_item))
     log_axis(c.yaxis, per_item.min(), per_item.max())
-    c.set(title='Long tail of items', xlabel='item, by popularity (log scale)', ylabel='interactions (log scale)')
-    c.legend(loc='lower left', edgecolor='none', framealpha=1)
-    for ax in axes: ax.spines[['top', 'right']].set_visible(False)
-    if name: fig.suptitle(name)
+    c.set(title="Long tail of items", xlabel="item, by popularity (log scale)", ylabel="interactions (log scale)")
+    c.legend(loc="lower left", edgecolor="none", framealpha=1)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    if name:
+        fig.suptitle(name)
     plt.close(fig)
     return fig
 
 # %% ../nbs/01_data_import.ipynb #456d7276
 def _edges(activity):
     "When each period begins, and when the last one ends: as long after its begin as the one before."
-    starts = pd.to_datetime(activity['start'])
-    return starts.append(pd.DatetimeIndex([starts[-1]+(starts[-1]-starts[-2]) if len(starts) > 1 else starts[-1]+pd.Timedelta(hours=1)]))
+    starts = pd.to_datetime(activity["start"])
+    return starts.append(
+        pd.DatetimeIndex(
+            [starts[-1] + (starts[-1] - starts[-2]) if len(starts) > 1 else starts[-1] + pd.Timedelta(hours=1)]
+        )
+    )
+
 
 def _label_dates(ax):
     "Dates that do not run into one another."
@@ -2449,70 +3682,92 @@ def _label_dates(ax):
     ax.xaxis.set_major_locator(locator)
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
+
 def _plot_interactions(ax, activity):
-    ax.stairs(activity['interactions'], _edges(activity), fill=True, color='#0072B2')
-    ax.set(title='Activity', xlabel='time', ylabel=f'interactions per {activity["period"]}')
+    ax.stairs(activity["interactions"], _edges(activity), fill=True, color="#0072B2")
+    ax.set(title="Activity", xlabel="time", ylabel=f"interactions per {activity['period']}")
     _label_dates(ax)
+
 
 def _plot_newcomers(ax, activity):
-    for what, color in (('users', '#D55E00'), ('items', '#009E73')):
-        seen = np.append(0, np.cumsum(activity[f'new_{what}']))
-        ax.plot(_edges(activity), seen/seen[-1], color=color, label=f'{seen[-1]:,} {what}')
-    ax.set(title='Seen for the first time', xlabel='time', ylabel='share seen so far', ylim=(0, 1.03))
+    for what, color in (("users", "#D55E00"), ("items", "#009E73")):
+        seen = np.append(0, np.cumsum(activity[f"new_{what}"]))
+        ax.plot(_edges(activity), seen / seen[-1], color=color, label=f"{seen[-1]:,} {what}")
+    ax.set(title="Seen for the first time", xlabel="time", ylabel="share seen so far", ylim=(0, 1.03))
     _label_dates(ax)
-    ax.legend(frameon=False, loc='lower right')
+    ax.legend(frameon=False, loc="lower right")
+
 
 def _plot_by_user(ax, by_user):
-    edges, users = zip(*_by_number(by_user['means']))
-    ax.bar(edges, users, width=by_user['step'], align='edge', color='#CC79A7', edgecolor='white')
-    ax.axvline(by_user['mean']['median'], color='#D55E00', label=f'median {by_user["mean"]["median"]:.2f}\nspread of a user {by_user["spread"]["median"]:.2f}')
-    ax.set(title='How users rate', xlabel="mean of a user's ratings", ylabel='users')
-    ax.margins(y=.3); ax.legend(frameon=False, loc='upper left')
+    edges, users = zip(*_by_number(by_user["means"]))
+    ax.bar(edges, users, width=by_user["step"], align="edge", color="#CC79A7", edgecolor="white")
+    ax.axvline(
+        by_user["mean"]["median"],
+        color="#D55E00",
+        label=f"median {by_user['mean']['median']:.2f}\nspread of a user {by_user['spread']['median']:.2f}",
+    )
+    ax.set(title="How users rate", xlabel="mean of a user's ratings", ylabel="users")
+    ax.margins(y=0.3)
+    ax.legend(frameon=False, loc="upper left")
+
 
 def _plot_concentration(ax, facts):
-    for what, color in (('item', '#009E73'), ('user', '#D55E00')):
-        c = facts[f'{what}_concentration']
-        shares, held = zip(*_by_number(c['top']))
-        ax.plot(shares, 100*np.array(held), color=color, label=f'{what}s (Gini {c["gini"]:.2f})')
-    ax.plot([0, 100], [0, 100], color='.6', lw=1, ls='--', label='all alike')
-    ax.set(title='Concentration', xlabel='most active, % of them', ylabel='% of interactions')
-    ax.legend(frameon=False, loc='lower right')
+    for what, color in (("item", "#009E73"), ("user", "#D55E00")):
+        c = facts[f"{what}_concentration"]
+        shares, held = zip(*_by_number(c["top"]))
+        ax.plot(shares, 100 * np.array(held), color=color, label=f"{what}s (Gini {c['gini']:.2f})")
+    ax.plot([0, 100], [0, 100], color=".6", lw=1, ls="--", label="all alike")
+    ax.set(title="Concentration", xlabel="most active, % of them", ylabel="% of interactions")
+    ax.legend(frameon=False, loc="lower right")
+
 
 def plot_activity(
-    facts: dict, # from `ratings_facts`
-    name: str = '', # of the data, for the title
-) -> plt.Figure: # two to four panels: those that the data can have
+    facts: dict,  # from `ratings_facts`
+    name: str = "",  # of the data, for the title
+) -> plt.Figure:  # two to four panels: those that the data can have
     "Interactions and newcomers over time, how users rate, and how much the most active have."
-    panels = [*([lambda ax: _plot_interactions(ax, facts['activity']), lambda ax: _plot_newcomers(ax, facts['activity'])] if 'activity' in facts else []),
-              *([lambda ax: _plot_by_user(ax, facts['rating_by_user'])] if 'rating_by_user' in facts else []),
-              lambda ax: _plot_concentration(ax, facts)]
+    panels = [
+        *(
+            [lambda ax: _plot_interactions(ax, facts["activity"]), lambda ax: _plot_newcomers(ax, facts["activity"])]
+            if "activity" in facts
+            else []
+        ),
+        *([lambda ax: _plot_by_user(ax, facts["rating_by_user"])] if "rating_by_user" in facts else []),
+        lambda ax: _plot_concentration(ax, facts),
+    ]
     rows = 1 if len(panels) < 4 else 2
-    columns = -(-len(panels)//rows)
-    fig, axes = plt.subplots(rows, columns, figsize=(11 if columns == 3 else 4.5*columns, 3.2*rows), layout='constrained', squeeze=False)
+    columns = -(-len(panels) // rows)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(11 if columns == 3 else 4.5 * columns, 3.2 * rows), layout="constrained", squeeze=False
+    )
     for draw, ax in zip(panels, axes.flat):
         draw(ax)
-        ax.spines[['top', 'right']].set_visible(False)
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:,.10g}'))
-    if name: fig.suptitle(name)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
+    if name:
+        fig.suptitle(name)
     plt.close(fig)
     return fig
 
 # %% ../nbs/01_data_import.ipynb #a4d89cf8
 def js_distance(
-    p, q, # [n] amounts or shares over the same bins
-) -> float: # 0: equal, 1: nothing in common
+    p,
+    q,  # [n] amounts or shares over the same bins
+) -> float:  # 0: equal, 1: nothing in common
     "Jensen-Shannon distance of two distributions, in bits."
-    p, q = (np.asarray(x, float)/np.sum(x) for x in (p, q))
-    entropy = lambda x: -(x[x > 0]*np.log2(x[x > 0])).sum()
-    return float(np.sqrt(max(0, entropy((p+q)/2) - (entropy(p)+entropy(q))/2)))
+    p, q = (np.asarray(x, float) / np.sum(x) for x in (p, q))
+    entropy = lambda x: -(x[x > 0] * np.log2(x[x > 0])).sum()
+    return float(np.sqrt(max(0, entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2)))
+
 
 def psi(
-    p, q, # [n] amounts or shares over the same bins: old, new
-    least: float = 1e-4, # share that stands for an empty bin
-) -> float: # 0: equal
+    p,
+    q,  # [n] amounts or shares over the same bins: old, new
+    least: float = 1e-4,  # share that stands for an empty bin
+) -> float:  # 0: equal
     "Population stability index of a new distribution against an old one."
-    p, q = (np.maximum(least, np.asarray(x, float)/np.sum(x)) for x in (p, q))
-    return float(((q-p)*np.log(q/p)).sum())
+    p, q = (np.maximum(least, np.asarray(x, float) / np.sum(x)) for x in (p, q))
+    return float(((q - p) * np.log(q / p)).sum())
 
 # %% ../nbs/01_data_import.ipynb #0f79996e
 def _aligned(old, new):
@@ -2521,185 +3776,303 @@ def _aligned(old, new):
     lay = lambda h: np.array([{float(k): v for k, v in h.items()}.get(b, 0) for b in bins], float)
     return bins, lay(old), lay(new)
 
+
 def _coarser(histogram, step):
     "The same histogram over multiples of a step that is a multiple of its own."
     out = {}
-    for k, v in histogram.items(): out[f'{np.floor(float(k)/step)*step:.15g}'] = out.get(f'{np.floor(float(k)/step)*step:.15g}', 0) + v
+    for k, v in histogram.items():
+        out[f"{np.floor(float(k) / step) * step:.15g}"] = out.get(f"{np.floor(float(k) / step) * step:.15g}", 0) + v
     return out
+
 
 def _rating_histograms(old, new):
     "Both distributions of ratings over the same bins: values as they are where both have few."
-    if 'rating_shares' in old and 'rating_shares' in new: return old['rating_shares'], new['rating_shares']
-    step = max(f.get('rating_step', 0) for f in (old, new))
-    return tuple(_coarser(f.get('rating_histogram') or f['rating_shares'], step) for f in (old, new))
+    if "rating_shares" in old and "rating_shares" in new:
+        return old["rating_shares"], new["rating_shares"]
+    step = max(f.get("rating_step", 0) for f in (old, new))
+    return tuple(_coarser(f.get("rating_histogram") or f["rating_shares"], step) for f in (old, new))
+
 
 def _common_popularity(old, new):
     "Interactions of the items that are popular in both: (items, old, new)."
-    a, b = (dict(zip(f['popular']['items'], f['popular']['interactions'])) for f in (old, new))
+    a, b = (dict(zip(f["popular"]["items"], f["popular"]["interactions"])) for f in (old, new))
     common = [i for i in a if i in b]
     return common, np.array([a[i] for i in common], float), np.array([b[i] for i in common], float)
+
 
 def _distributions(old, new):
     "Name -> (bins, old, new) of each distribution that both have."
     both = lambda key: key in old and key in new
     found = {}
-    if both('mean_rating'): found['rating'] = _aligned(*_rating_histograms(old, new))
-    if both('count_histogram'): found['count'] = _aligned(old['count_histogram'], new['count_histogram'])
-    found['interactions per user'] = _aligned(old['user_histogram'], new['user_histogram'])
-    found['interactions per item'] = _aligned(old['item_histogram'], new['item_histogram'])
-    if len((common := _common_popularity(old, new))[0]): found['popularity of common items'] = common
+    if both("mean_rating"):
+        found["rating"] = _aligned(*_rating_histograms(old, new))
+    if both("count_histogram"):
+        found["count"] = _aligned(old["count_histogram"], new["count_histogram"])
+    found["interactions per user"] = _aligned(old["user_histogram"], new["user_histogram"])
+    found["interactions per item"] = _aligned(old["item_histogram"], new["item_histogram"])
+    if len((common := _common_popularity(old, new))[0]):
+        found["popularity of common items"] = common
     return found
 
 # %% ../nbs/01_data_import.ipynb #88336428
-_FIGURES = {'users': 'users', 'items': 'items', 'interactions': 'interactions', 'sparsity': 'sparsity', 'per_user.median': 'median of interactions per user',
-            'per_item.median': 'median of interactions per item', 'mean_rating': 'mean rating', 'rating_by_user.mean.median': "median of users' means",
-            'rating_by_user.spread.median': "median of users' spreads", 'counts.median': 'median count', 'item_concentration.gini': 'Gini of items',
-            'user_concentration.gini': 'Gini of users', 'item_concentration.top.1': 'share of the top 1 % of items',
-            'item_concentration.top.10': 'share of the top 10 % of items', 'cold.users': f'share of users with fewer than {_COLD}',
-            'cold.items': f'share of items with fewer than {_COLD}', 'late.new_users': 'new among the users of the last tenth',
-            'late.new_items': 'new among the items of the last tenth', 'duplicates': 'duplicated rows'}
+_FIGURES = {
+    "users": "users",
+    "items": "items",
+    "interactions": "interactions",
+    "sparsity": "sparsity",
+    "per_user.median": "median of interactions per user",
+    "per_item.median": "median of interactions per item",
+    "mean_rating": "mean rating",
+    "rating_by_user.mean.median": "median of users' means",
+    "rating_by_user.spread.median": "median of users' spreads",
+    "counts.median": "median count",
+    "item_concentration.gini": "Gini of items",
+    "user_concentration.gini": "Gini of users",
+    "item_concentration.top.1": "share of the top 1 % of items",
+    "item_concentration.top.10": "share of the top 10 % of items",
+    "cold.users": f"share of users with fewer than {_COLD}",
+    "cold.items": f"share of items with fewer than {_COLD}",
+    "late.new_users": "new among the users of the last tenth",
+    "late.new_items": "new among the items of the last tenth",
+    "duplicates": "duplicated rows",
+}
+
 
 def _look_up(facts, path):
-    for key in path.split('.'):
-        if key not in facts: return None
+    for key in path.split("."):
+        if key not in facts:
+            return None
         facts = facts[key]
     return facts
 
+
 def compare_ratings(
-    old: dict, # facts of one data set, from `ratings_facts` or description.json
-    new: dict, # facts of another
-) -> pd.DataFrame: # a row a figure that both have: old, new, change (new - old), relative (new/old - 1)
+    old: dict,  # facts of one data set, from `ratings_facts` or description.json
+    new: dict,  # facts of another
+) -> pd.DataFrame:  # a row a figure that both have: old, new, change (new - old), relative (new/old - 1)
     "How the figures of two data sets differ."
-    rows = {name: (a, b) for path, name in _FIGURES.items() if (a := _look_up(old, path)) is not None and (b := _look_up(new, path)) is not None}
-    table = pd.DataFrame.from_dict(rows, orient='index', columns=['old', 'new'], dtype=float)
-    return table.assign(change=table.new-table.old, relative=(table.new/table.old - 1).where(table.old != 0)).rename_axis('figure')
+    rows = {
+        name: (a, b)
+        for path, name in _FIGURES.items()
+        if (a := _look_up(old, path)) is not None and (b := _look_up(new, path)) is not None
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["old", "new"], dtype=float)
+    return table.assign(
+        change=table.new - table.old, relative=(table.new / table.old - 1).where(table.old != 0)
+    ).rename_axis("figure")
+
 
 def ratings_distances(
-    old: dict, # facts of one data set, from `ratings_facts` or description.json
-    new: dict, # facts of another
-) -> pd.DataFrame: # a row a distribution that both have: bins, js (0 to 1), psi
+    old: dict,  # facts of one data set, from `ratings_facts` or description.json
+    new: dict,  # facts of another
+) -> pd.DataFrame:  # a row a distribution that both have: bins, js (0 to 1), psi
     "How far the distributions of two data sets are apart."
-    rows = [dict(distribution=name, bins=len(bins), js=js_distance(p, q), psi=psi(p, q)) for name, (bins, p, q) in _distributions(old, new).items()]
-    return pd.DataFrame(rows).set_index('distribution')
+    rows = [
+        dict(distribution=name, bins=len(bins), js=js_distance(p, q), psi=psi(p, q))
+        for name, (bins, p, q) in _distributions(old, new).items()
+    ]
+    return pd.DataFrame(rows).set_index("distribution")
 
 # %% ../nbs/01_data_import.ipynb #ddd546d8
 def _plot_pair(ax, name, bins, old, new, names):
     x = np.arange(len(bins))
-    for shift, amounts, color, label in ((-.2, old, '#0072B2', names[0]), (.2, new, '#E69F00', names[1])):
-        ax.bar(x+shift, amounts/amounts.sum(), width=.4, color=color, label=label)
-    labels = [f'{b:,.10g}' for b in bins]
-    every = -(-len(bins)//(10 if len(labels[-1]) < 6 else 5))
-    ax.set(title=name.capitalize(), xlabel=name if name in ('rating', 'count') else f'{name}, from', ylabel='share', xticks=x[::every],
-           xticklabels=labels[::every])
-    ax.margins(y=.25)
-    ax.legend(frameon=False, ncols=2, loc='upper right')
+    for shift, amounts, color, label in ((-0.2, old, "#0072B2", names[0]), (0.2, new, "#E69F00", names[1])):
+        ax.bar(x + shift, amounts / amounts.sum(), width=0.4, color=color, label=label)
+    labels = [f"{b:,.10g}" for b in bins]
+    every = -(-len(bins) // (10 if len(labels[-1]) < 6 else 5))
+    ax.set(
+        title=name.capitalize(),
+        xlabel=name if name in ("rating", "count") else f"{name}, from",
+        ylabel="share",
+        xticks=x[::every],
+        xticklabels=labels[::every],
+    )
+    ax.margins(y=0.25)
+    ax.legend(frameon=False, ncols=2, loc="upper right")
+
 
 def _plot_popularity(ax, items, old, new, names):
-    p, q = 100*old/old.sum(), 100*new/new.sum()
+    p, q = 100 * old / old.sum(), 100 * new / new.sum()
     low, high = min(p.min(), q.min()), max(p.max(), q.max())
-    ax.plot([low, high], [low, high], color='.6', lw=1, ls='--')
-    ax.plot(p, q, '.', ms=3, alpha=.5, color='#009E73')
-    for axis in (ax.xaxis, ax.yaxis): log_axis(axis, low, high)
-    ax.set(title=f'Popularity of {len(items):,} common items', xlabel=f'% of interactions, {names[0]}', ylabel=f'% of interactions, {names[1]}')
+    ax.plot([low, high], [low, high], color=".6", lw=1, ls="--")
+    ax.plot(p, q, ".", ms=3, alpha=0.5, color="#009E73")
+    for axis in (ax.xaxis, ax.yaxis):
+        log_axis(axis, low, high)
+    ax.set(
+        title=f"Popularity of {len(items):,} common items",
+        xlabel=f"% of interactions, {names[0]}",
+        ylabel=f"% of interactions, {names[1]}",
+    )
+
 
 def plot_comparison(
-    old: dict, # facts of one data set, from `ratings_facts` or description.json
-    new: dict, # facts of another
-    names: tuple = ('old', 'new'), # of the two
+    old: dict,  # facts of one data set, from `ratings_facts` or description.json
+    new: dict,  # facts of another
+    names: tuple = ("old", "new"),  # of the two
 ) -> plt.Figure:
     "The distributions of two data sets side by side, with their distances."
     found, distance = _distributions(old, new), ratings_distances(old, new)
     columns = 2 if len(found) in (2, 4) else 3
-    fig, axes = plt.subplots(-(-len(found)//columns), columns, figsize=(11, 3.4*-(-len(found)//columns)), layout='constrained', squeeze=False)
-    for ax in axes.flat[len(found):]: ax.set_axis_off()
+    fig, axes = plt.subplots(
+        -(-len(found) // columns),
+        columns,
+        figsize=(11, 3.4 * -(-len(found) // columns)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax in axes.flat[len(found) :]:
+        ax.set_axis_off()
     for ax, (name, (bins, p, q)) in zip(axes.flat, found.items()):
-        _plot_popularity(ax, bins, p, q, names) if name.startswith('popularity') else _plot_pair(ax, name, bins, p, q, names)
-        ax.set_title(f'{ax.get_title()}\nJS {distance.js[name]:.3f}, PSI {distance.psi[name]:.3f}', fontsize=10)
-        ax.spines[['top', 'right']].set_visible(False)
+        _plot_popularity(ax, bins, p, q, names) if name.startswith("popularity") else _plot_pair(
+            ax, name, bins, p, q, names
+        )
+        ax.set_title(f"{ax.get_title()}\nJS {distance.js[name]:.3f}, PSI {distance.psi[name]:.3f}", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
 
 # %% ../nbs/01_data_import.ipynb #ad17aaa0
 def describe_source(
-    folder: Path, # artifact of this stage
-) -> str: # one line
+    folder: Path,  # artifact of this stage
+) -> str:  # one line
     "Which source it was, why this one, and what kind of feedback it holds: the first line that the stage says."
-    s = read_json(Path(folder)/'source.json'); why = read_json(Path(folder)/'measured.json')['why']
-    kind = dict(explicit='explicit ratings', counts='counts, which become weights',
-                unary='no ratings: every row is an interaction')[s['feedback']]
-    said = [f"Data: {s['description']}{f' ({why})' if why else ''}", f"{kind} ({s['feedback_why']}), {'with' if s['has_times'] else 'without'} times"]
-    if s['as_of']: said.append(f"as of {s['as_of']}: {s['n_later']:,} rows that were not known by then are left out")
-    if s['n_quarantined']: said.append(f"{s['n_quarantined']:,} rows that cannot be used are set aside in quarantine.parquet")
-    if s['n_duplicates']: said.append(f"{s['n_duplicates']:,} duplicated rows settled by rule {s['on_duplicate']!r}")
-    if s['unused_columns']: said.append(f"columns not used: {_list(s['unused_columns'])}")
-    if s['encoding']: said.append(f"no valid UTF-8, read as {s['encoding']}")
-    return '; '.join(said + s['notes'])
+    s = read_json(Path(folder) / "source.json")
+    why = read_json(Path(folder) / "measured.json")["why"]
+    kind = dict(
+        explicit="explicit ratings",
+        counts="counts, which become weights",
+        unary="no ratings: every row is an interaction",
+    )[s["feedback"]]
+    said = [
+        f"Data: {s['description']}{f' ({why})' if why else ''}",
+        f"{kind} ({s['feedback_why']}), {'with' if s['has_times'] else 'without'} times",
+    ]
+    if s["as_of"]:
+        said.append(f"as of {s['as_of']}: {s['n_later']:,} rows that were not known by then are left out")
+    if s["n_quarantined"]:
+        said.append(f"{s['n_quarantined']:,} rows that cannot be used are set aside in quarantine.parquet")
+    if s["n_duplicates"]:
+        said.append(f"{s['n_duplicates']:,} duplicated rows settled by rule {s['on_duplicate']!r}")
+    if s["unused_columns"]:
+        said.append(f"columns not used: {_list(s['unused_columns'])}")
+    if s["encoding"]:
+        said.append(f"no valid UTF-8, read as {s['encoding']}")
+    return "; ".join(said + s["notes"])
 
-def _id_type(ids): return ids.cat.categories.dtype if isinstance(ids.dtype, pd.CategoricalDtype) else ids.dtype
+
+def _id_type(ids):
+    return ids.cat.categories.dtype if isinstance(ids.dtype, pd.CategoricalDtype) else ids.dtype
+
 
 def _as_type_of(items, ids):
     "Items whose ids have the type that they have among the ratings."
-    if isinstance(ids.dtype, pd.CategoricalDtype): ids = ids.cat.categories
+    if isinstance(ids.dtype, pd.CategoricalDtype):
+        ids = ids.cat.categories
     if pd.api.types.is_integer_dtype(ids.dtype) and not pd.api.types.is_integer_dtype(items.item_id.dtype):
-        known = items[items.item_id.astype(str).str.fullmatch(r'0|-?[1-9][0-9]{0,17}')]
+        known = items[items.item_id.astype(str).str.fullmatch(r"0|-?[1-9][0-9]{0,17}")]
         return known.assign(item_id=known.item_id.astype(np.int64))
-    if isinstance(ids.dtype, pd.StringDtype) and not isinstance(items.item_id.dtype, pd.StringDtype): return items.assign(item_id=items.item_id.astype(str))
-    if ids.dtype == object and len(ids) and isinstance(ids[0], uuid.UUID) and isinstance(items.item_id.dtype, pd.StringDtype):
-        known = items[items.item_id.str.fullmatch(r'[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}')]
+    if isinstance(ids.dtype, pd.StringDtype) and not isinstance(items.item_id.dtype, pd.StringDtype):
+        return items.assign(item_id=items.item_id.astype(str))
+    if (
+        ids.dtype == object
+        and len(ids)
+        and isinstance(ids[0], uuid.UUID)
+        and isinstance(items.item_id.dtype, pd.StringDtype)
+    ):
+        known = items[items.item_id.str.fullmatch(r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}")]
         return known.assign(item_id=known.item_id.map(uuid.UUID).astype(object))
     return items
 
 # %% ../nbs/01_data_import.ipynb #4d881a8a
 def build_data_import(
-    run, # reads settings data, paths and events
-    folder: Path, # where to write
-) -> dict: # metrics for the manifest
+    run,  # reads settings data, paths and events
+    folder: Path,  # where to write
+) -> dict:  # metrics for the manifest
     "Import the configured source: ratings.parquet, items.parquet and quarantine.parquet (if any), source.json, description.json."
     data, source = run.settings.data, found_source(run)
-    checked = on_engine(run.settings, check_source)(source, data.columns, data.on_duplicate, data.on_bad, data.as_of, data.encoding, data.large_mb)
+    checked = on_engine(run.settings, check_source)(
+        source, data.columns, data.on_duplicate, data.on_bad, data.as_of, data.encoding, data.large_mb
+    )
     ratings = _first_users(checked.ratings, data.max_users)
-    items, bad_items = (None, []) if source.items is None else validate_items(*source.read('items', encoding=data.encoding), data.columns, data.on_bad)
+    items, bad_items = (
+        (None, [])
+        if source.items is None
+        else validate_items(*source.read("items", encoding=data.encoding), data.columns, data.on_bad)
+    )
     facts = ratings_facts(ratings, checked.n_duplicates)
-    write_parquet(folder/'ratings.parquet', ratings)
-    if items is not None: write_parquet(folder/'items.parquet', _as_type_of(items, ratings.item_id))
-    if len(checked.bad): write_parquet(folder/'quarantine.parquet', checked.bad)
-    if len(bad_items): write_parquet(folder/'quarantine_items.parquet', bad_items)
-    write_json(folder/'source.json', dict(
-        name=source.name, description=source.description, files=source.hashes(), notes=source.notes,
-        feedback=feedback_of(ratings), feedback_why=checked.why,
-        scale=[float(ratings.rating.min()), float(ratings.rating.max())] if 'rating' in ratings else None,
-        has_times='timestamp' in ratings, n_rows=checked.n_rows, as_of=data.as_of, n_later=checked.n_later, on_bad=data.on_bad,
-        n_quarantined=int(checked.bad.row.nunique()), n_quarantined_items=len(bad_items), n_duplicates=checked.n_duplicates,
-        on_duplicate=data.on_duplicate, max_users=data.max_users, encoding=checked.encoding,
-        columns={s: str(own) for s, own in checked.used.items()},
-        unused_columns=list(checked.unused), **{f'{c}_type': str(_id_type(ratings[c])) for c in ('user_id', 'item_id')}))
-    write_json(folder/'description.json', facts)
-    write_json(folder/'measured.json', dict(why=source.why))
-    return dict(source=source.name, n_duplicates=checked.n_duplicates, n_quarantined=int(checked.bad.row.nunique()),
-                **{k: facts[k] for k in ('users', 'items', 'interactions', 'sparsity')})
+    write_parquet(folder / "ratings.parquet", ratings)
+    if items is not None:
+        write_parquet(folder / "items.parquet", _as_type_of(items, ratings.item_id))
+    if len(checked.bad):
+        write_parquet(folder / "quarantine.parquet", checked.bad)
+    if len(bad_items):
+        write_parquet(folder / "quarantine_items.parquet", bad_items)
+    write_json(
+        folder / "source.json",
+        dict(
+            name=source.name,
+            description=source.description,
+            files=source.hashes(),
+            notes=source.notes,
+            feedback=feedback_of(ratings),
+            feedback_why=checked.why,
+            scale=[float(ratings.rating.min()), float(ratings.rating.max())] if "rating" in ratings else None,
+            has_times="timestamp" in ratings,
+            n_rows=checked.n_rows,
+            as_of=data.as_of,
+            n_later=checked.n_later,
+            on_bad=data.on_bad,
+            n_quarantined=int(checked.bad.row.nunique()),
+            n_quarantined_items=len(bad_items),
+            n_duplicates=checked.n_duplicates,
+            on_duplicate=data.on_duplicate,
+            max_users=data.max_users,
+            encoding=checked.encoding,
+            columns={s: str(own) for s, own in checked.used.items()},
+            unused_columns=list(checked.unused),
+            **{f"{c}_type": str(_id_type(ratings[c])) for c in ("user_id", "item_id")},
+        ),
+    )
+    write_json(folder / "description.json", facts)
+    write_json(folder / "measured.json", dict(why=source.why))
+    return dict(
+        source=source.name,
+        n_duplicates=checked.n_duplicates,
+        n_quarantined=int(checked.bad.row.nunique()),
+        **{k: facts[k] for k in ("users", "items", "interactions", "sparsity")},
+    )
 
 # %% ../nbs/01_data_import.ipynb #18a8bfab
 def quarantine_table(
-    bad: pd.DataFrame, # quarantined rows, as `validate` gives them and quarantine.parquet keeps them
-) -> pd.DataFrame: # one row a kind of problem: column, reason, rows, first rows, example; the most frequent first
+    bad: pd.DataFrame,  # quarantined rows, as `validate` gives them and quarantine.parquet keeps them
+) -> pd.DataFrame:  # one row a kind of problem: column, reason, rows, first rows, example; the most frequent first
     "Why rows were set aside."
-    kinds = _kinds(bad).sort_values('rows', ascending=False, kind='stable', ignore_index=True)
-    return kinds.assign(column=kinds.column.replace('', '(line)'), first_rows=kinds.first_rows.map(_list), example=kinds.example.fillna('')).rename(columns=dict(first_rows='first rows'))
+    kinds = _kinds(bad).sort_values("rows", ascending=False, kind="stable", ignore_index=True)
+    return kinds.assign(
+        column=kinds.column.replace("", "(line)"),
+        first_rows=kinds.first_rows.map(_list),
+        example=kinds.example.fillna(""),
+    ).rename(columns=dict(first_rows="first rows"))
+
 
 def plot_quarantine(
-    bad: pd.DataFrame, # the same
-    n_rows: int, # of the source
+    bad: pd.DataFrame,  # the same
+    n_rows: int,  # of the source
 ) -> plt.Figure:
     "Rows set aside, by reason."
     kinds = quarantine_table(bad)[::-1]
-    labels = kinds.column + ' ' + kinds.reason
-    fig, ax = plt.subplots(figsize=(8, 1.3 + .35*len(kinds)), layout='constrained')
-    ax.barh(labels, kinds.rows, color='#D55E00', height=.6)
-    ax.bar_label(ax.containers[0], [f' {n:,}' for n in kinds.rows])
-    ax.margins(x=.12)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.xaxis.set_major_formatter('{x:,.0f}')
+    labels = kinds.column + " " + kinds.reason
+    fig, ax = plt.subplots(figsize=(8, 1.3 + 0.35 * len(kinds)), layout="constrained")
+    ax.barh(labels, kinds.rows, color="#D55E00", height=0.6)
+    ax.bar_label(ax.containers[0], [f" {n:,}" for n in kinds.rows])
+    ax.margins(x=0.12)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
     n = bad.row.nunique()
-    ax.set(title=f'{n:,} of {n_rows:,} rows were set aside ({n/n_rows:.2%})', xlabel='rows (a row may have several problems)')
-    ax.spines[['top', 'right']].set_visible(False)
+    ax.set(
+        title=f"{n:,} of {n_rows:,} rows were set aside ({n / n_rows:.2%})",
+        xlabel="rows (a row may have several problems)",
+    )
+    ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig

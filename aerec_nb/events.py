@@ -27,114 +27,148 @@ from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable, DropTable
 from .configuration import AerecError, hide_secrets, project_dir
 
 # %% ../nbs/00b_events.ipynb #e7124788
-KINDS = ('request', 'impression', 'feedback') # requested, displayed, done by users
-COLUMNS = ('event_id', 'kind', 'time', 'request_id', 'user_id', 'item_id', 'value', 'payload', 'simulated')
-MAX_ID = 200 # longest id, characters
-MIN_TIME = 631_152_000. # 1990-01-01, UTC seconds: earliest time of an event
-MAX_CLOCK_LEAD_S = 86_400. # seconds by which the clock of a client may be ahead of the server's
+KINDS = ("request", "impression", "feedback")  # requested, displayed, done by users
+COLUMNS = ("event_id", "kind", "time", "request_id", "user_id", "item_id", "value", "payload", "simulated")
+MAX_ID = 200  # longest id, characters
+MIN_TIME = 631_152_000.0  # 1990-01-01, UTC seconds: earliest time of an event
+MAX_CLOCK_LEAD_S = 86_400.0  # seconds by which the clock of a client may be ahead of the server's
 
 # %% ../nbs/00b_events.ipynb #5d9adf79
-def new_event(kind:str, # 'request', 'impression' or 'feedback'
-              **values # any of the other columns
-             ) -> dict: # an event with a new id and the present time, unless given
+def new_event(
+    kind: str,  # 'request', 'impression' or 'feedback'
+    **values,  # any of the other columns
+) -> dict:  # an event with a new id and the present time, unless given
     "Make an event to append."
-    return {'event_id': uuid.uuid4().hex, 'kind': kind, 'time': time.time(), **values}
+    return {"event_id": uuid.uuid4().hex, "kind": kind, "time": time.time(), **values}
 
 # %% ../nbs/00b_events.ipynb #ac2cfcdc
-def _id(name:str, value) -> str|None:
+def _id(name: str, value) -> str | None:
     "Return an id as text; refuse an empty one and one that is too long."
-    if value is None: return None
+    if value is None:
+        return None
     text = str(value)
-    if not 0 < len(text) <= MAX_ID: raise AerecError(f'event: {name} must have 1 to {MAX_ID} characters, not {len(text)}')
+    if not 0 < len(text) <= MAX_ID:
+        raise AerecError(f"event: {name} must have 1 to {MAX_ID} characters, not {len(text)}")
     return _storable(name, text)
 
-def _storable(name:str, text:str) -> str:
+
+def _storable(name: str, text: str) -> str:
     "Return the text; refuse characters that a database cannot store."
-    try: text.encode()
-    except UnicodeEncodeError: text = '\0'
-    if '\0' in text: raise AerecError(f'event: {name} holds a character that cannot be stored')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = "\0"
+    if "\0" in text:
+        raise AerecError(f"event: {name} holds a character that cannot be stored")
     return text
 
-def _number(name:str, value) -> float|None:
+
+def _number(name: str, value) -> float | None:
     "Return a finite number."
-    if value is None: return None
-    try: number = float(value)
-    except (TypeError, ValueError, OverflowError): number = math.nan
-    if not math.isfinite(number): raise AerecError(f'event: {name} must be a finite number, not {value!r}')
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise AerecError(f"event: {name} must be a finite number, not {value!r}")
     return number
 
-def _plausible_time(value, now:float) -> float:
+
+def _plausible_time(value, now: float) -> float:
     "Return the time of an event; `now` where it has none."
-    when = _number('time', value)
-    if when is None: return now
+    when = _number("time", value)
+    if when is None:
+        return now
     if when > now + MAX_CLOCK_LEAD_S:
-        raise AerecError(f'event: time {when!r} is more than a day ahead of the clock of the server. '
-                         'Give seconds since 1970 in UTC, not milliseconds')
-    if when < MIN_TIME: raise AerecError(f'event: time {when!r} is before 1990-01-01. Give seconds since 1970 in UTC')
+        raise AerecError(
+            f"event: time {when!r} is more than a day ahead of the clock of the server. "
+            "Give seconds since 1970 in UTC, not milliseconds"
+        )
+    if when < MIN_TIME:
+        raise AerecError(f"event: time {when!r} is before 1990-01-01. Give seconds since 1970 in UTC")
     return when
 
 # %% ../nbs/00b_events.ipynb #eaad6504
-def check_event(event:dict, # any of the columns; `event_id` and `kind` must be there
-                now:float=None # clock of the server, UTC seconds; None: now
-               ) -> dict: # a row of the table, every column filled but `received_at`
+def check_event(
+    event: dict,  # any of the columns; `event_id` and `kind` must be there
+    now: float = None,  # clock of the server, UTC seconds; None: now
+) -> dict:  # a row of the table, every column filled but `received_at`
     "Check one event and fill in what may be missing; raises `AerecError`."
-    if not isinstance(event, dict): raise AerecError(f'event: must be an object with {", ".join(COLUMNS)}, not {type(event).__name__}')
+    if not isinstance(event, dict):
+        raise AerecError(f"event: must be an object with {', '.join(COLUMNS)}, not {type(event).__name__}")
     unknown = sorted(set(event) - set(COLUMNS))
-    if unknown: raise AerecError(f"event: unknown field '{unknown[0]}'; valid fields are {', '.join(COLUMNS)}")
-    if event.get('kind') not in KINDS: raise AerecError(f"event: kind must be one of {', '.join(KINDS)}, not {event.get('kind')!r}")
-    if event.get('event_id') is None: raise AerecError('event: event_id is missing; choose one, so that the event can be sent twice and counts once')
-    try: payload = json.dumps(event.get('payload') or {}, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as e: raise AerecError(f'event: payload is not JSON: {e}') from None
-    when = _plausible_time(event.get('time'), time.time() if now is None else now)
-    return {'kind': event['kind'], 'time': when, 'value': _number('value', event.get('value')),
-            'payload': _storable('payload', payload), 'simulated': bool(event.get('simulated', False)),
-            **{name: _id(name, event.get(name)) for name in ('event_id', 'request_id', 'user_id', 'item_id')}}
+    if unknown:
+        raise AerecError(f"event: unknown field '{unknown[0]}'; valid fields are {', '.join(COLUMNS)}")
+    if event.get("kind") not in KINDS:
+        raise AerecError(f"event: kind must be one of {', '.join(KINDS)}, not {event.get('kind')!r}")
+    if event.get("event_id") is None:
+        raise AerecError("event: event_id is missing; choose one, so that the event can be sent twice and counts once")
+    try:
+        payload = json.dumps(event.get("payload") or {}, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise AerecError(f"event: payload is not JSON: {e}") from None
+    when = _plausible_time(event.get("time"), time.time() if now is None else now)
+    return {
+        "kind": event["kind"],
+        "time": when,
+        "value": _number("value", event.get("value")),
+        "payload": _storable("payload", payload),
+        "simulated": bool(event.get("simulated", False)),
+        **{name: _id(name, event.get(name)) for name in ("event_id", "request_id", "user_id", "item_id")},
+    }
 
 # %% ../nbs/00b_events.ipynb #caaca589
 class LogErrorCode(StrEnum):
     "Why the event log cannot be used."
-    TIMEOUT = 'timeout'
-    LOCKED = 'locked'
-    FULL = 'full'
-    READ_ONLY = 'read_only'
-    PERMISSION = 'permission'
-    INPUT_OUTPUT = 'input_output'
-    MISSING = 'missing'
-    REPLACED = 'replaced'
-    DAMAGED = 'damaged'
-    SCHEMA = 'schema'
-    ERASURE_KEY = 'erasure_key'
-    CONNECTION = 'connection'
-    OTHER = 'other'
+
+    TIMEOUT = "timeout"
+    LOCKED = "locked"
+    FULL = "full"
+    READ_ONLY = "read_only"
+    PERMISSION = "permission"
+    INPUT_OUTPUT = "input_output"
+    MISSING = "missing"
+    REPLACED = "replaced"
+    DAMAGED = "damaged"
+    SCHEMA = "schema"
+    ERASURE_KEY = "erasure_key"
+    CONNECTION = "connection"
+    OTHER = "other"
+
 
 class EventLogUnavailable(OSError):
     "Raised when the event log cannot be used now; `code` is a `LogErrorCode`."
-    def __init__(self, code:LogErrorCode, text:str):
+
+    def __init__(self, code: LogErrorCode, text: str):
         super().__init__(text)
         self.code = code
 
-    def __reduce__(self): return type(self), (self.code, str(self))
+    def __reduce__(self):
+        return type(self), (self.code, str(self))
+
 
 _MEANINGS = {
-    LogErrorCode.TIMEOUT: 'it does not answer in time. Try again',
-    LogErrorCode.LOCKED: 'another process has locked it for too long. Try again',
-    LogErrorCode.FULL: 'the disk is full. Free some space',
-    LogErrorCode.READ_ONLY: 'it cannot be written. Make it writable',
-    LogErrorCode.PERMISSION: 'it cannot be opened. Check that it is there and that this user may read and write it',
-    LogErrorCode.INPUT_OUTPUT: 'reading or writing failed. Check the disk',
-    LogErrorCode.MISSING: 'it was deleted or moved. Stop the service, restore the log, and start again; '
-                          'without it a new log is made',
-    LogErrorCode.REPLACED: 'another log is in its place. Stop the service, put the right log there, and start again',
-    LogErrorCode.DAMAGED: 'it is damaged or no event log. Stop the service and restore it from a backup',
-    LogErrorCode.SCHEMA: 'its tables are missing or those of another program. Restore it, '
-                         'or name another database in events.events_url',
-    LogErrorCode.CONNECTION: 'the database cannot be reached. Check events.events_url and that the server runs',
-    LogErrorCode.OTHER: 'the database refused the call',
+    LogErrorCode.TIMEOUT: "it does not answer in time. Try again",
+    LogErrorCode.LOCKED: "another process has locked it for too long. Try again",
+    LogErrorCode.FULL: "the disk is full. Free some space",
+    LogErrorCode.READ_ONLY: "it cannot be written. Make it writable",
+    LogErrorCode.PERMISSION: "it cannot be opened. Check that it is there and that this user may read and write it",
+    LogErrorCode.INPUT_OUTPUT: "reading or writing failed. Check the disk",
+    LogErrorCode.MISSING: "it was deleted or moved. Stop the service, restore the log, and start again; "
+    "without it a new log is made",
+    LogErrorCode.REPLACED: "another log is in its place. Stop the service, put the right log there, and start again",
+    LogErrorCode.DAMAGED: "it is damaged or no event log. Stop the service and restore it from a backup",
+    LogErrorCode.SCHEMA: "its tables are missing or those of another program. Restore it, "
+    "or name another database in events.events_url",
+    LogErrorCode.CONNECTION: "the database cannot be reached. Check events.events_url and that the server runs",
+    LogErrorCode.OTHER: "the database refused the call",
 }
 
 # %% ../nbs/00b_events.ipynb #b8815a99
 _SQLITE_CODES = {
-    sqlite3.SQLITE_ERROR: LogErrorCode.SCHEMA, # no such table or column: the statements themselves never change
+    sqlite3.SQLITE_ERROR: LogErrorCode.SCHEMA,  # no such table or column: the statements themselves never change
     sqlite3.SQLITE_BUSY: LogErrorCode.LOCKED,
     sqlite3.SQLITE_LOCKED: LogErrorCode.LOCKED,
     sqlite3.SQLITE_FULL: LogErrorCode.FULL,
@@ -146,22 +180,22 @@ _SQLITE_CODES = {
     sqlite3.SQLITE_CORRUPT: LogErrorCode.DAMAGED,
     sqlite3.SQLITE_NOTADB: LogErrorCode.DAMAGED,
 }
-_POSTGRES_CODES = { # SQLSTATE, or the class of it
-    '57014': LogErrorCode.TIMEOUT, # statement_timeout
-    '25P03': LogErrorCode.TIMEOUT, # idle_in_transaction_session_timeout
-    '55P03': LogErrorCode.LOCKED,
-    '53100': LogErrorCode.FULL,
-    '25006': LogErrorCode.READ_ONLY,
-    '42501': LogErrorCode.PERMISSION,
-    '28': LogErrorCode.PERMISSION,
-    '3D000': LogErrorCode.MISSING,
-    'XX001': LogErrorCode.DAMAGED,
-    'XX002': LogErrorCode.DAMAGED,
-    '42': LogErrorCode.SCHEMA,
-    '3F': LogErrorCode.SCHEMA,
-    '08': LogErrorCode.CONNECTION,
-    '57P': LogErrorCode.CONNECTION,
-    '53': LogErrorCode.CONNECTION,
+_POSTGRES_CODES = {  # SQLSTATE, or the class of it
+    "57014": LogErrorCode.TIMEOUT,  # statement_timeout
+    "25P03": LogErrorCode.TIMEOUT,  # idle_in_transaction_session_timeout
+    "55P03": LogErrorCode.LOCKED,
+    "53100": LogErrorCode.FULL,
+    "25006": LogErrorCode.READ_ONLY,
+    "42501": LogErrorCode.PERMISSION,
+    "28": LogErrorCode.PERMISSION,
+    "3D000": LogErrorCode.MISSING,
+    "XX001": LogErrorCode.DAMAGED,
+    "XX002": LogErrorCode.DAMAGED,
+    "42": LogErrorCode.SCHEMA,
+    "3F": LogErrorCode.SCHEMA,
+    "08": LogErrorCode.CONNECTION,
+    "57P": LogErrorCode.CONNECTION,
+    "53": LogErrorCode.CONNECTION,
 }
 _SYSTEM_CODES = {
     errno.ENOSPC: LogErrorCode.FULL,
@@ -173,131 +207,170 @@ _SYSTEM_CODES = {
     errno.ENOENT: LogErrorCode.MISSING,
 }
 
-def error_code(error:Exception # of SQLAlchemy, of a driver, or of the system
-              ) -> LogErrorCode:
+
+def error_code(
+    error: Exception,  # of SQLAlchemy, of a driver, or of the system
+) -> LogErrorCode:
     "Return why a call to the database failed."
     cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
-    if isinstance(cause, sa.exc.TimeoutError): return LogErrorCode.TIMEOUT # no connection of the pool was free
+    if isinstance(cause, sa.exc.TimeoutError):
+        return LogErrorCode.TIMEOUT  # no connection of the pool was free
     if isinstance(cause, sqlite3.Error):
-        code = getattr(cause, 'sqlite_errorcode', 0) # errors of the module itself have none
-        if code == sqlite3.SQLITE_IOERR_SHORT_READ: return LogErrorCode.DAMAGED
-        return _SQLITE_CODES.get(code & 0xff, LogErrorCode.OTHER)
+        code = getattr(cause, "sqlite_errorcode", 0)  # errors of the module itself have none
+        if code == sqlite3.SQLITE_IOERR_SHORT_READ:
+            return LogErrorCode.DAMAGED
+        return _SQLITE_CODES.get(code & 0xFF, LogErrorCode.OTHER)
 
-    if isinstance(cause, OSError): return _SYSTEM_CODES.get(cause.errno, LogErrorCode.INPUT_OUTPUT)
-    if not isinstance(error, sa.exc.DBAPIError): return LogErrorCode.OTHER
-    state = getattr(cause, 'sqlstate', None) # of psycopg; none where the server said nothing
-    if state is None: return LogErrorCode.CONNECTION
+    if isinstance(cause, OSError):
+        return _SYSTEM_CODES.get(cause.errno, LogErrorCode.INPUT_OUTPUT)
+    if not isinstance(error, sa.exc.DBAPIError):
+        return LogErrorCode.OTHER
+    state = getattr(cause, "sqlstate", None)  # of psycopg; none where the server said nothing
+    if state is None:
+        return LogErrorCode.CONNECTION
     return next((_POSTGRES_CODES[state[:n]] for n in (5, 3, 2) if state[:n] in _POSTGRES_CODES), LogErrorCode.OTHER)
 
 # %% ../nbs/00b_events.ipynb #16642c71
 def _tables() -> sa.MetaData:
     "Define the tables of the log."
     meta = sa.MetaData()
-    number = sa.BigInteger().with_variant(sa.Integer, 'sqlite')
-    sa.Table('events_meta', meta,
-        sa.Column('name', sa.String(40), primary_key=True),
-        sa.Column('value', sa.Text, nullable=False))
-    sa.Table('erased_users', meta,
-        sa.Column('seq', number, primary_key=True, autoincrement=True),
-        sa.Column('user_hash', sa.String(64), nullable=False),
-        sa.Column('salt', sa.String(64)), # of a log of the version before, encrypted
-        sa.Column('erased_at', sa.Double, nullable=False), sa.Column('n_events', sa.Integer, nullable=False),
-        sqlite_autoincrement=True)
-    events = sa.Table('events', meta,
-        sa.Column('seq', number, primary_key=True, autoincrement=True),
-        sa.Column('event_id', sa.String(MAX_ID), nullable=False, unique=True),
-        sa.Column('kind', sa.String(20), nullable=False),
-        sa.Column('time', sa.Double, nullable=False, index=True),
-        sa.Column('request_id', sa.String(MAX_ID)),
-        sa.Column('user_id', sa.String(MAX_ID)),
-        sa.Column('item_id', sa.String(MAX_ID)),
-        sa.Column('value', sa.Double),
-        sa.Column('payload', sa.Text, nullable=False),
-        sa.Column('simulated', sa.Boolean, nullable=False),
-        sa.Column('received_at', sa.Double, index=True), # nullable: the version before may still write
-        sqlite_autoincrement=True) # a number is never given again: a reader who continues from a number misses nothing
-    is_feedback = events.c.kind == 'feedback'
-    sa.Index('ix_events_feedback', events.c.seq, sqlite_where=is_feedback, postgresql_where=is_feedback)
+    number = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+    sa.Table(
+        "events_meta",
+        meta,
+        sa.Column("name", sa.String(40), primary_key=True),
+        sa.Column("value", sa.Text, nullable=False),
+    )
+    sa.Table(
+        "erased_users",
+        meta,
+        sa.Column("seq", number, primary_key=True, autoincrement=True),
+        sa.Column("user_hash", sa.String(64), nullable=False),
+        sa.Column("salt", sa.String(64)),  # of a log of the version before, encrypted
+        sa.Column("erased_at", sa.Double, nullable=False),
+        sa.Column("n_events", sa.Integer, nullable=False),
+        sqlite_autoincrement=True,
+    )
+    events = sa.Table(
+        "events",
+        meta,
+        sa.Column("seq", number, primary_key=True, autoincrement=True),
+        sa.Column("event_id", sa.String(MAX_ID), nullable=False, unique=True),
+        sa.Column("kind", sa.String(20), nullable=False),
+        sa.Column("time", sa.Double, nullable=False, index=True),
+        sa.Column("request_id", sa.String(MAX_ID)),
+        sa.Column("user_id", sa.String(MAX_ID)),
+        sa.Column("item_id", sa.String(MAX_ID)),
+        sa.Column("value", sa.Double),
+        sa.Column("payload", sa.Text, nullable=False),
+        sa.Column("simulated", sa.Boolean, nullable=False),
+        sa.Column("received_at", sa.Double, index=True),  # nullable: the version before may still write
+        sqlite_autoincrement=True,
+    )  # a number is never given again: a reader who continues from a number misses nothing
+    is_feedback = events.c.kind == "feedback"
+    sa.Index("ix_events_feedback", events.c.seq, sqlite_where=is_feedback, postgresql_where=is_feedback)
     return meta
 
 # %% ../nbs/00b_events.ipynb #35114626
-KEY_FILE = 'erasure.key'
-MIN_KEY_LENGTH = 16 # characters or bytes of a key that is given
+KEY_FILE = "erasure.key"
+MIN_KEY_LENGTH = 16  # characters or bytes of a key that is given
 
-def parse_key(text:str # 64 hexadecimal digits, as in a key file, or a secret of at least 16 characters
-             ) -> bytes: # 32 bytes
+
+def parse_key(
+    text: str,  # 64 hexadecimal digits, as in a key file, or a secret of at least 16 characters
+) -> bytes:  # 32 bytes
     "Return the erasure key that a text stands for; raises `AerecError`."
     with suppress(ValueError):
-        if len(key := bytes.fromhex(text.strip())) == 32: return key
+        if len(key := bytes.fromhex(text.strip())) == 32:
+            return key
     return derive_key(text.strip().encode())
 
-def derive_key(secret:bytes # at least 16 bytes
-              ) -> bytes: # 32 bytes
+
+def derive_key(
+    secret: bytes,  # at least 16 bytes
+) -> bytes:  # 32 bytes
     "Return the erasure key made from a secret; raises `AerecError`."
     if len(secret) < MIN_KEY_LENGTH:
-        raise AerecError(f'the erasure key is too short: give at least {MIN_KEY_LENGTH} characters, '
-                         'see AEREC_EVENTS__ERASURE_KEY')
-    return hashlib.blake2b(secret, digest_size=32, person=b'aerec key').digest()
+        raise AerecError(
+            f"the erasure key is too short: give at least {MIN_KEY_LENGTH} characters, see AEREC_EVENTS__ERASURE_KEY"
+        )
+    return hashlib.blake2b(secret, digest_size=32, person=b"aerec key").digest()
 
-def read_key(path:Path) -> bytes:
+
+def read_key(path: Path) -> bytes:
     "Read a key file; raises `OSError`, or `ValueError` where it holds no key."
-    key = bytes.fromhex(path.read_text(encoding='ascii').strip())
-    if len(key) != 32: raise ValueError(f'{len(key)} bytes instead of 32')
+    key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    if len(key) != 32:
+        raise ValueError(f"{len(key)} bytes instead of 32")
     return key
 
-def make_key(path:Path) -> bytes: # the key in the file, by whichever process it was made
+
+def make_key(path: Path) -> bytes:  # the key in the file, by whichever process it was made
     "Make a key file where there is none, whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w') as file:
-            file.write(secrets.token_hex(32) + '\n')
+        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileExistsError): os.link(temporary, path) # never replaces the key of another process
-    finally: temporary.unlink(missing_ok=True)
+        with suppress(FileExistsError):
+            os.link(temporary, path)  # never replaces the key of another process
+    finally:
+        temporary.unlink(missing_ok=True)
     return read_key(path)
 
 # %% ../nbs/00b_events.ipynb #ec720a7d
-def hash_user(key:bytes, # 32 bytes
-              user_id:str
-             ) -> str: # 40 hexadecimal digits
+def hash_user(
+    key: bytes,  # 32 bytes
+    user_id: str,
+) -> str:  # 40 hexadecimal digits
     "Return the keyed hash of a user."
-    return hashlib.blake2b(user_id.encode(), key=key, digest_size=20, person=b'aerec user').hexdigest()
+    return hashlib.blake2b(user_id.encode(), key=key, digest_size=20, person=b"aerec user").hexdigest()
 
-def _hash_old(key:bytes, old_hash:str) -> str:
+
+def _hash_old(key: bytes, old_hash: str) -> str:
     "Return the keyed hash of a hash that the version before made."
-    return hashlib.blake2b(old_hash.encode(), key=key, digest_size=20, person=b'aerec old user').hexdigest()
+    return hashlib.blake2b(old_hash.encode(), key=key, digest_size=20, person=b"aerec old user").hexdigest()
 
-def _old_hash(salt:str, user_id:str) -> str:
+
+def _old_hash(salt: str, user_id: str) -> str:
     "Return the hash of a user as the version before made it, with a salt in the database."
     return hashlib.blake2b(user_id.encode(), key=bytes.fromhex(salt), digest_size=20).hexdigest()
 
-def _crypt_salt(key:bytes, user_hash:str, salt:str) -> str:
+
+def _crypt_salt(key: bytes, user_hash: str, salt: str) -> str:
     "Encrypt a salt of the version before, or decrypt it: the same operation."
     data = bytes.fromhex(salt)
-    stream = hashlib.blake2b(user_hash.encode(), key=key, digest_size=len(data), person=b'aerec salt').digest()
+    stream = hashlib.blake2b(user_hash.encode(), key=key, digest_size=len(data), person=b"aerec salt").digest()
     return bytes(a ^ b for a, b in zip(data, stream)).hex()
+
 
 class ErasedUsers:
     "Users who were deleted, as keyed hashes."
-    def __init__(self, key:bytes=b'', # 32 bytes; none where nobody was deleted
-                 rows=() # user_hash, salt or None, erased_at
-                ):
+
+    def __init__(
+        self,
+        key: bytes = b"",  # 32 bytes; none where nobody was deleted
+        rows=(),  # user_hash, salt or None, erased_at
+    ):
         self.key, self.times, self.salts = key, {}, []
         self.add(rows)
 
-    def add(self, rows) -> None: # as in `__init__`
+    def add(self, rows) -> None:  # as in `__init__`
         "Add deleted users."
         for user_hash, salt, erased_at in rows:
             self.times[user_hash] = max(erased_at, self.times.get(user_hash, -math.inf))
-            if salt is None: continue
+            if salt is None:
+                continue
             plain = _crypt_salt(self.key, user_hash, salt)
-            if plain not in self.salts: self.salts.append(plain)
+            if plain not in self.salts:
+                self.salts.append(plain)
 
-    def erased_at(self, user_id:str) -> float|None: # UTC seconds; None: not deleted
+    def erased_at(self, user_id: str) -> float | None:  # UTC seconds; None: not deleted
         "Return when a user was last deleted."
-        if not self.times: return None
+        if not self.times:
+            return None
         hashes = [hash_user(self.key, user_id), *(_hash_old(self.key, _old_hash(salt, user_id)) for salt in self.salts)]
         return max((self.times[h] for h in hashes if h in self.times), default=None)
 
@@ -305,43 +378,51 @@ class ErasedUsers:
         "Tell whether a user was deleted."
         return self.erased_at(str(user_id)) is not None
 
-    def has_many(self, user_ids) -> np.ndarray: # bool, one of each id
+    def has_many(self, user_ids) -> np.ndarray:  # bool, one of each id
         "Tell which users were deleted."
-        if not self.times: return np.zeros(len(user_ids), bool)
+        if not self.times:
+            return np.zeros(len(user_ids), bool)
         return np.fromiter(map(self.has, user_ids), bool, len(user_ids))
 
-    def __len__(self): return len(self.times)
+    def __len__(self):
+        return len(self.times)
 
 # %% ../nbs/00b_events.ipynb #52354e69
 class Guard:
     "The deadline of a call on one connection."
-    def __init__(self, fd:int|None # copy of the descriptor of the socket; None: nothing to watch
-                ):
+
+    def __init__(
+        self,
+        fd: int | None,  # copy of the descriptor of the socket; None: nothing to watch
+    ):
         self.fd, self.deadline, self.expired = fd, math.inf, False
+
 
 class Watchdog:
     "Shuts down the sockets of database calls that take too long."
-    PERIOD_S = .1 # seconds between looks at the deadlines
-    IDLE_S = 5. # seconds without calls after which the thread ends
+
+    PERIOD_S = 0.1  # seconds between looks at the deadlines
+    IDLE_S = 5.0  # seconds without calls after which the thread ends
 
     def __init__(self):
         self._guards, self._lock, self._thread = set(), threading.Lock(), None
 
-    def watch(self, connection, seconds:float) -> Guard: # of the driver; time for the call
+    def watch(self, connection, seconds: float) -> Guard:  # of the driver; time for the call
         "Begin a deadline."
-        guard = Guard(os.dup(connection.fileno())) # a copy: its number is not used again while it is watched
+        guard = Guard(os.dup(connection.fileno()))  # a copy: its number is not used again while it is watched
         guard.deadline = time.monotonic() + seconds
         with self._lock:
             self._guards.add(guard)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name='event-log-watchdog', daemon=True)
+                self._thread = threading.Thread(target=self._run, name="event-log-watchdog", daemon=True)
                 self._thread.start()
         return guard
 
-    def release(self, guard:Guard) -> None:
+    def release(self, guard: Guard) -> None:
         "End the watching."
         with self._lock:
-            if guard not in self._guards: return
+            if guard not in self._guards:
+                return
             self._guards.remove(guard)
             os.close(guard.fd)
 
@@ -352,89 +433,120 @@ class Watchdog:
             now = time.monotonic()
             with self._lock:
                 for guard in self._guards:
-                    if now > guard.deadline and not guard.expired: self._expire(guard)
-                if self._guards: used = now
+                    if now > guard.deadline and not guard.expired:
+                        self._expire(guard)
+                if self._guards:
+                    used = now
                 if now - used > self.IDLE_S:
                     self._thread = None
                     return
 
     def _expire(self, guard):
         guard.expired = True
-        with suppress(OSError), socket.socket(fileno=os.dup(guard.fd)) as s: s.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError), socket.socket(fileno=os.dup(guard.fd)) as s:
+            s.shutdown(socket.SHUT_RDWR)
 
 # %% ../nbs/00b_events.ipynb #5a94b33e
-def sqlite_url(path:str|Path # a file
-              ) -> str: # SQLAlchemy URL
+def sqlite_url(
+    path: str | Path,  # a file
+) -> str:  # SQLAlchemy URL
     "Return the URL of a SQLite file."
-    return f'sqlite:///{Path(path).absolute()}'
+    return f"sqlite:///{Path(path).absolute()}"
 
-def sqlite_path(address:sa.URL) -> Path|None: # None: another database, one in memory, or one named by a URI of SQLite
+
+def sqlite_path(
+    address: sa.URL,
+) -> Path | None:  # None: another database, one in memory, or one named by a URI of SQLite
     "Return the file of a SQLite database."
-    name = address.database or ':memory:'
-    if address.get_backend_name() != 'sqlite' or name == ':memory:' or name.startswith('file:'): return None
+    name = address.database or ":memory:"
+    if address.get_backend_name() != "sqlite" or name == ":memory:" or name.startswith("file:"):
+        return None
     return Path(name).absolute()
 
-def _listen_sqlite(engine:sa.Engine, timeout_s:float) -> None:
+
+def _listen_sqlite(engine: sa.Engine, timeout_s: float) -> None:
     "Set what every SQLite connection of the log must have."
-    pragmas = (f'busy_timeout={round(1000*timeout_s)}', 'synchronous=FULL', 'cell_size_check=ON')
-    def connected(connection, record):
-        for pragma in pragmas: connection.execute(f'PRAGMA {pragma}').close()
-    sa.event.listen(engine, 'connect', connected)
+    pragmas = (f"busy_timeout={round(1000 * timeout_s)}", "synchronous=FULL", "cell_size_check=ON")
 
-def _timeout_statement(seconds:float, local:bool) -> str:
+    def connected(connection, record):
+        for pragma in pragmas:
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    sa.event.listen(engine, "connect", connected)
+
+
+def _timeout_statement(seconds: float, local: bool) -> str:
     "Return the statement that sets how long one statement may take; 0: as long as it takes."
-    return f"SELECT set_config('statement_timeout', '{round(1000*seconds)}', {str(local).lower()})"
+    return f"SELECT set_config('statement_timeout', '{round(1000 * seconds)}', {str(local).lower()})"
 
-def _listen_postgres(engine:sa.Engine, watchdog:Watchdog, connect_s:float, statement_s:float) -> None:
+
+def _listen_postgres(engine: sa.Engine, watchdog: Watchdog, connect_s: float, statement_s: float) -> None:
     "Set what every PostgreSQL connection of the log must have."
+
     def connected(connection, record):
-        record.info['guard'] = watchdog.watch(connection, connect_s) # until its first use: SQLAlchemy asks for the version
-        with connection.cursor() as cursor: cursor.execute(_timeout_statement(statement_s, False))
+        record.info["guard"] = watchdog.watch(
+            connection, connect_s
+        )  # until its first use: SQLAlchemy asks for the version
+        with connection.cursor() as cursor:
+            cursor.execute(_timeout_statement(statement_s, False))
         connection.commit()
 
     def checked_out(connection, record, proxy):
-        guard, idle_s = record.info.pop('guard', None), time.monotonic() - record.info.get('used', math.inf)
-        if guard is None and idle_s > 1: guard = _ping(connection, watchdog, min(1., connect_s))
-        if guard is not None: watchdog.release(guard)
+        guard, idle_s = record.info.pop("guard", None), time.monotonic() - record.info.get("used", math.inf)
+        if guard is None and idle_s > 1:
+            guard = _ping(connection, watchdog, min(1.0, connect_s))
+        if guard is not None:
+            watchdog.release(guard)
 
-    def checked_in(connection, record): record.info['used'] = time.monotonic()
-    sa.event.listen(engine, 'connect', connected, insert=True)
-    sa.event.listen(engine, 'checkout', checked_out)
-    sa.event.listen(engine, 'checkin', checked_in)
+    def checked_in(connection, record):
+        record.info["used"] = time.monotonic()
 
-def _ping(connection, watchdog:Watchdog, seconds:float) -> Guard:
+    sa.event.listen(engine, "connect", connected, insert=True)
+    sa.event.listen(engine, "checkout", checked_out)
+    sa.event.listen(engine, "checkin", checked_in)
+
+
+def _ping(connection, watchdog: Watchdog, seconds: float) -> Guard:
     "Try a connection that was idle; SQLAlchemy makes new ones where it is lost."
     guard = watchdog.watch(connection, seconds)
     try:
-        with connection.cursor() as cursor: cursor.execute('SELECT 1')
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
         connection.rollback()
-    except Exception as e: # of any driver
+    except Exception as e:  # of any driver
         watchdog.release(guard)
         raise sa.exc.InvalidatePoolError() from e
     return guard
 
 # %% ../nbs/00b_events.ipynb #16e0e0ec
-_DRIVERS = ('pysqlite', 'psycopg', 'psycopg2') # those that have the timeouts below
+_DRIVERS = ("pysqlite", "psycopg", "psycopg2")  # those that have the timeouts below
 
-def open_engine(url:str, # SQLAlchemy URL (sqlite or postgresql)
-                connect_timeout_s:float=3., # seconds to wait for a connection
-                statement_timeout_s:float=5., # seconds that a statement may take
-                watchdog:Watchdog=None # of PostgreSQL connections; None: a new one
-               ) -> sa.Engine: # SQLite: commits reach the disk
+
+def open_engine(
+    url: str,  # SQLAlchemy URL (sqlite or postgresql)
+    connect_timeout_s: float = 3.0,  # seconds to wait for a connection
+    statement_timeout_s: float = 5.0,  # seconds that a statement may take
+    watchdog: Watchdog = None,  # of PostgreSQL connections; None: a new one
+) -> sa.Engine:  # SQLite: commits reach the disk
     "Make an engine that gives up waiting; raises `AerecError` where the URL is wrong."
-    try: address = sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError):
-        raise AerecError(f'events_url {hide_secrets(url)!r} is not a URL; '
-                         'write sqlite:////folder/events.db or postgresql://user@host/name') from None
-    if address.get_backend_name() not in ('sqlite', 'postgresql'):
-        raise AerecError(f'events_url: {address.get_backend_name()} is not supported; use sqlite or postgresql')
-    try: driver = address.get_dialect().driver
-    except (sa.exc.SQLAlchemyError, ImportError): driver = ''
-    if driver not in _DRIVERS:
-        raise AerecError(f'events_url: driver of {address.drivername} not supported; use sqlite or postgresql+psycopg')
-    pool = {'pool_size': 5, 'max_overflow': 10, 'pool_timeout': connect_timeout_s}
     try:
-        if address.get_backend_name() == 'postgresql':
+        address = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
+        raise AerecError(
+            f"events_url {hide_secrets(url)!r} is not a URL; "
+            "write sqlite:////folder/events.db or postgresql://user@host/name"
+        ) from None
+    if address.get_backend_name() not in ("sqlite", "postgresql"):
+        raise AerecError(f"events_url: {address.get_backend_name()} is not supported; use sqlite or postgresql")
+    try:
+        driver = address.get_dialect().driver
+    except (sa.exc.SQLAlchemyError, ImportError):
+        driver = ""
+    if driver not in _DRIVERS:
+        raise AerecError(f"events_url: driver of {address.drivername} not supported; use sqlite or postgresql+psycopg")
+    pool = {"pool_size": 5, "max_overflow": 10, "pool_timeout": connect_timeout_s}
+    try:
+        if address.get_backend_name() == "postgresql":
             arguments = _postgres_arguments(address, connect_timeout_s, statement_timeout_s)
             engine = sa.create_engine(address, connect_args=arguments, **pool)
             _listen_postgres(engine, watchdog or Watchdog(), connect_timeout_s, statement_timeout_s)
@@ -442,77 +554,99 @@ def open_engine(url:str, # SQLAlchemy URL (sqlite or postgresql)
             engine = sa.create_engine(address, **(pool if sqlite_path(address) else {}))
             _listen_sqlite(engine, statement_timeout_s)
     except ImportError as e:
-        raise AerecError(f'cannot open {hide_secrets(address.render_as_string(hide_password=True))}: {e}') from None
+        raise AerecError(f"cannot open {hide_secrets(address.render_as_string(hide_password=True))}: {e}") from None
     return engine
 
-def _postgres_arguments(address:sa.URL, connect_s:float, statement_s:float) -> dict:
+
+def _postgres_arguments(address: sa.URL, connect_s: float, statement_s: float) -> dict:
     "Return the arguments of libpq that bound waiting; those of the URL take precedence."
-    arguments = {'connect_timeout': max(1, math.ceil(connect_s)), 'tcp_user_timeout': round(1000*statement_s),
-                 'keepalives': 1, 'keepalives_idle': max(1, math.ceil(statement_s/2)), 'keepalives_interval': 1,
-                 'keepalives_count': 3}
+    arguments = {
+        "connect_timeout": max(1, math.ceil(connect_s)),
+        "tcp_user_timeout": round(1000 * statement_s),
+        "keepalives": 1,
+        "keepalives_idle": max(1, math.ceil(statement_s / 2)),
+        "keepalives_interval": 1,
+        "keepalives_count": 3,
+    }
     return {name: value for name, value in arguments.items() if name not in address.query}
 
 # %% ../nbs/00b_events.ipynb #aa786cd0
-logger = logging.getLogger('aerec_nb.events')
+logger = logging.getLogger("aerec_nb.events")
+
 
 class EventLog:
     "Append-only log of events behind a SQLAlchemy URL (or the path of a SQLite file)."
-    def __init__(self, url:str|Path, # SQLAlchemy URL, or a path
-                 erasure_key:bytes|Path=None, # secret, or key file; None: `erasure.key` beside a SQLite file or in var/
-                 connect_timeout_s:float=3., # seconds to wait for a connection, or for the other threads that write
-                 statement_timeout_s:float=5. # seconds that one statement may take
-                ):
+
+    def __init__(
+        self,
+        url: str | Path,  # SQLAlchemy URL, or a path
+        erasure_key: bytes | Path = None,  # secret, or key file; None: `erasure.key` beside a SQLite file or in var/
+        connect_timeout_s: float = 3.0,  # seconds to wait for a connection, or for the other threads that write
+        statement_timeout_s: float = 5.0,  # seconds that one statement may take
+    ):
         self.connect_timeout_s, self.statement_timeout_s = connect_timeout_s, statement_timeout_s
         self._watchdog = Watchdog()
         url = sqlite_url(url) if isinstance(url, Path) else url
         self.engine = open_engine(url, connect_timeout_s, statement_timeout_s, self._watchdog)
         self.url = hide_secrets(self.engine.url.render_as_string(hide_password=True))
-        self.path = sqlite_path(self.engine.url) # None: no file
-        self.table, self._lock = _tables().tables['events'], threading.Lock()
+        self.path = sqlite_path(self.engine.url)  # None: no file
+        self.table, self._lock = _tables().tables["events"], threading.Lock()
         insert = (sqlite if self._is_sqlite else postgresql).insert(self.table)
-        self._insert = insert.on_conflict_do_nothing(index_elements=['event_id'])
+        self._insert = insert.on_conflict_do_nothing(index_elements=["event_id"])
         self.log_id, self._inode, self._journal, self.is_new = None, None, None, False
         self._key, self.key_file = self._key_source(erasure_key)
         self._erased, self._erased_seq = ErasedUsers(), 0
         self._open()
 
     @property
-    def _is_sqlite(self): return self.engine.dialect.name == 'sqlite'
+    def _is_sqlite(self):
+        return self.engine.dialect.name == "sqlite"
 
-    def _tables(self, name): return self.table.metadata.tables[name]
+    def _tables(self, name):
+        return self.table.metadata.tables[name]
 
-    def append(self, events:list, # dicts, see `check_event`
-               now:float=None # clock of the server, UTC seconds: only for tests and simulators; None: now
-              ) -> int: # how many were not there before
+    def append(
+        self,
+        events: list,  # dicts, see `check_event`
+        now: float = None,  # clock of the server, UTC seconds: only for tests and simulators; None: now
+    ) -> int:  # how many were not there before
         "Store events in one transaction; they are on disk when this returns."
         now = time.time() if now is None else now
-        rows = [{**check_event(event, now), 'received_at': now} for event in events]
-        if not rows: return 0
+        rows = [{**check_event(event, now), "received_at": now} for event in events]
+        if not rows:
+            return 0
         with self._transaction() as db:
             rows = self._without_erased(db, rows)
-            if not rows: return 0
-            if self._is_sqlite: return db.execute(self._insert, rows).rowcount
+            if not rows:
+                return 0
+            if self._is_sqlite:
+                return db.execute(self._insert, rows).rowcount
             return len(db.execute(self._insert.returning(self.table.c.event_id), rows).all())
 
-    def read(self, kind:str=None, # only this kind; None: all
-             since:float=None, # only from this time on, UTC seconds; None: from the beginning
-             until:float=None, # only before this time, UTC seconds; None: to the end
-             simulated:bool=None # only simulated (True) or only real (False); None: both
-            ) -> pd.DataFrame: # the columns of an event, in the order of storing; payload as dicts
+    def read(
+        self,
+        kind: str = None,  # only this kind; None: all
+        since: float = None,  # only from this time on, UTC seconds; None: from the beginning
+        until: float = None,  # only before this time, UTC seconds; None: to the end
+        simulated: bool = None,  # only simulated (True) or only real (False); None: both
+    ) -> pd.DataFrame:  # the columns of an event, in the order of storing; payload as dicts
         "Return events as a table."
         found = self._where(sa.select(*(self.table.c[name] for name in COLUMNS)), kind, since, until, simulated)
         found = found.order_by(self.table.c.seq)
         return events_frame([row for part in self._parts(found) for row in part])
 
-    def count(self) -> int: # events stored
+    def count(self) -> int:  # events stored
         "Return how many events there are."
         return self._first(sa.select(sa.func.count()).select_from(self.table))
 
-    def last_time(self, simulated:bool=None # as in `read`
-                 ) -> float|None: # UTC seconds; None: no events
+    def last_time(
+        self,
+        simulated: bool = None,  # as in `read`
+    ) -> float | None:  # UTC seconds; None: no events
         "Return when the newest event happened."
         found = sa.select(sa.func.max(self.table.c.time))
-        if simulated is not None: found = found.where(self.table.c.simulated == simulated)
+        if simulated is not None:
+            found = found.where(self.table.c.simulated == simulated)
         return self._first(found)
 
     def close(self) -> None:
@@ -520,389 +654,496 @@ class EventLog:
         self.engine.dispose()
         self._journal = None
 
-    def __repr__(self): return f'EventLog({self.url})'
+    def __repr__(self):
+        return f"EventLog({self.url})"
 
 # %% ../nbs/00b_events.ipynb #ddbd9d3d
 @patch
-def _unavailable(self:EventLog, code:LogErrorCode, reason='') -> EventLogUnavailable:
+def _unavailable(self: EventLog, code: LogErrorCode, reason="") -> EventLogUnavailable:
     "Make the error that says why the log cannot be used."
-    reason = hide_secrets((str(reason).splitlines() or [''])[0])
-    return EventLogUnavailable(code, f'event log {self.url}: {_MEANINGS[code]}' + (f' ({reason})' if reason else ''))
+    reason = hide_secrets((str(reason).splitlines() or [""])[0])
+    return EventLogUnavailable(code, f"event log {self.url}: {_MEANINGS[code]}" + (f" ({reason})" if reason else ""))
+
 
 @patch
 @contextmanager
-def _session(self:EventLog):
+def _session(self: EventLog):
     "Open a connection, with a deadline for what is done with it."
     guard = Guard(None)
     try:
         with self.engine.connect() as db:
-            if not self._is_sqlite: guard = self._watchdog.watch(db.connection.dbapi_connection, self._deadline_s)
+            if not self._is_sqlite:
+                guard = self._watchdog.watch(db.connection.dbapi_connection, self._deadline_s)
             yield db, guard
     except (sa.exc.SQLAlchemyError, self.engine.dialect.dbapi.Error, OSError) as e:
-        if isinstance(e, EventLogUnavailable): raise
+        if isinstance(e, EventLogUnavailable):
+            raise
         code = LogErrorCode.TIMEOUT if guard.expired else error_code(e)
         raise self._unavailable(code, e.orig if isinstance(e, sa.exc.DBAPIError) else e) from e
-    finally: self._watchdog.release(guard)
+    finally:
+        self._watchdog.release(guard)
+
 
 @patch(as_prop=True)
-def _deadline_s(self:EventLog) -> float: return self.statement_timeout_s + .5 # the server itself ends a statement first
+def _deadline_s(self: EventLog) -> float:
+    return self.statement_timeout_s + 0.5  # the server itself ends a statement first
+
 
 @patch
 @contextmanager
-def _transaction(self:EventLog, checked:bool=True):
+def _transaction(self: EventLog, checked: bool = True):
     "Begin a write transaction, alone in this process and in the database, and commit it."
     if not self._lock.acquire(timeout=self.connect_timeout_s):
-        raise self._unavailable(LogErrorCode.LOCKED, 'by another thread')
+        raise self._unavailable(LogErrorCode.LOCKED, "by another thread")
     try:
         with self._session() as (db, _):
             self._acquire_write_lock(db)
-            if checked: self._check_identity(db)
+            if checked:
+                self._check_identity(db)
             yield db
             db.commit()
-    finally: self._lock.release()
+    finally:
+        self._lock.release()
+
 
 @patch
-def _acquire_write_lock(self:EventLog, db) -> None:
+def _acquire_write_lock(self: EventLog, db) -> None:
     "Wait for the other writers before anything is read."
-    if self._is_sqlite: db.exec_driver_sql('BEGIN IMMEDIATE')
-    else: # a writer whose network is gone must not keep the lock
-        idle_ms = round(1000*(self.connect_timeout_s + self.statement_timeout_s))
-        db.exec_driver_sql(f"SELECT set_config('idle_in_transaction_session_timeout', '{idle_ms}', true), "
-                           "pg_advisory_xact_lock(hashtext('aerec events'))")
+    if self._is_sqlite:
+        db.exec_driver_sql("BEGIN IMMEDIATE")
+    else:  # a writer whose network is gone must not keep the lock
+        idle_ms = round(1000 * (self.connect_timeout_s + self.statement_timeout_s))
+        db.exec_driver_sql(
+            f"SELECT set_config('idle_in_transaction_session_timeout', '{idle_ms}', true), "
+            "pg_advisory_xact_lock(hashtext('aerec events'))"
+        )
+
 
 @patch
-def _first(self:EventLog, found):
+def _first(self: EventLog, found):
     "Return the first value of a selection."
-    with self._session() as (db, _): return db.execute(found).scalar()
+    with self._session() as (db, _):
+        return db.execute(found).scalar()
 
 # %% ../nbs/00b_events.ipynb #64c8024b
 @patch
-def _check_identity(self:EventLog, db) -> None:
+def _check_identity(self: EventLog, db) -> None:
     "Check in a write transaction that the log is the one that was opened."
     size = self._check_files(db) if self.path else None
     log_id, known_size, self._newest_erased = db.exec_driver_sql(
         "SELECT (SELECT value FROM events_meta WHERE name = 'log_id'), "
-        "(SELECT value FROM events_meta WHERE name = 'file_size'), (SELECT max(seq) FROM erased_users)").one()
-    if log_id != self.log_id: raise self._unavailable(LogErrorCode.REPLACED)
-    if size is not None and size != int(known_size or 0): self._check_size(db, size, int(known_size or 0))
+        "(SELECT value FROM events_meta WHERE name = 'file_size'), (SELECT max(seq) FROM erased_users)"
+    ).one()
+    if log_id != self.log_id:
+        raise self._unavailable(LogErrorCode.REPLACED)
+    if size is not None and size != int(known_size or 0):
+        self._check_size(db, size, int(known_size or 0))
+
 
 @patch
-def _check_files(self:EventLog, db) -> int: # bytes of the main file
+def _check_files(self: EventLog, db) -> int:  # bytes of the main file
     "Check that the files of SQLite are those that this connection has open."
-    try: main, journal, index = (os.stat(f'{self.path}{suffix}') for suffix in ('', '-wal', '-shm'))
-    except FileNotFoundError as e: raise self._unavailable(LogErrorCode.MISSING, Path(e.filename).name) from None
-    if self._journal is None: self._journal = journal.st_ino, index.st_ino # the same while a connection is open
+    try:
+        main, journal, index = (os.stat(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm"))
+    except FileNotFoundError as e:
+        raise self._unavailable(LogErrorCode.MISSING, Path(e.filename).name) from None
+    if self._journal is None:
+        self._journal = journal.st_ino, index.st_ino  # the same while a connection is open
     found = (main.st_dev, main.st_ino), (journal.st_ino, index.st_ino)
-    if found != (self._inode, self._journal): raise self._unavailable(LogErrorCode.REPLACED)
+    if found != (self._inode, self._journal):
+        raise self._unavailable(LogErrorCode.REPLACED)
 
     info, state = db.connection.info, (main.st_mtime_ns, main.st_size)
-    if info.get('state') != state: # a checkpoint wrote to it, or something else did
-        db.exec_driver_sql('PRAGMA shrink_memory')
-        info['state'] = state
+    if info.get("state") != state:  # a checkpoint wrote to it, or something else did
+        db.exec_driver_sql("PRAGMA shrink_memory")
+        info["state"] = state
     return main.st_size
 
+
 @patch
-def _check_size(self:EventLog, db, size:int, known_size:int) -> None:
+def _check_size(self: EventLog, db, size: int, known_size: int) -> None:
     "Record the size of the file; refuse one that was truncated."
     if size < known_size:
-        pages, page_size = (db.exec_driver_sql(f'PRAGMA {name}').scalar_one() for name in ('page_count', 'page_size'))
-        if size < pages*page_size: # else VACUUM made it smaller
-            raise self._unavailable(LogErrorCode.DAMAGED, f'the file has {size:,} of {pages*page_size:,} bytes')
-    self._set_meta(db, 'file_size', str(size))
+        pages, page_size = (db.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in ("page_count", "page_size"))
+        if size < pages * page_size:  # else VACUUM made it smaller
+            raise self._unavailable(LogErrorCode.DAMAGED, f"the file has {size:,} of {pages * page_size:,} bytes")
+    self._set_meta(db, "file_size", str(size))
+
 
 @patch
-def _get_meta(self:EventLog, db, name:str) -> str|None:
+def _get_meta(self: EventLog, db, name: str) -> str | None:
     "Return a value that identifies the log."
-    meta = self._tables('events_meta').c
+    meta = self._tables("events_meta").c
     return db.execute(sa.select(meta.value).where(meta.name == name)).scalar()
 
+
 @patch
-def _set_meta(self:EventLog, db, name:str, value:str) -> None:
+def _set_meta(self: EventLog, db, name: str, value: str) -> None:
     "Store a value that identifies the log."
-    meta = self._tables('events_meta')
+    meta = self._tables("events_meta")
     updated = db.execute(meta.update().where(meta.c.name == name).values(value=value)).rowcount
-    if not updated: db.execute(meta.insert().values(name=name, value=value))
+    if not updated:
+        db.execute(meta.insert().values(name=name, value=value))
 
 # %% ../nbs/00b_events.ipynb #f9e21365
-SPARE_BYTES = 65_536 # that a disk must have room for
+SPARE_BYTES = 65_536  # that a disk must have room for
+
 
 @patch
-def check_writable(self:EventLog) -> None:
+def check_writable(self: EventLog) -> None:
     "Try a write; raises `EventLogUnavailable` with the reason."
     with self._transaction() as db:
         self._read_ends(db)
-        self._set_meta(db, 'write_check', str(time.time()))
-        if self._newest_erased: self._checked_key(db)
-    if self.path is None: return
+        self._set_meta(db, "write_check", str(time.time()))
+        if self._newest_erased:
+            self._checked_key(db)
+    if self.path is None:
+        return
     try:
         with TemporaryFile(dir=self.path.parent) as file:
             file.write(bytes(SPARE_BYTES))
             file.flush()
-    except OSError as e: raise self._unavailable(error_code(e), e) from e
+    except OSError as e:
+        raise self._unavailable(error_code(e), e) from e
+
 
 @patch
-def _read_ends(self:EventLog, db) -> None:
+def _read_ends(self: EventLog, db) -> None:
     "Read both ends of the table and of each index: damage there shows."
     c = self.table.c
     for column in (c.seq, c.event_id, c.time, c.received_at):
-        for order in (column.asc(), column.desc()): db.execute(sa.select(c.event_id).order_by(order).limit(1)).all()
-    db.execute(sa.select(c.seq).where(c.kind == 'feedback').order_by(c.seq.desc()).limit(1)).all()
+        for order in (column.asc(), column.desc()):
+            db.execute(sa.select(c.event_id).order_by(order).limit(1)).all()
+    db.execute(sa.select(c.seq).where(c.kind == "feedback").order_by(c.seq.desc()).limit(1)).all()
 
 # %% ../nbs/00b_events.ipynb #c2188d68
 @patch
-def _open(self:EventLog) -> None:
+def _open(self: EventLog) -> None:
     "Open the database, make the tables that are missing, and migrate those of the version before."
     made = False
     try:
         made = self.path is not None and self._make_file()
-        if made: self._use_write_ahead_log()
-        with self._transaction(checked=False) as db: self.is_new = self._prepare(db)
-        self._use_write_ahead_log() # only now: the file of another program is not touched
+        if made:
+            self._use_write_ahead_log()
+        with self._transaction(checked=False) as db:
+            self.is_new = self._prepare(db)
+        self._use_write_ahead_log()  # only now: the file of another program is not touched
         self._inode = self._file_id()
         with self._transaction() as db:
             self._read_ends(db)
-            self._set_meta(db, 'write_check', str(time.time()))
+            self._set_meta(db, "write_check", str(time.time()))
         self._quick_check()
     except OSError as e:
         self.engine.dispose()
-        with suppress(OSError): # an empty file would be refused next time
-            if made and self.path.stat().st_size == 0: self.path.unlink()
+        with suppress(OSError):  # an empty file would be refused next time
+            if made and self.path.stat().st_size == 0:
+                self.path.unlink()
         error = e if isinstance(e, EventLogUnavailable) else self._unavailable(error_code(e), e)
-        raise AerecError(f'cannot open {error}') from None
-    if self.is_new: logger.info('a new event log was made: %s', self.url)
+        raise AerecError(f"cannot open {error}") from None
+    if self.is_new:
+        logger.info("a new event log was made: %s", self.url)
+
 
 @patch
-def _use_write_ahead_log(self:EventLog) -> None:
+def _use_write_ahead_log(self: EventLog) -> None:
     "Set the journal of a SQLite file; the file remembers it."
-    if self.path is None: return
+    if self.path is None:
+        return
     until = time.monotonic() + self.statement_timeout_s
-    while True: # SQLite itself does not wait here for the transactions of others
+    while True:  # SQLite itself does not wait here for the transactions of others
         try:
-            with self._session() as (db, _): return db.exec_driver_sql('PRAGMA journal_mode=WAL').close()
+            with self._session() as (db, _):
+                return db.exec_driver_sql("PRAGMA journal_mode=WAL").close()
         except EventLogUnavailable as e:
-            if e.code != LogErrorCode.LOCKED or time.monotonic() > until: raise
-        time.sleep(.02)
+            if e.code != LogErrorCode.LOCKED or time.monotonic() > until:
+                raise
+        time.sleep(0.02)
+
 
 @patch
-def _file_id(self:EventLog) -> tuple|None: # device and inode; None: no file
+def _file_id(self: EventLog) -> tuple | None:  # device and inode; None: no file
     "Return the identity of the file that is in the place of the log now."
-    if self.path is None: return None
+    if self.path is None:
+        return None
     found = os.stat(self.path)
     return found.st_dev, found.st_ino
 
+
 @patch
-def _make_file(self:EventLog) -> bool: # True: it was made now
+def _make_file(self: EventLog) -> bool:  # True: it was made now
     "Make the file of a new log; wait for another process that has just made it."
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    journal = self.path.with_name(f'{self.path.name}-wal')
+    journal = self.path.with_name(f"{self.path.name}-wal")
     if not self.path.exists() and journal.exists() and journal.stat().st_size:
-        raise self._unavailable(LogErrorCode.MISSING, f'its journal {journal.name} is still there')
+        raise self._unavailable(LogErrorCode.MISSING, f"its journal {journal.name} is still there")
     try:
         os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         return True
-    except FileExistsError: pass
+    except FileExistsError:
+        pass
 
     until = time.monotonic() + self.connect_timeout_s
     while self.path.stat().st_size == 0:
         if time.monotonic() > until:
-            raise self._unavailable(LogErrorCode.DAMAGED, 'the file is empty; delete it to begin a new log')
-        time.sleep(.02)
+            raise self._unavailable(LogErrorCode.DAMAGED, "the file is empty; delete it to begin a new log")
+        time.sleep(0.02)
     return False
 
 # %% ../nbs/00b_events.ipynb #d57ad1d9
 @patch
-def _prepare(self:EventLog, db) -> bool: # True: there was no log
+def _prepare(self: EventLog, db) -> bool:  # True: there was no log
     "Make and migrate the tables."
-    if not self._is_sqlite: db.exec_driver_sql(_timeout_statement(0, True)) # a migration takes as long as it takes
+    if not self._is_sqlite:
+        db.exec_driver_sql(_timeout_statement(0, True))  # a migration takes as long as it takes
     inspector = sa.inspect(db)
-    there = [name for name in (*self.table.metadata.tables, 'forgotten') if inspector.has_table(name)]
-    if 'events' in there: self._check_columns(db, {column['name'] for column in inspector.get_columns('events')})
+    there = [name for name in (*self.table.metadata.tables, "forgotten") if inspector.has_table(name)]
+    if "events" in there:
+        self._check_columns(db, {column["name"] for column in inspector.get_columns("events")})
     for table in self.table.metadata.sorted_tables:
-        if table.name not in there: db.execute(CreateTable(table))
-    indexed = {index['name'] for index in inspector.get_indexes('events')} if 'events' in there else set()
+        if table.name not in there:
+            db.execute(CreateTable(table))
+    indexed = {index["name"] for index in inspector.get_indexes("events")} if "events" in there else set()
     for index in self.table.indexes:
-        if index.name not in indexed: db.execute(CreateIndex(index))
-    if self._get_meta(db, 'log_id') is None: self._set_meta(db, 'log_id', uuid.uuid4().hex)
-    self.log_id = self._get_meta(db, 'log_id')
-    if 'forgotten' in there: self._migrate_forgotten(db)
+        if index.name not in indexed:
+            db.execute(CreateIndex(index))
+    if self._get_meta(db, "log_id") is None:
+        self._set_meta(db, "log_id", uuid.uuid4().hex)
+    self.log_id = self._get_meta(db, "log_id")
+    if "forgotten" in there:
+        self._migrate_forgotten(db)
 
-    c, now = self.table.c, time.time() # the version before writes no time of arrival
+    c, now = self.table.c, time.time()  # the version before writes no time of arrival
     arrived = sa.case((c.time < now, c.time), else_=now)
     db.execute(self.table.update().where(c.received_at.is_(None)).values(received_at=arrived))
     self._explain_insert(db)
-    if not self._is_sqlite: db.exec_driver_sql(_timeout_statement(self.statement_timeout_s, True))
-    return 'events' not in there
+    if not self._is_sqlite:
+        db.exec_driver_sql(_timeout_statement(self.statement_timeout_s, True))
+    return "events" not in there
+
 
 @patch
-def _explain_insert(self:EventLog, db) -> None:
+def _explain_insert(self: EventLog, db) -> None:
     "Let the database check, without storing it, that an event fits into the table."
-    columns = [*COLUMNS, 'received_at']
+    columns = [*COLUMNS, "received_at"]
     compiled = self._insert.compile(self.engine, column_keys=columns)
-    values = (None,)*len(columns) if compiled.positional else dict.fromkeys(columns)
-    db.exec_driver_sql(f'EXPLAIN {compiled}', values).close()
+    values = (None,) * len(columns) if compiled.positional else dict.fromkeys(columns)
+    db.exec_driver_sql(f"EXPLAIN {compiled}", values).close()
+
 
 @patch
-def _check_columns(self:EventLog, db, columns:set) -> None:
+def _check_columns(self: EventLog, db, columns: set) -> None:
     "Refuse a table of another program; add the column that the version before lacks."
-    lacking = [name for name in ('seq', *COLUMNS) if name not in columns]
-    if lacking: raise self._unavailable(LogErrorCode.SCHEMA, f'the table events has no column {lacking[0]}')
-    if 'received_at' not in columns:
+    lacking = [name for name in ("seq", *COLUMNS) if name not in columns]
+    if lacking:
+        raise self._unavailable(LogErrorCode.SCHEMA, f"the table events has no column {lacking[0]}")
+    if "received_at" not in columns:
         column = CreateColumn(self.table.c.received_at).compile(self.engine)
-        db.exec_driver_sql(f'ALTER TABLE events ADD COLUMN {column}')
+        db.exec_driver_sql(f"ALTER TABLE events ADD COLUMN {column}")
+
 
 @patch
-def _migrate_forgotten(self:EventLog, db) -> None:
+def _migrate_forgotten(self: EventLog, db) -> None:
     "Hash the deleted users of the version before again; no salt stays readable in the database."
-    old = sa.table('forgotten', *map(sa.column, ('seq', 'who', 'salt', 'until', 'n_events')))
-    rows, erased = db.execute(sa.select(old).order_by(old.c.seq)).all(), self._tables('erased_users')
-    if rows: key = self._registered_key(db)
+    old = sa.table("forgotten", *map(sa.column, ("seq", "who", "salt", "until", "n_events")))
+    rows, erased = db.execute(sa.select(old).order_by(old.c.seq)).all(), self._tables("erased_users")
+    if rows:
+        key = self._registered_key(db)
     for row in rows:
         user_hash = _hash_old(key, row.who)
         salt = _crypt_salt(key, user_hash, row.salt)
         db.execute(erased.insert().values(user_hash=user_hash, salt=salt, erased_at=row.until, n_events=row.n_events))
-    if self._is_sqlite: db.exec_driver_sql('PRAGMA secure_delete=ON').close()
-    db.execute(DropTable(sa.Table('forgotten', sa.MetaData())))
+    if self._is_sqlite:
+        db.exec_driver_sql("PRAGMA secure_delete=ON").close()
+    db.execute(DropTable(sa.Table("forgotten", sa.MetaData())))
 
-QUICK_CHECK_BYTES = 2**26 # a larger file is checked at the ends of its indexes only; this one takes a tenth of a second
+
+QUICK_CHECK_BYTES = (
+    2**26
+)  # a larger file is checked at the ends of its indexes only; this one takes a tenth of a second
+
 
 @patch
-def _quick_check(self:EventLog) -> None:
+def _quick_check(self: EventLog) -> None:
     "Check all pages of a SQLite file that is not large."
-    if self.path is None or os.stat(self.path).st_size > QUICK_CHECK_BYTES: return
-    with self._session() as (db, _): problem = db.exec_driver_sql('PRAGMA quick_check(1)').scalar_one()
-    if problem != 'ok': raise self._unavailable(LogErrorCode.DAMAGED, problem.splitlines()[-1])
+    if self.path is None or os.stat(self.path).st_size > QUICK_CHECK_BYTES:
+        return
+    with self._session() as (db, _):
+        problem = db.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+    if problem != "ok":
+        raise self._unavailable(LogErrorCode.DAMAGED, problem.splitlines()[-1])
 
 # %% ../nbs/00b_events.ipynb #e7a95227
-_KEY_VARIABLE = 'AEREC_EVENTS__ERASURE_KEY'
+_KEY_VARIABLE = "AEREC_EVENTS__ERASURE_KEY"
+
 
 @patch
-def _key_source(self:EventLog, given:bytes|Path|None) -> tuple: # key or None, file or None
+def _key_source(self: EventLog, given: bytes | Path | None) -> tuple:  # key or None, file or None
     "Say where the erasure key comes from; it is read when it is needed."
-    if isinstance(given, Path): return None, given
-    if given is not None: return (given if len(given) == 32 else derive_key(given)), None
-    if self.path is not None: return None, self.path.with_name(KEY_FILE)
-    if self._is_sqlite: return secrets.token_bytes(32), None # in memory: it ends with the process
-    return None, project_dir()/'var'/KEY_FILE
+    if isinstance(given, Path):
+        return None, given
+    if given is not None:
+        return (given if len(given) == 32 else derive_key(given)), None
+    if self.path is not None:
+        return None, self.path.with_name(KEY_FILE)
+    if self._is_sqlite:
+        return secrets.token_bytes(32), None  # in memory: it ends with the process
+    return None, project_dir() / "var" / KEY_FILE
+
 
 @patch
-def _read_key(self:EventLog, make:bool) -> bytes:
+def _read_key(self: EventLog, make: bool) -> bytes:
     "Return the erasure key."
-    if self._key is not None: return self._key
-    try: self._key = make_key(self.key_file) if make and not self.key_file.exists() else read_key(self.key_file)
+    if self._key is not None:
+        return self._key
+    try:
+        self._key = make_key(self.key_file) if make and not self.key_file.exists() else read_key(self.key_file)
     except (OSError, ValueError) as e:
-        advice = 'Make room for it there' if make else 'Restore it'
-        text = f'the erasure key {self.key_file} cannot be used ({e}). {advice}, or set {_KEY_VARIABLE}'
+        advice = "Make room for it there" if make else "Restore it"
+        text = f"the erasure key {self.key_file} cannot be used ({e}). {advice}, or set {_KEY_VARIABLE}"
         raise self._key_error(text) from e
     return self._key
 
-@patch
-def _key_error(self:EventLog, text:str) -> EventLogUnavailable:
-    "Make the error that says what is wrong with the erasure key."
-    return EventLogUnavailable(LogErrorCode.ERASURE_KEY, f'event log {self.url}: {text}')
 
 @patch
-def _checked_key(self:EventLog, db) -> bytes:
+def _key_error(self: EventLog, text: str) -> EventLogUnavailable:
+    "Make the error that says what is wrong with the erasure key."
+    return EventLogUnavailable(LogErrorCode.ERASURE_KEY, f"event log {self.url}: {text}")
+
+
+@patch
+def _checked_key(self: EventLog, db) -> bytes:
     "Return the key; refuse one with which no user of this log was deleted."
     key = self._read_key(make=False)
-    if hash_user(key, '') != self._get_meta(db, 'key_check'):
+    if hash_user(key, "") != self._get_meta(db, "key_check"):
         place = self.key_file or _KEY_VARIABLE
-        raise self._key_error(f'users were deleted with another erasure key. Restore that key in {place}')
+        raise self._key_error(f"users were deleted with another erasure key. Restore that key in {place}")
     return key
 
-@patch
-def _registered_key(self:EventLog, db) -> bytes:
-    "Return the key for a deletion; the first one makes it."
-    if self._get_meta(db, 'key_check') is None:
-        self._set_meta(db, 'key_check', hash_user(self._read_key(make=True), ''))
-    return self._checked_key(db)
 
 @patch
-def check_erasure_key(self:EventLog) -> None:
+def _registered_key(self: EventLog, db) -> bytes:
+    "Return the key for a deletion; the first one makes it."
+    if self._get_meta(db, "key_check") is None:
+        self._set_meta(db, "key_check", hash_user(self._read_key(make=True), ""))
+    return self._checked_key(db)
+
+
+@patch
+def check_erasure_key(self: EventLog) -> None:
     "Check that the deleted users can be recognised; raises `EventLogUnavailable`."
     with self._session() as (db, _):
-        if self._get_meta(db, 'key_check') is not None: self._checked_key(db)
+        if self._get_meta(db, "key_check") is not None:
+            self._checked_key(db)
 
 # %% ../nbs/00b_events.ipynb #141eccd7
 @dataclass(frozen=True)
 class FeedbackBatch:
     "Feedback of known users on known items, as columns in the order of storing."
-    seq:np.ndarray # int64, numbers in the log
-    user_id:np.ndarray # str objects
-    item_id:np.ndarray # str objects
-    value:np.ndarray # float64: 1 for a click, the stars of a rating; NaN: none was given
-    type:np.ndarray # str objects, of the payload: 'click', 'rating', ...; 'feedback' where it has none
-    time:np.ndarray # float64, clock of the client, UTC seconds
-    received_at:np.ndarray # float64, clock of the server, UTC seconds
-    simulated:np.ndarray # bool
 
-    def __len__(self): return len(self.seq)
+    seq: np.ndarray  # int64, numbers in the log
+    user_id: np.ndarray  # str objects
+    item_id: np.ndarray  # str objects
+    value: np.ndarray  # float64: 1 for a click, the stars of a rating; NaN: none was given
+    type: np.ndarray  # str objects, of the payload: 'click', 'rating', ...; 'feedback' where it has none
+    time: np.ndarray  # float64, clock of the client, UTC seconds
+    received_at: np.ndarray  # float64, clock of the server, UTC seconds
+    simulated: np.ndarray  # bool
 
-def newest_per_user(user_ids:np.ndarray, # in the order of storing
-                    n:int # most events of a user
-                   ) -> np.ndarray: # bool: is it one of the newest of its user?
+    def __len__(self):
+        return len(self.seq)
+
+
+def newest_per_user(
+    user_ids: np.ndarray,  # in the order of storing
+    n: int,  # most events of a user
+) -> np.ndarray:  # bool: is it one of the newest of its user?
     "Find the newest events of each user, in one sort."
     codes = pd.factorize(user_ids)[0]
-    order, ends = np.argsort(codes, kind='stable'), np.cumsum(np.bincount(codes))
-    newer = ends[codes[order]] - 1 - np.arange(len(codes)) # how many of the same user follow
+    order, ends = np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))
+    newer = ends[codes[order]] - 1 - np.arange(len(codes))  # how many of the same user follow
     kept = np.empty(len(codes), bool)
     kept[order] = newer < n
     return kept
 
-_FEEDBACK_TYPES = {'seq': np.int64, 'user_id': object, 'item_id': object, 'value': float, 'payload': object,
-                   'time': float, 'received_at': float, 'simulated': bool}
 
-def _feedback_arrays(rows:list, # in the order of `_FEEDBACK_TYPES`
-                     known:dict # payload text -> type; new ones are added
-                    ) -> dict: # column of `FeedbackBatch` -> array
+_FEEDBACK_TYPES = {
+    "seq": np.int64,
+    "user_id": object,
+    "item_id": object,
+    "value": float,
+    "payload": object,
+    "time": float,
+    "received_at": float,
+    "simulated": bool,
+}
+
+
+def _feedback_arrays(
+    rows: list,  # in the order of `_FEEDBACK_TYPES`
+    known: dict,  # payload text -> type; new ones are added
+) -> dict:  # column of `FeedbackBatch` -> array
     "Turn rows into columns; equal payloads are parsed once."
-    arrays = {name: np.array([row[n] for row in rows], kind) # zip(*rows) is slower: it makes an iterator of each row
-              for n, (name, kind) in enumerate(_FEEDBACK_TYPES.items())}
-    payloads = arrays.pop('payload').tolist()
-    for text in set(payloads).difference(known): known[text] = str(json.loads(text).get('type', 'feedback'))
-    return arrays | {'type': np.array([known[text] for text in payloads], object)}
+    arrays = {
+        name: np.array([row[n] for row in rows], kind)  # zip(*rows) is slower: it makes an iterator of each row
+        for n, (name, kind) in enumerate(_FEEDBACK_TYPES.items())
+    }
+    payloads = arrays.pop("payload").tolist()
+    for text in set(payloads).difference(known):
+        known[text] = str(json.loads(text).get("type", "feedback"))
+    return arrays | {"type": np.array([known[text] for text in payloads], object)}
 
-def _joined(batches:list) -> FeedbackBatch: # of dicts
+
+def _joined(batches: list) -> FeedbackBatch:  # of dicts
     "Join the columns of several reads."
     return FeedbackBatch(**{name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]})
 
+
 @patch
-def feedback_since(self:EventLog, seq:int=0, # the last number that was seen; 0: from the beginning
-                   limit:int=100_000, # most events that are read
-                   simulated:bool=None, # as in `read`
-                   since:float=None, # only what arrived from this time on, UTC seconds; None: from the beginning
-                   max_per_user:int=None # only so many of a user, the newest of those that are read; None: all
-                  ) -> tuple: # `FeedbackBatch`, number to continue from: the same as before when all was read
+def feedback_since(
+    self: EventLog,
+    seq: int = 0,  # the last number that was seen; 0: from the beginning
+    limit: int = 100_000,  # most events that are read
+    simulated: bool = None,  # as in `read`
+    since: float = None,  # only what arrived from this time on, UTC seconds; None: from the beginning
+    max_per_user: int = None,  # only so many of a user, the newest of those that are read; None: all
+) -> tuple:  # `FeedbackBatch`, number to continue from: the same as before when all was read
     "Return feedback that is newer than what was seen."
     c = self.table.c
-    if since is not None and seq == 0: # by the index, what arrived before is not even read
+    if since is not None and seq == 0:  # by the index, what arrived before is not even read
         first = self._first(sa.select(sa.func.min(c.seq)).where(c.received_at >= since))
         seq = 0 if first is None else first - 1
-    found = sa.select(*(c[name] for name in _FEEDBACK_TYPES)).where(c.kind == 'feedback', c.seq > seq)
+    found = sa.select(*(c[name] for name in _FEEDBACK_TYPES)).where(c.kind == "feedback", c.seq > seq)
     found = found.order_by(c.seq).limit(limit)
 
     batches, known, last = [], {}, seq
-    for rows in self._parts(found): # arrays of each part: 300,000 tuples at once would keep the garbage collector busy
+    for rows in self._parts(found):  # arrays of each part: 300,000 tuples at once would keep the garbage collector busy
         last, arrays = rows[-1][0], _feedback_arrays(rows, known)
-        kept = (arrays['user_id'] != None) & (arrays['item_id'] != None) # noqa: E711 (of each element)
-        if simulated is not None: kept &= arrays['simulated'] == simulated
-        if since is not None: kept &= arrays['received_at'] >= since
+        kept = (arrays["user_id"] != None) & (arrays["item_id"] != None)  # noqa: E711 (of each element)
+        if simulated is not None:
+            kept &= arrays["simulated"] == simulated
+        if since is not None:
+            kept &= arrays["received_at"] >= since
         batches.append(arrays if kept.all() else {name: values[kept] for name, values in arrays.items()})
 
     batch = _joined(batches or [_feedback_arrays([], known)])
-    if max_per_user is None: return batch, last
+    if max_per_user is None:
+        return batch, last
     kept = newest_per_user(batch.user_id, max_per_user)
     return FeedbackBatch(**{name: values[kept] for name, values in vars(batch).items()}), last
 
 # %% ../nbs/00b_events.ipynb #4d3e587c
 @patch
-def delete_user(self:EventLog, user_id, # whose events are removed
-                now:float=None # clock of the server, UTC seconds: only for tests and simulators; None: now
-               ) -> int: # events removed
+def delete_user(
+    self: EventLog,
+    user_id,  # whose events are removed
+    now: float = None,  # clock of the server, UTC seconds: only for tests and simulators; None: now
+) -> int:  # events removed
     "Remove all events of a user for good."
-    user_id, now, c = _id('user_id', user_id), time.time() if now is None else now, self.table.c
-    if user_id is None: raise AerecError('delete_user: give the id of a user')
-    erased = self._tables('erased_users')
-    with self._transaction() as db: # what is appended after this one is new
+    user_id, now, c = _id("user_id", user_id), time.time() if now is None else now, self.table.c
+    if user_id is None:
+        raise AerecError("delete_user: give the id of a user")
+    erased = self._tables("erased_users")
+    with self._transaction() as db:  # what is appended after this one is new
         user_hash = hash_user(self._registered_key(db), user_id)
         last = db.execute(sa.select(sa.func.max(c.seq))).scalar() or 0
         inserted = db.execute(erased.insert().values(user_hash=user_hash, erased_at=now, n_events=0))
@@ -910,226 +1151,326 @@ def delete_user(self:EventLog, user_id, # whose events are removed
 
     seqs, requests = self._scan(last, (c.seq, c.request_id), c.user_id == user_id)
     requests = sorted(set(requests) - {None})
-    if requests: seqs += self._scan(last, (c.seq,), c.user_id.is_(None), self._in_list(c.request_id, requests))[0]
+    if requests:
+        seqs += self._scan(last, (c.seq,), c.user_id.is_(None), self._in_list(c.request_id, requests))[0]
     n = self._remove(seqs)
-    with self._transaction() as db: db.execute(erased.update().where(erased.c.seq == line).values(n_events=n))
+    with self._transaction() as db:
+        db.execute(erased.update().where(erased.c.seq == line).values(n_events=n))
     self._empty_journal()
     return n
 
+
 @patch
-def prune(self:EventLog, older_than:float, # UTC seconds, clock of the server
-          kinds=KINDS # of these kinds only
-         ) -> int: # events removed
+def prune(
+    self: EventLog,
+    older_than: float,  # UTC seconds, clock of the server
+    kinds=KINDS,  # of these kinds only
+) -> int:  # events removed
     "Remove events that arrived before a time."
     c = self.table.c
     found = sa.select(c.seq).where(c.received_at < older_than, c.kind.in_(list(kinds)))
-    with self._session() as (db, _): seqs = db.execute(found).scalars().all()
+    with self._session() as (db, _):
+        seqs = db.execute(found).scalars().all()
     n = self._remove(seqs)
-    if n: self._empty_journal()
+    if n:
+        self._empty_journal()
     return n
 
+
 @patch
-def _scan(self:EventLog, last:int, columns:tuple, *conditions, step:int=100_000) -> list: # a list of each column
+def _scan(self: EventLog, last: int, columns: tuple, *conditions, step: int = 100_000) -> list:  # a list of each column
     "Select from the events up to a number, some numbers at a time: no statement takes long."
     c, rows = self.table.c, []
     first = self._first(sa.select(sa.func.min(c.seq))) or 0
-    for start in range(first, last+1, step):
-        found = sa.select(*columns).where(c.seq.between(start, min(start+step-1, last)), *conditions)
-        with self._session() as (db, _): rows += db.execute(found).all()
+    for start in range(first, last + 1, step):
+        found = sa.select(*columns).where(c.seq.between(start, min(start + step - 1, last)), *conditions)
+        with self._session() as (db, _):
+            rows += db.execute(found).all()
     return [list(column) for column in zip(*rows)] or [[] for _ in columns]
 
+
 @patch
-def _in_list(self:EventLog, column, values:list):
+def _in_list(self: EventLog, column, values: list):
     "Make the condition that a column has one of many values, as one parameter."
     if self._is_sqlite:
-        listed = sa.func.json_each(json.dumps(values)).table_valued('value')
+        listed = sa.func.json_each(json.dumps(values)).table_valued("value")
         return column.in_(sa.select(listed.c.value))
     return column == sa.any_(sa.literal(values, postgresql.ARRAY(sa.String)))
 
+
 @patch
-def _remove(self:EventLog, seqs:list, step:int=5000) -> int: # events removed
+def _remove(self: EventLog, seqs: list, step: int = 5000) -> int:  # events removed
     "Delete events by number, some at a time."
     n = 0
     for start in range(0, len(seqs), step):
         with self._transaction() as db:
-            if self._is_sqlite: db.exec_driver_sql('PRAGMA secure_delete=ON').close()
-            n += db.execute(sa.delete(self.table).where(self.table.c.seq.in_(seqs[start:start+step]))).rowcount
+            if self._is_sqlite:
+                db.exec_driver_sql("PRAGMA secure_delete=ON").close()
+            n += db.execute(sa.delete(self.table).where(self.table.c.seq.in_(seqs[start : start + step]))).rowcount
     return n
 
+
 @patch
-def _empty_journal(self:EventLog) -> None:
+def _empty_journal(self: EventLog) -> None:
     "Empty the journal of SQLite, which still has what was deleted."
-    if self.path is None: return
-    with self._session() as (db, _): busy = db.exec_driver_sql('PRAGMA wal_checkpoint(TRUNCATE)').one()[0]
+    if self.path is None:
+        return
+    with self._session() as (db, _):
+        busy = db.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
     if busy:
-        text = 'the events were deleted, but a reader keeps them in the journal. Delete again'
+        text = "the events were deleted, but a reader keeps them in the journal. Delete again"
         raise self._unavailable(LogErrorCode.LOCKED, text)
 
 # %% ../nbs/00b_events.ipynb #8d876326
 @patch
-def _without_erased(self:EventLog, db, rows:list) -> list:
+def _without_erased(self: EventLog, db, rows: list) -> list:
     "Leave out request events that were made before their user was deleted, and were written late."
-    if not self._newest_erased or not any(map(_is_user_request, rows)): return rows
-    if self._newest_erased > self._erased_seq: self._erased, self._erased_seq = self._read_erased(db, 0)
+    if not self._newest_erased or not any(map(_is_user_request, rows)):
+        return rows
+    if self._newest_erased > self._erased_seq:
+        self._erased, self._erased_seq = self._read_erased(db, 0)
     return [row for row in rows if not (_is_user_request(row) and self._made_before_erasure(row))]
 
-def _is_user_request(row:dict) -> bool:
+
+def _is_user_request(row: dict) -> bool:
     "Tell whether an event is the request of a user."
-    return row['kind'] == 'request' and row['user_id'] is not None
+    return row["kind"] == "request" and row["user_id"] is not None
+
 
 @patch
-def _made_before_erasure(self:EventLog, row:dict) -> bool:
+def _made_before_erasure(self: EventLog, row: dict) -> bool:
     "Tell whether the service made an event before its user was deleted."
-    erased_at = self._erased.erased_at(row['user_id'])
-    return erased_at is not None and row['time'] <= erased_at
+    erased_at = self._erased.erased_at(row["user_id"])
+    return erased_at is not None and row["time"] <= erased_at
+
 
 @patch
-def _read_erased(self:EventLog, db, seq:int) -> tuple: # `ErasedUsers`, number to continue from
+def _read_erased(self: EventLog, db, seq: int) -> tuple:  # `ErasedUsers`, number to continue from
     "Read who was deleted since a number."
-    e = self._tables('erased_users').c
+    e = self._tables("erased_users").c
     rows = db.execute(sa.select(e.user_hash, e.salt, e.erased_at, e.seq).where(e.seq > seq).order_by(e.seq)).all()
-    if not rows: return ErasedUsers(), seq
+    if not rows:
+        return ErasedUsers(), seq
     return ErasedUsers(self._checked_key(db), [row[:3] for row in rows]), rows[-1].seq
 
 # %% ../nbs/00b_events.ipynb #6aa97c56
 @patch
-def erased_since(self:EventLog, seq:int=0 # the last number that was seen; 0: from the beginning
-                ) -> tuple: # `ErasedUsers`, number to continue from
+def erased_since(
+    self: EventLog,
+    seq: int = 0,  # the last number that was seen; 0: from the beginning
+) -> tuple:  # `ErasedUsers`, number to continue from
     "Return who was deleted since."
-    with self._session() as (db, _): return self._read_erased(db, seq)
+    with self._session() as (db, _):
+        return self._read_erased(db, seq)
 
 # %% ../nbs/00b_events.ipynb #df8a2c83
-SCHEMA = pa.schema([('seq', pa.int64()), ('event_id', pa.string()), ('kind', pa.string()), ('time', pa.float64()), ('request_id', pa.string()), ('user_id', pa.string()),
-                    ('item_id', pa.string()), ('value', pa.float64()), ('payload', pa.string()), ('simulated', pa.bool_())])
+SCHEMA = pa.schema(
+    [
+        ("seq", pa.int64()),
+        ("event_id", pa.string()),
+        ("kind", pa.string()),
+        ("time", pa.float64()),
+        ("request_id", pa.string()),
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("value", pa.float64()),
+        ("payload", pa.string()),
+        ("simulated", pa.bool_()),
+    ]
+)
+
 
 @patch
-def chunks(self:EventLog, kind:str=None, # as in `read`
-           since:float=None, until:float=None, simulated:bool=None, # as in `read`
-           columns=SCHEMA.names, # which columns
-           rows:int=50_000 # most rows of a chunk
-          ): # yields Arrow tables; payload as text
+def chunks(
+    self: EventLog,
+    kind: str = None,  # as in `read`
+    since: float = None,
+    until: float = None,
+    simulated: bool = None,  # as in `read`
+    columns=SCHEMA.names,  # which columns
+    rows: int = 50_000,  # most rows of a chunk
+):  # yields Arrow tables; payload as text
     "Yield events in the order of storing, or of time where a time is given, some at a time."
     c = self.table.c
-    order = (c.seq,) if since is None and until is None else (c.time, c.seq) # as the index has them: nothing has to be sorted
+    order = (
+        (c.seq,) if since is None and until is None else (c.time, c.seq)
+    )  # as the index has them: nothing has to be sorted
     found = self._where(sa.select(*(c[name] for name in columns)), kind, since, until, simulated).order_by(*order)
     types = [SCHEMA.field(name).type for name in columns]
     for part in self._parts(found, rows):
-        yield pa.table([pa.array([bool(v) for v in column] if pa.types.is_boolean(t) else column, t) for column,t in zip(zip(*part), types)], names=list(columns))
+        yield pa.table(
+            [
+                pa.array([bool(v) for v in column] if pa.types.is_boolean(t) else column, t)
+                for column, t in zip(zip(*part), types)
+            ],
+            names=list(columns),
+        )
+
 
 @patch
-def _parts(self:EventLog, found, rows:int=50_000):
+def _parts(self: EventLog, found, rows: int = 50_000):
     "Yield lists of rows; the deadline holds for each list, and not while the caller works on one."
     with self._session() as (db, guard):
-        if self._is_sqlite: parts = self._sqlite_parts(db, found, rows)
-        else: parts = db.execution_options(yield_per=rows).execute(found).partitions()
+        if self._is_sqlite:
+            parts = self._sqlite_parts(db, found, rows)
+        else:
+            parts = db.execution_options(yield_per=rows).execute(found).partitions()
         for part in parts:
             guard.deadline = math.inf
             yield part
             guard.deadline = time.monotonic() + self._deadline_s
 
+
 @patch
-def _sqlite_parts(self:EventLog, db, found, rows:int):
+def _sqlite_parts(self: EventLog, db, found, rows: int):
     "Yield lists of rows of SQLite; SQLAlchemy's own rows cost more than the reading."
     compiled = found.compile(self.engine)
     values = compiled.construct_params()
     cursor = db.connection.dbapi_connection.cursor()
     try:
         cursor.execute(str(compiled), [values[name] for name in compiled.positiontup])
-        while part := cursor.fetchmany(rows): yield part
-    finally: cursor.close()
+        while part := cursor.fetchmany(rows):
+            yield part
+    finally:
+        cursor.close()
+
 
 @patch
-def _where(self:EventLog, found, kind, since, until, simulated):
+def _where(self: EventLog, found, kind, since, until, simulated):
     "Narrow a selection."
     c = self.table.c
-    if kind is not None: found = found.where(c.kind == kind)
-    if since is not None: found = found.where(c.time >= since)
-    if until is not None: found = found.where(c.time < until)
+    if kind is not None:
+        found = found.where(c.kind == kind)
+    if since is not None:
+        found = found.where(c.time >= since)
+    if until is not None:
+        found = found.where(c.time < until)
     return found if simulated is None else found.where(c.simulated == simulated)
 
+
 @patch
-def export(self:EventLog, folder:Path, # is made where it is missing
-           since:float=None, until:float=None, simulated:bool=None # as in `read`
-          ) -> list: # files, one a day in UTC; those of before are replaced whole
+def export(
+    self: EventLog,
+    folder: Path,  # is made where it is missing
+    since: float = None,
+    until: float = None,
+    simulated: bool = None,  # as in `read`
+) -> list:  # files, one a day in UTC; those of before are replaced whole
     "Write events to Parquet."
     folder, writers = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for table in self.chunks(since=since, until=until, simulated=simulated):
-            days = np.floor(table['time'].to_numpy()/86400).astype(np.int64)
+            days = np.floor(table["time"].to_numpy() / 86400).astype(np.int64)
             for day in np.unique(days).tolist():
-                final = folder/f"events-{np.datetime64(day, 'D')}.parquet"
-                if final not in writers: writers[final] = pq.ParquetWriter(final.with_name(f'.{final.name}.{os.getpid()}'), SCHEMA, compression='zstd')
+                final = folder / f"events-{np.datetime64(day, 'D')}.parquet"
+                if final not in writers:
+                    writers[final] = pq.ParquetWriter(
+                        final.with_name(f".{final.name}.{os.getpid()}"), SCHEMA, compression="zstd"
+                    )
                 writers[final].write_table(table.filter(pa.array(days == day)))
-        for final,writer in writers.items():
+        for final, writer in writers.items():
             writer.close()
-            os.replace(final.with_name(f'.{final.name}.{os.getpid()}'), final)
+            os.replace(final.with_name(f".{final.name}.{os.getpid()}"), final)
     finally:
-        for final in writers: final.with_name(f'.{final.name}.{os.getpid()}').unlink(missing_ok=True)
+        for final in writers:
+            final.with_name(f".{final.name}.{os.getpid()}").unlink(missing_ok=True)
     return sorted(writers)
 
 # %% ../nbs/00b_events.ipynb #0d831e4a
-def events_frame(rows # tuples in the order of `COLUMNS`
-                ) -> pd.DataFrame: # typed columns, payload as dicts
+def events_frame(
+    rows,  # tuples in the order of `COLUMNS`
+) -> pd.DataFrame:  # typed columns, payload as dicts
     "Return stored rows as a table."
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    frame['payload'] = pd.Series([json.loads(p) for p in frame.payload], index=frame.index, dtype=object)
-    return frame.astype({'time': float, 'value': float, 'simulated': bool})
+    frame["payload"] = pd.Series([json.loads(p) for p in frame.payload], index=frame.index, dtype=object)
+    return frame.astype({"time": float, "value": float, "simulated": bool})
 
 # %% ../nbs/00b_events.ipynb #7f441280
-def anchored_url(url:str # SQLAlchemy URL
-                ) -> str: # the same; a relative SQLite path is taken from the project's folder
+def anchored_url(
+    url: str,  # SQLAlchemy URL
+) -> str:  # the same; a relative SQLite path is taken from the project's folder
     "Relative paths in settings are relative to the project, those inside URLs too."
-    relative = url.removeprefix('sqlite:///')
-    return sqlite_url(project_dir()/relative) if relative != url and not Path(relative).is_absolute() and relative != ':memory:' else url
+    relative = url.removeprefix("sqlite:///")
+    return (
+        sqlite_url(project_dir() / relative)
+        if relative != url and not Path(relative).is_absolute() and relative != ":memory:"
+        else url
+    )
 
 # %% ../nbs/00b_events.ipynb #3618039e
-def events_url(settings # from `load_settings`
-              ) -> str: # SQLAlchemy URL
+def events_url(
+    settings,  # from `load_settings`
+) -> str:  # SQLAlchemy URL
     "The URL of the configured log: `events.events_url`, or `events.db` in the folder for stores."
-    return anchored_url(settings.events.events_url) if settings.events.events_url else sqlite_url(Path(settings.paths.var_dir)/'events.db')
+    return (
+        anchored_url(settings.events.events_url)
+        if settings.events.events_url
+        else sqlite_url(Path(settings.paths.var_dir) / "events.db")
+    )
 
 # %% ../nbs/00b_events.ipynb #3691171c
 @patch(cls_method=True)
-def from_settings(cls:EventLog, settings, # from `load_settings`
-                  url:str=None # another log; None: the configured one
-                 ) -> EventLog:
+def from_settings(
+    cls: EventLog,
+    settings,  # from `load_settings`
+    url: str = None,  # another log; None: the configured one
+) -> EventLog:
     "Open the configured log; raises `AerecError`."
     s, url = settings.events, url or events_url(settings)
     key = parse_key(s.erasure_key.get_secret_value()) if s.erasure_key else None
-    if key is None and not url.startswith('sqlite'): key = Path(settings.paths.var_dir)/KEY_FILE
+    if key is None and not url.startswith("sqlite"):
+        key = Path(settings.paths.var_dir) / KEY_FILE
     log = cls(url, key, s.connect_timeout_s, s.statement_timeout_s)
-    try: log.check_erasure_key()
+    try:
+        log.check_erasure_key()
     except EventLogUnavailable as e:
         log.close()
-        raise AerecError(f'cannot open {e}') from None
-    if log.is_new: logger.warning('there was no event log: a new one was made, %s', log.url)
+        raise AerecError(f"cannot open {e}") from None
+    if log.is_new:
+        logger.warning("there was no event log: a new one was made, %s", log.url)
     return log
 
 # %% ../nbs/00b_events.ipynb #9bcf339a
-def save_events(events:pd.DataFrame, # as `EventLog.read` gives them
-                path:Path # .parquet
-               ) -> None:
+def save_events(
+    events: pd.DataFrame,  # as `EventLog.read` gives them
+    path: Path,  # .parquet
+) -> None:
     "Write events to a file."
     texts = [json.dumps(p, sort_keys=True, ensure_ascii=False) for p in events.payload]
-    events.assign(payload=texts).to_parquet(path, index=False, compression='zstd')
+    events.assign(payload=texts).to_parquet(path, index=False, compression="zstd")
 
-def load_events(path:Path # .parquet
-               ) -> pd.DataFrame: # as `EventLog.read` gives them
+
+def load_events(
+    path: Path,  # .parquet
+) -> pd.DataFrame:  # as `EventLog.read` gives them
     "Read them back."
-    return events_frame(list(pd.read_parquet(path)[list(COLUMNS)].astype(object).where(lambda f: f.notna(), None).itertuples(index=False, name=None)))
+    return events_frame(
+        list(
+            pd.read_parquet(path)[list(COLUMNS)]
+            .astype(object)
+            .where(lambda f: f.notna(), None)
+            .itertuples(index=False, name=None)
+        )
+    )
 
 # %% ../nbs/00b_events.ipynb #7b34bf00
-def simulated_reaction(request_id:str, # the answer that was shown
-                       user_id, # to whom; None: a visitor without account
-                       item_ids:list, # what was shown, best first
-                       rng, # numpy random generator
-                       when:float, # UTC seconds at which it was shown
-                       attraction:float=.3 # probability that what is looked at is clicked
-                      ) -> list: # events: an impression for each item (value: its rank), a feedback (value 1) for each click
+def simulated_reaction(
+    request_id: str,  # the answer that was shown
+    user_id,  # to whom; None: a visitor without account
+    item_ids: list,  # what was shown, best first
+    rng,  # numpy random generator
+    when: float,  # UTC seconds at which it was shown
+    attraction: float = 0.3,  # probability that what is looked at is clicked
+) -> list:  # events: an impression for each item (value: its rank), a feedback (value 1) for each click
     "What a made-up visitor does with a list."
-    looked_at = rng.random(len(item_ids)) < 1/np.log2(np.arange(len(item_ids))+2)
+    looked_at = rng.random(len(item_ids)) < 1 / np.log2(np.arange(len(item_ids)) + 2)
     clicked = looked_at & (rng.random(len(item_ids)) < attraction)
-    about = [{'request_id': request_id, 'user_id': user_id, 'item_id': id, 'simulated': True} for id in item_ids]
-    shown = [new_event('impression', event_id=f'{request_id}-i{n}', time=when, value=n+1, **a) for n,a in enumerate(about)]
-    return shown + [new_event('feedback', event_id=f'{request_id}-c{n}', time=when+1+n, value=1, **about[n]) for n in np.flatnonzero(clicked).tolist()]
+    about = [{"request_id": request_id, "user_id": user_id, "item_id": id, "simulated": True} for id in item_ids]
+    shown = [
+        new_event("impression", event_id=f"{request_id}-i{n}", time=when, value=n + 1, **a) for n, a in enumerate(about)
+    ]
+    return shown + [
+        new_event("feedback", event_id=f"{request_id}-c{n}", time=when + 1 + n, value=1, **about[n])
+        for n in np.flatnonzero(clicked).tolist()
+    ]

@@ -17,17 +17,17 @@ from .limits import preview
 
 # %% ../nbs/00c_id_lists.ipynb #c6c974db
 _MARKS = {
-    codecs.BOM_UTF8: 'utf-8-sig',
-    codecs.BOM_UTF32_LE: 'utf-32',  # before UTF-16, whose mark it begins with
-    codecs.BOM_UTF32_BE: 'utf-32',
-    codecs.BOM_UTF16_LE: 'utf-16',
-    codecs.BOM_UTF16_BE: 'utf-16',
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
 }
 _OR_NONE = "restore it, or write a line '# none' to say that it names nothing"
-_COMMENT = re.compile(r'(?:^|(?<=\s))#(?=\s|$).*')  # a lone '#' and what follows it
-_UNCLEAR = re.compile(r'\s#\S')  # an id with a '#' in it, or an id and a comment?
+_COMMENT = re.compile(r"(?:^|(?<=\s))#(?=\s|$).*")  # a lone '#' and what follows it
+_UNCLEAR = re.compile(r"\s#\S")  # an id with a '#' in it, or an id and a comment?
 _QUOTED = re.compile(r'"([^"]*)"(?:\s+#(?:\s.*)?)?')  # an id in quotes, with or without a comment
-_INVISIBLE = '\ufeff\u200b\u200c\u200d\u2060'  # characters without width that str.strip() keeps
+_INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"  # characters without width that str.strip() keeps
 
 
 def _strip(text: str) -> str:
@@ -41,16 +41,16 @@ def _strip(text: str) -> str:
 
 def _decode(data: bytes, where: str) -> str:
     "Decode a text by its byte order mark, or as UTF-8."
-    encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), 'utf-8')
+    encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
-        if encoding in ('utf-16', 'utf-32') and not any(c.isascii() for c in text):  # as damaged bytes often decode
-            raise UnicodeDecodeError(encoding, data, 0, len(data), 'no ASCII character')
+        if encoding in ("utf-16", "utf-32") and not any(c.isascii() for c in text):  # as damaged bytes often decode
+            raise UnicodeDecodeError(encoding, data, 0, len(data), "no ASCII character")
         return text
     except UnicodeDecodeError as e:
-        line = data.count(b'\n', 0, e.start) + 1
-        name = encoding.upper().removesuffix('-SIG')
-        raise AerecError(f'{where}, line {line}: not {name} text; save it as UTF-8') from None
+        line = data.count(b"\n", 0, e.start) + 1
+        name = encoding.upper().removesuffix("-SIG")
+        raise AerecError(f"{where}, line {line}: not {name} text; save it as UTF-8") from None
 
 
 def _read_lines(path: Path, where: str) -> list:  # of str
@@ -58,19 +58,19 @@ def _read_lines(path: Path, where: str) -> list:  # of str
     try:
         data = Path(path).read_bytes()
     except OSError as e:
-        raise AerecError(f'{where}: {e.strerror or e}; correct the path, or leave the setting out') from None
+        raise AerecError(f"{where}: {e.strerror or e}; correct the path, or leave the setting out") from None
     if not data:
-        raise AerecError(f'{where}: the file is empty (0 bytes); {_OR_NONE}')
+        raise AerecError(f"{where}: the file is empty (0 bytes); {_OR_NONE}")
     text = _decode(data, where)
-    if '\0' in text:
-        line = text.count('\n', 0, text.index('\0')) + 1
-        raise AerecError(f'{where}, line {line}: a zero character; the file is damaged, restore it')
-    return [_strip(line) for line in re.split(r'\r\n|\r|\n', text)]
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise AerecError(f"{where}, line {line}: a zero character; the file is damaged, restore it")
+    return [_strip(line) for line in re.split(r"\r\n|\r|\n", text)]
 
 # %% ../nbs/00c_id_lists.ipynb #16f1246b
 def _without_comment(line: str) -> str:
     "Remove a comment and the blanks before it."
-    return _strip(_COMMENT.sub('', line))
+    return _strip(_COMMENT.sub("", line))
 
 
 def _ids_of_text(lines: list, where: str) -> list:  # of str
@@ -84,15 +84,15 @@ def _ids_of_text(lines: list, where: str) -> list:  # of str
         line = _without_comment(line)
         if _UNCLEAR.search(line):
             advice = "write '# ' before a comment, or put the id in quotes"
-            raise AerecError(f'{where}, line {n}: {preview(line)} may be an id, or an id and a comment; {advice}')
+            raise AerecError(f"{where}, line {n}: {preview(line)} may be an id, or an id and a comment; {advice}")
         ids.append(line)
     return ids
 
 
 def _separator(header: str) -> str:
     "Return the most frequent separator of a header; one that no text has where there is one column."
-    most = max('\t;,', key=header.count)
-    return most if most in header else '\x1f'
+    most = max("\t;,", key=header.count)
+    return most if most in header else "\x1f"
 
 
 def _cells(line: str, separator: str) -> list:  # of str
@@ -102,7 +102,7 @@ def _cells(line: str, separator: str) -> list:  # of str
 
 def _plain(name: str) -> str:
     "Reduce a column name to its letters and digits, in lower case."
-    return re.sub(r'[\s_.-]', '', name).lower()
+    return re.sub(r"[\s_.-]", "", name).lower()
 
 
 def _ids_of_table(lines: list, column: str, where: str) -> list:  # of str
@@ -112,50 +112,50 @@ def _ids_of_table(lines: list, column: str, where: str) -> list:  # of str
     header, names = _cells(line, separator), {_plain(name) for name in NAMES[column]}
     at = next((i for i, name in enumerate(header) if _plain(name) in names), None)
     if at is None:
-        advice = 'a table needs a header that names it'
-        raise AerecError(f'{where}, line {first}: no column {column} among {preview(header)}; {advice}')
+        advice = "a table needs a header that names it"
+        raise AerecError(f"{where}, line {first}: no column {column} among {preview(header)}; {advice}")
     if len(header) == 1:
         return _ids_of_text(rows, where)
     ids = []
     for n, line in rows:
         cells = _cells(line, separator)
         if len(cells) <= at or not cells[at]:
-            raise AerecError(f'{where}, line {n}: no {column} in it; fill it in, or remove the line')
+            raise AerecError(f"{where}, line {n}: no {column} in it; fill it in, or remove the line")
         if any(cells[len(header) :]):
-            found = f'{len(cells)} cells, but the header has {len(header)}'
-            raise AerecError(f'{where}, line {n}: {found}; put a cell that has a separator in quotes')
+            found = f"{len(cells)} cells, but the header has {len(header)}"
+            raise AerecError(f"{where}, line {n}: {found}; put a cell that has a separator in quotes")
         ids.append(cells[at])
     return ids
 
 
 def _is_table(path: Path, lines: list, column: str, where: str) -> bool:
     "Tell whether the first line is a header."
-    if Path(path).suffix.lower() in ('.csv', '.tsv'):
+    if Path(path).suffix.lower() in (".csv", ".tsv"):
         return True
     n, line = lines[0]
     header = [_plain(name) for name in _cells(line, _separator(line))]
     if _plain(column) in header:
         return True
     if len(header) > 1 and not {_plain(name) for name in NAMES[column]}.isdisjoint(header):
-        advice = f'call the column {column}, or call the file .csv'
-        raise AerecError(f'{where}, line {n}: {preview(line)} looks like the header of a table; {advice}')
+        advice = f"call the column {column}, or call the file .csv"
+        raise AerecError(f"{where}, line {n}: {preview(line)} looks like the header of a table; {advice}")
     return False
 
 # %% ../nbs/00c_id_lists.ipynb #bf9701c1
 def read_ids(
     path: Path,  # text with one id a line, or a table (.csv, .tsv, or a first line that names the column)
     column: str,  # user_id or item_id
-    setting: str = 'file',  # the setting that names the file, for errors
+    setting: str = "file",  # the setting that names the file, for errors
     may_be_empty: bool = False,  # accept a file whose only lines are comments, a header or blank
 ) -> list:  # ids as text, each once, in the order of the file
     "Read the ids in a list file; raises `AerecError` naming file and line."
-    where = f'{setting} {path}'
+    where = f"{setting} {path}"
     numbered = list(enumerate(_read_lines(path, where), 1))
     lines = [(n, line) for n, line in numbered if line and _without_comment(line)]
     if not lines and not any(line for _, line in numbered):
-        raise AerecError(f'{where}: there is nothing in it; {_OR_NONE}')
+        raise AerecError(f"{where}: there is nothing in it; {_OR_NONE}")
     is_table = lines and _is_table(path, lines, column, where)
     ids = [id for id in (_ids_of_table(lines, column, where) if is_table else _ids_of_text(lines, where)) if id]
     if not ids and not may_be_empty:
-        raise AerecError(f'{where}: there is no id in it; write one a line, or leave the setting out')
+        raise AerecError(f"{where}: there is no id in it; write one a line, or leave the setting out")
     return list(dict.fromkeys(ids))

@@ -27,7 +27,16 @@ from .limits import Deadline, DeadlineExceeded, did_you_mean, preview
 from .model_preprocessing import Split, item_features
 from .modeling import ColdItems, block_rows, load_model, mask_history, score_blocks, top_k
 from .postprocessing import Catalogue, Chain, IdIndex, Request, histories_over, load_catalogue
-from .runs import alone, atomic_path, read_json, sha256_bytes, sha256_file, sha256_json, write_json, write_parquet
+from aerec_nb.runs import (
+    alone,
+    atomic_path,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_parquet,
+)
 
 # %% ../nbs/04_inference.ipynb #651b96fe
 class UnknownUser(AerecError):
@@ -37,158 +46,250 @@ class UnknownUser(AerecError):
 @dataclass
 class Recommendations:
     "One list, and what there is to say about it."
-    items:list # dicts: item_id, rank, score, title, genres, source ('model', 'popular', 'segment', 'pin', 'promotion' or 'explore'), metadata (what else the items table says); what was drawn has its propensity; best first
-    warnings:list = field(default_factory=list) # sentences
-    fallback_used:bool = False # did popularity answer instead of the model?
-    user_id:object = None # as asked for
-    model:str = None # name of the model that answered
-    version:str = None # of the bundle it came from; None: of no bundle
-    steps:list = field(default_factory=list) # dicts, one a step of the chain: step, removed, moved, placed, left
-    unknown_user:bool = False # was a user asked for of whom nothing is known?
-    trails:dict = field(default_factory=dict) # with explain: item_id -> what each step did to it, see `Processed.trail`; also of what the scores alone would have shown
+
+    items: list  # dicts: item_id, rank, score, title, genres, source ('model', 'popular', 'segment', 'pin', 'promotion' or 'explore'), metadata (what else the items table says); what was drawn has its propensity; best first
+    warnings: list = field(default_factory=list)  # sentences
+    fallback_used: bool = False  # did popularity answer instead of the model?
+    user_id: object = None  # as asked for
+    model: str = None  # name of the model that answered
+    version: str = None  # of the bundle it came from; None: of no bundle
+    steps: list = field(default_factory=list)  # dicts, one a step of the chain: step, removed, moved, placed, left
+    unknown_user: bool = False  # was a user asked for of whom nothing is known?
+    trails: dict = field(
+        default_factory=dict
+    )  # with explain: item_id -> what each step did to it, see `Processed.trail`; also of what the scores alone would have shown
 
     @property
-    def item_ids(self): return [item['item_id'] for item in self.items]
-    def __len__(self): return len(self.items)
-    def __iter__(self): return iter(self.items)
+    def item_ids(self):
+        return [item["item_id"] for item in self.items]
 
-    def to_frame(self) -> pd.DataFrame: # rank, item_id, title, genres, score, source
+    def __len__(self):
+        return len(self.items)
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def to_frame(self) -> pd.DataFrame:  # rank, item_id, title, genres, score, source
         "The list as a table."
-        return pd.DataFrame(self.items, columns=['rank', 'item_id', 'title', 'genres', 'score', 'source', *(['why'] if any('why' in item for item in self.items) else [])])
+        return pd.DataFrame(
+            self.items,
+            columns=[
+                "rank",
+                "item_id",
+                "title",
+                "genres",
+                "score",
+                "source",
+                *(["why"] if any("why" in item for item in self.items) else []),
+            ],
+        )
 
     def _repr_html_(self):
-        notes = ''.join(f'<p>&#9888; {html.escape(w)}</p>' for w in self.warnings)
+        notes = "".join(f"<p>&#9888; {html.escape(w)}</p>" for w in self.warnings)
         frame = self.to_frame()
-        made = f'<p><small>{html.escape(self.model)}{f", version {html.escape(self.version)}" if self.version else ""}</small></p>' if self.model else ''
-        return notes + frame.loc[:, frame.notna().any()].to_html(index=False, float_format='{:.3f}'.format) + made
+        made = (
+            f"<p><small>{html.escape(self.model)}{f', version {html.escape(self.version)}' if self.version else ''}</small></p>"
+            if self.model
+            else ""
+        )
+        return notes + frame.loc[:, frame.notna().any()].to_html(index=False, float_format="{:.3f}".format) + made
 
-    def __repr__(self): return '\n'.join([*(f'warning: {w}' for w in self.warnings), self.to_frame().to_string(index=False)])
+    def __repr__(self):
+        return "\n".join([*(f"warning: {w}" for w in self.warnings), self.to_frame().to_string(index=False)])
 
 # %% ../nbs/04_inference.ipynb #5c9c8cd8
-PRIOR = 20. # users who like what everybody likes, in every segment
+PRIOR = 20.0  # users who like what everybody likes, in every segment
+
 
 @dataclass(eq=False)
 class Segments:
     "What is popular among some users."
-    names:list # 'country=KR', one a row
-    matrix:csr_matrix # float32 [n_segments, n_items]: users of the segment who have the item
-    sizes:np.ndarray # [n_segments] users of the segment
+
+    names: list  # 'country=KR', one a row
+    matrix: csr_matrix  # float32 [n_segments, n_items]: users of the segment who have the item
+    sizes: np.ndarray  # [n_segments] users of the segment
+
     def __post_init__(self):
-        self._number = {name: n for n,name in enumerate(self.names)}
-        self.attributes = {name.partition('=')[0] for name in self.names} # 'country', ...
-    def __len__(self): return len(self.names)
+        self._number = {name: n for n, name in enumerate(self.names)}
+        self.attributes = {name.partition("=")[0] for name in self.names}  # 'country', ...
+
+    def __len__(self):
+        return len(self.names)
 
     @classmethod
-    def of(cls, histories:csr_matrix, # [n_users, n_items]
-           users, # ids of its rows
-           table:pd.DataFrame # user_id and a column an attribute; users that are not among the ids are left out
-          ): # -> Segments
+    def of(
+        cls,
+        histories: csr_matrix,  # [n_users, n_items]
+        users,  # ids of its rows
+        table: pd.DataFrame,  # user_id and a column an attribute; users that are not among the ids are left out
+    ):  # -> Segments
         "The segments of a table of users."
-        numbers = _numbers_in(table['user_id'], users)
+        numbers = _numbers_in(table["user_id"], users)
         known, names, rows = numbers >= 0, [], []
-        for column in table.columns.drop('user_id'):
+        for column in table.columns.drop("user_id"):
             values = table[column][known]
-            for value,of in values.groupby(values, sort=True).groups.items():
-                names.append(f'{column}={value}')
+            for value, of in values.groupby(values, sort=True).groups.items():
+                names.append(f"{column}={value}")
                 rows.append(np.unique(numbers[table.index.get_indexer(of)]))
-        member = csr_matrix((np.ones(sum(map(len, rows)), np.float32), np.concatenate([np.zeros(0, np.int64), *rows]), np.append(0, np.cumsum([len(r) for r in rows])).astype(np.int64)), shape=(len(rows), len(users)))
-        has = csr_matrix((np.ones(histories.nnz, np.float32), histories.indices, histories.indptr), shape=histories.shape)
+        member = csr_matrix(
+            (
+                np.ones(sum(map(len, rows)), np.float32),
+                np.concatenate([np.zeros(0, np.int64), *rows]),
+                np.append(0, np.cumsum([len(r) for r in rows])).astype(np.int64),
+            ),
+            shape=(len(rows), len(users)),
+        )
+        has = csr_matrix(
+            (np.ones(histories.nnz, np.float32), histories.indices, histories.indptr), shape=histories.shape
+        )
         return cls(names, (member @ has).tocsr(), np.array([len(r) for r in rows], np.int64))
 
-    def shares(self, names, # of segments
-               popularity:np.ndarray, # [n_items], of everybody
-               n_users:int # everybody
-              ) -> np.ndarray: # float32 [n_items]
+    def shares(
+        self,
+        names,  # of segments
+        popularity: np.ndarray,  # [n_items], of everybody
+        n_users: int,  # everybody
+    ) -> np.ndarray:  # float32 [n_items]
         "Which part of the people has an item, averaged over segments; small ones lean on everybody."
-        everybody = popularity/max(1, n_users)
-        parts = [(self.matrix[[n]].toarray()[0] + PRIOR*everybody)/(self.sizes[n] + PRIOR) for n in map(self._number.get, names)]
+        everybody = popularity / max(1, n_users)
+        parts = [
+            (self.matrix[[n]].toarray()[0] + PRIOR * everybody) / (self.sizes[n] + PRIOR)
+            for n in map(self._number.get, names)
+        ]
         return np.mean(parts, axis=0).astype(np.float32)
 
-def _numbers_in(ids:pd.Series, vocabulary) -> np.ndarray:
+
+def _numbers_in(ids: pd.Series, vocabulary) -> np.ndarray:
     "Number of each id in a vocabulary, -1 where unknown; categories are looked up once each."
     index = pd.Index(vocabulary)
-    if isinstance(ids.dtype, pd.CategoricalDtype): return index.get_indexer(ids.cat.categories)[ids.cat.codes]
+    if isinstance(ids.dtype, pd.CategoricalDtype):
+        return index.get_indexer(ids.cat.categories)[ids.cat.codes]
     return index.get_indexer(ids)
 
-def read_segments(path:Path # CSV or Parquet: user_id, and a column an attribute
-                 ) -> pd.DataFrame:
+
+def read_segments(
+    path: Path,  # CSV or Parquet: user_id, and a column an attribute
+) -> pd.DataFrame:
     "A table of users; raises `AerecError` where it is none."
     path = Path(path)
-    try: table = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
-    except (OSError, ValueError) as e: raise AerecError(f"inference.segments_file {path}: {str(e).splitlines()[0]}; give a CSV or Parquet file with user_id and a column an attribute") from None
-    if 'user_id' not in table or len(table.columns) < 2: raise AerecError(f"inference.segments_file {path}: it has the columns {', '.join(map(str, table.columns))}; it needs user_id and at least one more, such as country")
-    if (twice := table.user_id.duplicated()).any(): raise AerecError(f'inference.segments_file {path}: row {twice.idxmax()+1}: user {table.user_id[twice.idxmax()]!r} is there twice; keep one row a user')
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except (OSError, ValueError) as e:
+        raise AerecError(
+            f"inference.segments_file {path}: {str(e).splitlines()[0]}; give a CSV or Parquet file with user_id and a column an attribute"
+        ) from None
+    if "user_id" not in table or len(table.columns) < 2:
+        raise AerecError(
+            f"inference.segments_file {path}: it has the columns {', '.join(map(str, table.columns))}; it needs user_id and at least one more, such as country"
+        )
+    if (twice := table.user_id.duplicated()).any():
+        raise AerecError(
+            f"inference.segments_file {path}: row {twice.idxmax() + 1}: user {table.user_id[twice.idxmax()]!r} is there twice; keep one row a user"
+        )
     return table
 
 # %% ../nbs/04_inference.ipynb #503dca19
 class Recommender:
     "Model, vocabularies, histories, popularity and postprocessing chain: everything that turns a request into a list."
-    def __init__(self, model, # fitted, see `aerec_nb.modeling`
-                 items, # ids in the order of the model's columns
-                 users=(), # ids in the order of the rows of `histories`
-                 histories:csr_matrix=None, # float32 [n_users, n_items]: what is known of each user; None: nothing
-                 popularity=None, # [n_items], what the fallback ranks by; None: users per item in `histories`
-                 chain:Chain=None, # postprocessing; None: exclude seen items, nothing banned
-                 item_table:pd.DataFrame=None, # item_id, and if there title and genres; None: ids only
-                 info:dict=None, # what is known of the bundle it came from
-                 negatives:csr_matrix=None, # bool [n_users, n_items]: what each user rated too low to want it, see `pair_matrix`; None: nothing
-                 times:np.ndarray=None, # of the entries of `histories`, seconds since 1970; None: unknown
-                 features:csr_matrix=None, # [n_items, n_features], see `ItemFeatures`; None: there are none
-                 segments:Segments=None # what is popular where, for those of whom nothing else is known; None: nothing
-                ):
+
+    def __init__(
+        self,
+        model,  # fitted, see `aerec_nb.modeling`
+        items,  # ids in the order of the model's columns
+        users=(),  # ids in the order of the rows of `histories`
+        histories: csr_matrix = None,  # float32 [n_users, n_items]: what is known of each user; None: nothing
+        popularity=None,  # [n_items], what the fallback ranks by; None: users per item in `histories`
+        chain: Chain = None,  # postprocessing; None: exclude seen items, nothing banned
+        item_table: pd.DataFrame = None,  # item_id, and if there title and genres; None: ids only
+        info: dict = None,  # what is known of the bundle it came from
+        negatives: csr_matrix = None,  # bool [n_users, n_items]: what each user rated too low to want it, see `pair_matrix`; None: nothing
+        times: np.ndarray = None,  # of the entries of `histories`, seconds since 1970; None: unknown
+        features: csr_matrix = None,  # [n_items, n_features], see `ItemFeatures`; None: there are none
+        segments: Segments = None,  # what is popular where, for those of whom nothing else is known; None: nothing
+    ):
         self.model, self.item_index, self.user_index = model, IdIndex(items), IdIndex(users)
-        self.histories = csr_matrix((len(self.user_index), len(self.item_index)), dtype=np.float32) if histories is None else histories
+        self.histories = (
+            csr_matrix((len(self.user_index), len(self.item_index)), dtype=np.float32)
+            if histories is None
+            else histories
+        )
         if self.histories.shape != (len(self.user_index), len(self.item_index)):
-            raise AerecError(f'histories are {self.histories.shape}, but there are {len(self.user_index)} users and {len(self.item_index)} items')
+            raise AerecError(
+                f"histories are {self.histories.shape}, but there are {len(self.user_index)} users and {len(self.item_index)} items"
+            )
         self.negatives = csr_matrix(self.histories.shape, dtype=bool) if negatives is None else negatives
-        if self.negatives.shape != self.histories.shape: raise AerecError(f'negatives are {self.negatives.shape}, but histories are {self.histories.shape}')
+        if self.negatives.shape != self.histories.shape:
+            raise AerecError(f"negatives are {self.negatives.shape}, but histories are {self.histories.shape}")
         counts = np.bincount(self.histories.indices, minlength=len(self.item_index))
         self.popularity = np.asarray(counts if popularity is None else popularity, np.float32)
         self.times, self.info = times, dict(info or {})
-        if times is not None and len(times) != self.histories.nnz: raise AerecError(f'{len(times)} times, but histories have {self.histories.nnz} entries')
+        if times is not None and len(times) != self.histories.nnz:
+            raise AerecError(f"{len(times)} times, but histories have {self.histories.nnz} entries")
         self.catalogue = Catalogue(self.item_index, item_table, self.popularity, features)
         self.chain = (chain or Chain()).bind(self.catalogue)
         self.item_table = _lined_up(item_table, self.item_index)
-        self._titles, self._genres = (self.item_table[c].tolist() for c in ('title', 'genres'))
-        self.recent = None # `Recent`: what a service has heard since; `recommend_batch` looks at the packed histories only
+        self._titles, self._genres = (self.item_table[c].tolist() for c in ("title", "genres"))
+        self.recent = (
+            None  # `Recent`: what a service has heard since; `recommend_batch` looks at the packed histories only
+        )
         self.segments, self._more = segments, _columns_of(self.catalogue.table)
-        if segments is not None and segments.matrix.shape[1] != self.n_items: raise AerecError(f'segments are over {segments.matrix.shape[1]} items, but there are {self.n_items}')
-        self._model_name, self._version = str(getattr(getattr(model, 'model', model), 'name', None) or type(model).__name__), self.info.get('id', '')[:16] or None
+        if segments is not None and segments.matrix.shape[1] != self.n_items:
+            raise AerecError(f"segments are over {segments.matrix.shape[1]} items, but there are {self.n_items}")
+        self._model_name, self._version = (
+            str(getattr(getattr(model, "model", model), "name", None) or type(model).__name__),
+            self.info.get("id", "")[:16] or None,
+        )
 
     @property
-    def n_items(self): return len(self.item_index)
+    def n_items(self):
+        return len(self.item_index)
+
     @property
-    def n_users(self): return len(self.user_index)
+    def n_users(self):
+        return len(self.user_index)
+
     @property
-    def users(self): return self.user_index.ids
+    def users(self):
+        return self.user_index.ids
+
     @property
-    def items(self): return self.item_index.ids
+    def items(self):
+        return self.item_index.ids
 
     def __repr__(self):
-        return f'Recommender({self.model!r}, {self.n_users:,} users, {self.n_items:,} items, {self.chain!r})'
+        return f"Recommender({self.model!r}, {self.n_users:,} users, {self.n_items:,} items, {self.chain!r})"
 
 # %% ../nbs/04_inference.ipynb #83b717ce
-def _plain(value): # -> text, number or bool; None for a number that JSON does not have
+def _plain(value):  # -> text, number or bool; None for a number that JSON does not have
     "Return a value of the items table as JSON has it."
-    if hasattr(value, 'isoformat'):
+    if hasattr(value, "isoformat"):
         return value.isoformat()
-    if hasattr(value, 'item'):
+    if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, bool)) else str(value)
 
-def _columns_of(table:pd.DataFrame) -> list: # (name, values)
-    "The columns of the items besides title and genres, in plain types; None where nothing is known."
-    return [(str(c), [None if none else _plain(v) for v,none in zip(table[c].tolist(), table[c].isna())]) for c in table if c not in ('item_id', 'title', 'genres')]
 
-def _lined_up(item_table, index:IdIndex) -> pd.DataFrame:
+def _columns_of(table: pd.DataFrame) -> list:  # (name, values)
+    "The columns of the items besides title and genres, in plain types; None where nothing is known."
+    return [
+        (str(c), [None if none else _plain(v) for v, none in zip(table[c].tolist(), table[c].isna())])
+        for c in table
+        if c not in ("item_id", "title", "genres")
+    ]
+
+
+def _lined_up(item_table, index: IdIndex) -> pd.DataFrame:
     "Item information in the order of the vocabulary; None where there is none."
-    table = pd.DataFrame({'item_id': index.ids, 'title': None, 'genres': None}).astype({'title': object, 'genres': object})
-    if item_table is None: return table
-    numbers = index.numbers(item_table['item_id'].tolist())
-    known = np.flatnonzero(numbers >= 0)[::-1] # of two rows of one item the first stays
-    for column in {'title', 'genres'} & set(item_table.columns):
+    table = pd.DataFrame({"item_id": index.ids, "title": None, "genres": None}).astype(
+        {"title": object, "genres": object}
+    )
+    if item_table is None:
+        return table
+    numbers = index.numbers(item_table["item_id"].tolist())
+    known = np.flatnonzero(numbers >= 0)[::-1]  # of two rows of one item the first stays
+    for column in {"title", "genres"} & set(item_table.columns):
         values = item_table[column].astype(object).to_numpy()
         filled = table[column].to_numpy().copy()
         filled[numbers[known]] = [v if isinstance(v, str) else None for v in values[known]]
@@ -204,7 +305,7 @@ def check_k(
 ) -> int:
     "Return a whole number of at least one; raises `AerecError` for anything else."
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k < 2**31:
-        raise AerecError(f'k must be a whole number of at least 1 and below {2**31:,}, not {preview(k)}')
+        raise AerecError(f"k must be a whole number of at least 1 and below {2**31:,}, not {preview(k)}")
     return int(k)
 
 
@@ -213,8 +314,8 @@ def _named(
     limit: int = 5,
 ) -> str:
     "Name the first few ids, for a warning."
-    shown = ', '.join(map(preview, ids[:limit]))
-    return shown + (f' and {len(ids) - limit} more' if len(ids) > limit else '')
+    shown = ", ".join(map(preview, ids[:limit]))
+    return shown + (f" and {len(ids) - limit} more" if len(ids) > limit else "")
 
 
 def _id_list(
@@ -224,9 +325,9 @@ def _id_list(
     "Return a list of ids; raises `AerecError` for text and other things that are no list."
     if ids is None:
         return []
-    if isinstance(ids, (str, bytes, dict)) or not hasattr(ids, '__iter__') or getattr(ids, 'ndim', 1) != 1:
-        raise AerecError(f'{what} must be a list of item ids, not {preview(ids)}')
-    return ids.tolist() if hasattr(ids, 'tolist') else list(ids)
+    if isinstance(ids, (str, bytes, dict)) or not hasattr(ids, "__iter__") or getattr(ids, "ndim", 1) != 1:
+        raise AerecError(f"{what} must be a list of item ids, not {preview(ids)}")
+    return ids.tolist() if hasattr(ids, "tolist") else list(ids)
 
 
 def _is_whole(value) -> bool:
@@ -243,36 +344,43 @@ def _is_attribute(value) -> bool:
 
 def _check_kinds(asked: dict) -> None:
     "Refuse arguments of `recommend` that are of a wrong kind; raises `AerecError`."
-    user_id, fallback, now = asked['user_id'], asked['fallback'], asked['now']
+    user_id, fallback, now = asked["user_id"], asked["fallback"], asked["now"]
     if not (user_id is None or _is_attribute(user_id) or isinstance(user_id, (np.generic, uuid.UUID))):
-        kinds = f'a text of at most {MAX_ID_TEXT:,} characters or a number of 64 bits'
-        raise AerecError(f'user_id must be {kinds}, not {preview(user_id)}')
-    if not isinstance(fallback, str) or fallback not in ('popular', 'none'):
+        kinds = f"a text of at most {MAX_ID_TEXT:,} characters or a number of 64 bits"
+        raise AerecError(f"user_id must be {kinds}, not {preview(user_id)}")
+    if not isinstance(fallback, str) or fallback not in ("popular", "none"):
         raise AerecError(f"fallback must be 'popular' or 'none', not {preview(fallback)}")
-    for name in ('exclude_seen', 'explain'):
+    for name in ("exclude_seen", "explain"):
         if not isinstance(asked[name], (bool, np.bool_)):
-            raise AerecError(f'{name} must be True or False, not {preview(asked[name])}')
+            raise AerecError(f"{name} must be True or False, not {preview(asked[name])}")
     if now is not None and not (isinstance(now, (float, np.floating)) and math.isfinite(now) or _is_whole(now)):
-        raise AerecError(f'now must be seconds since 1970, not {preview(now)}')
-    if not _is_whole(asked['draw']):
-        raise AerecError(f'draw must be a whole number, not {preview(asked["draw"])}')
-    if asked['deadline'] is not None and not isinstance(asked['deadline'], Deadline):
-        raise AerecError(f'deadline must be a Deadline, not {preview(asked["deadline"])}')
+        raise AerecError(f"now must be seconds since 1970, not {preview(now)}")
+    if not _is_whole(asked["draw"]):
+        raise AerecError(f"draw must be a whole number, not {preview(asked['draw'])}")
+    if asked["deadline"] is not None and not isinstance(asked["deadline"], Deadline):
+        raise AerecError(f"deadline must be a Deadline, not {preview(asked['deadline'])}")
 
 # %% ../nbs/04_inference.ipynb #d66f3344
-def known_numbers(recommender:Recommender, # whose vocabulary counts
-                  ids, # item ids
-                  what:str, # 'history' or 'exclude', for the warning
-                  warnings:list # gets a sentence if some are unknown
-                 ) -> np.ndarray: # sorted, each once
+def known_numbers(
+    recommender: Recommender,  # whose vocabulary counts
+    ids,  # item ids
+    what: str,  # 'history' or 'exclude', for the warning
+    warnings: list,  # gets a sentence if some are unknown
+) -> np.ndarray:  # sorted, each once
     "Item numbers of those ids that are known."
-    if isinstance(ids, tuple) and not ids: return _NONE # most requests exclude nothing
+    if isinstance(ids, tuple) and not ids:
+        return _NONE  # most requests exclude nothing
     ids = _id_list(ids, what)
-    if not ids: return _NONE
+    if not ids:
+        return _NONE
     numbers = recommender.item_index.numbers(ids)
-    unknown = list(dict.fromkeys(map(_hashable, (id for id,n in zip(ids, numbers) if n < 0))))
-    if unknown: warnings.append(f"{what}: {len(unknown)} unknown item{'s' if len(unknown) > 1 else ''} left out: {_named(unknown)}")
+    unknown = list(dict.fromkeys(map(_hashable, (id for id, n in zip(ids, numbers) if n < 0))))
+    if unknown:
+        warnings.append(
+            f"{what}: {len(unknown)} unknown item{'s' if len(unknown) > 1 else ''} left out: {_named(unknown)}"
+        )
     return np.unique(numbers[numbers >= 0])
+
 
 def _hashable(id):
     "Return an id as it is, or a text for what cannot be one."
@@ -324,7 +432,7 @@ class Recent:
         feedback, resolved = self._feedback, self._resolved
         for start in range(0, len(events), 2000):  # readers get the lock in between
             with self._lock:
-                for user, item, likes, at in events[start:start+2000]:
+                for user, item, likes, at in events[start : start + 2000]:
                     of_user = feedback.get(user)
                     if of_user is None:
                         of_user = feedback[user] = {}
@@ -375,33 +483,47 @@ class Recent:
         return arrays
 
 
-def _evidence(r:Recommender, user_id, history, warnings:list) -> tuple:
+def _evidence(r: Recommender, user_id, history, warnings: list) -> tuple:
     "Item numbers, weights and times of what the answer rests on, the number of the user (-1: unknown), and items of which it was heard that they are not liked."
     user, recent = r.user_index.number(user_id) if user_id is not None else -1, None
     if user_id is not None and r.recent is not None:
         recent = r.recent.resolve(user_id, r.item_index)
-        if user >= 0 and r.recent.is_erased(user_id): user = -1
-    if user_id is not None and user < 0 and recent is None: warnings.append(f'user {_named([_hashable(user_id)])} is unknown')
-    items = known_numbers(r, history, 'history', warnings) if history is not None else _NONE
-    own = slice(r.histories.indptr[user], r.histories.indptr[user+1]) if user >= 0 else slice(0, 0)
-    if recent is None and not len(items): return r.histories.indices[own], r.histories.data[own], None if r.times is None else r.times[own], user, _NONE
+        if user >= 0 and r.recent.is_erased(user_id):
+            user = -1
+    if user_id is not None and user < 0 and recent is None:
+        warnings.append(f"user {_named([_hashable(user_id)])} is unknown")
+    items = known_numbers(r, history, "history", warnings) if history is not None else _NONE
+    own = slice(r.histories.indptr[user], r.histories.indptr[user + 1]) if user >= 0 else slice(0, 0)
+    if recent is None and not len(items):
+        return r.histories.indices[own], r.histories.data[own], None if r.times is None else r.times[own], user, _NONE
     heard, liked, when = _NOTHING if recent is None else recent
     disliked = np.setdiff1d(heard[~liked], items)
     now = np.concatenate([items, np.setdiff1d(heard[liked], items)])
-    now_at = np.concatenate([np.full(len(items), np.nan), when[liked][np.isin(heard[liked], items, invert=True)]]) # what the request names is of this moment
+    now_at = np.concatenate(
+        [np.full(len(items), np.nan), when[liked][np.isin(heard[liked], items, invert=True)]]
+    )  # what the request names is of this moment
     before = ~np.isin(r.histories.indices[own], np.concatenate([now, disliked]))
     both = np.concatenate([r.histories.indices[own][before], now]).astype(np.int32)
-    order = np.argsort(both, kind='stable')
+    order = np.argsort(both, kind="stable")
     times = None if r.times is None else np.concatenate([r.times[own][before], now_at])[order]
-    return both[order], np.concatenate([r.histories.data[own][before], np.ones(len(now), np.float32)])[order], times, user, disliked
+    return (
+        both[order],
+        np.concatenate([r.histories.data[own][before], np.ones(len(now), np.float32)])[order],
+        times,
+        user,
+        disliked,
+    )
+
 
 _NONE = np.array([], np.int32)
 _NOTHING = np.array([], np.int32), np.array([], bool), np.array([], float)
 
 # %% ../nbs/04_inference.ipynb #eef2df19
 @patch
-def known_of(self:Recommender, user_id # any user
-            ) -> np.ndarray: # int item numbers, sorted; of an unknown user: none
+def known_of(
+    self: Recommender,
+    user_id,  # any user
+) -> np.ndarray:  # int item numbers, sorted; of an unknown user: none
     "What an answer for a user would rest on: the packed history, and what was heard since."
     return _evidence(self, user_id, None, [])[0]
 
@@ -470,50 +592,64 @@ def _add_reasons(
     deadline: Deadline,  # None: it may take any time
 ) -> None:
     "Name the three items of the history that add most to each score."
-    numbers = r.item_index.numbers([item['item_id'] for item in shown])
+    numbers = r.item_index.numbers([item["item_id"] for item in shown])
     values, rows = _largest(_contribution_blocks(r.model, items, weights, numbers, deadline), len(shown))
     for item, added, positions in zip(shown, values.T.tolist(), rows.T.tolist()):
         reasons = [(items[n], value) for n, value in zip(positions, added) if value > 0]
-        item['reasons'] = [
-            {'item_id': r.items[i], 'title': r._titles[i], 'contribution': value} for i, value in reasons
+        item["reasons"] = [
+            {"item_id": r.items[i], "title": r._titles[i], "contribution": value} for i, value in reasons
         ]
-        item['why'] = _reasons_in_words(item['reasons'])
+        item["why"] = _reasons_in_words(item["reasons"])
 
 
 def _reasons_in_words(reasons: list) -> str:
     "Name the reasons in a sentence."
-    named = [str(reason['title'] if isinstance(reason['title'], str) else reason['item_id']) for reason in reasons]
+    named = [str(reason["title"] if isinstance(reason["title"], str) else reason["item_id"]) for reason in reasons]
     if not named:
-        return 'nothing in the history speaks for it'
-    return 'because of ' + ', '.join(named[:-1]) + (' and ' if len(named) > 1 else '') + named[-1]
+        return "nothing in the history speaks for it"
+    return "because of " + ", ".join(named[:-1]) + (" and " if len(named) > 1 else "") + named[-1]
 
 # %% ../nbs/04_inference.ipynb #025c1cca
 @patch
-def recommend(self:Recommender,
-              user_id=None, # a known user; None or unknown: the history alone counts
-              history=None, # item ids, added to what is known of the user; None: only that
-              k:int=10, # length of the list
-              exclude_seen:bool=True, # leave out what the user or the history has, and what the user rated too low to want it
-              exclude=(), # further item ids to leave out of this answer
-              fallback:str='popular', # 'popular': where nothing is known, popular items; 'none': raise `UnknownUser`
-              candidates=None, # item ids to choose among; None: all
-              filter:dict=None, # which items may be shown, such as {'any': [{'genres': 'Comedy'}]}; None: all
-              pins=(), # item ids for the first places, or {place: item id}
-              diversity:float=None, # 0 to 1; None: as the chain has it
-              max_per_category:int=None, # most items of one genre; None: as the chain has it
-              min_score:float=None, # what scores less is not shown; None: as the chain has it
-              explain:bool=False, # give the trail of each item through the chain, and the items of the history that carry it
-              context:dict=None, # what else is known of the visitor, such as {'country': 'KR'}; where nothing better is known the segment decides what is popular
-              now:float=None, # seconds since 1970; None: the clock
-              draw:int=0, # another number: another draw of what is explored
-              deadline:Deadline=None # raise `DeadlineExceeded` when the time is over; None: it may take any time
-             ) -> Recommendations: # k items unless fewer are eligible
+def recommend(
+    self: Recommender,
+    user_id=None,  # a known user; None or unknown: the history alone counts
+    history=None,  # item ids, added to what is known of the user; None: only that
+    k: int = 10,  # length of the list
+    exclude_seen: bool = True,  # leave out what the user or the history has, and what the user rated too low to want it
+    exclude=(),  # further item ids to leave out of this answer
+    fallback: str = "popular",  # 'popular': where nothing is known, popular items; 'none': raise `UnknownUser`
+    candidates=None,  # item ids to choose among; None: all
+    filter: dict = None,  # which items may be shown, such as {'any': [{'genres': 'Comedy'}]}; None: all
+    pins=(),  # item ids for the first places, or {place: item id}
+    diversity: float = None,  # 0 to 1; None: as the chain has it
+    max_per_category: int = None,  # most items of one genre; None: as the chain has it
+    min_score: float = None,  # what scores less is not shown; None: as the chain has it
+    explain: bool = False,  # give the trail of each item through the chain, and the items of the history that carry it
+    context: dict = None,  # what else is known of the visitor, such as {'country': 'KR'}; where nothing better is known the segment decides what is popular
+    now: float = None,  # seconds since 1970; None: the clock
+    draw: int = 0,  # another number: another draw of what is explored
+    deadline: Deadline = None,  # raise `DeadlineExceeded` when the time is over; None: it may take any time
+) -> Recommendations:  # k items unless fewer are eligible
     "The best k items for one user, or for a history without one."
     given = dict(
-        user_id=user_id, history=history, k=k, exclude_seen=exclude_seen, exclude=exclude, fallback=fallback,
-        candidates=candidates, filter=filter, pins=pins, diversity=diversity,
-        max_per_category=max_per_category, min_score=min_score, explain=explain, context=context,
-        now=now, draw=draw, deadline=deadline,
+        user_id=user_id,
+        history=history,
+        k=k,
+        exclude_seen=exclude_seen,
+        exclude=exclude,
+        fallback=fallback,
+        candidates=candidates,
+        filter=filter,
+        pins=pins,
+        diversity=diversity,
+        max_per_category=max_per_category,
+        min_score=min_score,
+        explain=explain,
+        context=context,
+        now=now,
+        draw=draw,
+        deadline=deadline,
     )
     asked = _understand(self, given)
     return _answered(self, asked, _scores_of(self, asked))
@@ -523,7 +659,7 @@ def recommend(self:Recommender,
 def recommend_each(
     self: Recommender,
     requests: list,  # dicts, each with arguments of `recommend`
-    errors: str = 'raise',  # 'raise', or 'return': the `AerecError` stands in the place of the answer
+    errors: str = "raise",  # 'raise', or 'return': the `AerecError` stands in the place of the answer
     deadline: Deadline = None,  # of all together; None: each has its own, if any
 ) -> list:  # of `Recommendations`, in the same order; raises `AerecError` naming the request by its number from 1
     "Answer different requests at once, scored together."
@@ -531,7 +667,7 @@ def recommend_each(
     for n, request in enumerate(requests):
         _check(deadline)
         try:
-            asked[n] = _understand(self, {**_DEFAULTS, 'deadline': deadline, **_arguments(request)})
+            asked[n] = _understand(self, {**_DEFAULTS, "deadline": deadline, **_arguments(request)})
         except AerecError as e:
             found[n] = e
     for n, scores in _scores_of_each(self, asked, deadline):
@@ -541,10 +677,10 @@ def recommend_each(
         except AerecError as e:
             found[n] = e
     _check(deadline)
-    if errors == 'raise':
+    if errors == "raise":
         for n, f in enumerate(found, 1):
             if isinstance(f, AerecError):
-                raise type(f)(f'request {n}: {f}') from None
+                raise type(f)(f"request {n}: {f}") from None
     return found
 
 
@@ -563,7 +699,7 @@ def _scores_of_each(r: Recommender, asked: dict, deadline):  # yields (number of
 def _arguments(request: dict) -> dict:
     "Return arguments of `recommend`; raises `AerecError` for others."
     if not isinstance(request, dict):
-        raise AerecError(f'a request is a dict with arguments of recommend, not {preview(request)}')
+        raise AerecError(f"a request is a dict with arguments of recommend, not {preview(request)}")
     unknown = next((name for name in request if name not in _ARGUMENTS), None)
     if unknown is not None:
         raise AerecError(f"there is no argument {preview(unknown)}; valid ones are {', '.join(sorted(_ARGUMENTS))}")
@@ -576,7 +712,7 @@ _DEFAULTS = dict(
     k=10,
     exclude_seen=True,
     exclude=(),
-    fallback='popular',
+    fallback="popular",
     candidates=None,
     filter=None,
     pins=(),
@@ -613,30 +749,30 @@ def _understand(
 ) -> _Asked:
     "Look up what is asked for; raises `AerecError` for what cannot be asked for."
     _check_kinds(asked)
-    _check(asked['deadline'])
-    user_id, history, warnings = asked['user_id'], asked['history'], []
-    history = None if history is None else _id_list(history, 'history')
-    segments = [] if asked['context'] is None else _segments_of(r, asked['context'], warnings)
+    _check(asked["deadline"])
+    user_id, history, warnings = asked["user_id"], asked["history"], []
+    history = None if history is None else _id_list(history, "history")
+    segments = [] if asked["context"] is None else _segments_of(r, asked["context"], warnings)
     items, weights, times, user, disliked = _evidence(r, user_id, history, warnings)
-    candidates = None if asked['candidates'] is None else known_numbers(r, asked['candidates'], 'candidates', warnings)
+    candidates = None if asked["candidates"] is None else known_numbers(r, asked["candidates"], "candidates", warnings)
     request = Request(
-        check_k(asked['k']),
+        check_k(asked["k"]),
         items,
         weights,
         times,
         user=user_id,
-        exclude=known_numbers(r, asked['exclude'], 'exclude', warnings),
+        exclude=known_numbers(r, asked["exclude"], "exclude", warnings),
         candidates=candidates,
-        draw=asked['draw'],
-        now=asked['now'],
-        exclude_seen=asked['exclude_seen'],
-        filter=asked['filter'],
-        pins=asked['pins'],
-        diversity=asked['diversity'],
-        max_per_category=asked['max_per_category'],
-        min_score=asked['min_score'],
-        explain=asked['explain'],
-        deadline=asked['deadline'],
+        draw=asked["draw"],
+        now=asked["now"],
+        exclude_seen=asked["exclude_seen"],
+        filter=asked["filter"],
+        pins=asked["pins"],
+        diversity=asked["diversity"],
+        max_per_category=asked["max_per_category"],
+        min_score=asked["min_score"],
+        explain=asked["explain"],
+        deadline=asked["deadline"],
     )
     if user >= 0:
         request.disliked = r.negatives.indices[r.negatives.indptr[user] : r.negatives.indptr[user + 1]]
@@ -644,11 +780,11 @@ def _understand(
         request.disliked = np.union1d(request.disliked, disliked)
     unknown = user_id is not None and user < 0 and (r.recent is None or r.recent.resolve(user_id, r.item_index) is None)
     if len(items):
-        return _Asked(request, items, weights, False, None, 'model', warnings, unknown)
-    reason = _reason_of_fallback(asked['fallback'], user_id, history, segments)
+        return _Asked(request, items, weights, False, None, "model", warnings, unknown)
+    reason = _reason_of_fallback(asked["fallback"], user_id, history, segments)
     popular = r.segments.shares(segments, r.popularity, r.n_users) if segments else r.popularity
     return _Asked(
-        request, items, weights, True, popular, 'segment' if segments else 'popular', warnings, unknown, reason
+        request, items, weights, True, popular, "segment" if segments else "popular", warnings, unknown, reason
     )
 
 
@@ -663,23 +799,23 @@ def _segments_of(r: Recommender, context: dict, warnings: list) -> list:  # of n
     for name, value in context.items():
         if name not in r.segments.attributes:
             continue  # others may be there for those who read the log
-        if f'{name}={value}' in r.segments._number:
-            found.append(f'{name}={value}')
+        if f"{name}={value}" in r.segments._number:
+            found.append(f"{name}={value}")
         else:
-            warnings.append(f'context: no segment {preview(f"{name}={value}")}')
+            warnings.append(f"context: no segment {preview(f'{name}={value}')}")
     return found
 
 
 def _reason_of_fallback(fallback: str, user_id, history: list, segments: list) -> str:
     "Say why popular items answer; raises `UnknownUser` where they are not wanted."
     if history:
-        reason = 'no item of the history is known'
+        reason = "no item of the history is known"
     elif user_id is not None:
-        reason = f'nothing is known of user {_named([_hashable(user_id)])}'
+        reason = f"nothing is known of user {_named([_hashable(user_id)])}"
     else:
-        reason = 'neither a user nor a history was given'
-    if fallback == 'none':
-        raise UnknownUser(f'{reason}; send a history, or allow fallback=popular')
+        reason = "neither a user nor a history was given"
+    if fallback == "none":
+        raise UnknownUser(f"{reason}; send a history, or allow fallback=popular")
     return f"{reason}: these are popular items{' of ' + ' and '.join(segments) if segments else ''}"
 
 # %% ../nbs/04_inference.ipynb #2c9bd2e1
@@ -701,11 +837,11 @@ def _answered(
     done = r.chain.run(scores, request, source=asked.source)
     warnings = asked.warnings + ([asked.why_popular] if asked.why_popular else []) + done.warnings
     if is_full and len(done) < k:
-        warnings.append(f'{len(done)} items instead of {k}: no more are eligible')
-    shown = [r._item(*of) for of in zip(done.items.tolist(), range(1, k+1), done.scores.tolist(), done.sources)]
+        warnings.append(f"{len(done)} items instead of {k}: no more are eligible")
+    shown = [r._item(*of) for of in zip(done.items.tolist(), range(1, k + 1), done.scores.tolist(), done.sources)]
     for item, p in zip(shown, done.propensities.tolist()):
         if p < 1:
-            item['propensity'] = p
+            item["propensity"] = p
     if request.explain and not asked.fallback_used:
         _add_reasons(r, shown, asked.items, asked.weights, request.deadline)
     trails = _trails(r, done, k) if request.explain else {}
@@ -722,33 +858,48 @@ def _answered(
     )
 
 
-def _trails(r:Recommender, done, k:int) -> dict:
+def _trails(r: Recommender, done, k: int) -> dict:
     "What became of the items shown, and of those the scores alone would have shown."
-    return {r.items[i]: done.trail(i) for i in dict.fromkeys([*done.items.tolist(), *done.snapshots[0][1][:k].tolist()])}
+    return {
+        r.items[i]: done.trail(i) for i in dict.fromkeys([*done.items.tolist(), *done.snapshots[0][1][:k].tolist()])
+    }
+
 
 def _row(items, weights, n_items) -> csr_matrix:
     "One history as a sparse matrix of one row."
     return csr_matrix((weights, items, np.array([0, len(items)], np.int32)), shape=(1, n_items))
 
-@patch
-def _item(self:Recommender, n:int, rank:int, score:float, source:str) -> dict:
-    "One item of a list."
-    return {'item_id': self.item_index.ids[n], 'rank': rank, 'score': score, 'title': self._titles[n], 'genres': self._genres[n], 'source': source, 'metadata': self._metadata(n)}
 
 @patch
-def _metadata(self:Recommender, n:int) -> dict:
+def _item(self: Recommender, n: int, rank: int, score: float, source: str) -> dict:
+    "One item of a list."
+    return {
+        "item_id": self.item_index.ids[n],
+        "rank": rank,
+        "score": score,
+        "title": self._titles[n],
+        "genres": self._genres[n],
+        "source": source,
+        "metadata": self._metadata(n),
+    }
+
+
+@patch
+def _metadata(self: Recommender, n: int) -> dict:
     "What the items table says of an item besides title and genres, as JSON can say it."
-    return {name: values[n] for name,values in self._more if values[n] is not None}
+    return {name: values[n] for name, values in self._more if values[n] is not None}
 
 # %% ../nbs/04_inference.ipynb #38d4efd2
 @patch
-def similar_items(self:Recommender,
-                  item_id, # a known item
-                  k:int=10, # length of the list
-                  **request # further arguments of `recommend`: filter, exclude, candidates, ...
-                 ) -> Recommendations: # best first; raises `AerecError` for an unknown item
+def similar_items(
+    self: Recommender,
+    item_id,  # a known item
+    k: int = 10,  # length of the list
+    **request,  # further arguments of `recommend`: filter, exclude, candidates, ...
+) -> Recommendations:  # best first; raises `AerecError` for an unknown item
     "What the model recommends to somebody who has this item and no other."
-    if self.item_index.number(item_id) < 0: raise AerecError(f'item {_named([_hashable(item_id)])} is unknown: there is nothing to compare it with')
+    if self.item_index.number(item_id) < 0:
+        raise AerecError(f"item {_named([_hashable(item_id)])} is unknown: there is nothing to compare it with")
     return self.recommend(history=[item_id], k=k, **request)
 
 # %% ../nbs/04_inference.ipynb #ca8c3d22
@@ -762,8 +913,8 @@ def popular(
     "List what most users have."
     if segment is not None:
         _check_segment(self, segment)
-    asked = _understand(self, {**_DEFAULTS, 'k': k, **_arguments(request)})
-    asked.why_popular, asked.source = None, 'popular' if segment is None else 'segment'
+    asked = _understand(self, {**_DEFAULTS, "k": k, **_arguments(request)})
+    asked.why_popular, asked.source = None, "popular" if segment is None else "segment"
     answer = _answered(
         self,
         asked,
@@ -777,13 +928,13 @@ def _check_segment(r: Recommender, segment: str) -> None:
     "Refuse a segment that there is not; raises `AerecError`."
     names = {} if r.segments is None else r.segments._number
     if not isinstance(segment, str) or segment not in names:
-        hint = did_you_mean(segment, names) if isinstance(segment, str) else ''
+        hint = did_you_mean(segment, names) if isinstance(segment, str) else ""
         there = (
-            f'there are {_named(list(names))}'
+            f"there are {_named(list(names))}"
             if names
-            else 'there are none: name a table of users in inference.segments_file'
+            else "there are none: name a table of users in inference.segments_file"
         )
-        raise AerecError(f'there is no segment {preview(segment)}{hint}; {there}')
+        raise AerecError(f"there is no segment {preview(segment)}{hint}; {there}")
 
 
 @patch
@@ -797,58 +948,73 @@ def rank(
 ) -> Recommendations:  # the items that may be shown, best first; the others are named in a warning
     "Put given items into the order of a user."
     warnings = []
-    numbers = known_numbers(self, items, 'items', warnings)
+    numbers = known_numbers(self, items, "items", warnings)
     asked = _understand(
         self,
         {
             **_DEFAULTS,
-            'user_id': user_id,
-            'history': history,
-            'k': max(1, len(numbers)),
-            'exclude_seen': exclude_seen,
-            'candidates': [self.items[n] for n in numbers],
+            "user_id": user_id,
+            "history": history,
+            "k": max(1, len(numbers)),
+            "exclude_seen": exclude_seen,
+            "candidates": [self.items[n] for n in numbers],
             **_arguments(request),
         },
     )
     answer = _answered(self, asked, _scores_of(self, asked), is_full=False)
     left = [self.items[n] for n in np.setdiff1d(numbers, self.item_index.numbers(answer.item_ids))]
     answer.warnings = (
-        warnings + answer.warnings + ([f'items: {len(left)} may not be shown: {_named(left)}'] if left else [])
+        warnings + answer.warnings + ([f"items: {len(left)} may not be shown: {_named(left)}"] if left else [])
     )
     return answer
 
 # %% ../nbs/04_inference.ipynb #9d34d555
 @patch
-def recommend_batch(self:Recommender,
-                    user_ids=None, # list of ids; None: all known users
-                    k:int=10, # length of each list
-                    exclude_seen:bool=True, # leave out what the user has, or rated too low to want it
-                    folder:Path=None, # write the lists there, as Parquet shards with a manifest; None: give them back
-                    shard_users:int=50_000, # users a shard
-                    progress=None, # function(users done), called after each block of users
-                    now:float=None # seconds since 1970; None: the clock. A job that goes on keeps the moment when it began
-                   ) -> pd.DataFrame: # user_id, item_id, rank, score, source; k rows a user unless fewer are eligible. With a folder: a row a shard, see `write_shards`
+def recommend_batch(
+    self: Recommender,
+    user_ids=None,  # list of ids; None: all known users
+    k: int = 10,  # length of each list
+    exclude_seen: bool = True,  # leave out what the user has, or rated too low to want it
+    folder: Path = None,  # write the lists there, as Parquet shards with a manifest; None: give them back
+    shard_users: int = 50_000,  # users a shard
+    progress=None,  # function(users done), called after each block of users
+    now: float = None,  # seconds since 1970; None: the clock. A job that goes on keeps the moment when it began
+) -> pd.DataFrame:  # user_id, item_id, rank, score, source; k rows a user unless fewer are eligible. With a folder: a row a shard, see `write_shards`
     "Lists for many users, a block at a time; users of whom nothing is known get popular items."
     k = check_k(k)
-    user_ids = self.users if user_ids is None else _id_list(user_ids, 'user_ids')
-    if folder is not None: return write_shards(self, Path(folder), user_ids, k, exclude_seen, shard_users, progress, now)
+    user_ids = self.users if user_ids is None else _id_list(user_ids, "user_ids")
+    if folder is not None:
+        return write_shards(self, Path(folder), user_ids, k, exclude_seen, shard_users, progress, now)
     blocks = list(_batch_blocks(self, user_ids, k, exclude_seen, time.time() if now is None else now, progress))
-    return pd.concat(blocks, ignore_index=True) if blocks else _as_lists(self, [], pd.DataFrame({'user': [], 'item': [], 'rank': [], 'score': [], 'source': []}))
+    return (
+        pd.concat(blocks, ignore_index=True)
+        if blocks
+        else _as_lists(self, [], pd.DataFrame({"user": [], "item": [], "rank": [], "score": [], "source": []}))
+    )
 
-def _batch_blocks(r:Recommender, user_ids, k, exclude_seen, now, progress=None):
+
+def _batch_blocks(r: Recommender, user_ids, k, exclude_seen, now, progress=None):
     "The lists of one block of users after another."
     rows, size = r.user_index.numbers(user_ids), block_rows(r.n_items)
     for start in range(0, len(rows), size):
-        of = user_ids[start:start+size]
-        yield _as_lists(r, of, _block_lists(r, of, rows[start:start+size], 0, k, exclude_seen, now))
-        if progress is not None: progress(min(start+size, len(rows)))
+        of = user_ids[start : start + size]
+        yield _as_lists(r, of, _block_lists(r, of, rows[start : start + size], 0, k, exclude_seen, now))
+        if progress is not None:
+            progress(min(start + size, len(rows)))
 
-def _as_lists(r:Recommender, user_ids, lists:pd.DataFrame) -> pd.DataFrame:
+
+def _as_lists(r: Recommender, user_ids, lists: pd.DataFrame) -> pd.DataFrame:
     "Ids instead of numbers."
-    ids = pd.DataFrame({'user_id': pd.Series(user_ids, dtype=None if user_ids else object).take(lists.user.astype(int)).to_numpy(), 'item_id': pd.Series(r.items).take(lists.item.astype(int)).to_numpy()})
-    return pd.concat([ids, lists[['rank', 'score', 'source']].reset_index(drop=True)], axis=1)
+    ids = pd.DataFrame(
+        {
+            "user_id": pd.Series(user_ids, dtype=None if user_ids else object).take(lists.user.astype(int)).to_numpy(),
+            "item_id": pd.Series(r.items).take(lists.item.astype(int)).to_numpy(),
+        }
+    )
+    return pd.concat([ids, lists[["rank", "score", "source"]].reset_index(drop=True)], axis=1)
 
-def _rows_of(matrix:csr_matrix, rows) -> csr_matrix:
+
+def _rows_of(matrix: csr_matrix, rows) -> csr_matrix:
     "Some rows of a matrix; an empty one for -1."
     found = matrix[np.maximum(rows, 0)]
     if (rows < 0).any():
@@ -856,343 +1022,632 @@ def _rows_of(matrix:csr_matrix, rows) -> csr_matrix:
         found.eliminate_zeros()
     return found
 
+
 def _seen(*matrices) -> np.ndarray:
     "Dense bool: what any of some sparse blocks has."
     seen = np.zeros(matrices[0].shape, bool)
-    for m in matrices: seen[np.repeat(np.arange(m.shape[0]), np.diff(m.indptr)), m.indices] = True
+    for m in matrices:
+        seen[np.repeat(np.arange(m.shape[0]), np.diff(m.indptr)), m.indices] = True
     return seen
 
-def _block_lists(r:Recommender, user_ids, rows, start:int, k:int, exclude_seen:bool, now:float) -> pd.DataFrame:
+
+def _block_lists(r: Recommender, user_ids, rows, start: int, k: int, exclude_seen: bool, now: float) -> pd.DataFrame:
     "Lists of one block of users, by numbers of users and items."
     history, disliked = _rows_of(r.histories, rows), _rows_of(r.negatives, rows)
     n_known, scores = np.diff(history.indptr), r.model.score(history)
     scores[n_known == 0] = r.popularity
-    times = [None if r.times is None or u < 0 else r.times[r.histories.indptr[u]:r.histories.indptr[u+1]] for u in rows.tolist()]
-    part = lambda m, n: slice(m.indptr[n], m.indptr[n+1])
-    requests = [Request(k, history.indices[part(history, n)], history.data[part(history, n)], times[n], disliked.indices[part(disliked, n)], user, now=now, exclude_seen=exclude_seen)
-                for n,user in enumerate(user_ids)]
+    times = [
+        None if r.times is None or u < 0 else r.times[r.histories.indptr[u] : r.histories.indptr[u + 1]]
+        for u in rows.tolist()
+    ]
+    part = lambda m, n: slice(m.indptr[n], m.indptr[n + 1])
+    requests = [
+        Request(
+            k,
+            history.indices[part(history, n)],
+            history.data[part(history, n)],
+            times[n],
+            disliked.indices[part(disliked, n)],
+            user,
+            now=now,
+            exclude_seen=exclude_seen,
+        )
+        for n, user in enumerate(user_ids)
+    ]
     items, values, sources = r.chain.run_block(scores, requests)
     user, place = np.nonzero(items >= 0)
-    model = np.where(n_known[user] == 0, 'popular', 'model')
-    source = model if sources is None else np.where(sources[items >= 0] == 'model', model, sources[items >= 0])
-    return pd.DataFrame({'user': user+start, 'item': items[items >= 0], 'rank': (place+1).astype(np.int32), 'score': values[items >= 0], 'source': source})
+    model = np.where(n_known[user] == 0, "popular", "model")
+    source = model if sources is None else np.where(sources[items >= 0] == "model", model, sources[items >= 0])
+    return pd.DataFrame(
+        {
+            "user": user + start,
+            "item": items[items >= 0],
+            "rank": (place + 1).astype(np.int32),
+            "score": values[items >= 0],
+            "source": source,
+        }
+    )
 
 # %% ../nbs/04_inference.ipynb #c21df036
-def write_shards(r:Recommender,
-                 folder:Path, # new, or of the same job
-                 user_ids:list, # whose lists
-                 k:int, # length of each list
-                 exclude_seen:bool=True, # leave out what the user has
-                 shard_users:int=50_000, # users a shard
-                 progress=None, # function(users done)
-                 now:float=None, # of a job that begins; None: the clock
-                 make=None # function(list of (path, first user, users), now, progress) makes the shards that are missing; None: here, one after another
-                ) -> pd.DataFrame: # file, users, rows, bytes, sha256, made (now, or earlier)
+def write_shards(
+    r: Recommender,
+    folder: Path,  # new, or of the same job
+    user_ids: list,  # whose lists
+    k: int,  # length of each list
+    exclude_seen: bool = True,  # leave out what the user has
+    shard_users: int = 50_000,  # users a shard
+    progress=None,  # function(users done)
+    now: float = None,  # of a job that begins; None: the clock
+    make=None,  # function(list of (path, first user, users), now, progress) makes the shards that are missing; None: here, one after another
+) -> pd.DataFrame:  # file, users, rows, bytes, sha256, made (now, or earlier)
     "Lists of many users as Parquet shards with a manifest; goes on where it was stopped."
-    if isinstance(shard_users, bool) or not isinstance(shard_users, int) or shard_users < 1: raise AerecError(f'shard_users must be a whole number of at least 1, not {shard_users!r}')
-    if len(kinds := {isinstance(u, str): u for u in user_ids}) > 1: raise AerecError(f'user_ids: {kinds[True]!r} is a text and {kinds[False]!r} is not; a file of lists has one kind of ids')
-    with _disk_errors(folder), alone(folder/'job.json', 1):
+    if isinstance(shard_users, bool) or not isinstance(shard_users, int) or shard_users < 1:
+        raise AerecError(f"shard_users must be a whole number of at least 1, not {shard_users!r}")
+    if len(kinds := {isinstance(u, str): u for u in user_ids}) > 1:
+        raise AerecError(
+            f"user_ids: {kinds[True]!r} is a text and {kinds[False]!r} is not; a file of lists has one kind of ids"
+        )
+    with _disk_errors(folder), alone(folder / "job.json", 1):
         folder.mkdir(parents=True, exist_ok=True)
-        now = _same_job(folder, now, {'k': k, 'exclude_seen': exclude_seen, 'shard_users': shard_users, 'n_users': len(user_ids), 'users': sha256_json([str(u) for u in user_ids]), 'recommender': r.fingerprint()})
-        wanted = [(folder/f'lists-{n:05}.parquet', start, user_ids[start:start+shard_users]) for n,start in enumerate(range(0, len(user_ids), shard_users))]
+        now = _same_job(
+            folder,
+            now,
+            {
+                "k": k,
+                "exclude_seen": exclude_seen,
+                "shard_users": shard_users,
+                "n_users": len(user_ids),
+                "users": sha256_json([str(u) for u in user_ids]),
+                "recommender": r.fingerprint(),
+            },
+        )
+        wanted = [
+            (folder / f"lists-{n:05}.parquet", start, user_ids[start : start + shard_users])
+            for n, start in enumerate(range(0, len(user_ids), shard_users))
+        ]
         missing = [shard for shard in wanted if not shard[0].exists()]
-        earlier = len(user_ids) - sum(len(of) for _,_,of in missing)
-        if progress and earlier: progress(earlier)
-        (make or partial(make_shards, r, k=k, exclude_seen=exclude_seen))(missing, now=now, progress=progress and (lambda done: progress(earlier+done)))
-        made = {path for path,_,_ in missing}
-        shards = [{'file': path.name, 'users': len(of), 'rows': _rows_in(path), 'bytes': path.stat().st_size, 'sha256': sha256_file(path), 'made': 'now' if path in made else 'earlier'} for path,_,of in wanted]
-        write_json(folder/'manifest.json', {**read_json(folder/'job.json'), 'shards': [{k: v for k,v in s.items() if k != 'made'} for s in shards]})
-    return pd.DataFrame(shards, columns=['file', 'users', 'rows', 'bytes', 'sha256', 'made'])
+        earlier = len(user_ids) - sum(len(of) for _, _, of in missing)
+        if progress and earlier:
+            progress(earlier)
+        (make or partial(make_shards, r, k=k, exclude_seen=exclude_seen))(
+            missing, now=now, progress=progress and (lambda done: progress(earlier + done))
+        )
+        made = {path for path, _, _ in missing}
+        shards = [
+            {
+                "file": path.name,
+                "users": len(of),
+                "rows": _rows_in(path),
+                "bytes": path.stat().st_size,
+                "sha256": sha256_file(path),
+                "made": "now" if path in made else "earlier",
+            }
+            for path, _, of in wanted
+        ]
+        write_json(
+            folder / "manifest.json",
+            {**read_json(folder / "job.json"), "shards": [{k: v for k, v in s.items() if k != "made"} for s in shards]},
+        )
+    return pd.DataFrame(shards, columns=["file", "users", "rows", "bytes", "sha256", "made"])
+
 
 @contextmanager
-def _disk_errors(folder:Path # of lists
-                ): # context manager
+def _disk_errors(
+    folder: Path,  # of lists
+):  # context manager
     "Report in one line a disk that is full, or that may not be written."
-    try: yield
+    try:
+        yield
     except OSError as e:
         why = e.strerror or str(e).splitlines()[0]
-        advice = 'free space there or choose another folder, and start again: whole files are kept'
-        raise AerecError(f'{folder}: the lists cannot be written ({why}); {advice}') from None
+        advice = "free space there or choose another folder, and start again: whole files are kept"
+        raise AerecError(f"{folder}: the lists cannot be written ({why}); {advice}") from None
 
-def make_shards(r:Recommender, missing:list, # of (path, first user, users)
-                k:int, exclude_seen:bool, now:float, progress=None # function(users done)
-               ) -> None:
+
+def make_shards(
+    r: Recommender,
+    missing: list,  # of (path, first user, users)
+    k: int,
+    exclude_seen: bool,
+    now: float,
+    progress=None,  # function(users done)
+) -> None:
     "Lists of some users, a file each, one after another."
     done = 0
-    for path,start,of in missing:
-        _write_shard(path, _batch_blocks(r, of, k, exclude_seen, now, progress and (lambda n, before=done: progress(before+n))))
+    for path, start, of in missing:
+        _write_shard(
+            path, _batch_blocks(r, of, k, exclude_seen, now, progress and (lambda n, before=done: progress(before + n)))
+        )
         done += len(of)
 
-def _rows_in(path:Path) -> int:
-    "Rows of a shard; raises `AerecError` where it cannot be read."
-    try: return pq.read_metadata(path).num_rows
-    except (pa.ArrowException, OSError) as e: raise AerecError(f'{path} is no whole shard ({str(e).splitlines()[0]}): delete it and start again, it will be made anew') from None
 
-def _write_shard(path:Path, blocks) -> None:
+def _rows_in(path: Path) -> int:
+    "Rows of a shard; raises `AerecError` where it cannot be read."
+    try:
+        return pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as e:
+        raise AerecError(
+            f"{path} is no whole shard ({str(e).splitlines()[0]}): delete it and start again, it will be made anew"
+        ) from None
+
+
+def _write_shard(path: Path, blocks) -> None:
     "One file, a row group a block."
     with atomic_path(path) as temporary:
         writer = None
         try:
             for lists in blocks:
                 table = pa.Table.from_pandas(lists, preserve_index=False)
-                if writer is None: writer = pq.ParquetWriter(temporary, table.schema, compression='zstd')
+                if writer is None:
+                    writer = pq.ParquetWriter(temporary, table.schema, compression="zstd")
                 writer.write_table(table.cast(writer.schema))
         finally:
-            if writer is not None: writer.close()
+            if writer is not None:
+                writer.close()
 
-def _same_job(folder:Path, now, job:dict) -> float:
+
+def _same_job(folder: Path, now, job: dict) -> float:
     "The moment of a job that was begun, or of the one that begins; raises `AerecError` where the folder is another job's."
-    if not (folder/'job.json').exists():
-        if any(p.suffix in ('.parquet', '.json') for p in folder.iterdir()): raise AerecError(f'{folder}: there are files that no job left here; choose another folder')
-        write_json(folder/'job.json', {**job, 'now': time.time() if now is None else now})
-    kept = read_json(folder/'job.json')
+    if not (folder / "job.json").exists():
+        if any(p.suffix in (".parquet", ".json") for p in folder.iterdir()):
+            raise AerecError(f"{folder}: there are files that no job left here; choose another folder")
+        write_json(folder / "job.json", {**job, "now": time.time() if now is None else now})
+    kept = read_json(folder / "job.json")
     other = sorted(key for key in job if job[key] != kept.get(key))
-    if other: raise AerecError(f"{folder}: the lists there are of another job: {', '.join(f'{key} was {kept.get(key)}, is {job[key]}' for key in other)}; choose another folder, or delete this one")
-    return kept['now']
+    if other:
+        raise AerecError(
+            f"{folder}: the lists there are of another job: {', '.join(f'{key} was {kept.get(key)}, is {job[key]}' for key in other)}; choose another folder, or delete this one"
+        )
+    return kept["now"]
+
 
 @patch
-def fingerprint(self:Recommender) -> str: # the bundle's id, or a hash of everything that lists depend on
+def fingerprint(self: Recommender) -> str:  # the bundle's id, or a hash of everything that lists depend on
     "What this recommender is."
-    if self.info.get('id'): return sha256_json([self.info['id'], self.chain.spec])
-    arrays = {**self.model.state(), 'histories': self.histories.data, 'indices': self.histories.indices, 'indptr': self.histories.indptr, 'negatives': self.negatives.indices, 'popularity': self.popularity}
-    return sha256_json([sorted((k, sha256_bytes(np.ascontiguousarray(a).tobytes())) for k,a in arrays.items()), self.model.hyperparameters, self.chain.spec, [str(i) for i in self.items]])
+    if self.info.get("id"):
+        return sha256_json([self.info["id"], self.chain.spec])
+    arrays = {
+        **self.model.state(),
+        "histories": self.histories.data,
+        "indices": self.histories.indices,
+        "indptr": self.histories.indptr,
+        "negatives": self.negatives.indices,
+        "popularity": self.popularity,
+    }
+    return sha256_json(
+        [
+            sorted((k, sha256_bytes(np.ascontiguousarray(a).tobytes())) for k, a in arrays.items()),
+            self.model.hyperparameters,
+            self.chain.spec,
+            [str(i) for i in self.items],
+        ]
+    )
 
 # %% ../nbs/04_inference.ipynb #d18d4b30
-def with_cold_items(recommender:Recommender, # of known items
-                    table:pd.DataFrame, # item_id and what is known, of new items; rows of known ones are passed over
-                    columns:list=None, # columns that items are compared by; None: all that are fit for it
-                    n_neighbours:int=30 # items that a new one is scored by
-                   ) -> Recommender: # knows the new items too; the same one where there are none
+def with_cold_items(
+    recommender: Recommender,  # of known items
+    table: pd.DataFrame,  # item_id and what is known, of new items; rows of known ones are passed over
+    columns: list = None,  # columns that items are compared by; None: all that are fit for it
+    n_neighbours: int = 30,  # items that a new one is scored by
+) -> Recommender:  # knows the new items too; the same one where there are none
     "The same recommender with new items, which are recommended by what is known of them."
     r, known = recommender, recommender.catalogue.table
-    new = table[recommender.item_index.numbers(table['item_id'].tolist()) < 0].drop_duplicates('item_id')
-    if not len(new): return recommender
-    if r.item_index.integer and not pd.api.types.is_integer_dtype(new['item_id']): raise AerecError(f"new items: the ids of the known items are whole numbers, but {_named([new['item_id'].tolist()[0]])} is none")
+    new = table[recommender.item_index.numbers(table["item_id"].tolist()) < 0].drop_duplicates("item_id")
+    if not len(new):
+        return recommender
+    if r.item_index.integer and not pd.api.types.is_integer_dtype(new["item_id"]):
+        raise AerecError(
+            f"new items: the ids of the known items are whole numbers, but {_named([new['item_id'].tolist()[0]])} is none"
+        )
     both = pd.concat([known, new.reindex(columns=known.columns)], ignore_index=True)
     features, n = item_features(both, columns=columns).matrix, len(new)
-    def wider(m): return None if m is None else csr_matrix((m.data, m.indices, m.indptr), shape=(m.shape[0], m.shape[1]+n))
+
+    def wider(m):
+        return None if m is None else csr_matrix((m.data, m.indices, m.indptr), shape=(m.shape[0], m.shape[1] + n))
+
     own = r.catalogue.features
-    return Recommender(ColdItems.of(r.model, features, r.popularity, n_neighbours), [*r.items, *new['item_id'].tolist()], r.users, wider(r.histories), np.append(r.popularity, np.zeros(n, np.float32)), r.chain, both, r.info, wider(r.negatives), r.times,
-                       None if own is None else features, None if r.segments is None else Segments(r.segments.names, wider(r.segments.matrix), r.segments.sizes))
+    return Recommender(
+        ColdItems.of(r.model, features, r.popularity, n_neighbours),
+        [*r.items, *new["item_id"].tolist()],
+        r.users,
+        wider(r.histories),
+        np.append(r.popularity, np.zeros(n, np.float32)),
+        r.chain,
+        both,
+        r.info,
+        wider(r.negatives),
+        r.times,
+        None if own is None else features,
+        None if r.segments is None else Segments(r.segments.names, wider(r.segments.matrix), r.segments.sizes),
+    )
 
 # %% ../nbs/04_inference.ipynb #c209a65d
-def pair_matrix(pairs:pd.DataFrame, # user_id, item_id; ids may be categorical
-                users, # ids of the rows
-                items # ids of the columns
-               ) -> csr_matrix: # bool [len(users), len(items)]
+def pair_matrix(
+    pairs: pd.DataFrame,  # user_id, item_id; ids may be categorical
+    users,  # ids of the rows
+    items,  # ids of the columns
+) -> csr_matrix:  # bool [len(users), len(items)]
     "Pairs of ids as a sparse matrix; those with an id that is not among the users and items are left out."
     rows, columns = _numbers_in(pairs.user_id, users), _numbers_in(pairs.item_id, items)
     known = (rows >= 0) & (columns >= 0)
-    return csr_matrix((np.ones(np.count_nonzero(known), bool), (rows[known], columns[known])), shape=(len(users), len(items)))
+    return csr_matrix(
+        (np.ones(np.count_nonzero(known), bool), (rows[known], columns[known])), shape=(len(users), len(items))
+    )
 
 # %% ../nbs/04_inference.ipynb #7d72c6b1
-def load_recommender(run, # `Run` from `aerec_nb.runs`, with validation done
-                     chain:Chain=None, # postprocessing; None: exclude seen items, nothing banned
-                     artifact:Path=None # folder with segments.parquet and cold_items.parquet where there are any; None: what the stage inference wrote
-                    ) -> Recommender:
+def load_recommender(
+    run,  # `Run` from `aerec_nb.runs`, with validation done
+    chain: Chain = None,  # postprocessing; None: exclude seen items, nothing banned
+    artifact: Path = None,  # folder with segments.parquet and cold_items.parquet where there are any; None: what the stage inference wrote
+) -> Recommender:
     "The chosen model with all that is known of users and items."
-    artifact = run.need('inference') if artifact is None else artifact
-    split = Split.load(run.need('model_preprocessing')/'split')
-    histories, table = histories_over(split.interactions, split.refit().items), run.need('data_import')/'items.parquet'
-    negatives = pd.read_parquet(run.need('business_preprocessing')/'negatives.parquet')
+    artifact = run.need("inference") if artifact is None else artifact
+    split = Split.load(run.need("model_preprocessing") / "split")
+    histories, table = (
+        histories_over(split.interactions, split.refit().items),
+        run.need("data_import") / "items.parquet",
+    )
+    negatives = pd.read_parquet(run.need("business_preprocessing") / "negatives.parquet")
     features = load_catalogue(run, histories.items, None).features
-    segments = Segments.of(histories.matrix, histories.users, pd.read_parquet(artifact/'segments.parquet')) if (artifact/'segments.parquet').exists() else None
-    found = Recommender(load_model(run.need('validation')/'model'), histories.items, histories.users, histories.matrix, chain=chain, item_table=pd.read_parquet(table) if table.exists() else None,
-                        negatives=pair_matrix(negatives, histories.users, histories.items), times=histories.times, features=features, segments=segments)
-    return with_cold_items(found, pd.read_parquet(artifact/'cold_items.parquet')) if (artifact/'cold_items.parquet').exists() else found
+    segments = (
+        Segments.of(histories.matrix, histories.users, pd.read_parquet(artifact / "segments.parquet"))
+        if (artifact / "segments.parquet").exists()
+        else None
+    )
+    found = Recommender(
+        load_model(run.need("validation") / "model"),
+        histories.items,
+        histories.users,
+        histories.matrix,
+        chain=chain,
+        item_table=pd.read_parquet(table) if table.exists() else None,
+        negatives=pair_matrix(negatives, histories.users, histories.items),
+        times=histories.times,
+        features=features,
+        segments=segments,
+    )
+    return (
+        with_cold_items(found, pd.read_parquet(artifact / "cold_items.parquet"))
+        if (artifact / "cold_items.parquet").exists()
+        else found
+    )
 
-def segment_files(settings # from `load_settings`
-                 ) -> dict: # label -> sha256
+
+def segment_files(
+    settings,  # from `load_settings`
+) -> dict:  # label -> sha256
     "What the stage depends on outside the run: the table of users."
-    return {'segments_file': sha256_file(_segments_path(settings))} if settings.inference.segments_file else {}
+    return {"segments_file": sha256_file(_segments_path(settings))} if settings.inference.segments_file else {}
+
 
 def _segments_path(settings) -> Path:
-    path = project_dir()/settings.inference.segments_file
-    if not path.is_file(): raise AerecError(f'inference.segments_file: there is no file {path}; a CSV or Parquet file with user_id and a column an attribute')
+    path = project_dir() / settings.inference.segments_file
+    if not path.is_file():
+        raise AerecError(
+            f"inference.segments_file: there is no file {path}; a CSV or Parquet file with user_id and a column an attribute"
+        )
     return path
 
 # %% ../nbs/04_inference.ipynb #d94b9884
-MAX_USERS = 2000 # users whose candidates a run keeps
+MAX_USERS = 2000  # users whose candidates a run keeps
 
-def candidate_users(recommender:Recommender, # of the run
-                    seed:int, # of the choice
-                    n:int=MAX_USERS # at most
-                   ) -> list: # ids, in the order of the vocabulary
+
+def candidate_users(
+    recommender: Recommender,  # of the run
+    seed: int,  # of the choice
+    n: int = MAX_USERS,  # at most
+) -> list:  # ids, in the order of the vocabulary
     "All users with a history, or a seeded sample of them."
     known = np.flatnonzero(np.diff(recommender.histories.indptr))
-    if len(known) > n: known = np.sort(np.random.default_rng(seed).choice(known, n, replace=False))
+    if len(known) > n:
+        known = np.sort(np.random.default_rng(seed).choice(known, n, replace=False))
     return [recommender.users[u] for u in known]
 
 # %% ../nbs/04_inference.ipynb #ec724ff6
-def make_candidates(recommender:Recommender, # of the run
-                    user_ids:list, # known users
-                    n:int=100 # unseen candidates a user
-                   ) -> pd.DataFrame: # user_id, item_id, rank, score, seen
+def make_candidates(
+    recommender: Recommender,  # of the run
+    user_ids: list,  # known users
+    n: int = 100,  # unseen candidates a user
+) -> pd.DataFrame:  # user_id, item_id, rank, score, seen
     "Each user's ranking down to the n-th unseen item."
     numbers, blocks = recommender.user_index.numbers(user_ids), []
     history, disliked = recommender.histories[numbers], recommender.negatives[numbers]
-    for rows,scores in score_blocks(recommender.model, history):
+    for rows, scores in score_blocks(recommender.model, history):
         seen = _seen(history[rows], disliked[rows])
         items, values = top_k(np.maximum(scores, np.finfo(np.float32).min), n + int(seen.sum(1).max()))
         was_seen = np.take_along_axis(seen, items, 1)
         unseen_so_far = np.cumsum(~was_seen, axis=1)
         keep = (unseen_so_far < n) | (~was_seen & (unseen_so_far == n))
         user, place = np.nonzero(keep)
-        blocks.append(pd.DataFrame({'user': user+rows.start, 'item': items[keep], 'rank': (place+1).astype(np.int32), 'score': values[keep], 'seen': was_seen[keep]}))
+        blocks.append(
+            pd.DataFrame(
+                {
+                    "user": user + rows.start,
+                    "item": items[keep],
+                    "rank": (place + 1).astype(np.int32),
+                    "score": values[keep],
+                    "seen": was_seen[keep],
+                }
+            )
+        )
     found = pd.concat(blocks, ignore_index=True)
-    return pd.DataFrame({'user_id': pd.Series(user_ids).take(found.user).to_numpy(), 'item_id': pd.Series(recommender.items).take(found.item).to_numpy(),
-                         'rank': found['rank'], 'score': found.score, 'seen': found.seen})
+    return pd.DataFrame(
+        {
+            "user_id": pd.Series(user_ids).take(found.user).to_numpy(),
+            "item_id": pd.Series(recommender.items).take(found.item).to_numpy(),
+            "rank": found["rank"],
+            "score": found.score,
+            "seen": found.seen,
+        }
+    )
 
 # %% ../nbs/04_inference.ipynb #22b8cb42
-def valid_candidates(run, # `Run` from `aerec_nb.runs`, with training and validation done
-                     n:int=250, # candidates a user
-                     n_users:int=1000 # at most; more are sampled
-                    ) -> pd.DataFrame|None: # user_id, item_id, rank, score; None without a validation fold
+def valid_candidates(
+    run,  # `Run` from `aerec_nb.runs`, with training and validation done
+    n: int = 250,  # candidates a user
+    n_users: int = 1000,  # at most; more are sampled
+) -> pd.DataFrame | None:  # user_id, item_id, rank, score; None without a validation fold
     "What the chosen model would have proposed to the users of the validation fold."
-    split, pick = Split.load(run.need('model_preprocessing')/'split'), read_json(run.need('validation')/'choice.json')['model']
-    fold, path = split.valid, run.need('training')/pick
-    if fold is None or not len(fold) or not path.exists(): return None
+    split, pick = (
+        Split.load(run.need("model_preprocessing") / "split"),
+        read_json(run.need("validation") / "choice.json")["model"],
+    )
+    fold, path = split.valid, run.need("training") / pick
+    if fold is None or not len(fold) or not path.exists():
+        return None
     model, rows = load_model(path), np.arange(len(fold))
-    if len(rows) > n_users: rows = np.sort(np.random.default_rng(run.settings.run.random_seed).choice(len(fold), n_users, replace=False))
+    if len(rows) > n_users:
+        rows = np.sort(np.random.default_rng(run.settings.run.random_seed).choice(len(fold), n_users, replace=False))
     blocks = []
-    for block,scores in score_blocks(model, fold.input[rows]):
+    for block, scores in score_blocks(model, fold.input[rows]):
         items, values = top_k(mask_history(scores, fold.input[rows[block]]), n)
         user, place = np.nonzero(np.isfinite(values))
-        blocks.append(pd.DataFrame({'user_id': fold.users[rows[block]][user], 'item_id': split.items[items[user, place]], 'rank': (place+1).astype(np.int32), 'score': values[user, place]}))
+        blocks.append(
+            pd.DataFrame(
+                {
+                    "user_id": fold.users[rows[block]][user],
+                    "item_id": split.items[items[user, place]],
+                    "rank": (place + 1).astype(np.int32),
+                    "score": values[user, place],
+                }
+            )
+        )
     return pd.concat(blocks, ignore_index=True)
 
 # %% ../nbs/04_inference.ipynb #1f11f884
-def unrated_items(run # `Run` from `aerec_nb.runs`, with data imported
-                 ) -> pd.DataFrame: # rows of the items table
+def unrated_items(
+    run,  # `Run` from `aerec_nb.runs`, with data imported
+) -> pd.DataFrame:  # rows of the items table
     "Items that nobody has rated, neither high nor low; raises `AerecError` where nothing is known of the items."
-    path = run.need('data_import')/'items.parquet'
-    if not path.exists(): raise AerecError('inference.cold_items is on, but there is no table of items: put an items.csv beside the ratings, or turn it off')
-    items, rated = pd.read_parquet(path), pd.read_parquet(run.need('data_import')/'ratings.parquet', columns=['item_id']).item_id.unique()
+    path = run.need("data_import") / "items.parquet"
+    if not path.exists():
+        raise AerecError(
+            "inference.cold_items is on, but there is no table of items: put an items.csv beside the ratings, or turn it off"
+        )
+    items, rated = (
+        pd.read_parquet(path),
+        pd.read_parquet(run.need("data_import") / "ratings.parquet", columns=["item_id"]).item_id.unique(),
+    )
     return items[~items.item_id.isin(rated)].reset_index(drop=True)
 
 # %% ../nbs/04_inference.ipynb #0314c664
-def build_inference(run, # `Run` from `aerec_nb.runs`
-                    folder:Path # where to write candidates.parquet and, where there is what they are about, valid_candidates.parquet, segments.parquet and cold_items.parquet
-                   ) -> dict: # key figures for the manifest
+def build_inference(
+    run,  # `Run` from `aerec_nb.runs`
+    folder: Path,  # where to write candidates.parquet and, where there is what they are about, valid_candidates.parquet, segments.parquet and cold_items.parquet
+) -> dict:  # key figures for the manifest
     "Candidates of (up to 2,000) users from the chosen model."
-    if run.settings.inference.segments_file: write_parquet(folder/'segments.parquet', read_segments(_segments_path(run.settings)))
-    if run.settings.inference.cold_items: write_parquet(folder/'cold_items.parquet', unrated_items(run))
+    if run.settings.inference.segments_file:
+        write_parquet(folder / "segments.parquet", read_segments(_segments_path(run.settings)))
+    if run.settings.inference.cold_items:
+        write_parquet(folder / "cold_items.parquet", unrated_items(run))
     recommender = load_recommender(run, artifact=folder)
     users = candidate_users(recommender, run.settings.run.random_seed)
-    candidates = make_candidates(recommender, users, max(run.settings.inference.n_candidates, run.settings.validation.topk))
-    write_parquet(folder/'candidates.parquet', candidates)
+    candidates = make_candidates(
+        recommender, users, max(run.settings.inference.n_candidates, run.settings.validation.topk)
+    )
+    write_parquet(folder / "candidates.parquet", candidates)
     valid = valid_candidates(run)
-    if valid is not None: write_parquet(folder/'valid_candidates.parquet', valid)
-    return {'model': recommender._model_name, 'n_users': len(users), 'n_users_known': recommender.n_users, 'n_items': recommender.n_items,
-            'n_segments': 0 if recommender.segments is None else len(recommender.segments), 'n_cold_items': recommender.model.neighbours.shape[0] if recommender.model.name == 'cold_items' else 0,
-            'n_negatives': int(recommender.negatives.nnz), 'n_candidates': len(candidates), 'n_seen': int(candidates.seen.sum()), 'n_items_proposed': int(candidates.item_id.nunique())}
+    if valid is not None:
+        write_parquet(folder / "valid_candidates.parquet", valid)
+    return {
+        "model": recommender._model_name,
+        "n_users": len(users),
+        "n_users_known": recommender.n_users,
+        "n_items": recommender.n_items,
+        "n_segments": 0 if recommender.segments is None else len(recommender.segments),
+        "n_cold_items": recommender.model.neighbours.shape[0] if recommender.model.name == "cold_items" else 0,
+        "n_negatives": int(recommender.negatives.nnz),
+        "n_candidates": len(candidates),
+        "n_seen": int(candidates.seen.sum()),
+        "n_items_proposed": int(candidates.item_id.nunique()),
+    }
 
 # %% ../nbs/04_inference.ipynb #e20ae9ef
-def describe_inference(run # `Run` from `aerec_nb.runs`, with the stage done
-                      ) -> str: # one paragraph
+def describe_inference(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+) -> str:  # one paragraph
     "Which model proposed what."
-    m = run.manifest('inference')['metrics']
-    new = f" ({m['n_cold_items']:,} of them new, by what is known of them)" if m['n_cold_items'] else ''
-    return (f"{m['model']} over {m['n_items']:,} items{new} proposes {m['n_candidates']:,} candidates for {m['n_users']:,} of {m['n_users_known']:,} users; "
-            f"{m['n_seen']/m['n_candidates']:.1%} of them the user has seen, {m['n_items_proposed']/m['n_items']:.1%} of the catalogue is proposed to somebody.")
+    m = run.manifest("inference")["metrics"]
+    new = f" ({m['n_cold_items']:,} of them new, by what is known of them)" if m["n_cold_items"] else ""
+    return (
+        f"{m['model']} over {m['n_items']:,} items{new} proposes {m['n_candidates']:,} candidates for {m['n_users']:,} of {m['n_users_known']:,} users; "
+        f"{m['n_seen'] / m['n_candidates']:.1%} of them the user has seen, {m['n_items_proposed'] / m['n_items']:.1%} of the catalogue is proposed to somebody."
+    )
 
 # %% ../nbs/04_inference.ipynb #8055ac07
-def example_user(recommender:Recommender # with histories
-                ): # -> id of a known user
+def example_user(
+    recommender: Recommender,  # with histories
+):  # -> id of a known user
     "A user with a history of middling length: neither a beginner nor a collector."
     n_known = np.diff(recommender.histories.indptr)
     known = np.flatnonzero(n_known)
-    return recommender.users[known[np.argsort(n_known[known], kind='stable')[len(known)//2]]]
+    return recommender.users[known[np.argsort(n_known[known], kind="stable")[len(known) // 2]]]
 
 # %% ../nbs/04_inference.ipynb #3262c1c3
-def show_history(recommender:Recommender, # with histories
-                 user_id, # a known user
-                 n:int=10 # most rows
-                ) -> pd.DataFrame: # item_id, title, genres, users: the most popular first
+def show_history(
+    recommender: Recommender,  # with histories
+    user_id,  # a known user
+    n: int = 10,  # most rows
+) -> pd.DataFrame:  # item_id, title, genres, users: the most popular first
     "What is known of a user."
     row = recommender.histories[recommender.user_index.number(user_id)]
-    items = row.indices[np.argsort(-recommender.popularity[row.indices], kind='stable')][:n]
-    table = recommender.item_table.iloc[items].assign(users=recommender.popularity[items].astype(int)).reset_index(drop=True)
+    items = row.indices[np.argsort(-recommender.popularity[row.indices], kind="stable")][:n]
+    table = (
+        recommender.item_table.iloc[items]
+        .assign(users=recommender.popularity[items].astype(int))
+        .reset_index(drop=True)
+    )
     return table.loc[:, table.notna().any()]
 
 # %% ../nbs/04_inference.ipynb #bd08b635
-def plot_candidates(run # `Run` from `aerec_nb.runs`, with the stage done
-                   ): # -> matplotlib Figure
+def plot_candidates(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+):  # -> matplotlib Figure
     "How scores fall with rank, and how popular what is proposed is."
-    c, recommender = pd.read_parquet(run.need('inference')/'candidates.parquet'), load_recommender(run)
-    unseen = c[~c.seen].assign(place=lambda f: f.groupby('user_id', sort=False).cumcount() + 1)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-    bands = unseen.groupby('place').score.quantile([.1, .5, .9]).unstack()
-    bands = bands[unseen.groupby('place').size() > unseen.user_id.nunique()/2]
-    left.fill_between(bands.index, bands[.1], bands[.9], color='#56b4e9', alpha=.35, lw=0, label='10 % to 90 % of users')
-    left.plot(bands.index, bands[.5], color='#0072b2', label='median user')
-    left.set(title='Score of unseen candidates', xlabel='rank', ylabel='score')
+    c, recommender = pd.read_parquet(run.need("inference") / "candidates.parquet"), load_recommender(run)
+    unseen = c[~c.seen].assign(place=lambda f: f.groupby("user_id", sort=False).cumcount() + 1)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    bands = unseen.groupby("place").score.quantile([0.1, 0.5, 0.9]).unstack()
+    bands = bands[unseen.groupby("place").size() > unseen.user_id.nunique() / 2]
+    left.fill_between(
+        bands.index, bands[0.1], bands[0.9], color="#56b4e9", alpha=0.35, lw=0, label="10 % to 90 % of users"
+    )
+    left.plot(bands.index, bands[0.5], color="#0072b2", label="median user")
+    left.set(title="Score of unseen candidates", xlabel="rank", ylabel="score")
     left.legend(fontsize=9)
     popularity = recommender.popularity[recommender.item_index.numbers(c.item_id.tolist())]
     top = np.sort(recommender.popularity[recommender.popularity > 0])
     bins = np.geomspace(1, max(2, top[-1]), 16)
-    for values,label,color in ((top, 'catalogue', '#999999'), (popularity[(~c.seen).to_numpy()], 'proposed, unseen', '#0072b2'), (popularity[c.seen.to_numpy()], 'proposed, seen', '#e69f00')):
-        if len(values): right.hist(values, bins, weights=np.full(len(values), 100/len(values)), histtype='step', lw=1.6, label=label, color=color)
-    right.set(title='Popularity of what is proposed', xscale='log', xlabel='users who have the item', ylabel='share of items or candidates, %')
+    for values, label, color in (
+        (top, "catalogue", "#999999"),
+        (popularity[(~c.seen).to_numpy()], "proposed, unseen", "#0072b2"),
+        (popularity[c.seen.to_numpy()], "proposed, seen", "#e69f00"),
+    ):
+        if len(values):
+            right.hist(
+                values,
+                bins,
+                weights=np.full(len(values), 100 / len(values)),
+                histtype="step",
+                lw=1.6,
+                label=label,
+                color=color,
+            )
+    right.set(
+        title="Popularity of what is proposed",
+        xscale="log",
+        xlabel="users who have the item",
+        ylabel="share of items or candidates, %",
+    )
     right.legend(fontsize=9)
-    for ax in (left, right): ax.spines[['top', 'right']].set_visible(False)
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
 
 # %% ../nbs/04_inference.ipynb #30ab6c8e
 class Explorer:
     "A user's history and list side by side, and handles to move."
-    def __init__(self, recommender:Recommender, user_id=None, k:int=10, diversity:float=None, genre:str=None):
-        self.recommender, self.user_id, self.k, self.diversity, self.genre = recommender, example_user(recommender) if user_id is None else user_id, k, diversity, genre
+
+    def __init__(self, recommender: Recommender, user_id=None, k: int = 10, diversity: float = None, genre: str = None):
+        self.recommender, self.user_id, self.k, self.diversity, self.genre = (
+            recommender,
+            example_user(recommender) if user_id is None else user_id,
+            k,
+            diversity,
+            genre,
+        )
 
     def answer(self) -> Recommendations:
         "The list as the handles stand."
-        return self.recommender.recommend(self.user_id, k=self.k, diversity=self.diversity, filter={'any': [{'genres': self.genre}]} if self.genre else None, explain=True)
+        return self.recommender.recommend(
+            self.user_id,
+            k=self.k,
+            diversity=self.diversity,
+            filter={"any": [{"genres": self.genre}]} if self.genre else None,
+            explain=True,
+        )
 
     def _repr_html_(self):
         r = self.recommender
-        try: answer = self.answer()
-        except AerecError as e: return f'<p>{html.escape(str(e))}</p>'
+        try:
+            answer = self.answer()
+        except AerecError as e:
+            return f"<p>{html.escape(str(e))}</p>"
         known = r.user_index.number(self.user_id) >= 0
-        history = [(_film(row), '') for row in show_history(r, self.user_id).to_dict('records')] if known else [('nothing is known of this user', '')]
-        shown = [(f"{item['rank']}.&ensp;{_film(item)}", html.escape(item.get('why') or item['source'])) for item in answer]
-        notes = ''.join(f'<p>&#9888; {html.escape(w)}</p>' for w in answer.warnings)
+        history = (
+            [(_film(row), "") for row in show_history(r, self.user_id).to_dict("records")]
+            if known
+            else [("nothing is known of this user", "")]
+        )
+        shown = [
+            (f"{item['rank']}.&ensp;{_film(item)}", html.escape(item.get("why") or item["source"])) for item in answer
+        ]
+        notes = "".join(f"<p>&#9888; {html.escape(w)}</p>" for w in answer.warnings)
         side = "<div style='flex:{} 1 20em;min-width:0'><b>{}</b>{}</div>"
-        return (f"<div style='display:flex;flex-wrap:wrap;gap:1em 2em'>{side.format(2, f'History of user {html.escape(str(self.user_id))}', _two_columns(history))}"
-                f"{side.format(3, 'Recommended', notes + _two_columns(shown))}</div>")
+        return (
+            f"<div style='display:flex;flex-wrap:wrap;gap:1em 2em'>{side.format(2, f'History of user {html.escape(str(self.user_id))}', _two_columns(history))}"
+            f"{side.format(3, 'Recommended', notes + _two_columns(shown))}</div>"
+        )
 
     def widgets(self):
         "The handles and the tables, as an ipywidgets box."
         import ipywidgets as w
+
         r, tables = self.recommender, w.HTML(self._repr_html_())
-        user = w.Combobox(value=str(self.user_id), options=[str(u) for u in candidate_users(r, 0, 200)], description='user', continuous_update=False)
-        k = w.IntSlider(self.k, 1, 30, description='k', continuous_update=False)
-        diversity = w.FloatSlider(self.diversity or 0., min=0, max=1, step=.05, description='diversity', continuous_update=False)
-        genres = r.catalogue.categories('genres').values if 'genres' in r.catalogue.table else []
-        genre = w.Dropdown(options=[('any', None), *((g, g) for g in genres)], value=self.genre, description='genre')
+        user = w.Combobox(
+            value=str(self.user_id),
+            options=[str(u) for u in candidate_users(r, 0, 200)],
+            description="user",
+            continuous_update=False,
+        )
+        k = w.IntSlider(self.k, 1, 30, description="k", continuous_update=False)
+        diversity = w.FloatSlider(
+            self.diversity or 0.0, min=0, max=1, step=0.05, description="diversity", continuous_update=False
+        )
+        genres = r.catalogue.categories("genres").values if "genres" in r.catalogue.table else []
+        genre = w.Dropdown(options=[("any", None), *((g, g) for g in genres)], value=self.genre, description="genre")
+
         def move(_):
             self.user_id, self.k, self.diversity, self.genre = user.value, k.value, diversity.value or None, genre.value
             tables.value = self._repr_html_()
-        for handle in (user, k, diversity, genre): handle.observe(move, 'value')
-        return w.VBox([w.HBox([user, k, diversity, genre], layout=w.Layout(flex_flow='row wrap')), tables])
+
+        for handle in (user, k, diversity, genre):
+            handle.observe(move, "value")
+        return w.VBox([w.HBox([user, k, diversity, genre], layout=w.Layout(flex_flow="row wrap")), tables])
+
 
 def _film(item) -> str:
     "Title, or id, and what kind of thing it is."
-    title, genres = item.get('title'), item.get('genres')
-    return html.escape(str(title if isinstance(title, str) else item['item_id'])) + (f" <small style='color:#666'>{html.escape(genres.replace('|', ', '))}</small>" if isinstance(genres, str) else '')
+    title, genres = item.get("title"), item.get("genres")
+    return html.escape(str(title if isinstance(title, str) else item["item_id"])) + (
+        f" <small style='color:#666'>{html.escape(genres.replace('|', ', '))}</small>"
+        if isinstance(genres, str)
+        else ""
+    )
+
 
 def _two_columns(rows) -> str:
     "Rows of prepared HTML, to the left."
     style = "style='text-align:left;white-space:normal;vertical-align:top;padding:.2em .6em'"
-    return "<table style='width:100%'>" + ''.join(f"<tr><td {style}>{a}</td><td {style}><small>{b}</small></td></tr>" for a,b in rows) + '</table>'
+    return (
+        "<table style='width:100%'>"
+        + "".join(f"<tr><td {style}>{a}</td><td {style}><small>{b}</small></td></tr>" for a, b in rows)
+        + "</table>"
+    )
 
-def explorer(recommender:Recommender, # to look at
-             user_id=None, # whose list; None: a user of middling experience
-             k:int=10, # length of the list
-             diversity:float=None, # 0 to 1; None: as the chain has it
-             live:bool=None # with handles; None: where somebody sits in front of the notebook
-            ): # -> something that a notebook shows
+
+def explorer(
+    recommender: Recommender,  # to look at
+    user_id=None,  # whose list; None: a user of middling experience
+    k: int = 10,  # length of the list
+    diversity: float = None,  # 0 to 1; None: as the chain has it
+    live: bool = None,  # with handles; None: where somebody sits in front of the notebook
+):  # -> something that a notebook shows
     "Look at lists: with handles where there is somebody to move them, else as a table."
     explorer = Explorer(recommender, user_id, k, diversity)
-    if live is None: live = bool(os.environ.get('JPY_SESSION_NAME')) # JupyterLab tells its kernels which notebook they serve; papermill and nbconvert do not
+    if live is None:
+        live = bool(
+            os.environ.get("JPY_SESSION_NAME")
+        )  # JupyterLab tells its kernels which notebook they serve; papermill and nbconvert do not
     return explorer.widgets() if live else explorer

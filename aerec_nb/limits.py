@@ -36,12 +36,12 @@ class Deadline:
 
     def expire(self) -> None:
         "End the time now, because the answer is not wanted any more."
-        self._end = float('-inf')
+        self._end = float("-inf")
 
     def check(self) -> None:
         "Raise `DeadlineExceeded` where the time is over."
         if self.expired:
-            raise DeadlineExceeded(f'the request took longer than {self.seconds:g} s; ask for less at a time')
+            raise DeadlineExceeded(f"the request took longer than {self.seconds:g} s; ask for less at a time")
 
 # %% ../nbs/00d_limits.ipynb #64bc4f5e
 MAX_PREVIEW = 100  # characters of a value in a message
@@ -58,9 +58,9 @@ def preview(
     try:
         text = _REPR.repr(value)
     except Exception:  # some values have no text, such as a number of 5,000 digits
-        text = f'a {type(value).__name__}'
-    text = ' '.join(text.split())
-    return text if len(text) <= MAX_PREVIEW else text[: MAX_PREVIEW - 3] + '...'
+        text = f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_PREVIEW else text[: MAX_PREVIEW - 3] + "..."
 
 # %% ../nbs/00d_limits.ipynb #7e9b4d63
 MAX_MISSPELT = 50  # characters of a name that gets a suggestion
@@ -88,11 +88,11 @@ def did_you_mean(
     "Suggest the most similar name."
     text = str(name).casefold()
     if not 0 < len(text) <= MAX_MISSPELT:
-        return ''
+        return ""
     names = [str(v) for v in islice(valid, _SCANNED)]
     if len(names) > _COMPARED:
         pairs = _letter_pairs(text)
         similar = islice(_plausible(text, names), _SIMILAR)
         names = heapq.nlargest(_COMPARED, similar, key=lambda v: len(pairs & _letter_pairs(v.casefold())))
     found = difflib.get_close_matches(str(name), names, n=1)
-    return f" (did you mean '{found[0]}'?)" if found else ''
+    return f" (did you mean '{found[0]}'?)" if found else ""

@@ -21,149 +21,207 @@ from .configuration import AerecError
 from .modeling import Model, check_histories, check_memory, check_value, limit_gib, scores_bytes
 
 # %% ../nbs/02a_linear_models.ipynb #2f3fb245
-MEETING = 16 # cost of a multiplication of sparse by sparse, in multiplications of sparse by dense
+MEETING = 16  # cost of a multiplication of sparse by sparse, in multiplications of sparse by dense
 
-def multiply(A: sparse.csr_matrix, # [n, m]
-             B: sparse.csr_matrix, # [m, k]
-            ) -> np.ndarray: # [n, k] dense
+
+def multiply(
+    A: sparse.csr_matrix,  # [n, m]
+    B: sparse.csr_matrix,  # [m, k]
+) -> np.ndarray:  # [n, k] dense
     "A B, of two sparse matrices."
     meetings = int(np.diff(B.indptr)[A.indices].sum(dtype=np.int64))
-    dense = A.nnz*B.shape[1] + B.shape[0]*B.shape[1] < MEETING*meetings and B.shape[0]*B.shape[1] <= 2**24 # few rows do not pay for writing B out
+    dense = (
+        A.nnz * B.shape[1] + B.shape[0] * B.shape[1] < MEETING * meetings and B.shape[0] * B.shape[1] <= 2**24
+    )  # few rows do not pay for writing B out
     return A @ B.toarray() if dense else (A @ B).toarray()
 
 # %% ../nbs/02a_linear_models.ipynb #c4eb4c3d
-def gram(A: sparse.csr_matrix, # [n, m]
-         dtype = np.float32,   # of the result
-         out: np.ndarray = None, # [n, n] to add to
-        ) -> np.ndarray: # [n, n] dense; only its lower triangle is meant
+def gram(
+    A: sparse.csr_matrix,  # [n, m]
+    dtype=np.float32,  # of the result
+    out: np.ndarray = None,  # [n, n] to add to
+) -> np.ndarray:  # [n, n] dense; only its lower triangle is meant
     "A A' of a sparse matrix."
-    n,m = A.shape
+    n, m = A.shape
     G = np.zeros((n, n), dtype) if out is None else out
     A = A.astype(G.dtype, copy=False)
-    meetings = (np.bincount(A.indices, minlength=m).astype(np.float64)**2).sum()
-    dense = A.nnz*n < MEETING*meetings
-    step = min(512, max(16, 2**22//m)) if dense else max(1, 2**22//n)
-    for start in range(0, n, step): G[start:, start:start+step] += gram_columns(A, start, start+step, dense)
+    meetings = (np.bincount(A.indices, minlength=m).astype(np.float64) ** 2).sum()
+    dense = A.nnz * n < MEETING * meetings
+    step = min(512, max(16, 2**22 // m)) if dense else max(1, 2**22 // n)
+    for start in range(0, n, step):
+        G[start:, start : start + step] += gram_columns(A, start, start + step, dense)
     return G
 
-def gram_columns(A: sparse.csr_matrix, # [n, m]
-                 start: int, stop: int, # columns of A A'
-                 dense: bool = False, # write the columns' rows out as a dense block
-                ) -> np.ndarray: # [n-start, stop-start], from the diagonal down
+
+def gram_columns(
+    A: sparse.csr_matrix,  # [n, m]
+    start: int,
+    stop: int,  # columns of A A'
+    dense: bool = False,  # write the columns' rows out as a dense block
+) -> np.ndarray:  # [n-start, stop-start], from the diagonal down
     "Some columns of the lower triangle of A A'."
-    block,first = A[start:stop].T.tocsr(), A.indptr[start]
-    below = sparse.csr_matrix((A.data[first:], A.indices[first:], A.indptr[start:]-first), shape=(A.shape[0]-start, A.shape[1]), copy=False) # A[start:], without a copy
+    block, first = A[start:stop].T.tocsr(), A.indptr[start]
+    below = sparse.csr_matrix(
+        (A.data[first:], A.indices[first:], A.indptr[start:] - first),
+        shape=(A.shape[0] - start, A.shape[1]),
+        copy=False,
+    )  # A[start:], without a copy
     return below @ block.toarray() if dense else (below @ block).toarray()
 
 # %% ../nbs/02a_linear_models.ipynb #066034f1
-LAPACK_ROWS = 20_000 # larger matrices go to torch
+LAPACK_ROWS = 20_000  # larger matrices go to torch
 
-def invert(G: np.ndarray # [n, n] C-ordered, float32 or float64; the lower triangle of a symmetric positive matrix; overwritten
-          ) -> np.ndarray: # [n, n] whole, in the same memory
+
+def invert(
+    G: np.ndarray,  # [n, n] C-ordered, float32 or float64; the lower triangle of a symmetric positive matrix; overwritten
+) -> np.ndarray:  # [n, n] whole, in the same memory
     "The inverse of a symmetric positive matrix by Cholesky; raises `AerecError` if it is not positive."
     if len(G) > LAPACK_ROWS:
-        A,failed = torch.from_numpy(G).mT, torch.empty((), dtype=torch.int32) # .mT: the same memory in the order of LAPACK, upper for lower
+        A, failed = (
+            torch.from_numpy(G).mT,
+            torch.empty((), dtype=torch.int32),
+        )  # .mT: the same memory in the order of LAPACK, upper for lower
         torch.linalg.cholesky_ex(A, upper=True, out=(A, failed))
-        if not failed: torch.cholesky_inverse(A, upper=True, out=A)
+        if not failed:
+            torch.cholesky_inverse(A, upper=True, out=A)
     else:
-        potrf,potri = (lapack.spotrf, lapack.spotri) if G.dtype == np.float32 else (lapack.dpotrf, lapack.dpotri)
-        _,failed = potrf(G.T, lower=0, overwrite_a=1, clean=0)
-        if not failed: potri(G.T, lower=0, overwrite_c=1)
-    if failed: raise AerecError(f'a system of {len(G):,} rows is not positive definite in {G.dtype}: raise lam')
+        potrf, potri = (lapack.spotrf, lapack.spotri) if G.dtype == np.float32 else (lapack.dpotrf, lapack.dpotri)
+        _, failed = potrf(G.T, lower=0, overwrite_a=1, clean=0)
+        if not failed:
+            potri(G.T, lower=0, overwrite_c=1)
+    if failed:
+        raise AerecError(f"a system of {len(G):,} rows is not positive definite in {G.dtype}: raise lam")
     return _mirror(G)
+
 
 def _mirror(G, step=512):
     "Copy the lower triangle onto the upper, in place."
     for start in range(0, len(G), step):
-        stop = min(start+step, len(G))
+        stop = min(start + step, len(G))
         block = np.tril(G[start:stop, start:stop])
         G[start:stop, start:stop] = block + np.tril(block, -1).T
         G[start:stop, stop:] = G[stop:, start:stop].T
     return G
 
 # %% ../nbs/02a_linear_models.ipynb #cf590072
-def condition(times,                # function(vector [n]) -> A'A times it
-              strength: np.ndarray, # [n] what is added to the diagonal of A'A
-             ) -> float: # about the largest eigenvalue of A'A / strength
+def condition(
+    times,  # function(vector [n]) -> A'A times it
+    strength: np.ndarray,  # [n] what is added to the diagonal of A'A
+) -> float:  # about the largest eigenvalue of A'A / strength
     "How ill-conditioned the system is, by power iteration."
-    v,size = np.ones(len(strength)), 0.
+    v, size = np.ones(len(strength)), 0.0
     for _ in range(4):
-        w = times(v)/strength
+        w = times(v) / strength
         size = w.max()
-        if not size > 0: break
-        v = w/size
+        if not size > 0:
+            break
+        v = w / size
     return float(size)
 
-def solver_dtype(condition: float # of the system
-                ) -> type: # float32 or float64
+
+def solver_dtype(
+    condition: float,  # of the system
+) -> type:  # float32 or float64
     "The precision in which the items x items system is solved."
     return np.float32 if condition < 1e4 else np.float64
 
 # %% ../nbs/02a_linear_models.ipynb #39e56005
 class LinearAutoEncoder(Model):
     "What the closed-form models share: one system, one column scale, two forms."
+
     additive = True
-    fitted = ('head', 'B', 'T', 'K', 'R', 'g', 'inward', 'outward', 'own', 'G', 'F', 'counts', 'lengths')
+    fitted = ("head", "B", "T", "K", "R", "g", "inward", "outward", "own", "G", "F", "counts", "lengths")
     head = B = T = K = R = g = inward = outward = own = G = F = counts = lengths = None
-    dropout = xi = 0.
+    dropout = xi = 0.0
 
     def __init__(self, form, keep_gram, max_items, **hp):
-        if form not in ('auto', 'primal', 'dual'): raise AerecError(f'form = {form!r}: it must be auto, primal or dual')
-        if not isinstance(keep_gram, bool): raise AerecError(f'keep_gram = {keep_gram!r}: it must be True or False')
+        if form not in ("auto", "primal", "dual"):
+            raise AerecError(f"form = {form!r}: it must be auto, primal or dual")
+        if not isinstance(keep_gram, bool):
+            raise AerecError(f"keep_gram = {keep_gram!r}: it must be True or False")
         high = dict(dropout=1, xi=1)
-        super().__init__(**{k: check_value(k, v, 0, high.get(k, np.inf), open=k == 'lam') for k,v in hp.items()}, form=form, keep_gram=keep_gram,
-                         max_items=max_items if max_items is None else check_value('max_items', max_items, 1, kind=int))
+        super().__init__(
+            **{k: check_value(k, v, 0, high.get(k, np.inf), open=k == "lam") for k, v in hp.items()},
+            form=form,
+            keep_gram=keep_gram,
+            max_items=max_items if max_items is None else check_value("max_items", max_items, 1, kind=int),
+        )
 
     def _strength(self, squares):
         "Lambda, given the weight of each item."
-        return self.lam + self.dropout/(1-self.dropout)*squares
+        return self.lam + self.dropout / (1 - self.dropout) * squares
 
     def _scales(self, strength, diagonal, counts):
         "Column scale s, given Lambda and the diagonal of C; and n ^ item_power."
-        return np.maximum(strength, (1-self.xi)/diagonal), np.maximum(counts, 1.)**self.item_power
+        return np.maximum(strength, (1 - self.xi) / diagonal), np.maximum(counts, 1.0) ** self.item_power
 
 # %% ../nbs/02a_linear_models.ipynb #f562ebc2
-def scaled(X: sparse.csr_matrix, rows=None, columns=None # vectors
-          ) -> sparse.csr_matrix: # diag(rows) X diag(columns), in the precision of the finest of them
+def scaled(
+    X: sparse.csr_matrix,
+    rows=None,
+    columns=None,  # vectors
+) -> sparse.csr_matrix:  # diag(rows) X diag(columns), in the precision of the finest of them
     "A sparse matrix with its rows and columns scaled; the matrix itself where there is nothing to do."
     data = X.data
-    if rows is not None: data = data*np.repeat(rows, np.diff(X.indptr))
-    if columns is not None: data = data*columns[X.indices]
-    if data is X.data: return X
+    if rows is not None:
+        data = data * np.repeat(rows, np.diff(X.indptr))
+    if columns is not None:
+        data = data * columns[X.indices]
+    if data is X.data:
+        return X
     made = sparse.csr_matrix((data, X.indices, X.indptr), shape=X.shape, copy=False)
-    made.has_canonical_format = True # no cell stands there twice
+    made.has_canonical_format = True  # no cell stands there twice
     return made
 
-def user_weights(lengths: np.ndarray, # interactions of each user
-                 user_power: float,   # 0: all alike
-                ) -> np.ndarray: # float64, a weight a user; None: all 1
+
+def user_weights(
+    lengths: np.ndarray,  # interactions of each user
+    user_power: float,  # 0: all alike
+) -> np.ndarray:  # float64, a weight a user; None: all 1
     "D_U ^ -user_power, D_U being the interactions of a user over their median."
-    if not user_power: return None
-    return (np.maximum(lengths, 1)/np.median(lengths[lengths > 0]))**-user_power
+    if not user_power:
+        return None
+    return (np.maximum(lengths, 1) / np.median(lengths[lengths > 0])) ** -user_power
 
 # %% ../nbs/02a_linear_models.ipynb #6b70f304
 def _features(item_features, n_items, weight):
     "Item features [n_items, n_features] as checked, or None where there are none to use."
-    if item_features is None or not weight: return None
-    F = check_histories(item_features, what='item_features')
-    if F.shape[0] != n_items: raise AerecError(f'item_features: {F.shape[0]:,} rows for {n_items:,} items; lay them out on the vocabulary of the histories')
+    if item_features is None or not weight:
+        return None
+    F = check_histories(item_features, what="item_features")
+    if F.shape[0] != n_items:
+        raise AerecError(
+            f"item_features: {F.shape[0]:,} rows for {n_items:,} items; lay them out on the vocabulary of the histories"
+        )
     return F
+
 
 class Rows:
     "What the solver asks of the users' histories X: sums over users, W being the users' weights (None: all 1). Where the rows lie in many places, the sums are added up."
-    def __init__(self, X: sparse.csr_matrix): # [n_users, n_items]
-        self.X,self.shape,self.nnz,self.lengths,self.counts = X, X.shape, X.nnz, np.diff(X.indptr), np.bincount(X.indices, minlength=X.shape[1])
 
-    def squares(self, weights) -> np.ndarray: # float64 [n_items]
+    def __init__(self, X: sparse.csr_matrix):  # [n_users, n_items]
+        self.X, self.shape, self.nnz, self.lengths, self.counts = (
+            X,
+            X.shape,
+            X.nnz,
+            np.diff(X.indptr),
+            np.bincount(X.indices, minlength=X.shape[1]),
+        )
+
+    def squares(self, weights) -> np.ndarray:  # float64 [n_items]
         "diag X'WX: the weight of each item."
-        return np.bincount(self.X.indices, self.X.data.astype(np.float64)**2*(1. if weights is None else np.repeat(weights, self.lengths)), minlength=self.shape[1])
+        return np.bincount(
+            self.X.indices,
+            self.X.data.astype(np.float64) ** 2 * (1.0 if weights is None else np.repeat(weights, self.lengths)),
+            minlength=self.shape[1],
+        )
 
-    def times(self, weights, v) -> np.ndarray: # [n_items]
+    def times(self, weights, v) -> np.ndarray:  # [n_items]
         "X'WX v."
         Xv = self.X @ v
-        return self.X.T @ (Xv if weights is None else weights*Xv)
+        return self.X.T @ (Xv if weights is None else weights * Xv)
 
-    def gram(self, roots, dtype) -> np.ndarray: # [n_items, n_items], lower triangle
+    def gram(self, roots, dtype) -> np.ndarray:  # [n_items, n_items], lower triangle
         "X'WX, of the roots of the weights."
         return gram(scaled(self.X, roots).T.tocsr(), dtype)
 
@@ -171,335 +229,525 @@ class Rows:
 @dataclass
 class _System:
     "The linear system of a data set, before any strength is added."
-    form: str            # primal or dual
-    X: sparse.csr_matrix # [n_users, n_items] histories; None in the primal form
-    roots: np.ndarray    # [n_users] roots of the users' weights; None: all 1
-    F: sparse.csr_matrix # [n_items, n_features], or None
+
+    form: str  # primal or dual
+    X: sparse.csr_matrix  # [n_users, n_items] histories; None in the primal form
+    roots: np.ndarray  # [n_users] roots of the users' weights; None: all 1
+    F: sparse.csr_matrix  # [n_items, n_features], or None
     squares: np.ndarray  # [n_items] diag A'A
-    counts: np.ndarray   # [n_items] interactions
+    counts: np.ndarray  # [n_items] interactions
     lengths: np.ndarray  # [n_users] interactions
-    dtype: type = np.float32 # of the inverse (primal), of what histories are multiplied by (dual)
-    G: np.ndarray = None # [n_items, n_items] the users' A'A, lower triangle; primal form only
+    dtype: type = np.float32  # of the inverse (primal), of what histories are multiplied by (dual)
+    G: np.ndarray = None  # [n_items, n_items] the users' A'A, lower triangle; primal form only
 
     def rows(self):
         "Users and features as rows of one matrix."
-        return self.X if self.F is None else sparse.vstack([self.X, self.F.T.tocsr()], format='csr')
+        return self.X if self.F is None else sparse.vstack([self.X, self.F.T.tocsr()], format="csr")
 
     def roots_of_rows(self, feature_weight):
         "Roots of what each row counts; None: all 1."
-        if self.F is None: return self.roots
-        return np.concatenate([np.ones(self.X.shape[0], np.float32) if self.roots is None else self.roots, np.full(self.F.shape[1], feature_weight, np.float32)])
+        if self.F is None:
+            return self.roots
+        return np.concatenate(
+            [
+                np.ones(self.X.shape[0], np.float32) if self.roots is None else self.roots,
+                np.full(self.F.shape[1], feature_weight, np.float32),
+            ]
+        )
 
     def stacked(self, feature_weight):
         "A."
         return scaled(self.rows(), self.roots_of_rows(feature_weight))
 
+
 @patch
 def _system(self: LinearAutoEncoder, train, item_features):
     "What the knobs `lam`, `dropout`, `xi` and `item_power` leave alone: rows and their weights, and in the primal form the Gram matrix."
     rows = train if isinstance(train, Rows) else Rows(train)
-    F,fw = _features(item_features, rows.shape[1], self.feature_weight), self.feature_weight
+    F, fw = _features(item_features, rows.shape[1], self.feature_weight), self.feature_weight
     weights = user_weights(rows.lengths, self.user_power)
-    squares = rows.squares(weights) + (0 if F is None else fw**2*np.asarray(F.multiply(F).sum(1), np.float64).ravel()) # diag(A'A)
+    squares = rows.squares(weights) + (
+        0 if F is None else fw**2 * np.asarray(F.multiply(F).sum(1), np.float64).ravel()
+    )  # diag(A'A)
     roots = None if weights is None else np.sqrt(weights).astype(np.float32)
-    n_rows,nnz = rows.shape[0] + (0 if F is None else F.shape[1]), rows.nnz + (0 if F is None else F.nnz)
-    form,n_bytes,_ = self.cost(n_rows, rows.shape[1], nnz)
-    if F is not None: check_memory(f'{self.name} ({form}) with {F.shape[1]:,} item features', n_bytes, self.max_memory_gib, 'use fewer features')
+    n_rows, nnz = rows.shape[0] + (0 if F is None else F.shape[1]), rows.nnz + (0 if F is None else F.nnz)
+    form, n_bytes, _ = self.cost(n_rows, rows.shape[1], nnz)
+    if F is not None:
+        check_memory(
+            f"{self.name} ({form}) with {F.shape[1]:,} item features",
+            n_bytes,
+            self.max_memory_gib,
+            "use fewer features",
+        )
     system = _System(form, rows.X, roots, F, squares, rows.counts, rows.lengths)
-    size = condition(lambda v: rows.times(weights, v) + (0 if F is None else fw**2*(F @ (F.T @ v))), self._strength(squares))
+    size = condition(
+        lambda v: rows.times(weights, v) + (0 if F is None else fw**2 * (F @ (F.T @ v))), self._strength(squares)
+    )
     dtype = solver_dtype(size)
-    if form == 'dual':
-        if size > 1e6 and n_rows > rows.shape[1]: raise AerecError(f'form = {form!r}: it would lose its digits here (more rows than items, condition {size:.0e}): take auto or primal, or raise lam')
+    if form == "dual":
+        if size > 1e6 and n_rows > rows.shape[1]:
+            raise AerecError(
+                f"form = {form!r}: it would lose its digits here (more rows than items, condition {size:.0e}): take auto or primal, or raise lam"
+            )
         return replace(system, dtype=dtype)
     if dtype is np.float64:
-        check_memory(f'{self.name} in double precision', (12 + 8*self.keep_gram)*len(squares)**2, self.max_memory_gib, 'raise lam, or scale the weights of the interactions down')
+        check_memory(
+            f"{self.name} in double precision",
+            (12 + 8 * self.keep_gram) * len(squares) ** 2,
+            self.max_memory_gib,
+            "raise lam, or scale the weights of the interactions down",
+        )
     return replace(system, X=None, dtype=dtype, G=rows.gram(roots, dtype))
 
 # %% ../nbs/02a_linear_models.ipynb #413ecb02
 @patch
 def _fit(self: LinearAutoEncoder, train, item_features):
-    for name in self.fitted: setattr(self, name, None)
+    for name in self.fitted:
+        setattr(self, name, None)
     if self.n_head(train.shape[1]) < train.shape[1]:
-        self.head = np.sort(np.argsort(-np.bincount(train.indices, minlength=train.shape[1]), kind='stable')[:self.max_items])
-        train,item_features = train[:, self.head], item_features if item_features is None else sparse.csr_matrix(item_features)[self.head]
+        self.head = np.sort(
+            np.argsort(-np.bincount(train.indices, minlength=train.shape[1]), kind="stable")[: self.max_items]
+        )
+        train, item_features = (
+            train[:, self.head],
+            item_features if item_features is None else sparse.csr_matrix(item_features)[self.head],
+        )
     self._fit_rows(Rows(train), item_features)
 
+
 @patch
-def fit_rows(self: LinearAutoEncoder,
-    rows: Rows, # of all users; in the dual form its X must be whole
-    item_features: sparse.csr_matrix = None, # [n_items, n_features] for models that use them
-) -> LinearAutoEncoder: # itself
+def fit_rows(
+    self: LinearAutoEncoder,
+    rows: Rows,  # of all users; in the dual form its X must be whole
+    item_features: sparse.csr_matrix = None,  # [n_items, n_features] for models that use them
+) -> LinearAutoEncoder:  # itself
     "Learn from histories that may lie in many places; for all items (`max_items` chooses its items from whole histories)."
-    if self.n_head(rows.shape[1]) < rows.shape[1]: raise AerecError(f'{self.name}: max_items needs all histories in one place; leave it out, or call fit')
+    if self.n_head(rows.shape[1]) < rows.shape[1]:
+        raise AerecError(f"{self.name}: max_items needs all histories in one place; leave it out, or call fit")
     self._agree(*rows.shape, rows.nnz)
-    for name in self.fitted: setattr(self, name, None)
+    for name in self.fitted:
+        setattr(self, name, None)
     self._fit_rows(rows, item_features)
     self.n_items = rows.shape[1]
     return self
 
+
 @patch
 def _fit_rows(self: LinearAutoEncoder, rows, item_features):
     system = self._system(rows, item_features)
-    if self.keep_gram and system.form == 'primal': self.G,self.F,self.counts,self.lengths = system.G.copy(), system.F, system.counts, system.lengths
+    if self.keep_gram and system.form == "primal":
+        self.G, self.F, self.counts, self.lengths = system.G.copy(), system.F, system.counts, system.lengths
     self._weigh(system, *self._solve(system))
+
 
 @patch
 def _solve(self: LinearAutoEncoder, system):
     "C (primal, in the memory of system.G) or K (dual), the diagonal of C, and Lambda."
-    if system.form == 'dual': return self._solve_dual(system)
+    if system.form == "dual":
+        return self._solve_dual(system)
     G = system.G
-    if system.F is not None: gram(system.F*np.float32(self.feature_weight), out=G)
+    if system.F is not None:
+        gram(system.F * np.float32(self.feature_weight), out=G)
     squares = np.diag(G).astype(np.float64)
     strength = self._strength(squares)
     G[np.diag_indices_from(G)] = squares + strength
     C = invert(G)
     return C, np.diag(C).astype(np.float64), strength
 
+
 @patch
 def _solve_dual(self: LinearAutoEncoder, system):
-    A,strength = system.stacked(self.feature_weight), self._strength(system.squares)
-    K = gram(scaled(A, None, strength**-.5), np.float64)
+    A, strength = system.stacked(self.feature_weight), self._strength(system.squares)
+    K = gram(scaled(A, None, strength**-0.5), np.float64)
     K[np.diag_indices_from(K)] += 1
     invert(K)
-    q = quadratic(A.T.tocsr(), K)/strength**2
+    q = quadratic(A.T.tocsr(), K) / strength**2
     roots = system.roots_of_rows(self.feature_weight)
-    if roots is not None: K *= roots; K *= roots[:, None]
-    return K, np.maximum(1/strength - q, 1/(strength + system.squares)), strength # the least it can be, whatever the rounding
+    if roots is not None:
+        K *= roots
+        K *= roots[:, None]
+    return (
+        K,
+        np.maximum(1 / strength - q, 1 / (strength + system.squares)),
+        strength,
+    )  # the least it can be, whatever the rounding
+
 
 @patch
 def _weigh(self: LinearAutoEncoder, system, inverse, diagonal, strength):
     "The fitted model from what `_solve` gives; C becomes W in its own memory."
-    if system.form == 'dual':
-        self.T,self.K,self.lengths = system.rows().T.tocsr().astype(system.dtype, copy=False), inverse, system.lengths
-        return self._vectors(diagonal, 1/strength - diagonal, strength, strength, system.counts, system.dtype)
-    s,popular = self._scales(strength, diagonal, system.counts)
-    inverse *= (-s/popular).astype(inverse.dtype)
-    if self.item_power: inverse *= popular.astype(inverse.dtype)[:, None]
+    if system.form == "dual":
+        self.T, self.K, self.lengths = system.rows().T.tocsr().astype(system.dtype, copy=False), inverse, system.lengths
+        return self._vectors(diagonal, 1 / strength - diagonal, strength, strength, system.counts, system.dtype)
+    s, popular = self._scales(strength, diagonal, system.counts)
+    inverse *= (-s / popular).astype(inverse.dtype)
+    if self.item_power:
+        inverse *= popular.astype(inverse.dtype)[:, None]
     np.fill_diagonal(inverse, 0)
     self.B = inverse.astype(np.float32, copy=False)
+
 
 @patch
 def _vectors(self: LinearAutoEncoder, diagonal, through, spread, strength, counts, dtype=np.float32):
     "What histories are multiplied by on their way in and out, and what of an item's own score is taken back; `through` is what reached it."
-    s,popular = self._scales(strength, diagonal, counts)
-    self.inward,self.outward,self.own = (vector.astype(dtype) for vector in (popular/spread, s/popular/spread, s*through))
+    s, popular = self._scales(strength, diagonal, counts)
+    self.inward, self.outward, self.own = (
+        vector.astype(dtype) for vector in (popular / spread, s / popular / spread, s * through)
+    )
 
-def quadratic(T: sparse.csr_matrix, # [n_items, m]
-              K: np.ndarray,        # [m, m] symmetric
-              step: int = 512,      # rows at a time
-             ) -> np.ndarray: # float64 [n_items]: t_j' K t_j for each row t_j
+
+def quadratic(
+    T: sparse.csr_matrix,  # [n_items, m]
+    K: np.ndarray,  # [m, m] symmetric
+    step: int = 512,  # rows at a time
+) -> np.ndarray:  # float64 [n_items]: t_j' K t_j for each row t_j
     "The diagonal of T K T', without T K T'."
     q = np.zeros(T.shape[0])
     for start in range(0, T.shape[0], step):
-        t = T[start:start+step].astype(K.dtype)
+        t = T[start : start + step].astype(K.dtype)
         rows = np.repeat(np.arange(t.shape[0]), np.diff(t.indptr))
-        q[start:start+step] = np.bincount(rows, t.data*(t @ K)[rows, t.indices], minlength=t.shape[0])
+        q[start : start + step] = np.bincount(rows, t.data * (t @ K)[rows, t.indices], minlength=t.shape[0])
     return q
 
 # %% ../nbs/02a_linear_models.ipynb #c8165880
 @patch
 def _score(self: LinearAutoEncoder, history):
-    if self.head is None: return self._score_all(history)
+    if self.head is None:
+        return self._score_all(history)
     scores = np.zeros(history.shape, np.float32)
     scores[:, self.head] = self._score_all(history[:, self.head])
     return scores
 
+
 @patch
 def _score_all(self: LinearAutoEncoder, history):
-    if self.B is not None: return history @ self.B
+    if self.B is not None:
+        return history @ self.B
     h = scaled(history, columns=self.inward)
-    if self.R is None: z = self.T @ (self.K @ multiply(h, self.T).T).astype(self.T.dtype) # [n_items, n]
-    else: z = self.R @ (self.g[:, None]*(h @ self.R).T)
+    if self.R is None:
+        z = self.T @ (self.K @ multiply(h, self.T).T).astype(self.T.dtype)  # [n_items, n]
+    else:
+        z = self.R @ (self.g[:, None] * (h @ self.R).T)
     scores = np.empty(history.shape, self.outward.dtype)
     np.multiply(z.T, self.outward, out=scores)
-    scores[np.repeat(np.arange(history.shape[0]), np.diff(history.indptr)), history.indices] -= history.data*self.own[history.indices]
+    scores[np.repeat(np.arange(history.shape[0]), np.diff(history.indptr)), history.indices] -= (
+        history.data * self.own[history.indices]
+    )
     return scores.astype(np.float32, copy=False)
 
 # %% ../nbs/02a_linear_models.ipynb #2e0f88b6
 @patch
 def _costs(self: LinearAutoEncoder, n_users, n_items, nnz):
     "Bytes and operations of both forms."
-    def product(n, m): return min(4*nnz*n, 4*MEETING*4*nnz**2/m)/2 # operations of a Gram matrix of n rows in m columns; meetings: four times what they are if all columns are alike
-    def block(n, m): return 4*(n+m)*min(512, max(16, 2**22//m), n) # bytes of a block of it
-    primal = 4*n_items**2*(1+self.keep_gram) + 16*nnz + block(n_items, n_users), .4*n_items**3 + product(n_items, n_users) + 4*nnz*n_items
-    dual = 8*n_users**2 + 24*nnz + 24*n_items + 2*block(n_users, n_items), .8*n_users**3 + 2*product(n_users, n_items) + 8*nnz*n_users + 1.6*n_users**3 + 4*nnz*n_users
+
+    def product(n, m):
+        return (
+            min(4 * nnz * n, 4 * MEETING * 4 * nnz**2 / m) / 2
+        )  # operations of a Gram matrix of n rows in m columns; meetings: four times what they are if all columns are alike
+
+    def block(n, m):
+        return 4 * (n + m) * min(512, max(16, 2**22 // m), n)  # bytes of a block of it
+
+    primal = (
+        4 * n_items**2 * (1 + self.keep_gram) + 16 * nnz + block(n_items, n_users),
+        0.4 * n_items**3 + product(n_items, n_users) + 4 * nnz * n_items,
+    )
+    dual = (
+        8 * n_users**2 + 24 * nnz + 24 * n_items + 2 * block(n_users, n_items),
+        0.8 * n_users**3 + 2 * product(n_users, n_items) + 8 * nnz * n_users + 1.6 * n_users**3 + 4 * nnz * n_users,
+    )
     return dict(primal=primal, dual=dual)
 
+
 @patch
-def n_head(self: LinearAutoEncoder, n_items: int) -> int: # items that take part
+def n_head(self: LinearAutoEncoder, n_items: int) -> int:  # items that take part
     "All items, or as many as `max_items` lets in."
     return n_items if self.max_items is None else min(self.max_items, n_items)
+
 
 @patch
 def cost(self: LinearAutoEncoder, n_users, n_items, nnz):
     costs = self._costs(n_users, self.n_head(n_items), nnz)
-    if self.form != 'auto': return self.form, *costs[self.form]
-    first,second = sorted(costs, key=lambda form: costs[form][1])
-    limit = 2**30*limit_gib(self.max_memory_gib)
+    if self.form != "auto":
+        return self.form, *costs[self.form]
+    first, second = sorted(costs, key=lambda form: costs[form][1])
+    limit = 2**30 * limit_gib(self.max_memory_gib)
     form = second if costs[first][0] > limit >= costs[second][0] else first
     return form, *costs[form]
+
 
 @patch
 def scoring(self: LinearAutoEncoder, n_users, n_items, nnz):
     n_head = self.n_head(n_items)
-    copy = 4*n_head*(n_head < n_items) # a row of scores beside the wider one that it is put into
-    if self.cost(n_users, n_items, nnz)[0] == 'primal': return 4*n_head**2*(1+self.keep_gram) + scores_bytes(n_users, n_items, copy)
-    return 8*n_users**2 + 12*nnz + scores_bytes(n_users, n_items, 4*n_head + 12*n_users + copy)
+    copy = 4 * n_head * (n_head < n_items)  # a row of scores beside the wider one that it is put into
+    if self.cost(n_users, n_items, nnz)[0] == "primal":
+        return 4 * n_head**2 * (1 + self.keep_gram) + scores_bytes(n_users, n_items, copy)
+    return 8 * n_users**2 + 12 * nnz + scores_bytes(n_users, n_items, 4 * n_head + 12 * n_users + copy)
 
 # %% ../nbs/02a_linear_models.ipynb #31d14996
 class EASE(LinearAutoEncoder):
     "Embarrassingly shallow autoencoder (Steck 2019): no item explains itself."
-    name = 'ease'
-    tune_space = dict(lam=(10., 5000., 'log')) # hyperparameter -> (low, high, scale): where to look for better values
-    def __init__(self,
-        lam: float = 200.,         # L2 strength
-        user_power: float = 0.,    # how far heavy users are weighed down: 0 not at all, 1 to the same weight
-        item_power: float = 0.,    # how far popular items are weighed down
-        feature_weight: float = 5., # what a row of item features counts, if there are features
-        form: str = 'auto',        # primal (items x items), dual (users x users), or auto: what costs less
-        keep_gram: bool = False,   # keep what `update` needs in the primal form: as much memory again
-        max_items: int = None,     # at most so many items take part, the most popular ones; the others score 0; None: all
+
+    name = "ease"
+    tune_space = dict(
+        lam=(10.0, 5000.0, "log")
+    )  # hyperparameter -> (low, high, scale): where to look for better values
+
+    def __init__(
+        self,
+        lam: float = 200.0,  # L2 strength
+        user_power: float = 0.0,  # how far heavy users are weighed down: 0 not at all, 1 to the same weight
+        item_power: float = 0.0,  # how far popular items are weighed down
+        feature_weight: float = 5.0,  # what a row of item features counts, if there are features
+        form: str = "auto",  # primal (items x items), dual (users x users), or auto: what costs less
+        keep_gram: bool = False,  # keep what `update` needs in the primal form: as much memory again
+        max_items: int = None,  # at most so many items take part, the most popular ones; the others score 0; None: all
     ):
-        super().__init__(lam=lam, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram, max_items=max_items)
+        super().__init__(
+            lam=lam,
+            user_power=user_power,
+            item_power=item_power,
+            feature_weight=feature_weight,
+            form=form,
+            keep_gram=keep_gram,
+            max_items=max_items,
+        )
 
 # %% ../nbs/02a_linear_models.ipynb #a77c2ecb
 class DLAE(LinearAutoEncoder):
     "Denoising linear autoencoder (Steck 2020): learns to rebuild what dropout took away."
-    name,xi = 'dlae', 1.
-    tune_space = dict(lam=(1., 2000., 'log'), dropout=(.1, .8, 'linear'))
-    def __init__(self,
-        lam: float = 100.,    # L2 strength
-        dropout: float = .3,  # share of each history that training drops
-        user_power: float = 0., item_power: float = 0., feature_weight: float = 5., form: str = 'auto', keep_gram: bool = False, max_items: int = None, # as in `EASE`
+
+    name, xi = "dlae", 1.0
+    tune_space = dict(lam=(1.0, 2000.0, "log"), dropout=(0.1, 0.8, "linear"))
+
+    def __init__(
+        self,
+        lam: float = 100.0,  # L2 strength
+        dropout: float = 0.3,  # share of each history that training drops
+        user_power: float = 0.0,
+        item_power: float = 0.0,
+        feature_weight: float = 5.0,
+        form: str = "auto",
+        keep_gram: bool = False,
+        max_items: int = None,  # as in `EASE`
     ):
-        super().__init__(lam=lam, dropout=dropout, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram, max_items=max_items)
+        super().__init__(
+            lam=lam,
+            dropout=dropout,
+            user_power=user_power,
+            item_power=item_power,
+            feature_weight=feature_weight,
+            form=form,
+            keep_gram=keep_gram,
+            max_items=max_items,
+        )
+
 
 class EDLAE(DLAE):
     "Emphasised denoising linear autoencoder (Steck 2020): rebuilds the dropped from the kept alone."
-    name,xi = 'edlae', 0.
+
+    name, xi = "edlae", 0.0
+
 
 class RLAE(LinearAutoEncoder):
     "Linear autoencoder with relaxed diagonal (Moon et al. 2023): an item may explain up to xi of itself."
-    name = 'rlae'
-    tune_space = dict(lam=(10., 5000., 'log'), xi=(0., .95, 'linear'))
-    def __init__(self,
-        lam: float = 200.,    # L2 strength
-        xi: float = .3,       # bound on an item's weight on itself
-        user_power: float = 0., item_power: float = 0., feature_weight: float = 5., form: str = 'auto', keep_gram: bool = False, max_items: int = None, # as in `EASE`
+
+    name = "rlae"
+    tune_space = dict(lam=(10.0, 5000.0, "log"), xi=(0.0, 0.95, "linear"))
+
+    def __init__(
+        self,
+        lam: float = 200.0,  # L2 strength
+        xi: float = 0.3,  # bound on an item's weight on itself
+        user_power: float = 0.0,
+        item_power: float = 0.0,
+        feature_weight: float = 5.0,
+        form: str = "auto",
+        keep_gram: bool = False,
+        max_items: int = None,  # as in `EASE`
     ):
-        super().__init__(lam=lam, xi=xi, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram, max_items=max_items)
+        super().__init__(
+            lam=lam,
+            xi=xi,
+            user_power=user_power,
+            item_power=item_power,
+            feature_weight=feature_weight,
+            form=form,
+            keep_gram=keep_gram,
+            max_items=max_items,
+        )
+
 
 class RDLAE(LinearAutoEncoder):
     "Denoising linear autoencoder with relaxed diagonal (Moon et al. 2023)."
-    name = 'rdlae'
-    tune_space = dict(lam=(1., 2000., 'log'), dropout=(.05, .8, 'linear'), xi=(0., .95, 'linear'), user_power=(0., .8, 'linear'), item_power=(0., .4, 'linear'))
-    def __init__(self,
-        lam: float = 100.,    # L2 strength
-        dropout: float = .3,  # share of each history that training drops
-        xi: float = .3,       # bound on an item's weight on itself
-        user_power: float = 0., item_power: float = 0., feature_weight: float = 5., form: str = 'auto', keep_gram: bool = False, max_items: int = None, # as in `EASE`
+
+    name = "rdlae"
+    tune_space = dict(
+        lam=(1.0, 2000.0, "log"),
+        dropout=(0.05, 0.8, "linear"),
+        xi=(0.0, 0.95, "linear"),
+        user_power=(0.0, 0.8, "linear"),
+        item_power=(0.0, 0.4, "linear"),
+    )
+
+    def __init__(
+        self,
+        lam: float = 100.0,  # L2 strength
+        dropout: float = 0.3,  # share of each history that training drops
+        xi: float = 0.3,  # bound on an item's weight on itself
+        user_power: float = 0.0,
+        item_power: float = 0.0,
+        feature_weight: float = 5.0,
+        form: str = "auto",
+        keep_gram: bool = False,
+        max_items: int = None,  # as in `EASE`
     ):
-        super().__init__(lam=lam, dropout=dropout, xi=xi, user_power=user_power, item_power=item_power, feature_weight=feature_weight, form=form, keep_gram=keep_gram, max_items=max_items)
+        super().__init__(
+            lam=lam,
+            dropout=dropout,
+            xi=xi,
+            user_power=user_power,
+            item_power=item_power,
+            feature_weight=feature_weight,
+            form=form,
+            keep_gram=keep_gram,
+            max_items=max_items,
+        )
 
 # %% ../nbs/02a_linear_models.ipynb #a3466342
-EIGEN_PAYS = 24 # values of lam from which one eigendecomposition is taken for all of them
+EIGEN_PAYS = 24  # values of lam from which one eigendecomposition is taken for all of them
+
 
 def _spectrum(system, model):
     "Eigenvectors and eigenvalues from which C follows for every lam, and Lambda without lam: R [n_items, r], values [r], p/(1-p) n [n_items]."
-    added = model.dropout/(1-model.dropout)*system.squares
-    if system.form == 'primal':
+    added = model.dropout / (1 - model.dropout) * system.squares
+    if system.form == "primal":
         M = system.G.astype(np.float64)
-        if system.F is not None: gram(system.F*np.float32(model.feature_weight), out=M)
+        if system.F is not None:
+            gram(system.F * np.float32(model.feature_weight), out=M)
         M[np.diag_indices_from(M)] += added
-        values,Q = torch.linalg.eigh(torch.from_numpy(M), UPLO='L')
+        values, Q = torch.linalg.eigh(torch.from_numpy(M), UPLO="L")
         return Q.float().numpy(), values.numpy(), added
     A = system.stacked(model.feature_weight)
-    values,V = torch.linalg.eigh(torch.from_numpy(gram(A, np.float64)), UPLO='L')
+    values, V = torch.linalg.eigh(torch.from_numpy(gram(A, np.float64)), UPLO="L")
     return (A.T.tocsr().astype(np.float64) @ V.numpy()).astype(np.float32), np.maximum(values.numpy(), 0), added
+
 
 def _from_spectrum(model, system, spectrum):
     "A fitted model from the eigenvectors that it shares with others."
-    R,values,added = spectrum
+    R, values, added = spectrum
     strength = model.lam + added
-    g = -1/(values + model.lam) if system.form == 'primal' else 1/(model.lam*(values + model.lam))
-    through = (R*R) @ g
-    model.R,model.g = R, g.astype(np.float32)
-    model._vectors(-through if system.form == 'primal' else 1/strength - through, through, 1., strength, system.counts)
+    g = -1 / (values + model.lam) if system.form == "primal" else 1 / (model.lam * (values + model.lam))
+    through = (R * R) @ g
+    model.R, model.g = R, g.astype(np.float32)
+    model._vectors(
+        -through if system.form == "primal" else 1 / strength - through, through, 1.0, strength, system.counts
+    )
 
-def solve_path(model: LinearAutoEncoder,  # not fitted; its hyperparameters hold where no values are given
-               train: sparse.csr_matrix,  # [n_users, n_items] histories to learn from
-               item_features: sparse.csr_matrix = None, # [n_items, n_features]
-               **values                   # hyperparameter -> the values it shall take: lam=[50, 200], xi=[.1, .5]
-              ): # yields fitted models, all combinations; xi and item_power change fastest
+
+def solve_path(
+    model: LinearAutoEncoder,  # not fitted; its hyperparameters hold where no values are given
+    train: sparse.csr_matrix,  # [n_users, n_items] histories to learn from
+    item_features: sparse.csr_matrix = None,  # [n_items, n_features]
+    **values,  # hyperparameter -> the values it shall take: lam=[50, 200], xi=[.1, .5]
+):  # yields fitted models, all combinations; xi and item_power change fastest
     "The models of a grid, each as if it had been fitted alone, sharing what they can."
-    unknown = [k for k in values if k not in model.hyperparameters or k in ('form', 'keep_gram', 'max_items')]
-    if unknown: raise AerecError(f'{model.name} has no path over {unknown[0]}: it has ' + ', '.join(k for k in model.hyperparameters if k not in ('form', 'keep_gram', 'max_items')))
-    if model.max_items is not None: raise AerecError(f'{model.name}: a path takes all items; leave max_items out')
+    unknown = [k for k in values if k not in model.hyperparameters or k in ("form", "keep_gram", "max_items")]
+    if unknown:
+        raise AerecError(
+            f"{model.name} has no path over {unknown[0]}: it has "
+            + ", ".join(k for k in model.hyperparameters if k not in ("form", "keep_gram", "max_items"))
+        )
+    if model.max_items is not None:
+        raise AerecError(f"{model.name}: a path takes all items; leave max_items out")
     train = model._begin(train)
-    (m,n),eigen = train.shape, len(values.get('lam', ())) >= EIGEN_PAYS
-    check_memory(f'a path of {model.name}', (36 if eigen else 12)*n**2 if model.cost(m, n, train.nnz)[0] == 'primal' else 24*m**2 + 12*m*n*eigen, model.max_memory_gib, 'fit fewer models, one after another')
-    grid = {k: [v] for k,v in model.hyperparameters.items()} | {k: list(v) for k,v in values.items()}
+    (m, n), eigen = train.shape, len(values.get("lam", ())) >= EIGEN_PAYS
+    check_memory(
+        f"a path of {model.name}",
+        (36 if eigen else 12) * n**2 if model.cost(m, n, train.nnz)[0] == "primal" else 24 * m**2 + 12 * m * n * eigen,
+        model.max_memory_gib,
+        "fit fewer models, one after another",
+    )
+    grid = {k: [v] for k, v in model.hyperparameters.items()} | {k: list(v) for k, v in values.items()}
+
     def models(base, *names):
         for hp in product(*(grid.get(k, [None]) for k in names)):
-            made = type(model)(**base.hyperparameters | {k: v for k,v in zip(names, hp) if k in grid})
-            made.name,made.max_memory_gib,made.n_items = model.name, model.max_memory_gib, train.shape[1]
+            made = type(model)(**base.hyperparameters | {k: v for k, v in zip(names, hp) if k in grid})
+            made.name, made.max_memory_gib, made.n_items = model.name, model.max_memory_gib, train.shape[1]
             yield made
-    for outer in models(model, 'user_power', 'feature_weight'):
-        weakest = min(models(outer, 'lam', 'dropout'), key=lambda m: (m.lam, m.dropout)) # decides the precision
+
+    for outer in models(model, "user_power", "feature_weight"):
+        weakest = min(models(outer, "lam", "dropout"), key=lambda m: (m.lam, m.dropout))  # decides the precision
         system = weakest._system(train, item_features)
-        for middle in models(outer, 'dropout'):
-            spectrum = _spectrum(system, middle) if eigen and (system.form == 'primal' or not middle.dropout) else None
-            for inner in models(middle, 'lam'):
-                if spectrum is None: inverse,*rest = inner._solve(replace(system, G=None if system.G is None else system.G.copy()))
-                for made in models(inner, 'xi', 'item_power'):
-                    if spectrum is None: made._weigh(system, inverse.copy() if system.form == 'primal' else inverse, *rest)
-                    else: _from_spectrum(made, system, spectrum)
+        for middle in models(outer, "dropout"):
+            spectrum = _spectrum(system, middle) if eigen and (system.form == "primal" or not middle.dropout) else None
+            for inner in models(middle, "lam"):
+                if spectrum is None:
+                    inverse, *rest = inner._solve(replace(system, G=None if system.G is None else system.G.copy()))
+                for made in models(inner, "xi", "item_power"):
+                    if spectrum is None:
+                        made._weigh(system, inverse.copy() if system.form == "primal" else inverse, *rest)
+                    else:
+                        _from_spectrum(made, system, spectrum)
                     yield made
 
 # %% ../nbs/02a_linear_models.ipynb #99c472fb
 @patch
-def update(self: LinearAutoEncoder,
-    rows: sparse.csr_matrix, # [n, n_items or more] histories of new users; columns more than the model's are new items
-    item_features: sparse.csr_matrix = None, # [items, n_features] of all items; needed where items are added to a model with features
-) -> LinearAutoEncoder: # itself
+def update(
+    self: LinearAutoEncoder,
+    rows: sparse.csr_matrix,  # [n, n_items or more] histories of new users; columns more than the model's are new items
+    item_features: sparse.csr_matrix = None,  # [items, n_features] of all items; needed where items are added to a model with features
+) -> LinearAutoEncoder:  # itself
     "Learn from more users, as if they had been there from the start."
-    rows,n_known = check_histories(rows, what='rows'), self._can_change()
+    rows, n_known = check_histories(rows, what="rows"), self._can_change()
     n_items = rows.shape[1]
-    if n_items < n_known: raise AerecError(f'rows: they have {n_items:,} items, the model was fitted on {n_known:,}; lay them out on its vocabulary, new items at the end')
-    X,F = self._kept() if self.K is not None else (None, self.F)
-    if item_features is not None: F = _features(item_features, n_items, self.feature_weight)
-    elif F is not None and n_items > n_known: raise AerecError(f'item_features: the model was fitted with features; give those of all {n_items:,} items')
+    if n_items < n_known:
+        raise AerecError(
+            f"rows: they have {n_items:,} items, the model was fitted on {n_known:,}; lay them out on its vocabulary, new items at the end"
+        )
+    X, F = self._kept() if self.K is not None else (None, self.F)
+    if item_features is not None:
+        F = _features(item_features, n_items, self.feature_weight)
+    elif F is not None and n_items > n_known:
+        raise AerecError(f"item_features: the model was fitted with features; give those of all {n_items:,} items")
     if X is not None:
         X.resize(X.shape[0], n_items)
-        return self.fit(sparse.vstack([X, rows], format='csr'), F)
-    check_memory(f'{self.name}, updated', 12*n_items**2, self.max_memory_gib)
+        return self.fit(sparse.vstack([X, rows], format="csr"), F)
+    check_memory(f"{self.name}, updated", 12 * n_items**2, self.max_memory_gib)
     lengths = np.concatenate([self.lengths, np.diff(rows.indptr)])
     weights = user_weights(lengths, self.user_power)
     G = np.zeros((n_items, n_items), self.G.dtype)
     G[:n_known, :n_known] = self.G
-    if weights is not None: # known users keep their D_U; its median, by which all are divided, moves
-        G *= (np.median(lengths[lengths > 0])/np.median(self.lengths[self.lengths > 0]))**self.user_power
-        weights = np.sqrt(weights[len(self.lengths):]).astype(np.float32)
+    if weights is not None:  # known users keep their D_U; its median, by which all are divided, moves
+        G *= (np.median(lengths[lengths > 0]) / np.median(self.lengths[self.lengths > 0])) ** self.user_power
+        weights = np.sqrt(weights[len(self.lengths) :]).astype(np.float32)
     gram(scaled(rows, weights).T.tocsr(), out=G)
-    counts = np.pad(self.counts, (0, n_items-n_known)) + np.bincount(rows.indices, minlength=n_items)
+    counts = np.pad(self.counts, (0, n_items - n_known)) + np.bincount(rows.indices, minlength=n_items)
     return self._resolve(G, F, counts, lengths)
+
 
 @patch
 def _resolve(self: LinearAutoEncoder, G, F, counts, lengths):
     "The primal form once more, from a Gram matrix that is kept."
-    system = _System('primal', None, None, F, None, counts, lengths, G=G.copy())
+    system = _System("primal", None, None, F, None, counts, lengths, G=G.copy())
     self._weigh(system, *self._solve(system))
-    self.G,self.F,self.counts,self.lengths,self.n_items = G, F, counts, lengths, len(counts)
+    self.G, self.F, self.counts, self.lengths, self.n_items = G, F, counts, lengths, len(counts)
     return self
+
 
 @patch
 def _can_change(self: LinearAutoEncoder):
     "The number of items, if the model has what it takes to change; `AerecError` otherwise."
-    if self.n_items is None: raise AerecError(f'{self.name} is not fitted: call fit(train)')
-    if self.head is not None: raise AerecError(f'{self.name}: with max_items, who is popular enough may change; fit it again')
+    if self.n_items is None:
+        raise AerecError(f"{self.name} is not fitted: call fit(train)")
+    if self.head is not None:
+        raise AerecError(f"{self.name}: with max_items, who is popular enough may change; fit it again")
     if self.K is None and self.G is None:
-        raise AerecError(f'{self.name}: this model does not have the Gram matrix that changing it takes; fit it with keep_gram=True ({4*self.n_items**2/2**30:.2g} GiB more), or fit it again on all users')
+        raise AerecError(
+            f"{self.name}: this model does not have the Gram matrix that changing it takes; fit it with keep_gram=True ({4 * self.n_items**2 / 2**30:.2g} GiB more), or fit it again on all users"
+        )
     return self.n_items
+
 
 @patch
 def _kept(self: LinearAutoEncoder):
@@ -508,18 +756,32 @@ def _kept(self: LinearAutoEncoder):
     n_users = len(self.lengths)
     return rows[:n_users], (rows[n_users:].T.tocsr() if rows.shape[0] > n_users else None)
 
+
 @patch
-def remove_items(self: LinearAutoEncoder,
-    items, # positions of the items that go
-) -> LinearAutoEncoder: # itself; the items that stay keep their order
+def remove_items(
+    self: LinearAutoEncoder,
+    items,  # positions of the items that go
+) -> LinearAutoEncoder:  # itself; the items that stay keep their order
     "Forget items, as if they had never been there."
     n_items = self._can_change()
     items = np.unique(np.asarray(items, np.int64))
-    if len(items) and not 0 <= items[0] <= items[-1] < n_items: raise AerecError(f'items: position {items[-1] if items[-1] >= n_items else items[0]} is not one of the {n_items:,} items')
+    if len(items) and not 0 <= items[0] <= items[-1] < n_items:
+        raise AerecError(
+            f"items: position {items[-1] if items[-1] >= n_items else items[0]} is not one of the {n_items:,} items"
+        )
     stay = np.setdiff1d(np.arange(n_items), items)
-    if not len(stay): raise AerecError('items: none would stay')
+    if not len(stay):
+        raise AerecError("items: none would stay")
     if self.K is not None:
-        X,F = self._kept()
+        X, F = self._kept()
         return self.fit(X[:, stay], None if F is None else F[stay])
-    if self.user_power: raise AerecError(f'{self.name}: with user_power, the histories that become shorter weigh more, and the Gram matrix does not tell whose they are; fit it again without the items')
-    return self._resolve(np.ascontiguousarray(self.G[np.ix_(stay, stay)]), None if self.F is None else self.F[stay], self.counts[stay], self.lengths)
+    if self.user_power:
+        raise AerecError(
+            f"{self.name}: with user_power, the histories that become shorter weigh more, and the Gram matrix does not tell whose they are; fit it again without the items"
+        )
+    return self._resolve(
+        np.ascontiguousarray(self.G[np.ix_(stay, stay)]),
+        None if self.F is None else self.F[stay],
+        self.counts[stay],
+        self.lengths,
+    )

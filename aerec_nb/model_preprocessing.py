@@ -36,81 +36,104 @@ def _table_codes(values, low, span, chunk=2**17):
     table, codes, found = np.full(span, -1, np.int32), np.empty(len(values), np.int32), [np.empty(0, np.int64)]
     n = start = 0
     while start < len(values):
-        stop = start + min(chunk, max(4096, start)) # short steps at first, where most ids are new
+        stop = start + min(chunk, max(4096, start))  # short steps at first, where most ids are new
         part = values[start:stop].astype(np.int64) - low
         code = table[part]
         if (code < 0).any():
             fresh = pd.unique(part[code < 0])
-            table[fresh] = np.arange(n, n+len(fresh)); n += len(fresh); found.append(fresh)
+            table[fresh] = np.arange(n, n + len(fresh))
+            n += len(fresh)
+            found.append(fresh)
             code = table[part]
         codes[start:stop] = code
         start = stop
-    return codes, np.concatenate(found)+low
+    return codes, np.concatenate(found) + low
+
 
 def _already_coded(values, chunk=2**17):
     "How many codes there are, if they are numbered by first appearance as they stand; otherwise 0."
     top = -1
     for start in range(0, len(values), chunk):
-        highest = np.maximum(np.maximum.accumulate(values[start:start+chunk]), top)
-        if highest[0] > top+1 or (highest[1:]-highest[:-1] > 1).any(): return 0
+        highest = np.maximum(np.maximum.accumulate(values[start : start + chunk]), top)
+        if highest[0] > top + 1 or (highest[1:] - highest[:-1] > 1).any():
+            return 0
         top = int(highest[-1])
-    return top+1
+    return top + 1
+
 
 def _as_ids(ids):
     "Ids as they are kept: numbers as numbers, anything else as objects."
     ids = np.asarray(ids)
-    return ids if ids.dtype.kind in 'iuf' else ids.astype(object)
+    return ids if ids.dtype.kind in "iuf" else ids.astype(object)
+
 
 def _factorize(ids, what):
     "int32 codes and vocabulary of a Series of ids; categories are not decoded."
     categorical = isinstance(ids.dtype, pd.CategoricalDtype)
-    values = ids.array.codes if categorical else ids.to_numpy() if isinstance(ids.dtype, np.dtype) and ids.dtype.kind in 'iu' and ids.dtype != np.uint64 else None
-    if categorical: low, span = 0, len(ids.cat.categories)
-    elif values is not None and len(values): low, span = int(values.min()), int(values.max())-int(values.min())+1
+    values = (
+        ids.array.codes
+        if categorical
+        else ids.to_numpy()
+        if isinstance(ids.dtype, np.dtype) and ids.dtype.kind in "iu" and ids.dtype != np.uint64
+        else None
+    )
+    if categorical:
+        low, span = 0, len(ids.cat.categories)
+    elif values is not None and len(values):
+        low, span = int(values.min()), int(values.max()) - int(values.min()) + 1
     missing = int((values < 0).sum()) if categorical else 0 if values is not None else int(ids.isna().sum())
-    if missing: raise AerecError(f'{what} is missing in {missing:,} rows: fill it or drop them')
-    if values is None or not len(values) or not categorical and span > 2**20+len(values):
+    if missing:
+        raise AerecError(f"{what} is missing in {missing:,} rows: fill it or drop them")
+    if values is None or not len(values) or not categorical and span > 2**20 + len(values):
         codes, vocabulary = pd.factorize(ids)
         return codes.astype(np.int32), _as_ids(vocabulary)
-    if categorical and values.dtype == np.int32 and (n := _already_coded(values)): return values, _as_ids(ids.cat.categories)[:n]
+    if categorical and values.dtype == np.int32 and (n := _already_coded(values)):
+        return values, _as_ids(ids.cat.categories)[:n]
     codes, vocabulary = _table_codes(values, low, span)
     return codes, _as_ids(ids.cat.categories)[vocabulary] if categorical else vocabulary.astype(values.dtype)
 
 # %% ../nbs/01b_model_preprocessing.ipynb #0ec15ad4
 def _same_kind(vocabulary, ids, what):
     "Refuse numbers beside text: 7 and '7' would count as two ids."
-    kinds = ['numbers' if pd.api.types.is_numeric_dtype(pd.Index(v).infer_objects()) else 'text' for v in (vocabulary, ids)]
+    kinds = [
+        "numbers" if pd.api.types.is_numeric_dtype(pd.Index(v).infer_objects()) else "text" for v in (vocabulary, ids)
+    ]
     if len(vocabulary) and len(ids) and kinds[0] != kinds[1]:
         one, other = vocabulary[:1].tolist()[0], ids[:1].tolist()[0]
-        raise AerecError(f'{what}: the vocabulary has {kinds[0]} ({one!r}, ...) and the table {kinds[1]} ({other!r}, ...): bring both to one type')
+        raise AerecError(
+            f"{what}: the vocabulary has {kinds[0]} ({one!r}, ...) and the table {kinds[1]} ({other!r}, ...): bring both to one type"
+        )
+
 
 def grow_vocabulary(
-    vocabulary: np.ndarray, # ids known so far
-    ids: np.ndarray,        # distinct ids, of which some may be new
-    what: str = 'item_id',  # for the error message
-) -> tuple: # (int32 number of each of `ids`, the vocabulary with the new ones behind the old)
+    vocabulary: np.ndarray,  # ids known so far
+    ids: np.ndarray,  # distinct ids, of which some may be new
+    what: str = "item_id",  # for the error message
+) -> tuple:  # (int32 number of each of `ids`, the vocabulary with the new ones behind the old)
     "Numbers of ids in a vocabulary that grows with them; known ids keep theirs."
     vocabulary, ids = _as_ids(vocabulary), _as_ids(ids)
     known = pd.Index(vocabulary)
-    if not known.is_unique: raise AerecError(f'{what}: the vocabulary has {known[known.duplicated()].tolist()[0]!r} twice')
+    if not known.is_unique:
+        raise AerecError(f"{what}: the vocabulary has {known[known.duplicated()].tolist()[0]!r} twice")
     _same_kind(vocabulary, ids, what)
     numbers = known.get_indexer(pd.Index(ids)).astype(np.int32)
     new = numbers < 0
-    numbers[new] = np.arange(len(known), len(known)+new.sum())
+    numbers[new] = np.arange(len(known), len(known) + new.sum())
     return numbers, np.concatenate([vocabulary, ids[new]]) if new.any() else vocabulary
 
 # %% ../nbs/01b_model_preprocessing.ipynb #ebbbfb53
 def save_vocabulary(
-    path: Path,      # a Parquet file
-    ids: np.ndarray, # integers, texts or UUIDs
-    name: str,       # of the column
+    path: Path,  # a Parquet file
+    ids: np.ndarray,  # integers, texts or UUIDs
+    name: str,  # of the column
 ) -> None:
     "Write the ids of a vocabulary, in order."
     write_parquet(path, pd.DataFrame({name: ids}))
 
+
 def load_vocabulary(
-    path: Path, # that `save_vocabulary` wrote
-) -> np.ndarray: # ids as they were
+    path: Path,  # that `save_vocabulary` wrote
+) -> np.ndarray:  # ids as they were
     "Read the ids of a vocabulary back."
     return _as_ids(pd.read_parquet(path).iloc[:, 0].to_numpy())
 
@@ -118,25 +141,38 @@ def load_vocabulary(
 @dataclass(eq=False, repr=False)
 class Interactions:
     "Who interacted with what: a sparse matrix and the ids of its rows and columns."
-    matrix: csr_matrix       # [n_users, n_items] float32 weights; int32 indices, sorted, no explicit zeros
-    users: np.ndarray        # ids of the rows, in order of first appearance
-    items: np.ndarray        # ids of the columns, in order of first appearance
-    times: np.ndarray = None     # int64 seconds, aligned with `matrix.data`; None without times
+
+    matrix: csr_matrix  # [n_users, n_items] float32 weights; int32 indices, sorted, no explicit zeros
+    users: np.ndarray  # ids of the rows, in order of first appearance
+    items: np.ndarray  # ids of the columns, in order of first appearance
+    times: np.ndarray = None  # int64 seconds, aligned with `matrix.data`; None without times
     position: np.ndarray = None  # int32 row number in the source, aligned with `matrix.data`
 
     @property
-    def n_users(self): return len(self.users)
+    def n_users(self):
+        return len(self.users)
+
     @property
-    def n_items(self): return len(self.items)
+    def n_items(self):
+        return len(self.items)
+
     @property
-    def nnz(self): return self.matrix.nnz
+    def nnz(self):
+        return self.matrix.nnz
+
     @property
-    def sparsity(self): return 1 - self.nnz/(self.n_users*self.n_items)
+    def sparsity(self):
+        return 1 - self.nnz / (self.n_users * self.n_items)
+
     @cached_property
-    def rows(self): return np.repeat(np.arange(self.n_users, dtype=np.int32), np.diff(self.matrix.indptr))
+    def rows(self):
+        return np.repeat(np.arange(self.n_users, dtype=np.int32), np.diff(self.matrix.indptr))
+
     def __repr__(self):
-        return (f'Interactions({self.n_users:,} users x {self.n_items:,} items, {self.nnz:,} interactions, '
-                f'sparsity {self.sparsity:.4f}, {"with" if self.times is not None else "without"} times)')
+        return (
+            f"Interactions({self.n_users:,} users x {self.n_items:,} items, {self.nnz:,} interactions, "
+            f"sparsity {self.sparsity:.4f}, {'with' if self.times is not None else 'without'} times)"
+        )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #0004c406
 def _csr(data, indices, indptr, shape):
@@ -145,27 +181,34 @@ def _csr(data, indices, indptr, shape):
     matrix.has_sorted_indices = matrix.has_canonical_format = True
     return matrix
 
+
 def _sort_block(u, i, shape, first=0):
     "CSR of the numbers of the rows, counted from `first`: repeated pairs side by side, in the order of the source."
-    coo = coo_matrix((np.arange(first, first+len(u), dtype=np.int32), (u, i)), shape=shape)
-    coo.has_canonical_format = True # or scipy would add up the numbers of repeated pairs
+    coo = coo_matrix((np.arange(first, first + len(u), dtype=np.int32), (u, i)), shape=shape)
+    coo.has_canonical_format = True  # or scipy would add up the numbers of repeated pairs
     return coo.tocsc().tocsr()
+
 
 def _sort_pairs(u, i, shape, block=2**20):
     "Rows of the source by user and item: (their numbers, their items, int32 bounds of the users)."
     if len(u) <= block or (u[1:] < u[:-1]).any():
         m = _sort_block(u, i, shape)
         return m.data, m.indices, m.indptr
-    indptr = np.searchsorted(u, np.arange(shape[0]+1, dtype=u.dtype)).astype(np.int32)
+    indptr = np.searchsorted(u, np.arange(shape[0] + 1, dtype=u.dtype)).astype(np.int32)
     entry, items, bounds = np.empty(len(u), np.int32), np.empty(len(u), np.int32), [0]
     while bounds[-1] < shape[0]:
-        bounds.append(max(bounds[-1]+1, int(np.searchsorted(indptr, indptr[bounds[-1]]+max(block, shape[1]), 'right'))-1))
+        bounds.append(
+            max(bounds[-1] + 1, int(np.searchsorted(indptr, indptr[bounds[-1]] + max(block, shape[1]), "right")) - 1)
+        )
+
     def sort(start, stop):
         a, b = indptr[start], indptr[stop]
-        m = _sort_block(u[a:b]-u.dtype.type(start), i[a:b], (stop-start, shape[1]), a)
+        m = _sort_block(u[a:b] - u.dtype.type(start), i[a:b], (stop - start, shape[1]), a)
         entry[a:b], items[a:b] = m.data, m.indices
+
     side_by_side(sort, bounds[:-1], bounds[1:])
     return entry, items, indptr
+
 
 def _assemble(u, i, users, items, weight=None, times=None, position=None, block=2**20):
     "`Interactions` of coordinates in any order; of a repeated pair the entry that comes last stays; no weight: 1."
@@ -173,54 +216,77 @@ def _assemble(u, i, users, items, weight=None, times=None, position=None, block=
     entry, indices, indptr = _sort_pairs(u, i, shape, block)
     repeated = indices[1:] == indices[:-1]
     first = indptr[1:-1]
-    repeated[first[(first > 0) & (first < len(indices))]-1] = False # the next user's first item
+    repeated[first[(first > 0) & (first < len(indices))] - 1] = False  # the next user's first item
     if repeated.any():
         keep = ~np.append(repeated, False)
         indptr = np.append(np.int32(0), np.cumsum(keep, dtype=np.int32))[indptr]
         entry, indices = entry[keep], indices[keep]
     data = np.ones(len(entry), np.float32) if weight is None else weight[entry]
-    return Interactions(_csr(data, indices, indptr, shape), users, items, None if times is None else times[entry],
-                        entry if position is None else position[entry])
+    return Interactions(
+        _csr(data, indices, indptr, shape),
+        users,
+        items,
+        None if times is None else times[entry],
+        entry if position is None else position[entry],
+    )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #b913cf25
 def _weights(df):
     "float32 weights of a frame, or None where it has none; rows of weight 0 are no interactions."
-    if 'weight' not in df.columns: return None
+    if "weight" not in df.columns:
+        return None
     weight = df.weight.to_numpy(np.float32)
-    if (bad := ~np.isfinite(weight)).any(): raise AerecError(f'weight is not a number in {bad.sum():,} rows, first in row {np.flatnonzero(bad)[0]+1}: fill it or drop them')
+    if (bad := ~np.isfinite(weight)).any():
+        raise AerecError(
+            f"weight is not a number in {bad.sum():,} rows, first in row {np.flatnonzero(bad)[0] + 1}: fill it or drop them"
+        )
     return weight
+
 
 def _times(df):
     "int64 seconds of a frame, or None where it has none; a column that is empty throughout is none."
-    if 'timestamp' not in df.columns or (missing := int(df.timestamp.isna().sum())) == len(df): return None
-    if missing: raise AerecError(f'timestamp is missing in {missing:,} of {len(df):,} rows: fill it, drop them, or leave the column out')
-    if not pd.api.types.is_numeric_dtype(df.timestamp): raise AerecError('timestamp is not in seconds: load the table with data_import.load_ratings')
+    if "timestamp" not in df.columns or (missing := int(df.timestamp.isna().sum())) == len(df):
+        return None
+    if missing:
+        raise AerecError(
+            f"timestamp is missing in {missing:,} of {len(df):,} rows: fill it, drop them, or leave the column out"
+        )
+    if not pd.api.types.is_numeric_dtype(df.timestamp):
+        raise AerecError("timestamp is not in seconds: load the table with data_import.load_ratings")
     return df.timestamp.to_numpy(np.int64)
+
 
 def _encode(ids, vocabulary, what):
     "int32 codes and vocabulary, which grows from the given one."
     codes, found = _factorize(ids, what)
-    if vocabulary is None: return codes, found
+    if vocabulary is None:
+        return codes, found
     numbers, grown = grow_vocabulary(vocabulary, found, what)
     return numbers[codes], grown
 
+
 @patch(cls_method=True)
-def from_frame(cls: Interactions,
-    df: pd.DataFrame, # user_id, item_id, and if there weight (else 1) and timestamp (seconds); ids of any type, also categories
-    users: np.ndarray = None, # ids whose rows come first, in this order; new ones follow. None: order of first appearance
-    items: np.ndarray = None, # the same for the columns
-) -> Interactions: # the last of a repeated pair stays
+def from_frame(
+    cls: Interactions,
+    df: pd.DataFrame,  # user_id, item_id, and if there weight (else 1) and timestamp (seconds); ids of any type, also categories
+    users: np.ndarray = None,  # ids whose rows come first, in this order; new ones follow. None: order of first appearance
+    items: np.ndarray = None,  # the same for the columns
+) -> Interactions:  # the last of a repeated pair stays
     "A frame of interactions or ratings as a sparse matrix."
-    if missing := [c for c in ('user_id', 'item_id') if c not in df.columns]:
-        raise AerecError(f'no column {" or ".join(missing)} among {list(df.columns)}: load the table with data_import.load_ratings')
+    if missing := [c for c in ("user_id", "item_id") if c not in df.columns]:
+        raise AerecError(
+            f"no column {' or '.join(missing)} among {list(df.columns)}: load the table with data_import.load_ratings"
+        )
     weight, kept = _weights(df), None
     if weight is not None and not weight.all():
         kept = np.flatnonzero(weight).astype(np.int32)
         df, weight = df.iloc[kept], weight[kept]
-    if not len(df): raise AerecError('no interactions: the table is empty, or every row was dropped by the business rules')
-    if len(df) >= 2**31: raise AerecError(f'{len(df):,} interactions: a matrix holds fewer than {2**31:,}; take fewer users (max_users)')
+    if not len(df):
+        raise AerecError("no interactions: the table is empty, or every row was dropped by the business rules")
+    if len(df) >= 2**31:
+        raise AerecError(f"{len(df):,} interactions: a matrix holds fewer than {2**31:,}; take fewer users (max_users)")
     with small_pages():
-        (u, users), (i, items) = side_by_side(_encode, (df.user_id, df.item_id), (users, items), ('user_id', 'item_id'))
+        (u, users), (i, items) = side_by_side(_encode, (df.user_id, df.item_id), (users, items), ("user_id", "item_id"))
         return _assemble(u, i, users, items, weight, _times(df), kept)
 
 # %% ../nbs/01b_model_preprocessing.ipynb #5be0f834
@@ -232,10 +298,12 @@ def _restrict(matrix, keep, columns, n_columns, binary=False):
     data = np.ones(indptr[-1], np.float32) if binary else matrix.data[keep]
     return csr_matrix((data, col[keep], indptr), shape=(matrix.shape[0], n_columns))
 
+
 @patch
-def over(self: Interactions,
-    items: np.ndarray, # a vocabulary of item ids
-) -> csr_matrix: # [n_users, len(items)] float32
+def over(
+    self: Interactions,
+    items: np.ndarray,  # a vocabulary of item ids
+) -> csr_matrix:  # [n_users, len(items)] float32
     "All histories over another vocabulary; interactions with other items are left out."
     columns = pd.Index(items).get_indexer(pd.Index(self.items)).astype(np.int32)
     m = _restrict(self.matrix, np.ones(self.nnz, bool), columns, len(items))
@@ -246,79 +314,122 @@ def over(self: Interactions,
 @dataclass(eq=False, repr=False)
 class Fold:
     "Users to evaluate on: what the model may see of them, and what it should find."
-    users: np.ndarray     # ids of the rows: every user with a history and at least one held-out item
-    input: csr_matrix     # [n, n_items] float32: the histories the model sees
-    target: csr_matrix    # [n, n_items] binary: held-out items that the model knows
-    n_targets: np.ndarray # [n] all held-out items of each user; those unknown to the model count as misses
-    n_without_target: int # users left out for lack of a held-out item
-    n_without_history: int = 0 # users left out for lack of a history, though they have held-out items
-    n_left_out: int = 0   # held-out items of the users without a history
 
-    def __len__(self): return len(self.users)
+    users: np.ndarray  # ids of the rows: every user with a history and at least one held-out item
+    input: csr_matrix  # [n, n_items] float32: the histories the model sees
+    target: csr_matrix  # [n, n_items] binary: held-out items that the model knows
+    n_targets: np.ndarray  # [n] all held-out items of each user; those unknown to the model count as misses
+    n_without_target: int  # users left out for lack of a held-out item
+    n_without_history: int = 0  # users left out for lack of a history, though they have held-out items
+    n_left_out: int = 0  # held-out items of the users without a history
+
+    def __len__(self):
+        return len(self.users)
+
     def __repr__(self):
-        without = f', {self.n_without_history:,} without a history' if self.n_without_history else ''
-        return (f'Fold({len(self):,} users, {self.input.nnz:,} in, {self.n_targets.sum():,} held out, '
-                f'{self.n_without_target:,} users without a target{without})')
+        without = f", {self.n_without_history:,} without a history" if self.n_without_history else ""
+        return (
+            f"Fold({len(self):,} users, {self.input.nnz:,} in, {self.n_targets.sum():,} held out, "
+            f"{self.n_without_target:,} users without a target{without})"
+        )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #6b66dedc
-TRAIN, VALID, TEST, VALID_INPUT, TEST_INPUT, LEFT_OUT = range(6) # LEFT_OUT: what no part may use
+TRAIN, VALID, TEST, VALID_INPUT, TEST_INPUT, LEFT_OUT = range(6)  # LEFT_OUT: what no part may use
+
 
 def _rows_of(matrix, rows):
     "Some rows of a CSR; the matrix itself where they are all of them."
     return matrix if len(rows) == matrix.shape[0] else matrix[rows]
 
+
 @dataclass(eq=False, repr=False)
 class Split:
     "Interactions with the part that each of them plays; train, valid and test are made from it when asked for."
+
     interactions: Interactions
-    part: np.ndarray       # int8 per stored interaction: TRAIN, VALID, TEST, LEFT_OUT; strong also VALID_INPUT, TEST_INPUT
-    kind: str              # lecture, holdout, leave_last, temporal or strong
-    seed: int              # of the random draws
-    valid_sample_size: int = None # held-out items per user at most; None: not by count
-    heldout_share: float = None   # what share was held out; None: not by share
-    cuts: tuple = None     # temporal: validation and test begin here, int seconds since 1970
+    part: np.ndarray  # int8 per stored interaction: TRAIN, VALID, TEST, LEFT_OUT; strong also VALID_INPUT, TEST_INPUT
+    kind: str  # lecture, holdout, leave_last, temporal or strong
+    seed: int  # of the random draws
+    valid_sample_size: int = None  # held-out items per user at most; None: not by count
+    heldout_share: float = None  # what share was held out; None: not by share
+    cuts: tuple = None  # temporal: validation and test begin here, int seconds since 1970
 
     @cached_property
     def _columns(self):
-        known = np.bincount(self.interactions.matrix.indices[self.part == TRAIN], minlength=self.interactions.n_items) > 0
-        return np.where(known, np.cumsum(known)-1, -1).astype(np.int32)
+        known = (
+            np.bincount(self.interactions.matrix.indices[self.part == TRAIN], minlength=self.interactions.n_items) > 0
+        )
+        return np.where(known, np.cumsum(known) - 1, -1).astype(np.int32)
+
     @cached_property
-    def items(self): return self.interactions.items[self._columns >= 0]
+    def items(self):
+        return self.interactions.items[self._columns >= 0]
+
     @cached_property
-    def _rows(self): return np.flatnonzero(self._per_user(TRAIN))
+    def _rows(self):
+        return np.flatnonzero(self._per_user(TRAIN))
+
     @cached_property
-    def users(self): return self.interactions.users[self._rows]
+    def users(self):
+        return self.interactions.users[self._rows]
+
     @cached_property
-    def train(self): return _rows_of(self._part(TRAIN), self._rows)
+    def train(self):
+        return _rows_of(self._part(TRAIN), self._rows)
+
     @cached_property
-    def train_and_valid(self): # of the users and items of train
-        if self.kind == 'strong': return self.train
+    def train_and_valid(self):  # of the users and items of train
+        if self.kind == "strong":
+            return self.train
         return _rows_of(self._part(TRAIN, VALID), self._rows)
+
     @cached_property
     def valid(self):
-        if not (self.part == VALID).any(): return None
-        return self._fold([VALID_INPUT] if self.kind == 'strong' else [TRAIN], VALID)
-    @cached_property
-    def test(self): return self._fold([TEST_INPUT] if self.kind == 'strong' else [TRAIN, VALID], TEST)
-    @property
-    def seeds(self): # what each random draw was seeded with
-        "Seeds of the draws; {} where nothing is drawn."
-        return dict(lecture=dict(test=self.seed, valid=self.seed+1), holdout=dict(both=self.seed),
-                    strong=dict(users=self.seed, valid=self.seed, test=self.seed)).get(self.kind, {})
+        if not (self.part == VALID).any():
+            return None
+        return self._fold([VALID_INPUT] if self.kind == "strong" else [TRAIN], VALID)
 
-    def _is(self, *parts): return np.isin(self.part, parts) if len(parts) > 1 else self.part == parts[0]
-    def _per_user(self, *parts): return np.bincount(self.interactions.rows[self._is(*parts)], minlength=self.interactions.n_users)
+    @cached_property
+    def test(self):
+        return self._fold([TEST_INPUT] if self.kind == "strong" else [TRAIN, VALID], TEST)
+
+    @property
+    def seeds(self):  # what each random draw was seeded with
+        "Seeds of the draws; {} where nothing is drawn."
+        return dict(
+            lecture=dict(test=self.seed, valid=self.seed + 1),
+            holdout=dict(both=self.seed),
+            strong=dict(users=self.seed, valid=self.seed, test=self.seed),
+        ).get(self.kind, {})
+
+    def _is(self, *parts):
+        return np.isin(self.part, parts) if len(parts) > 1 else self.part == parts[0]
+
+    def _per_user(self, *parts):
+        return np.bincount(self.interactions.rows[self._is(*parts)], minlength=self.interactions.n_users)
+
     def _part(self, *parts, binary=False):
         return _restrict(self.interactions.matrix, self._is(*parts), self._columns, len(self.items), binary)
+
     def _fold(self, inputs, target):
         held_out, seen, history = self._per_user(target), self._per_user(*inputs), self._part(*inputs)
         known = np.diff(history.indptr) > 0
         rows, cold = np.flatnonzero((held_out > 0) & known), (held_out > 0) & ~known
-        return Fold(self.interactions.users[rows], _rows_of(history, rows), _rows_of(self._part(target, binary=True), rows), held_out[rows],
-                    int(np.count_nonzero((held_out == 0) & (seen > 0))), int(cold.sum()), int(held_out[cold].sum()))
+        return Fold(
+            self.interactions.users[rows],
+            _rows_of(history, rows),
+            _rows_of(self._part(target, binary=True), rows),
+            held_out[rows],
+            int(np.count_nonzero((held_out == 0) & (seen > 0))),
+            int(cold.sum()),
+            int(held_out[cold].sum()),
+        )
+
     def __repr__(self):
-        return (f'Split({self.kind}, seed {self.seed}: train {self.train.shape[0]:,} x {self.train.shape[1]:,}, '
-                f'valid {self.valid}, test {self.test})')
+        return (
+            f"Split({self.kind}, seed {self.seed}: train {self.train.shape[0]:,} x {self.train.shape[1]:,}, "
+            f"valid {self.valid}, test {self.test})"
+        )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #4eef65e5
 @patch
@@ -327,46 +438,65 @@ def _arrays(self: Split):
     arrays = dict(indptr=m.indptr, indices=m.indices, data=m.data, part=self.part, position=i.position)
     return arrays if i.times is None else arrays | dict(times=i.times)
 
+
 @patch
 def _rule(self: Split):
     "How the split was made, as JSON says it."
-    return dict(kind=self.kind, seed=self.seed, valid_sample_size=self.valid_sample_size, heldout_share=self.heldout_share,
-                cuts=None if self.cuts is None else [int(t) for t in self.cuts])
+    return dict(
+        kind=self.kind,
+        seed=self.seed,
+        valid_sample_size=self.valid_sample_size,
+        heldout_share=self.heldout_share,
+        cuts=None if self.cuts is None else [int(t) for t in self.cuts],
+    )
+
 
 @patch(as_prop=True)
-def fingerprint(self: Split) -> str: # sha256, hexadecimal
+def fingerprint(self: Split) -> str:  # sha256, hexadecimal
     "What tells one split from another: its interactions, its ids and the part of each."
     h = hashlib.sha256(repr(self._rule()).encode())
-    for name, a in sorted(self._arrays().items()): h.update(name.encode()); h.update(np.ascontiguousarray(a).data)
-    for ids in (self.interactions.users, self.interactions.items): h.update('\0'.join(map(repr, ids.tolist())).encode())
+    for name, a in sorted(self._arrays().items()):
+        h.update(name.encode())
+        h.update(np.ascontiguousarray(a).data)
+    for ids in (self.interactions.users, self.interactions.items):
+        h.update("\0".join(map(repr, ids.tolist())).encode())
     return h.hexdigest()
 
 # %% ../nbs/01b_model_preprocessing.ipynb #89268250
 @patch
-def refit(self: Split) -> Split: # without a validation fold; for strong the split itself
+def refit(self: Split) -> Split:  # without a validation fold; for strong the split itself
     "The split with validation's targets moved into train."
-    if self.kind == 'strong': return self
+    if self.kind == "strong":
+        return self
     return replace(self, part=np.where(self.part == VALID, TRAIN, self.part).astype(np.int8))
 
 # %% ../nbs/01b_model_preprocessing.ipynb #460f525c
 def _by_user(inter, order):
     "Stored entries in `order`, brought together user by user: a stable counting sort in scipy's C code."
-    return csc_matrix((order, inter.rows[order], np.array([0, len(order)], np.int32)), shape=(inter.n_users, 1)).tocsr().data
+    return (
+        csc_matrix((order, inter.rows[order], np.array([0, len(order)], np.int32)), shape=(inter.n_users, 1))
+        .tocsr()
+        .data
+    )
+
 
 def _file_order(inter):
     "Stored entries in the order of the source."
-    at = np.full(int(inter.position.max())+1, -1, np.int32)
+    at = np.full(int(inter.position.max()) + 1, -1, np.int32)
     at[inter.position] = np.arange(inter.nnz, dtype=np.int32)
     return at if len(at) == inter.nnz else at[at >= 0]
 
-def _by(order, key): return order[np.argsort(key[order], kind='stable')]
+
+def _by(order, key):
+    return order[np.argsort(key[order], kind="stable")]
 
 # %% ../nbs/01b_model_preprocessing.ipynb #0d3d0087
 def _held_out_counts(n_user, n, share):
     "Held out of a history, once for test and once for valid: a count (at most a fifth) or a share; at least one of three."
-    most = n_user//5 if share is None else np.floor(share*n_user+1e-9).astype(np.int64)
-    most = np.minimum(np.maximum(1, most), (n_user-1)//2)
+    most = n_user // 5 if share is None else np.floor(share * n_user + 1e-9).astype(np.int64)
+    most = np.minimum(np.maximum(1, most), (n_user - 1) // 2)
     return np.where(n_user < 3, 0, most if share is not None else np.minimum(n, most))
+
 
 def _last_parts(inter, n, share, order):
     "Of each user the last in `order` for test, those before for valid."
@@ -374,26 +504,35 @@ def _last_parts(inter, n, share, order):
     from_end = np.repeat(inter.matrix.indptr[1:], n_user) - np.arange(inter.nnz, dtype=np.int32) - 1
     k = np.repeat(_held_out_counts(n_user, n, share).astype(np.int32), n_user)
     part = np.empty(inter.nnz, np.int8)
-    part[_by_user(inter, order)] = np.where(from_end < k, TEST, np.where(from_end < 2*k, VALID, TRAIN))
+    part[_by_user(inter, order)] = np.where(from_end < k, TEST, np.where(from_end < 2 * k, VALID, TRAIN))
     return part
 
+
 def _need_times(inter, kind):
-    if inter.times is None: raise AerecError(f'split {kind!r} needs times, and these data have none: choose holdout, or auto')
+    if inter.times is None:
+        raise AerecError(f"split {kind!r} needs times, and these data have none: choose holdout, or auto")
+
 
 def _leave_last(inter, n, share):
     "Entries of one moment count as the file has them."
-    _need_times(inter, 'leave_last')
+    _need_times(inter, "leave_last")
     return _last_parts(inter, n, share, _by(_file_order(inter), inter.times))
 
+
 def _holdout(inter, n, share, seed):
-    return _last_parts(inter, n, share, _file_order(inter)[np.argsort(np.random.default_rng(seed).random(inter.nnz), kind='stable')])
+    return _last_parts(
+        inter, n, share, _file_order(inter)[np.argsort(np.random.default_rng(seed).random(inter.nnz), kind="stable")]
+    )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #cd601426
 def _draw_each(counts, sizes, seed):
     "Per user a draw of `sizes` of `counts` entries, as numbers into their concatenation; one generator through all users."
-    random, start = np.random.RandomState(seed), np.cumsum(counts)-counts
-    drawn = [random.permutation(n)[:k]+s for s, n, k in zip(start.tolist(), counts.tolist(), sizes.tolist()) if k >= 0]
+    random, start = np.random.RandomState(seed), np.cumsum(counts) - counts
+    drawn = [
+        random.permutation(n)[:k] + s for s, n, k in zip(start.tolist(), counts.tolist(), sizes.tolist()) if k >= 0
+    ]
     return np.concatenate([np.empty(0, np.int64), *drawn])
+
 
 def _draw(inter, part, n, seed, target):
     "Per user, in order of first appearance, draw `n` of the training items in file order; who has no more than `n` keeps them."
@@ -403,364 +542,550 @@ def _draw(inter, part, n, seed, target):
     part[free[_draw_each(counts, np.where(counts > n, n, -1), seed)]] = target
     return part
 
-def _lecture(inter, n, seed): return _draw(inter, _draw(inter, np.zeros(inter.nnz, np.int8), n, seed, TEST), n, seed+1, VALID)
+
+def _lecture(inter, n, seed):
+    return _draw(inter, _draw(inter, np.zeros(inter.nnz, np.int8), n, seed, TEST), n, seed + 1, VALID)
 
 # %% ../nbs/01b_model_preprocessing.ipynb #bcb3155e
 def _split_users(inter, n_heldout, seed):
     "Interactions with their users in the order train, valid, test, and the items by first appearance in train; how many of each are train's."
-    n_heldout = n_heldout or max(1, inter.n_users//10)
-    if inter.n_users < 2*n_heldout+1:
-        raise AerecError(f"split 'strong' holds out 2 x {n_heldout} users, and there are {inter.n_users}: "
-                         f'set n_heldout_users below {(inter.n_users+1)//2}')
-    by_id = np.argsort(inter.users, kind='stable')
-    rank = np.empty(inter.n_users, np.int64); rank[by_id] = np.arange(inter.n_users)
+    n_heldout = n_heldout or max(1, inter.n_users // 10)
+    if inter.n_users < 2 * n_heldout + 1:
+        raise AerecError(
+            f"split 'strong' holds out 2 x {n_heldout} users, and there are {inter.n_users}: "
+            f"set n_heldout_users below {(inter.n_users + 1) // 2}"
+        )
+    by_id = np.argsort(inter.users, kind="stable")
+    rank = np.empty(inter.n_users, np.int64)
+    rank[by_id] = np.arange(inter.n_users)
     shuffled = by_id[np.random.RandomState(seed).permutation(inter.n_users)]
-    train, valid, test = np.split(shuffled, [-2*n_heldout, -n_heldout])
+    train, valid, test = np.split(shuffled, [-2 * n_heldout, -n_heldout])
     user_order = np.concatenate([train, valid[np.argsort(rank[valid])], test[np.argsort(rank[test])]])
-    row = np.empty(inter.n_users, np.int32); row[user_order] = np.arange(inter.n_users)
+    row = np.empty(inter.n_users, np.int32)
+    row[user_order] = np.arange(inter.n_users)
     row = row[inter.rows]
     learned = row < len(train)
     first = np.full(inter.n_items, np.iinfo(np.int64).max)
     np.minimum.at(first, inter.matrix.indices[learned], inter.position[learned])
-    item_order, n_known = np.argsort(first, kind='stable'), int((first < np.iinfo(np.int64).max).sum())
-    col = np.empty(inter.n_items, np.int32); col[item_order] = np.arange(inter.n_items)
+    item_order, n_known = np.argsort(first, kind="stable"), int((first < np.iinfo(np.int64).max).sum())
+    col = np.empty(inter.n_items, np.int32)
+    col[item_order] = np.arange(inter.n_items)
     weight = None if (inter.matrix.data == 1).all() else inter.matrix.data
-    made = _assemble(row, col[inter.matrix.indices], inter.users[user_order], inter.items[item_order], weight, inter.times, inter.position)
+    made = _assemble(
+        row,
+        col[inter.matrix.indices],
+        inter.users[user_order],
+        inter.items[item_order],
+        weight,
+        inter.times,
+        inter.position,
+    )
     return made, len(train), n_heldout, n_known
+
 
 def _strong(inter, n_heldout, share, seed):
     "Users are split; of each held-out user 80 % is input and 20 % target; items that train does not know are left out first."
     inter, n_train, n_heldout, n_known = _split_users(inter, n_heldout, seed)
-    part = np.select([inter.rows < n_train, inter.rows < n_train+n_heldout], [TRAIN, VALID_INPUT], TEST_INPUT).astype(np.int8)
+    part = np.select([inter.rows < n_train, inter.rows < n_train + n_heldout], [TRAIN, VALID_INPUT], TEST_INPUT).astype(
+        np.int8
+    )
     part[(part != TRAIN) & (inter.matrix.indices >= n_known)] = LEFT_OUT
     entries = _by_user(inter, _file_order(inter))
-    for inputs, target, start in ((VALID_INPUT, VALID, n_train), (TEST_INPUT, TEST, n_train+n_heldout)):
+    for inputs, target, start in ((VALID_INPUT, VALID, n_train), (TEST_INPUT, TEST, n_train + n_heldout)):
         known = entries[part[entries] == inputs]
         counts = np.bincount(inter.rows[known], minlength=inter.n_users)
-        sizes = np.where(counts >= 5, (share*counts).astype(np.int64), -1)
+        sizes = np.where(counts >= 5, (share * counts).astype(np.int64), -1)
         part[known[_draw_each(counts, sizes, seed)]] = target
     return inter, part
 
 # %% ../nbs/01b_model_preprocessing.ipynb #4e686173
-def _utc(seconds): return datetime.fromtimestamp(int(seconds), timezone.utc).strftime('%Y-%m-%d %H:%M:%S')
+def _utc(seconds):
+    return datetime.fromtimestamp(int(seconds), timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
 
 def _cuts(times, share, cut_time, valid_cut_time):
     "Where validation and test begin."
     first, last = int(times.min()), int(times.max())
     if cut_time is None:
-        n, ordered = max(1, int(share*len(times))), np.sort(times)
+        n, ordered = max(1, int(share * len(times))), np.sort(times)
         test = int(ordered[-n])
         before = int(np.searchsorted(ordered, test))
-        valid = int(ordered[max(0, before-n)]) if before else first
+        valid = int(ordered[max(0, before - n)]) if before else first
     else:
         test = cut_time
-        if not first < test <= last: raise AerecError(f'cut_time {_utc(test)} must lie behind the first interaction, {_utc(first)}, and not behind the last, {_utc(last)}')
-        valid = test-(last+1-test) if valid_cut_time is None else valid_cut_time
-        if valid >= test: raise AerecError(f'valid_cut_time {_utc(valid)} must lie before cut_time {_utc(test)}')
+        if not first < test <= last:
+            raise AerecError(
+                f"cut_time {_utc(test)} must lie behind the first interaction, {_utc(first)}, and not behind the last, {_utc(last)}"
+            )
+        valid = test - (last + 1 - test) if valid_cut_time is None else valid_cut_time
+        if valid >= test:
+            raise AerecError(f"valid_cut_time {_utc(valid)} must lie before cut_time {_utc(test)}")
     if valid <= first:
-        raise AerecError(f'nothing is left to train on: the data begin at {_utc(first)}, validation at {_utc(valid)}, test at {_utc(test)}; '
-                         + ('a smaller heldout_share, or cut_time' if cut_time is None else 'a later valid_cut_time, or cut_time') + ' leaves more')
+        raise AerecError(
+            f"nothing is left to train on: the data begin at {_utc(first)}, validation at {_utc(valid)}, test at {_utc(test)}; "
+            + ("a smaller heldout_share, or cut_time" if cut_time is None else "a later valid_cut_time, or cut_time")
+            + " leaves more"
+        )
     return valid, test
 
+
 def _temporal(inter, share, cut_time, valid_cut_time):
-    _need_times(inter, 'temporal')
+    _need_times(inter, "temporal")
     valid, test = _cuts(inter.times, share, cut_time, valid_cut_time)
-    return np.where(inter.times >= test, TEST, np.where(inter.times >= valid, VALID, TRAIN)).astype(np.int8), (valid, test)
+    return np.where(inter.times >= test, TEST, np.where(inter.times >= valid, VALID, TRAIN)).astype(np.int8), (
+        valid,
+        test,
+    )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #a3280ab2
-SPLITS = ('lecture', 'holdout', 'leave_last', 'temporal', 'strong')
-_NEEDS = dict(lecture='users with more than {n} interactions for test, and more than {n2} for valid as well',
-              leave_last='users with at least 3 interactions', holdout='users with at least 3 interactions',
-              temporal='users with interactions on both sides of the cut',
-              strong='held-out users with at least 5 interactions with items of the training users')
+SPLITS = ("lecture", "holdout", "leave_last", "temporal", "strong")
+_NEEDS = dict(
+    lecture="users with more than {n} interactions for test, and more than {n2} for valid as well",
+    leave_last="users with at least 3 interactions",
+    holdout="users with at least 3 interactions",
+    temporal="users with interactions on both sides of the cut",
+    strong="held-out users with at least 5 interactions with items of the training users",
+)
+
 
 def _check_choice(kind, valid_sample_size, n_heldout_users, heldout_share, cut_time, short_histories):
     "Refuse values that no split takes."
-    if kind not in SPLITS: raise AerecError(f'no split named {kind!r}: choose auto, {", ".join(SPLITS)}')
-    for name, value in (('valid_sample_size', valid_sample_size), ('n_heldout_users', n_heldout_users)):
-        if value is not None and value < 1: raise AerecError(f'{name} is {value}: at least one must be held out')
-    if heldout_share is not None and not 0 < heldout_share < .5: raise AerecError(f'heldout_share is {heldout_share}: it must lie between 0 and .5, for validation takes as much again')
-    if kind in ('holdout', 'leave_last') and None not in (heldout_share, valid_sample_size): raise AerecError(f'heldout_share and valid_sample_size are both set: {kind} takes one of the two')
-    if kind == 'temporal' and None not in (heldout_share, cut_time): raise AerecError('heldout_share and cut_time are both set: temporal takes one of the two')
-    if short_histories not in ('train', 'drop'): raise AerecError(f'short_histories is {short_histories!r}: it must be train or drop')
+    if kind not in SPLITS:
+        raise AerecError(f"no split named {kind!r}: choose auto, {', '.join(SPLITS)}")
+    for name, value in (("valid_sample_size", valid_sample_size), ("n_heldout_users", n_heldout_users)):
+        if value is not None and value < 1:
+            raise AerecError(f"{name} is {value}: at least one must be held out")
+    if heldout_share is not None and not 0 < heldout_share < 0.5:
+        raise AerecError(
+            f"heldout_share is {heldout_share}: it must lie between 0 and .5, for validation takes as much again"
+        )
+    if kind in ("holdout", "leave_last") and None not in (heldout_share, valid_sample_size):
+        raise AerecError(f"heldout_share and valid_sample_size are both set: {kind} takes one of the two")
+    if kind == "temporal" and None not in (heldout_share, cut_time):
+        raise AerecError("heldout_share and cut_time are both set: temporal takes one of the two")
+    if short_histories not in ("train", "drop"):
+        raise AerecError(f"short_histories is {short_histories!r}: it must be train or drop")
+
 
 def _seconds(name, value):
-    try: return None if value is None else time_in_seconds(value)
-    except ValueError as e: raise AerecError(f'{name}: {e}') from None
+    try:
+        return None if value is None else time_in_seconds(value)
+    except ValueError as e:
+        raise AerecError(f"{name}: {e}") from None
 
 # %% ../nbs/01b_model_preprocessing.ipynb #a23eac70
 def split_interactions(
-    interactions: Interactions, # or a frame with user_id, item_id (, weight, timestamp)
-    kind: str = 'auto',         # lecture, holdout, leave_last, temporal or strong; auto: leave_last with times, else holdout
-    valid_sample_size: int = None, # lecture, holdout, leave_last: held-out items per user; None: 10 for lecture, else 5
-    n_heldout_users: int = None,   # strong: users for valid, and as many for test; None: a tenth
-    seed: int = 42,             # of the random splits
-    heldout_share: float = None, # holdout, leave_last: share of each history; temporal: of all interactions (None: .1); strong: of a held-out history (None: .2)
-    cut_time = None,            # temporal: test begins here, a date or seconds; None: by share
-    valid_cut_time = None,      # temporal with cut_time: validation begins here; None: as long before as the data go on after
-    short_histories: str = 'train', # train learns from users with too few items to hold any out, drop leaves them out
-) -> Split: # train, valid and test, made when asked for
+    interactions: Interactions,  # or a frame with user_id, item_id (, weight, timestamp)
+    kind: str = "auto",  # lecture, holdout, leave_last, temporal or strong; auto: leave_last with times, else holdout
+    valid_sample_size: int = None,  # lecture, holdout, leave_last: held-out items per user; None: 10 for lecture, else 5
+    n_heldout_users: int = None,  # strong: users for valid, and as many for test; None: a tenth
+    seed: int = 42,  # of the random splits
+    heldout_share: float = None,  # holdout, leave_last: share of each history; temporal: of all interactions (None: .1); strong: of a held-out history (None: .2)
+    cut_time=None,  # temporal: test begins here, a date or seconds; None: by share
+    valid_cut_time=None,  # temporal with cut_time: validation begins here; None: as long before as the data go on after
+    short_histories: str = "train",  # train learns from users with too few items to hold any out, drop leaves them out
+) -> Split:  # train, valid and test, made when asked for
     "Decide for every interaction whether it is learned from, chosen by, or tested on."
-    inter = interactions if hasattr(interactions, 'matrix') else Interactions.from_frame(interactions)
-    if kind == 'auto': kind = 'holdout' if inter.times is None else 'leave_last'
+    inter = interactions if hasattr(interactions, "matrix") else Interactions.from_frame(interactions)
+    if kind == "auto":
+        kind = "holdout" if inter.times is None else "leave_last"
     _check_choice(kind, valid_sample_size, n_heldout_users, heldout_share, cut_time, short_histories)
     cuts = None
-    if kind == 'temporal':
-        n, share = None, heldout_share or (.1 if cut_time is None else None)
-        part, cuts = _temporal(inter, share, _seconds('cut_time', cut_time), _seconds('valid_cut_time', valid_cut_time))
-    elif kind == 'strong':
-        n, share = None, heldout_share or .2
+    if kind == "temporal":
+        n, share = None, heldout_share or (0.1 if cut_time is None else None)
+        part, cuts = _temporal(inter, share, _seconds("cut_time", cut_time), _seconds("valid_cut_time", valid_cut_time))
+    elif kind == "strong":
+        n, share = None, heldout_share or 0.2
         inter, part = _strong(inter, n_heldout_users, share, seed)
-    elif kind == 'lecture':
+    elif kind == "lecture":
         n, share = valid_sample_size or 10, None
         part = _lecture(inter, n, seed)
     else:
         n, share = (None, heldout_share) if heldout_share else (valid_sample_size or 5, None)
-        part = _leave_last(inter, n, share) if kind == 'leave_last' else _holdout(inter, n, share, seed)
+        part = _leave_last(inter, n, share) if kind == "leave_last" else _holdout(inter, n, share, seed)
     made = Split(inter, part, kind, seed, n, share, cuts)
-    if short_histories == 'drop' and kind in ('lecture', 'holdout', 'leave_last'): part[(made._per_user(TEST) == 0)[inter.rows]] = LEFT_OUT
+    if short_histories == "drop" and kind in ("lecture", "holdout", "leave_last"):
+        part[(made._per_user(TEST) == 0)[inter.rows]] = LEFT_OUT
     _check_targets(made)
     return made
 
+
 def _check_targets(split):
     "Refuse a split that asks nobody."
-    for name, fold in (('valid', split.valid), ('test', split.test)):
+    for name, fold in (("valid", split.valid), ("test", split.test)):
         if fold is None or not len(fold):
             n = split.valid_sample_size or 0
-            raise AerecError(f'split {split.kind!r} leaves nobody a {name} target: it needs {_NEEDS[split.kind].format(n=n, n2=2*n)}, '
-                             f'and the longest of {split.interactions.n_users:,} histories has {np.diff(split.interactions.matrix.indptr).max()}; '
-                             + dict(temporal='move the cut', strong='raise n_heldout_users').get(split.kind, 'lower valid_sample_size') + ', or bring more data')
+            raise AerecError(
+                f"split {split.kind!r} leaves nobody a {name} target: it needs {_NEEDS[split.kind].format(n=n, n2=2 * n)}, "
+                f"and the longest of {split.interactions.n_users:,} histories has {np.diff(split.interactions.matrix.indptr).max()}; "
+                + dict(temporal="move the cut", strong="raise n_heldout_users").get(
+                    split.kind, "lower valid_sample_size"
+                )
+                + ", or bring more data"
+            )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #c96e94b8
 @patch
-def redraw_valid(self: Split,
-    share: float = .125, # of what train and valid have of each user, at least one item; never more than the split's own n
-    seed: int = 0,       # of the draw; `leave_last` takes the last by time
-) -> Split: # strong and temporal, which hold out no share of histories: the split itself
+def redraw_valid(
+    self: Split,
+    share: float = 0.125,  # of what train and valid have of each user, at least one item; never more than the split's own n
+    seed: int = 0,  # of the draw; `leave_last` takes the last by time
+) -> Split:  # strong and temporal, which hold out no share of histories: the split itself
     "The split with a smaller validation fold."
-    if self.kind in ('strong', 'temporal'): return self
-    inter,part = self.interactions, np.where(self.part == VALID, TRAIN, self.part).astype(np.int8)
+    if self.kind in ("strong", "temporal"):
+        return self
+    inter, part = self.interactions, np.where(self.part == VALID, TRAIN, self.part).astype(np.int8)
     order = _file_order(inter)
-    order = _by(order, inter.times) if self.kind == 'leave_last' else order[np.random.default_rng(seed).permutation(len(order))]
+    order = (
+        _by(order, inter.times)
+        if self.kind == "leave_last"
+        else order[np.random.default_rng(seed).permutation(len(order))]
+    )
     free = _by_user(inter, order)
     free = free[part[free] == TRAIN]
     counts = np.bincount(inter.rows[free], minlength=inter.n_users)
-    n = np.clip(np.round(share*counts), 1, self.valid_sample_size).astype(np.int64)
+    n = np.clip(np.round(share * counts), 1, self.valid_sample_size).astype(np.int64)
     from_end = np.repeat(np.cumsum(counts), counts) - np.arange(len(free)) - 1
     part[free[from_end < np.repeat(np.where(counts > 1, n, 0), counts)]] = VALID
     return replace(self, part=part, seed=seed)
 
 # %% ../nbs/01b_model_preprocessing.ipynb #4a2ce4d7
 @patch
-def report(self: Split) -> pd.DataFrame: # a row for train, valid and test, and one for what no part uses, if anything
+def report(self: Split) -> pd.DataFrame:  # a row for train, valid and test, and one for what no part uses, if anything
     "Users, items and interactions of each part, and what could not be asked."
-    rows = [dict(part='train', users=len(self.users), items=len(self.items), interactions=self.train.nnz)]
-    for name, fold, target in (('valid', self.valid, VALID), ('test', self.test, TEST)):
-        if fold is None: continue
+    rows = [dict(part="train", users=len(self.users), items=len(self.items), interactions=self.train.nnz)]
+    for name, fold, target in (("valid", self.valid, VALID), ("test", self.test, TEST)):
+        if fold is None:
+            continue
         held_out = int(fold.n_targets.sum())
-        with_history = np.isin(self.interactions.users, fold.users, assume_unique=True) if fold.n_left_out else np.ones(self.interactions.n_users, bool)
+        with_history = (
+            np.isin(self.interactions.users, fold.users, assume_unique=True)
+            if fold.n_left_out
+            else np.ones(self.interactions.n_users, bool)
+        )
         asked = self.interactions.matrix.indices[(self.part == target) & with_history[self.interactions.rows]]
-        rows.append(dict(part=name, users=len(fold), items=len(np.unique(asked)), interactions=held_out, input=fold.input.nnz,
-                         unknown_targets=held_out-fold.target.nnz, unknown_items=len(np.unique(asked[self._columns[asked] < 0])),
-                         users_without_target=fold.n_without_target, users_without_history=fold.n_without_history, targets_left_out=fold.n_left_out))
+        rows.append(
+            dict(
+                part=name,
+                users=len(fold),
+                items=len(np.unique(asked)),
+                interactions=held_out,
+                input=fold.input.nnz,
+                unknown_targets=held_out - fold.target.nnz,
+                unknown_items=len(np.unique(asked[self._columns[asked] < 0])),
+                users_without_target=fold.n_without_target,
+                users_without_history=fold.n_without_history,
+                targets_left_out=fold.n_left_out,
+            )
+        )
     if (left := self.part == LEFT_OUT).any():
-        rows.append(dict(part='left out', users=int(np.count_nonzero(self._per_user(LEFT_OUT))),
-                         items=len(np.unique(self.interactions.matrix.indices[left])), interactions=int(left.sum())))
+        rows.append(
+            dict(
+                part="left out",
+                users=int(np.count_nonzero(self._per_user(LEFT_OUT))),
+                items=len(np.unique(self.interactions.matrix.indices[left])),
+                interactions=int(left.sum()),
+            )
+        )
     table = pd.DataFrame(rows)
-    table = table.astype({c: 'Int64' for c in table.columns[4:]})
-    table.insert(4, 'share', table.interactions/self.interactions.nnz)
+    table = table.astype({c: "Int64" for c in table.columns[4:]})
+    table.insert(4, "share", table.interactions / self.interactions.nnz)
     return table
 
 # %% ../nbs/01b_model_preprocessing.ipynb #be7aaf07
-_LABELS = dict(users='users', items='items', interactions='interactions', share='share of all interactions', input='interactions in the histories asked with',
-               unknown_targets='targets that train does not know', unknown_items='items that train does not know', users_without_target='users not asked: no target',
-               users_without_history='users not asked: no history', targets_left_out='targets of users without a history')
+_LABELS = dict(
+    users="users",
+    items="items",
+    interactions="interactions",
+    share="share of all interactions",
+    input="interactions in the histories asked with",
+    unknown_targets="targets that train does not know",
+    unknown_items="items that train does not know",
+    users_without_target="users not asked: no target",
+    users_without_history="users not asked: no history",
+    targets_left_out="targets of users without a history",
+)
+
 
 def describe_parts(
-    split: Split, # any
-) -> pd.DataFrame: # a column for train, valid and test, as people read it
+    split: Split,  # any
+) -> pd.DataFrame:  # a column for train, valid and test, as people read it
     "The report, and the seeds of the draws."
-    table = split.report().set_index('part')
-    text = lambda name, v: '-' if pd.isna(v) else f'{v:.1%}' if name == 'share' else f'{v:,}'
-    shown = pd.DataFrame({part: [text(name, table.at[part, name]) for name in table] for part in table.index}, index=[_LABELS[name] for name in table])
-    shown.loc['seed of the draw'] = [str(split.seeds.get(part, split.seeds.get('both', '-'))) if part in ('valid', 'test') else '-' for part in table.index]
-    return shown.rename_axis(f'split {split.kind}')
+    table = split.report().set_index("part")
+    text = lambda name, v: "-" if pd.isna(v) else f"{v:.1%}" if name == "share" else f"{v:,}"
+    shown = pd.DataFrame(
+        {part: [text(name, table.at[part, name]) for name in table] for part in table.index},
+        index=[_LABELS[name] for name in table],
+    )
+    shown.loc["seed of the draw"] = [
+        str(split.seeds.get(part, split.seeds.get("both", "-"))) if part in ("valid", "test") else "-"
+        for part in table.index
+    ]
+    return shown.rename_axis(f"split {split.kind}")
 
 # %% ../nbs/01b_model_preprocessing.ipynb #b58f0b34
 def describe_split(
-    split: Split, # any
-) -> str: # one line
+    split: Split,  # any
+) -> str:  # one line
     "What kind of split it is, how big, and who could not be asked."
     n, share = split.valid_sample_size, split.heldout_share
-    each = f'{share:g} of the items of each user' if share else f'{n} items of each user'
-    how = dict(strong=lambda: f'{len(split.valid)} + {len(split.test)} users held out, {share or .2:g} of the items of each to be found',
-               lecture=lambda: f'{each} held out by the lecture\'s draw',
-               leave_last=lambda: f'the last {each} held out' + ('' if share else ', never more than a fifth'),
-               holdout=lambda: f'{each} held out at random' + ('' if share else ', never more than a fifth'),
-               temporal=lambda: f'validation begins at {_utc(split.cuts[0])} and test at {_utc(split.cuts[1])} UTC')[split.kind]()
-    test, unknown = split.test, int(split.test.n_targets.sum())-split.test.target.nnz
-    cold = f', without a history {test.n_without_history:,}' if test.n_without_history else ''
-    new = len(np.setdiff1d(split.interactions.matrix.indices[split.part == TEST], np.flatnonzero(split._columns >= 0))) if split.kind == 'temporal' else 0
-    new = f'; {new:,} items of the test time are not in train' if new else ''
-    return (f'Split {split.kind}, {f"seed {split.seed}" if split.seeds else "nothing drawn"}: {how}; train has {split.train.shape[0]:,} users x {split.train.shape[1]:,} items; '
-            f'test asks {len(test):,} users (without a target {test.n_without_target:,}{cold}), {unknown:,} of {test.n_targets.sum():,} targets are items train does not have{new}')
+    each = f"{share:g} of the items of each user" if share else f"{n} items of each user"
+    how = dict(
+        strong=lambda: (
+            f"{len(split.valid)} + {len(split.test)} users held out, {share or 0.2:g} of the items of each to be found"
+        ),
+        lecture=lambda: f"{each} held out by the lecture's draw",
+        leave_last=lambda: f"the last {each} held out" + ("" if share else ", never more than a fifth"),
+        holdout=lambda: f"{each} held out at random" + ("" if share else ", never more than a fifth"),
+        temporal=lambda: f"validation begins at {_utc(split.cuts[0])} and test at {_utc(split.cuts[1])} UTC",
+    )[split.kind]()
+    test, unknown = split.test, int(split.test.n_targets.sum()) - split.test.target.nnz
+    cold = f", without a history {test.n_without_history:,}" if test.n_without_history else ""
+    new = (
+        len(np.setdiff1d(split.interactions.matrix.indices[split.part == TEST], np.flatnonzero(split._columns >= 0)))
+        if split.kind == "temporal"
+        else 0
+    )
+    new = f"; {new:,} items of the test time are not in train" if new else ""
+    return (
+        f"Split {split.kind}, {f'seed {split.seed}' if split.seeds else 'nothing drawn'}: {how}; train has {split.train.shape[0]:,} users x {split.train.shape[1]:,} items; "
+        f"test asks {len(test):,} users (without a target {test.n_without_target:,}{cold}), {unknown:,} of {test.n_targets.sum():,} targets are items train does not have{new}"
+    )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #1ecdfaf6
-_PARTS = dict(train='#0072B2', valid='#E69F00', test='#D55E00')
-_LINES = dict(valid=dict(color=_PARTS['valid'], lw=3.5, alpha=.7), test=dict(color=_PARTS['test'], lw=1.5))
+_PARTS = dict(train="#0072B2", valid="#E69F00", test="#D55E00")
+_LINES = dict(valid=dict(color=_PARTS["valid"], lw=3.5, alpha=0.7), test=dict(color=_PARTS["test"], lw=1.5))
+
 
 def _plot_parts(ax, split, folds):
     "Bars: interactions learned from and held out."
-    names, counts = zip(('train', split.train.nnz), *((n, int(f.n_targets.sum())) for n, f in folds))
+    names, counts = zip(("train", split.train.nnz), *((n, int(f.n_targets.sum())) for n, f in folds))
     bars = ax.barh(names, counts, color=[_PARTS[n] for n in names])
-    ax.bar_label(bars, [f'{v:,} ({v/split.interactions.nnz:.1%})' for v in counts], padding=3)
-    ax.set(title='Interactions learned from and held out', xlabel='interactions', xlim=(0, 1.5*max(counts)))
-    ax.invert_yaxis(); ax.xaxis.set_major_locator(plt.MaxNLocator(4)); ax.xaxis.set_major_formatter('{x:,.0f}')
+    ax.bar_label(bars, [f"{v:,} ({v / split.interactions.nnz:.1%})" for v in counts], padding=3)
+    ax.set(title="Interactions learned from and held out", xlabel="interactions", xlim=(0, 1.5 * max(counts)))
+    ax.invert_yaxis()
+    ax.xaxis.set_major_locator(plt.MaxNLocator(4))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+
 
 def _plot_times(ax, split):
     "Interactions over time, by their part, and the cuts."
     times = split.interactions.times
-    edges = np.linspace(int(times.min()), int(times.max())+1, 49)
-    dates, below = edges.astype('datetime64[s]'), np.zeros(48)
-    for name, code in (('train', TRAIN), ('valid', VALID), ('test', TEST)):
-        if not (split.part == code).any(): continue
+    edges = np.linspace(int(times.min()), int(times.max()) + 1, 49)
+    dates, below = edges.astype("datetime64[s]"), np.zeros(48)
+    for name, code in (("train", TRAIN), ("valid", VALID), ("test", TEST)):
+        if not (split.part == code).any():
+            continue
         counts = np.histogram(times[split.part == code], edges)[0]
-        ax.bar(dates[:-1], counts, np.diff(dates), below, align='edge', color=_PARTS[name], label=name)
+        ax.bar(dates[:-1], counts, np.diff(dates), below, align="edge", color=_PARTS[name], label=name)
         below = below + counts
-    for cut in split.cuts if (split.part == VALID).any() else split.cuts[1:]: ax.axvline(np.datetime64(int(cut), 's'), color='.2', lw=1.2, ls='--')
-    ax.set(title='Interactions over time', xlabel='time', ylabel='interactions')
-    ax.xaxis.set_major_locator(AutoDateLocator(maxticks=5)); ax.legend(frameon=False)
-    ax.yaxis.set_major_formatter('{x:,.0f}'); ax.set_ylim(0, 1.1*below.max())
+    for cut in split.cuts if (split.part == VALID).any() else split.cuts[1:]:
+        ax.axvline(np.datetime64(int(cut), "s"), color=".2", lw=1.2, ls="--")
+    ax.set(title="Interactions over time", xlabel="time", ylabel="interactions")
+    ax.xaxis.set_major_locator(AutoDateLocator(maxticks=5))
+    ax.legend(frameon=False)
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    ax.set_ylim(0, 1.1 * below.max())
+
 
 def plot_split(
-    split: Split, # any
+    split: Split,  # any
 ) -> plt.Figure:
     "What part the interactions play, how long the histories are that a model is asked with, and how much it should find."
-    fig, (a, b, c) = plt.subplots(1, 3, figsize=(11, 3.4), layout='constrained')
-    folds = [(n, f) for n, f in (('valid', split.valid), ('test', split.test)) if f is not None and len(f)]
-    if split.kind == 'temporal': _plot_times(a, split)
-    else: _plot_parts(a, split, folds)
+    fig, (a, b, c) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    folds = [(n, f) for n, f in (("valid", split.valid), ("test", split.test)) if f is not None and len(f)]
+    if split.kind == "temporal":
+        _plot_times(a, split)
+    else:
+        _plot_parts(a, split, folds)
     shortest, longest = (limit(int(limit(np.diff(f.input.indptr))) for _, f in folds) for limit in (min, max))
-    bins = np.geomspace(max(1, shortest), longest+1, 25)
-    for n, f in folds: b.hist(np.diff(f.input.indptr), bins, histtype='step', **_LINES[n], label=f'{n}: {len(f):,} users')
+    bins = np.geomspace(max(1, shortest), longest + 1, 25)
+    for n, f in folds:
+        b.hist(np.diff(f.input.indptr), bins, histtype="step", **_LINES[n], label=f"{n}: {len(f):,} users")
     log_axis(b.xaxis, shortest, longest)
-    b.set(title='Histories a model is asked with', xlabel='known items of the user (log scale)', ylabel='users')
-    b.margins(y=.25); b.legend(frameon=False)
+    b.set(title="Histories a model is asked with", xlabel="known items of the user (log scale)", ylabel="users")
+    b.margins(y=0.25)
+    b.legend(frameon=False)
     most = max(int(f.n_targets.max()) for _, f in folds)
     for j, (n, f) in enumerate(folds):
-        if most <= 20: c.bar(np.arange(1, most+1)+.4*j-.2, np.bincount(f.n_targets, minlength=most+1)[1:], .4, color=_PARTS[n], label=n)
-        else: c.hist(f.n_targets, bins=np.geomspace(1, most+1, 25), histtype='step', **_LINES[n], label=n)
-    if most > 20: log_axis(c.xaxis, 1, most)
-    else: c.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
-    c.set(title='Held-out items per user', xlabel='items to find' + (' (log scale)' if most > 20 else ''), ylabel='users')
-    c.margins(y=.25); c.legend(frameon=False)
-    for ax in (a, b, c): ax.spines[['top', 'right']].set_visible(False)
-    fig.suptitle(f'Split {split.kind}' + (f', seed {split.seed}' if split.seeds else ''))
+        if most <= 20:
+            c.bar(
+                np.arange(1, most + 1) + 0.4 * j - 0.2,
+                np.bincount(f.n_targets, minlength=most + 1)[1:],
+                0.4,
+                color=_PARTS[n],
+                label=n,
+            )
+        else:
+            c.hist(f.n_targets, bins=np.geomspace(1, most + 1, 25), histtype="step", **_LINES[n], label=n)
+    if most > 20:
+        log_axis(c.xaxis, 1, most)
+    else:
+        c.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
+    c.set(
+        title="Held-out items per user", xlabel="items to find" + (" (log scale)" if most > 20 else ""), ylabel="users"
+    )
+    c.margins(y=0.25)
+    c.legend(frameon=False)
+    for ax in (a, b, c):
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(f"Split {split.kind}" + (f", seed {split.seed}" if split.seeds else ""))
     plt.close(fig)
     return fig
 
 # %% ../nbs/01b_model_preprocessing.ipynb #f0ad91f6
 @patch
-def save(self: Split,
-    folder: Path, # made if it is not there
+def save(
+    self: Split,
+    folder: Path,  # made if it is not there
 ):
     "Write the split into a folder."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: np.ascontiguousarray(v) for k, v in self._arrays().items()}, folder/'split.safetensors')
-    for name in ('user', 'item'): save_vocabulary(folder/f'{name}s.parquet', getattr(self.interactions, f'{name}s'), f'{name}_id')
-    write_json(folder/'split.json', self._rule() | dict(seeds=self.seeds, fingerprint=self.fingerprint))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: np.ascontiguousarray(v) for k, v in self._arrays().items()}, folder / "split.safetensors")
+    for name in ("user", "item"):
+        save_vocabulary(folder / f"{name}s.parquet", getattr(self.interactions, f"{name}s"), f"{name}_id")
+    write_json(folder / "split.json", self._rule() | dict(seeds=self.seeds, fingerprint=self.fingerprint))
+
 
 @patch(cls_method=True)
-def load(cls: Split,
-    folder: Path, # one that `save` wrote
+def load(
+    cls: Split,
+    folder: Path,  # one that `save` wrote
 ) -> Split:
     "Read a split back."
     folder = Path(folder)
-    about, a = read_json(folder/'split.json'), load_file(folder/'split.safetensors')
-    users, items = (load_vocabulary(folder/f'{name}s.parquet') for name in ('user', 'item'))
-    inter = Interactions(_csr(a['data'], a['indices'], a['indptr'], (len(users), len(items))), users, items, a.get('times'), a['position'])
-    return cls(inter, a['part'], about['kind'], about['seed'], about['valid_sample_size'], about['heldout_share'], about['cuts'] and tuple(about['cuts']))
+    about, a = read_json(folder / "split.json"), load_file(folder / "split.safetensors")
+    users, items = (load_vocabulary(folder / f"{name}s.parquet") for name in ("user", "item"))
+    inter = Interactions(
+        _csr(a["data"], a["indices"], a["indptr"], (len(users), len(items))),
+        users,
+        items,
+        a.get("times"),
+        a["position"],
+    )
+    return cls(
+        inter,
+        a["part"],
+        about["kind"],
+        about["seed"],
+        about["valid_sample_size"],
+        about["heldout_share"],
+        about["cuts"] and tuple(about["cuts"]),
+    )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #cff5912c
-_BLOCK = 4096 # rows that are laid out at once
+_BLOCK = 4096  # rows that are laid out at once
+
 
 def batches(
-    matrix: csr_matrix,   # histories, a row a user
-    batch_size: int = 32, # rows in a batch
-    shuffle: bool = False, # in another order every time it is called with another seed
-    seed: int = 42,       # of the order
-): # yields (indices int64, offsets int64, weights float32): ragged rows as torch.nn.EmbeddingBag takes them
+    matrix: csr_matrix,  # histories, a row a user
+    batch_size: int = 32,  # rows in a batch
+    shuffle: bool = False,  # in another order every time it is called with another seed
+    seed: int = 42,  # of the order
+):  # yields (indices int64, offsets int64, weights float32): ragged rows as torch.nn.EmbeddingBag takes them
     "Batches of histories straight from CSR: no dense row is ever made, and no row is touched by itself."
-    n, step = matrix.shape[0], batch_size*max(1, _BLOCK//batch_size)
+    n, step = matrix.shape[0], batch_size * max(1, _BLOCK // batch_size)
     order = np.random.default_rng(seed).permutation(n) if shuffle else None
     for first in range(0, n, step):
-        block = matrix[order[first:first+step]] if shuffle else matrix[first:first+step]
-        indices, bounds, weights = torch.from_numpy(block.indices.astype(np.int64)), torch.from_numpy(block.indptr.astype(np.int64)), torch.from_numpy(block.data)
+        block = matrix[order[first : first + step]] if shuffle else matrix[first : first + step]
+        indices, bounds, weights = (
+            torch.from_numpy(block.indices.astype(np.int64)),
+            torch.from_numpy(block.indptr.astype(np.int64)),
+            torch.from_numpy(block.data),
+        )
         ends = block.indptr[::batch_size].tolist()
-        if block.shape[0] % batch_size: ends.append(block.nnz)
+        if block.shape[0] % batch_size:
+            ends.append(block.nnz)
         for k, (a, b) in enumerate(zip(ends, ends[1:])):
-            rows = bounds[k*batch_size:min((k+1)*batch_size, block.shape[0])]
-            yield indices[a:b], rows-a, weights[a:b]
+            rows = bounds[k * batch_size : min((k + 1) * batch_size, block.shape[0])]
+            yield indices[a:b], rows - a, weights[a:b]
 
 # %% ../nbs/01b_model_preprocessing.ipynb #370362a5
 class AEDataSet:
     "The lecture's data set by the lecture's names, around one sparse matrix."
-    def __init__(self,
-        ratings, # a ratings or interactions frame, or `Interactions`
+
+    def __init__(
+        self,
+        ratings,  # a ratings or interactions frame, or `Interactions`
     ):
-        self.interactions = ratings if hasattr(ratings, 'matrix') else Interactions.from_frame(ratings)
+        self.interactions = ratings if hasattr(ratings, "matrix") else Interactions.from_frame(ratings)
         self.train_valid_split()
 
-    def train_valid_split(self,
-        valid_sample_size: int = 10, # held-out items per user; a user with no more than these stays wholly in train
-        seed: int = 42,              # of NumPy's old generator
+    def train_valid_split(
+        self,
+        valid_sample_size: int = 10,  # held-out items per user; a user with no more than these stays wholly in train
+        seed: int = 42,  # of NumPy's old generator
     ):
         "Hold out exactly the items that the lecture holds out."
         inter = self.interactions
         self.part = _draw(inter, np.zeros(inter.nnz, np.int8), valid_sample_size, seed, VALID)
-        self.train = _restrict(inter.matrix, self.part == TRAIN, np.arange(inter.n_items, dtype=np.int32), inter.n_items)
-        for name in ('train_dict', 'valid_dict'): self.__dict__.pop(name, None)
+        self.train = _restrict(
+            inter.matrix, self.part == TRAIN, np.arange(inter.n_items, dtype=np.int32), inter.n_items
+        )
+        for name in ("train_dict", "valid_dict"):
+            self.__dict__.pop(name, None)
 
-    def __len__(self): return self.interactions.n_users
-    def __getitem__(self, idx): return idx
+    def __len__(self):
+        return self.interactions.n_users
+
+    def __getitem__(self, idx):
+        return idx
+
     @cached_property
-    def idx2user(self): return dict(enumerate(self.interactions.users.tolist()))
+    def idx2user(self):
+        return dict(enumerate(self.interactions.users.tolist()))
+
     @cached_property
-    def idx2item(self): return dict(enumerate(self.interactions.items.tolist()))
+    def idx2item(self):
+        return dict(enumerate(self.interactions.items.tolist()))
+
     @cached_property
-    def user2idx(self): return {user: idx for idx, user in self.idx2user.items()}
+    def user2idx(self):
+        return {user: idx for idx, user in self.idx2user.items()}
+
     @cached_property
-    def item2idx(self): return {item: idx for idx, item in self.idx2item.items()}
+    def item2idx(self):
+        return {item: idx for idx, item in self.idx2item.items()}
 
     def _lists(self, keep):
         "Item indices of each user in file order, of the entries to keep."
         inter = self.interactions
-        entries = _by_user(inter, _file_order(inter)); entries = entries[keep[entries]]
+        entries = _by_user(inter, _file_order(inter))
+        entries = entries[keep[entries]]
         ends = np.append(0, np.cumsum(np.bincount(inter.rows[entries], minlength=inter.n_users))).tolist()
         items = inter.matrix.indices[entries].tolist()
         return {u: items[a:b] for u, (a, b) in enumerate(zip(ends, ends[1:]))}
-    @cached_property
-    def user_item_dict(self): return self._lists(self.part >= TRAIN)
-    @cached_property
-    def train_dict(self): return self._lists(self.part == TRAIN)
-    @cached_property
-    def valid_dict(self): return self._lists(self.part == VALID)
 
-    def get_matrix(self,
-        user_list: list, # indices of the users of one batch
-        trainyn: bool = True, # training items; False: training and held-out items
-    ) -> torch.Tensor: # [len(user_list), n_items] float32 multi-hot: dense, so for a batch at a time
+    @cached_property
+    def user_item_dict(self):
+        return self._lists(self.part >= TRAIN)
+
+    @cached_property
+    def train_dict(self):
+        return self._lists(self.part == TRAIN)
+
+    @cached_property
+    def valid_dict(self):
+        return self._lists(self.part == VALID)
+
+    def get_matrix(
+        self,
+        user_list: list,  # indices of the users of one batch
+        trainyn: bool = True,  # training items; False: training and held-out items
+    ) -> torch.Tensor:  # [len(user_list), n_items] float32 multi-hot: dense, so for a batch at a time
         "Multi-hot rows of a few users."
         rows = (self.train if trainyn else self.interactions.matrix)[np.asarray(user_list)]
         out = torch.zeros(rows.shape)
-        out[tuple(torch.from_numpy(a.astype(np.int64)) for a in rows.nonzero())] = 1.
+        out[tuple(torch.from_numpy(a.astype(np.int64)) for a in rows.nonzero())] = 1.0
         return out
 
-    def loader(self,
-        batch_size: int = 32, # users in a batch
-        shuffle: bool = False, # in another order for another seed
-        seed: int = 42,       # of the order
-    ): # yields (indices, offsets, weights): ragged rows as torch.nn.EmbeddingBag takes them
+    def loader(
+        self,
+        batch_size: int = 32,  # users in a batch
+        shuffle: bool = False,  # in another order for another seed
+        seed: int = 42,  # of the order
+    ):  # yields (indices, offsets, weights): ragged rows as torch.nn.EmbeddingBag takes them
         "Batches of training histories."
         return batches(self.train, batch_size, shuffle, seed)
 
@@ -768,32 +1093,45 @@ class AEDataSet:
 @dataclass(eq=False, repr=False)
 class ItemFeatures:
     "Side information of items: a sparse matrix with named columns."
-    matrix: csr_matrix # [n_items, n_features] float32
+
+    matrix: csr_matrix  # [n_items, n_features] float32
     items: np.ndarray  # ids of the rows
-    names: list        # of the columns: 'genres=Drama', 'year', 'tag=funny'; what stands before '=' is the group
-    unused: dict = field(default_factory=dict) # column -> why it gave no feature
+    names: list  # of the columns: 'genres=Drama', 'year', 'tag=funny'; what stands before '=' is the group
+    unused: dict = field(default_factory=dict)  # column -> why it gave no feature
 
     @property
-    def n_without(self): return int((np.diff(self.matrix.indptr) == 0).sum())
+    def n_without(self):
+        return int((np.diff(self.matrix.indptr) == 0).sum())
+
     @property
-    def groups(self): return list(dict.fromkeys(n.split('=')[0] for n in self.names))
+    def groups(self):
+        return list(dict.fromkeys(n.split("=")[0] for n in self.names))
+
     def __repr__(self):
-        return (f'ItemFeatures({len(self.items):,} items x {len(self.names):,} features of {", ".join(self.groups)}; '
-                f'{self.n_without:,} items without any)')
+        return (
+            f"ItemFeatures({len(self.items):,} items x {len(self.names):,} features of {', '.join(self.groups)}; "
+            f"{self.n_without:,} items without any)"
+        )
+
 
 @patch
-def over(self: ItemFeatures,
-    vocabulary: np.ndarray, # item ids
-) -> ItemFeatures: # a row for each of them; empty where nothing is known
+def over(
+    self: ItemFeatures,
+    vocabulary: np.ndarray,  # item ids
+) -> ItemFeatures:  # a row for each of them; empty where nothing is known
     "The features laid out over a vocabulary."
     vocabulary = _as_ids(vocabulary)
-    _same_kind(self.items, vocabulary, 'item_id')
+    _same_kind(self.items, vocabulary, "item_id")
     at = pd.Index(self.items).get_indexer(pd.Index(vocabulary))
-    padded = csr_matrix((self.matrix.data, self.matrix.indices, np.append(self.matrix.indptr, self.matrix.nnz)), shape=(len(self.items)+1, len(self.names)))
-    return replace(self, matrix=padded[at], items=vocabulary) # -1 is the empty row at the end
+    padded = csr_matrix(
+        (self.matrix.data, self.matrix.indices, np.append(self.matrix.indptr, self.matrix.nnz)),
+        shape=(len(self.items) + 1, len(self.names)),
+    )
+    return replace(self, matrix=padded[at], items=vocabulary)  # -1 is the empty row at the end
 
 # %% ../nbs/01b_model_preprocessing.ipynb #1b2d8379
-NOTHING = ('', '(no genres listed)') # texts that say that there is no value
+NOTHING = ("", "(no genres listed)")  # texts that say that there is no value
+
 
 def _present(column):
     "A column with everything that says nothing as missing."
@@ -801,256 +1139,381 @@ def _present(column):
     is_text = pd.api.types.is_string_dtype(column) or column.dtype == object
     return column.where(~column.isin(NOTHING)) if is_text and not column.map(_is_list).any() else column
 
-def _is_list(value): return isinstance(value, (list, tuple, set, np.ndarray))
+
+def _is_list(value):
+    return isinstance(value, (list, tuple, set, np.ndarray))
+
 
 def _kind(column):
     "multi, category or numeric; or why a column is no feature."
     values = column.dropna()
-    if not len(values): return 'it is empty'
-    if pd.api.types.is_bool_dtype(values): return 'category'
-    if pd.api.types.is_datetime64_any_dtype(values): return 'numeric'
-    if values.map(_is_list).any(): return 'multi'
-    is_id = re.search(r'(^|_)id$|[a-z](Id|ID)$|^(url|link|image)', str(column.name)) is not None
-    if is_id: return 'it looks like an identifier'
-    if pd.to_numeric(values, errors='coerce').notna().all(): return 'numeric' if values.nunique() > 1 else 'it is the same everywhere'
-    if values.astype(str).str.contains('|', regex=False).any(): return 'multi'
-    if values.nunique() > max(20, len(values)//2): return 'nearly every item has a value of its own'
-    return 'category' if values.nunique() > 1 else 'it is the same everywhere'
+    if not len(values):
+        return "it is empty"
+    if pd.api.types.is_bool_dtype(values):
+        return "category"
+    if pd.api.types.is_datetime64_any_dtype(values):
+        return "numeric"
+    if values.map(_is_list).any():
+        return "multi"
+    is_id = re.search(r"(^|_)id$|[a-z](Id|ID)$|^(url|link|image)", str(column.name)) is not None
+    if is_id:
+        return "it looks like an identifier"
+    if pd.to_numeric(values, errors="coerce").notna().all():
+        return "numeric" if values.nunique() > 1 else "it is the same everywhere"
+    if values.astype(str).str.contains("|", regex=False).any():
+        return "multi"
+    if values.nunique() > max(20, len(values) // 2):
+        return "nearly every item has a value of its own"
+    return "category" if values.nunique() > 1 else "it is the same everywhere"
 
 # %% ../nbs/01b_model_preprocessing.ipynb #4a273de9
 def _unit_rows(m):
     "A CSR whose rows have length 1."
-    length = np.sqrt(np.bincount(np.repeat(np.arange(m.shape[0]), np.diff(m.indptr)), m.data.astype(np.float64)**2, m.shape[0]))
-    m.data = (m.data/np.repeat(length, np.diff(m.indptr))).astype(np.float32)
+    length = np.sqrt(
+        np.bincount(np.repeat(np.arange(m.shape[0]), np.diff(m.indptr)), m.data.astype(np.float64) ** 2, m.shape[0])
+    )
+    m.data = (m.data / np.repeat(length, np.diff(m.indptr))).astype(np.float32)
     return m
+
 
 def _indicators(column, name, max_categories):
     "A column of one or several values a row as (CSR with unit rows, names): the commonest values, then `other`."
     values = column.dropna()
-    lists = values.map(lambda v: list(v) if _is_list(v) else str(v).split('|'))
+    lists = values.map(lambda v: list(v) if _is_list(v) else str(v).split("|"))
     long = lists.explode().dropna()
-    long = long.astype(str).str.strip(); long = long[~long.isin(NOTHING)]
-    counts = long.value_counts().rename_axis('value').reset_index().sort_values(['count', 'value'], ascending=[False, True])
+    long = long.astype(str).str.strip()
+    long = long[~long.isin(NOTHING)]
+    counts = (
+        long.value_counts().rename_axis("value").reset_index().sort_values(["count", "value"], ascending=[False, True])
+    )
     kept = counts.value.tolist()
-    if len(kept) > max_categories: kept = kept[:max_categories]
+    if len(kept) > max_categories:
+        kept = kept[:max_categories]
     columns = pd.Index(kept).get_indexer(pd.Index(long))
-    if (columns < 0).any(): columns, kept = np.where(columns < 0, len(kept), columns), [*kept, 'other']
+    if (columns < 0).any():
+        columns, kept = np.where(columns < 0, len(kept), columns), [*kept, "other"]
     rows = pd.Index(column.index).get_indexer(long.index)
     m = csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(column), len(kept)))
     m.data[:] = 1
-    return _unit_rows(m), [f'{name}={v}' for v in kept]
+    return _unit_rows(m), [f"{name}={v}" for v in kept]
+
 
 def _standardised(column, name):
     "A column of numbers as (CSR of one column, its name): mean 0, standard deviation 1, cut off at 3; missing is the mean."
-    if pd.api.types.is_datetime64_any_dtype(column): column = column.astype('datetime64[s]').astype(np.int64).where(column.notna())
-    x = pd.to_numeric(column, errors='coerce').to_numpy(np.float64, na_value=np.nan)
+    if pd.api.types.is_datetime64_any_dtype(column):
+        column = column.astype("datetime64[s]").astype(np.int64).where(column.notna())
+    x = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
     known = np.flatnonzero(np.isfinite(x))
-    z = np.clip((x[known]-x[known].mean())/x[known].std(), -3, 3).astype(np.float32)
-    return csr_matrix((z, (known, np.zeros(len(known), np.int32))), shape=(len(x), 1)), [name] # a value at the mean is an entry of 0: it is known
+    z = np.clip((x[known] - x[known].mean()) / x[known].std(), -3, 3).astype(np.float32)
+    return csr_matrix((z, (known, np.zeros(len(known), np.int32))), shape=(len(x), 1)), [
+        name
+    ]  # a value at the mean is an entry of 0: it is known
 
 # %% ../nbs/01b_model_preprocessing.ipynb #1c26f935
-_YEAR = r'\((\d{4})[^()]*\)\s*$' # the last brackets of a title: Heat (1995), Death Note (2006–2007)
+_YEAR = r"\((\d{4})[^()]*\)\s*$"  # the last brackets of a title: Heat (1995), Death Note (2006–2007)
+
 
 def _with_year(items):
     "The items with a year out of their titles, where they have no year of their own."
-    if 'title' not in items or {'year', 'release_year'} & set(items.columns): return items
-    year = pd.to_numeric(items.title.astype(str).str.extract(_YEAR)[0], errors='coerce')
+    if "title" not in items or {"year", "release_year"} & set(items.columns):
+        return items
+    year = pd.to_numeric(items.title.astype(str).str.extract(_YEAR)[0], errors="coerce")
     return items.assign(year=year) if year.notna().any() else items
+
 
 def _chosen(items, columns):
     "The columns to use: column -> kind, and why others are not."
-    available = [c for c in items.columns if c not in ('item_id', 'title')]
+    available = [c for c in items.columns if c not in ("item_id", "title")]
     if unknown := [c for c in columns or () if c not in available]:
-        raise AerecError(f'no column {", ".join(unknown)} to make features of: the items have {", ".join(map(str, available)) or "none but their ids"}')
+        raise AerecError(
+            f"no column {', '.join(unknown)} to make features of: the items have {', '.join(map(str, available)) or 'none but their ids'}"
+        )
     kinds = {c: _kind(_present(items[c])) for c in available if not columns or c in columns}
-    for c in columns or (): # named by a person: as categories, even if we would not
-        if kinds[c] not in ('multi', 'category', 'numeric') and items[c].notna().any(): kinds[c] = 'category'
-    used = {c: k for c, k in kinds.items() if k in ('multi', 'category', 'numeric')}
+    for c in columns or ():  # named by a person: as categories, even if we would not
+        if kinds[c] not in ("multi", "category", "numeric") and items[c].notna().any():
+            kinds[c] = "category"
+    used = {c: k for c, k in kinds.items() if k in ("multi", "category", "numeric")}
     return used, {c: k for c, k in kinds.items() if c not in used}
 
+
 def item_features(
-    items: pd.DataFrame,    # item_id, and whatever is known: genres, title, year, brand, price, ...
-    vocabulary: np.ndarray = None, # ids of the rows of the result; None: those of the table
-    columns: list = None,   # columns to use; None or empty: all that are fit for it
-    tags: pd.DataFrame = None, # item_id, tag (, user_id); None: no tags
+    items: pd.DataFrame,  # item_id, and whatever is known: genres, title, year, brand, price, ...
+    vocabulary: np.ndarray = None,  # ids of the rows of the result; None: those of the table
+    columns: list = None,  # columns to use; None or empty: all that are fit for it
+    tags: pd.DataFrame = None,  # item_id, tag (, user_id); None: no tags
     max_categories: int = 50,  # values a column may have as features of their own
-    max_tags: int = 500,    # tags that become features
-) -> ItemFeatures: # statistics of the whole table, whatever the vocabulary
+    max_tags: int = 500,  # tags that become features
+) -> ItemFeatures:  # statistics of the whole table, whatever the vocabulary
     "Side information of items as a sparse matrix."
-    if 'item_id' not in items: raise AerecError(f'no column item_id among {list(items.columns)}: load the table with data_import.load_items')
-    if (again := items.item_id.duplicated()).any(): raise AerecError(f'item {items.item_id[again].tolist()[0]!r} is in the items table twice: keep one row of each')
+    if "item_id" not in items:
+        raise AerecError(f"no column item_id among {list(items.columns)}: load the table with data_import.load_items")
+    if (again := items.item_id.duplicated()).any():
+        raise AerecError(f"item {items.item_id[again].tolist()[0]!r} is in the items table twice: keep one row of each")
     items = _with_year(items.reset_index(drop=True))
     used, unused = _chosen(items, columns)
-    blocks = [(_standardised if kind == 'numeric' else lambda col, name: _indicators(col, name, max_categories))(_present(items[c]), c) for c, kind in used.items()]
+    blocks = [
+        (_standardised if kind == "numeric" else lambda col, name: _indicators(col, name, max_categories))(
+            _present(items[c]), c
+        )
+        for c, kind in used.items()
+    ]
     ids = _as_ids(items.item_id.to_numpy())
     if tags is not None:
         tagged = tag_features(tags, ids, max_tags)
         blocks.append((tagged.matrix, tagged.names))
     blocks = [(csr_matrix((len(ids), 0), dtype=np.float32), []), *blocks]
-    made = ItemFeatures(hstack([m for m, _ in blocks], format='csr', dtype=np.float32), ids, [n for _, names in blocks for n in names], unused)
+    made = ItemFeatures(
+        hstack([m for m, _ in blocks], format="csr", dtype=np.float32),
+        ids,
+        [n for _, names in blocks for n in names],
+        unused,
+    )
     made.matrix.indices, made.matrix.indptr = made.matrix.indices.astype(np.int32), made.matrix.indptr.astype(np.int32)
     return made if vocabulary is None else made.over(vocabulary)
 
 # %% ../nbs/01b_model_preprocessing.ipynb #66ba95a5
 def _named(table, *wanted):
     "A table with the columns that have usual names renamed to the standard ones."
-    bare = lambda name: re.sub(r'[^a-z]', '', str(name).lower())
-    usual = {bare(name): standard for standard in wanted for name in NAMES.get(standard, [standard, standard+'s'])}
-    return table.rename(columns={c: usual[bare(c)] for c in table.columns if bare(c) in usual and usual[bare(c)] not in table.columns})
+    bare = lambda name: re.sub(r"[^a-z]", "", str(name).lower())
+    usual = {bare(name): standard for standard in wanted for name in NAMES.get(standard, [standard, standard + "s"])}
+    return table.rename(
+        columns={c: usual[bare(c)] for c in table.columns if bare(c) in usual and usual[bare(c)] not in table.columns}
+    )
+
 
 def tag_features(
-    tags: pd.DataFrame,     # item_id (or a name for it such as movieId), tag (, user_id)
-    vocabulary: np.ndarray = None, # ids of the rows of the result; None: the items that have tags
-    max_tags: int = 500,    # tags that become features, those of most items first
-) -> ItemFeatures: # rows of length 1
+    tags: pd.DataFrame,  # item_id (or a name for it such as movieId), tag (, user_id)
+    vocabulary: np.ndarray = None,  # ids of the rows of the result; None: the items that have tags
+    max_tags: int = 500,  # tags that become features, those of most items first
+) -> ItemFeatures:  # rows of length 1
     "Tags as features by tf-idf."
-    tags = _named(tags, 'item_id', 'user_id', 'tag')
-    if missing := [c for c in ('item_id', 'tag') if c not in tags]: raise AerecError(f'tags have no column {" and no ".join(missing)} among {list(tags.columns)}: rename them')
-    tags = tags.assign(tag=tags.tag.astype('str').str.strip().str.casefold()).dropna(subset=['item_id', 'tag'])
-    tags = tags[~tags.tag.isin(NOTHING)].drop_duplicates([c for c in ('user_id', 'item_id', 'tag') if c in tags])
-    if not len(tags): raise AerecError('the table of tags has no tags')
-    x = Interactions.from_frame(tags.groupby(['item_id', 'tag'], sort=False).size().rename('weight').reset_index().rename(columns=dict(item_id='user_id', tag='item_id')))
+    tags = _named(tags, "item_id", "user_id", "tag")
+    if missing := [c for c in ("item_id", "tag") if c not in tags]:
+        raise AerecError(f"tags have no column {' and no '.join(missing)} among {list(tags.columns)}: rename them")
+    tags = tags.assign(tag=tags.tag.astype("str").str.strip().str.casefold()).dropna(subset=["item_id", "tag"])
+    tags = tags[~tags.tag.isin(NOTHING)].drop_duplicates([c for c in ("user_id", "item_id", "tag") if c in tags])
+    if not len(tags):
+        raise AerecError("the table of tags has no tags")
+    x = Interactions.from_frame(
+        tags.groupby(["item_id", "tag"], sort=False)
+        .size()
+        .rename("weight")
+        .reset_index()
+        .rename(columns=dict(item_id="user_id", tag="item_id"))
+    )
     items, names, tf = x.users, x.items.astype(object), x.matrix
     df = np.bincount(tf.indices, minlength=len(names))
     order = np.lexsort((names.astype(str), -df))
     order = order[df[order] >= 2][:max_tags]
-    idf = np.log((1+len(items))/(1+df[order]))+1
+    idf = np.log((1 + len(items)) / (1 + df[order])) + 1
     m = tf[:, order].multiply(idf[None, :]).tocsr().astype(np.float32)
-    made = ItemFeatures(_unit_rows(m), items, [f'tag={names[t]}' for t in order])
+    made = ItemFeatures(_unit_rows(m), items, [f"tag={names[t]}" for t in order])
     return made if vocabulary is None else made.over(vocabulary)
 
 # %% ../nbs/01b_model_preprocessing.ipynb #8654a716
 @patch
-def table(self: ItemFeatures) -> pd.DataFrame: # a row a group
+def table(self: ItemFeatures) -> pd.DataFrame:  # a row a group
     "How many features each group has, and how many items have any of them."
-    csc, group = self.matrix.tocsc(), np.array([n.split('=')[0] for n in self.names], dtype=object)
+    csc, group = self.matrix.tocsc(), np.array([n.split("=")[0] for n in self.names], dtype=object)
     rows = []
     for g in self.groups:
         columns = np.flatnonzero(group == g)
         block = csc[:, columns]
-        most = columns[np.argsort(-np.diff(block.indptr), kind='stable')[:3]]
-        rows.append(dict(group=g, features=len(columns), items=len(np.unique(block.indices)), commonest=', '.join(self.names[c].partition('=')[2] for c in most) or 'a number'))
-    rows.append(dict(group='any of them', features=len(self.names), items=len(self.items)-self.n_without, commonest=''))
-    rows += [dict(group=f'{c} (not used)', features=0, items=0, commonest=why) for c, why in self.unused.items()]
+        most = columns[np.argsort(-np.diff(block.indptr), kind="stable")[:3]]
+        rows.append(
+            dict(
+                group=g,
+                features=len(columns),
+                items=len(np.unique(block.indices)),
+                commonest=", ".join(self.names[c].partition("=")[2] for c in most) or "a number",
+            )
+        )
+    rows.append(
+        dict(group="any of them", features=len(self.names), items=len(self.items) - self.n_without, commonest="")
+    )
+    rows += [dict(group=f"{c} (not used)", features=0, items=0, commonest=why) for c, why in self.unused.items()]
     made = pd.DataFrame(rows)
-    made.insert(3, 'share', made['items']/max(1, len(self.items)))
-    return made.set_index('group')
+    made.insert(3, "share", made["items"] / max(1, len(self.items)))
+    return made.set_index("group")
+
 
 def plot_features(
-    features: ItemFeatures, # any
-    n: int = 20,            # features to show
+    features: ItemFeatures,  # any
+    n: int = 20,  # features to show
 ) -> plt.Figure:
     "Of how many items each group and the commonest features say something."
-    fig, (a, b) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained', width_ratios=[1, 1.4])
+    fig, (a, b) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=[1, 1.4])
     t = features.table()
-    t = t[(t['items'] > 0) | (t.index == 'any of them')][::-1]
-    bars = a.barh(t.index, t.share, color=['#0072B2' if g != 'any of them' else '#009E73' for g in t.index])
-    a.bar_label(bars, [f'{s:.1%}' for s in t.share], padding=3)
-    a.set(title='Items that a group says something of', xlabel='share of the items', xlim=(0, 1.2))
+    t = t[(t["items"] > 0) | (t.index == "any of them")][::-1]
+    bars = a.barh(t.index, t.share, color=["#0072B2" if g != "any of them" else "#009E73" for g in t.index])
+    a.bar_label(bars, [f"{s:.1%}" for s in t.share], padding=3)
+    a.set(title="Items that a group says something of", xlabel="share of the items", xlim=(0, 1.2))
     counts = np.bincount(features.matrix.indices, minlength=len(features.names))
-    most = np.argsort(-counts, kind='stable')[:n][::-1]
-    colours = dict(zip(features.groups, ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9']*20))
-    b.barh([features.names[c] for c in most], counts[most]/max(1, len(features.items)), color=[colours[features.names[c].split('=')[0]] for c in most])
-    b.set(title=f'The commonest of {len(features.names):,} features', xlabel='share of the items'); b.tick_params(axis='y', labelsize=8)
-    for ax in (a, b): ax.set_xticks(np.linspace(0, 1, 6)); ax.xaxis.set_major_formatter(PercentFormatter(1)); ax.spines[['top', 'right']].set_visible(False)
-    fig.suptitle(f'Features of {len(features.items):,} items; nothing is known of {features.n_without:,}')
+    most = np.argsort(-counts, kind="stable")[:n][::-1]
+    colours = dict(zip(features.groups, ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"] * 20))
+    b.barh(
+        [features.names[c] for c in most],
+        counts[most] / max(1, len(features.items)),
+        color=[colours[features.names[c].split("=")[0]] for c in most],
+    )
+    b.set(title=f"The commonest of {len(features.names):,} features", xlabel="share of the items")
+    b.tick_params(axis="y", labelsize=8)
+    for ax in (a, b):
+        ax.set_xticks(np.linspace(0, 1, 6))
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(f"Features of {len(features.items):,} items; nothing is known of {features.n_without:,}")
     plt.close(fig)
     return fig
 
 # %% ../nbs/01b_model_preprocessing.ipynb #11f706b7
 @patch
-def save(self: ItemFeatures,
-    folder: Path, # made if it is not there
+def save(
+    self: ItemFeatures,
+    folder: Path,  # made if it is not there
 ):
     "Write the features into a folder."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(indptr=self.matrix.indptr, indices=self.matrix.indices, data=self.matrix.data), folder/'features.safetensors')
-    save_vocabulary(folder/'items.parquet', self.items, 'item_id')
-    save_vocabulary(folder/'names.parquet', np.array(self.names, dtype=object), 'name')
-    write_json(folder/'features.json', dict(unused=self.unused, n_without=self.n_without))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        dict(indptr=self.matrix.indptr, indices=self.matrix.indices, data=self.matrix.data),
+        folder / "features.safetensors",
+    )
+    save_vocabulary(folder / "items.parquet", self.items, "item_id")
+    save_vocabulary(folder / "names.parquet", np.array(self.names, dtype=object), "name")
+    write_json(folder / "features.json", dict(unused=self.unused, n_without=self.n_without))
+
 
 @patch(cls_method=True)
-def load(cls: ItemFeatures,
-    folder: Path, # one that `save` wrote
+def load(
+    cls: ItemFeatures,
+    folder: Path,  # one that `save` wrote
 ) -> ItemFeatures:
     "Read features back."
-    folder, a = Path(folder), load_file(Path(folder)/'features.safetensors')
-    items, names = load_vocabulary(folder/'items.parquet'), load_vocabulary(folder/'names.parquet').tolist()
-    return cls(csr_matrix((a['data'], a['indices'], a['indptr']), shape=(len(items), len(names))), items, names, read_json(folder/'features.json')['unused'])
+    folder, a = Path(folder), load_file(Path(folder) / "features.safetensors")
+    items, names = load_vocabulary(folder / "items.parquet"), load_vocabulary(folder / "names.parquet").tolist()
+    return cls(
+        csr_matrix((a["data"], a["indices"], a["indptr"]), shape=(len(items), len(names))),
+        items,
+        names,
+        read_json(folder / "features.json")["unused"],
+    )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #160d8f3a
 def _tags_path(settings):
     "The file of tags; a relative path is taken from the project's folder."
-    if not settings.split.tags_file: return None
-    path = project_dir()/settings.split.tags_file
-    if not path.is_file(): raise AerecError(f'split.tags_file {settings.split.tags_file}: no such file; correct it, or leave it out')
+    if not settings.split.tags_file:
+        return None
+    path = project_dir() / settings.split.tags_file
+    if not path.is_file():
+        raise AerecError(f"split.tags_file {settings.split.tags_file}: no such file; correct it, or leave it out")
     return path
 
+
 def tag_files(
-    settings, # from `load_settings`
-) -> dict: # label -> sha256
+    settings,  # from `load_settings`
+) -> dict:  # label -> sha256
     "What the stage depends on outside the run: the file of tags."
     path = _tags_path(settings)
-    return {} if path is None else {'tags_file': sha256_file(path)}
+    return {} if path is None else {"tags_file": sha256_file(path)}
+
 
 def _like(table, vocabulary):
     "A table whose item ids have the type that ids have in a vocabulary; rows whose ids cannot have it are left out."
     ids = table.item_id.astype(object) if isinstance(table.item_id.dtype, pd.CategoricalDtype) else table.item_id
-    if vocabulary.dtype.kind in 'iu':
-        ids = pd.to_numeric(ids, errors='coerce')
+    if vocabulary.dtype.kind in "iu":
+        ids = pd.to_numeric(ids, errors="coerce")
         return table.assign(item_id=ids)[ids.notna()].astype(dict(item_id=np.int64))
     return table.assign(item_id=ids.astype(str) if len(vocabulary) and isinstance(vocabulary[0], str) else ids)
 
+
 def load_tags(
-    path: Path,        # CSV or Parquet with an item column, tag, and if there a user column and timestamp
-    item_ids: np.ndarray, # ids of the catalogue: those of the tags get their type
-    before: int = None, # only tags given before this moment, seconds; None, or no times: all
-) -> pd.DataFrame: # item_id, tag (, user_id)
+    path: Path,  # CSV or Parquet with an item column, tag, and if there a user column and timestamp
+    item_ids: np.ndarray,  # ids of the catalogue: those of the tags get their type
+    before: int = None,  # only tags given before this moment, seconds; None, or no times: all
+) -> pd.DataFrame:  # item_id, tag (, user_id)
     "A table of tags whose item ids are those of the catalogue."
     path = Path(path)
-    try: tags = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path, dtype=str, keep_default_na=False, sep=None, engine='python')
-    except Exception as e: raise AerecError(f'{path.name}: cannot be read as a table of tags: {str(e).splitlines()[0]}') from None
-    tags = _named(tags, 'item_id', 'user_id', 'timestamp', 'tag')
-    if 'item_id' not in tags: raise AerecError(f'{path.name}: no column of items among {list(tags.columns)}: rename it to item_id')
-    if before is not None and 'timestamp' in tags: tags = tags[pd.to_numeric(tags.timestamp, errors='coerce') < before]
+    try:
+        tags = (
+            pd.read_parquet(path)
+            if path.suffix == ".parquet"
+            else pd.read_csv(path, dtype=str, keep_default_na=False, sep=None, engine="python")
+        )
+    except Exception as e:
+        raise AerecError(f"{path.name}: cannot be read as a table of tags: {str(e).splitlines()[0]}") from None
+    tags = _named(tags, "item_id", "user_id", "timestamp", "tag")
+    if "item_id" not in tags:
+        raise AerecError(f"{path.name}: no column of items among {list(tags.columns)}: rename it to item_id")
+    if before is not None and "timestamp" in tags:
+        tags = tags[pd.to_numeric(tags.timestamp, errors="coerce") < before]
     tags = _like(tags, _as_ids(item_ids))
-    return tags[[c for c in ('user_id', 'item_id', 'tag') if c in tags]]
+    return tags[[c for c in ("user_id", "item_id", "tag") if c in tags]]
 
 # %% ../nbs/01b_model_preprocessing.ipynb #cd1fe27e
 def _features_of(run, made):
     "Features of all items that are in the split or in the items table; None without a table."
-    path, s = run.need('data_import')/'items.parquet', run.settings.split
-    if not path.exists(): return None
+    path, s = run.need("data_import") / "items.parquet", run.settings.split
+    if not path.exists():
+        return None
     items = _like(pd.read_parquet(path), made.interactions.items)
     before = None if made.cuts is None else made.cuts[0]
     tags = None if (file := _tags_path(run.settings)) is None else load_tags(file, made.interactions.items, before)
     _, every = grow_vocabulary(made.interactions.items, items.item_id.to_numpy())
     return item_features(items, every, s.feature_columns, tags, s.max_categories, s.max_tags)
 
+
 def build_model_preprocessing(
-    run, # reads settings split and run.random_seed
-    folder: Path, # where to write
-) -> dict: # metrics for the manifest
+    run,  # reads settings split and run.random_seed
+    folder: Path,  # where to write
+) -> dict:  # metrics for the manifest
     "Split the interactions as configured, and make features of the items: split/, features/ (if there are items), report.parquet."
     s = run.settings.split
-    interactions = pd.read_parquet(run.need('business_preprocessing')/'interactions.parquet')
-    made = split_interactions(interactions, s.split, s.valid_sample_size, s.n_heldout_users, run.settings.run.random_seed,
-                              heldout_share=s.heldout_share, cut_time=s.cut_time, valid_cut_time=s.valid_cut_time, short_histories=s.short_histories)
-    made.save(folder/'split')
-    write_parquet(folder/'report.parquet', made.report())
+    interactions = pd.read_parquet(run.need("business_preprocessing") / "interactions.parquet")
+    made = split_interactions(
+        interactions,
+        s.split,
+        s.valid_sample_size,
+        s.n_heldout_users,
+        run.settings.run.random_seed,
+        heldout_share=s.heldout_share,
+        cut_time=s.cut_time,
+        valid_cut_time=s.valid_cut_time,
+        short_histories=s.short_histories,
+    )
+    made.save(folder / "split")
+    write_parquet(folder / "report.parquet", made.report())
     features = _features_of(run, made)
-    if features is not None: features.save(folder/'features')
-    return dict(kind=made.kind, seed=made.seed, valid_sample_size=made.valid_sample_size, heldout_share=made.heldout_share, fingerprint=made.fingerprint,
-                train_users=len(made.users), train_items=len(made.items), train_interactions=made.train.nnz,
-                valid_users=len(made.valid), test_users=len(made.test), users_without_target=made.test.n_without_target,
-                users_without_history=made.test.n_without_history, n_features=len(features.names) if features else 0,
-                items_without_features=features.n_without if features else None)
+    if features is not None:
+        features.save(folder / "features")
+    return dict(
+        kind=made.kind,
+        seed=made.seed,
+        valid_sample_size=made.valid_sample_size,
+        heldout_share=made.heldout_share,
+        fingerprint=made.fingerprint,
+        train_users=len(made.users),
+        train_items=len(made.items),
+        train_interactions=made.train.nnz,
+        valid_users=len(made.valid),
+        test_users=len(made.test),
+        users_without_target=made.test.n_without_target,
+        users_without_history=made.test.n_without_history,
+        n_features=len(features.names) if features else 0,
+        items_without_features=features.n_without if features else None,
+    )
+
 
 def unused_settings(
-    settings, # from `load_settings`
-    kind: str, # of the split that was made
-) -> list: # names
+    settings,  # from `load_settings`
+    kind: str,  # of the split that was made
+) -> list:  # names
     "Settings that a person has set and this split does not read."
-    readers = dict(valid_sample_size=('lecture', 'holdout', 'leave_last'), heldout_share=('holdout', 'leave_last', 'temporal', 'strong'), cut_time=('temporal',),
-                   valid_cut_time=('temporal',), n_heldout_users=('strong',))
+    readers = dict(
+        valid_sample_size=("lecture", "holdout", "leave_last"),
+        heldout_share=("holdout", "leave_last", "temporal", "strong"),
+        cut_time=("temporal",),
+        valid_cut_time=("temporal",),
+        n_heldout_users=("strong",),
+    )
     return [name for name, kinds in readers.items() if getattr(settings.split, name) is not None and kind not in kinds]

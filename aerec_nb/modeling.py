@@ -33,62 +33,85 @@ from .runs import atomic_path, read_json, sha256_file, write_json, write_parquet
 
 # %% ../nbs/02_modeling.ipynb #45e20e05
 def check_histories(
-    histories,            # scipy sparse matrix [n, n_items], a row a user
+    histories,  # scipy sparse matrix [n, n_items], a row a user
     n_items: int = None,  # columns it must have; None: any
-    what: str = 'history' # how the error names it
-) -> sparse.csr_matrix: # float32, rows sorted by item
+    what: str = "history",  # how the error names it
+) -> sparse.csr_matrix:  # float32, rows sorted by item
     "Histories in the one form that models work on; raises `AerecError` for anything else."
     if not sparse.issparse(histories):
-        raise AerecError(f'{what}: expected a scipy sparse matrix with a row a user, got {type(histories).__name__}; wrap it as scipy.sparse.csr_matrix(...)')
+        raise AerecError(
+            f"{what}: expected a scipy sparse matrix with a row a user, got {type(histories).__name__}; wrap it as scipy.sparse.csr_matrix(...)"
+        )
     histories = sparse.csr_matrix(histories, dtype=np.float32)
     if n_items is not None and histories.shape[1] != n_items:
-        raise AerecError(f'{what}: it has {histories.shape[1]:,} items, the model was fitted on {n_items:,}; lay it out on the model\'s own vocabulary')
-    if not np.isfinite(histories.data).all(): raise AerecError(f'{what}: it holds a value that is not a number; drop or repair those interactions')
-    if not histories.has_canonical_format: histories = histories.copy(); histories.sum_duplicates()
+        raise AerecError(
+            f"{what}: it has {histories.shape[1]:,} items, the model was fitted on {n_items:,}; lay it out on the model's own vocabulary"
+        )
+    if not np.isfinite(histories.data).all():
+        raise AerecError(f"{what}: it holds a value that is not a number; drop or repair those interactions")
+    if not histories.has_canonical_format:
+        histories = histories.copy()
+        histories.sum_duplicates()
     return histories
 
 # %% ../nbs/02_modeling.ipynb #43d0b766
-def check_value(name: str,      # the hyperparameter
-                value,          # what was given
-                low: float,     # least value
-                high: float = math.inf, # no value from here on
-                kind: type = float, # float or int
-                open: bool = False, # is `low` itself too low?
-               ):
+def check_value(
+    name: str,  # the hyperparameter
+    value,  # what was given
+    low: float,  # least value
+    high: float = math.inf,  # no value from here on
+    kind: type = float,  # float or int
+    open: bool = False,  # is `low` itself too low?
+):
     "The hyperparameter as a number in [low, high), or `AerecError`."
-    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and low <= value < high and (kind is float or value == int(value))
+    ok = (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and low <= value < high
+        and (kind is float or value == int(value))
+    )
     if not ok or (open and value == low):
-        limit = f'above {low:g}' if open else f'at least {low:g}'
-        raise AerecError(f"{name} = {value!r}: it must be a {'whole ' if kind is int else ''}number, {limit}" + (f' and below {high:g}' if high < math.inf else ''))
+        limit = f"above {low:g}" if open else f"at least {low:g}"
+        raise AerecError(
+            f"{name} = {value!r}: it must be a {'whole ' if kind is int else ''}number, {limit}"
+            + (f" and below {high:g}" if high < math.inf else "")
+        )
     return kind(value)
 
 # %% ../nbs/02_modeling.ipynb #2abf6f4a
-def check_device(device: str # a torch device: cpu, cuda, cuda:1, mps
-                ) -> str: # the same
+def check_device(
+    device: str,  # a torch device: cpu, cuda, cuda:1, mps
+) -> str:  # the same
     "A torch device that is there; raises `AerecError` otherwise."
-    try: torch.empty(1, device=torch.device(device))
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError): raise AerecError(f"device = {device!r}: this machine has no such device; set device to 'cpu'") from None
+    try:
+        torch.empty(1, device=torch.device(device))
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+        raise AerecError(f"device = {device!r}: this machine has no such device; set device to 'cpu'") from None
     return str(device)
 
 # %% ../nbs/02_modeling.ipynb #84ebfaf0
 class Model:
     "What every model keeps to: `fit` on histories, `score` any history, `state` to save it."
-    name = None           # its name in the table of models
-    fitted = ('n_items',) # attributes that make up a fitted model: arrays, CSR matrices, whole numbers
-    n_items = None        # size of the vocabulary it was fitted on
-    device = 'cpu'        # torch device of gradient-trained models
-    max_memory_gib = None # what `fit` may use; None: 80 % of what is free
-    additive = False      # is a score the sum of what each item of the history gives?
-    tune_space = {}       # hyperparameter -> (low, high, 'log', 'linear' or 'int'): where to look for better ones
+
+    name = None  # its name in the table of models
+    fitted = ("n_items",)  # attributes that make up a fitted model: arrays, CSR matrices, whole numbers
+    n_items = None  # size of the vocabulary it was fitted on
+    device = "cpu"  # torch device of gradient-trained models
+    max_memory_gib = None  # what `fit` may use; None: 80 % of what is free
+    additive = False  # is a score the sum of what each item of the history gives?
+    tune_space = {}  # hyperparameter -> (low, high, 'log', 'linear' or 'int'): where to look for better ones
 
     def __init__(self, **hyperparameters):
         self.hyperparameters = hyperparameters
-        for name,value in hyperparameters.items(): setattr(self, name, value)
+        for name, value in hyperparameters.items():
+            setattr(self, name, value)
 
-    def fit(self,
-        train: sparse.csr_matrix, # [n_users, n_items] histories to learn from
-        item_features: sparse.csr_matrix = None, # [n_items, n_features] for models that use them
-    ) -> 'Model': # itself
+    def fit(
+        self,
+        train: sparse.csr_matrix,  # [n_users, n_items] histories to learn from
+        item_features: sparse.csr_matrix = None,  # [n_items, n_features] for models that use them
+    ) -> "Model":  # itself
         "Learn from histories."
         train = self._begin(train)
         self._fit(train, item_features)
@@ -97,8 +120,9 @@ class Model:
 
     def _begin(self, train):
         "What comes before any fitting: the histories checked, the memory asked for."
-        train = check_histories(train, what='train')
-        if not train.nnz: raise AerecError('train: there is no interaction to learn from; look at what the rules and the split left')
+        train = check_histories(train, what="train")
+        if not train.nnz:
+            raise AerecError("train: there is no interaction to learn from; look at what the rules and the split left")
         self._agree(*train.shape, train.nnz)
         return train
 
@@ -106,27 +130,32 @@ class Model:
         "Raise `AerecError` where the planner does not agree."
         check_plan(_plan(self, n_users, n_items, nnz), self.max_memory_gib)
 
-    def score(self,
-        history: sparse.csr_matrix, # [n, n_items] over the vocabulary it was fitted on
-    ) -> np.ndarray: # float32 [n, n_items], dense for the rows given; the history is not masked
+    def score(
+        self,
+        history: sparse.csr_matrix,  # [n, n_items] over the vocabulary it was fitted on
+    ) -> np.ndarray:  # float32 [n, n_items], dense for the rows given; the history is not masked
         "A value for every item, higher is better; a row without history gets a defined answer."
-        if self.n_items is None: raise AerecError(f'{self.name or type(self).__name__} is not fitted: call fit(train), or load it with load_model(folder)')
+        if self.n_items is None:
+            raise AerecError(
+                f"{self.name or type(self).__name__} is not fitted: call fit(train), or load it with load_model(folder)"
+            )
         return self._score(check_histories(history, self.n_items))
 
-    def cost(self, n_users, n_items, nnz): # -> (form, bytes at the peak, floating-point operations)
+    def cost(self, n_users, n_items, nnz):  # -> (form, bytes at the peak, floating-point operations)
         "What fitting takes beside the histories; models that need more than their data say so here."
-        return 'counts', 16*nnz, 2*nnz
+        return "counts", 16 * nnz, 2 * nnz
 
-    def scoring(self, n_users, n_items, nnz): # -> bytes
+    def scoring(self, n_users, n_items, nnz):  # -> bytes
         "What the fitted model and blocks of scores take; a working copy beside the block where a model does not say."
-        return scores_bytes(n_users, n_items, 4*n_items)
+        return scores_bytes(n_users, n_items, 4 * n_items)
 
-    def to(self, device: str) -> 'Model':
+    def to(self, device: str) -> "Model":
         "Itself on a torch device; closed-form models stay on the CPU."
         self.device = check_device(device)
         return self
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.hyperparameters.items())})"
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.hyperparameters.items())})"
 
 # %% ../nbs/02_modeling.ipynb #cbf258e3
 def check_csr(
@@ -135,235 +164,312 @@ def check_csr(
     shape: tuple,  # (n_rows, n_columns)
     what: str,  # how the error names it
 ) -> None:
-    "Refuse arrays that are no CSR matrix with sorted columns, each once a row; raises `AerecError`. Compiled code "
+    "Refuse arrays that are no CSR matrix with sorted columns, each once a row; raises `AerecError`. Compiled code"
     "reads beyond its memory where they are not."
 
     def check(holds, why):
         if not holds:
-            raise AerecError(f'{what}: {why}')
+            raise AerecError(f"{what}: {why}")
 
     check(
-        indptr.ndim == indices.ndim == 1 and indptr.dtype.kind == indices.dtype.kind == 'i',
-        'indptr and indices must be lists of integers',
+        indptr.ndim == indices.ndim == 1 and indptr.dtype.kind == indices.dtype.kind == "i",
+        "indptr and indices must be lists of integers",
     )
-    check(len(indptr) == shape[0] + 1, f'indptr has {len(indptr):,} values for {shape[0]:,} rows')
-    check(indptr[0] == 0 and indptr[-1] == len(indices), 'indptr must begin at 0 and end at the number of indices')
-    check(indptr.min() >= 0 and indptr.max() <= len(indices) and (np.diff(indptr) >= 0).all(), 'indptr must not fall')
+    check(len(indptr) == shape[0] + 1, f"indptr has {len(indptr):,} values for {shape[0]:,} rows")
+    check(indptr[0] == 0 and indptr[-1] == len(indices), "indptr must begin at 0 and end at the number of indices")
+    check(indptr.min() >= 0 and indptr.max() <= len(indices) and (np.diff(indptr) >= 0).all(), "indptr must not fall")
     if not len(indices):
         return
-    check(indices.min() >= 0 and indices.max() < shape[1], f'an index is not within the {shape[1]:,} columns')
+    check(indices.min() >= 0 and indices.max() < shape[1], f"an index is not within the {shape[1]:,} columns")
     rises = np.diff(indices) > 0
     starts = indptr[1:-1]
     rises[starts[(starts > 0) & (starts < len(indices))] - 1] = True  # the first index of a row may be anything
-    check(rises.all(), 'the indices of a row must be sorted, each once')
+    check(rises.all(), "the indices of a row must be sorted, each once")
 
 # %% ../nbs/02_modeling.ipynb #0928ffb6
 def _pack(values):
     "Fitted attributes as plain arrays."
     arrays = {}
-    for name,value in values.items():
-        if value is None: continue
+    for name, value in values.items():
+        if value is None:
+            continue
         if sparse.issparse(value):
             if not value.has_canonical_format:
                 value = value.copy()
                 value.sum_duplicates()
-            arrays |= {f'{name}.{part}': getattr(value, part) for part in ('data', 'indices', 'indptr')} | {f'{name}.shape': np.array(value.shape, np.int64)}
-        else: arrays[name] = np.array([value], np.int64) if isinstance(value, (int, np.integer)) else np.asarray(value)
+            arrays |= {f"{name}.{part}": getattr(value, part) for part in ("data", "indices", "indptr")} | {
+                f"{name}.shape": np.array(value.shape, np.int64)
+            }
+        else:
+            arrays[name] = np.array([value], np.int64) if isinstance(value, (int, np.integer)) else np.asarray(value)
     return arrays
+
 
 def _unpack(arrays):
     "The reverse of `_pack`; raises `AerecError` where a matrix is none."
     values = {}
-    for key,array in arrays.items():
-        name,_,part = key.partition('.')
-        if part == 'data':
-            shape = tuple(arrays[f'{name}.shape'].tolist())
-            indices, indptr = arrays[f'{name}.indices'], arrays[f'{name}.indptr']
+    for key, array in arrays.items():
+        name, _, part = key.partition(".")
+        if part == "data":
+            shape = tuple(arrays[f"{name}.shape"].tolist())
+            indices, indptr = arrays[f"{name}.indices"], arrays[f"{name}.indptr"]
             check_csr(indptr, indices, shape, name)
             m = values[name] = sparse.csr_matrix((array, indices, indptr), shape=shape)
             m.has_sorted_indices = m.has_canonical_format = True
-        elif not part: values[name] = int(array[0]) if name == 'n_items' else array
+        elif not part:
+            values[name] = int(array[0]) if name == "n_items" else array
     return values
 
 # %% ../nbs/02_modeling.ipynb #68758bed
 @patch
-def state(self: Model) -> dict: # name -> array
+def state(self: Model) -> dict:  # name -> array
     "Everything that fitting found."
-    return _pack({name: getattr(self, name) for name in dict.fromkeys(('n_items', *self.fitted))})
+    return _pack({name: getattr(self, name) for name in dict.fromkeys(("n_items", *self.fitted))})
+
 
 @patch(cls_method=True)
-def from_state(cls: Model,
-    state: dict,      # what `state` gave
-    **hyperparameters # what the model was made with
+def from_state(
+    cls: Model,
+    state: dict,  # what `state` gave
+    **hyperparameters,  # what the model was made with
 ) -> Model:
     "Make the fitted model again; raises `AerecError` for arrays that it does not have."
-    other = sorted({key.partition('.')[0] for key in state} - {'n_items', *cls.fitted})
-    if other: raise AerecError(f'{cls.__name__} has no array {ascii(other[0])[:80]}')
+    other = sorted({key.partition(".")[0] for key in state} - {"n_items", *cls.fitted})
+    if other:
+        raise AerecError(f"{cls.__name__} has no array {ascii(other[0])[:80]}")
     model = cls(**hyperparameters)
-    for name,value in _unpack(state).items(): setattr(model, name, value)
+    for name, value in _unpack(state).items():
+        setattr(model, name, value)
     return model
 
 # %% ../nbs/02_modeling.ipynb #607eceaa
-def block_rows(n_items: int # columns of a block
-              ) -> int: # rows
+def block_rows(
+    n_items: int,  # columns of a block
+) -> int:  # rows
     "Rows of float32 scores that fit in 64 MiB."
-    return max(1, 2**24//max(1, n_items))
+    return max(1, 2**24 // max(1, n_items))
 
-def scores_bytes(n_users: int,   # rows of the whole
-                 n_items: int,
-                 working: int = 0, # bytes that a row of scores takes beside itself while it is made
-                ) -> int: # bytes
+
+def scores_bytes(
+    n_users: int,  # rows of the whole
+    n_items: int,
+    working: int = 0,  # bytes that a row of scores takes beside itself while it is made
+) -> int:  # bytes
     "One block of scores in the making, and the one before, which whoever looks at them one after another still holds."
     n = min(n_users, block_rows(n_items))
-    return 4*n*n_items + max(n*working, min(n, n_users-n)*(4*n_items + working))
+    return 4 * n * n_items + max(n * working, min(n, n_users - n) * (4 * n_items + working))
 
 # %% ../nbs/02_modeling.ipynb #1a31d11f
 @dataclass(frozen=True)
 class Plan:
     "What fitting a model will take."
-    model: str     # its name
-    form: str      # how it will be solved
+
+    model: str  # its name
+    form: str  # how it will be solved
     n_users: int
     n_items: int
-    n_bytes: int   # predicted peak, bytes
-    seconds: float # predicted
+    n_bytes: int  # predicted peak, bytes
+    seconds: float  # predicted
 
     @property
-    def gib(self): return self.n_bytes/2**30
+    def gib(self):
+        return self.n_bytes / 2**30
+
 
 def _plan(model, n_users, n_items, nnz):
     "The plan of a model that exists: the histories, fitting or scoring, whichever takes more, and 20 MiB that BLAS and malloc keep."
-    form,n_bytes,operations = model.cost(n_users, n_items, nnz)
-    return Plan(model.name or type(model).__name__, form, n_users, n_items, int(20*2**20 + 8*nnz + max(n_bytes, model.scoring(n_users, n_items, nnz))), operations/2e10)
+    form, n_bytes, operations = model.cost(n_users, n_items, nnz)
+    return Plan(
+        model.name or type(model).__name__,
+        form,
+        n_users,
+        n_items,
+        int(20 * 2**20 + 8 * nnz + max(n_bytes, model.scoring(n_users, n_items, nnz))),
+        operations / 2e10,
+    )
 
 # %% ../nbs/02_modeling.ipynb #3859cf77
-def free_gib() -> float: # GiB
+def free_gib() -> float:  # GiB
     "Memory that may be taken: what the machine, or the container, has left."
     free = psutil.virtual_memory().available
-    try: free = min(free, int(Path('/sys/fs/cgroup/memory.max').read_text()) - int(Path('/sys/fs/cgroup/memory.current').read_text()))
-    except (OSError, ValueError): pass # no container limit
-    return max(0, free)/2**30
+    try:
+        free = min(
+            free,
+            int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()),
+        )
+    except (OSError, ValueError):
+        pass  # no container limit
+    return max(0, free) / 2**30
 
-def limit_gib(max_memory_gib: float = None # GiB; None: 80 % of what is free
-             ) -> float: # GiB
+
+def limit_gib(
+    max_memory_gib: float = None,  # GiB; None: 80 % of what is free
+) -> float:  # GiB
     "What a model may use."
-    return .8*free_gib() if max_memory_gib is None else max_memory_gib
+    return 0.8 * free_gib() if max_memory_gib is None else max_memory_gib
 
-def check_memory(what: str,      # how the error names it
-                 n_bytes: float, # what it would need
-                 max_memory_gib: float = None, # GiB; None: 80 % of what is free
-                 way_out: str = 'drop rare items with min_item_interactions', # what else there is to do
-                ):
+
+def check_memory(
+    what: str,  # how the error names it
+    n_bytes: float,  # what it would need
+    max_memory_gib: float = None,  # GiB; None: 80 % of what is free
+    way_out: str = "drop rare items with min_item_interactions",  # what else there is to do
+):
     "Refuse what will not fit, with numbers."
-    need,limit = n_bytes/2**30, limit_gib(max_memory_gib)
-    if need > limit: raise AerecError(f'{what} would need {need:.3g} GiB and may use {limit:.3g} GiB: {way_out}, or raise max_memory_gib')
+    need, limit = n_bytes / 2**30, limit_gib(max_memory_gib)
+    if need > limit:
+        raise AerecError(
+            f"{what} would need {need:.3g} GiB and may use {limit:.3g} GiB: {way_out}, or raise max_memory_gib"
+        )
 
-def check_plan(plan: Plan,
-               max_memory_gib: float = None, # GiB; None: 80 % of what is free
-              ) -> Plan: # the same
+
+def check_plan(
+    plan: Plan,
+    max_memory_gib: float = None,  # GiB; None: 80 % of what is free
+) -> Plan:  # the same
     "Refuse what will not fit, with numbers and a model that would: `elsa`, which is made for large catalogues, or else the one that makes most of the memory."
     if plan.gib > limit_gib(max_memory_gib):
-        others = [_plan(create_model(name), plan.n_users, plan.n_items, plan.n_users) for name in model_names() if name not in (plan.model, 'blend')]
+        others = [
+            _plan(create_model(name), plan.n_users, plan.n_items, plan.n_users)
+            for name in model_names()
+            if name not in (plan.model, "blend")
+        ]
         others = [p for p in others if p.gib <= limit_gib(max_memory_gib)]
-        best = max(others, key=lambda p: (p.model == 'elsa', p.n_bytes), default=None)
-        check_memory(f'{plan.model} ({plan.form}, {plan.n_users:,} users x {plan.n_items:,} items)', plan.n_bytes, max_memory_gib,
-                     (f'take {best.model} instead, ' if best else '') + 'drop rare items with min_item_interactions')
+        best = max(others, key=lambda p: (p.model == "elsa", p.n_bytes), default=None)
+        check_memory(
+            f"{plan.model} ({plan.form}, {plan.n_users:,} users x {plan.n_items:,} items)",
+            plan.n_bytes,
+            max_memory_gib,
+            (f"take {best.model} instead, " if best else "") + "drop rare items with min_item_interactions",
+        )
     return plan
 
 # %% ../nbs/02_modeling.ipynb #4825b7e9
 _MODELS = {
-    'popularity': 'aerec_nb.baselines:Popularity',
-    'ease': 'aerec_nb.linear_models:EASE',
-    'dlae': 'aerec_nb.linear_models:DLAE',
-    'edlae': 'aerec_nb.linear_models:EDLAE',
-    'rlae': 'aerec_nb.linear_models:RLAE',
-    'rdlae': 'aerec_nb.linear_models:RDLAE',
-    'autoencoder': 'aerec_nb.neural_models:LectureAutoEncoder',
-    'mult_dae': 'aerec_nb.neural_models:MultDAE',
-    'mult_vae': 'aerec_nb.neural_models:MultVAE',
-    'recvae': 'aerec_nb.neural_models:RecVAE',
-    'elsa': 'aerec_nb.neural_models:ELSA',
-    'item_knn': 'aerec_nb.baselines:ItemKNN',
-    'ials': 'aerec_nb.baselines:IALS',
-    'blend': 'aerec_nb.modeling:Blend',
+    "popularity": "aerec_nb.baselines:Popularity",
+    "ease": "aerec_nb.linear_models:EASE",
+    "dlae": "aerec_nb.linear_models:DLAE",
+    "edlae": "aerec_nb.linear_models:EDLAE",
+    "rlae": "aerec_nb.linear_models:RLAE",
+    "rdlae": "aerec_nb.linear_models:RDLAE",
+    "autoencoder": "aerec_nb.neural_models:LectureAutoEncoder",
+    "mult_dae": "aerec_nb.neural_models:MultDAE",
+    "mult_vae": "aerec_nb.neural_models:MultVAE",
+    "recvae": "aerec_nb.neural_models:RecVAE",
+    "elsa": "aerec_nb.neural_models:ELSA",
+    "item_knn": "aerec_nb.baselines:ItemKNN",
+    "ials": "aerec_nb.baselines:IALS",
+    "blend": "aerec_nb.modeling:Blend",
 }
-_AROUND = {'cold_items': 'aerec_nb.modeling:ColdItems'} # not trained themselves: they stand around a fitted model
+_AROUND = {"cold_items": "aerec_nb.modeling:ColdItems"}  # not trained themselves: they stand around a fitted model
 
-def model_names() -> list: # of str
+
+def model_names() -> list:  # of str
     "Names that `create_model` knows."
     return list(_MODELS)
 
-def register_model(name: str, # how settings and `create_model` will call it
-                   target,    # 'module:class', or the class itself
-                  ):
+
+def register_model(
+    name: str,  # how settings and `create_model` will call it
+    target,  # 'module:class', or the class itself
+):
     "Add a model of your own, or replace one."
-    if ':' in check_name(name, 'model'):
-        why = 'a registered name has no colon; a class in a file of the project needs no registration'
+    if ":" in check_name(name, "model"):
+        why = "a registered name has no colon; a class in a file of the project needs no registration"
         raise AerecError(f"model '{name}': {why}")
-    if isinstance(target, str) and target.count(':') != 1: raise AerecError(f"model '{name}': {target!r} is not 'module:class'")
+    if isinstance(target, str) and target.count(":") != 1:
+        raise AerecError(f"model '{name}': {target!r} is not 'module:class'")
     _MODELS[name] = target
 
 # %% ../nbs/02_modeling.ipynb #9aff40b3
-def model_class(name: str # one of `model_names()`
-               ) -> type:
+def model_class(
+    name: str,  # one of `model_names()`
+) -> type:
     "Return the class behind a name; raises `AerecError` with the valid names."
-    if ':' in check_name(name, 'model'): return _class_of_file(name)
-    if name not in {**_MODELS, **_AROUND}: raise AerecError(f"unknown model '{name}': valid names are {', '.join(model_names())}")
+    if ":" in check_name(name, "model"):
+        return _class_of_file(name)
+    if name not in {**_MODELS, **_AROUND}:
+        raise AerecError(f"unknown model '{name}': valid names are {', '.join(model_names())}")
     target = _MODELS.get(name) or _AROUND[name]
-    if not isinstance(target, str): return target
-    module,cls = target.split(':')
-    try: return getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError) as e: raise AerecError(f"model '{name}': {target} cannot be imported ({e})") from None
+    if not isinstance(target, str):
+        return target
+    module, cls = target.split(":")
+    try:
+        return getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError) as e:
+        raise AerecError(f"model '{name}': {target} cannot be imported ({e})") from None
+
 
 def _class_of_file(name):
     "A class of a file of the project: 'mine:Together'."
-    cls = own_object(name, 'model')
-    if not (isinstance(cls, type) and hasattr(cls, 'score') and hasattr(cls, 'from_state')): raise AerecError(f"model '{name}' is no class with fit, score, state and from_state: derive it from aerec_nb.modeling.Model")
+    cls = own_object(name, "model")
+    if not (isinstance(cls, type) and hasattr(cls, "score") and hasattr(cls, "from_state")):
+        raise AerecError(
+            f"model '{name}' is no class with fit, score, state and from_state: derive it from aerec_nb.modeling.Model"
+        )
     return cls
 
-def model_files(settings # section model is read
-               ) -> dict: # label -> sha256
+
+def model_files(
+    settings,  # section model is read
+) -> dict:  # label -> sha256
     "Files of the project that hold models of one's own: what a stage depends on outside the run."
     names = [settings.model.model] if settings.model.model else settings.model.models
-    return {f'model {name}': sha256_file(own_file(name, 'model.models')) for name in names if ':' in name}
+    return {f"model {name}": sha256_file(own_file(name, "model.models")) for name in names if ":" in name}
 
-def hyperparameters(name: str # one of `model_names()`
-                   ) -> dict: # hyperparameter -> default
+
+def hyperparameters(
+    name: str,  # one of `model_names()`
+) -> dict:  # hyperparameter -> default
     "What can be set about a model."
-    return {p.name: p.default for p in list(inspect.signature(model_class(name).__init__).parameters.values())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD}
+    return {
+        p.name: p.default
+        for p in list(inspect.signature(model_class(name).__init__).parameters.values())[1:]
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    }
 
 # %% ../nbs/02_modeling.ipynb #4c1ca519
-def create_model(name: str, # one of `model_names()`
-                 preset: str = None, # a named set of hyperparameters of this model, e.g. small; None: its defaults
-                 **hp       # hyperparameters; those not given have their defaults
-                ) -> Model: # not yet fitted
+def create_model(
+    name: str,  # one of `model_names()`
+    preset: str = None,  # a named set of hyperparameters of this model, e.g. small; None: its defaults
+    **hp,  # hyperparameters; those not given have their defaults
+) -> Model:  # not yet fitted
     "A model by its name; raises `AerecError` with the valid names or hyperparameters."
-    valid,presets = hyperparameters(name), getattr(model_class(name), 'presets', {})
-    if preset is not None and preset not in presets: raise AerecError(f"model '{name}' has no preset '{preset}': " + (f"valid ones are {', '.join(presets)}" if presets else 'it has none'))
+    valid, presets = hyperparameters(name), getattr(model_class(name), "presets", {})
+    if preset is not None and preset not in presets:
+        raise AerecError(
+            f"model '{name}' has no preset '{preset}': "
+            + (f"valid ones are {', '.join(presets)}" if presets else "it has none")
+        )
     hp = presets.get(preset, {}) | hp
     for h in hp:
-        if h not in valid: raise AerecError(f"model '{name}' has no hyperparameter '{h}': " + (f"valid ones are {', '.join(valid)}" if valid else 'it has none'))
+        if h not in valid:
+            raise AerecError(
+                f"model '{name}' has no hyperparameter '{h}': "
+                + (f"valid ones are {', '.join(valid)}" if valid else "it has none")
+            )
     model = model_class(name)(**hp)
     model.name = name
     return model
 
 # %% ../nbs/02_modeling.ipynb #572facf0
 def fit_model(
-    model, # not yet fitted, from `create_model`
-    train: sparse.csr_matrix, # [n_users, n_items] histories to learn from
-    item_features: sparse.csr_matrix = None, # [n_items, n_features] for models that use them
-): # -> the model, fitted
+    model,  # not yet fitted, from `create_model`
+    train: sparse.csr_matrix,  # [n_users, n_items] histories to learn from
+    item_features: sparse.csr_matrix = None,  # [n_items, n_features] for models that use them
+):  # -> the model, fitted
     "`model.fit` as a function, so that it can be done elsewhere."
     return model.fit(train, item_features)
 
 # %% ../nbs/02_modeling.ipynb #a9e08416
-def plan(name: str,     # one of `model_names()`
-         n_users: int,
-         n_items: int,
-         nnz: int,      # interactions
-         max_memory_gib: float = None, # GiB it may use; None: 80 % of what is free
-         **hp           # hyperparameters
-        ) -> Plan: # form, n_bytes, seconds
+def plan(
+    name: str,  # one of `model_names()`
+    n_users: int,
+    n_items: int,
+    nnz: int,  # interactions
+    max_memory_gib: float = None,  # GiB it may use; None: 80 % of what is free
+    **hp,  # hyperparameters
+) -> Plan:  # form, n_bytes, seconds
     "Foresee what fitting will take, before anything is allocated; raises `AerecError` with an alternative if it will not fit."
     model = create_model(name, **hp)
     model.max_memory_gib = max_memory_gib
@@ -376,29 +482,29 @@ def save_model(
 ):
     "Write `model.safetensors` and `model.json`."
     if model.n_items is None:
-        raise AerecError(f'{model!r} is not fitted: there is nothing to save')
+        raise AerecError(f"{model!r} is not fitted: there is nothing to save")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {k: np.ascontiguousarray(v) for k, v in sorted(model.state().items())}
-    with atomic_path(folder / 'model.safetensors') as path:
+    with atomic_path(folder / "model.safetensors") as path:
         Path(path).write_bytes(save(arrays))
     write_json(
-        folder / 'model.json',
+        folder / "model.json",
         dict(name=model.name, hyperparameters=model.hyperparameters, n_items=model.n_items, format=1),
     )
 
 
 def load_model(
     folder: Path,  # one that `save_model` wrote
-    device: str = 'cpu',  # torch device of gradient-trained models
+    device: str = "cpu",  # torch device of gradient-trained models
 ) -> Model:  # fitted
     "Read a model back; raises `AerecError` if the folder holds none."
     folder = Path(folder)
     try:
-        about, arrays = read_json(folder / 'model.json'), load_file(folder / 'model.safetensors')
+        about, arrays = read_json(folder / "model.json"), load_file(folder / "model.safetensors")
     except (OSError, ValueError, RecursionError, SafetensorError) as e:
         raise AerecError(
-            f'{folder}: no model can be read from here ({exception_line(e)}); write one with save_model(model, folder)'
+            f"{folder}: no model can be read from here ({exception_line(e)}); write one with save_model(model, folder)"
         ) from None
     return restore_model(about, arrays, device)
 
@@ -406,12 +512,12 @@ def load_model(
 def restore_model(
     about: dict,  # what `save_model` writes into model.json
     arrays: dict,  # name -> array, what `Model.state` gave
-    device: str = 'cpu',  # torch device of gradient-trained models
+    device: str = "cpu",  # torch device of gradient-trained models
 ) -> Model:  # fitted
     "Make a fitted model of its parts; raises `AerecError` where they do not fit together."
     if not isinstance(about, dict):
-        raise AerecError('model.json holds no model')
-    name, hp, n_items = (about.get(key) for key in ('name', 'hyperparameters', 'n_items'))
+        raise AerecError("model.json holds no model")
+    name, hp, n_items = (about.get(key) for key in ("name", "hyperparameters", "n_items"))
     cls = model_class(name)
     try:
         model = cls.from_state(arrays, **hp)
@@ -442,20 +548,22 @@ def check_weights(
         )
 
 # %% ../nbs/02_modeling.ipynb #777a682f
-def score_blocks(model: Model,  # fitted
-                 history: sparse.csr_matrix, # [n, n_items] over the model's vocabulary
-                 block_size: int = None,     # rows at a time; None: as many as give 64 MiB of scores
-                ): # yields (slice of rows, float32 scores [rows, n_items])
+def score_blocks(
+    model: Model,  # fitted
+    history: sparse.csr_matrix,  # [n, n_items] over the model's vocabulary
+    block_size: int = None,  # rows at a time; None: as many as give 64 MiB of scores
+):  # yields (slice of rows, float32 scores [rows, n_items])
     "Scores of many histories, a block of rows at a time."
     n = block_size or block_rows(history.shape[1])
     for start in range(0, history.shape[0], n):
-        rows = slice(start, min(start+n, history.shape[0]))
+        rows = slice(start, min(start + n, history.shape[0]))
         yield rows, model.score(history[rows])
 
 # %% ../nbs/02_modeling.ipynb #3d0b226f
-def mask_history(scores: np.ndarray, # [n, n_items], changed in place
-                 history: sparse.csr_matrix, # [n, n_items]
-                ) -> np.ndarray: # the same scores, -inf where the history is
+def mask_history(
+    scores: np.ndarray,  # [n, n_items], changed in place
+    history: sparse.csr_matrix,  # [n, n_items]
+) -> np.ndarray:  # the same scores, -inf where the history is
     "Take what somebody already has out of the race."
     scores[np.repeat(np.arange(history.shape[0]), np.diff(history.indptr)), history.indices] = -np.inf
     return scores
@@ -463,86 +571,111 @@ def mask_history(scores: np.ndarray, # [n, n_items], changed in place
 # %% ../nbs/02_modeling.ipynb #6f4e2757
 def _candidates(scores, k):
     "Items among which the k best of each row are, by index, and their scores; places left over are -inf. The k-th best of the maxima of many chunks of a row is no more than the k-th best of all."
-    n,n_items = scores.shape
-    n_chunks = min(max(1024, 16*k), n_items//4)
-    if n_chunks <= k: return np.broadcast_to(np.arange(n_items), scores.shape), scores
-    width = n_items//n_chunks
-    maxima = scores[:, :width*n_chunks].reshape(n, width, n_chunks).max(1) # chunks of every n_chunks-th item: maxima of whole vectors at a time
-    least = np.partition(maxima, n_chunks-k, axis=1)[:, n_chunks-k]
+    n, n_items = scores.shape
+    n_chunks = min(max(1024, 16 * k), n_items // 4)
+    if n_chunks <= k:
+        return np.broadcast_to(np.arange(n_items), scores.shape), scores
+    width = n_items // n_chunks
+    maxima = (
+        scores[:, : width * n_chunks].reshape(n, width, n_chunks).max(1)
+    )  # chunks of every n_chunks-th item: maxima of whole vectors at a time
+    least = np.partition(maxima, n_chunks - k, axis=1)[:, n_chunks - k]
     keep = scores >= least[:, None]
     found = np.flatnonzero(keep)
-    crowded = np.flatnonzero(np.bincount(found//n_items, minlength=n) > 2*k+64)
-    for row in crowded: # many equals at the border: the first ones by index
-        border = np.partition(scores[row], n_items-k)[n_items-k]
+    crowded = np.flatnonzero(np.bincount(found // n_items, minlength=n) > 2 * k + 64)
+    for row in crowded:  # many equals at the border: the first ones by index
+        border = np.partition(scores[row], n_items - k)[n_items - k]
         above = scores[row] > border
         keep[row] = above
-        keep[row, np.flatnonzero(scores[row] == border)[:k-above.sum()]] = True
-    row,item = np.divmod(np.flatnonzero(keep) if len(crowded) else found, n_items)
+        keep[row, np.flatnonzero(scores[row] == border)[: k - above.sum()]] = True
+    row, item = np.divmod(np.flatnonzero(keep) if len(crowded) else found, n_items)
     count = np.bincount(row, minlength=n)
-    place = np.arange(len(row)) - np.repeat(np.cumsum(count)-count, count)
-    at,values = np.zeros((n, max(k, count.max(initial=0))), np.int64), np.full((n, max(k, count.max(initial=0))), -np.inf, scores.dtype)
-    at[row, place],values[row, place] = item, scores[row, item]
+    place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    at, values = (
+        np.zeros((n, max(k, count.max(initial=0))), np.int64),
+        np.full((n, max(k, count.max(initial=0))), -np.inf, scores.dtype),
+    )
+    at[row, place], values[row, place] = item, scores[row, item]
     return at, values
 
 # %% ../nbs/02_modeling.ipynb #7bdd2d5a
-def top_k(scores: np.ndarray, # [n, n_items], or [n_items]; numbers, or -inf for what is out of the race
-          k: int,             # length of the lists; at most n_items are returned
-         ) -> tuple: # (item indices int64, their scores), each [n, k], best first; masked items keep their -inf
+def top_k(
+    scores: np.ndarray,  # [n, n_items], or [n_items]; numbers, or -inf for what is out of the race
+    k: int,  # length of the lists; at most n_items are returned
+) -> tuple:  # (item indices int64, their scores), each [n, k], best first; masked items keep their -inf
     "The k best items of each row, ties by item index."
-    single,scores = scores.ndim == 1, np.atleast_2d(scores)
-    if scores.dtype.kind != 'f': scores = scores.astype(np.float64)
+    single, scores = scores.ndim == 1, np.atleast_2d(scores)
+    if scores.dtype.kind != "f":
+        scores = scores.astype(np.float64)
     k = min(int(k), scores.shape[1])
-    at,values = _candidates(scores, k)
-    order = np.argsort(-values, axis=1, kind='stable')[:, :k]
-    top,values = np.take_along_axis(at, order, 1), np.take_along_axis(values, order, 1)
+    at, values = _candidates(scores, k)
+    order = np.argsort(-values, axis=1, kind="stable")[:, :k]
+    top, values = np.take_along_axis(at, order, 1), np.take_along_axis(values, order, 1)
     return (top[0], values[0]) if single else (top, values)
 
 # %% ../nbs/02_modeling.ipynb #799edd1c
 def standardise(
-    scores: np.ndarray, # float32 [n, n_items], changed in place
-    history: sparse.csr_matrix, # [n, n_items]
-) -> np.ndarray: # the same; a row whose unseen items all have one score becomes zeros there
+    scores: np.ndarray,  # float32 [n, n_items], changed in place
+    history: sparse.csr_matrix,  # [n, n_items]
+) -> np.ndarray:  # the same; a row whose unseen items all have one score becomes zeros there
     "Scores with mean 0 and standard deviation 1 over the items that a history does not have, row by row."
     rows = np.repeat(np.arange(history.shape[0]), np.diff(history.indptr))
     n = np.maximum(1, scores.shape[1] - np.diff(history.indptr))
-    mean = (scores.sum(1, dtype=np.float64) - np.bincount(rows, scores[rows, history.indices], minlength=len(scores)))/n
+    mean = (
+        scores.sum(1, dtype=np.float64) - np.bincount(rows, scores[rows, history.indices], minlength=len(scores))
+    ) / n
     scores -= mean[:, None].astype(np.float32)
-    squares = np.einsum('ij,ij->i', scores, scores, dtype=np.float64) - np.bincount(rows, scores[rows, history.indices].astype(np.float64)**2, minlength=len(scores))
-    spread = np.sqrt(np.maximum(squares, 0)/n)
-    scores /= np.where(spread > 1e-6*np.abs(mean), spread, np.inf)[:, None].astype(np.float32) # rounding is no spread
+    squares = np.einsum("ij,ij->i", scores, scores, dtype=np.float64) - np.bincount(
+        rows, scores[rows, history.indices].astype(np.float64) ** 2, minlength=len(scores)
+    )
+    spread = np.sqrt(np.maximum(squares, 0) / n)
+    scores /= np.where(spread > 1e-6 * np.abs(mean), spread, np.inf)[:, None].astype(
+        np.float32
+    )  # rounding is no spread
     return scores
 
 # %% ../nbs/02_modeling.ipynb #a75340e4
 class Blend(Model):
     "A weighted sum of models, each on one scale."
-    name = 'blend'
-    def __init__(self,
-        members: list = ('ease', 'mult_dae'), # names, or {name, hyperparameters}
-        weights: list = None, # a number each; None: all alike
+
+    name = "blend"
+
+    def __init__(
+        self,
+        members: list = ("ease", "mult_dae"),  # names, or {name, hyperparameters}
+        weights: list = None,  # a number each; None: all alike
     ):
         members = [dict(name=m, hyperparameters={}) if isinstance(m, str) else dict(m) for m in members]
-        weights = [1.]*len(members) if weights is None else [check_value('weights', w, -math.inf) for w in weights]
-        if not members or len(weights) != len(members): raise AerecError(f'blend: {len(members)} members and {len(weights)} weights; it takes one weight a member, and at least one member')
+        weights = [1.0] * len(members) if weights is None else [check_value("weights", w, -math.inf) for w in weights]
+        if not members or len(weights) != len(members):
+            raise AerecError(
+                f"blend: {len(members)} members and {len(weights)} weights; it takes one weight a member, and at least one member"
+            )
         super().__init__(members=members, weights=weights)
-        self.models = [create_model(m['name'], **m.get('hyperparameters', {})) for m in members]
+        self.models = [create_model(m["name"], **m.get("hyperparameters", {})) for m in members]
 
     @classmethod
-    def of(cls, models: list,  # fitted, on one vocabulary
-           weights: list = None, # a number each; None: all alike
-          ): # -> Blend, fitted
+    def of(
+        cls,
+        models: list,  # fitted, on one vocabulary
+        weights: list = None,  # a number each; None: all alike
+    ):  # -> Blend, fitted
         "A blend of models that are fitted."
-        if len({m.n_items for m in models}) != 1 or models[0].n_items is None: raise AerecError('blend: its members must be fitted, and on the same items')
+        if len({m.n_items for m in models}) != 1 or models[0].n_items is None:
+            raise AerecError("blend: its members must be fitted, and on the same items")
         blend = cls([dict(name=m.name, hyperparameters=m.hyperparameters) for m in models], weights)
-        blend.models,blend.n_items = list(models), models[0].n_items
+        blend.models, blend.n_items = list(models), models[0].n_items
         return blend
 
     def cost(self, n_users, n_items, nnz):
         costs = [m.cost(n_users, n_items, nnz) for m in self.models]
-        return ' + '.join(form for form,_,_ in costs), sum(b for _,b,_ in costs), sum(o for _,_,o in costs)
+        return " + ".join(form for form, _, _ in costs), sum(b for _, b, _ in costs), sum(o for _, _, o in costs)
 
     def scoring(self, n_users, n_items, nnz):
         "What the members keep, and their sum, one member's scores and a working copy beside it."
-        return sum(m.scoring(n_users, n_items, nnz) - scores_bytes(n_users, n_items) for m in self.models) + scores_bytes(n_users, n_items, 8*n_items)
+        return sum(
+            m.scoring(n_users, n_items, nnz) - scores_bytes(n_users, n_items) for m in self.models
+        ) + scores_bytes(n_users, n_items, 8 * n_items)
 
     def _fit(self, train, item_features):
         for m in self.models:
@@ -551,62 +684,86 @@ class Blend(Model):
 
     def _score(self, history):
         total = np.zeros(history.shape, np.float32)
-        for m,weight in zip(self.models, self.weights):
+        for m, weight in zip(self.models, self.weights):
             scores = standardise(m.score(history), history)
             scores *= np.float32(weight)
             total += scores
         return total
 
     def to(self, device):
-        for m in self.models: m.to(device)
+        for m in self.models:
+            m.to(device)
         return super().to(device)
 
-    def state(self): return {'n_items': np.array([self.n_items]), **{f'{i}/{k}': a for i,m in enumerate(self.models) for k,a in m.state().items()}}
+    def state(self):
+        return {
+            "n_items": np.array([self.n_items]),
+            **{f"{i}/{k}": a for i, m in enumerate(self.models) for k, a in m.state().items()},
+        }
 
     @classmethod
     def from_state(cls, state, **hyperparameters):
         blend = cls(**hyperparameters)
-        blend.n_items = int(state['n_items'][0])
-        for i,m in enumerate(blend.models):
-            blend.models[i] = type(m).from_state({k.split('/', 1)[1]: a for k,a in state.items() if k.startswith(f'{i}/')}, **m.hyperparameters)
+        blend.n_items = int(state["n_items"][0])
+        for i, m in enumerate(blend.models):
+            blend.models[i] = type(m).from_state(
+                {k.split("/", 1)[1]: a for k, a in state.items() if k.startswith(f"{i}/")}, **m.hyperparameters
+            )
             blend.models[i].name = m.name
         return blend
 
 # %% ../nbs/02_modeling.ipynb #697978f1
 class ColdItems(Model):
     "A fitted model, and beside its items new ones, scored as those that are most like them."
-    name,fitted = 'cold_items', ('neighbours',)
-    def __init__(self,
-        member: dict = 'ease', # name, or {name, hyperparameters}, of the model
+
+    name, fitted = "cold_items", ("neighbours",)
+
+    def __init__(
+        self,
+        member: dict = "ease",  # name, or {name, hyperparameters}, of the model
     ):
         member = dict(name=member, hyperparameters={}) if isinstance(member, str) else dict(member)
         super().__init__(member=member)
-        self.model, self.neighbours = create_model(member['name'], **member.get('hyperparameters', {})), None
+        self.model, self.neighbours = create_model(member["name"], **member.get("hyperparameters", {})), None
 
     @classmethod
-    def of(cls, model: Model, # fitted on the items that come first
-           features: sparse.csr_matrix, # [n_known + n_new, n_features], the model's items first, see `ItemFeatures`
-           popularity: np.ndarray = None, # [n_known]: of items that are alike the more popular ones count; None: the first ones
-           n_neighbours: int = 30, # items that a new one is scored by
-          ): # -> ColdItems, fitted
+    def of(
+        cls,
+        model: Model,  # fitted on the items that come first
+        features: sparse.csr_matrix,  # [n_known + n_new, n_features], the model's items first, see `ItemFeatures`
+        popularity: np.ndarray = None,  # [n_known]: of items that are alike the more popular ones count; None: the first ones
+        n_neighbours: int = 30,  # items that a new one is scored by
+    ):  # -> ColdItems, fitted
         "New items beside a fitted model."
-        if model.n_items is None or features.shape[0] < model.n_items: raise AerecError(f'cold_items: {features.shape[0]} rows of features for {model.n_items} items of {model!r}; it takes a fitted model, and a row for each of its items and then the new ones')
+        if model.n_items is None or features.shape[0] < model.n_items:
+            raise AerecError(
+                f"cold_items: {features.shape[0]} rows of features for {model.n_items} items of {model!r}; it takes a fitted model, and a row for each of its items and then the new ones"
+            )
         self = cls(dict(name=model.name, hyperparameters=model.hyperparameters))
         self.model, self.n_items = model, features.shape[0]
-        self.neighbours = alike(features[model.n_items:], features[:model.n_items], n_neighbours, popularity)
+        self.neighbours = alike(features[model.n_items :], features[: model.n_items], n_neighbours, popularity)
         return self
 
     @property
-    def additive(self): return self.model.additive
-    def cost(self, *size): return self.model.cost(*size)
-    def scoring(self, n_users, n_items, nnz): return self.model.scoring(n_users, n_items, nnz) + scores_bytes(n_users, n_items)
-    def _fit(self, train, item_features): raise AerecError('cold_items is not fitted: fit the model, and put the new items beside it with ColdItems.of(model, features)')
+    def additive(self):
+        return self.model.additive
+
+    def cost(self, *size):
+        return self.model.cost(*size)
+
+    def scoring(self, n_users, n_items, nnz):
+        return self.model.scoring(n_users, n_items, nnz) + scores_bytes(n_users, n_items)
+
+    def _fit(self, train, item_features):
+        raise AerecError(
+            "cold_items is not fitted: fit the model, and put the new items beside it with ColdItems.of(model, features)"
+        )
 
     def _score(self, history):
-        known = history[:, :self.model.n_items] + history[:, self.model.n_items:] @ self.neighbours
+        known = history[:, : self.model.n_items] + history[:, self.model.n_items :] @ self.neighbours
         scores = self.model.score(known)
         new = (self.neighbours @ scores.T).T
-        nothing = np.diff(self.neighbours.indptr) == 0 # alike to nothing: they come last
+        nothing = np.diff(self.neighbours.indptr) == 0  # alike to nothing: they come last
         new[:, nothing] = scores.min(1, keepdims=True)
         return np.concatenate([scores, new], axis=1)
 
@@ -614,134 +771,241 @@ class ColdItems(Model):
         self.model.to(device)
         return super().to(device)
 
-    def state(self): return {**_pack({'n_items': self.n_items, 'neighbours': self.neighbours}), **{f'member/{k}': a for k,a in self.model.state().items()}}
+    def state(self):
+        return {
+            **_pack({"n_items": self.n_items, "neighbours": self.neighbours}),
+            **{f"member/{k}": a for k, a in self.model.state().items()},
+        }
 
     @classmethod
     def from_state(cls, state, **hyperparameters):
         self = cls(**hyperparameters)
-        for name,value in _unpack({k: a for k,a in state.items() if not k.startswith('member/')}).items(): setattr(self, name, value)
+        for name, value in _unpack({k: a for k, a in state.items() if not k.startswith("member/")}).items():
+            setattr(self, name, value)
         name = self.model.name
-        self.model = type(self.model).from_state({k.split('/', 1)[1]: a for k,a in state.items() if k.startswith('member/')}, **self.model.hyperparameters)
+        self.model = type(self.model).from_state(
+            {k.split("/", 1)[1]: a for k, a in state.items() if k.startswith("member/")}, **self.model.hyperparameters
+        )
         self.model.name = name
         return self
 
 # %% ../nbs/02_modeling.ipynb #3eccbdb7
-def alike(new: sparse.csr_matrix,   # [n_new, n_features]
-          known: sparse.csr_matrix, # [n_known, n_features]
-          n: int = 30,              # neighbours of a new item
-          popularity: np.ndarray = None, # [n_known], which of several that are as near comes first; None: by number
-         ) -> sparse.csr_matrix:    # float32 [n_new, n_known], what each neighbour counts; rows add up to 1, or to 0 where nothing is alike
+def alike(
+    new: sparse.csr_matrix,  # [n_new, n_features]
+    known: sparse.csr_matrix,  # [n_known, n_features]
+    n: int = 30,  # neighbours of a new item
+    popularity: np.ndarray = None,  # [n_known], which of several that are as near comes first; None: by number
+) -> (
+    sparse.csr_matrix
+):  # float32 [n_new, n_known], what each neighbour counts; rows add up to 1, or to 0 where nothing is alike
     "The nearest items by cosine of their features."
+
     def unit(m):
         m = sparse.csr_matrix(m, dtype=np.float32)
-        return sparse.diags_array(1/np.maximum(np.sqrt(np.asarray(m.multiply(m).sum(1)).ravel()), 1e-12).astype(np.float32)) @ m
+        return (
+            sparse.diags_array(
+                1 / np.maximum(np.sqrt(np.asarray(m.multiply(m).sum(1)).ravel()), 1e-12).astype(np.float32)
+            )
+            @ m
+        )
+
     new, known_t, n = unit(new), unit(known).T.tocsr(), min(n, known.shape[0])
-    by = np.zeros(known.shape[0]) if popularity is None else np.asarray(popularity, np.float64)/max(1e-12, np.max(popularity, initial=0.))
+    by = (
+        np.zeros(known.shape[0])
+        if popularity is None
+        else np.asarray(popularity, np.float64) / max(1e-12, np.max(popularity, initial=0.0))
+    )
     rows, columns, values = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0, np.float32)]
-    for start in range(0, new.shape[0], 256): # a block of new items against all known ones
-        near = (new[start:start+256] @ known_t).toarray()
-        best = np.argpartition(-(near.round(6) + 1e-7*by), n-1, axis=1)[:, :n] if n else np.zeros((len(near), 0), int)
+    for start in range(0, new.shape[0], 256):  # a block of new items against all known ones
+        near = (new[start : start + 256] @ known_t).toarray()
+        best = (
+            np.argpartition(-(near.round(6) + 1e-7 * by), n - 1, axis=1)[:, :n] if n else np.zeros((len(near), 0), int)
+        )
         weight = np.maximum(np.take_along_axis(near, best, 1), 0)
         weight /= np.maximum(weight.sum(1, keepdims=True), 1e-12)
         row, place = np.nonzero(weight)
-        rows.append(row+start); columns.append(best[row, place]); values.append(weight[row, place])
-    found = sparse.csr_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=(new.shape[0], known.shape[0]), dtype=np.float32)
+        rows.append(row + start)
+        columns.append(best[row, place])
+        values.append(weight[row, place])
+    found = sparse.csr_matrix(
+        (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))),
+        shape=(new.shape[0], known.shape[0]),
+        dtype=np.float32,
+    )
     found.sort_indices()
     return found
 
 # %% ../nbs/02_modeling.ipynb #0e532aaa
 class AutoEncoder(nn.Module):
     "The lecture's net: a history, a hidden layer of sigmoids, a linear value for every item."
+
     activation = staticmethod(torch.sigmoid)
-    def __init__(self,
-        n_items: int,           # items in the vocabulary
+
+    def __init__(
+        self,
+        n_items: int,  # items in the vocabulary
         hidden_dim: int = 256,  # width of the hidden layer
-        generator: torch.Generator = None, # of the first weights; None: torch's own
+        generator: torch.Generator = None,  # of the first weights; None: torch's own
     ):
         super().__init__()
-        def uniform(*shape, fan_in): return nn.Parameter(torch.empty(shape).uniform_(-fan_in**-.5, fan_in**-.5, generator=generator)) # as nn.Linear
+
+        def uniform(*shape, fan_in):
+            return nn.Parameter(
+                torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+            )  # as nn.Linear
+
         self.encoder_weight = uniform(n_items, hidden_dim, fan_in=n_items)
         self.encoder_bias = uniform(hidden_dim, fan_in=n_items)
         self.decoder_weight = uniform(n_items, hidden_dim, fan_in=hidden_dim)
         self.decoder_bias = uniform(n_items, fan_in=hidden_dim)
 
-    def forward(self, x: torch.Tensor # [n, n_items] dense multi-hot rows
-               ) -> torch.Tensor: # [n, n_items]
+    def forward(
+        self,
+        x: torch.Tensor,  # [n, n_items] dense multi-hot rows
+    ) -> torch.Tensor:  # [n, n_items]
         return self.decode(self.activation(x @ self.encoder_weight + self.encoder_bias))
 
-    def fold_in(self,
-        indices: torch.Tensor, # int64, items of all histories one after another
-        offsets: torch.Tensor, # int64, where each history begins
-        weights: torch.Tensor = None, # float32, a weight an item; None: ones
-    ) -> torch.Tensor: # [n, n_items]
+    def fold_in(
+        self,
+        indices: torch.Tensor,  # int64, items of all histories one after another
+        offsets: torch.Tensor,  # int64, where each history begins
+        weights: torch.Tensor = None,  # float32, a weight an item; None: ones
+    ) -> torch.Tensor:  # [n, n_items]
         "The same from ragged histories."
-        bag = F.embedding_bag(indices, self.encoder_weight, offsets, mode='sum', per_sample_weights=weights)
+        bag = F.embedding_bag(indices, self.encoder_weight, offsets, mode="sum", per_sample_weights=weights)
         return self.decode(self.activation(bag + self.encoder_bias))
 
-    def decode(self, hidden): return F.linear(hidden, self.decoder_weight, self.decoder_bias)
+    def decode(self, hidden):
+        return F.linear(hidden, self.decoder_weight, self.decoder_bias)
 
 # %% ../nbs/02_modeling.ipynb #b31d405a
-AUTO = 'auto' # in the list of models: look for one
+AUTO = "auto"  # in the list of models: look for one
 
-def configured_models(settings,     # sections model, training and run are read
-                      asked: tuple = (), # knobs given as arguments: each must be one that some model has
-                     ) -> list: # of {name, hyperparameters, given}: those that were set are not tuned
+
+def configured_models(
+    settings,  # sections model, training and run are read
+    asked: tuple = (),  # knobs given as arguments: each must be one that some model has
+) -> list:  # of {name, hyperparameters, given}: those that were set are not tuned
     "The models that compete, with all their hyperparameters; what `auto` may take comes first."
     names = [settings.model.model] if settings.model.model else list(dict.fromkeys(settings.model.models))
-    own,preset = {name: hyperparameters(name) for name in names if name != AUTO}, settings.model.preset
+    own, preset = {name: hyperparameters(name) for name in names if name != AUTO}, settings.model.preset
     everybodys = {h for name in model_names() for h in hyperparameters(name)}
-    knobs = {k: v for section in (settings.model, settings.training) for k,v in section if k in everybodys and v is not None}
+    knobs = {
+        k: v for section in (settings.model, settings.training) for k, v in section if k in everybodys and v is not None
+    }
     for knob in knobs:
         if knob in asked and not any(knob in hp for hp in own.values()):
-            raise AerecError(f"{knob} = {knobs[knob]!r}: none of the models {', '.join(names)} has it; leave it out, or choose a model that does")
-    presets = {name: preset for name in own if preset in getattr(model_class(name), 'presets', {})}
-    if preset and not presets: raise AerecError(f"preset = {preset!r}: none of the models {', '.join(names)} has it; leave it out, or choose a model that does")
-    knobs['random_seed'] = settings.run.random_seed
-    made = {name: create_model(name, presets.get(name), **{k: v for k,v in knobs.items() if k in hp}) for name,hp in own.items()}
-    given = {name: sorted({*knobs, *getattr(model_class(name), 'presets', {}).get(presets.get(name), ())} & set(hp)) for name,hp in own.items()}
-    looked_for = [dict(name=AUTO, hyperparameters=dict(budget_s=settings.training.budget_s), given=[])] if AUTO in names else []
-    return looked_for + [dict(name=name, hyperparameters=m.hyperparameters, given=given[name]) for name,m in made.items()]
+            raise AerecError(
+                f"{knob} = {knobs[knob]!r}: none of the models {', '.join(names)} has it; leave it out, or choose a model that does"
+            )
+    presets = {name: preset for name in own if preset in getattr(model_class(name), "presets", {})}
+    if preset and not presets:
+        raise AerecError(
+            f"preset = {preset!r}: none of the models {', '.join(names)} has it; leave it out, or choose a model that does"
+        )
+    knobs["random_seed"] = settings.run.random_seed
+    made = {
+        name: create_model(name, presets.get(name), **{k: v for k, v in knobs.items() if k in hp})
+        for name, hp in own.items()
+    }
+    given = {
+        name: sorted({*knobs, *getattr(model_class(name), "presets", {}).get(presets.get(name), ())} & set(hp))
+        for name, hp in own.items()
+    }
+    looked_for = (
+        [dict(name=AUTO, hyperparameters=dict(budget_s=settings.training.budget_s), given=[])] if AUTO in names else []
+    )
+    return looked_for + [
+        dict(name=name, hyperparameters=m.hyperparameters, given=given[name]) for name, m in made.items()
+    ]
 
 # %% ../nbs/02_modeling.ipynb #8b91299f
-def build_modeling(run,         # `Run` from `aerec_nb.runs`
-                   folder: Path # where to write models.json and plan.parquet
-                  ) -> dict: # key figures for the manifest
+def build_modeling(
+    run,  # `Run` from `aerec_nb.runs`
+    folder: Path,  # where to write models.json and plan.parquet
+) -> dict:  # key figures for the manifest
     "Settle which models compete, and plan each; refuse those that will not fit."
-    split = Split.load(run.need('model_preprocessing')/'split').refit()
-    asked = [k for k in run.overrides if KNOBS.get(k) != 'training']
-    models = [{**m, 'hyperparameters': {k: v for k,v in m['hyperparameters'].items() if m['name'] == AUTO or KNOBS.get(k) != 'training'}}
-              for m in configured_models(run.settings, asked)] # how they are trained is said in training
+    split = Split.load(run.need("model_preprocessing") / "split").refit()
+    asked = [k for k in run.overrides if KNOBS.get(k) != "training"]
+    models = [
+        {
+            **m,
+            "hyperparameters": {
+                k: v for k, v in m["hyperparameters"].items() if m["name"] == AUTO or KNOBS.get(k) != "training"
+            },
+        }
+        for m in configured_models(run.settings, asked)
+    ]  # how they are trained is said in training
+
     def planned(name, hp):
-        if name != AUTO: return plan(name, *split.train.shape, split.train.nnz, run.settings.model.max_memory_gib, **hp)
-        return Plan(AUTO, 'search', *split.train.shape, int(2**30*limit_gib(run.settings.model.max_memory_gib)), hp['budget_s']) # at most
-    plans = [planned(m['name'], m['hyperparameters']) for m in models]
-    write_json(folder/'models.json', models)
-    write_parquet(folder/'plan.parquet', pd.DataFrame([dict(model=p.model, form=p.form, n_users=p.n_users, n_items=p.n_items,
-                                                            memory_mib=p.n_bytes/2**20, seconds=p.seconds) for p in plans]))
-    return dict(n_models=len(models), largest_mib=round(max(p.n_bytes for p in plans)/2**20, 1))
+        if name != AUTO:
+            return plan(name, *split.train.shape, split.train.nnz, run.settings.model.max_memory_gib, **hp)
+        return Plan(
+            AUTO,
+            "search",
+            *split.train.shape,
+            int(2**30 * limit_gib(run.settings.model.max_memory_gib)),
+            hp["budget_s"],
+        )  # at most
+
+    plans = [planned(m["name"], m["hyperparameters"]) for m in models]
+    write_json(folder / "models.json", models)
+    write_parquet(
+        folder / "plan.parquet",
+        pd.DataFrame(
+            [
+                dict(
+                    model=p.model,
+                    form=p.form,
+                    n_users=p.n_users,
+                    n_items=p.n_items,
+                    memory_mib=p.n_bytes / 2**20,
+                    seconds=p.seconds,
+                )
+                for p in plans
+            ]
+        ),
+    )
+    return dict(n_models=len(models), largest_mib=round(max(p.n_bytes for p in plans) / 2**20, 1))
 
 # %% ../nbs/02_modeling.ipynb #14ab498e
-def describe_models(folder: Path # what `build_modeling` wrote
-                   ) -> pd.DataFrame: # a row a model
+def describe_models(
+    folder: Path,  # what `build_modeling` wrote
+) -> pd.DataFrame:  # a row a model
     "The models that compete: hyperparameters, form, and what fitting is foreseen to take."
-    models = {m['name']: m['hyperparameters'] for m in read_json(Path(folder)/'models.json')}
-    table = pd.read_parquet(Path(folder)/'plan.parquet').set_index('model')
-    shown = {name: ', '.join(f'{k} {v}' for k,v in hp.items()) or '-' for name,hp in models.items()}
-    return pd.DataFrame({'hyperparameters': pd.Series(shown), 'form': table.form, 'memory, MiB': table.memory_mib.round(1), 'time, s': table.seconds.map('{:.2g}'.format)}).loc[list(models)]
+    models = {m["name"]: m["hyperparameters"] for m in read_json(Path(folder) / "models.json")}
+    table = pd.read_parquet(Path(folder) / "plan.parquet").set_index("model")
+    shown = {name: ", ".join(f"{k} {v}" for k, v in hp.items()) or "-" for name, hp in models.items()}
+    return pd.DataFrame(
+        {
+            "hyperparameters": pd.Series(shown),
+            "form": table.form,
+            "memory, MiB": table.memory_mib.round(1),
+            "time, s": table.seconds.map("{:.2g}".format),
+        }
+    ).loc[list(models)]
 
 # %% ../nbs/02_modeling.ipynb #f497338e
-def plot_plan(folder: Path # what `build_modeling` wrote
-             ): # -> matplotlib Figure
+def plot_plan(
+    folder: Path,  # what `build_modeling` wrote
+):  # -> matplotlib Figure
     "Foreseen memory and time of each model."
-    table = pd.read_parquet(Path(folder)/'plan.parquet').set_index('model')[::-1]
-    fig,axes = plt.subplots(1, 2, figsize=(8, 1.2+.35*len(table)), layout='constrained', sharey=True)
-    for ax,values,label in zip(axes, (table.memory_mib, table.seconds.clip(lower=1e-3)), ('memory at the peak, MiB', 'time to fit, seconds')):
-        bars = ax.barh(table.index, values, color='#0072b2', height=.6)
-        ax.bar_label(bars, ['< 0.001' if v <= 1e-3 else f'{v:.2g}' if v < 10 else f'{v:,.0f}' for v in values], padding=3, fontsize=8)
+    table = pd.read_parquet(Path(folder) / "plan.parquet").set_index("model")[::-1]
+    fig, axes = plt.subplots(1, 2, figsize=(8, 1.2 + 0.35 * len(table)), layout="constrained", sharey=True)
+    for ax, values, label in zip(
+        axes, (table.memory_mib, table.seconds.clip(lower=1e-3)), ("memory at the peak, MiB", "time to fit, seconds")
+    ):
+        bars = ax.barh(table.index, values, color="#0072b2", height=0.6)
+        ax.bar_label(
+            bars,
+            ["< 0.001" if v <= 1e-3 else f"{v:.2g}" if v < 10 else f"{v:,.0f}" for v in values],
+            padding=3,
+            fontsize=8,
+        )
         ax.set_xlabel(label)
-        ax.margins(x=.2)
-        ax.spines[['top', 'right']].set_visible(False)
-    users,items = table.n_users.iloc[0], table.n_items.iloc[0]
-    fig.suptitle(f'What fitting on {users:,} users x {items:,} items is foreseen to take', fontsize=11)
+        ax.margins(x=0.2)
+        ax.spines[["top", "right"]].set_visible(False)
+    users, items = table.n_users.iloc[0], table.n_items.iloc[0]
+    fig.suptitle(f"What fitting on {users:,} users x {items:,} items is foreseen to take", fontsize=11)
     plt.close(fig)
     return fig

@@ -40,221 +40,440 @@ from .events import COLUMNS, SCHEMA, EventLog, check_event, load_events, new_eve
 from .inference import Recommender
 from .packaging import head_items, headline, load_bundle, same_answer
 from .postprocessing import ban_list, miscalibration
-from .runs import FileError, all_runs, alone, atomic_path, file_errors, read_json, read_run_file, sha256_file, write_json, write_parquet
+from aerec_nb.runs import (
+    FileError,
+    all_runs,
+    alone,
+    atomic_path,
+    file_errors,
+    read_json,
+    read_run_file,
+    sha256_file,
+    write_json,
+    write_parquet,
+)
 from .validation import gini, list_metrics, long_tail
 
 # %% ../nbs/06_monitoring.ipynb #b9690a6b
-_PAYLOAD = json.dumps({'status': 'INTEGER', 'ms': 'DOUBLE', 'k': 'INTEGER', 'endpoint': 'VARCHAR', 'fallback_used': 'BOOLEAN', 'unknown_user': 'BOOLEAN', 'exclude_seen': 'BOOLEAN',
-                       'version': 'VARCHAR', 'arm': 'VARCHAR', 'error': 'VARCHAR', 'items': ['VARCHAR'], 'scores': ['DOUBLE'], 'history': ['VARCHAR'], 'propensities': 'MAP(VARCHAR, DOUBLE)'})
+_PAYLOAD = json.dumps(
+    {
+        "status": "INTEGER",
+        "ms": "DOUBLE",
+        "k": "INTEGER",
+        "endpoint": "VARCHAR",
+        "fallback_used": "BOOLEAN",
+        "unknown_user": "BOOLEAN",
+        "exclude_seen": "BOOLEAN",
+        "version": "VARCHAR",
+        "arm": "VARCHAR",
+        "error": "VARCHAR",
+        "items": ["VARCHAR"],
+        "scores": ["DOUBLE"],
+        "history": ["VARCHAR"],
+        "propensities": "MAP(VARCHAR, DOUBLE)",
+    }
+)
 
-def _payloads(texts, fields:str) -> pa.Table:
+
+def _payloads(texts, fields: str) -> pa.Table:
     "The fields of JSON payloads as columns; what is missing, or of another type, is null."
-    asked = pa.table({'payload': texts})
-    with duckdb.connect() as db: return db.sql(f"SELECT unnest(json_transform(payload, '{fields}')) FROM asked").to_arrow_table()
+    asked = pa.table({"payload": texts})
+    with duckdb.connect() as db:
+        return db.sql(f"SELECT unnest(json_transform(payload, '{fields}')) FROM asked").to_arrow_table()
 
-def _numbers(index, ids) -> np.ndarray: # int32, -1: unknown or null
+
+def _numbers(index, ids) -> np.ndarray:  # int32, -1: unknown or null
     "Numbers of many ids given as an Arrow array: each distinct one is looked up once."
     coded = ids.combine_chunks().dictionary_encode() if isinstance(ids, pa.ChunkedArray) else ids.dictionary_encode()
     found = np.append(index.numbers(coded.dictionary.to_pylist()), -1).astype(np.int32)
     return found[pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False)]
 
-def _flat(lists) -> tuple: # lengths, values one after another
+
+def _flat(lists) -> tuple:  # lengths, values one after another
     "A column of lists, taken apart."
-    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64), pc.list_flatten(lists)
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(
+        np.int64
+    ), pc.list_flatten(lists)
 
 # %% ../nbs/06_monitoring.ipynb #fcc08b64
 class Window:
     "Events of a span of time, and the recommender they are judged by."
-    def __init__(self, events, # DataFrame as `EventLog.read` gives them, or a function (kind) -> Arrow tables as `EventLog.chunks` gives them
-                 recommender:Recommender, # with vocabularies, histories, popularity and ban list
-                 end:float=None, # of the span, UTC seconds; None: the newest event
-                 maturity:float=1800. # a request counts for clicks once it is so old, and a click counts for so long, seconds
-                ):
-        self.recommender, self.maturity, self.reference, self.previous, self.last = recommender, maturity, None, None, None
+
+    def __init__(
+        self,
+        events,  # DataFrame as `EventLog.read` gives them, or a function (kind) -> Arrow tables as `EventLog.chunks` gives them
+        recommender: Recommender,  # with vocabularies, histories, popularity and ban list
+        end: float = None,  # of the span, UTC seconds; None: the newest event
+        maturity: float = 1800.0,  # a request counts for clicks once it is so old, and a click counts for so long, seconds
+    ):
+        self.recommender, self.maturity, self.reference, self.previous, self.last = (
+            recommender,
+            maturity,
+            None,
+            None,
+            None,
+        )
         tables = events if callable(events) else _as_tables(events)
-        _read_requests(self, tables('request'))
-        self.feedback, self.impressions = _read_reports(self, tables('feedback')), _read_reports(self, tables('impression'))
+        _read_requests(self, tables("request"))
+        self.feedback, self.impressions = (
+            _read_reports(self, tables("feedback")),
+            _read_reports(self, tables("impression")),
+        )
         newest = [f.time.max() for f in (self.requests, self.feedback, self.impressions) if len(f)]
-        self.end = end if end is not None else max(newest, default=0.)
-        self.begin = min([f.time.min() for f in (self.requests, self.feedback, self.impressions) if len(f)], default=self.end)
+        self.end = end if end is not None else max(newest, default=0.0)
+        self.begin = min(
+            [f.time.min() for f in (self.requests, self.feedback, self.impressions) if len(f)], default=self.end
+        )
 
     @cached_property
-    def answered(self): return self.requests[self.is_answered]
+    def answered(self):
+        return self.requests[self.is_answered]
+
     @cached_property
-    def is_answered(self): return (self.requests.status < 400).to_numpy() & ~self.requests.error_kind.notna().to_numpy()
+    def is_answered(self):
+        return (self.requests.status < 400).to_numpy() & ~self.requests.error_kind.notna().to_numpy()
+
     @cached_property
-    def row(self) -> np.ndarray: # int32, a request a place
+    def row(self) -> np.ndarray:  # int32, a request a place
         return np.repeat(np.arange(len(self.requests), dtype=np.int32), np.diff(self.offsets))
-    @cached_property
-    def rank(self) -> np.ndarray: # int32, from 1, a value a place
-        return (np.arange(len(self.item)) - np.repeat(self.offsets[:-1], np.diff(self.offsets)) + 1).astype(np.int32)
-    @property
-    def lengths(self): return np.diff(self.offsets)
-    @cached_property
-    def personal(self): # bool, a value a request: lists that a model makes of all items for one visitor; not similar or popular items, nor given ones in order
-        return ~self.requests.endpoint.isin(['popular', 'similar', 'rank']).to_numpy()
-    @property
-    def places(self) -> pd.DataFrame: # request, item (number, -1 unknown)
-        return pd.DataFrame({'request': self.row, 'item': self.item})
 
-def _as_tables(events:pd.DataFrame):
+    @cached_property
+    def rank(self) -> np.ndarray:  # int32, from 1, a value a place
+        return (np.arange(len(self.item)) - np.repeat(self.offsets[:-1], np.diff(self.offsets)) + 1).astype(np.int32)
+
+    @property
+    def lengths(self):
+        return np.diff(self.offsets)
+
+    @cached_property
+    def personal(
+        self,
+    ):  # bool, a value a request: lists that a model makes of all items for one visitor; not similar or popular items, nor given ones in order
+        return ~self.requests.endpoint.isin(["popular", "similar", "rank"]).to_numpy()
+
+    @property
+    def places(self) -> pd.DataFrame:  # request, item (number, -1 unknown)
+        return pd.DataFrame({"request": self.row, "item": self.item})
+
+
+def _as_tables(events: pd.DataFrame):
     "A table of events, as chunks of each kind."
+
     def tables(kind):
         of = events[events.kind == kind] if len(events) else events
         texts = [json.dumps(p) if isinstance(p, dict) else p for p in of.payload] if len(of) else []
-        columns = {name: pd.Series(texts if name == 'payload' else of[name], dtype=object).where(lambda s: s.notna(), None).tolist() for name in COLUMNS}
-        yield pa.table({name: pa.array([v if v is None else str(v) for v in values], pa.string()) if SCHEMA.field(name).type == pa.string() else pa.array(values, SCHEMA.field(name).type)
-                        for name,values in columns.items()})
+        columns = {
+            name: pd.Series(texts if name == "payload" else of[name], dtype=object)
+            .where(lambda s: s.notna(), None)
+            .tolist()
+            for name in COLUMNS
+        }
+        yield pa.table(
+            {
+                name: pa.array([v if v is None else str(v) for v in values], pa.string())
+                if SCHEMA.field(name).type == pa.string()
+                else pa.array(values, SCHEMA.field(name).type)
+                for name, values in columns.items()
+            }
+        )
+
     return tables
 
 # %% ../nbs/06_monitoring.ipynb #4f89578b
-def _read_requests(w:Window, tables) -> None:
+def _read_requests(w: Window, tables) -> None:
     "Requests as a table, their lists and histories as flat arrays."
-    r, asked, parts = w.recommender, [], {name: [np.zeros(0, t)] for name,t in (('length', np.int64), ('item', np.int32), ('score', float), ('sent_row', np.int64), ('sent', np.int32),
-                                                                               ('drawn_row', np.int64), ('drawn_place', np.int64), ('propensity', float))}
+    r, asked, parts = (
+        w.recommender,
+        [],
+        {
+            name: [np.zeros(0, t)]
+            for name, t in (
+                ("length", np.int64),
+                ("item", np.int32),
+                ("score", float),
+                ("sent_row", np.int64),
+                ("sent", np.int32),
+                ("drawn_row", np.int64),
+                ("drawn_place", np.int64),
+                ("propensity", float),
+            )
+        },
+    )
     n = 0
     for t in tables:
-        if not len(t): continue
-        p = _payloads(t['payload'], _PAYLOAD)
-        plain = p.drop_columns(['items', 'scores', 'history', 'propensities'])
-        text = {name: plain[name].combine_chunks().dictionary_encode() for name in ('endpoint', 'version', 'arm', 'error')}
-        asked.append(pa.table({'time': t['time'], 'request_id': t['request_id'], 'user_id': t['user_id'], 'user': pa.array(_numbers(r.user_index, t['user_id'])),
-                               **{name: plain[name] for name in ('status', 'ms', 'k', 'fallback_used', 'unknown_user', 'exclude_seen')}, **text}))
-        length, ids = _flat(p['items'])
-        parts['length'].append(length); parts['item'].append(_numbers(r.item_index, ids)); parts['score'].append(_scores(p['scores'], length))
-        sent_length, sent = _flat(p['history'])
-        parts['sent_row'].append(n+np.repeat(np.arange(len(t)), sent_length)); parts['sent'].append(_numbers(r.item_index, sent))
-        drawn = p['propensities'].combine_chunks()
-        drawn_length, entries = _flat(drawn.cast(pa.list_(pa.struct([('key', pa.string()), ('value', pa.float64())]))) if len(drawn) else drawn)
+        if not len(t):
+            continue
+        p = _payloads(t["payload"], _PAYLOAD)
+        plain = p.drop_columns(["items", "scores", "history", "propensities"])
+        text = {
+            name: plain[name].combine_chunks().dictionary_encode() for name in ("endpoint", "version", "arm", "error")
+        }
+        asked.append(
+            pa.table(
+                {
+                    "time": t["time"],
+                    "request_id": t["request_id"],
+                    "user_id": t["user_id"],
+                    "user": pa.array(_numbers(r.user_index, t["user_id"])),
+                    **{
+                        name: plain[name]
+                        for name in ("status", "ms", "k", "fallback_used", "unknown_user", "exclude_seen")
+                    },
+                    **text,
+                }
+            )
+        )
+        length, ids = _flat(p["items"])
+        parts["length"].append(length)
+        parts["item"].append(_numbers(r.item_index, ids))
+        parts["score"].append(_scores(p["scores"], length))
+        sent_length, sent = _flat(p["history"])
+        parts["sent_row"].append(n + np.repeat(np.arange(len(t)), sent_length))
+        parts["sent"].append(_numbers(r.item_index, sent))
+        drawn = p["propensities"].combine_chunks()
+        drawn_length, entries = _flat(
+            drawn.cast(pa.list_(pa.struct([("key", pa.string()), ("value", pa.float64())]))) if len(drawn) else drawn
+        )
         if len(entries):
-            parts['drawn_row'].append(n+np.repeat(np.arange(len(t)), drawn_length)); parts['propensity'].append(pc.struct_field(entries, 'value').to_numpy(zero_copy_only=False))
-            parts['drawn_place'].append(pd.to_numeric(pd.Series(pc.struct_field(entries, 'key').to_pylist()), errors='coerce').fillna(0).astype(np.int64).to_numpy())
+            parts["drawn_row"].append(n + np.repeat(np.arange(len(t)), drawn_length))
+            parts["propensity"].append(pc.struct_field(entries, "value").to_numpy(zero_copy_only=False))
+            parts["drawn_place"].append(
+                pd.to_numeric(pd.Series(pc.struct_field(entries, "key").to_pylist()), errors="coerce")
+                .fillna(0)
+                .astype(np.int64)
+                .to_numpy()
+            )
         n += len(t)
-    flat = {name: np.concatenate(values) for name,values in parts.items()}
+    flat = {name: np.concatenate(values) for name, values in parts.items()}
     table = pa.concat_tables(asked).unify_dictionaries() if asked else None
-    w._request_ids = table['request_id'].combine_chunks() if asked else pa.array([], pa.string())
+    w._request_ids = table["request_id"].combine_chunks() if asked else pa.array([], pa.string())
     w.requests = _request_frame(table, r)
-    w.number = np.arange(len(w.requests)) # of each request among the ids
-    w.offsets, w.item, w.score = np.append(0, np.cumsum(flat['length'])), flat['item'], flat['score']
-    w.sent_row, w.sent = flat['sent_row'], flat['sent']
-    inside = (flat['drawn_place'] >= 1) & (flat['drawn_place'] <= flat['length'][flat['drawn_row']]) if len(flat['drawn_row']) else np.zeros(0, bool)
-    w.drawn, w.propensity = (w.offsets[flat['drawn_row']] + flat['drawn_place'] - 1)[inside], flat['propensity'][inside]
+    w.number = np.arange(len(w.requests))  # of each request among the ids
+    w.offsets, w.item, w.score = np.append(0, np.cumsum(flat["length"])), flat["item"], flat["score"]
+    w.sent_row, w.sent = flat["sent_row"], flat["sent"]
+    inside = (
+        (flat["drawn_place"] >= 1) & (flat["drawn_place"] <= flat["length"][flat["drawn_row"]])
+        if len(flat["drawn_row"])
+        else np.zeros(0, bool)
+    )
+    w.drawn, w.propensity = (w.offsets[flat["drawn_row"]] + flat["drawn_place"] - 1)[inside], flat["propensity"][inside]
 
-def _scores(lists, length:np.ndarray) -> np.ndarray:
+
+def _scores(lists, length: np.ndarray) -> np.ndarray:
     "Scores of places; NaN where a list has none, or not one an item."
     n, values = _flat(lists)
     values = values.to_numpy(zero_copy_only=False).astype(float) if len(values) else np.zeros(0)
-    if np.array_equal(n, length): return values
+    if np.array_equal(n, length):
+        return values
     fits, found = (n == length), np.full(length.sum(), np.nan)
     found[np.repeat(fits, length)] = values[np.repeat(fits, n)]
     return found
 
+
 def _request_frame(table, r) -> pd.DataFrame:
     "Requests with what old events do not say filled in."
-    if table is None: table = pa.table({**{c: pa.array([], pa.float64()) for c in ('time', 'ms')}, **{c: pa.array([], pa.int32()) for c in ('user', 'status', 'k')}, 'user_id': pa.array([], pa.string()),
-                                        **{c: pa.array([], pa.bool_()) for c in ('fallback_used', 'unknown_user', 'exclude_seen')}, **{c: pa.array([], pa.string()) for c in ('endpoint', 'version', 'arm', 'error')}})
-    def numbers(name, missing): return pc.fill_null(table[name], missing).to_numpy()
+    if table is None:
+        table = pa.table(
+            {
+                **{c: pa.array([], pa.float64()) for c in ("time", "ms")},
+                **{c: pa.array([], pa.int32()) for c in ("user", "status", "k")},
+                "user_id": pa.array([], pa.string()),
+                **{c: pa.array([], pa.bool_()) for c in ("fallback_used", "unknown_user", "exclude_seen")},
+                **{c: pa.array([], pa.string()) for c in ("endpoint", "version", "arm", "error")},
+            }
+        )
+
+    def numbers(name, missing):
+        return pc.fill_null(table[name], missing).to_numpy()
+
     def texts(name):
         c = table[name].combine_chunks()
         c = c if pa.types.is_dictionary(c.type) else c.dictionary_encode()
-        return pd.Categorical.from_codes(pc.fill_null(c.indices, -1).to_numpy(zero_copy_only=False), pd.Index(c.dictionary.to_pylist(), dtype=object))
-    return pd.DataFrame({'time': table['time'].to_numpy(), 'user_id': texts('user_id'), 'user': table['user'].to_numpy(), 'status': numbers('status', 200), 'ms': table['ms'].to_numpy(),
-                         'k': numbers('k', 0), 'fallback': numbers('fallback_used', False), 'unknown_user': pc.fill_null(table['unknown_user'], False).to_numpy(), 'exclude_seen': numbers('exclude_seen', True),
-                         'endpoint': texts('endpoint'), 'version': texts('version'), 'arm': texts('arm'), 'error_kind': texts('error')})
+        return pd.Categorical.from_codes(
+            pc.fill_null(c.indices, -1).to_numpy(zero_copy_only=False), pd.Index(c.dictionary.to_pylist(), dtype=object)
+        )
+
+    return pd.DataFrame(
+        {
+            "time": table["time"].to_numpy(),
+            "user_id": texts("user_id"),
+            "user": table["user"].to_numpy(),
+            "status": numbers("status", 200),
+            "ms": table["ms"].to_numpy(),
+            "k": numbers("k", 0),
+            "fallback": numbers("fallback_used", False),
+            "unknown_user": pc.fill_null(table["unknown_user"], False).to_numpy(),
+            "exclude_seen": numbers("exclude_seen", True),
+            "endpoint": texts("endpoint"),
+            "version": texts("version"),
+            "arm": texts("arm"),
+            "error_kind": texts("error"),
+        }
+    )
 
 # %% ../nbs/06_monitoring.ipynb #6b65ca56
-def _read_reports(w:Window, tables) -> pd.DataFrame: # time, request (its row, -1: none here), item (number, -1 unknown), value, click, repeated
+def _read_reports(
+    w: Window, tables
+) -> pd.DataFrame:  # time, request (its row, -1: none here), item (number, -1 unknown), value, click, repeated
     "Impressions or feedback."
-    parts = [{'time': np.zeros(0), 'request': np.zeros(0, np.int64), 'item': np.zeros(0, np.int32), 'value': np.zeros(0), 'click': np.zeros(0, bool), 'has_item': np.zeros(0, bool)}]
+    parts = [
+        {
+            "time": np.zeros(0),
+            "request": np.zeros(0, np.int64),
+            "item": np.zeros(0, np.int32),
+            "value": np.zeros(0),
+            "click": np.zeros(0, bool),
+            "has_item": np.zeros(0, bool),
+        }
+    ]
     for t in tables:
-        if not len(t): continue
-        request = pc.fill_null(pc.index_in(t['request_id'], w._request_ids), -1).to_numpy().astype(np.int64)
-        request[t['request_id'].is_null().to_numpy()] = -1
-        value = t['value'].to_numpy().astype(float)
-        kind = _payloads(t['payload'], '{"type": "VARCHAR"}')['type'] if 'payload' in t.column_names else None
-        click = (value > 0) & (pc.fill_null(pc.is_in(kind, pa.array(['click', 'feedback'])), False).to_numpy() | kind.is_null().to_numpy()) if kind is not None else np.zeros(len(t), bool)
-        parts.append({'time': t['time'].to_numpy(), 'request': request, 'item': _numbers(w.recommender.item_index, t['item_id']), 'value': value, 'click': click, 'has_item': t['item_id'].is_valid().to_numpy()})
+        if not len(t):
+            continue
+        request = pc.fill_null(pc.index_in(t["request_id"], w._request_ids), -1).to_numpy().astype(np.int64)
+        request[t["request_id"].is_null().to_numpy()] = -1
+        value = t["value"].to_numpy().astype(float)
+        kind = _payloads(t["payload"], '{"type": "VARCHAR"}')["type"] if "payload" in t.column_names else None
+        click = (
+            (value > 0)
+            & (
+                pc.fill_null(pc.is_in(kind, pa.array(["click", "feedback"])), False).to_numpy()
+                | kind.is_null().to_numpy()
+            )
+            if kind is not None
+            else np.zeros(len(t), bool)
+        )
+        parts.append(
+            {
+                "time": t["time"].to_numpy(),
+                "request": request,
+                "item": _numbers(w.recommender.item_index, t["item_id"]),
+                "value": value,
+                "click": click,
+                "has_item": t["item_id"].is_valid().to_numpy(),
+            }
+        )
     return pd.DataFrame({name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
 
+
 @patch
-def between(self:Window, begin:float, end:float # UTC seconds: from, and before
-           ): # -> Window
+def between(
+    self: Window,
+    begin: float,
+    end: float,  # UTC seconds: from, and before
+):  # -> Window
     "A part of a window."
     part, keep = copy(self), ((self.requests.time >= begin) & (self.requests.time < end)).to_numpy()
-    for name in [n for n,v in vars(type(self)).items() if isinstance(v, cached_property)]: part.__dict__.pop(name, None)
-    new, places = np.where(keep, np.cumsum(keep)-1, -1), np.repeat(keep, self.lengths)
-    at = np.where(places, np.cumsum(places)-1, -1)
+    for name in [n for n, v in vars(type(self)).items() if isinstance(v, cached_property)]:
+        part.__dict__.pop(name, None)
+    new, places = np.where(keep, np.cumsum(keep) - 1, -1), np.repeat(keep, self.lengths)
+    at = np.where(places, np.cumsum(places) - 1, -1)
     part.number = self.number[keep]
-    part.requests, part.offsets = self.requests[keep].reset_index(drop=True), np.append(0, np.cumsum(self.lengths[keep]))
+    part.requests, part.offsets = (
+        self.requests[keep].reset_index(drop=True),
+        np.append(0, np.cumsum(self.lengths[keep])),
+    )
     part.item, part.score = self.item[places], self.score[places]
     part.sent_row, part.sent = new[self.sent_row[keep[self.sent_row]]], self.sent[keep[self.sent_row]]
     part.drawn, part.propensity = at[self.drawn[places[self.drawn]]], self.propensity[places[self.drawn]]
+
     def reports(f):
-        own = np.append(keep, False)[f.request.to_numpy()] | ((f.time >= begin) & (f.time < end) & (f.request < 0)).to_numpy()
+        own = (
+            np.append(keep, False)[f.request.to_numpy()]
+            | ((f.time >= begin) & (f.time < end) & (f.request < 0)).to_numpy()
+        )
         return f[own].assign(request=np.append(new, -1)[f.request.to_numpy()[own]]).reset_index(drop=True)
-    part.feedback, part.impressions, part.begin, part.end = reports(self.feedback), reports(self.impressions), begin, end
+
+    part.feedback, part.impressions, part.begin, part.end = (
+        reports(self.feedback),
+        reports(self.impressions),
+        begin,
+        end,
+    )
     part.reference = None
     return part
 
 # %% ../nbs/06_monitoring.ipynb #a6d8fafe
 class Pairs:
     "A set of (row, column) pairs."
-    def __init__(self, rows, columns, n:int # columns
-                ):
-        self.keys, self.n = np.unique(np.asarray(rows, np.int64)*n + columns), n
-    def has(self, rows, columns) -> np.ndarray: # bool
+
+    def __init__(
+        self,
+        rows,
+        columns,
+        n: int,  # columns
+    ):
+        self.keys, self.n = np.unique(np.asarray(rows, np.int64) * n + columns), n
+
+    def has(self, rows, columns) -> np.ndarray:  # bool
         "Is each pair there?"
-        if not len(self.keys): return np.zeros(len(rows), bool)
-        key = np.asarray(rows, np.int64)*self.n + columns
-        return self.keys[np.minimum(np.searchsorted(self.keys, key), len(self.keys)-1)] == key
+        if not len(self.keys):
+            return np.zeros(len(rows), bool)
+        key = np.asarray(rows, np.int64) * self.n + columns
+        return self.keys[np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)] == key
+
 
 def _pairs_of(matrix) -> Pairs:
     m = matrix.tocsr()
     return Pairs(np.repeat(np.arange(m.shape[0]), np.diff(m.indptr)), m.indices, m.shape[1])
 
+
 @patch(as_prop=True)
-def seen(self:Window) -> np.ndarray: # bool, a value a place
+def seen(self: Window) -> np.ndarray:  # bool, a value a place
     "Was what is shown already known of the user, rated too low by them, or sent in the request's history?"
     r = self.recommender
     user, known = self.requests.user.to_numpy()[self.row], self.item >= 0
     found = Pairs(self.sent_row, self.sent, r.n_items).has(self.row, self.item) & known
     at = np.flatnonzero(known & (user >= 0))
     for matrix in (r.histories, r.negatives):
-        if matrix.nnz: found[at] |= _pairs_of(matrix).has(user[at], self.item[at])
+        if matrix.nnz:
+            found[at] |= _pairs_of(matrix).has(user[at], self.item[at])
     return found
 
+
 @patch
-def find(self:Window, reports:pd.DataFrame # request and item
-        ) -> np.ndarray: # the place of each; -1: that list does not have it
+def find(
+    self: Window,
+    reports: pd.DataFrame,  # request and item
+) -> np.ndarray:  # the place of each; -1: that list does not have it
     "Which place a report is about."
     about = np.unique(reports.request[(reports.request >= 0) & (reports.item >= 0)])
-    inside = np.zeros(len(self.requests)+1, bool); inside[about] = True
+    inside = np.zeros(len(self.requests) + 1, bool)
+    inside[about] = True
     places = np.flatnonzero(inside[self.row])
-    n, row, item = self.recommender.n_items+1, reports.request.to_numpy(), reports.item.to_numpy()
-    keys = self.row[places].astype(np.int64)*n + self.item[places]
+    n, row, item = self.recommender.n_items + 1, reports.request.to_numpy(), reports.item.to_numpy()
+    keys = self.row[places].astype(np.int64) * n + self.item[places]
     keys, first = np.unique(keys, return_index=True)
-    if not len(keys) or not len(reports): return np.full(len(reports), -1)
-    key = row*n + item
-    at = np.minimum(np.searchsorted(keys, key), len(keys)-1)
+    if not len(keys) or not len(reports):
+        return np.full(len(reports), -1)
+    key = row * n + item
+    at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
     return np.where((keys[at] == key) & (row >= 0) & (item >= 0), places[first[at]], -1)
 
 # %% ../nbs/06_monitoring.ipynb #3dd09360
 @patch(as_prop=True)
-def mature(self:Window) -> np.ndarray: # bool, a value a request
+def mature(self: Window) -> np.ndarray:  # bool, a value a request
     "Lists old enough to know what came of them."
-    return self.is_answered & (self.requests.time.to_numpy() <= self.end-self.maturity) & (self.lengths > 0)
+    return self.is_answered & (self.requests.time.to_numpy() <= self.end - self.maturity) & (self.lengths > 0)
+
 
 @patch
-def outcomes(self:Window) -> pd.DataFrame: # a row a mature list: request, shown (places), clicks, ndcg, popular, user (code)
+def outcomes(
+    self: Window,
+) -> pd.DataFrame:  # a row a mature list: request, shown (places), clicks, ndcg, popular, user (code)
     "What came of each list."
-    if getattr(self, '_outcomes', (None,))[0] is not self.requests: self._outcomes = (self.requests, *_outcomes(self))
+    if getattr(self, "_outcomes", (None,))[0] is not self.requests:
+        self._outcomes = (self.requests, *_outcomes(self))
     return self._outcomes[1]
 
-def _outcomes(w:Window) -> tuple: # table, clicked (bool, a place), counts (bool, a place)
+
+def _outcomes(w: Window) -> tuple:  # table, clicked (bool, a place), counts (bool, a place)
     f = w.feedback[w.feedback.click.to_numpy()]
     asked = np.append(w.requests.time.to_numpy(), np.inf)[f.request.to_numpy()]
-    f = f[((f.time-asked >= -1) & (f.time-asked <= w.maturity)).to_numpy()]
-    clicked, counts = np.zeros(len(w.item), bool), np.zeros(len(w.item), bool) if len(w.impressions) else np.ones(len(w.item), bool)
+    f = f[((f.time - asked >= -1) & (f.time - asked <= w.maturity)).to_numpy()]
+    clicked, counts = (
+        np.zeros(len(w.item), bool),
+        np.zeros(len(w.item), bool) if len(w.impressions) else np.ones(len(w.item), bool),
+    )
     at = w.find(f)
     clicked[at[at >= 0]] = True
     if len(w.impressions):
@@ -263,540 +482,1200 @@ def _outcomes(w:Window) -> tuple: # table, clicked (bool, a place), counts (bool
     counts &= w.mature[w.row]
     clicked &= counts
     rows, n = np.flatnonzero(w.mature), len(w.requests)
-    def per_list(values): return np.bincount(w.row, values, minlength=n)[rows]
-    clicks, ideal = per_list(clicked).astype(int), np.cumsum(1/np.log2(np.arange(2, max(w.lengths.max(initial=1), 1)+2)))
-    gain = per_list(clicked/np.log2(w.rank+1.))
+
+    def per_list(values):
+        return np.bincount(w.row, values, minlength=n)[rows]
+
+    clicks, ideal = (
+        per_list(clicked).astype(int),
+        np.cumsum(1 / np.log2(np.arange(2, max(w.lengths.max(initial=1), 1) + 2))),
+    )
+    gain = per_list(clicked / np.log2(w.rank + 1.0))
     q = w.requests.iloc[rows]
-    popular = q.fallback.to_numpy() | (q.endpoint == 'popular').to_numpy() | (q.arm == 'popularity').to_numpy()
-    user = np.where(q.user_id.cat.codes >= 0, q.user_id.cat.codes, -1-rows) # a visitor without account is somebody of their own
-    return pd.DataFrame({'request': rows, 'shown': per_list(counts).astype(int), 'clicks': clicks, 'ndcg': np.where(clicks > 0, gain/ideal[np.maximum(clicks, 1)-1], 0.), 'popular': popular, 'user': user}), clicked, counts
+    popular = q.fallback.to_numpy() | (q.endpoint == "popular").to_numpy() | (q.arm == "popularity").to_numpy()
+    user = np.where(
+        q.user_id.cat.codes >= 0, q.user_id.cat.codes, -1 - rows
+    )  # a visitor without account is somebody of their own
+    return (
+        pd.DataFrame(
+            {
+                "request": rows,
+                "shown": per_list(counts).astype(int),
+                "clicks": clicks,
+                "ndcg": np.where(clicks > 0, gain / ideal[np.maximum(clicks, 1) - 1], 0.0),
+                "popular": popular,
+                "user": user,
+            }
+        ),
+        clicked,
+        counts,
+    )
+
 
 @patch(as_prop=True)
-def click_rate(self:Window) -> float: # clicks per place that was shown; None: nothing was
+def click_rate(self: Window) -> float:  # clicks per place that was shown; None: nothing was
     "How often what is shown is clicked."
     shown = int(self.outcomes().shown.sum())
-    return int(self.outcomes().clicks.sum())/shown if shown else None
+    return int(self.outcomes().clicks.sum()) / shown if shown else None
 
 # %% ../nbs/06_monitoring.ipynb #8dea93ae
 class Figure(NamedTuple):
     "What a monitor found."
-    value:float|None # None: there is nothing to measure
-    n:int # cases
-    low:float|None = None # of an interval of 99.7 %; None: chance plays no part
-    high:float|None = None
+
+    value: float | None  # None: there is nothing to measure
+    n: int  # cases
+    low: float | None = None  # of an interval of 99.7 %; None: chance plays no part
+    high: float | None = None
+
 
 @dataclass(frozen=True)
 class Monitor:
     "One number to keep an eye on."
-    name:str # unique
-    measure:object # function(Window) -> `Figure`, or (value, number of cases); no case: no data
-    limit:object # name of a setting of `monitoring`, a number, or a function(Window, settings) -> number or None (no reference: no data)
-    fires:str # 'above' or 'below' the limit
-    severity:str # 'critical' or 'warning'
-    definition:str # what the number is, in words
-    needs:object = lambda limit, window: 1 # function(limit, Window) -> least number of cases; fewer: no data
-    group:str = 'own' # 'API', 'answers', 'lists', 'data', 'outcome', or one of your own
 
-GROUPS = {'API': 'Did the API fail?', 'answers': 'Are the answers right?', 'lists': 'Are the recommended items appropriate?', 'data': 'Is what comes in as it was?', 'outcome': 'Did the metrics fall?'}
-MONITORS = {} # name -> Monitor
-Z = 3. # standard errors of an interval
+    name: str  # unique
+    measure: object  # function(Window) -> `Figure`, or (value, number of cases); no case: no data
+    limit: object  # name of a setting of `monitoring`, a number, or a function(Window, settings) -> number or None (no reference: no data)
+    fires: str  # 'above' or 'below' the limit
+    severity: str  # 'critical' or 'warning'
+    definition: str  # what the number is, in words
+    needs: object = lambda limit, window: 1  # function(limit, Window) -> least number of cases; fewer: no data
+    group: str = "own"  # 'API', 'answers', 'lists', 'data', 'outcome', or one of your own
 
-def register_monitor(monitor:Monitor # the same name again replaces it
-                    ) -> None:
+
+GROUPS = {
+    "API": "Did the API fail?",
+    "answers": "Are the answers right?",
+    "lists": "Are the recommended items appropriate?",
+    "data": "Is what comes in as it was?",
+    "outcome": "Did the metrics fall?",
+}
+MONITORS = {}  # name -> Monitor
+Z = 3.0  # standard errors of an interval
+
+
+def register_monitor(
+    monitor: Monitor,  # the same name again replaces it
+) -> None:
     "Add a monitor to those that run."
-    if monitor.fires not in ('above', 'below') or monitor.severity not in ('critical', 'warning'): raise AerecError(f"monitor {monitor.name}: fires is 'above' or 'below', severity 'critical' or 'warning'")
+    if monitor.fires not in ("above", "below") or monitor.severity not in ("critical", "warning"):
+        raise AerecError(f"monitor {monitor.name}: fires is 'above' or 'below', severity 'critical' or 'warning'")
     MONITORS[monitor.name] = monitor
 
-def register(name:str, # unique
-             limit, fires:str, severity:str, group:str, definition:str, # see `Monitor`
-             needs=None): # see `Monitor`; a number, or a function; None: one case
+
+def register(
+    name: str,  # unique
+    limit,
+    fires: str,
+    severity: str,
+    group: str,
+    definition: str,  # see `Monitor`
+    needs=None,
+):  # see `Monitor`; a number, or a function; None: one case
     "Decorate a function(Window) to become a monitor."
+
     def decorate(f):
         least = needs if callable(needs) else lambda limit, window: needs or 1
         register_monitor(Monitor(name, f, limit, fires, severity, definition, least, group))
         return f
+
     return decorate
 
 # %% ../nbs/06_monitoring.ipynb #9801b4d3
-def take_own_monitors(monitoring # section `monitoring` of the settings
-                     ) -> None:
+def take_own_monitors(
+    monitoring,  # section `monitoring` of the settings
+) -> None:
     "Register the monitors that the settings name in files of the project; raises `AerecError` where one cannot be."
-    module = importlib.import_module('aerec_nb.monitoring') # with which the file registers, whatever runs here
+    module = importlib.import_module("aerec_nb.monitoring")  # with which the file registers, whatever runs here
     for name in monitoring.own_monitors:
-        if ':' not in name: raise AerecError(f"monitoring.own_monitors names '{name}': a monitor of your own is named module:function")
+        if ":" not in name:
+            raise AerecError(f"monitoring.own_monitors names '{name}': a monitor of your own is named module:function")
         before = dict(module.MONITORS)
         try:
-            function = own_object(name, 'monitoring.own_monitors')
+            function = own_object(name, "monitoring.own_monitors")
             found = [m for m in module.MONITORS.values() if m.measure is function]
-        finally: module.MONITORS.clear(); module.MONITORS.update(before)
-        if not found: raise AerecError(f"monitoring.own_monitors names '{name}', but its file registers no such monitor: put @register(...) over the function")
-        for m in found: MONITORS[m.name] = module.MONITORS[m.name] = m
+        finally:
+            module.MONITORS.clear()
+            module.MONITORS.update(before)
+        if not found:
+            raise AerecError(
+                f"monitoring.own_monitors names '{name}', but its file registers no such monitor: put @register(...) over the function"
+            )
+        for m in found:
+            MONITORS[m.name] = module.MONITORS[m.name] = m
 
-def monitor_files(settings # section monitoring is read
-                 ) -> dict: # label -> sha256
+
+def monitor_files(
+    settings,  # section monitoring is read
+) -> dict:  # label -> sha256
     "Files of the project that hold monitors of one's own."
-    return {f'monitor {name}': sha256_file(own_file(name, 'monitoring.own_monitors')) for name in settings.monitoring.own_monitors}
+    return {
+        f"monitor {name}": sha256_file(own_file(name, "monitoring.own_monitors"))
+        for name in settings.monitoring.own_monitors
+    }
 
 # %% ../nbs/06_monitoring.ipynb #0140a298
-def share(yes # bool, a value a case
-         ) -> Figure:
+def share(
+    yes,  # bool, a value a case
+) -> Figure:
     "A share with its Wilson interval."
     yes = np.asarray(yes, bool)
     n = len(yes)
-    if not n: return Figure(None, 0)
+    if not n:
+        return Figure(None, 0)
     p = float(yes.mean())
-    middle, half = (p + Z*Z/(2*n))/(1+Z*Z/n), Z*math.sqrt(p*(1-p)/n + Z*Z/(4*n*n))/(1+Z*Z/n)
-    return Figure(p, n, middle-half, middle+half)
+    middle, half = (
+        (p + Z * Z / (2 * n)) / (1 + Z * Z / n),
+        Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n),
+    )
+    return Figure(p, n, middle - half, middle + half)
 
-def mean(values, units=None # whose values they are: those of one person belong together; None: each its own
-        ) -> Figure:
+
+def mean(
+    values,
+    units=None,  # whose values they are: those of one person belong together; None: each its own
+) -> Figure:
     "A mean with an interval from the spread between people."
     return ratio(np.asarray(values, float), np.ones(len(values)), units)
+
 
 def ratio(top, bottom, units=None) -> Figure:
     "Sum over sum; the interval from how far people are from the common ratio."
     top, bottom = np.asarray(top, float), np.asarray(bottom, float)
-    if not len(top) or bottom.sum() <= 0: return Figure(None, 0)
-    value = float(top.sum()/bottom.sum())
-    apart = top - value*bottom
-    if units is not None: apart = np.bincount(np.unique(units, return_inverse=True)[1], apart)
-    half = Z*math.sqrt((apart**2).sum())/bottom.sum() if len(apart) > 1 else math.inf
-    return Figure(value, len(top), value-half, value+half)
+    if not len(top) or bottom.sum() <= 0:
+        return Figure(None, 0)
+    value = float(top.sum() / bottom.sum())
+    apart = top - value * bottom
+    if units is not None:
+        apart = np.bincount(np.unique(units, return_inverse=True)[1], apart)
+    half = Z * math.sqrt((apart**2).sum()) / bottom.sum() if len(apart) > 1 else math.inf
+    return Figure(value, len(top), value - half, value + half)
 
-def percentile(values, q:float) -> Figure:
+
+def percentile(values, q: float) -> Figure:
     "A percentile; the interval from the order of the values."
     x = np.sort(np.asarray(values, float)[~np.isnan(values)])
-    if not len(x): return Figure(None, 0)
-    around = [min(1, max(0, q + s*Z*math.sqrt(q*(1-q)/len(x)))) for s in (-1, 1)]
-    return Figure(float(np.percentile(x, 100*q)), len(x), *np.percentile(x, [100*a for a in around]).tolist())
+    if not len(x):
+        return Figure(None, 0)
+    around = [min(1, max(0, q + s * Z * math.sqrt(q * (1 - q) / len(x)))) for s in (-1, 1)]
+    return Figure(float(np.percentile(x, 100 * q)), len(x), *np.percentile(x, [100 * a for a in around]).tolist())
 
 # %% ../nbs/06_monitoring.ipynb #d5de4b66
-@register('errors', 'max_error_share', 'above', 'critical', 'API', 'share of requests for a list that were answered with a status of 500 or more')
-def errors(w): return share(w.requests.status >= 500)
+@register(
+    "errors",
+    "max_error_share",
+    "above",
+    "critical",
+    "API",
+    "share of requests for a list that were answered with a status of 500 or more",
+)
+def errors(w):
+    return share(w.requests.status >= 500)
 
-@register('availability', 'min_availability', 'below', 'critical', 'API', 'share of five-minute spans with requests in which at least half of them were answered without an error of the service', needs=12)
+
+@register(
+    "availability",
+    "min_availability",
+    "below",
+    "critical",
+    "API",
+    "share of five-minute spans with requests in which at least half of them were answered without an error of the service",
+    needs=12,
+)
 def availability(w):
-    up = (w.requests.status < 500).groupby(np.floor(w.requests.time/300)).mean()
-    return share(up >= .5)
+    up = (w.requests.status < 500).groupby(np.floor(w.requests.time / 300)).mean()
+    return share(up >= 0.5)
 
-@register('client errors', 'max_client_error_share', 'above', 'warning', 'API', 'share of requests that were refused with a status of 400 to 499: unknown names, too long lists, missing keys')
-def client_errors(w): return share((w.requests.status >= 400) & (w.requests.status < 500))
 
-@register('latency p50', 'max_latency_p50_ms', 'above', 'warning', 'API', 'median of the milliseconds from request to answer inside the service, lists only')
-def latency_p50(w): return percentile(w.answered.ms, .5)
+@register(
+    "client errors",
+    "max_client_error_share",
+    "above",
+    "warning",
+    "API",
+    "share of requests that were refused with a status of 400 to 499: unknown names, too long lists, missing keys",
+)
+def client_errors(w):
+    return share((w.requests.status >= 400) & (w.requests.status < 500))
 
-@register('latency p95', 'max_latency_p95_ms', 'above', 'warning', 'API', '95th percentile of the milliseconds from request to answer inside the service, lists only')
-def latency(w): return percentile(w.answered.ms, .95)
 
-@register('latency p99', 'max_latency_p99_ms', 'above', 'warning', 'API', '99th percentile of the milliseconds from request to answer inside the service, lists only')
-def latency_p99(w): return percentile(w.answered.ms, .99)
+@register(
+    "latency p50",
+    "max_latency_p50_ms",
+    "above",
+    "warning",
+    "API",
+    "median of the milliseconds from request to answer inside the service, lists only",
+)
+def latency_p50(w):
+    return percentile(w.answered.ms, 0.5)
 
-@register('unknown users', 'max_unknown_share', 'above', 'warning', 'API', 'share of lists for a user id that the bundle does not know')
-def unknown_users(w): return share((w.answered.user < 0)[w.answered.user_id.notna()])
 
-@register('fallback share', 'max_fallback_share', 'above', 'warning', 'API', 'share of lists that popularity made, since nothing was known of the user')
-def fallback(w): return share(w.answered.fallback)
+@register(
+    "latency p95",
+    "max_latency_p95_ms",
+    "above",
+    "warning",
+    "API",
+    "95th percentile of the milliseconds from request to answer inside the service, lists only",
+)
+def latency(w):
+    return percentile(w.answered.ms, 0.95)
 
-@register('version skew', 'max_version_skew', 'above', 'warning', 'API', 'share of the latest tenth of answers that came from another bundle than the one they are judged by')
+
+@register(
+    "latency p99",
+    "max_latency_p99_ms",
+    "above",
+    "warning",
+    "API",
+    "99th percentile of the milliseconds from request to answer inside the service, lists only",
+)
+def latency_p99(w):
+    return percentile(w.answered.ms, 0.99)
+
+
+@register(
+    "unknown users",
+    "max_unknown_share",
+    "above",
+    "warning",
+    "API",
+    "share of lists for a user id that the bundle does not know",
+)
+def unknown_users(w):
+    return share((w.answered.user < 0)[w.answered.user_id.notna()])
+
+
+@register(
+    "fallback share",
+    "max_fallback_share",
+    "above",
+    "warning",
+    "API",
+    "share of lists that popularity made, since nothing was known of the user",
+)
+def fallback(w):
+    return share(w.answered.fallback)
+
+
+@register(
+    "version skew",
+    "max_version_skew",
+    "above",
+    "warning",
+    "API",
+    "share of the latest tenth of answers that came from another bundle than the one they are judged by",
+)
 def version_skew(w):
-    mine, told = w.recommender.info.get('id', '')[:16], w.answered[w.answered.version.notna()]
-    return share((told.version != mine).iloc[-max(1, len(told)//10):] if mine and len(told) else [])
+    mine, told = w.recommender.info.get("id", "")[:16], w.answered[w.answered.version.notna()]
+    return share((told.version != mine).iloc[-max(1, len(told) // 10) :] if mine and len(told) else [])
 
-@register('model age', 'max_model_age_days', 'above', 'warning', 'API', 'days since the bundle was packed')
+
+@register("model age", "max_model_age_days", "above", "warning", "API", "days since the bundle was packed")
 def model_age(w):
     info = w.recommender.info
-    packed = info.get('card', {}).get('packed') or (Path(info['folder'])/'manifest.json').stat().st_mtime if info.get('folder') and (Path(info['folder'])/'manifest.json').exists() else None
-    return Figure(max(0., (w.end-float(packed))/86400), 1) if isinstance(packed, (int, float)) and len(w.requests) else Figure(None, 0)
+    packed = (
+        info.get("card", {}).get("packed") or (Path(info["folder"]) / "manifest.json").stat().st_mtime
+        if info.get("folder") and (Path(info["folder"]) / "manifest.json").exists()
+        else None
+    )
+    return (
+        Figure(max(0.0, (w.end - float(packed)) / 86400), 1)
+        if isinstance(packed, (int, float)) and len(w.requests)
+        else Figure(None, 0)
+    )
 
 # %% ../nbs/06_monitoring.ipynb #e59c3097
-@register('empty lists', 'max_empty_share', 'above', 'warning', 'answers', 'share of answers without any item')
-def empty_lists(w): return share(w.lengths[w.is_answered] == 0)
+@register("empty lists", "max_empty_share", "above", "warning", "answers", "share of answers without any item")
+def empty_lists(w):
+    return share(w.lengths[w.is_answered] == 0)
 
-@register('short lists', 'max_short_share', 'above', 'warning', 'answers', 'share of answers with fewer items than were asked for')
+
+@register(
+    "short lists",
+    "max_short_share",
+    "above",
+    "warning",
+    "answers",
+    "share of answers with fewer items than were asked for",
+)
 def short_lists(w):
-    judged = w.is_answered & (w.requests.endpoint != 'rank').to_numpy() # an order of given items is as long as they are
+    judged = (
+        w.is_answered & (w.requests.endpoint != "rank").to_numpy()
+    )  # an order of given items is as long as they are
     return share(w.lengths[judged] < w.requests.k.to_numpy()[judged])
 
-def banned_places(w:Window) -> np.ndarray: # bool, a value a place
+
+def banned_places(w: Window) -> np.ndarray:  # bool, a value a place
     "Places of what is banned, and was when it was shown."
     known = w.item >= 0
     found = np.zeros(len(w.item), bool)
     found[known] = w.recommender.chain.banned[w.item[known]]
-    since = getattr(w, 'banned_since', {}) # item number -> when the watch first saw it banned
-    for item,when in since.items(): found &= ~((w.item == item) & (w.requests.time.to_numpy()[w.row] < when))
+    since = getattr(w, "banned_since", {})  # item number -> when the watch first saw it banned
+    for item, when in since.items():
+        found &= ~((w.item == item) & (w.requests.time.to_numpy()[w.row] < when))
     return found
 
-@register('ban violations', 0, 'above', 'critical', 'answers', 'places of lists that went to an item which is banned now, by the bundle or by the settings')
-def ban_violations(w): return Figure(int(banned_places(w).sum()) if len(w.item) else None, len(w.item))
 
-def seen_places(w:Window) -> np.ndarray: # bool, a value a place
+@register(
+    "ban violations",
+    0,
+    "above",
+    "critical",
+    "answers",
+    "places of lists that went to an item which is banned now, by the bundle or by the settings",
+)
+def ban_violations(w):
+    return Figure(int(banned_places(w).sum()) if len(w.item) else None, len(w.item))
+
+
+def seen_places(w: Window) -> np.ndarray:  # bool, a value a place
     "Places of what the user has, in answers that should leave it out."
     return w.seen & w.requests.exclude_seen.to_numpy(bool)[w.row]
 
-@register('seen violations', 0, 'above', 'critical', 'answers', "places of lists that went to an item which the user's history in the bundle, or the one sent, has, or which the user rated too low; without requests that "
-          'asked for seen items; no data where the chain shows them again after some days')
+
+@register(
+    "seen violations",
+    0,
+    "above",
+    "critical",
+    "answers",
+    "places of lists that went to an item which the user's history in the bundle, or the one sent, has, or which the user rated too low; without requests that "
+    "asked for seen items; no data where the chain shows them again after some days",
+)
 def seen_violations(w):
     chain = w.recommender.chain
-    if not len(w.item) or 'exclude_seen' not in chain.steps or chain.options.get('exclude_seen', {}).get('days'): return Figure(None, 0)
+    if not len(w.item) or "exclude_seen" not in chain.steps or chain.options.get("exclude_seen", {}).get("days"):
+        return Figure(None, 0)
     return Figure(int(seen_places(w).sum()), int(w.requests.exclude_seen.to_numpy(bool)[w.row].sum()))
 
-def doubled_places(w:Window) -> np.ndarray: # bool, a value a place
+
+def doubled_places(w: Window) -> np.ndarray:  # bool, a value a place
     "Places whose item stands earlier in the same list."
-    key = w.row.astype(np.int64)*(w.recommender.n_items+1) + w.item
+    key = w.row.astype(np.int64) * (w.recommender.n_items + 1) + w.item
     again = np.ones(len(key), bool)
     again[np.unique(key, return_index=True)[1]] = False
     return again & (w.item >= 0)
 
-@register('duplicate items', 0, 'above', 'critical', 'answers', 'places of lists that went to an item which the same list has already')
-def duplicate_items(w): return Figure(int(doubled_places(w).sum()) if len(w.item) else None, len(w.item))
 
-@register('bad scores', 'max_bad_score_share', 'above', 'critical', 'answers', "share of the model's lists of two items or more with scores where a score is no finite number, or all are the same")
+@register(
+    "duplicate items",
+    0,
+    "above",
+    "critical",
+    "answers",
+    "places of lists that went to an item which the same list has already",
+)
+def duplicate_items(w):
+    return Figure(int(doubled_places(w).sum()) if len(w.item) else None, len(w.item))
+
+
+@register(
+    "bad scores",
+    "max_bad_score_share",
+    "above",
+    "critical",
+    "answers",
+    "share of the model's lists of two items or more with scores where a score is no finite number, or all are the same",
+)
 def bad_scores(w):
     told = np.isfinite(w.score)
     n_told = np.bincount(w.row, told, minlength=len(w.requests))
     judged = w.is_answered & w.personal & ~w.requests.fallback.to_numpy(bool) & (w.lengths > 1) & (n_told > 0)
-    if not judged.any(): return Figure(None, 0)
+    if not judged.any():
+        return Figure(None, 0)
     begin = w.offsets[:-1][w.lengths > 0]
     high, low = (np.zeros(len(w.requests)) for _ in range(2))
     high[w.lengths > 0], low[w.lengths > 0] = np.fmax.reduceat(w.score, begin), np.fmin.reduceat(w.score, begin)
     return share(((high == low) | (n_told < w.lengths))[judged])
 
-@register('golden requests', 0, 'above', 'critical', 'answers', 'golden requests of the bundle that are answered differently than when it was packed')
-def golden(w):
-    file = Path(w.recommender.info.get('folder') or '-')/'golden.json'
-    if not file.exists() or not len(w.requests): return Figure(None, 0)
-    plain = copy(w.recommender)
-    if getattr(w, 'packed_chain', None) is not None: plain.chain = w.packed_chain # without what is banned since
-    cases = read_json(file)
-    return Figure(sum(not same_answer(g['answer'], [[i['item_id'], i['score']] for i in plain.recommend(**g['request'])]) for g in cases), len(cases))
 
-@register('overlap', 'min_overlap', 'below', 'warning', 'answers', 'part of a list that the bundle before would have shown too, for up to 200 users of the window', needs=20)
+@register(
+    "golden requests",
+    0,
+    "above",
+    "critical",
+    "answers",
+    "golden requests of the bundle that are answered differently than when it was packed",
+)
+def golden(w):
+    file = Path(w.recommender.info.get("folder") or "-") / "golden.json"
+    if not file.exists() or not len(w.requests):
+        return Figure(None, 0)
+    plain = copy(w.recommender)
+    if getattr(w, "packed_chain", None) is not None:
+        plain.chain = w.packed_chain  # without what is banned since
+    cases = read_json(file)
+    return Figure(
+        sum(
+            not same_answer(g["answer"], [[i["item_id"], i["score"]] for i in plain.recommend(**g["request"])])
+            for g in cases
+        ),
+        len(cases),
+    )
+
+
+@register(
+    "overlap",
+    "min_overlap",
+    "below",
+    "warning",
+    "answers",
+    "part of a list that the bundle before would have shown too, for up to 200 users of the window",
+    needs=20,
+)
 def overlap(w):
-    if w.previous is None: return Figure(None, 0)
-    users = [u for u in w.answered.user_id.dropna().unique()[:1000] if w.recommender.user_index.number(u) >= 0 and w.previous.user_index.number(u) >= 0][:200]
-    if not users: return Figure(None, 0)
-    now, then = (m.recommend_batch([m.users[m.user_index.number(u)] for u in users], 10).groupby('user_id').item_id.agg(set).to_dict() for m in (w.recommender, w.previous))
-    both = [(now.get(w.recommender.users[w.recommender.user_index.number(u)], set()), then.get(w.previous.users[w.previous.user_index.number(u)], set())) for u in users]
-    return mean([len(a & b)/max(1, len(a)) for a,b in both])
+    if w.previous is None:
+        return Figure(None, 0)
+    users = [
+        u
+        for u in w.answered.user_id.dropna().unique()[:1000]
+        if w.recommender.user_index.number(u) >= 0 and w.previous.user_index.number(u) >= 0
+    ][:200]
+    if not users:
+        return Figure(None, 0)
+    now, then = (
+        m.recommend_batch([m.users[m.user_index.number(u)] for u in users], 10)
+        .groupby("user_id")
+        .item_id.agg(set)
+        .to_dict()
+        for m in (w.recommender, w.previous)
+    )
+    both = [
+        (
+            now.get(w.recommender.users[w.recommender.user_index.number(u)], set()),
+            then.get(w.previous.users[w.previous.user_index.number(u)], set()),
+        )
+        for u in users
+    ]
+    return mean([len(a & b) / max(1, len(a)) for a, b in both])
 
 # %% ../nbs/06_monitoring.ipynb #bfbc661a
-MIN_LISTS = 100 # fewer say nothing about what lists look like
+MIN_LISTS = 100  # fewer say nothing about what lists look like
 
-def reference_of(measure, # a monitor's function
-                 key:str=None, # of the bundle's reference figures; None: the bundle has none that is comparable
-                 sign:int=-1, # -1: less is worse; 1: more is worse
-                 setting:str='max_list_change' # of how much
-                ):
+
+def reference_of(
+    measure,  # a monitor's function
+    key: str = None,  # of the bundle's reference figures; None: the bundle has none that is comparable
+    sign: int = -1,  # -1: less is worse; 1: more is worse
+    setting: str = "max_list_change",  # of how much
+):
     "A limit: the figure of the earlier window, or else of the bundle, and a relative change for the worse."
+
     def limit(w, s):
         found = w.reference and measure(w.reference)
-        value = found.value if found and found.value is not None and found.n >= MIN_LISTS else (w.recommender.info.get('reference') or {}).get(key)
-        return None if value is None else value*(1+sign*getattr(s, setting))
+        value = (
+            found.value
+            if found and found.value is not None and found.n >= MIN_LISTS
+            else (w.recommender.info.get("reference") or {}).get(key)
+        )
+        return None if value is None else value * (1 + sign * getattr(s, setting))
+
     return limit
 
-def list_means(w:Window, values # [n_items]
-              ) -> np.ndarray: # a value a list with a known item
+
+def list_means(
+    w: Window,
+    values,  # [n_items]
+) -> np.ndarray:  # a value a list with a known item
     "Means over the items of each list."
     known = w.item >= 0
     n = np.bincount(w.row[known], minlength=len(w.requests))
-    return np.bincount(w.row[known], np.asarray(values, float)[w.item[known]], minlength=len(w.requests))[n > 0]/n[n > 0]
+    return (
+        np.bincount(w.row[known], np.asarray(values, float)[w.item[known]], minlength=len(w.requests))[n > 0] / n[n > 0]
+    )
 
-def exposure(w:Window) -> np.ndarray: # [n_items]
+
+def exposure(w: Window) -> np.ndarray:  # [n_items]
     "How often each item was shown."
     return np.bincount(w.item[w.item >= 0], minlength=w.recommender.n_items)
 
-@register('coverage', 'min_coverage', 'below', 'warning', 'lists', 'share of the catalogue that was in at least one list; no data below ten places for each item that the threshold asks for',
-          needs=lambda limit, window: 10*limit*window.recommender.n_items)
+
+@register(
+    "coverage",
+    "min_coverage",
+    "below",
+    "warning",
+    "lists",
+    "share of the catalogue that was in at least one list; no data below ten places for each item that the threshold asks for",
+    needs=lambda limit, window: 10 * limit * window.recommender.n_items,
+)
 def coverage(w):
     shown = int((exposure(w) > 0).sum())
-    return Figure(shown/w.recommender.n_items if shown else None, int((w.item >= 0).sum()))
+    return Figure(shown / w.recommender.n_items if shown else None, int((w.item >= 0).sum()))
 
-@register('popularity share', 'max_popularity_share', 'above', 'warning', 'lists', 'share of all places of lists that went to the 1 % of items with most users')
+
+@register(
+    "popularity share",
+    "max_popularity_share",
+    "above",
+    "warning",
+    "lists",
+    "share of all places of lists that went to the 1 % of items with most users",
+)
 def popularity_share(w):
     known, n = w.item >= 0, len(w.requests)
     head = head_items(w.recommender.popularity)[w.item] & known
     shown, who = np.bincount(w.row[known], minlength=n), w.requests.user_id.cat.codes.to_numpy()
-    return ratio(np.bincount(w.row[head], minlength=n)[shown > 0], shown[shown > 0], np.where(who >= 0, who, -1-np.arange(n))[shown > 0])
+    return ratio(
+        np.bincount(w.row[head], minlength=n)[shown > 0],
+        shown[shown > 0],
+        np.where(who >= 0, who, -1 - np.arange(n))[shown > 0],
+    )
+
 
 def concentration(w):
     "Gini coefficient of how often items are shown."
     return Figure(gini(exposure(w)) if (w.item >= 0).any() else None, int((w.lengths > 0).sum()))
+
+
 def _most_concentrated(w, s):
     "What is left to 1 may shrink by the limit, and by chance where fewer lists were shown than before."
     before = concentration(w.reference).value if w.reference is not None else None
-    fewer = min(1., (len(w.item)/max(1, len(w.reference.item)))**.5) if w.reference is not None else 1.
-    return None if before is None else 1-(1-before)*(1-s.max_list_change)*fewer
-register_monitor(Monitor('concentration', concentration, _most_concentrated, 'above', 'warning', 'Gini coefficient of how often each item was shown (0: all alike, 1: always the same); what is left to 1 may '
-                         'not shrink by more than the limit against the earlier window', lambda limit, w: MIN_LISTS, 'lists'))
+    fewer = min(1.0, (len(w.item) / max(1, len(w.reference.item))) ** 0.5) if w.reference is not None else 1.0
+    return None if before is None else 1 - (1 - before) * (1 - s.max_list_change) * fewer
+
+
+register_monitor(
+    Monitor(
+        "concentration",
+        concentration,
+        _most_concentrated,
+        "above",
+        "warning",
+        "Gini coefficient of how often each item was shown (0: all alike, 1: always the same); what is left to 1 may "
+        "not shrink by more than the limit against the earlier window",
+        lambda limit, w: MIN_LISTS,
+        "lists",
+    )
+)
+
 
 def novelty(w):
     "Surprise of what is shown."
-    return mean(list_means(w, np.log2(max(1, w.recommender.n_users)/np.maximum(1., w.recommender.popularity.astype(float)))))
-register_monitor(Monitor('novelty', novelty, reference_of(novelty, 'novelty'), 'below', 'warning', 'bits of surprise an item: log2 of one over the share of users who have it, mean over lists', lambda limit, w: MIN_LISTS, 'lists'))
+    return mean(
+        list_means(w, np.log2(max(1, w.recommender.n_users) / np.maximum(1.0, w.recommender.popularity.astype(float))))
+    )
+
+
+register_monitor(
+    Monitor(
+        "novelty",
+        novelty,
+        reference_of(novelty, "novelty"),
+        "below",
+        "warning",
+        "bits of surprise an item: log2 of one over the share of users who have it, mean over lists",
+        lambda limit, w: MIN_LISTS,
+        "lists",
+    )
+)
+
 
 def tail_share(w):
     "How much of what is shown is not from the head."
     return mean(list_means(w, long_tail(w.recommender.popularity)))
-register_monitor(Monitor('long tail', tail_share, reference_of(tail_share), 'below', 'warning', 'share of a list that goes to items outside the fewest that hold 80 % of the interactions, mean over lists; against the earlier window',
-                         lambda limit, w: MIN_LISTS if w.reference is not None and (tail_share(w.reference).value or 0) >= .02 else math.inf, 'lists'))
+
+
+register_monitor(
+    Monitor(
+        "long tail",
+        tail_share,
+        reference_of(tail_share),
+        "below",
+        "warning",
+        "share of a list that goes to items outside the fewest that hold 80 % of the interactions, mean over lists; against the earlier window",
+        lambda limit, w: (
+            MIN_LISTS if w.reference is not None and (tail_share(w.reference).value or 0) >= 0.02 else math.inf
+        ),
+        "lists",
+    )
+)
 
 # %% ../nbs/06_monitoring.ipynb #dad609fe
-SAMPLE = 2000 # lists or pairs
+SAMPLE = 2000  # lists or pairs
 
-def _top(w:Window, rows) -> np.ndarray: # [n, longest] item numbers, -1 where a list is shorter
+
+def _top(w: Window, rows) -> np.ndarray:  # [n, longest] item numbers, -1 where a list is shorter
     "Lists as a table."
     width = int(w.lengths[rows].max(initial=1))
     at = w.offsets[:-1][rows][:, None] + np.arange(width)
-    return np.where(np.arange(width) < w.lengths[rows][:, None], w.item[np.minimum(at, len(w.item)-1)], -1)
+    return np.where(np.arange(width) < w.lengths[rows][:, None], w.item[np.minimum(at, len(w.item) - 1)], -1)
 
-def _sample(rows, n:int=SAMPLE):
+
+def _sample(rows, n: int = SAMPLE):
     return rows if len(rows) <= n else rows[np.sort(np.random.default_rng(0).choice(len(rows), n, replace=False))]
+
 
 def _shared(a, b) -> np.ndarray:
     "Part of each list of a that is also in b."
     same = ((a[:, :, None] == b[:, None, :]) & (a >= 0)[:, :, None]).any(2)
-    return same.sum(1)/np.maximum(1, (a >= 0).sum(1))
+    return same.sum(1) / np.maximum(1, (a >= 0).sum(1))
+
 
 def _genres(r):
-    return r.catalogue.categories('genres').matrix if 'genres' in r.catalogue.table and r.catalogue.categories('genres').matrix.nnz else None
+    return (
+        r.catalogue.categories("genres").matrix
+        if "genres" in r.catalogue.table and r.catalogue.categories("genres").matrix.nnz
+        else None
+    )
+
 
 def personalisation(w):
     "How different the lists of two people are."
     rows = np.flatnonzero((w.lengths > 0) & w.is_answered & w.personal & ~w.requests.fallback.to_numpy(bool))
-    if len(rows) < 2: return Figure(None, 0)
+    if len(rows) < 2:
+        return Figure(None, 0)
     rng, user = np.random.default_rng(0), w.requests.user_id.cat.codes.to_numpy()
     a, b = rows[rng.integers(len(rows), size=SAMPLE)], rows[rng.integers(len(rows), size=SAMPLE)]
     keep = (a != b) & ((user[a] != user[b]) | (user[a] < 0))
-    if not keep.any(): return Figure(None, 0)
-    return mean(1-_shared(_top(w, a[keep]), _top(w, b[keep])), user[a[keep]])
-register_monitor(Monitor('personalisation', personalisation, reference_of(personalisation, 'personalisation'), 'below', 'warning', "part of a list that somebody else's list does not have, mean over pairs of people; without popular lists", lambda limit, w: MIN_LISTS, 'lists'))
+    if not keep.any():
+        return Figure(None, 0)
+    return mean(1 - _shared(_top(w, a[keep]), _top(w, b[keep])), user[a[keep]])
+
+
+register_monitor(
+    Monitor(
+        "personalisation",
+        personalisation,
+        reference_of(personalisation, "personalisation"),
+        "below",
+        "warning",
+        "part of a list that somebody else's list does not have, mean over pairs of people; without popular lists",
+        lambda limit, w: MIN_LISTS,
+        "lists",
+    )
+)
+
 
 def diversity(w):
     "How different the items of a list are."
     likeness = _genres(w.recommender) if _genres(w.recommender) is not None else w.recommender.catalogue.features
     rows = _sample(np.flatnonzero((w.lengths > 1) & w.is_answered))
-    if likeness is None or not len(rows): return Figure(None, 0)
-    found = list_metrics(_top(w, rows), features=likeness)['diversity']
+    if likeness is None or not len(rows):
+        return Figure(None, 0)
+    found = list_metrics(_top(w, rows), features=likeness)["diversity"]
     return mean(found[np.isfinite(found)])
-register_monitor(Monitor('diversity', diversity, reference_of(diversity, 'diversity'), 'below', 'warning', 'one minus the mean cosine of the genres (else features) of two items of a list', lambda limit, w: MIN_LISTS, 'lists'))
+
+
+register_monitor(
+    Monitor(
+        "diversity",
+        diversity,
+        reference_of(diversity, "diversity"),
+        "below",
+        "warning",
+        "one minus the mean cosine of the genres (else features) of two items of a list",
+        lambda limit, w: MIN_LISTS,
+        "lists",
+    )
+)
+
 
 def calibration(w):
     "How far the mix of a list is from that of the history."
     genres, r = _genres(w.recommender), w.recommender
     rows = _sample(np.flatnonzero((w.lengths > 0) & w.is_answered & (w.requests.user >= 0).to_numpy()), 500)
-    if genres is None or not len(rows): return Figure(None, 0)
-    shares = sparse.diags(1/np.maximum(1, np.asarray(genres.sum(1)).ravel())) @ genres
+    if genres is None or not len(rows):
+        return Figure(None, 0)
+    shares = sparse.diags(1 / np.maximum(1, np.asarray(genres.sum(1)).ravel())) @ genres
+
     def mixes(m):
         total = np.asarray((m @ shares).todense(), float)
-        return total/np.maximum(total.sum(1, keepdims=True), 1e-12)
-    top = _top(w, rows)
-    lists = sparse.csr_matrix((np.ones((top >= 0).sum()), top[top >= 0], np.append(0, np.cumsum((top >= 0).sum(1)))), shape=(len(rows), r.n_items))
-    histories = r.histories[w.requests.user.to_numpy()[rows]]
-    found = [miscalibration(p, q) for p,q in zip(mixes(histories), mixes(lists)) if p.sum() > .5]
-    return mean(found) if found else Figure(None, 0)
-register_monitor(Monitor('calibration', calibration, reference_of(calibration, 'miscalibration', 1), 'above', 'warning', "miscalibration: KL divergence of the genres of a list from those of its user's history (Steck 2018); against the earlier window", lambda limit, w: MIN_LISTS, 'lists'))
+        return total / np.maximum(total.sum(1, keepdims=True), 1e-12)
 
-@register('churn', 'max_churn', 'above', 'warning', 'lists', "part of a user's first list of the window that the user's last list of the earlier window did not have", needs=50)
+    top = _top(w, rows)
+    lists = sparse.csr_matrix(
+        (np.ones((top >= 0).sum()), top[top >= 0], np.append(0, np.cumsum((top >= 0).sum(1)))),
+        shape=(len(rows), r.n_items),
+    )
+    histories = r.histories[w.requests.user.to_numpy()[rows]]
+    found = [miscalibration(p, q) for p, q in zip(mixes(histories), mixes(lists)) if p.sum() > 0.5]
+    return mean(found) if found else Figure(None, 0)
+
+
+register_monitor(
+    Monitor(
+        "calibration",
+        calibration,
+        reference_of(calibration, "miscalibration", 1),
+        "above",
+        "warning",
+        "miscalibration: KL divergence of the genres of a list from those of its user's history (Steck 2018); against the earlier window",
+        lambda limit, w: MIN_LISTS,
+        "lists",
+    )
+)
+
+
+@register(
+    "churn",
+    "max_churn",
+    "above",
+    "warning",
+    "lists",
+    "part of a user's first list of the window that the user's last list of the earlier window did not have",
+    needs=50,
+)
 def churn(w):
-    if w.reference is None: return Figure(None, 0)
+    if w.reference is None:
+        return Figure(None, 0)
+
     def one(v, keep):
         rows = np.flatnonzero((v.lengths > 0) & (v.requests.user >= 0).to_numpy())
         return pd.Series(rows, v.requests.user.to_numpy()[rows])[lambda s: ~s.index.duplicated(keep=keep)]
-    both = pd.concat([one(w, 'first'), one(w.reference, 'last')], axis=1, join='inner').to_numpy()
-    return mean(1-_shared(_top(w, both[:, 0]), _top(w.reference, both[:, 1]))) if len(both) else Figure(None, 0)
 
-@register('group gap', 'max_group_gap', 'above', 'warning', 'lists', 'how much less often the group of known users (by length of history: the lower third, the middle, the upper third) with fewest clicks clicks than the one with most, relative')
+    both = pd.concat([one(w, "first"), one(w.reference, "last")], axis=1, join="inner").to_numpy()
+    return mean(1 - _shared(_top(w, both[:, 0]), _top(w.reference, both[:, 1]))) if len(both) else Figure(None, 0)
+
+
+@register(
+    "group gap",
+    "max_group_gap",
+    "above",
+    "warning",
+    "lists",
+    "how much less often the group of known users (by length of history: the lower third, the middle, the upper third) with fewest clicks clicks than the one with most, relative",
+)
 def group_gap(w):
     o = w.outcomes()
     user = w.requests.user.to_numpy()[o.request]
-    if not (user >= 0).any(): return Figure(None, 0)
+    if not (user >= 0).any():
+        return Figure(None, 0)
     length = np.diff(w.recommender.histories.indptr)
-    group = np.searchsorted(np.quantile(length, [1/3, 2/3]), length[user])
-    found = [f for f in (ratio(o.clicks[m], o.shown[m], o.user[m]) for m in ((user >= 0) & (group == g) for g in range(3))) if f.n >= 30]
-    if len(found) < 2 or max(f.value for f in found) == 0: return Figure(None, 0)
+    group = np.searchsorted(np.quantile(length, [1 / 3, 2 / 3]), length[user])
+    found = [
+        f
+        for f in (ratio(o.clicks[m], o.shown[m], o.user[m]) for m in ((user >= 0) & (group == g) for g in range(3)))
+        if f.n >= 30
+    ]
+    if len(found) < 2 or max(f.value for f in found) == 0:
+        return Figure(None, 0)
     low, high = min(found, key=lambda f: f.value), max(found, key=lambda f: f.value)
-    return Figure(1-low.value/high.value, sum(f.n for f in found), max(0., 1-low.high/max(high.low, 1e-12)) if high.low > 0 else 0., 1.)
+    return Figure(
+        1 - low.value / high.value,
+        sum(f.n for f in found),
+        max(0.0, 1 - low.high / max(high.low, 1e-12)) if high.low > 0 else 0.0,
+        1.0,
+    )
 
 # %% ../nbs/06_monitoring.ipynb #710d928d
-def js_divergence(p, q) -> np.ndarray: # bits; of the last axis
+def js_divergence(p, q) -> np.ndarray:  # bits; of the last axis
     "Jensen-Shannon divergence of counts."
-    p, q = (x/np.maximum(x.sum(-1, keepdims=True), 1e-12) for x in (np.asarray(p, float), np.asarray(q, float)))
-    m = (p+q)/2
-    def part(x): return np.where(x > 0, x*np.log2(np.where(x > 0, x, 1)/np.where(m > 0, m, 1)), 0).sum(-1)
-    return (part(p)+part(q))/2
+    p, q = (x / np.maximum(x.sum(-1, keepdims=True), 1e-12) for x in (np.asarray(p, float), np.asarray(q, float)))
+    m = (p + q) / 2
 
-def psi(p, q) -> np.ndarray: # of the last axis
+    def part(x):
+        return np.where(x > 0, x * np.log2(np.where(x > 0, x, 1) / np.where(m > 0, m, 1)), 0).sum(-1)
+
+    return (part(p) + part(q)) / 2
+
+
+def psi(p, q) -> np.ndarray:  # of the last axis
     "Population stability index of counts; half a case is added to each bin."
-    p, q = ((x+.5)/(x+.5).sum(-1, keepdims=True) for x in (np.asarray(p, float), np.asarray(q, float)))
-    return ((p-q)*np.log(p/q)).sum(-1)
+    p, q = ((x + 0.5) / (x + 0.5).sum(-1, keepdims=True) for x in (np.asarray(p, float), np.asarray(q, float)))
+    return ((p - q) * np.log(p / q)).sum(-1)
 
-def drift(before, now, # csr or dense [people, bins]: what each of them adds to each bin
-          distance=js_divergence, # function(counts, counts)
-          n:int=200, # times that people are dealt anew
-          most:int=4000 # people of a window that are looked at
-         ) -> Figure:
+
+def drift(
+    before,
+    now,  # csr or dense [people, bins]: what each of them adds to each bin
+    distance=js_divergence,  # function(counts, counts)
+    n: int = 200,  # times that people are dealt anew
+    most: int = 4000,  # people of a window that are looked at
+) -> Figure:
     "How far two windows are apart, and what of it is not chance."
     before, now = (sparse.csr_matrix(m)[_sample(np.arange(m.shape[0]), most)] for m in (before, now))
-    if not before.shape[0] or not now.shape[0]: return Figure(None, 0)
-    value, people, rng = float(distance(np.asarray(before.sum(0)).ravel(), np.asarray(now.sum(0)).ravel())), sparse.vstack([before, now], format='csr'), np.random.default_rng(0)
+    if not before.shape[0] or not now.shape[0]:
+        return Figure(None, 0)
+    value, people, rng = (
+        float(distance(np.asarray(before.sum(0)).ravel(), np.asarray(now.sum(0)).ravel())),
+        sparse.vstack([before, now], format="csr"),
+        np.random.default_rng(0),
+    )
     total, chance = np.asarray(people.sum(0)).ravel(), []
     for start in range(0, n, 25):
-        dealt = np.stack([rng.permutation(people.shape[0]) < before.shape[0] for _ in range(min(25, n-start))]).astype(np.float32)
+        dealt = np.stack(
+            [rng.permutation(people.shape[0]) < before.shape[0] for _ in range(min(25, n - start))]
+        ).astype(np.float32)
         first = np.asarray((people.T @ dealt.T).T)
-        chance.append(distance(first, total-first))
-    chance = np.quantile(np.concatenate(chance), .995)
-    return Figure(value, before.shape[0]+now.shape[0], max(0., value-chance), value)
+        chance.append(distance(first, total - first))
+    chance = np.quantile(np.concatenate(chance), 0.995)
+    return Figure(value, before.shape[0] + now.shape[0], max(0.0, value - chance), value)
 
-def _people(w:Window, rows, bins, n_bins:int):
+
+def _people(w: Window, rows, bins, n_bins: int):
     "What each person adds to each bin."
     who = w.requests.user_id.cat.codes.to_numpy()[rows]
-    codes = np.unique(np.where(who >= 0, who, -1-rows), return_inverse=True)[1]
-    return sparse.csr_matrix((np.ones(len(rows), np.float32), (codes, bins)), shape=(int(codes.max(initial=-1))+1, n_bins))
+    codes = np.unique(np.where(who >= 0, who, -1 - rows), return_inverse=True)[1]
+    return sparse.csr_matrix(
+        (np.ones(len(rows), np.float32), (codes, bins)), shape=(int(codes.max(initial=-1)) + 1, n_bins)
+    )
 
 # %% ../nbs/06_monitoring.ipynb #155f880a
 def _lengths_by_person(w):
     known = np.flatnonzero((w.requests.user >= 0).to_numpy())
     length = np.diff(w.recommender.histories.indptr)[w.requests.user.to_numpy()[known]]
-    return _people(w, known, np.minimum(np.log2(length+1.).astype(int), 15), 16)
+    return _people(w, known, np.minimum(np.log2(length + 1.0).astype(int), 15), 16)
+
 
 def _popularity_by_person(w):
     order = np.empty(w.recommender.n_items, int)
-    order[np.argsort(-w.recommender.popularity, kind='stable')] = np.arange(w.recommender.n_items)
+    order[np.argsort(-w.recommender.popularity, kind="stable")] = np.arange(w.recommender.n_items)
     known = np.flatnonzero(w.item >= 0)
-    return _people(w, w.row[known], order[w.item[known]]*20//max(1, w.recommender.n_items), 20)
+    return _people(w, w.row[known], order[w.item[known]] * 20 // max(1, w.recommender.n_items), 20)
+
 
 def _items_by_person(w):
     known = np.flatnonzero(w.item >= 0)
     return _people(w, w.row[known], w.item[known], w.recommender.n_items)
 
-def _drift_monitor(name:str, of, distance, limit:str, definition:str) -> None:
-    def measure(w): return drift(of(w.reference), of(w), distance) if w.reference is not None else Figure(None, 0)
-    register_monitor(Monitor(name, measure, limit, 'above', 'warning', definition, lambda limit, w: MIN_LISTS, 'data'))
 
-_drift_monitor('history length drift', _lengths_by_person, js_divergence, 'max_drift', 'Jensen-Shannon divergence (bits) of the lengths of the histories of those who ask, from the earlier window')
-_drift_monitor('history length PSI', _lengths_by_person, psi, 'max_psi', 'population stability index of the lengths of the histories of those who ask, against the earlier window')
-_drift_monitor('item popularity drift', _popularity_by_person, js_divergence, 'max_drift', 'Jensen-Shannon divergence (bits) of how popular shown items are (twenty equal groups of items), from the earlier window')
-_drift_monitor('item popularity PSI', _popularity_by_person, psi, 'max_psi', 'population stability index of how popular shown items are (twenty equal groups of items), against the earlier window')
-_drift_monitor('shown items drift', _items_by_person, js_divergence, 'max_item_drift', 'Jensen-Shannon divergence (bits) of which items are shown, item by item, from the earlier window')
+def _drift_monitor(name: str, of, distance, limit: str, definition: str) -> None:
+    def measure(w):
+        return drift(of(w.reference), of(w), distance) if w.reference is not None else Figure(None, 0)
+
+    register_monitor(Monitor(name, measure, limit, "above", "warning", definition, lambda limit, w: MIN_LISTS, "data"))
+
+
+_drift_monitor(
+    "history length drift",
+    _lengths_by_person,
+    js_divergence,
+    "max_drift",
+    "Jensen-Shannon divergence (bits) of the lengths of the histories of those who ask, from the earlier window",
+)
+_drift_monitor(
+    "history length PSI",
+    _lengths_by_person,
+    psi,
+    "max_psi",
+    "population stability index of the lengths of the histories of those who ask, against the earlier window",
+)
+_drift_monitor(
+    "item popularity drift",
+    _popularity_by_person,
+    js_divergence,
+    "max_drift",
+    "Jensen-Shannon divergence (bits) of how popular shown items are (twenty equal groups of items), from the earlier window",
+)
+_drift_monitor(
+    "item popularity PSI",
+    _popularity_by_person,
+    psi,
+    "max_psi",
+    "population stability index of how popular shown items are (twenty equal groups of items), against the earlier window",
+)
+_drift_monitor(
+    "shown items drift",
+    _items_by_person,
+    js_divergence,
+    "max_item_drift",
+    "Jensen-Shannon divergence (bits) of which items are shown, item by item, from the earlier window",
+)
 
 # %% ../nbs/06_monitoring.ipynb #e0575b22
-def _hours(w): return max((w.end-w.begin)/3600, 1e-9)
+def _hours(w):
+    return max((w.end - w.begin) / 3600, 1e-9)
+
 
 def _rate_ratio(a, b, hours_a, hours_b) -> Figure:
     "Ratio of two rates of counts; the interval on the logarithm, wide by a third for days that are not alike."
-    if b < 1: return Figure(None, 0)
-    value, spread = (a/hours_a)/(b/hours_b), Z*math.sqrt(1/max(a, 1)+1/b+.01)
-    return Figure(value, int(a+b), value*math.exp(-spread), max(value, 1/hours_a/(b/hours_b))*math.exp(spread))
+    if b < 1:
+        return Figure(None, 0)
+    value, spread = (a / hours_a) / (b / hours_b), Z * math.sqrt(1 / max(a, 1) + 1 / b + 0.01)
+    return Figure(
+        value, int(a + b), value * math.exp(-spread), max(value, 1 / hours_a / (b / hours_b)) * math.exp(spread)
+    )
 
-def volume(w): return _rate_ratio(len(w.requests), len(w.reference.requests), _hours(w), _hours(w.reference)) if w.reference is not None else Figure(None, 0)
-register_monitor(Monitor('volume', volume, 'min_volume_ratio', 'below', 'critical', 'requests an hour, relative to the earlier window', lambda limit, w: MIN_LISTS, 'data'))
-register_monitor(Monitor('surge', volume, 'max_volume_ratio', 'above', 'warning', 'requests an hour, relative to the earlier window', lambda limit, w: MIN_LISTS, 'data'))
 
-@register('silence', 'max_silence_hours', 'above', 'critical', 'data', 'hours from the newest event to the end of the window')
+def volume(w):
+    return (
+        _rate_ratio(len(w.requests), len(w.reference.requests), _hours(w), _hours(w.reference))
+        if w.reference is not None
+        else Figure(None, 0)
+    )
+
+
+register_monitor(
+    Monitor(
+        "volume",
+        volume,
+        "min_volume_ratio",
+        "below",
+        "critical",
+        "requests an hour, relative to the earlier window",
+        lambda limit, w: MIN_LISTS,
+        "data",
+    )
+)
+register_monitor(
+    Monitor(
+        "surge",
+        volume,
+        "max_volume_ratio",
+        "above",
+        "warning",
+        "requests an hour, relative to the earlier window",
+        lambda limit, w: MIN_LISTS,
+        "data",
+    )
+)
+
+
+@register(
+    "silence", "max_silence_hours", "above", "critical", "data", "hours from the newest event to the end of the window"
+)
 def silence(w):
     newest = max([f.time.max() for f in (w.requests, w.feedback, w.impressions) if len(f)], default=None)
-    return Figure(None, 0) if newest is None else Figure(max(0., (w.end-newest)/3600), 1)
+    return Figure(None, 0) if newest is None else Figure(max(0.0, (w.end - newest) / 3600), 1)
 
-@register('feedback', 'min_feedback_ratio', 'below', 'critical', 'data', 'feedback a list, relative to the earlier window', needs=MIN_LISTS)
+
+@register(
+    "feedback",
+    "min_feedback_ratio",
+    "below",
+    "critical",
+    "data",
+    "feedback a list, relative to the earlier window",
+    needs=MIN_LISTS,
+)
 def feedback(w):
-    if w.reference is None: return Figure(None, 0)
-    return _rate_ratio(len(w.feedback), len(w.reference.feedback), max(1, w.is_answered.sum()), max(1, w.reference.is_answered.sum()))
+    if w.reference is None:
+        return Figure(None, 0)
+    return _rate_ratio(
+        len(w.feedback), len(w.reference.feedback), max(1, w.is_answered.sum()), max(1, w.reference.is_answered.sum())
+    )
 
-@register('duplicated events', 'max_duplicate_share', 'above', 'warning', 'data', 'share of impressions and feedback that repeat request, item and value of another one under an id of their own')
+
+@register(
+    "duplicated events",
+    "max_duplicate_share",
+    "above",
+    "warning",
+    "data",
+    "share of impressions and feedback that repeat request, item and value of another one under an id of their own",
+)
 def duplicated_events(w):
-    again = [f[(f.request >= 0) & (f.item >= 0)].duplicated(['request', 'item', 'value', *(['click'] if f is w.feedback else [])]).to_numpy() for f in (w.feedback, w.impressions)]
+    again = [
+        f[(f.request >= 0) & (f.item >= 0)]
+        .duplicated(["request", "item", "value", *(["click"] if f is w.feedback else [])])
+        .to_numpy()
+        for f in (w.feedback, w.impressions)
+    ]
     return share(np.concatenate(again))
 
-@register('new items', 'max_new_item_share', 'above', 'warning', 'data', 'share of feedback and impressions with an item that the bundle does not know')
-def new_items(w): return share(np.concatenate([(f.item < 0)[f.has_item].to_numpy() for f in (w.feedback, w.impressions)]))
 
-@register('busiest user', 'max_user_share', 'above', 'warning', 'data', 'share of the requests with a user id that the busiest user made; no data below 100 requests of 20 users', needs=MIN_LISTS)
+@register(
+    "new items",
+    "max_new_item_share",
+    "above",
+    "warning",
+    "data",
+    "share of feedback and impressions with an item that the bundle does not know",
+)
+def new_items(w):
+    return share(np.concatenate([(f.item < 0)[f.has_item].to_numpy() for f in (w.feedback, w.impressions)]))
+
+
+@register(
+    "busiest user",
+    "max_user_share",
+    "above",
+    "warning",
+    "data",
+    "share of the requests with a user id that the busiest user made; no data below 100 requests of 20 users",
+    needs=MIN_LISTS,
+)
 def busiest_user(w):
     n = w.requests.user_id.value_counts()
     n = n[n > 0]
-    return share(np.repeat([True, False], [n.iloc[0], n.sum()-n.iloc[0]])) if len(n) >= 20 else Figure(None, 0)
+    return share(np.repeat([True, False], [n.iloc[0], n.sum() - n.iloc[0]])) if len(n) >= 20 else Figure(None, 0)
 
-@register('clock skew', 'max_clock_skew', 'above', 'warning', 'data', 'share of impressions and feedback that are dated more than a second before the request they belong to')
+
+@register(
+    "clock skew",
+    "max_clock_skew",
+    "above",
+    "warning",
+    "data",
+    "share of impressions and feedback that are dated more than a second before the request they belong to",
+)
 def clock_skew(w):
     asked = w.requests.time.to_numpy()
-    return share(np.concatenate([(f.time.to_numpy() < asked[f.request.to_numpy()]-1) for f in (v[v.request >= 0] for v in (w.feedback, w.impressions))]) if len(asked) else [])
+    return share(
+        np.concatenate(
+            [
+                (f.time.to_numpy() < asked[f.request.to_numpy()] - 1)
+                for f in (v[v.request >= 0] for v in (w.feedback, w.impressions))
+            ]
+        )
+        if len(asked)
+        else []
+    )
 
 # %% ../nbs/06_monitoring.ipynb #00a82913
 def ctr(w):
     "Clicks per place."
     return ratio(w.outcomes().clicks, w.outcomes().shown, w.outcomes().user)
+
+
 def ndcg(w):
     "Discounted gain of clicks."
     return mean(w.outcomes().ndcg, w.outcomes().user)
+
+
 def hit_rate(w):
     "Lists with a click."
     return mean(w.outcomes().clicks > 0, w.outcomes().user)
-for _name,_measure,_words in (('CTR', ctr, 'clicks per place that was shown'), ('NDCG', ndcg, 'NDCG of the clicks, mean over lists'), ('hit rate', hit_rate, 'share of lists with at least one click')):
-    register_monitor(Monitor(_name, _measure, reference_of(_measure, None, -1, 'max_ctr_drop'), 'below', 'warning', f'{_words}; mature requests only, against the earlier window', lambda limit, w: MIN_LISTS, 'outcome'))
 
-@register('lift', 'min_lift', 'below', 'warning', 'outcome', "clicks per place of the model's lists, relative to popular lists (fallbacks, the endpoint for popular items, an arm named popularity) of the same window", needs=MIN_LISTS)
+
+for _name, _measure, _words in (
+    ("CTR", ctr, "clicks per place that was shown"),
+    ("NDCG", ndcg, "NDCG of the clicks, mean over lists"),
+    ("hit rate", hit_rate, "share of lists with at least one click"),
+):
+    register_monitor(
+        Monitor(
+            _name,
+            _measure,
+            reference_of(_measure, None, -1, "max_ctr_drop"),
+            "below",
+            "warning",
+            f"{_words}; mature requests only, against the earlier window",
+            lambda limit, w: MIN_LISTS,
+            "outcome",
+        )
+    )
+
+
+@register(
+    "lift",
+    "min_lift",
+    "below",
+    "warning",
+    "outcome",
+    "clicks per place of the model's lists, relative to popular lists (fallbacks, the endpoint for popular items, an arm named popularity) of the same window",
+    needs=MIN_LISTS,
+)
 def lift(w):
     o = w.outcomes()
     model, popular = (o[m] for m in (~o.popular, o.popular))
     a, b = model.clicks.sum(), popular.clicks.sum()
-    if len(popular) < 30 or a < 1 or b < 1: return Figure(None, 0)
-    value, spread = (a/model.shown.sum())/(b/popular.shown.sum()), 2*Z*math.sqrt(1/a+1/b)
-    return Figure(float(value), len(o), value*math.exp(-spread), value*math.exp(spread))
+    if len(popular) < 30 or a < 1 or b < 1:
+        return Figure(None, 0)
+    value, spread = (a / model.shown.sum()) / (b / popular.shown.sum()), 2 * Z * math.sqrt(1 / a + 1 / b)
+    return Figure(float(value), len(o), value * math.exp(-spread), value * math.exp(spread))
 
-@register('sample ratio', 'min_sample_ratio_p', 'below', 'critical', 'outcome', 'p of the chi-squared test that the arms of an experiment have the shares of users that they should have (Fabijan et al. 2019)')
+
+@register(
+    "sample ratio",
+    "min_sample_ratio_p",
+    "below",
+    "critical",
+    "outcome",
+    "p of the chi-squared test that the arms of an experiment have the shares of users that they should have (Fabijan et al. 2019)",
+)
 def sample_ratio(w):
-    users = w.requests[w.requests.arm.notna() & w.requests.user_id.notna()].drop_duplicates(['user_id', 'arm']).arm.value_counts()
-    shares = getattr(w, 'shares', None) or {arm: 1. for arm in users.index[users > 0]}
-    if len(shares) < 2 or not users.sum(): return Figure(None, 0)
-    expected = np.array(list(shares.values()))/sum(shares.values())
+    users = (
+        w.requests[w.requests.arm.notna() & w.requests.user_id.notna()]
+        .drop_duplicates(["user_id", "arm"])
+        .arm.value_counts()
+    )
+    shares = getattr(w, "shares", None) or {arm: 1.0 for arm in users.index[users > 0]}
+    if len(shares) < 2 or not users.sum():
+        return Figure(None, 0)
+    expected = np.array(list(shares.values())) / sum(shares.values())
     found = np.array([users.get(arm, 0) for arm in shares])
-    return Figure(float(stats.chisquare(found, expected*found.sum()).pvalue) if found.sum() else None, int(found.sum()))
+    return Figure(
+        float(stats.chisquare(found, expected * found.sum()).pvalue) if found.sum() else None, int(found.sum())
+    )
 
 # %% ../nbs/06_monitoring.ipynb #dca1c107
-def ips(clicks, propensity, target # [n] each: what came of it, the probability of what was logged, that of the policy in question
-       ) -> tuple: # (IPS, SNIPS)
+def ips(
+    clicks,
+    propensity,
+    target,  # [n] each: what came of it, the probability of what was logged, that of the policy in question
+) -> tuple:  # (IPS, SNIPS)
     "What would have come of another policy."
-    weight = np.asarray(target, float)/np.asarray(propensity, float)
-    return float((weight*clicks).sum()/max(1, len(weight))), float((weight*clicks).sum()/weight.sum()) if weight.sum() > 0 else None
+    weight = np.asarray(target, float) / np.asarray(propensity, float)
+    return float((weight * clicks).sum() / max(1, len(weight))), float(
+        (weight * clicks).sum() / weight.sum()
+    ) if weight.sum() > 0 else None
 
-def _drawn(w): # clicks, propensities and users of drawn places that count
+
+def _drawn(w):  # clicks, propensities and users of drawn places that count
     _, clicked, counts = w.outcomes() is None or w._outcomes[1:]
     keep = counts[w.drawn]
     return clicked[w.drawn[keep]], w.propensity[keep], w.requests.user_id.cat.codes.to_numpy()[w.row[w.drawn[keep]]]
 
-def _counterfactual(name:str, normalised:bool, words:str) -> None:
+
+def _counterfactual(name: str, normalised: bool, words: str) -> None:
     def measure(w):
         c, p, who = _drawn(w)
-        weight = (p >= .5)/p if len(p) else np.zeros(0)
-        return ratio(weight*c, weight if normalised else np.ones(len(c)), who)
+        weight = (p >= 0.5) / p if len(p) else np.zeros(0)
+        return ratio(weight * c, weight if normalised else np.ones(len(c)), who)
+
     def limit(w, s):
         c = _drawn(w)[0]
-        return float(c.mean())*(1-s.max_ctr_drop) if len(c) else None
-    register_monitor(Monitor(name, measure, limit, 'below', 'warning', f'{words} of how often the explored places would be clicked if the model never explored; against how often they were', lambda limit, w: MIN_LISTS, 'outcome'))
-_counterfactual('IPS', False, 'estimate by inverse propensities')
-_counterfactual('SNIPS', True, 'self-normalised estimate by inverse propensities')
+        return float(c.mean()) * (1 - s.max_ctr_drop) if len(c) else None
 
-@register('offline metric', 'max_metric_drop', 'above', 'warning', 'outcome', 'relative loss of the test NDCG in the card of the bundle against the latest other run on the same data and split; negative: it got better; '
-          'with a paired interval where both runs kept the values of each user; no data where there is none')
+    register_monitor(
+        Monitor(
+            name,
+            measure,
+            limit,
+            "below",
+            "warning",
+            f"{words} of how often the explored places would be clicked if the model never explored; against how often they were",
+            lambda limit, w: MIN_LISTS,
+            "outcome",
+        )
+    )
+
+
+_counterfactual("IPS", False, "estimate by inverse propensities")
+_counterfactual("SNIPS", True, "self-normalised estimate by inverse propensities")
+
+
+@register(
+    "offline metric",
+    "max_metric_drop",
+    "above",
+    "warning",
+    "outcome",
+    "relative loss of the test NDCG in the card of the bundle against the latest other run on the same data and split; negative: it got better; "
+    "with a paired interval where both runs kept the values of each user; no data where there is none",
+)
 def offline_metric(w):
-    mine = w.recommender.info.get('card', {}).get('headline')
-    if not mine or not w.last or not w.last['value']: return Figure(None, 0)
-    drop, d = 1-mine['value']/w.last['value'], w.last.get('paired')
-    return Figure(drop, 1) if not d else Figure(drop, d['users'], -d['high']/w.last['value'], -d['low']/w.last['value'])
+    mine = w.recommender.info.get("card", {}).get("headline")
+    if not mine or not w.last or not w.last["value"]:
+        return Figure(None, 0)
+    drop, d = 1 - mine["value"] / w.last["value"], w.last.get("paired")
+    return (
+        Figure(drop, 1)
+        if not d
+        else Figure(drop, d["users"], -d["high"] / w.last["value"], -d["low"] / w.last["value"])
+    )
 
 # %% ../nbs/06_monitoring.ipynb #3244da53
-log = logging.getLogger('aerec_nb')
+log = logging.getLogger("aerec_nb")
 
-def _status(m:Monitor, f:Figure, limit, window:Window) -> str:
+
+def _status(m: Monitor, f: Figure, limit, window: Window) -> str:
     "ok, firing or no data."
-    if f.value is None or limit is None or np.isnan(f.value) or f.n < max(1, m.needs(limit, window)): return 'no data'
-    edge = f.low if m.fires == 'above' else f.high
-    if edge is None: edge = f.value
-    return 'firing' if (edge > limit if m.fires == 'above' else edge < limit) else 'ok'
+    if f.value is None or limit is None or np.isnan(f.value) or f.n < max(1, m.needs(limit, window)):
+        return "no data"
+    edge = f.low if m.fires == "above" else f.high
+    if edge is None:
+        edge = f.value
+    return "firing" if (edge > limit if m.fires == "above" else edge < limit) else "ok"
 
-def measure_window(window:Window, # with its reference, if there is one
-                   monitoring # section `monitoring` of the settings
-                  ) -> pd.DataFrame: # monitor, value, low, high, threshold, fires, status, severity, cases, group, definition
+
+def measure_window(
+    window: Window,  # with its reference, if there is one
+    monitoring,  # section `monitoring` of the settings
+) -> pd.DataFrame:  # monitor, value, low, high, threshold, fires, status, severity, cases, group, definition
     "All monitors of a window. One of your own that breaks does not take the others with it."
     take_own_monitors(monitoring)
     rows = []
@@ -805,36 +1684,79 @@ def measure_window(window:Window, # with its reference, if there is one
         definition = m.definition
         try:
             f = Figure(*m.measure(window))
-            limit = m.limit(window, monitoring) if callable(m.limit) else getattr(monitoring, m.limit) if isinstance(m.limit, str) else m.limit
+            limit = (
+                m.limit(window, monitoring)
+                if callable(m.limit)
+                else getattr(monitoring, m.limit)
+                if isinstance(m.limit, str)
+                else m.limit
+            )
             status = _status(m, f, limit, window)
         except Exception as e:
-            if m.group in GROUPS: raise
-            f, limit, status, definition = Figure(None, 0), None, 'no data', f'{m.definition} (it failed: {type(e).__name__}: {e})'
-            log.warning('monitor %s failed: %s: %s', m.name, type(e).__name__, e)
+            if m.group in GROUPS:
+                raise
+            f, limit, status, definition = (
+                Figure(None, 0),
+                None,
+                "no data",
+                f"{m.definition} (it failed: {type(e).__name__}: {e})",
+            )
+            log.warning("monitor %s failed: %s: %s", m.name, type(e).__name__, e)
         rows.append((m.name, f.value, f.low, f.high, limit, m.fires, status, m.severity, f.n, m.group, definition))
-    names = ['monitor', 'value', 'low', 'high', 'threshold', 'fires', 'status', 'severity', 'cases', 'group', 'definition']
-    return pd.DataFrame(rows, columns=names).astype({'value': float, 'low': float, 'high': float, 'threshold': float})
+    names = [
+        "monitor",
+        "value",
+        "low",
+        "high",
+        "threshold",
+        "fires",
+        "status",
+        "severity",
+        "cases",
+        "group",
+        "definition",
+    ]
+    return pd.DataFrame(rows, columns=names).astype({"value": float, "low": float, "high": float, "threshold": float})
 
 # %% ../nbs/06_monitoring.ipynb #aae75ccc
-def _is_log(events): return hasattr(events, 'chunks')
+def _is_log(events):
+    return hasattr(events, "chunks")
 
-def make_window(events, # DataFrame of events, or an `EventLog`
-                recommender:Recommender, # that is judged
-                monitoring, # section `monitoring` of the settings
-                now:float=None, # end of the window, UTC seconds; None: the newest event
-                simulated:bool=None # of a log: only simulated (True) or only real (False) events; None: both
-               ) -> Window: # with the earlier window as its reference
+
+def make_window(
+    events,  # DataFrame of events, or an `EventLog`
+    recommender: Recommender,  # that is judged
+    monitoring,  # section `monitoring` of the settings
+    now: float = None,  # end of the window, UTC seconds; None: the newest event
+    simulated: bool = None,  # of a log: only simulated (True) or only real (False) events; None: both
+) -> Window:  # with the earlier window as its reference
     "The events of the last hours, and of the hours before."
-    end = now if now is not None else events.last_time(simulated) if _is_log(events) else events.time.max() if len(events) else None
-    end = 0. if end is None or np.isnan(end) else float(end)
-    begin, after = np.nextafter(end-3600*monitoring.window_hours, np.inf), np.nextafter(end, np.inf)
-    first = begin-3600*(monitoring.reference_hours or monitoring.window_hours)
+    end = (
+        now
+        if now is not None
+        else events.last_time(simulated)
+        if _is_log(events)
+        else events.time.max()
+        if len(events)
+        else None
+    )
+    end = 0.0 if end is None or np.isnan(end) else float(end)
+    begin, after = np.nextafter(end - 3600 * monitoring.window_hours, np.inf), np.nextafter(end, np.inf)
+    first = begin - 3600 * (monitoring.reference_hours or monitoring.window_hours)
     if _is_log(events):
-        names = {'request': ['time', 'request_id', 'user_id', 'payload'], 'feedback': ['time', 'request_id', 'item_id', 'value', 'payload'], 'impression': ['time', 'request_id', 'item_id', 'value']}
-        source = lambda kind: events.chunks(kind, first, after, simulated, names[kind], 250_000 if kind == 'impression' else 50_000)
-    else: source = events[(events.time >= first) & (events.time < after)] if len(events) else events
-    whole = Window(source, recommender, end, 60*monitoring.maturity_minutes)
-    if _is_log(events): _forget(whole, events)
+        names = {
+            "request": ["time", "request_id", "user_id", "payload"],
+            "feedback": ["time", "request_id", "item_id", "value", "payload"],
+            "impression": ["time", "request_id", "item_id", "value"],
+        }
+        source = lambda kind: events.chunks(
+            kind, first, after, simulated, names[kind], 250_000 if kind == "impression" else 50_000
+        )
+    else:
+        source = events[(events.time >= first) & (events.time < after)] if len(events) else events
+    whole = Window(source, recommender, end, 60 * monitoring.maturity_minutes)
+    if _is_log(events):
+        _forget(whole, events)
     if whole.begin >= begin:
         whole.begin = begin
         return whole
@@ -842,747 +1764,1391 @@ def make_window(events, # DataFrame of events, or an `EventLog`
     w.end, w.reference = end, reference if len(reference.requests) else None
     return w
 
-def _forget(w:Window, log:EventLog) -> None:
+
+def _forget(w: Window, log: EventLog) -> None:
     "Treat deleted users as unknown, as the service does."
     erased = log.erased_since()[0]
-    if not len(erased): return
+    if not len(erased):
+        return
     unknown = np.append(erased.has_many(w.requests.user_id.cat.categories), False)
-    w.requests.loc[unknown[w.requests.user_id.cat.codes.to_numpy()], 'user'] = -1
+    w.requests.loc[unknown[w.requests.user_id.cat.codes.to_numpy()], "user"] = -1
 
-def run_monitors(events, # DataFrame of events, or an `EventLog`
-                 bundle, # folder of a bundle, or a `Recommender`
-                 monitoring=None, # section `monitoring` of the settings; None: as configured
-                 last:dict=None, # headline of the last run, see `last_headline`; None: there is none
-                 now:float=None, # end of the window, UTC seconds; None: the newest event
-                 previous:Recommender=None # the bundle before, to compare lists with; None: there is none
-                ) -> pd.DataFrame: # as `measure_window` gives it
+
+def run_monitors(
+    events,  # DataFrame of events, or an `EventLog`
+    bundle,  # folder of a bundle, or a `Recommender`
+    monitoring=None,  # section `monitoring` of the settings; None: as configured
+    last: dict = None,  # headline of the last run, see `last_headline`; None: there is none
+    now: float = None,  # end of the window, UTC seconds; None: the newest event
+    previous: Recommender = None,  # the bundle before, to compare lists with; None: there is none
+) -> pd.DataFrame:  # as `measure_window` gives it
     "Measure everything in the window; raises `AerecError` if the bundle does not verify."
-    recommender, monitoring = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle), monitoring or load_settings().monitoring
+    recommender, monitoring = (
+        bundle if hasattr(bundle, "recommend") else load_bundle(bundle),
+        monitoring or load_settings().monitoring,
+    )
     window = make_window(events, recommender, monitoring, now)
     window.last, window.previous = last, previous
     return measure_window(window, monitoring)
 
-def in_window(events:pd.DataFrame, # as `EventLog.read` gives them
-              hours:float, # length of the window
-              now:float=None # its end, UTC seconds; None: the newest event
-             ) -> pd.DataFrame:
+
+def in_window(
+    events: pd.DataFrame,  # as `EventLog.read` gives them
+    hours: float,  # length of the window
+    now: float = None,  # its end, UTC seconds; None: the newest event
+) -> pd.DataFrame:
     "The events of the last hours."
     end = now if now is not None else events.time.max()
-    return events[(events.time > end-3600*hours) & (events.time <= end)] if len(events) else events
+    return events[(events.time > end - 3600 * hours) & (events.time <= end)] if len(events) else events
 
 # %% ../nbs/06_monitoring.ipynb #4b3e64ae
-def last_headline(runs_dir:Path, # folder of runs
-                  recommender:Recommender, # from a bundle, whose card has a headline
-                  before:Path=None # only runs older than this one; None: all
-                 ) -> dict|None: # metric, value, se, data, split, run, and if both runs kept the values of each user: paired
+def last_headline(
+    runs_dir: Path,  # folder of runs
+    recommender: Recommender,  # from a bundle, whose card has a headline
+    before: Path = None,  # only runs older than this one; None: all
+) -> dict | None:  # metric, value, se, data, split, run, and if both runs kept the values of each user: paired
     "The test result of the latest run on the same data and split that made another bundle."
-    mine = recommender.info.get('card', {}).get('headline')
-    if not mine: return None
+    mine = recommender.info.get("card", {}).get("headline")
+    if not mine:
+        return None
     begun = read_run_file(before) if before else None
-    created, own, found = begun['created'] if begun else None, before, None
+    created, own, found = begun["created"] if begun else None, before, None
     for folder in all_runs(runs_dir):
         try:
-            if _has_packed(folder, recommender.info['id']):
+            if _has_packed(folder, recommender.info["id"]):
                 own = own or folder
                 continue
-            if found or before and folder.name == before.name or created and read_run_file(folder)['created'] >= created: continue
+            if (
+                found
+                or before
+                and folder.name == before.name
+                or created
+                and read_run_file(folder)["created"] >= created
+            ):
+                continue
             there = headline(folder)
         except FileError as e:
-            log.warning('run %s is not compared: %s', folder.name, e)
+            log.warning("run %s is not compared: %s", folder.name, e)
             continue
-        if there and all(there[key] == mine[key] for key in ('metric', 'data', 'split')): found = {**there, 'run': folder.name, 'folder': folder}
-    if not found: return None
-    folder = found.pop('folder')
-    return {**found, 'paired': _paired_difference(own, folder, found['metric']) if own else None}
+        if there and all(there[key] == mine[key] for key in ("metric", "data", "split")):
+            found = {**there, "run": folder.name, "folder": folder}
+    if not found:
+        return None
+    folder = found.pop("folder")
+    return {**found, "paired": _paired_difference(own, folder, found["metric"]) if own else None}
 
-def _has_packed(folder:Path, id:str) -> bool:
+
+def _has_packed(folder: Path, id: str) -> bool:
     "Tell whether a run made the bundle of this id."
-    path = folder/'packaging'/'bundle'/'manifest.sha256'
-    with file_errors(path): return path.exists() and path.read_bytes().split()[:1] == [id.encode()]
+    path = folder / "packaging" / "bundle" / "manifest.sha256"
+    with file_errors(path):
+        return path.exists() and path.read_bytes().split()[:1] == [id.encode()]
 
-def _paired_difference(own:Path, other:Path, metric:str) -> dict|None: # low, high, users
+
+def _paired_difference(own: Path, other: Path, metric: str) -> dict | None:  # low, high, users
     "This run minus the other, user by user, with an interval of 95 %."
+
     def values(folder):
-        file, choice = folder/'validation'/'per_user.parquet', folder/'validation'/'choice.json'
-        if not file.exists() or not choice.exists(): return None
+        file, choice = folder / "validation" / "per_user.parquet", folder / "validation" / "choice.json"
+        if not file.exists() or not choice.exists():
+            return None
         table, c = pd.read_parquet(file), read_json(choice)
-        column = next((name for name in (f"ndcg@{c['k']}", 'ndcg') if name in table), None)
-        of = table[(table.on == 'test') & (table.model == c.get('pick', c.get('model')))] if column else table[:0]
-        return of.set_index('user_id')[column] if len(of) else None
+        column = next((name for name in (f"ndcg@{c['k']}", "ndcg") if name in table), None)
+        of = table[(table.on == "test") & (table.model == c.get("pick", c.get("model")))] if column else table[:0]
+        return of.set_index("user_id")[column] if len(of) else None
+
     a, b = values(own), values(other)
-    if a is None or b is None: return None
-    d = (a-b).dropna().to_numpy() if a.index.is_unique and b.index.is_unique else np.zeros(0)
-    if len(d) < 2: return None
-    half = 1.96*d.std(ddof=1)/math.sqrt(len(d))
-    return {'low': float(d.mean()-half), 'high': float(d.mean()+half), 'users': len(d)}
+    if a is None or b is None:
+        return None
+    d = (a - b).dropna().to_numpy() if a.index.is_unique and b.index.is_unique else np.zeros(0)
+    if len(d) < 2:
+        return None
+    half = 1.96 * d.std(ddof=1) / math.sqrt(len(d))
+    return {"low": float(d.mean() - half), "high": float(d.mean() + half), "users": len(d)}
 
 # %% ../nbs/06_monitoring.ipynb #3ce4eb26
-STANDING = ('golden requests', 'overlap', 'model age', 'sample ratio') # of a moment, or of the whole window: they have no course
+STANDING = (
+    "golden requests",
+    "overlap",
+    "model age",
+    "sample ratio",
+)  # of a moment, or of the whole window: they have no course
 
-def monitor_trend(events, # DataFrame as `EventLog.read` gives them, or a `Window`
-                  recommender:Recommender, # that answered
-                  n:int=12 # spans
-                 ) -> pd.DataFrame: # a row a span (its middle, UTC seconds), a column a monitor, and its interval in 'name low' and 'name high'
+
+def monitor_trend(
+    events,  # DataFrame as `EventLog.read` gives them, or a `Window`
+    recommender: Recommender,  # that answered
+    n: int = 12,  # spans
+) -> (
+    pd.DataFrame
+):  # a row a span (its middle, UTC seconds), a column a monitor, and its interval in 'name low' and 'name high'
     "The same numbers, span by span, from the first request to the last."
     w = events if isinstance(events, Window) else Window(events, recommender)
-    if not len(w.requests): return pd.DataFrame(columns=['time', *MONITORS], dtype=float)
-    edges, rows = np.linspace(w.requests.time.min(), np.nextafter(w.requests.time.max(), np.inf), n+1), []
-    for a,b in zip(edges, edges[1:]):
+    if not len(w.requests):
+        return pd.DataFrame(columns=["time", *MONITORS], dtype=float)
+    edges, rows = np.linspace(w.requests.time.min(), np.nextafter(w.requests.time.max(), np.inf), n + 1), []
+    for a, b in zip(edges, edges[1:]):
         span = w.between(a, b)
-        span.end = w.end # clicks of the time after belong to their requests
-        found = {m.name: Figure(*m.measure(span)) for m in MONITORS.values() if m.name not in STANDING and m.group in GROUPS}
-        found['silence'] = Figure(None, 0)
-        rows.append({'time': (a+b)/2, **{k: f.value for k,f in found.items()}, **{f'{k} low': f.low for k,f in found.items()}, **{f'{k} high': f.high for k,f in found.items()}})
+        span.end = w.end  # clicks of the time after belong to their requests
+        found = {
+            m.name: Figure(*m.measure(span)) for m in MONITORS.values() if m.name not in STANDING and m.group in GROUPS
+        }
+        found["silence"] = Figure(None, 0)
+        rows.append(
+            {
+                "time": (a + b) / 2,
+                **{k: f.value for k, f in found.items()},
+                **{f"{k} low": f.low for k, f in found.items()},
+                **{f"{k} high": f.high for k, f in found.items()},
+            }
+        )
     return pd.DataFrame(rows).astype(float)
 
 # %% ../nbs/06_monitoring.ipynb #62e163a8
-FAULTS = {'popularity_collapse': ('novelty', 'personalisation'), 'banned_item': ('ban violations',), 'broken_feature': ('shown items drift',), 'feedback_outage': ('feedback',), 'bot': ('busiest user',),
-          'worse_model': ('CTR', 'NDCG', 'hit rate'), 'slow_answers': ('latency p95', 'latency p99'), 'clock_skew': ('clock skew',)} # fault -> monitors of which one must fire
+FAULTS = {
+    "popularity_collapse": ("novelty", "personalisation"),
+    "banned_item": ("ban violations",),
+    "broken_feature": ("shown items drift",),
+    "feedback_outage": ("feedback",),
+    "bot": ("busiest user",),
+    "worse_model": ("CTR", "NDCG", "hit rate"),
+    "slow_answers": ("latency p95", "latency p99"),
+    "clock_skew": ("clock skew",),
+}  # fault -> monitors of which one must fire
+
 
 class Visitors:
     "People with known preferences, and the lists they get."
-    def __init__(self, recommender:Recommender, # that answers
-                 n_users:int=100, # known users that visit
-                 seed:int=42, # of everything that is random
-                 k:int=10 # length of the lists
-                ):
+
+    def __init__(
+        self,
+        recommender: Recommender,  # that answers
+        n_users: int = 100,  # known users that visit
+        seed: int = 42,  # of everything that is random
+        k: int = 10,  # length of the lists
+    ):
         r, rng = recommender, np.random.default_rng(seed)
         self.recommender, self.k = r, k
         self.rows = rng.permutation(r.n_users)[:n_users]
         scores = r.model.score(r.histories[self.rows]) if len(self.rows) else np.zeros((0, r.n_items), np.float32)
-        place = np.argsort(np.argsort(scores, axis=1, kind='stable'), axis=1, kind='stable')/max(1, r.n_items-1)
-        self.likes = np.clip((.02+.5*place**8)*rng.uniform(.5, 1.5, place.shape), 0, 1) # [n_users, n_items]: the truth
-        self.eligible = ~r.chain.banned & ~((np.asarray(r.histories[self.rows].todense()) > 0) | np.asarray(r.negatives[self.rows].todense()))
+        place = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1, kind="stable") / max(1, r.n_items - 1)
+        self.likes = np.clip(
+            (0.02 + 0.5 * place**8) * rng.uniform(0.5, 1.5, place.shape), 0, 1
+        )  # [n_users, n_items]: the truth
+        self.eligible = ~r.chain.banned & ~(
+            (np.asarray(r.histories[self.rows].todense()) > 0) | np.asarray(r.negatives[self.rows].todense())
+        )
         self.lists = _batch_table(r, [r.users[u] for u in self.rows], k)
         self.popular = np.full((1, k), -1)
         shown = r.item_index.numbers(r.recommend(None, k=k).item_ids)
-        self.popular[0, :len(shown)] = shown
-        self.stranger_likes = np.full(r.n_items, .2)
+        self.popular[0, : len(shown)] = shown
+        self.stranger_likes = np.full(r.n_items, 0.2)
 
-    def first(self, scores # [n_users, n_items]
-             ) -> np.ndarray: # [n_users, k] item numbers, -1 where fewer are eligible
+    def first(
+        self,
+        scores,  # [n_users, n_items]
+    ) -> np.ndarray:  # [n_users, k] item numbers, -1 where fewer are eligible
         "The best eligible items."
         masked = np.where(self.eligible, scores, -np.inf)
-        top = np.argsort(-masked, axis=1, kind='stable')[:, :self.k]
+        top = np.argsort(-masked, axis=1, kind="stable")[:, : self.k]
         return np.where(np.isfinite(np.take_along_axis(masked, top, 1)), top, -1)
+
 
 def _batch_table(r, users, k):
     "Lists of users, a row a user."
     table = np.full((len(users), k), -1)
-    if not users: return table
+    if not users:
+        return table
     found = r.recommend_batch(users, k)
     at = pd.Index(users).get_indexer(found.user_id)
-    table[at, found['rank'].to_numpy()-1] = r.item_index.numbers(found.item_id.tolist())
+    table[at, found["rank"].to_numpy() - 1] = r.item_index.numbers(found.item_id.tolist())
     return table
 
 # %% ../nbs/06_monitoring.ipynb #b7ca7705
 @dataclass
 class Traffic:
     "What was simulated, and the truth about it."
-    events:list # as `EventLog.append` takes them
-    requests:pd.DataFrame # time, user (row of the recommender, -1 a stranger), status, ms, fallback, arm: a row a request
-    places:pd.DataFrame # request, rank, item (number), likes, looked, clicked, propensity: a row a place
-    reported:bool # did feedback arrive?
 
-def make_traffic(visitors:Visitors, # who visits
-                 n_requests:int=500, # lists they ask for
-                 seed:int=42, # of everything that is random
-                 unknown_share:float=.05, # of requests by users nobody knows
-                 hours:float=24., # the visits are spread over so much time
-                 now:float=0., # end of that time, UTC seconds
-                 faults=(), # names of `FAULTS`
-                 arms:dict=None, # arm -> share of the users; the arm 'popularity' gets popular lists
-                 explore:float=0., # probability with which the last place is drawn from all that is eligible and not in the list
-                 error_share:float=.002, # of requests that fail
-                 impressions:bool=True, # do clients report what was seen?
-                 prefix:str='' # of the ids
-                ) -> Traffic:
+    events: list  # as `EventLog.append` takes them
+    requests: (
+        pd.DataFrame
+    )  # time, user (row of the recommender, -1 a stranger), status, ms, fallback, arm: a row a request
+    places: pd.DataFrame  # request, rank, item (number), likes, looked, clicked, propensity: a row a place
+    reported: bool  # did feedback arrive?
+
+
+def make_traffic(
+    visitors: Visitors,  # who visits
+    n_requests: int = 500,  # lists they ask for
+    seed: int = 42,  # of everything that is random
+    unknown_share: float = 0.05,  # of requests by users nobody knows
+    hours: float = 24.0,  # the visits are spread over so much time
+    now: float = 0.0,  # end of that time, UTC seconds
+    faults=(),  # names of `FAULTS`
+    arms: dict = None,  # arm -> share of the users; the arm 'popularity' gets popular lists
+    explore: float = 0.0,  # probability with which the last place is drawn from all that is eligible and not in the list
+    error_share: float = 0.002,  # of requests that fail
+    impressions: bool = True,  # do clients report what was seen?
+    prefix: str = "",  # of the ids
+) -> Traffic:
     "Visitors that ask, look and click by a stated model."
-    if unknown := sorted(set(faults)-set(FAULTS)): raise AerecError(f"there is no fault '{unknown[0]}'; there are {', '.join(FAULTS)}")
+    if unknown := sorted(set(faults) - set(FAULTS)):
+        raise AerecError(f"there is no fault '{unknown[0]}'; there are {', '.join(FAULTS)}")
     v, r, rng, k = visitors, visitors.recommender, np.random.default_rng(seed), visitors.k
-    n, n_users, prefix = n_requests, len(visitors.rows), f'simulated-{prefix}{seed}-{now:.0f}'
-    when, who = np.sort(now-3600*hours*rng.random(n)), rng.integers(n_users, size=n) if n_users else np.full(n, -1)
+    n, n_users, prefix = n_requests, len(visitors.rows), f"simulated-{prefix}{seed}-{now:.0f}"
+    when, who = (
+        np.sort(now - 3600 * hours * rng.random(n)),
+        rng.integers(n_users, size=n) if n_users else np.full(n, -1),
+    )
     who[rng.random(n) < unknown_share] = -1
-    if 'bot' in faults and n_users: who[rng.random(n) < .4] = 0
+    if "bot" in faults and n_users:
+        who[rng.random(n) < 0.4] = 0
     lists = _faulty_lists(v, faults, rng)
     top = np.where((who >= 0)[:, None], lists[who] if n_users else v.popular, v.popular)
     arm = None
     if arms:
-        drawn = np.array(list(arms), object)[rng.choice(len(arms), n_users+n, p=np.array(list(arms.values()))/sum(arms.values()))] # a user stays in an arm; each stranger is somebody else
-        arm = drawn[np.where(who >= 0, who, n_users+np.arange(n))]
-        if n_users: top = np.where(((arm == 'popularity') & (who >= 0))[:, None], v.first(np.broadcast_to(r.popularity, v.eligible.shape))[who], top)
+        drawn = np.array(list(arms), object)[
+            rng.choice(len(arms), n_users + n, p=np.array(list(arms.values())) / sum(arms.values()))
+        ]  # a user stays in an arm; each stranger is somebody else
+        arm = drawn[np.where(who >= 0, who, n_users + np.arange(n))]
+        if n_users:
+            top = np.where(
+                ((arm == "popularity") & (who >= 0))[:, None],
+                v.first(np.broadcast_to(r.popularity, v.eligible.shape))[who],
+                top,
+            )
     propensity = np.ones(top.shape)
-    if explore and n_users: top, propensity = _explored(v, top, who, explore, rng)
-    if 'banned_item' in faults:
+    if explore and n_users:
+        top, propensity = _explored(v, top, who, explore, rng)
+    if "banned_item" in faults:
         banned = np.flatnonzero(r.chain.banned)
-        if not len(banned): raise AerecError('simulate_traffic: the fault banned_item needs a banned item; give the chain one')
-        top = top.copy(); top[::50, -1] = banned[0]
-    status, ms = np.where(rng.random(n) < error_share, 500, 200), rng.lognormal(np.log(5), .4, n)
-    if 'slow_answers' in faults: ms = ms*np.where(rng.random(n) < .1, 60*np.log(20), 1)
+        if not len(banned):
+            raise AerecError("simulate_traffic: the fault banned_item needs a banned item; give the chain one")
+        top = top.copy()
+        top[::50, -1] = banned[0]
+    status, ms = np.where(rng.random(n) < error_share, 500, 200), rng.lognormal(np.log(5), 0.4, n)
+    if "slow_answers" in faults:
+        ms = ms * np.where(rng.random(n) < 0.1, 60 * np.log(20), 1)
     top = np.where((status < 400)[:, None], top, -1)
-    likes = np.where(top >= 0, np.where((who >= 0)[:, None], v.likes[who[:, None], top] if n_users else 0, v.stranger_likes[top]), 0)
-    looked = (rng.random(top.shape) < 1/np.log2(np.arange(k)+2)) & (top >= 0)
-    clicked = looked & ((rng.random(top.shape) < likes) | (('bot' in faults) & (who == 0))[:, None])
-    requests = pd.DataFrame({'time': when, 'user': v.rows[who] if n_users else who, 'status': status, 'ms': ms, 'fallback': (who < 0) & (status < 400)})
-    requests.loc[who < 0, 'user'] = -1
-    requests['arm'] = arm if arm is not None else None
+    likes = np.where(
+        top >= 0, np.where((who >= 0)[:, None], v.likes[who[:, None], top] if n_users else 0, v.stranger_likes[top]), 0
+    )
+    looked = (rng.random(top.shape) < 1 / np.log2(np.arange(k) + 2)) & (top >= 0)
+    clicked = looked & ((rng.random(top.shape) < likes) | (("bot" in faults) & (who == 0))[:, None])
+    requests = pd.DataFrame(
+        {
+            "time": when,
+            "user": v.rows[who] if n_users else who,
+            "status": status,
+            "ms": ms,
+            "fallback": (who < 0) & (status < 400),
+        }
+    )
+    requests.loc[who < 0, "user"] = -1
+    requests["arm"] = arm if arm is not None else None
     at = np.argwhere(top >= 0)
-    places = pd.DataFrame({'request': at[:, 0], 'rank': at[:, 1]+1, 'item': top[top >= 0], 'likes': likes[top >= 0], 'looked': looked[top >= 0], 'clicked': clicked[top >= 0], 'propensity': propensity[top >= 0]})
-    late = 7200.*(rng.random(n) < .25) if 'clock_skew' in faults else np.zeros(n)
-    return Traffic(_written(r, requests, places, prefix, late, impressions, 'feedback_outage' not in faults, k, n_users and v.rows), requests, places, 'feedback_outage' not in faults)
+    places = pd.DataFrame(
+        {
+            "request": at[:, 0],
+            "rank": at[:, 1] + 1,
+            "item": top[top >= 0],
+            "likes": likes[top >= 0],
+            "looked": looked[top >= 0],
+            "clicked": clicked[top >= 0],
+            "propensity": propensity[top >= 0],
+        }
+    )
+    late = 7200.0 * (rng.random(n) < 0.25) if "clock_skew" in faults else np.zeros(n)
+    return Traffic(
+        _written(
+            r, requests, places, prefix, late, impressions, "feedback_outage" not in faults, k, n_users and v.rows
+        ),
+        requests,
+        places,
+        "feedback_outage" not in faults,
+    )
 
-def _faulty_lists(v:Visitors, faults, rng):
+
+def _faulty_lists(v: Visitors, faults, rng):
     "The lists of known users under the faults."
-    if 'popularity_collapse' in faults: return v.first(np.broadcast_to(v.recommender.popularity, v.eligible.shape))
-    if 'worse_model' in faults: return v.first(rng.random(v.eligible.shape))
-    if 'broken_feature' in faults:
-        broken = rng.permutation(v.recommender.n_items) < v.recommender.n_items//2
+    if "popularity_collapse" in faults:
+        return v.first(np.broadcast_to(v.recommender.popularity, v.eligible.shape))
+    if "worse_model" in faults:
+        return v.first(rng.random(v.eligible.shape))
+    if "broken_feature" in faults:
+        broken = rng.permutation(v.recommender.n_items) < v.recommender.n_items // 2
         return v.first(np.where(broken, -1e9, v.recommender.model.score(v.recommender.histories[v.rows])))
     return v.lists
+
 
 def _explored(v, top, who, explore, rng):
     "The last place drawn from what is eligible and not in the list, with a probability that is kept."
     top, propensity = top.copy(), np.ones(top.shape)
     for n in np.flatnonzero((who >= 0) & (top[:, -1] >= 0)):
         pool = np.setdiff1d(np.flatnonzero(v.eligible[who[n]]), top[n])
-        if not len(pool): continue
-        if rng.random() < explore: top[n, -1], propensity[n, -1] = rng.choice(pool), explore/len(pool)
-        else: propensity[n, -1] = 1-explore
+        if not len(pool):
+            continue
+        if rng.random() < explore:
+            top[n, -1], propensity[n, -1] = rng.choice(pool), explore / len(pool)
+        else:
+            propensity[n, -1] = 1 - explore
     return top, propensity
 
 # %% ../nbs/06_monitoring.ipynb #ee9af1b7
 def _written(r, requests, places, prefix, late, impressions, feedback, k, _rows) -> list:
     "What the service and its clients would write."
-    version, model = r.info.get('id', 'unpacked')[:16], str(getattr(r.model, 'name', ''))
+    version, model = r.info.get("id", "unpacked")[:16], str(getattr(r.model, "name", ""))
     ids, items, events = np.array(r.items, object), places.item.to_numpy(), []
-    split = np.searchsorted(places.request.to_numpy(), np.arange(len(requests)+1))
-    shown, rank, looked, clicked, propensity = ids[items], places['rank'].to_numpy(), places.looked.to_numpy(), places.clicked.to_numpy(), places.propensity.to_numpy()
-    for n,q in enumerate(requests.itertuples(index=False)):
-        own, id = slice(split[n], split[n+1]), f'{prefix}-{n}'
-        user = r.users[q.user] if q.user >= 0 else f'stranger-{n}'
-        payload = {'status': int(q.status), 'ms': float(q.ms), 'endpoint': 'recommend', 'k': k, 'items': shown[own].tolist(), 'scores': [1/j for j in rank[own].tolist()], 'fallback_used': bool(q.fallback),
-                   'unknown_user': q.user < 0, 'n_warnings': 0, 'exclude_seen': True, 'model': model, 'version': version}
-        if q.arm is not None: payload['arm'] = q.arm
-        if q.status >= 400: payload['error'] = 'internal'
-        drawn = {str(j): float(p) for j,p in zip(rank[own].tolist(), propensity[own]) if p < 1}
-        if drawn: payload['propensities'] = drawn
-        about = {'request_id': id, 'user_id': user, 'simulated': True}
-        events.append({'event_id': id, 'kind': 'request', 'time': float(q.time), 'payload': payload, **about})
+    split = np.searchsorted(places.request.to_numpy(), np.arange(len(requests) + 1))
+    shown, rank, looked, clicked, propensity = (
+        ids[items],
+        places["rank"].to_numpy(),
+        places.looked.to_numpy(),
+        places.clicked.to_numpy(),
+        places.propensity.to_numpy(),
+    )
+    for n, q in enumerate(requests.itertuples(index=False)):
+        own, id = slice(split[n], split[n + 1]), f"{prefix}-{n}"
+        user = r.users[q.user] if q.user >= 0 else f"stranger-{n}"
+        payload = {
+            "status": int(q.status),
+            "ms": float(q.ms),
+            "endpoint": "recommend",
+            "k": k,
+            "items": shown[own].tolist(),
+            "scores": [1 / j for j in rank[own].tolist()],
+            "fallback_used": bool(q.fallback),
+            "unknown_user": q.user < 0,
+            "n_warnings": 0,
+            "exclude_seen": True,
+            "model": model,
+            "version": version,
+        }
+        if q.arm is not None:
+            payload["arm"] = q.arm
+        if q.status >= 400:
+            payload["error"] = "internal"
+        drawn = {str(j): float(p) for j, p in zip(rank[own].tolist(), propensity[own]) if p < 1}
+        if drawn:
+            payload["propensities"] = drawn
+        about = {"request_id": id, "user_id": user, "simulated": True}
+        events.append({"event_id": id, "kind": "request", "time": float(q.time), "payload": payload, **about})
         at = float(q.time) - late[n]
-        if impressions: events += [{'event_id': f'{id}-i{j}', 'kind': 'impression', 'time': at+.5, 'item_id': item, 'value': float(j), **about} for j,item in zip(rank[own].tolist(), shown[own].tolist())]
-        if feedback: events += [{'event_id': f'{id}-c{j}', 'kind': 'feedback', 'time': at+1+j, 'item_id': item, 'value': 1., 'payload': {'type': 'click'}, **about}
-                                for j,item,yes in zip(rank[own].tolist(), shown[own].tolist(), clicked[own]) if yes]
+        if impressions:
+            events += [
+                {
+                    "event_id": f"{id}-i{j}",
+                    "kind": "impression",
+                    "time": at + 0.5,
+                    "item_id": item,
+                    "value": float(j),
+                    **about,
+                }
+                for j, item in zip(rank[own].tolist(), shown[own].tolist())
+            ]
+        if feedback:
+            events += [
+                {
+                    "event_id": f"{id}-c{j}",
+                    "kind": "feedback",
+                    "time": at + 1 + j,
+                    "item_id": item,
+                    "value": 1.0,
+                    "payload": {"type": "click"},
+                    **about,
+                }
+                for j, item, yes in zip(rank[own].tolist(), shown[own].tolist(), clicked[own])
+                if yes
+            ]
     return events
 
-def events_of(traffic # of `make_traffic`; several one after another
-             ) -> pd.DataFrame: # as `EventLog.read` gives them
+
+def events_of(
+    traffic,  # of `make_traffic`; several one after another
+) -> pd.DataFrame:  # as `EventLog.read` gives them
     "Simulated events as a table, without a log."
     rows = [e for t in (traffic if isinstance(traffic, list) else [traffic]) for e in t.events]
-    table = pd.DataFrame({c: pd.Series([e.get(c) if c not in ('user_id', 'item_id') or e.get(c) is None else str(e[c]) for e in rows], dtype=None if c in ('time', 'value', 'simulated') else object) for c in COLUMNS})
-    return table.assign(value=table.value.astype(float), payload=[p if isinstance(p, dict) else {} for p in table.payload]).astype({'time': float})
+    table = pd.DataFrame(
+        {
+            c: pd.Series(
+                [e.get(c) if c not in ("user_id", "item_id") or e.get(c) is None else str(e[c]) for e in rows],
+                dtype=None if c in ("time", "value", "simulated") else object,
+            )
+            for c in COLUMNS
+        }
+    )
+    return table.assign(
+        value=table.value.astype(float), payload=[p if isinstance(p, dict) else {} for p in table.payload]
+    ).astype({"time": float})
 
-def simulate_traffic(recommender:Recommender, # that answers
-                     log:EventLog, # where the events go
-                     n_users:int=100, # known users that visit
-                     n_requests:int=500, # lists they ask for
-                     seed:int=42, # of everything that is random
-                     k:int=10, # length of the lists
-                     unknown_share:float=.05, # of requests by users nobody knows
-                     hours:float=24., # the visits are spread over so much time
-                     now:float=None, # end of that time, UTC seconds; None: now
-                     **more # further arguments of `make_traffic`: faults, arms, explore, ...
-                    ) -> int: # events stored
+
+def simulate_traffic(
+    recommender: Recommender,  # that answers
+    log: EventLog,  # where the events go
+    n_users: int = 100,  # known users that visit
+    n_requests: int = 500,  # lists they ask for
+    seed: int = 42,  # of everything that is random
+    k: int = 10,  # length of the lists
+    unknown_share: float = 0.05,  # of requests by users nobody knows
+    hours: float = 24.0,  # the visits are spread over so much time
+    now: float = None,  # end of that time, UTC seconds; None: now
+    **more,  # further arguments of `make_traffic`: faults, arms, explore, ...
+) -> int:  # events stored
     "Visitors that ask, look and click; all of it goes to the log, marked as simulated."
-    traffic = make_traffic(Visitors(recommender, n_users, seed, k), n_requests, seed, unknown_share, hours, time.time() if now is None else now, **more)
-    return sum(log.append(traffic.events[start:start+5000]) for start in range(0, len(traffic.events), 5000))
+    traffic = make_traffic(
+        Visitors(recommender, n_users, seed, k),
+        n_requests,
+        seed,
+        unknown_share,
+        hours,
+        time.time() if now is None else now,
+        **more,
+    )
+    return sum(log.append(traffic.events[start : start + 5000]) for start in range(0, len(traffic.events), 5000))
 
 # %% ../nbs/06_monitoring.ipynb #f01ef6fb
-def ground_truth(traffic:Traffic, # what was simulated
-                 recommender:Recommender, # that answered
-                 before:float=math.inf # requests up to this time are mature, UTC seconds
-                ) -> dict: # monitor -> value
+def ground_truth(
+    traffic: Traffic,  # what was simulated
+    recommender: Recommender,  # that answered
+    before: float = math.inf,  # requests up to this time are mature, UTC seconds
+) -> dict:  # monitor -> value
     "What the monitors must find."
     q, p, r = traffic.requests, traffic.places, recommender
     lists = {n: [] for n in range(len(q))}
-    for place in p.itertuples(): lists[place.request].append(place)
+    for place in p.itertuples():
+        lists[place.request].append(place)
     users, failed = max(1, r.n_users), sum(s >= 500 for s in q.status)
     shown = {}
-    for place in p.itertuples(): shown[place.item] = shown.get(place.item, 0)+1
-    surprise = [sum(math.log2(users/max(1., float(r.popularity[x.item]))) for x in l)/len(l) for l in lists.values() if l]
-    counts = sorted([0]*(r.n_items-len(shown)) + list(shown.values()))
-    mature = [l for n,l in lists.items() if l and q.time[n] <= before]
+    for place in p.itertuples():
+        shown[place.item] = shown.get(place.item, 0) + 1
+    surprise = [
+        sum(math.log2(users / max(1.0, float(r.popularity[x.item]))) for x in l) / len(l) for l in lists.values() if l
+    ]
+    counts = sorted([0] * (r.n_items - len(shown)) + list(shown.values()))
+    mature = [l for n, l in lists.items() if l and q.time[n] <= before]
     clicks, n_places = (sum(x.clicked for l in mature for x in l) if traffic.reported else 0), sum(map(len, mature))
+
     def gain(l):
         c = [x for x in l if x.clicked and traffic.reported]
-        return sum(1/math.log2(x.rank+1) for x in c)/sum(1/math.log2(j+2) for j in range(len(c))) if c else 0.
+        return (
+            sum(1 / math.log2(x.rank + 1) for x in c) / sum(1 / math.log2(j + 2) for j in range(len(c))) if c else 0.0
+        )
+
     drawn = [x for l in mature for x in l if x.propensity < 1]
-    weights = [(x.propensity >= .5)/x.propensity for x in drawn]
-    gained = sum(w*x.clicked for w,x in zip(weights, drawn)) if traffic.reported else 0
-    return {'errors': failed/len(q), 'fallback share': float(sum(q.fallback)/(len(q)-failed)), 'latency p95': float(np.quantile([m for m,s in zip(q.ms, q.status) if s < 400], .95)),
-            'coverage': len(shown)/r.n_items, 'novelty': math.fsum(surprise)/len(surprise), 'concentration': sum((2*(i+1)-len(counts)-1)*c for i,c in enumerate(counts))/(len(counts)*sum(counts)),
-            'popularity share': sum(bool(head_items(r.popularity)[x]) * c for x,c in shown.items())/sum(shown.values()), 'ban violations': sum(c for x,c in shown.items() if r.chain.banned[x]),
-            'CTR': clicks/n_places, 'hit rate': sum(any(x.clicked and traffic.reported for x in l) for l in mature)/len(mature), 'NDCG': math.fsum(map(gain, mature))/len(mature),
-            **({'IPS': gained/len(drawn), 'SNIPS': gained/sum(weights)} if drawn else {})}
+    weights = [(x.propensity >= 0.5) / x.propensity for x in drawn]
+    gained = sum(w * x.clicked for w, x in zip(weights, drawn)) if traffic.reported else 0
+    return {
+        "errors": failed / len(q),
+        "fallback share": float(sum(q.fallback) / (len(q) - failed)),
+        "latency p95": float(np.quantile([m for m, s in zip(q.ms, q.status) if s < 400], 0.95)),
+        "coverage": len(shown) / r.n_items,
+        "novelty": math.fsum(surprise) / len(surprise),
+        "concentration": sum((2 * (i + 1) - len(counts) - 1) * c for i, c in enumerate(counts))
+        / (len(counts) * sum(counts)),
+        "popularity share": sum(bool(head_items(r.popularity)[x]) * c for x, c in shown.items()) / sum(shown.values()),
+        "ban violations": sum(c for x, c in shown.items() if r.chain.banned[x]),
+        "CTR": clicks / n_places,
+        "hit rate": sum(any(x.clicked and traffic.reported for x in l) for l in mature) / len(mature),
+        "NDCG": math.fsum(map(gain, mature)) / len(mature),
+        **({"IPS": gained / len(drawn), "SNIPS": gained / sum(weights)} if drawn else {}),
+    }
 
 # %% ../nbs/06_monitoring.ipynb #e1634603
-def alerts(table:pd.DataFrame # from `run_monitors`
-          ) -> list: # dicts: monitor, severity, value, threshold, text; critical ones first
+def alerts(
+    table: pd.DataFrame,  # from `run_monitors`
+) -> list:  # dicts: monitor, severity, value, threshold, text; critical ones first
     "What a person should be woken for, or told in the morning."
-    firing = table[table.status == 'firing']
-    found = [{'monitor': m.monitor, 'severity': m.severity, 'value': m.value, 'threshold': m.threshold, 'text': f'{m.monitor} is {shown(m.value)}, the limit is {shown(m.threshold)}: {m.definition}'}
-             for m in firing.itertuples()]
-    return sorted(found, key=lambda a: a['severity'] != 'critical')
+    firing = table[table.status == "firing"]
+    found = [
+        {
+            "monitor": m.monitor,
+            "severity": m.severity,
+            "value": m.value,
+            "threshold": m.threshold,
+            "text": f"{m.monitor} is {shown(m.value)}, the limit is {shown(m.threshold)}: {m.definition}",
+        }
+        for m in firing.itertuples()
+    ]
+    return sorted(found, key=lambda a: a["severity"] != "critical")
 
-def shown(value:float) -> str:
+
+def shown(value: float) -> str:
     "A number as people read it."
-    return '-' if value is None or np.isnan(value) else f'{value:,.0f}' if abs(value) >= 100 or value == int(value) else f'{value:.3g}'
+    return (
+        "-"
+        if value is None or np.isnan(value)
+        else f"{value:,.0f}"
+        if abs(value) >= 100 or value == int(value)
+        else f"{value:.3g}"
+    )
 
 # %% ../nbs/06_monitoring.ipynb #6c90311b
 class AlertBook:
     "The state of each alert: ok, firing or resolved, kept in a file."
-    def __init__(self, path:Path # JSON; is made where it is missing
-                ):
-        self.path = Path(path)
-        empty = {'alerts': {}, 'undelivered': [], 'banned_since': {}, 'looks': 0}
-        self.book = read_json(self.path) if self.path.exists() else empty
-        if not isinstance(self.book, dict) or any(not isinstance(self.book.get(name), type(of)) for name,of in empty.items()):
-            raise FileError(f'{self.path}: it is not a book of alerts; restore it from a copy, or delete it: every alert then begins again')
 
-    def look(self, table:pd.DataFrame, # from `run_monitors`
-             monitoring, # section `monitoring` of the settings
-             now:float=None # UTC seconds; None: the clock
-            ) -> list: # dicts of what changed: monitor, state, severity, value, threshold, text, time
+    def __init__(
+        self,
+        path: Path,  # JSON; is made where it is missing
+    ):
+        self.path = Path(path)
+        empty = {"alerts": {}, "undelivered": [], "banned_since": {}, "looks": 0}
+        self.book = read_json(self.path) if self.path.exists() else empty
+        if not isinstance(self.book, dict) or any(
+            not isinstance(self.book.get(name), type(of)) for name, of in empty.items()
+        ):
+            raise FileError(
+                f"{self.path}: it is not a book of alerts; restore it from a copy, or delete it: every alert then begins again"
+            )
+
+    def look(
+        self,
+        table: pd.DataFrame,  # from `run_monitors`
+        monitoring,  # section `monitoring` of the settings
+        now: float = None,  # UTC seconds; None: the clock
+    ) -> list:  # dicts of what changed: monitor, state, severity, value, threshold, text, time
         "Take in a table; what begins to fire, and what is resolved, has to be told."
-        now, changes, texts = time.time() if now is None else now, [], {a['monitor']: a['text'] for a in alerts(table)}
+        now, changes, texts = time.time() if now is None else now, [], {a["monitor"]: a["text"] for a in alerts(table)}
         for m in table.itertuples():
-            a = self.book['alerts'].setdefault(m.monitor, {'state': 'ok', 'firing': 0, 'fine': 0, 'since': now})
-            if m.status == 'no data': continue
-            a['firing'], a['fine'] = (a['firing']+1, 0) if m.status == 'firing' else (0, a['fine']+1)
-            if a['state'] != 'firing' and a['firing'] >= (1 if m.severity == 'critical' else monitoring.alert_after): state = 'firing'
-            elif a['state'] == 'firing' and a['fine'] >= monitoring.resolve_after: state = 'resolved'
-            elif a['state'] == 'resolved' and a['fine'] > monitoring.resolve_after: state = 'ok'
-            else: continue
-            a |= {'state': state, 'since': now}
-            if state != 'ok': changes.append({'monitor': m.monitor, 'state': state, 'severity': m.severity, 'value': _finite(m.value), 'threshold': _finite(m.threshold), 'time': now,
-                                              'text': texts.get(m.monitor) or f'{m.monitor} is fine again: {shown(m.value)}, the limit is {shown(m.threshold)}'})
-        self.book['looks'] += 1
-        self.book['undelivered'] += changes
+            a = self.book["alerts"].setdefault(m.monitor, {"state": "ok", "firing": 0, "fine": 0, "since": now})
+            if m.status == "no data":
+                continue
+            a["firing"], a["fine"] = (a["firing"] + 1, 0) if m.status == "firing" else (0, a["fine"] + 1)
+            if a["state"] != "firing" and a["firing"] >= (1 if m.severity == "critical" else monitoring.alert_after):
+                state = "firing"
+            elif a["state"] == "firing" and a["fine"] >= monitoring.resolve_after:
+                state = "resolved"
+            elif a["state"] == "resolved" and a["fine"] > monitoring.resolve_after:
+                state = "ok"
+            else:
+                continue
+            a |= {"state": state, "since": now}
+            if state != "ok":
+                changes.append(
+                    {
+                        "monitor": m.monitor,
+                        "state": state,
+                        "severity": m.severity,
+                        "value": _finite(m.value),
+                        "threshold": _finite(m.threshold),
+                        "time": now,
+                        "text": texts.get(m.monitor)
+                        or f"{m.monitor} is fine again: {shown(m.value)}, the limit is {shown(m.threshold)}",
+                    }
+                )
+        self.book["looks"] += 1
+        self.book["undelivered"] += changes
         self.save()
         return changes
 
     @property
-    def firing(self): return sorted(name for name,a in self.book['alerts'].items() if a['state'] == 'firing')
+    def firing(self):
+        return sorted(name for name, a in self.book["alerts"].items() if a["state"] == "firing")
+
     def save(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.book)
 
-    def deliver(self, file:Path=None, # lines of JSON are added here; None: nowhere
-                url:str=None, # where each is posted as JSON; None: nowhere
-                more:dict=None # what to say besides, such as the environment
-               ) -> int: # changes delivered
+    def deliver(
+        self,
+        file: Path = None,  # lines of JSON are added here; None: nowhere
+        url: str = None,  # where each is posted as JSON; None: nowhere
+        more: dict = None,  # what to say besides, such as the environment
+    ) -> int:  # changes delivered
         "Tell log, file and webhook what was not told yet; where one of them is away, that one waits for the next time."
-        open_ways, done = {'file': file is not None, 'webhook': bool(url)}, 0
-        for change in list(self.book['undelivered']):
-            told, words = change.setdefault('told', []), {k: v for k,v in change.items() if k != 'told'} | (more or {})
-            if 'log' not in told:
-                log.log(logging.INFO if change['state'] == 'resolved' else logging.CRITICAL if change['severity'] == 'critical' else logging.WARNING, 'alert %s: %s', change['state'], change['text'])
-                told.append('log')
-            for way,tell in (('file', lambda: _add_line(file, words)), ('webhook', lambda: _post(url, words))):
-                if way in told or not open_ways[way]: continue
+        open_ways, done = {"file": file is not None, "webhook": bool(url)}, 0
+        for change in list(self.book["undelivered"]):
+            told, words = change.setdefault("told", []), {k: v for k, v in change.items() if k != "told"} | (more or {})
+            if "log" not in told:
+                log.log(
+                    logging.INFO
+                    if change["state"] == "resolved"
+                    else logging.CRITICAL
+                    if change["severity"] == "critical"
+                    else logging.WARNING,
+                    "alert %s: %s",
+                    change["state"],
+                    change["text"],
+                )
+                told.append("log")
+            for way, tell in (("file", lambda: _add_line(file, words)), ("webhook", lambda: _post(url, words))):
+                if way in told or not open_ways[way]:
+                    continue
                 try:
                     tell()
                     told.append(way)
                 except (OSError, ValueError) as e:
                     open_ways[way] = None
-                    log.error('alert on %s could not be delivered to the %s, it will be tried again: %s', change['monitor'], way, type(e).__name__)
-            if all(way in told for way,is_open in open_ways.items() if is_open is not False):
-                self.book['undelivered'].remove(change)
+                    log.error(
+                        "alert on %s could not be delivered to the %s, it will be tried again: %s",
+                        change["monitor"],
+                        way,
+                        type(e).__name__,
+                    )
+            if all(way in told for way, is_open in open_ways.items() if is_open is not False):
+                self.book["undelivered"].remove(change)
                 done += 1
             self.save()
         return done
 
-def _add_line(file, words:dict) -> None:
+
+def _add_line(file, words: dict) -> None:
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with open(file, 'a', encoding='utf-8') as f: f.write(json.dumps(words, ensure_ascii=False)+'\n')
+    with open(file, "a", encoding="utf-8") as f:
+        f.write(json.dumps(words, ensure_ascii=False) + "\n")
 
-def _finite(value): return None if value is None or not np.isfinite(value) else float(value)
 
-def _post(url:str, change:dict, seconds:float=5.) -> None:
+def _finite(value):
+    return None if value is None or not np.isfinite(value) else float(value)
+
+
+def _post(url: str, change: dict, seconds: float = 5.0) -> None:
     "Send one alert; any answer but 2xx raises OSError."
-    request = urllib.request.Request(url, json.dumps(change, ensure_ascii=False).encode(), {'Content-Type': 'application/json'}, method='POST')
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=seconds): pass
+    request = urllib.request.Request(
+        url, json.dumps(change, ensure_ascii=False).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=seconds):
+        pass
 
 # %% ../nbs/06_monitoring.ipynb #063356b5
 _ROUTE = 'route=~"/v1/(recommend|similar|popular|rank).*"'
-_RATE = 'sum(rate(aerec_http_requests_total{{{r}{s}}}[5m])) / sum(rate(aerec_http_requests_total{{{r}}}[5m]))'
-_SERVICE = {'errors': _RATE.format(r=_ROUTE, s=',status=~"5.."') + ' > {limit}', 'client errors': _RATE.format(r=_ROUTE, s=',status=~"4.."') + ' > {limit}',
-            **{f'latency p{q}': f'1000 * histogram_quantile(0.{q}, sum by (le) (rate(aerec_http_request_seconds_bucket{{{_ROUTE}}}[5m]))) > {{limit}}' for q in (50, 95, 99)},
-            'fallback share': 'sum(rate(aerec_recommendations_total{{source="popular"}}[15m])) / sum(rate(aerec_recommendations_total[15m])) > {limit}'.replace('{{', '{').replace('}}', '}')} # monitor -> rule of the service
+_RATE = "sum(rate(aerec_http_requests_total{{{r}{s}}}[5m])) / sum(rate(aerec_http_requests_total{{{r}}}[5m]))"
+_SERVICE = {
+    "errors": _RATE.format(r=_ROUTE, s=',status=~"5.."') + " > {limit}",
+    "client errors": _RATE.format(r=_ROUTE, s=',status=~"4.."') + " > {limit}",
+    **{
+        f"latency p{q}": f"1000 * histogram_quantile(0.{q}, sum by (le) (rate(aerec_http_request_seconds_bucket{{{_ROUTE}}}[5m]))) > {{limit}}"
+        for q in (50, 95, 99)
+    },
+    "fallback share": 'sum(rate(aerec_recommendations_total{{source="popular"}}[15m])) / sum(rate(aerec_recommendations_total[15m])) > {limit}'.replace(
+        "{{", "{"
+    ).replace("}}", "}"),
+}  # monitor -> rule of the service
 
-def prometheus_rules(monitoring, # section `monitoring` of the settings
-                     interval:float=60. # seconds between two looks of the watch
-                    ) -> str: # a rule file
+
+def prometheus_rules(
+    monitoring,  # section `monitoring` of the settings
+    interval: float = 60.0,  # seconds between two looks of the watch
+) -> str:  # a rule file
     "Alerting rules for Prometheus from the definitions of the monitors (JSON, which is YAML)."
     take_own_monitors(monitoring)
-    def rule(name, expr, severity, words, wait): return {'alert': 'aerec_'+''.join(c if c.isalnum() else '_' for c in name), 'expr': expr, 'for': f'{wait:.0f}s', 'labels': {'severity': severity}, 'annotations': {'summary': words}}
-    service = [rule(name, expr.replace('{limit}', f'{getattr(monitoring, MONITORS[name].limit) if isinstance(MONITORS[name].limit, str) else MONITORS[name].limit:g}'), MONITORS[name].severity, MONITORS[name].definition, 300)
-               for name,expr in _SERVICE.items() if name in MONITORS]
-    service += [rule('service down', 'absent(aerec_info)', 'critical', 'no service of aerec is scraped', 60), rule('events lost', 'increase(aerec_request_events_dropped_total[5m]) > 0', 'critical', 'request events are lost, mostly to a full queue', 0),
-                rule('several versions', 'count(count by (version) (aerec_info == 1)) > 1', 'warning', 'the processes of the service answer with different bundles', 900)]
-    watched = [rule(f'monitor {m.name}', f'aerec_monitor_firing{{monitor="{_escaped(m.name)}"}} == 1', m.severity, m.definition, 0 if m.severity == 'critical' else interval*(monitoring.alert_after-1)) for m in MONITORS.values()]
-    watched += [rule('watch stopped', f'time() - aerec_monitor_time_seconds > {3*interval+60:.0f} or absent(aerec_monitor_time_seconds)', 'critical', 'nobody has looked at the monitors for a while: is aerec monitor --watch running?', 60)]
-    return json.dumps({'groups': [{'name': 'aerec_service', 'rules': service}, {'name': 'aerec_monitors', 'interval': f'{interval:.0f}s', 'rules': watched}]}, indent=1, ensure_ascii=False)+'\n'
 
-def _escaped(text:str) -> str: return text.replace('\\', '\\\\').replace('"', '\\"').replace('\n', ' ')
+    def rule(name, expr, severity, words, wait):
+        return {
+            "alert": "aerec_" + "".join(c if c.isalnum() else "_" for c in name),
+            "expr": expr,
+            "for": f"{wait:.0f}s",
+            "labels": {"severity": severity},
+            "annotations": {"summary": words},
+        }
 
-def exposition(table:pd.DataFrame, # from `run_monitors`
-               now:float=None # UTC seconds; None: the clock
-              ) -> str: # Prometheus text
+    service = [
+        rule(
+            name,
+            expr.replace(
+                "{limit}",
+                f"{getattr(monitoring, MONITORS[name].limit) if isinstance(MONITORS[name].limit, str) else MONITORS[name].limit:g}",
+            ),
+            MONITORS[name].severity,
+            MONITORS[name].definition,
+            300,
+        )
+        for name, expr in _SERVICE.items()
+        if name in MONITORS
+    ]
+    service += [
+        rule("service down", "absent(aerec_info)", "critical", "no service of aerec is scraped", 60),
+        rule(
+            "events lost",
+            "increase(aerec_request_events_dropped_total[5m]) > 0",
+            "critical",
+            "request events are lost, mostly to a full queue",
+            0,
+        ),
+        rule(
+            "several versions",
+            "count(count by (version) (aerec_info == 1)) > 1",
+            "warning",
+            "the processes of the service answer with different bundles",
+            900,
+        ),
+    ]
+    watched = [
+        rule(
+            f"monitor {m.name}",
+            f'aerec_monitor_firing{{monitor="{_escaped(m.name)}"}} == 1',
+            m.severity,
+            m.definition,
+            0 if m.severity == "critical" else interval * (monitoring.alert_after - 1),
+        )
+        for m in MONITORS.values()
+    ]
+    watched += [
+        rule(
+            "watch stopped",
+            f"time() - aerec_monitor_time_seconds > {3 * interval + 60:.0f} or absent(aerec_monitor_time_seconds)",
+            "critical",
+            "nobody has looked at the monitors for a while: is aerec monitor --watch running?",
+            60,
+        )
+    ]
+    return (
+        json.dumps(
+            {
+                "groups": [
+                    {"name": "aerec_service", "rules": service},
+                    {"name": "aerec_monitors", "interval": f"{interval:.0f}s", "rules": watched},
+                ]
+            },
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+
+
+def exposition(
+    table: pd.DataFrame,  # from `run_monitors`
+    now: float = None,  # UTC seconds; None: the clock
+) -> str:  # Prometheus text
     "The monitors as gauges; one without data has no line."
     lines = []
+
     def gauge(name, words, rows):
-        lines.extend([f'# HELP {name} {words}', f'# TYPE {name} gauge', *(f'{name}{labels} {value!r}' for labels,value in rows)])
-    there = table[table.status != 'no data']
-    def labels(m): return f'{{monitor="{_escaped(m.monitor)}",severity="{m.severity}"}}'
-    gauge('aerec_monitor_value', 'What a monitor measures', [(labels(m), float(m.value)) for m in there.itertuples()])
-    gauge('aerec_monitor_threshold', 'The limit of a monitor', [(labels(m), float(m.threshold)) for m in there.itertuples()])
-    gauge('aerec_monitor_firing', 'Is it beyond its limit?', [(labels(m), int(m.status == 'firing')) for m in there.itertuples()])
-    gauge('aerec_monitor_time_seconds', 'When somebody last looked', [('', float(time.time() if now is None else now))])
-    return '\n'.join(lines)+'\n'
+        lines.extend(
+            [f"# HELP {name} {words}", f"# TYPE {name} gauge", *(f"{name}{labels} {value!r}" for labels, value in rows)]
+        )
+
+    there = table[table.status != "no data"]
+
+    def labels(m):
+        return f'{{monitor="{_escaped(m.monitor)}",severity="{m.severity}"}}'
+
+    gauge("aerec_monitor_value", "What a monitor measures", [(labels(m), float(m.value)) for m in there.itertuples()])
+    gauge(
+        "aerec_monitor_threshold",
+        "The limit of a monitor",
+        [(labels(m), float(m.threshold)) for m in there.itertuples()],
+    )
+    gauge(
+        "aerec_monitor_firing",
+        "Is it beyond its limit?",
+        [(labels(m), int(m.status == "firing")) for m in there.itertuples()],
+    )
+    gauge("aerec_monitor_time_seconds", "When somebody last looked", [("", float(time.time() if now is None else now))])
+    return "\n".join(lines) + "\n"
 
 # %% ../nbs/06_monitoring.ipynb #cdd29346
-def monitor(settings, # from `load_settings`
-            bundle, # folder of the bundle that is served, or a `Recommender`
-            now:float=None, # end of the window, UTC seconds; None: now
-            book:AlertBook=None, # of a watch, which knows since when items are banned; None: banned is banned
-            say=print # called with the line that says which log it is
-           ) -> pd.DataFrame: # as `run_monitors` gives it
+def monitor(
+    settings,  # from `load_settings`
+    bundle,  # folder of the bundle that is served, or a `Recommender`
+    now: float = None,  # end of the window, UTC seconds; None: now
+    book: AlertBook = None,  # of a watch, which knows since when items are banned; None: banned is banned
+    say=print,  # called with the line that says which log it is
+) -> pd.DataFrame:  # as `run_monitors` gives it
     "All monitors over the configured event log, without simulated events; says which log that is."
-    packed = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle, settings=settings)
+    packed = bundle if hasattr(bundle, "recommend") else load_bundle(bundle, settings=settings)
     log, now = EventLog.from_settings(settings), time.time() if now is None else now
     live = ban_list(settings)
     recommender = copy(packed)
-    recommender.chain = packed.chain.with_bans(live) # as the service does
-    try: window = make_window(log, recommender, settings.monitoring, now, simulated=False)
-    finally: log.close()
+    recommender.chain = packed.chain.with_bans(live)  # as the service does
+    try:
+        window = make_window(log, recommender, settings.monitoring, now, simulated=False)
+    finally:
+        log.close()
     window.packed_chain, window.last = packed.chain, last_headline(settings.paths.runs_dir, packed)
-    with using_settings(settings): window.previous = _bundle_before(settings, window.last)
-    if book is not None: window.banned_since = _banned_since(book, recommender, live.ids, now)
-    say(describe_window(window, f'the real log {log.url}', settings.monitoring.window_hours))
-    with using_settings(settings): return measure_window(window, settings.monitoring)
+    with using_settings(settings):
+        window.previous = _bundle_before(settings, window.last)
+    if book is not None:
+        window.banned_since = _banned_since(book, recommender, live.ids, now)
+    say(describe_window(window, f"the real log {log.url}", settings.monitoring.window_hours))
+    with using_settings(settings):
+        return measure_window(window, settings.monitoring)
 
-def _banned_since(book:AlertBook, recommender, ids, now:float) -> dict: # item number -> UTC seconds
+
+def _banned_since(book: AlertBook, recommender, ids, now: float) -> dict:  # item number -> UTC seconds
     "Since when items are banned, as far as a watch saw it; what was banned at its first look always was."
-    since = book.book.setdefault('banned_since', {})
-    for id in map(str, ids): since.setdefault(id, now if book.book['looks'] else 0.)
-    for id in set(since)-set(map(str, ids)): del since[id]
-    return {n: t for n,t in ((recommender.item_index.number(id), t) for id,t in since.items()) if n >= 0}
+    since = book.book.setdefault("banned_since", {})
+    for id in map(str, ids):
+        since.setdefault(id, now if book.book["looks"] else 0.0)
+    for id in set(since) - set(map(str, ids)):
+        del since[id]
+    return {n: t for n, t in ((recommender.item_index.number(id), t) for id, t in since.items()) if n >= 0}
 
-def _bundle_before(settings, last:dict|None) -> Recommender|None:
+
+def _bundle_before(settings, last: dict | None) -> Recommender | None:
     "The bundle of the last run, where it is still there and verifies."
-    folder = Path(settings.paths.runs_dir)/last['run']/'packaging'/'bundle' if last else None
-    if folder is None or not (folder/'manifest.json').exists(): return None
-    try: return _loaded(folder, (folder/'manifest.json').stat().st_mtime_ns)
-    except AerecError as e: log.warning('the lists are not compared with those of run %s: %s', last['run'], e)
+    folder = Path(settings.paths.runs_dir) / last["run"] / "packaging" / "bundle" if last else None
+    if folder is None or not (folder / "manifest.json").exists():
+        return None
+    try:
+        return _loaded(folder, (folder / "manifest.json").stat().st_mtime_ns)
+    except AerecError as e:
+        log.warning("the lists are not compared with those of run %s: %s", last["run"], e)
+
 
 @lru_cache(maxsize=1)
-def _loaded(folder:Path, _written:int) -> Recommender: return load_bundle(folder) # a watch looks again and again
+def _loaded(folder: Path, _written: int) -> Recommender:
+    return load_bundle(folder)  # a watch looks again and again
 
-def describe_window(w:Window, what:str, # which log
-                    hours:float # length of the window
-                   ) -> str: # one line
+
+def describe_window(
+    w: Window,
+    what: str,  # which log
+    hours: float,  # length of the window
+) -> str:  # one line
     "Which log it was and what is in it."
-    clicks = '' if w.click_rate is None else f', {w.click_rate:.1%} of what was shown was clicked'
-    earlier = f' Compared with the {len(w.reference.requests):,} requests before.' if w.reference is not None else ''
-    return f'Events of {what}, last {hours:g} hours: {len(w.requests):,} requests, {len(w.impressions):,} impressions, {len(w.feedback):,} feedback{clicks}.{earlier}'
+    clicks = "" if w.click_rate is None else f", {w.click_rate:.1%} of what was shown was clicked"
+    earlier = f" Compared with the {len(w.reference.requests):,} requests before." if w.reference is not None else ""
+    return f"Events of {what}, last {hours:g} hours: {len(w.requests):,} requests, {len(w.impressions):,} impressions, {len(w.feedback):,} feedback{clicks}.{earlier}"
 
 # %% ../nbs/06_monitoring.ipynb #de1de22b
-def watch(settings, # from `load_settings`
-          bundle, # folder of the bundle that is served, a `Recommender`, or a function that gives one of them, asked at each look
-          interval:float=60., # seconds from look to look
-          once:bool=False, # look once and come back
-          stop:threading.Event=None, # set it to end the watch; None: it ends with the process
-          say=print # called with a line a look
-         ) -> int: # exit code: 0 fine, 3 an alert is firing, 1 the last look failed
+def watch(
+    settings,  # from `load_settings`
+    bundle,  # folder of the bundle that is served, a `Recommender`, or a function that gives one of them, asked at each look
+    interval: float = 60.0,  # seconds from look to look
+    once: bool = False,  # look once and come back
+    stop: threading.Event = None,  # set it to end the watch; None: it ends with the process
+    say=print,  # called with a line a look
+) -> int:  # exit code: 0 fine, 3 an alert is firing, 1 the last look failed
     "Look at the monitors, tell who must know what changed, and write the gauges; keeps state in var/."
     var, stop, code, kept = Path(settings.paths.var_dir), stop or threading.Event(), 0, (None, None)
     url = settings.monitoring.webhook_url.get_secret_value() if settings.monitoring.webhook_url else None
-    file = project_dir()/Path(settings.monitoring.alert_file).expanduser() if settings.monitoring.alert_file else var/'alerts.jsonl'
+    file = (
+        project_dir() / Path(settings.monitoring.alert_file).expanduser()
+        if settings.monitoring.alert_file
+        else var / "alerts.jsonl"
+    )
     while True:
         begun = time.time()
         try:
             of = bundle() if callable(bundle) else bundle
-            if not hasattr(of, 'recommend'): kept = kept if kept[0] == str(of) else (str(of), load_bundle(of, settings=settings))
-            with alone(var/f'alerts-{settings.env}.json'):
-                book = AlertBook(var/f'alerts-{settings.env}.json')
-                table = monitor(settings, of if hasattr(of, 'recommend') else kept[1], book=book, say=lambda _: None)
+            if not hasattr(of, "recommend"):
+                kept = kept if kept[0] == str(of) else (str(of), load_bundle(of, settings=settings))
+            with alone(var / f"alerts-{settings.env}.json"):
+                book = AlertBook(var / f"alerts-{settings.env}.json")
+                table = monitor(settings, of if hasattr(of, "recommend") else kept[1], book=book, say=lambda _: None)
                 changes = book.look(table, settings.monitoring, begun)
-                book.deliver(file, url, {'env': settings.env})
+                book.deliver(file, url, {"env": settings.env})
             var.mkdir(parents=True, exist_ok=True)
-            with using_settings(settings): rules = prometheus_rules(settings.monitoring, interval)
-            for name,text in ((f'monitors-{settings.env}.prom', exposition(table, begun)), (f'rules-{settings.env}.yml', rules)):
-                with atomic_path(var/name) as path: path.write_text(text, encoding='utf-8')
+            with using_settings(settings):
+                rules = prometheus_rules(settings.monitoring, interval)
+            for name, text in (
+                (f"monitors-{settings.env}.prom", exposition(table, begun)),
+                (f"rules-{settings.env}.yml", rules),
+            ):
+                with atomic_path(var / name) as path:
+                    path.write_text(text, encoding="utf-8")
             _keep_only(settings)
             code, counts = 3 if book.firing else 0, table.status.value_counts()
-            say(f"{pd.Timestamp(begun, unit='s'):%Y-%m-%d %H:%M:%S} UTC: {counts.get('ok', 0)} ok, {counts.get('firing', 0)} firing, {counts.get('no data', 0)} without data"
-                + ''.join(f'; {c["state"]}: {c["monitor"]}' for c in changes) + (f'; alerts: {", ".join(book.firing)}' if book.firing else ''))
-        except Exception as e: # a watch that dies of a log that is away for a minute watches nothing
-            if once: raise
+            say(
+                f"{pd.Timestamp(begun, unit='s'):%Y-%m-%d %H:%M:%S} UTC: {counts.get('ok', 0)} ok, {counts.get('firing', 0)} firing, {counts.get('no data', 0)} without data"
+                + "".join(f"; {c['state']}: {c['monitor']}" for c in changes)
+                + (f"; alerts: {', '.join(book.firing)}" if book.firing else "")
+            )
+        except Exception as e:  # a watch that dies of a log that is away for a minute watches nothing
+            if once:
+                raise
             code = 1
-            log.error('the monitors could not be looked at: %s', str(e).splitlines()[0] if str(e) else type(e).__name__)
-        if once or stop.wait(max(0., interval-(time.time()-begun))): return code
+            log.error("the monitors could not be looked at: %s", str(e).splitlines()[0] if str(e) else type(e).__name__)
+        if once or stop.wait(max(0.0, interval - (time.time() - begun))):
+            return code
+
 
 def _keep_only(settings) -> None:
     "End the keeping of what is older than `events.keep_days`."
-    if settings.events.keep_days is None: return
+    if settings.events.keep_days is None:
+        return
     events = EventLog.from_settings(settings)
-    try: events.prune(time.time()-86400*settings.events.keep_days)
-    finally: events.close()
+    try:
+        events.prune(time.time() - 86400 * settings.events.keep_days)
+    finally:
+        events.close()
 
 # %% ../nbs/06_monitoring.ipynb #d42094ee
-def evidence_requests(w:Window, # what happened
-                      n:int=5 # most rows of a kind
-                     ) -> pd.DataFrame: # what, time, request_id, user_id, endpoint, status, ms, items
+def evidence_requests(
+    w: Window,  # what happened
+    n: int = 5,  # most rows of a kind
+) -> pd.DataFrame:  # what, time, request_id, user_id, endpoint, status, ms, items
     "Requests to look at: violations first, then failures, then the slowest."
     q, rows = w.requests, []
-    def add(what, found): rows.extend((what, int(i)) for i in list(found)[:n])
+
+    def add(what, found):
+        rows.extend((what, int(i)) for i in list(found)[:n])
+
     if len(w.item):
-        for what,places in (('banned item', banned_places(w)), ('seen item', seen_places(w) if seen_violations(w).value else None), ('item twice', doubled_places(w))):
-            if places is not None: add(what, np.unique(w.row[places]))
-    add('failed', np.flatnonzero((q.status >= 500).to_numpy()))
+        for what, places in (
+            ("banned item", banned_places(w)),
+            ("seen item", seen_places(w) if seen_violations(w).value else None),
+            ("item twice", doubled_places(w)),
+        ):
+            if places is not None:
+                add(what, np.unique(w.row[places]))
+    add("failed", np.flatnonzero((q.status >= 500).to_numpy()))
     slow = q.ms[w.is_answered].nlargest(n).index
-    add('slowest', slow)
-    if not rows: return pd.DataFrame(columns=['what', 'time', 'request_id', 'user_id', 'endpoint', 'status', 'ms', 'items'])
-    at = np.array([i for _,i in rows])
+    add("slowest", slow)
+    if not rows:
+        return pd.DataFrame(columns=["what", "time", "request_id", "user_id", "endpoint", "status", "ms", "items"])
+    at = np.array([i for _, i in rows])
     ids = np.array(w.recommender.items, object)
+
     def items(i):
-        own = w.item[w.offsets[i]:w.offsets[i+1]][:10]
-        return ', '.join(str(ids[j]) if j >= 0 else '?' for j in own)
-    return pd.DataFrame({'what': [what for what,_ in rows], 'time': pd.to_datetime(q.time[at].to_numpy(), unit='s').floor('s'), 'request_id': w.id_of(at), 'user_id': q.user_id[at].astype(object).to_numpy(),
-                         'endpoint': q.endpoint[at].astype(object).to_numpy(), 'status': q.status[at].to_numpy(), 'ms': q.ms[at].round(1).to_numpy(), 'items': [items(i) for i in at]})
+        own = w.item[w.offsets[i] : w.offsets[i + 1]][:10]
+        return ", ".join(str(ids[j]) if j >= 0 else "?" for j in own)
+
+    return pd.DataFrame(
+        {
+            "what": [what for what, _ in rows],
+            "time": pd.to_datetime(q.time[at].to_numpy(), unit="s").floor("s"),
+            "request_id": w.id_of(at),
+            "user_id": q.user_id[at].astype(object).to_numpy(),
+            "endpoint": q.endpoint[at].astype(object).to_numpy(),
+            "status": q.status[at].to_numpy(),
+            "ms": q.ms[at].round(1).to_numpy(),
+            "items": [items(i) for i in at],
+        }
+    )
+
 
 @patch
-def id_of(self:Window, rows) -> list:
+def id_of(self: Window, rows) -> list:
     "Request ids of rows."
     return self._request_ids.take(pa.array(self.number[rows])).to_pylist()
 
-def evidence_segments(w:Window) -> pd.DataFrame: # segment, lists, failed, fallback, short, p95 ms, CTR, NDCG
+
+def evidence_segments(w: Window) -> pd.DataFrame:  # segment, lists, failed, fallback, short, p95 ms, CTR, NDCG
     "Figures of groups of users: by length of history, strangers, and the arms of an experiment."
     q, length = w.requests, np.diff(w.recommender.histories.indptr)
-    low, high = (np.quantile(length, [1/3, 2/3]) if len(length) else (0, 0))
+    low, high = np.quantile(length, [1 / 3, 2 / 3]) if len(length) else (0, 0)
     own = np.where(q.user >= 0, length[q.user.to_numpy()] if len(length) else 0, -1)
-    groups = {'everybody': np.ones(len(q), bool), f'short history (up to {low:.0f} items)': (own >= 0) & (own <= low), 'middle': (own > low) & (own <= high), f'long history (over {high:.0f} items)': own > high,
-              'strangers, and histories without a user': own < 0, **{f'arm {arm}': (q.arm == arm).to_numpy() for arm in q.arm.cat.categories if (q.arm == arm).any()}}
+    groups = {
+        "everybody": np.ones(len(q), bool),
+        f"short history (up to {low:.0f} items)": (own >= 0) & (own <= low),
+        "middle": (own > low) & (own <= high),
+        f"long history (over {high:.0f} items)": own > high,
+        "strangers, and histories without a user": own < 0,
+        **{f"arm {arm}": (q.arm == arm).to_numpy() for arm in q.arm.cat.categories if (q.arm == arm).any()},
+    }
     o, rows = w.outcomes(), []
-    for name,m in groups.items():
-        if not m.any(): continue
+    for name, m in groups.items():
+        if not m.any():
+            continue
         answered, of = m & w.is_answered, o[m[o.request.to_numpy()]]
-        rows.append({'segment': name, 'lists': int(answered.sum()), 'failed': int((q.status[m] >= 500).sum()), 'fallback': float(q.fallback[answered].mean()) if answered.any() else np.nan,
-                     'short': float((w.lengths < q.k.to_numpy())[answered].mean()) if answered.any() else np.nan, 'p95 ms': float(q.ms[answered].quantile(.95)) if answered.any() else np.nan,
-                     'CTR': of.clicks.sum()/of.shown.sum() if of.shown.sum() else np.nan, 'NDCG': of.ndcg.mean() if len(of) else np.nan})
-    return pd.DataFrame(rows, columns=['segment', 'lists', 'failed', 'fallback', 'short', 'p95 ms', 'CTR', 'NDCG'])
+        rows.append(
+            {
+                "segment": name,
+                "lists": int(answered.sum()),
+                "failed": int((q.status[m] >= 500).sum()),
+                "fallback": float(q.fallback[answered].mean()) if answered.any() else np.nan,
+                "short": float((w.lengths < q.k.to_numpy())[answered].mean()) if answered.any() else np.nan,
+                "p95 ms": float(q.ms[answered].quantile(0.95)) if answered.any() else np.nan,
+                "CTR": of.clicks.sum() / of.shown.sum() if of.shown.sum() else np.nan,
+                "NDCG": of.ndcg.mean() if len(of) else np.nan,
+            }
+        )
+    return pd.DataFrame(rows, columns=["segment", "lists", "failed", "fallback", "short", "p95 ms", "CTR", "NDCG"])
 
-def evidence_items(w:Window, n:int=10 # rows
-                  ) -> pd.DataFrame: # item_id, title, places, share, before, users, clicks, banned
+
+def evidence_items(
+    w: Window,
+    n: int = 10,  # rows
+) -> pd.DataFrame:  # item_id, title, places, share, before, users, clicks, banned
     "What was shown most, and how often it was clicked."
     r, shown = w.recommender, exposure(w)
-    top = np.argsort(-shown, kind='stable')[:n]
+    top = np.argsort(-shown, kind="stable")[:n]
     top = top[shown[top] > 0]
     w.outcomes()
     clicks = np.bincount(w.item[w._outcomes[2] & (w.item >= 0)], minlength=r.n_items)
     before = exposure(w.reference) if w.reference is not None else None
-    return pd.DataFrame({'item_id': [str(r.items[i]) for i in top], 'title': [r._titles[i] if isinstance(r._titles[i], str) else '' for i in top], 'places': shown[top], 'share': shown[top]/max(1, shown.sum()),
-                         'before': before[top]/max(1, before.sum()) if before is not None else np.nan, 'users': r.popularity[top].astype(int), 'clicks': clicks[top], 'banned': r.chain.banned[top]})
+    return pd.DataFrame(
+        {
+            "item_id": [str(r.items[i]) for i in top],
+            "title": [r._titles[i] if isinstance(r._titles[i], str) else "" for i in top],
+            "places": shown[top],
+            "share": shown[top] / max(1, shown.sum()),
+            "before": before[top] / max(1, before.sum()) if before is not None else np.nan,
+            "users": r.popularity[top].astype(int),
+            "clicks": clicks[top],
+            "banned": r.chain.banned[top],
+        }
+    )
 
 # %% ../nbs/06_monitoring.ipynb #a97c5797
-COLORS = {'ok': '#009e73', 'firing': '#d55e00', 'no data': '#999999'}
-SIGNS = {'ok': '&#10003;', 'firing': '&#10007;', 'no data': '&ndash;'} # colour is never the only sign
+COLORS = {"ok": "#009e73", "firing": "#d55e00", "no data": "#999999"}
+SIGNS = {"ok": "&#10003;", "firing": "&#10007;", "no data": "&ndash;"}  # colour is never the only sign
+
 
 class Lights:
     "The traffic lights as a notebook shows them."
-    def __init__(self, table:pd.DataFrame, # from `run_monitors`
-                 headline:str='' # which log it was, and what is in it
-                ): self.table, self.headline = table, headline
 
-    def __repr__(self): return '\n'.join(f"{'!' if m.status == 'firing' else ' '} {m.monitor}: {shown(m.value)} ({m.status})" for m in self.table.itertuples())
+    def __init__(
+        self,
+        table: pd.DataFrame,  # from `run_monitors`
+        headline: str = "",  # which log it was, and what is in it
+    ):
+        self.table, self.headline = table, headline
+
+    def __repr__(self):
+        return "\n".join(
+            f"{'!' if m.status == 'firing' else ' '} {m.monitor}: {shown(m.value)} ({m.status})"
+            for m in self.table.itertuples()
+        )
 
     def _repr_html_(self):
         n = self.table.status.value_counts()
-        worst = 'firing' if n.get('firing') else 'ok' if n.get('ok') else 'no data'
-        critical = int(((self.table.status == 'firing') & (self.table.severity == 'critical')).sum())
-        words = {'firing': f"{n.get('firing', 0)} of {len(self.table)} monitors are firing{f', {critical} of them critical' if critical else ''}", 'ok': 'Everything that could be measured is fine', 'no data': 'There is nothing to measure'}[worst]
-        cards = ''.join(_card(GROUPS.get(g, f'Your own: {g}'), self.table[self.table.group == g]) for g in dict.fromkeys(self.table.group))
-        return (f'<div style="font:14px/1.45 system-ui,sans-serif;color:#1d2733;max-width:1000px"><div style="border-left:10px solid {COLORS[worst]};background:#f4f6f8;padding:10px 16px;margin:4px 0 12px;break-inside:avoid;print-color-adjust:exact">'
-                f'<div style="font-size:22px;font-weight:600">{words}</div><div style="color:#5d6b7a">{html.escape(self.headline)}</div></div>'
-                f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{cards}</div></div>')
+        worst = "firing" if n.get("firing") else "ok" if n.get("ok") else "no data"
+        critical = int(((self.table.status == "firing") & (self.table.severity == "critical")).sum())
+        words = {
+            "firing": f"{n.get('firing', 0)} of {len(self.table)} monitors are firing{f', {critical} of them critical' if critical else ''}",
+            "ok": "Everything that could be measured is fine",
+            "no data": "There is nothing to measure",
+        }[worst]
+        cards = "".join(
+            _card(GROUPS.get(g, f"Your own: {g}"), self.table[self.table.group == g])
+            for g in dict.fromkeys(self.table.group)
+        )
+        return (
+            f'<div style="font:14px/1.45 system-ui,sans-serif;color:#1d2733;max-width:1000px"><div style="border-left:10px solid {COLORS[worst]};background:#f4f6f8;padding:10px 16px;margin:4px 0 12px;break-inside:avoid;print-color-adjust:exact">'
+            f'<div style="font-size:22px;font-weight:600">{words}</div><div style="color:#5d6b7a">{html.escape(self.headline)}</div></div>'
+            f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{cards}</div></div>'
+        )
 
-def _card(title:str, of:pd.DataFrame) -> str:
+
+def _card(title: str, of: pd.DataFrame) -> str:
     "A group of monitors; those that fire first, those without data in one line."
-    status = 'firing' if (of.status == 'firing').any() else 'ok' if (of.status == 'ok').any() else 'no data'
-    rows = ''.join(_light(m) for m in of[of.status != 'no data'].sort_values('status', kind='stable').itertuples())
-    silent = ', '.join(m.monitor if np.isnan(m.value) else f'{m.monitor} {shown(m.value)}' for m in of[of.status == 'no data'].itertuples())
-    return (f'<div style="border:1px solid #dfe5ec;border-top:5px solid {COLORS[status]};border-radius:6px;padding:8px 12px;flex:1 1 300px;background:#fff;break-inside:avoid;print-color-adjust:exact">'
-            f'<div style="font-weight:600;margin-bottom:4px">{html.escape(title)}</div><div>{rows}</div>' + (f'<div style="color:#8a949e;font-size:12px;margin-top:4px">not judged, for want of cases or of a reference: {html.escape(silent)}</div>' if silent else '') + '</div>')
+    status = "firing" if (of.status == "firing").any() else "ok" if (of.status == "ok").any() else "no data"
+    rows = "".join(_light(m) for m in of[of.status != "no data"].sort_values("status", kind="stable").itertuples())
+    silent = ", ".join(
+        m.monitor if np.isnan(m.value) else f"{m.monitor} {shown(m.value)}"
+        for m in of[of.status == "no data"].itertuples()
+    )
+    return (
+        f'<div style="border:1px solid #dfe5ec;border-top:5px solid {COLORS[status]};border-radius:6px;padding:8px 12px;flex:1 1 300px;background:#fff;break-inside:avoid;print-color-adjust:exact">'
+        f'<div style="font-weight:600;margin-bottom:4px">{html.escape(title)}</div><div>{rows}</div>'
+        + (
+            f'<div style="color:#8a949e;font-size:12px;margin-top:4px">not judged, for want of cases or of a reference: {html.escape(silent)}</div>'
+            if silent
+            else ""
+        )
+        + "</div>"
+    )
+
 
 def _light(m) -> str:
-    weight, sense = ('600' if m.status == 'firing' else '400'), 'at most' if m.fires == 'above' else 'at least'
-    return (f'<div title="{html.escape(m.definition)}" style="display:flex;gap:8px;font-weight:{weight};border-top:1px solid #f0f3f6;padding:1px 0"><span style="color:{COLORS[m.status]};width:1em">{SIGNS[m.status]}</span>'
-            f'<span style="flex:1">{html.escape(m.monitor)}{" <small>(critical)</small>" if m.status == "firing" and m.severity == "critical" else ""}</span><span style="font-variant-numeric:tabular-nums">{shown(m.value)}</span>'
-            f'<span style="color:#8a949e;font-size:12px;width:8.5em;white-space:nowrap;text-align:right">{sense} {shown(m.threshold)}</span></div>')
+    weight, sense = ("600" if m.status == "firing" else "400"), "at most" if m.fires == "above" else "at least"
+    return (
+        f'<div title="{html.escape(m.definition)}" style="display:flex;gap:8px;font-weight:{weight};border-top:1px solid #f0f3f6;padding:1px 0"><span style="color:{COLORS[m.status]};width:1em">{SIGNS[m.status]}</span>'
+        f'<span style="flex:1">{html.escape(m.monitor)}{" <small>(critical)</small>" if m.status == "firing" and m.severity == "critical" else ""}</span><span style="font-variant-numeric:tabular-nums">{shown(m.value)}</span>'
+        f'<span style="color:#8a949e;font-size:12px;width:8.5em;white-space:nowrap;text-align:right">{sense} {shown(m.threshold)}</span></div>'
+    )
 
 # %% ../nbs/06_monitoring.ipynb #33866eb2
-def plot_monitors(table:pd.DataFrame, # from `run_monitors`
-                  trend:pd.DataFrame=None, # from `monitor_trend`; None: no trends
-                  columns:int=4 # panels side by side
-                 ): # -> matplotlib Figure
+def plot_monitors(
+    table: pd.DataFrame,  # from `run_monitors`
+    trend: pd.DataFrame = None,  # from `monitor_trend`; None: no trends
+    columns: int = 4,  # panels side by side
+):  # -> matplotlib Figure
     "A panel a monitor: how its number moved, in the colour of its light."
-    moving = [m for m in table.itertuples() if m.status != 'no data' and (trend is None or m.monitor in trend and trend[m.monitor].notna().any())]
-    rows = max(1, -(-len(moving)//columns))
-    fig, axes = plt.subplots(rows, columns, figsize=(10, .35+1.35*rows), layout='constrained', squeeze=False)
-    for ax in axes.ravel()[len(moving):]: ax.axis('off')
-    if not moving: axes[0, 0].text(0, .5, 'no monitor has data')
-    for ax,m in zip(axes.ravel(), moving): _panel(ax, m, trend)
-    if trend is not None and len(trend): fig.supxlabel(f'{_passed(trend)[1]} since the first span; band: 99.7 % interval; dashed: the limit', fontsize=8)
+    moving = [
+        m
+        for m in table.itertuples()
+        if m.status != "no data" and (trend is None or m.monitor in trend and trend[m.monitor].notna().any())
+    ]
+    rows = max(1, -(-len(moving) // columns))
+    fig, axes = plt.subplots(rows, columns, figsize=(10, 0.35 + 1.35 * rows), layout="constrained", squeeze=False)
+    for ax in axes.ravel()[len(moving) :]:
+        ax.axis("off")
+    if not moving:
+        axes[0, 0].text(0, 0.5, "no monitor has data")
+    for ax, m in zip(axes.ravel(), moving):
+        _panel(ax, m, trend)
+    if trend is not None and len(trend):
+        fig.supxlabel(f"{_passed(trend)[1]} since the first span; band: 99.7 % interval; dashed: the limit", fontsize=8)
     plt.close(fig)
     return fig
 
+
 def _passed(trend) -> tuple:
     "Time since the first span, and its unit."
-    passed = trend.time-trend.time.iloc[0]
-    return (passed/3600, 'hours') if passed.iloc[-1] > 3*3600 else (passed/60, 'minutes') if passed.iloc[-1] > 180 else (passed, 'seconds')
+    passed = trend.time - trend.time.iloc[0]
+    return (
+        (passed / 3600, "hours")
+        if passed.iloc[-1] > 3 * 3600
+        else (passed / 60, "minutes")
+        if passed.iloc[-1] > 180
+        else (passed, "seconds")
+    )
+
 
 def _panel(ax, m, trend) -> None:
     "One monitor."
     color = COLORS[m.status]
-    ax.set_title(f"{'✗ ' if m.status == 'firing' else ''}{m.monitor}  {shown(m.value)}", fontsize=8.5, loc='left', color='#b04400' if m.status == 'firing' else '#1d2733', weight='bold' if m.status == 'firing' else 'normal')
-    ax.spines[['top', 'right']].set_visible(False)
+    ax.set_title(
+        f"{'✗ ' if m.status == 'firing' else ''}{m.monitor}  {shown(m.value)}",
+        fontsize=8.5,
+        loc="left",
+        color="#b04400" if m.status == "firing" else "#1d2733",
+        weight="bold" if m.status == "firing" else "normal",
+    )
+    ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=6.5, length=2)
-    if trend is None or not len(trend): return ax.axis('off')
+    if trend is None or not len(trend):
+        return ax.axis("off")
     x, y = _passed(trend)[0], trend[m.monitor]
     top = np.nanmax(y)
-    high = max(top, m.threshold if np.isfinite(m.threshold) and m.threshold <= 3*max(top, 1e-12) else top) or 1.
-    if f'{m.monitor} low' in trend: ax.fill_between(x, trend[f'{m.monitor} low'].clip(lower=0), trend[f'{m.monitor} high'].clip(upper=1.6*high), color=color, alpha=.15, lw=0)
-    ax.plot(x, y, '.-', ms=3, lw=1.1, color=color)
-    if np.isfinite(m.threshold) and m.threshold <= 1.3*high and m.monitor not in ('coverage', 'concentration'): ax.axhline(m.threshold, color='#555555', ls='--', lw=.8) # of a short span coverage is always less
-    ax.set_ylim(min(0, np.nanmin(y)), 1.35*high)
-    ax.locator_params(axis='y', nbins=3)
+    high = max(top, m.threshold if np.isfinite(m.threshold) and m.threshold <= 3 * max(top, 1e-12) else top) or 1.0
+    if f"{m.monitor} low" in trend:
+        ax.fill_between(
+            x,
+            trend[f"{m.monitor} low"].clip(lower=0),
+            trend[f"{m.monitor} high"].clip(upper=1.6 * high),
+            color=color,
+            alpha=0.15,
+            lw=0,
+        )
+    ax.plot(x, y, ".-", ms=3, lw=1.1, color=color)
+    if np.isfinite(m.threshold) and m.threshold <= 1.3 * high and m.monitor not in ("coverage", "concentration"):
+        ax.axhline(m.threshold, color="#555555", ls="--", lw=0.8)  # of a short span coverage is always less
+    ax.set_ylim(min(0, np.nanmin(y)), 1.35 * high)
+    ax.locator_params(axis="y", nbins=3)
 
 # %% ../nbs/06_monitoring.ipynb #a4112c72
-_REPORT = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>Monitoring</title><style>
+_REPORT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>Monitoring</title><style>
 body{{font:14px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1d2733;max-width:1040px;margin:0 auto;padding:16px 20px 40px;background:#fff}} h1{{font-size:24px;margin:.2em 0 .4em}} h2{{font-size:17px;margin:26px 0 6px;border-bottom:1px solid #dfe5ec}}
 table{{border-collapse:collapse;font-size:12px;width:100%}} td,th{{border-bottom:1px solid #e8edf2;padding:3px 7px;text-align:right;vertical-align:top}} th{{background:#f4f6f8}} td:first-child,th:first-child,td.text,th.text{{text-align:left}}
 img{{max-width:100%}} p.soft{{color:#5d6b7a}} @media print{{body{{padding:0;font-size:11px}} h2{{break-after:avoid}} tr,img{{break-inside:avoid}} @page{{margin:14mm}}}}
 </style></head><body><h1>Monitoring</h1>{lights}<p class="soft">{notes}</p><h2>How each number moved</h2>{trend}<h2>Groups of users</h2>{segments}<h2>Items that were shown most</h2>{items}<h2>Requests to look at</h2>{requests}
 <h2>What each number means</h2>{definitions}</body></html>
-'''
+"""
 
-def report_html(table:pd.DataFrame, # from `run_monitors`
-                trend:pd.DataFrame, # from `monitor_trend`
-                evidence:dict, # name -> table: segments, items, requests
-                headline:str, # which log it was
-                notes:str='' # what else there is to say, a line each
-               ) -> str: # a page
+
+def report_html(
+    table: pd.DataFrame,  # from `run_monitors`
+    trend: pd.DataFrame,  # from `monitor_trend`
+    evidence: dict,  # name -> table: segments, items, requests
+    headline: str,  # which log it was
+    notes: str = "",  # what else there is to say, a line each
+) -> str:  # a page
     "The report."
+
     def as_html(t):
-        if not len(t): return '<p class="soft">none</p>'
-        def cell(v): return ('-' if v is None or v is pd.NaT or isinstance(v, float) and np.isnan(v) else f'{v:.3g}' if isinstance(v, float) else f'{v:,}' if isinstance(v, (int, np.integer)) and not isinstance(v, bool)
-                             else str(v) if not isinstance(v, (bool, np.bool_)) else 'yes' if v else '')
-        lines = [[(html.escape(cell(v)), isinstance(v, str)) for v in row] for row in t.astype(object).itertuples(index=False, name=None)]
-        heads = [f'<th{" class=text" if is_text else ""}>{html.escape(str(c))}</th>' for c,(_,is_text) in zip(t.columns, lines[0])]
-        return f'<table><thead><tr>{"".join(heads)}</tr></thead><tbody>' + ''.join('<tr>' + ''.join(f'<td{" class=text" if is_text else ""}>{v}</td>' for v,is_text in row) + '</tr>' for row in lines) + '</tbody></table>'
+        if not len(t):
+            return '<p class="soft">none</p>'
+
+        def cell(v):
+            return (
+                "-"
+                if v is None or v is pd.NaT or isinstance(v, float) and np.isnan(v)
+                else f"{v:.3g}"
+                if isinstance(v, float)
+                else f"{v:,}"
+                if isinstance(v, (int, np.integer)) and not isinstance(v, bool)
+                else str(v)
+                if not isinstance(v, (bool, np.bool_))
+                else "yes"
+                if v
+                else ""
+            )
+
+        lines = [
+            [(html.escape(cell(v)), isinstance(v, str)) for v in row]
+            for row in t.astype(object).itertuples(index=False, name=None)
+        ]
+        heads = [
+            f"<th{' class=text' if is_text else ''}>{html.escape(str(c))}</th>"
+            for c, (_, is_text) in zip(t.columns, lines[0])
+        ]
+        return (
+            f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>"
+            + "".join(
+                "<tr>" + "".join(f"<td{' class=text' if is_text else ''}>{v}</td>" for v, is_text in row) + "</tr>"
+                for row in lines
+            )
+            + "</tbody></table>"
+        )
+
     picture = io.BytesIO()
-    plot_monitors(table, trend).savefig(picture, format='png', dpi=130)
-    definitions = pd.DataFrame({'monitor': table.monitor, 'status': table.status, 'value': table.value.map(shown), 'limit': table.threshold.map(shown), 'cases': table.cases.map('{:,}'.format), 'definition': table.definition})
-    return _REPORT.format(lights=Lights(table, headline)._repr_html_(), notes='<br>'.join(html.escape(line) for line in notes.splitlines()),
-                          trend=f'<img alt="trends" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">', definitions=as_html(definitions),
-                          **{name: as_html(evidence[name]) for name in ('segments', 'items', 'requests')})
+    plot_monitors(table, trend).savefig(picture, format="png", dpi=130)
+    definitions = pd.DataFrame(
+        {
+            "monitor": table.monitor,
+            "status": table.status,
+            "value": table.value.map(shown),
+            "limit": table.threshold.map(shown),
+            "cases": table.cases.map("{:,}".format),
+            "definition": table.definition,
+        }
+    )
+    return _REPORT.format(
+        lights=Lights(table, headline)._repr_html_(),
+        notes="<br>".join(html.escape(line) for line in notes.splitlines()),
+        trend=f'<img alt="trends" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">',
+        definitions=as_html(definitions),
+        **{name: as_html(evidence[name]) for name in ("segments", "items", "requests")},
+    )
 
 # %% ../nbs/06_monitoring.ipynb #2d72ebb2
-DRIFTS = ('history length drift', 'history length PSI', 'item popularity drift', 'item popularity PSI', 'shown items drift', 'new items', 'unknown users', 'CTR', 'NDCG', 'hit rate')
+DRIFTS = (
+    "history length drift",
+    "history length PSI",
+    "item popularity drift",
+    "item popularity PSI",
+    "shown items drift",
+    "new items",
+    "unknown users",
+    "CTR",
+    "NDCG",
+    "hit rate",
+)
+
 
 class Decision(NamedTuple):
     "Shall a model be trained again?"
-    retrain:bool
-    reasons:list # sentences; why not, where it shall not
 
-def retrain_decision(table:pd.DataFrame, # from `run_monitors`
-                     recommender:Recommender, # that is live
-                     n_feedback:int, # ratings and clicks that came after it was trained
-                     monitoring # section `monitoring` of the settings
-                    ) -> Decision:
+    retrain: bool
+    reasons: list  # sentences; why not, where it shall not
+
+
+def retrain_decision(
+    table: pd.DataFrame,  # from `run_monitors`
+    recommender: Recommender,  # that is live
+    n_feedback: int,  # ratings and clicks that came after it was trained
+    monitoring,  # section `monitoring` of the settings
+) -> Decision:
     "Drift, age, or enough to learn from."
-    t, reasons, why_not = table.set_index('monitor'), [], []
-    moved = [name for name in DRIFTS if name in t.index and t.status[name] == 'firing']
-    (reasons if moved else why_not).append(f"drift: {', '.join(f'{n} is {shown(t.value[n])}, the limit is {shown(t.threshold[n])}' for n in moved)}" if moved else 'no drift')
-    age = t.value.get('model age', np.nan)
-    (reasons if age > monitoring.retrain_days else why_not).append(f'age: the bundle is {shown(age)} days old, train again after {monitoring.retrain_days:g} (monitoring.retrain_days)')
-    grown = n_feedback/max(1, recommender.histories.nnz)
-    (reasons if grown >= monitoring.retrain_feedback_share else why_not).append(f'new feedback: {n_feedback:,} on top of {recommender.histories.nnz:,} interactions, train again at {monitoring.retrain_feedback_share:.0%} (monitoring.retrain_feedback_share)')
+    t, reasons, why_not = table.set_index("monitor"), [], []
+    moved = [name for name in DRIFTS if name in t.index and t.status[name] == "firing"]
+    (reasons if moved else why_not).append(
+        f"drift: {', '.join(f'{n} is {shown(t.value[n])}, the limit is {shown(t.threshold[n])}' for n in moved)}"
+        if moved
+        else "no drift"
+    )
+    age = t.value.get("model age", np.nan)
+    (reasons if age > monitoring.retrain_days else why_not).append(
+        f"age: the bundle is {shown(age)} days old, train again after {monitoring.retrain_days:g} (monitoring.retrain_days)"
+    )
+    grown = n_feedback / max(1, recommender.histories.nnz)
+    (reasons if grown >= monitoring.retrain_feedback_share else why_not).append(
+        f"new feedback: {n_feedback:,} on top of {recommender.histories.nnz:,} interactions, train again at {monitoring.retrain_feedback_share:.0%} (monitoring.retrain_feedback_share)"
+    )
     return Decision(bool(reasons), reasons or why_not)
 
-def describe_decision(d:Decision) -> str:
-    "The decision in one line."
-    return f"Train again: {'; '.join(d.reasons)}." if d.retrain else f"No reason to train again ({'; '.join(d.reasons)})."
 
-def ratings_from_events(log:EventLog, # with feedback
-                        event_values:dict=None, # type of feedback -> worth, see data.event_values; None: as configured
-                        since:float=None, # UTC seconds; None: from the beginning
-                        simulated:bool=False # take simulated feedback, and only that: for rehearsals
-                       ) -> pd.DataFrame: # user_id, item_id (, rating or count), timestamp: what `load_ratings` reads
+def describe_decision(d: Decision) -> str:
+    "The decision in one line."
+    return (
+        f"Train again: {'; '.join(d.reasons)}." if d.retrain else f"No reason to train again ({'; '.join(d.reasons)})."
+    )
+
+
+def ratings_from_events(
+    log: EventLog,  # with feedback
+    event_values: dict = None,  # type of feedback -> worth, see data.event_values; None: as configured
+    since: float = None,  # UTC seconds; None: from the beginning
+    simulated: bool = False,  # take simulated feedback, and only that: for rehearsals
+) -> pd.DataFrame:  # user_id, item_id (, rating or count), timestamp: what `load_ratings` reads
     "What people did, as ratings; raises `AerecError` where there is nothing."
-    found = log.read('feedback', since=since, simulated=simulated).assign(simulated=False)
+    found = log.read("feedback", since=since, simulated=simulated).assign(simulated=False)
     ratings, left_out = feedback_ratings(found, event_values or load_settings().data.event_values)
-    if not len(ratings): raise AerecError(f"{log.url}: no feedback to make ratings of ({', '.join(f'{n:,} {why}' for why,n in left_out.items()) or 'there is none'}); what counts is said by data.event_values")
+    if not len(ratings):
+        raise AerecError(
+            f"{log.url}: no feedback to make ratings of ({', '.join(f'{n:,} {why}' for why, n in left_out.items()) or 'there is none'}); what counts is said by data.event_values"
+        )
     return ratings.assign(timestamp=ratings.timestamp.astype(np.int64))
 
-def grown_ratings(ratings:pd.DataFrame, # that the bundle was trained on
-                  new:pd.DataFrame # from `ratings_from_events`, in the same scale
-                 ) -> pd.DataFrame: # both; the ids in the type of the first
+
+def grown_ratings(
+    ratings: pd.DataFrame,  # that the bundle was trained on
+    new: pd.DataFrame,  # from `ratings_from_events`, in the same scale
+) -> pd.DataFrame:  # both; the ids in the type of the first
     "Old ratings and new ones together, for the next training."
-    value = next((c for c in ('rating', 'count') if c in ratings), None)
-    if value and value not in new: raise AerecError(f"the ratings have a {value} and the new feedback has none: say in data.event_values what a click is worth, such as {{'click': 4}}")
+    value = next((c for c in ("rating", "count") if c in ratings), None)
+    if value and value not in new:
+        raise AerecError(
+            f"the ratings have a {value} and the new feedback has none: say in data.event_values what a click is worth, such as {{'click': 4}}"
+        )
     new = new.copy()
-    for c in ('user_id', 'item_id'):
+    for c in ("user_id", "item_id"):
         if pd.api.types.is_integer_dtype(ratings[c]):
-            number = pd.to_numeric(new[c], errors='coerce')
-            new = new[number.notna()].assign(**{c: number[number.notna()].astype(ratings[c].dtype)}) # an id that is no number belongs to nobody here
-        else: new[c] = new[c].astype(str)
+            number = pd.to_numeric(new[c], errors="coerce")
+            new = new[number.notna()].assign(
+                **{c: number[number.notna()].astype(ratings[c].dtype)}
+            )  # an id that is no number belongs to nobody here
+        else:
+            new[c] = new[c].astype(str)
     return pd.concat([ratings, new[[c for c in ratings if c in new]]], ignore_index=True)
 
 # %% ../nbs/06_monitoring.ipynb #47336ced
-def build_monitoring(run, # `Run` from `aerec_nb.runs`
-                     folder:Path # where to write monitors.parquet, trend.parquet, alerts.json and the evidence
-                    ) -> dict: # key figures for the manifest
+def build_monitoring(
+    run,  # `Run` from `aerec_nb.runs`
+    folder: Path,  # where to write monitors.parquet, trend.parquet, alerts.json and the evidence
+) -> dict:  # key figures for the manifest
     "Measure the simulated events of the run, or the real log."
-    settings, recommender, now = run.settings.monitoring, load_bundle(run.need('packaging')/'bundle'), None
+    settings, recommender, now = run.settings.monitoring, load_bundle(run.need("packaging") / "bundle"), None
     last = last_headline(run.settings.paths.runs_dir, recommender, run.folder)
-    if settings.event_source == 'simulated':
-        events, what = load_events(run.need('serving')/'events.parquet'), 'simulated visitors of this run, not of people'
-        settings = settings.model_copy(update={'maturity_minutes': .25}) # they click within seconds, and the whole visit takes no longer
-        window = make_window(events, recommender, settings, events.time.max()+15 if len(events) else None)
+    if settings.event_source == "simulated":
+        events, what = (
+            load_events(run.need("serving") / "events.parquet"),
+            "simulated visitors of this run, not of people",
+        )
+        settings = settings.model_copy(
+            update={"maturity_minutes": 0.25}
+        )  # they click within seconds, and the whole visit takes no longer
+        window = make_window(events, recommender, settings, events.time.max() + 15 if len(events) else None)
     else:
         log, now = EventLog.from_settings(run.settings), time.time()
-        window, what = make_window(log, recommender, settings, now, simulated=False), f'the real log {log.url}'
+        window, what = make_window(log, recommender, settings, now, simulated=False), f"the real log {log.url}"
         log.close()
     window.last, window.previous = last, _bundle_before(run.settings, last)
     table = measure_window(window, settings)
-    decision = retrain_decision(table, recommender, int((window.feedback.item >= 0).sum()) if settings.event_source == 'real' else 0, settings)
-    write_parquet(folder/'monitors.parquet', table)
-    write_parquet(folder/'trend.parquet', monitor_trend(window, recommender))
-    evidence, said = {'requests': evidence_requests(window), 'segments': evidence_segments(window), 'items': evidence_items(window)}, describe_window(window, what, settings.window_hours)
-    for name,found in evidence.items(): write_parquet(folder/f'evidence_{name}.parquet', found)
-    write_json(folder/'alerts.json', alerts(table))
-    (folder/'report.html').write_text(report_html(table, pd.read_parquet(folder/'trend.parquet'), evidence, said, describe_decision(decision)), encoding='utf-8')
+    decision = retrain_decision(
+        table, recommender, int((window.feedback.item >= 0).sum()) if settings.event_source == "real" else 0, settings
+    )
+    write_parquet(folder / "monitors.parquet", table)
+    write_parquet(folder / "trend.parquet", monitor_trend(window, recommender))
+    evidence, said = (
+        {"requests": evidence_requests(window), "segments": evidence_segments(window), "items": evidence_items(window)},
+        describe_window(window, what, settings.window_hours),
+    )
+    for name, found in evidence.items():
+        write_parquet(folder / f"evidence_{name}.parquet", found)
+    write_json(folder / "alerts.json", alerts(table))
+    (folder / "report.html").write_text(
+        report_html(table, pd.read_parquet(folder / "trend.parquet"), evidence, said, describe_decision(decision)),
+        encoding="utf-8",
+    )
     counts = table.status.value_counts()
-    return {'events': said, 'n_firing': int(counts.get('firing', 0)), 'n_ok': int(counts.get('ok', 0)), 'n_no_data': int(counts.get('no data', 0)),
-            'compared_with': last['run'] if last else None, 'retrain': decision.retrain, 'retrain_reasons': decision.reasons}
+    return {
+        "events": said,
+        "n_firing": int(counts.get("firing", 0)),
+        "n_ok": int(counts.get("ok", 0)),
+        "n_no_data": int(counts.get("no data", 0)),
+        "compared_with": last["run"] if last else None,
+        "retrain": decision.retrain,
+        "retrain_reasons": decision.reasons,
+    }
 
 # %% ../nbs/06_monitoring.ipynb #8dc77aea
-def describe_monitoring(run # `Run` from `aerec_nb.runs`, with the stage done
-                       ) -> str: # a few lines
+def describe_monitoring(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+) -> str:  # a few lines
     "Which log was read, what fires, and what the model was compared with."
-    m, firing = run.manifest('monitoring')['metrics'], read_json(run.need('monitoring')/'alerts.json')
-    against = f"The model was compared with run {m['compared_with']}." if m['compared_with'] else 'There is no earlier run on the same data and split to compare the model with.'
+    m, firing = run.manifest("monitoring")["metrics"], read_json(run.need("monitoring") / "alerts.json")
+    against = (
+        f"The model was compared with run {m['compared_with']}."
+        if m["compared_with"]
+        else "There is no earlier run on the same data and split to compare the model with."
+    )
     lines = [f"{a['severity'].upper()}: {a['text']}" for a in firing]
-    again = describe_decision(Decision(m['retrain'], m['retrain_reasons']))
-    return '\n'.join([m['events'], f"{m['n_ok']} monitors are ok, {m['n_firing']} fire, {m['n_no_data']} have no data. {against}", again, *lines])
+    again = describe_decision(Decision(m["retrain"], m["retrain_reasons"]))
+    return "\n".join(
+        [
+            m["events"],
+            f"{m['n_ok']} monitors are ok, {m['n_firing']} fire, {m['n_no_data']} have no data. {against}",
+            again,
+            *lines,
+        ]
+    )

@@ -29,88 +29,109 @@ from .modeling import AutoEncoder, Model, block_rows, check_histories, check_val
 # %% ../nbs/02b_neural_models.ipynb #91f1dc2b
 class BatchGenerator(torch.Generator):
     "A generator that knows which part of a batch is this process's: the numbers of its rows and items, and how many there are in all. None: everything."
+
     rows = items = None
 
-def drawn(draw,              # torch.rand or torch.randn
-          generator: torch.Generator,
-          what: str,         # 'rows' or 'items': what the first dimension counts
-          shape: tuple,      # of this process's part
-          **kwargs           # of `draw`
-         ) -> torch.Tensor: # of that shape
+
+def drawn(
+    draw,  # torch.rand or torch.randn
+    generator: torch.Generator,
+    what: str,  # 'rows' or 'items': what the first dimension counts
+    shape: tuple,  # of this process's part
+    **kwargs,  # of `draw`
+) -> torch.Tensor:  # of that shape
     "Random numbers for the own part of a batch."
     part = getattr(generator, what, None)
-    if part is None: return draw(shape, generator=generator, **kwargs)
-    own,n = part
+    if part is None:
+        return draw(shape, generator=generator, **kwargs)
+    own, n = part
     return draw((n, *shape[1:]), generator=generator, **kwargs)[own]
 
 # %% ../nbs/02b_neural_models.ipynb #b15b7c2b
 class History(NamedTuple):
     "Histories of n people, as an embedding-bag takes them."
-    indices: torch.Tensor # int64, items of all histories one after another
-    offsets: torch.Tensor # int64 [n], where each history begins
-    weights: torch.Tensor # float32, a weight an item
+
+    indices: torch.Tensor  # int64, items of all histories one after another
+    offsets: torch.Tensor  # int64 [n], where each history begins
+    weights: torch.Tensor  # float32, a weight an item
 
     @classmethod
-    def of(cls, matrix: sparse.csr_matrix, device='cpu'): # -> History
+    def of(cls, matrix: sparse.csr_matrix, device="cpu"):  # -> History
         "The rows of a sparse matrix."
-        return cls(*(torch.from_numpy(a).to(device) for a in (matrix.indices.astype(np.int64), matrix.indptr[:-1].astype(np.int64), matrix.data)))
+        return cls(
+            *(
+                torch.from_numpy(a).to(device)
+                for a in (matrix.indices.astype(np.int64), matrix.indptr[:-1].astype(np.int64), matrix.data)
+            )
+        )
 
     @property
-    def rows(self): # -> int64, whose history each item is in
+    def rows(self):  # -> int64, whose history each item is in
         ends = torch.cat([self.offsets[1:], self.offsets.new_tensor([len(self.indices)])])
-        return torch.repeat_interleave(torch.arange(len(self.offsets), device=self.offsets.device), ends-self.offsets)
+        return torch.repeat_interleave(torch.arange(len(self.offsets), device=self.offsets.device), ends - self.offsets)
 
-    def sums(self, values: torch.Tensor # a value an item
-            ) -> torch.Tensor: # [n] their sum, history by history
+    def sums(
+        self,
+        values: torch.Tensor,  # a value an item
+    ) -> torch.Tensor:  # [n] their sum, history by history
         return torch.zeros(len(self.offsets), dtype=values.dtype, device=values.device).index_add_(0, self.rows, values)
 
-    def unit(self): # -> History
+    def unit(self):  # -> History
         "Each history brought to length 1; an empty one stays empty."
-        return self._replace(weights=self.weights/self.sums(self.weights**2).sqrt().clamp_min(1e-12)[self.rows])
+        return self._replace(weights=self.weights / self.sums(self.weights**2).sqrt().clamp_min(1e-12)[self.rows])
 
-    def dropped(self, share: float, generator: torch.Generator): # -> History
+    def dropped(self, share: float, generator: torch.Generator):  # -> History
         "Without a random share of the items; what is left is scaled up by as much."
-        if not share: return self
-        kept = (drawn(torch.rand, generator, 'items', (len(self.indices),)) >= share).to(self.weights)
-        return self._replace(weights=self.weights*kept/(1-share))
+        if not share:
+            return self
+        kept = (drawn(torch.rand, generator, "items", (len(self.indices),)) >= share).to(self.weights)
+        return self._replace(weights=self.weights * kept / (1 - share))
 
 # %% ../nbs/02b_neural_models.ipynb #59ac64ab
 class _Bag(torch.autograd.Function):
     "x W of ragged rows, with the gradient for W."
+
     @staticmethod
     def forward(ctx, weight, indices, offsets, weights):
         ctx.n_items = len(weight)
         ctx.save_for_backward(indices, offsets, weights)
-        return F.embedding_bag(indices, weight, offsets, mode='sum', per_sample_weights=weights)
+        return F.embedding_bag(indices, weight, offsets, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     def backward(ctx, grad):
-        indices,offsets,weights = (t.numpy() for t in ctx.saved_tensors)
-        by_item = sparse.csr_matrix((weights, indices, np.append(offsets, len(indices))), shape=(len(offsets), ctx.n_items)).tocsc() # X'
-        users,starts,weights = (torch.from_numpy(a) for a in (by_item.indices, by_item.indptr[:-1], by_item.data))
-        return F.embedding_bag(users, grad, starts, mode='sum', per_sample_weights=weights), None, None, None
+        indices, offsets, weights = (t.numpy() for t in ctx.saved_tensors)
+        by_item = sparse.csr_matrix(
+            (weights, indices, np.append(offsets, len(indices))), shape=(len(offsets), ctx.n_items)
+        ).tocsc()  # X'
+        users, starts, weights = (torch.from_numpy(a) for a in (by_item.indices, by_item.indptr[:-1], by_item.data))
+        return F.embedding_bag(users, grad, starts, mode="sum", per_sample_weights=weights), None, None, None
 
 # %% ../nbs/02b_neural_models.ipynb #92157122
-def bag(history: History,      # [n]
-        weight: torch.Tensor,  # [n_items, width]
-       ) -> torch.Tensor: # [n, width]
+def bag(
+    history: History,  # [n]
+    weight: torch.Tensor,  # [n_items, width]
+) -> torch.Tensor:  # [n, width]
     "The sum of the weighted rows that each history names."
-    if weight.device.type != 'cpu': return F.embedding_bag(history.indices, weight, history.offsets, mode='sum', per_sample_weights=history.weights)
+    if weight.device.type != "cpu":
+        return F.embedding_bag(history.indices, weight, history.offsets, mode="sum", per_sample_weights=history.weights)
     return _Bag.apply(weight, *history)
 
 # %% ../nbs/02b_neural_models.ipynb #39677d5b
-_onednn = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if torch.backends.mkldnn.is_available() else None
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
-def product(a: torch.Tensor, # [m, k]
-            b: torch.Tensor, # [n, k]
-           ) -> torch.Tensor: # [m, n]
+
+def product(
+    a: torch.Tensor,  # [m, k]
+    b: torch.Tensor,  # [n, k]
+) -> torch.Tensor:  # [m, n]
     "a b', by oneDNN where that is there."
-    wide = _onednn and a.device.type == 'cpu' and a.dtype == torch.float32 and min(*a.shape, *b.shape) >= 16
-    return _onednn(a, b, None, 'none', [], '') if wide else a @ b.T
+    wide = _onednn and a.device.type == "cpu" and a.dtype == torch.float32 and min(*a.shape, *b.shape) >= 16
+    return _onednn(a, b, None, "none", [], "") if wide else a @ b.T
 
 # %% ../nbs/02b_neural_models.ipynb #c47b594d
 class _Linear(torch.autograd.Function):
     "x W' + b by `product`, and its gradients."
+
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
@@ -118,103 +139,120 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x,weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         return product(grad, weight.T), product(grad.T, x.T), grad.sum(0)
 
 # %% ../nbs/02b_neural_models.ipynb #06dd1c3f
-def linear(x: torch.Tensor,      # [n, n_in]
-           weight: torch.Tensor, # [n_out, n_in]
-           bias: torch.Tensor,   # [n_out]
-          ) -> torch.Tensor: # [n, n_out]
+def linear(
+    x: torch.Tensor,  # [n, n_in]
+    weight: torch.Tensor,  # [n_out, n_in]
+    bias: torch.Tensor,  # [n_out]
+) -> torch.Tensor:  # [n, n_out]
     "A layer between the first and the last."
     return _Linear.apply(x, weight, bias)
 
 # %% ../nbs/02b_neural_models.ipynb #98e0d5b4
 class _SoftmaxLoss(torch.autograd.Function):
     "The loss, and its gradients while the outputs are at hand."
+
     @staticmethod
     def forward(ctx, hidden, weight, bias, history, step):
-        needs,n,n_items = ctx.needs_input_grad, len(hidden), len(weight)
+        needs, n, n_items = ctx.needs_input_grad, len(hidden), len(weight)
         grads = [torch.empty_like(hidden) if needs[0] else None, None, torch.zeros_like(bias) if needs[2] else None]
-        rows,sums,loss = history.rows, history.sums(history.weights), hidden.new_zeros(())
+        rows, sums, loss = history.rows, history.sums(history.weights), hidden.new_zeros(())
         ends = [*history.offsets[::step].tolist(), len(rows)]
-        for start,first,last in zip(range(0, n, step), ends[:-1], ends[1:]):
-            block,x = slice(start, start+step), history.weights[first:last]
-            who,at = rows[first:last]-start, (rows[first:last]-start)*n_items + history.indices[first:last]
+        for start, first, last in zip(range(0, n, step), ends[:-1], ends[1:]):
+            block, x = slice(start, start + step), history.weights[first:last]
+            who, at = rows[first:last] - start, (rows[first:last] - start) * n_items + history.indices[first:last]
             y = product(hidden[block], weight).add_(bias)
             p = torch.softmax(y, 1)
-            log_sum = y.amax(1) - p.amax(1).log() # one pass instead of another exponential for each output
-            loss += (x*(log_sum[who] - y.view(-1)[at])).sum()
-            if not any(needs): continue
-            p.mul_(sums[block, None]/n).view(-1).index_add_(0, at, x, alpha=-1/n)
-            if needs[0]: grads[0][block] = product(p, weight.T)
-            if needs[1]: grads[1] = product(p.T, hidden[block].T) if not start else grads[1].add_(product(p.T, hidden[block].T))
-            if needs[2]: grads[2] += p.sum(0)
+            log_sum = y.amax(1) - p.amax(1).log()  # one pass instead of another exponential for each output
+            loss += (x * (log_sum[who] - y.view(-1)[at])).sum()
+            if not any(needs):
+                continue
+            p.mul_(sums[block, None] / n).view(-1).index_add_(0, at, x, alpha=-1 / n)
+            if needs[0]:
+                grads[0][block] = product(p, weight.T)
+            if needs[1]:
+                grads[1] = product(p.T, hidden[block].T) if not start else grads[1].add_(product(p.T, hidden[block].T))
+            if needs[2]:
+                grads[2] += p.sum(0)
         ctx.grads = grads
-        return loss/n
+        return loss / n
 
     @staticmethod
     def backward(ctx, grad):
-        grads,ctx.grads = ctx.grads, None # nobody else holds them: they become the parameters' .grad without a copy
-        return *(g if g is None or grad == 1 else g*grad for g in grads), None, None
+        grads, ctx.grads = ctx.grads, None  # nobody else holds them: they become the parameters' .grad without a copy
+        return *(g if g is None or grad == 1 else g * grad for g in grads), None, None
 
 # %% ../nbs/02b_neural_models.ipynb #f82a4854
 def softmax_loss(
-    hidden: torch.Tensor, # [n, width] what the decoder is given
-    weight: torch.Tensor, # [n_items, width] the decoder's rows
-    bias: torch.Tensor,   # [n_items]
-    history: History,     # the targets
-    block: int = None,    # users at a time; None: as many as give 64 MiB of outputs
-) -> torch.Tensor: # scalar
+    hidden: torch.Tensor,  # [n, width] what the decoder is given
+    weight: torch.Tensor,  # [n_items, width] the decoder's rows
+    bias: torch.Tensor,  # [n_items]
+    history: History,  # the targets
+    block: int = None,  # users at a time; None: as many as give 64 MiB of outputs
+) -> torch.Tensor:  # scalar
     "Cross-entropy of the softmax against histories, the mean over users of the sum over items."
     return _SoftmaxLoss.apply(hidden, weight, bias, history, block or block_rows(len(weight)))
 
 # %% ../nbs/02b_neural_models.ipynb #79bfe066
 class ItemRows(nn.Module):
     "Features of items, and which items have a row of their own: those with interactions, and those of which the features say nothing."
-    def __init__(self,
-        features: sparse.csr_matrix, # [n_items, n_features]
-        warm: np.ndarray, # bool [n_items], items with interactions
+
+    def __init__(
+        self,
+        features: sparse.csr_matrix,  # [n_items, n_features]
+        warm: np.ndarray,  # bool [n_items], items with interactions
     ):
         super().__init__()
-        largest = abs(features[np.flatnonzero(warm)]).max(0).toarray().ravel() # 0: no warm item has it
+        largest = abs(features[np.flatnonzero(warm)]).max(0).toarray().ravel()  # 0: no warm item has it
         scale = np.divide(1, largest, out=np.zeros_like(largest), where=largest > 0)
         matrix = sparse.csr_matrix(features.multiply(scale[None]), dtype=np.float32)
         self.shape = matrix.shape
-        for name,tensor in zip(('indices', 'offsets', 'values'), History.of(matrix)): self.register_buffer(name, tensor, persistent=False)
+        for name, tensor in zip(("indices", "offsets", "values"), History.of(matrix)):
+            self.register_buffer(name, tensor, persistent=False)
         bare = np.bincount(matrix.nonzero()[0], minlength=len(warm)) == 0
-        for name,which in dict(bare=bare, has_own=warm | bare, known=warm | bare).items(): self.register_buffer(name, torch.from_numpy(which), persistent=False)
+        for name, which in dict(bare=bare, has_own=warm | bare, known=warm | bare).items():
+            self.register_buffer(name, torch.from_numpy(which), persistent=False)
 
-    def forward(self, own: torch.Tensor,        # [n_items] or [n_items, width]
-                by_feature: torch.Tensor, # [n_features] or [n_features, width]
-               ) -> torch.Tensor: # as own
+    def forward(
+        self,
+        own: torch.Tensor,  # [n_items] or [n_items, width]
+        by_feature: torch.Tensor,  # [n_features] or [n_features, width]
+    ) -> torch.Tensor:  # as own
         told = bag(History(self.indices, self.offsets, self.values), by_feature.view(self.shape[1], -1)).view_as(own)
-        return torch.addcmul(told, own, self.known.to(own.dtype).view(-1, *[1]*(own.ndim-1)))
+        return torch.addcmul(told, own, self.known.to(own.dtype).view(-1, *[1] * (own.ndim - 1)))
 
     def forget(self, share: float, generator: torch.Generator):
         "Take a random share of the items by their features only, until the next call; those that have none are spared."
-        self.known = self.has_own & (self.bare | (torch.rand(self.shape[0], generator=generator) >= share).to(self.bare.device))
+        self.known = self.has_own & (
+            self.bare | (torch.rand(self.shape[0], generator=generator) >= share).to(self.bare.device)
+        )
+
 
 class ByFeatures(nn.Module):
     "A parametrization: rows of items are their own plus what their features say."
+
     def __init__(self, items: ItemRows, by_feature: nn.Parameter):
         super().__init__()
-        self.items,self.by_feature = items, by_feature
+        self.items, self.by_feature = items, by_feature
 
-    def forward(self, own): return self.items(own, self.by_feature)
+    def forward(self, own):
+        return self.items(own, self.by_feature)
 
 # %% ../nbs/02b_neural_models.ipynb #ecaba315
 def with_features(
-    net: nn.Module,   # changed in place: still has the same attributes, now made of two parts each
-    names: tuple,     # of its parameters with a row an item: 'decoder_weight', 'encoder.encoder_weight'
-    features: sparse.csr_matrix, # [n_items, n_features]
-    warm: np.ndarray, # bool [n_items], items with interactions
-    first_rows = torch.zeros, # shape -> first weights of the features
-) -> ItemRows: # shared by all of them
+    net: nn.Module,  # changed in place: still has the same attributes, now made of two parts each
+    names: tuple,  # of its parameters with a row an item: 'decoder_weight', 'encoder.encoder_weight'
+    features: sparse.csr_matrix,  # [n_items, n_features]
+    warm: np.ndarray,  # bool [n_items], items with interactions
+    first_rows=torch.zeros,  # shape -> first weights of the features
+) -> ItemRows:  # shared by all of them
     "Give the items of a net their features."
     items = ItemRows(features, warm)
     for name in names:
-        *path,name = name.split('.')
+        *path, name = name.split(".")
         module = reduce(getattr, path, net)
         own = getattr(module, name)
         by_feature = nn.Parameter(first_rows((features.shape[1], *own.shape[1:])), own.requires_grad)
@@ -225,39 +263,61 @@ def with_features(
 class Diverged(AerecError):
     "The loss is not a number any more."
 
-def given(values: dict # `locals()` of an `__init__`
-         ) -> dict: # the hyperparameters among them
+
+def given(
+    values: dict,  # `locals()` of an `__init__`
+) -> dict:  # the hyperparameters among them
     "Hyperparameters by their names."
-    return {k: v for k,v in values.items() if k not in ('self', '__class__')}
+    return {k: v for k, v in values.items() if k not in ("self", "__class__")}
 
 # %% ../nbs/02b_neural_models.ipynb #625829b6
-_LIMITS = dict( # how `check_value` looks at each hyperparameter
-    hidden_dim=dict(low=1, kind=int), latent_dim=dict(low=1, kind=int), rank=dict(low=1, kind=int), lr=dict(low=0, open=True), num_epoch=dict(low=1, kind=int),
-    batch_size=dict(low=1, kind=int), dropout=dict(low=0, high=1), cold_dropout=dict(low=0, high=1), feature_decay=dict(low=0), weight_decay=dict(low=0), beta=dict(low=0), gamma=dict(low=0), anneal_steps=dict(low=0, kind=int),
-    encoder_passes=dict(low=1, kind=int), cosine_epochs=dict(low=0, kind=int), clip_norm=dict(low=0), random_seed=dict(low=0, kind=int))
+_LIMITS = dict(  # how `check_value` looks at each hyperparameter
+    hidden_dim=dict(low=1, kind=int),
+    latent_dim=dict(low=1, kind=int),
+    rank=dict(low=1, kind=int),
+    lr=dict(low=0, open=True),
+    num_epoch=dict(low=1, kind=int),
+    batch_size=dict(low=1, kind=int),
+    dropout=dict(low=0, high=1),
+    cold_dropout=dict(low=0, high=1),
+    feature_decay=dict(low=0),
+    weight_decay=dict(low=0),
+    beta=dict(low=0),
+    gamma=dict(low=0),
+    anneal_steps=dict(low=0, kind=int),
+    encoder_passes=dict(low=1, kind=int),
+    cosine_epochs=dict(low=0, kind=int),
+    clip_norm=dict(low=0),
+    random_seed=dict(low=0, kind=int),
+)
 
-_OPTIMIZERS = 100*2**20 # bytes that torch's own modules take once an optimizer is made
+_OPTIMIZERS = 100 * 2**20  # bytes that torch's own modules take once an optimizer is made
+
 
 def _arrays(net):
     "The weights of a net, copied."
-    return {k: v.detach().cpu().numpy().copy() for k,v in net.state_dict().items()}
+    return {k: v.detach().cpu().numpy().copy() for k, v in net.state_dict().items()}
 
 # %% ../nbs/02b_neural_models.ipynb #51fd7f2f
 class GradientModel(Model):
     "A model trained by gradients: a net, an optimizer, epochs."
-    net = optimizer = items = _plain = None # `items`: `ItemRows` while it learns with item features
-    share = None    # `Share`: which part of every batch this process learns from; None: all of it
-    passes = 1      # over all users, in one epoch
-    item_rows = ('encoder_weight', 'decoder_weight', 'decoder_bias') # what of the net has a row an item
-    presets = {}    # name -> hyperparameters that differ from the defaults
-    tune_space = {} # hyperparameter -> (low, high, 'log', 'linear' or 'int'): where to look for better ones
-    features_size = 0, 0 # columns and values of the item features that it learns with
 
-    def __init__(self, **hp): super().__init__(**{k: check_value(k, v, **_LIMITS[k]) if k in _LIMITS else v for k,v in hp.items()})
+    net = optimizer = items = _plain = None  # `items`: `ItemRows` while it learns with item features
+    share = None  # `Share`: which part of every batch this process learns from; None: all of it
+    passes = 1  # over all users, in one epoch
+    item_rows = ("encoder_weight", "decoder_weight", "decoder_bias")  # what of the net has a row an item
+    presets = {}  # name -> hyperparameters that differ from the defaults
+    tune_space = {}  # hyperparameter -> (low, high, 'log', 'linear' or 'int'): where to look for better ones
+    features_size = 0, 0  # columns and values of the item features that it learns with
 
-    def build(self, n_items, generator): # -> nn.Module with `encode(history)`, `decoder_weight` and `decoder_bias`
+    def __init__(self, **hp):
+        super().__init__(**{k: check_value(k, v, **_LIMITS[k]) if k in _LIMITS else v for k, v in hp.items()})
+
+    def build(self, n_items, generator):  # -> nn.Module with `encode(history)`, `decoder_weight` and `decoder_bias`
         "The net with its first weights."
-        raise NotImplementedError(f'{type(self).__name__} has no method build: a gradient-trained model defines its net there')
+        raise NotImplementedError(
+            f"{type(self).__name__} has no method build: a gradient-trained model defines its net there"
+        )
 
     def prepare_input(self, history: History) -> History:
         "What the net is given of a history; the lecture leaves it as it is."
@@ -265,44 +325,79 @@ class GradientModel(Model):
 
     def loss(self, history: History, step: int) -> torch.Tensor:
         "What a batch costs; `step` counts the batches of all epochs from 0."
-        return self.cross_entropy(self.net.encode(self.prepare_input(history).dropped(self.dropout, self.generator)), history)
+        return self.cross_entropy(
+            self.net.encode(self.prepare_input(history).dropped(self.dropout, self.generator)), history
+        )
 
     def cross_entropy(self, hidden: torch.Tensor, history: History) -> torch.Tensor:
         "`softmax_loss` among the items with a row of their own; that nobody took a cold one is no evidence against it."
-        bias = self.net.decoder_bias if self.items is None else self.net.decoder_bias.masked_fill(~self.items.has_own, -torch.inf)
+        bias = (
+            self.net.decoder_bias
+            if self.items is None
+            else self.net.decoder_bias.masked_fill(~self.items.has_own, -torch.inf)
+        )
         return softmax_loss(hidden, self.net.decoder_weight, bias, history)
 
     def begin_pass(self, number: int):
         "What changes from one pass of an epoch to the next."
 
-    def prepare(self, train: sparse.csr_matrix, # [n_users, n_items] histories
-                item_features: sparse.csr_matrix = None, # [n_items, n_features]
-               ) -> sparse.csr_matrix: # the same, checked
+    def prepare(
+        self,
+        train: sparse.csr_matrix,  # [n_users, n_items] histories
+        item_features: sparse.csr_matrix = None,  # [n_items, n_features]
+    ) -> sparse.csr_matrix:  # the same, checked
         "A new net and optimizer for these histories."
         features = self._checked(item_features, train)
         train = self._begin(train)
         self.generator = BatchGenerator().manual_seed(self.random_seed)
         self.net = self.build(train.shape[1], self.generator)
-        self.items = None if features is None else with_features(self.net, self.item_rows, features, (np.bincount(train.indices, minlength=train.shape[1]) if self.share is None else self.share.counts) > 0, self.first_rows)
+        self.items = (
+            None
+            if features is None
+            else with_features(
+                self.net,
+                self.item_rows,
+                features,
+                (np.bincount(train.indices, minlength=train.shape[1]) if self.share is None else self.share.counts) > 0,
+                self.first_rows,
+            )
+        )
         self.net.to(self.device)
         self.changed()
-        learned = {name: p for name,p in self.net.named_parameters() if p.requires_grad}
-        by_feature = [p for name,p in learned.items() if name.endswith('by_feature')]
-        decayed,spared = ([p for name,p in learned.items() if not name.endswith('by_feature') and (p.ndim > 1 and self.weight_decay > 0) == decays] for decays in (True, False))
-        groups = [dict(params=decayed, weight_decay=self.weight_decay), dict(params=spared), dict(params=by_feature, weight_decay=self.feature_decay)]
-        self.optimizer = torch.optim.Adam([g for g in groups if g['params']], lr=self.lr, fused=True)
+        learned = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        by_feature = [p for name, p in learned.items() if name.endswith("by_feature")]
+        decayed, spared = (
+            [
+                p
+                for name, p in learned.items()
+                if not name.endswith("by_feature") and (p.ndim > 1 and self.weight_decay > 0) == decays
+            ]
+            for decays in (True, False)
+        )
+        groups = [
+            dict(params=decayed, weight_decay=self.weight_decay),
+            dict(params=spared),
+            dict(params=by_feature, weight_decay=self.feature_decay),
+        ]
+        self.optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=self.lr, fused=True)
         self.n_items = train.shape[1]
         return train
 
     def fit(self, train, item_features=None):
         train = self.prepare(train, item_features)
-        for epoch in range(1, self.num_epoch+1): self.train_epoch(train, epoch)
+        for epoch in range(1, self.num_epoch + 1):
+            self.train_epoch(train, epoch)
         return self
 
     @torch.inference_mode()
     def _score(self, history):
         net = self.plain()
-        return product(net.encode(self.prepare_input(History.of(history, self.device))), net.decoder_weight).add_(net.decoder_bias).cpu().numpy()
+        return (
+            product(net.encode(self.prepare_input(History.of(history, self.device))), net.decoder_weight)
+            .add_(net.decoder_bias)
+            .cpu()
+            .numpy()
+        )
 
     def changed(self):
         "The weights are no longer what they were: nothing that was made from them holds."
@@ -310,7 +405,8 @@ class GradientModel(Model):
 
     def to(self, device):
         super().to(device)
-        if self.net is not None: self.net.to(device)
+        if self.net is not None:
+            self.net.to(device)
         self.changed()
         return self
 
@@ -318,504 +414,704 @@ class GradientModel(Model):
 @patch
 def lr_in(self: GradientModel, epoch: int) -> float:
     "The learning rate of an epoch."
-    if not self.cosine_epochs: return self.lr
-    return self.lr*(.01 + .99*(1+math.cos(math.pi*min(1, (epoch-1)/self.cosine_epochs)))/2)
+    if not self.cosine_epochs:
+        return self.lr
+    return self.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1, (epoch - 1) / self.cosine_epochs))) / 2)
+
 
 @patch
-def train_epoch(self: GradientModel,
-    train: sparse.csr_matrix, # what `prepare` gave back
-    epoch: int,               # from 1; decides order, noise and learning rate
-    batch: int = 0,           # batches of this epoch that are done already (the generator is as it was then)
-    total: float = 0.,        # their loss
-    after_batch = None,       # called with (epoch, batches done, loss so far) after every batch
-) -> float: # mean loss of its users
+def train_epoch(
+    self: GradientModel,
+    train: sparse.csr_matrix,  # what `prepare` gave back
+    epoch: int,  # from 1; decides order, noise and learning rate
+    batch: int = 0,  # batches of this epoch that are done already (the generator is as it was then)
+    total: float = 0.0,  # their loss
+    after_batch=None,  # called with (epoch, batches done, loss so far) after every batch
+) -> float:  # mean loss of its users
     "One epoch: all users in random order, `passes` times."
-    if not batch: self.generator.manual_seed(1_000_003*self.random_seed + epoch)
-    for group in self.optimizer.param_groups: group['lr'] = self.lr_in(epoch)
-    step = (epoch-1)*self.n_batches(train)
+    if not batch:
+        self.generator.manual_seed(1_000_003 * self.random_seed + epoch)
+    for group in self.optimizer.param_groups:
+        group["lr"] = self.lr_in(epoch)
+    step = (epoch - 1) * self.n_batches(train)
     for history in self._epoch_batches(train, epoch, batch):
-        if self.items is not None: self.items.forget(self.cold_dropout, self.generator)
-        loss = self.loss(history, step+batch)
+        if self.items is not None:
+            self.items.forget(self.cold_dropout, self.generator)
+        loss = self.loss(history, step + batch)
         self.optimizer.zero_grad()
         loss.backward() if self.share is None else self.share.backward(loss, self.net)
-        if self.clip_norm: nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_norm)
+        if self.clip_norm:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_norm)
         self.optimizer.step()
         self.changed()
-        batch,total = batch+1, total + (loss.item()*len(history.offsets) if self.share is None else self.share.total)
-        if not math.isfinite(total): raise Diverged(f'{self.name}: the loss is {total} in epoch {epoch}, batch {batch}; lower lr (now {self.lr:g}) or set clip_norm')
-        if after_batch: after_batch(epoch, batch, total)
-    return total/(self.n_users(train)*self.passes)
+        batch, total = (
+            batch + 1,
+            total + (loss.item() * len(history.offsets) if self.share is None else self.share.total),
+        )
+        if not math.isfinite(total):
+            raise Diverged(
+                f"{self.name}: the loss is {total} in epoch {epoch}, batch {batch}; lower lr (now {self.lr:g}) or set clip_norm"
+            )
+        if after_batch:
+            after_batch(epoch, batch, total)
+    return total / (self.n_users(train) * self.passes)
+
 
 @patch
 def n_batches(self: GradientModel, train) -> int:
     "Batches of an epoch."
-    return self.passes*-(-self.n_users(train)//self.batch_size)
+    return self.passes * -(-self.n_users(train) // self.batch_size)
+
 
 @patch
 def n_users(self: GradientModel, train) -> int:
     "Users that are learned from, in all processes."
     return train.shape[0] if self.share is None else len(self.share.lengths)
 
+
 @patch
 def _epoch_batches(self: GradientModel, train, epoch, done):
     "The batches of an epoch that are still to do."
-    each = self.n_batches(train)//self.passes
-    for number in range(done//each, self.passes):
+    each = self.n_batches(train) // self.passes
+    for number in range(done // each, self.passes):
         self.begin_pass(number)
         seed = [self.random_seed, epoch, number]
-        order = batches(train, self.batch_size, shuffle=True, seed=seed) if self.share is None else self.share.batches(train, self.batch_size, seed, self.generator)
-        for batch in islice(order, max(0, done-number*each), None): yield History(*(t.to(self.device) for t in batch))
+        order = (
+            batches(train, self.batch_size, shuffle=True, seed=seed)
+            if self.share is None
+            else self.share.batches(train, self.batch_size, seed, self.generator)
+        )
+        for batch in islice(order, max(0, done - number * each), None):
+            yield History(*(t.to(self.device) for t in batch))
 
 # %% ../nbs/02b_neural_models.ipynb #399dbd18
 class Share:
     "The part of the users that this process has, and how gradients are added up over all processes."
-    total = 0. # loss of the last batch, over all its users
-    def __init__(self,
-        rows: np.ndarray,    # int, sorted: which users, by their number in the whole data, the rows of this process's histories are
-        lengths: np.ndarray, # int [n_users] interactions of every user
+
+    total = 0.0  # loss of the last batch, over all its users
+
+    def __init__(
+        self,
+        rows: np.ndarray,  # int, sorted: which users, by their number in the whole data, the rows of this process's histories are
+        lengths: np.ndarray,  # int [n_users] interactions of every user
         counts: np.ndarray,  # int [n_items] interactions with every item
-        add,                 # function(tensor): adds it up over all processes, in place
-        rank: int = 0,       # number of this process; 0 keeps the checkpoints
+        add,  # function(tensor): adds it up over all processes, in place
+        rank: int = 0,  # number of this process; 0 keeps the checkpoints
     ):
-        self.rows,self.lengths,self.counts,self.add,self.rank = rows, lengths, counts, add, rank
+        self.rows, self.lengths, self.counts, self.add, self.rank = rows, lengths, counts, add, rank
         self.place = np.full(len(lengths), -1, np.int64)
         self.place[rows] = np.arange(len(rows))
 
-    def batches(self, train: sparse.csr_matrix, # this process's histories
-                batch_size: int, # users in a batch, over all processes
-                seed,            # of the order of the users
-                generator: BatchGenerator, # is told which part of the batch this is
-               ): # yields (indices, offsets, weights)
+    def batches(
+        self,
+        train: sparse.csr_matrix,  # this process's histories
+        batch_size: int,  # users in a batch, over all processes
+        seed,  # of the order of the users
+        generator: BatchGenerator,  # is told which part of the batch this is
+    ):  # yields (indices, offsets, weights)
         "The own rows of the batches that one process would make of all users."
         order = np.random.default_rng(seed).permutation(len(self.lengths))
         for first in range(0, len(order), batch_size):
-            users = order[first:first+batch_size]
+            users = order[first : first + batch_size]
             mine = np.flatnonzero(self.place[users] >= 0)
             ends = np.cumsum(self.lengths[users])
             block = train[self.place[users[mine]]]
-            at = np.repeat(ends[mine]-self.lengths[users[mine]]-block.indptr[:-1], np.diff(block.indptr)) + np.arange(block.nnz)
-            generator.rows,generator.items = (torch.from_numpy(mine), len(users)), (torch.from_numpy(at), int(ends[-1]))
-            self.weight,bounds = len(mine)/len(users), block.indptr
-            if not len(mine): generator.rows,bounds = (torch.zeros(1, dtype=torch.int64), len(users)), np.zeros(2, np.int64) # an empty history that counts nothing: noise must be drawn all the same
+            at = np.repeat(
+                ends[mine] - self.lengths[users[mine]] - block.indptr[:-1], np.diff(block.indptr)
+            ) + np.arange(block.nnz)
+            generator.rows, generator.items = (
+                (torch.from_numpy(mine), len(users)),
+                (torch.from_numpy(at), int(ends[-1])),
+            )
+            self.weight, bounds = len(mine) / len(users), block.indptr
+            if not len(mine):
+                generator.rows, bounds = (
+                    (torch.zeros(1, dtype=torch.int64), len(users)),
+                    np.zeros(2, np.int64),
+                )  # an empty history that counts nothing: noise must be drawn all the same
             self.n = len(users)
-            yield torch.from_numpy(block.indices.astype(np.int64)), torch.from_numpy(bounds[:-1].astype(np.int64)), torch.from_numpy(block.data)
+            yield (
+                torch.from_numpy(block.indices.astype(np.int64)),
+                torch.from_numpy(bounds[:-1].astype(np.int64)),
+                torch.from_numpy(block.data),
+            )
 
-    def backward(self, loss: torch.Tensor, # the mean over the own rows
-                 net: nn.Module):
+    def backward(
+        self,
+        loss: torch.Tensor,  # the mean over the own rows
+        net: nn.Module,
+    ):
         "The gradient of the mean over the whole batch, in every process."
-        (loss*self.weight).backward()
+        (loss * self.weight).backward()
         grads = [p.grad for p in net.parameters() if p.requires_grad and p.grad is not None]
-        together = torch.cat([loss.detach().view(1)*self.weight, *(g.reshape(-1) for g in grads)]) # one message is faster than several
+        together = torch.cat(
+            [loss.detach().view(1) * self.weight, *(g.reshape(-1) for g in grads)]
+        )  # one message is faster than several
         self.add(together)
-        self.total,at = float(together[0])*self.n, 1
+        self.total, at = float(together[0]) * self.n, 1
         for g in grads:
-            g.copy_(together[at:at+g.numel()].view_as(g))
+            g.copy_(together[at : at + g.numel()].view_as(g))
             at += g.numel()
 
 # %% ../nbs/02b_neural_models.ipynb #bf558da8
 @patch
 def plain(self: GradientModel) -> nn.Module:
     "The net with every item's row as it is with its features; the net itself where there are none."
-    if self.items is None: return self.net
+    if self.items is None:
+        return self.net
     if self._plain is None:
-        net,self.items.known = self.build(self.n_items, torch.Generator()).to(self.device), self.items.has_own
-        with torch.no_grad(): net.load_state_dict({k: reduce(getattr, k.split('.'), self.net) for k in net.state_dict()})
+        net, self.items.known = self.build(self.n_items, torch.Generator()).to(self.device), self.items.has_own
+        with torch.no_grad():
+            net.load_state_dict({k: reduce(getattr, k.split("."), self.net) for k in net.state_dict()})
         self._plain = net
     return self._plain
+
 
 @patch
 def first_rows(self: GradientModel, shape: tuple) -> torch.Tensor:
     "First weights of features: none, so that a net begins as it would without them."
     return torch.zeros(shape)
 
+
 @patch
 def _checked(self: GradientModel, item_features, train):
     "Item features in the one form; None where there are none."
-    features = None if item_features is None else check_histories(item_features, what='item_features')
+    features = None if item_features is None else check_histories(item_features, what="item_features")
     if features is not None and features.shape[0] != train.shape[1]:
-        raise AerecError(f'item_features: {features.shape[0]:,} rows for {train.shape[1]:,} items; lay them out on the vocabulary of the histories')
-    if features is not None and not features.nnz: features = None
+        raise AerecError(
+            f"item_features: {features.shape[0]:,} rows for {train.shape[1]:,} items; lay them out on the vocabulary of the histories"
+        )
+    if features is not None and not features.nnz:
+        features = None
     self.features_size = (0, 0) if features is None else (features.shape[1], features.nnz)
     return features
 
 # %% ../nbs/02b_neural_models.ipynb #f5143b19
 @patch
-def state(self: GradientModel): return {'n_items': np.array([self.n_items]), **_arrays(self.plain())}
+def state(self: GradientModel):
+    return {"n_items": np.array([self.n_items]), **_arrays(self.plain())}
+
 
 @patch(cls_method=True)
 def from_state(cls: GradientModel, state, **hyperparameters):
     model = cls(**hyperparameters)
-    model.n_items = int(state['n_items'][0])
+    model.n_items = int(state["n_items"][0])
     check_weights(model.n_weights(model.n_items), state, cls.name)
     model.net = model.build(model.n_items, torch.Generator())
     model.load_weights(state)
     return model
 
+
 @patch
-def weights(self: GradientModel) -> dict: # name -> array
+def weights(self: GradientModel) -> dict:  # name -> array
     "The net as it is now."
     return _arrays(self.net)
 
+
 @patch
-def load_weights(self: GradientModel,
-    weights: dict # what `weights` gave
+def load_weights(
+    self: GradientModel,
+    weights: dict,  # what `weights` gave
 ):
     "Put the net back to where it was."
-    self.net.load_state_dict({k: torch.from_numpy(np.array(v)) for k,v in weights.items() if k != 'n_items'})
+    self.net.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in weights.items() if k != "n_items"})
     self.changed()
 
 # %% ../nbs/02b_neural_models.ipynb #5309bc3f
 @patch
 def n_weights(self: GradientModel, n_items) -> int:
     "Numbers that are learned, most of them in the first and the last layer."
-    return 2*n_items*self.hidden_dim
+    return 2 * n_items * self.hidden_dim
+
 
 @patch
 def cost(self: GradientModel, n_users, n_items, nnz):
     "Weights, gradients, Adam's two moments and a copy to keep the best; a block of outputs twice; what torch brings along for its optimizers."
-    n_weights,n_blocks = self.n_weights(n_items), self.num_epoch*self.passes
-    n_bytes,operations = self._features_cost(n_items)
-    return ('gradient', _OPTIMIZERS + 20*n_weights + 8*n_items*min(n_users, self.batch_size, block_rows(n_items)) + n_bytes,
-            n_blocks*((3*n_users + 20*n_users/self.batch_size)*n_weights + n_users/self.batch_size*operations))
+    n_weights, n_blocks = self.n_weights(n_items), self.num_epoch * self.passes
+    n_bytes, operations = self._features_cost(n_items)
+    return (
+        "gradient",
+        _OPTIMIZERS + 20 * n_weights + 8 * n_items * min(n_users, self.batch_size, block_rows(n_items)) + n_bytes,
+        n_blocks
+        * ((3 * n_users + 20 * n_users / self.batch_size) * n_weights + n_users / self.batch_size * operations),
+    )
+
 
 @patch
 def _features_cost(self: GradientModel, n_items):
     "Bytes and operations a batch that item features add: their weights as any others, rows in the making and their gradients, and the plain net."
-    n_features,nnz = self.features_size
-    if not nnz: return 0, 0
+    n_features, nnz = self.features_size
+    if not nnz:
+        return 0, 0
     per_item = self.n_weights(1) - self.n_weights(0)
-    return 20*n_features*per_item + 8*n_items*per_item + 40*nnz, (20*n_features + 6*n_items + 4*nnz)*per_item
+    return 20 * n_features * per_item + 8 * n_items * per_item + 40 * nnz, (
+        20 * n_features + 6 * n_items + 4 * nnz
+    ) * per_item
 
 # %% ../nbs/02b_neural_models.ipynb #c0ffee02
 @patch
-def checkpoint(self: GradientModel) -> dict: # name -> array
+def checkpoint(self: GradientModel) -> dict:  # name -> array
     "All that training goes on from: net, optimizer and generator."
-    arrays = {f'net.{k}': v.detach().cpu().numpy() for k,v in self.net.state_dict().items()} | {'generator': self.generator.get_state().numpy()}
-    for i,moments in self.optimizer.state_dict()['state'].items(): arrays |= {f'optimizer.{i}.{k}': v.cpu().numpy() for k,v in moments.items()}
+    arrays = {f"net.{k}": v.detach().cpu().numpy() for k, v in self.net.state_dict().items()} | {
+        "generator": self.generator.get_state().numpy()
+    }
+    for i, moments in self.optimizer.state_dict()["state"].items():
+        arrays |= {f"optimizer.{i}.{k}": v.cpu().numpy() for k, v in moments.items()}
     return arrays
 
+
 @patch
-def restore(self: GradientModel, arrays: dict # what `checkpoint` gave; the model is prepared on the same histories
-           ):
+def restore(
+    self: GradientModel,
+    arrays: dict,  # what `checkpoint` gave; the model is prepared on the same histories
+):
     "Put training back to where it was."
-    self.load_weights({k.removeprefix('net.'): v for k,v in arrays.items() if k.startswith('net.')})
+    self.load_weights({k.removeprefix("net."): v for k, v in arrays.items() if k.startswith("net.")})
     moments = {}
-    for key,value in arrays.items():
-        if key.startswith('optimizer.'): moments.setdefault(int(key.split('.')[1]), {})[key.split('.')[2]] = torch.from_numpy(np.array(value))
-    self.optimizer.load_state_dict(dict(state=moments, param_groups=self.optimizer.state_dict()['param_groups']))
-    self.generator.set_state(torch.from_numpy(np.array(arrays['generator'])))
+    for key, value in arrays.items():
+        if key.startswith("optimizer."):
+            moments.setdefault(int(key.split(".")[1]), {})[key.split(".")[2]] = torch.from_numpy(np.array(value))
+    self.optimizer.load_state_dict(dict(state=moments, param_groups=self.optimizer.state_dict()["param_groups"]))
+    self.generator.set_state(torch.from_numpy(np.array(arrays["generator"])))
 
 # %% ../nbs/02b_neural_models.ipynb #973b5e4e
 class LectureNet(AutoEncoder):
     "`AutoEncoder` with the bag's own gradient."
-    def encode(self, history: History) -> torch.Tensor: # [n, hidden_dim]
+
+    def encode(self, history: History) -> torch.Tensor:  # [n, hidden_dim]
         return self.activation(bag(history, self.encoder_weight) + self.encoder_bias)
+
 
 class LectureAutoEncoder(GradientModel):
     "The lecture's net: sigmoid, one hidden layer, linear output, softmax cross-entropy."
-    name = 'autoencoder'
-    presets = dict(lecture=dict(lr=.05, num_epoch=10), small=dict(hidden_dim=128))
-    tune_space = dict(lr=(5e-4, 2e-2, 'log'), hidden_dim=(64, 600, 'log'), dropout=(0., .7, 'linear'), weight_decay=(1e-8, 1e-3, 'log'))
-    def __init__(self,
-        hidden_dim: int = 256,    # width of the hidden layer
-        lr: float = .003,         # Adam's learning rate
-        num_epoch: int = 30,      # passes over all users, at most
-        batch_size: int = 32,     # users a step
-        dropout: float = 0.,      # share of each history that training drops
-        weight_decay: float = 0., # L2 of the weights
-        cold_dropout: float = .05, # with item features: share of the items that a batch knows by their features only
-        feature_decay: float = 1., # with item features: L2 of their weights
-        cosine_epochs: int = 0,   # epochs over which the learning rate falls along a cosine; 0: it stays
-        clip_norm: float = 0.,    # longest gradient; 0: any
-        random_seed: int = 42,    # of first weights, order and dropout
+
+    name = "autoencoder"
+    presets = dict(lecture=dict(lr=0.05, num_epoch=10), small=dict(hidden_dim=128))
+    tune_space = dict(
+        lr=(5e-4, 2e-2, "log"),
+        hidden_dim=(64, 600, "log"),
+        dropout=(0.0, 0.7, "linear"),
+        weight_decay=(1e-8, 1e-3, "log"),
+    )
+
+    def __init__(
+        self,
+        hidden_dim: int = 256,  # width of the hidden layer
+        lr: float = 0.003,  # Adam's learning rate
+        num_epoch: int = 30,  # passes over all users, at most
+        batch_size: int = 32,  # users a step
+        dropout: float = 0.0,  # share of each history that training drops
+        weight_decay: float = 0.0,  # L2 of the weights
+        cold_dropout: float = 0.05,  # with item features: share of the items that a batch knows by their features only
+        feature_decay: float = 1.0,  # with item features: L2 of their weights
+        cosine_epochs: int = 0,  # epochs over which the learning rate falls along a cosine; 0: it stays
+        clip_norm: float = 0.0,  # longest gradient; 0: any
+        random_seed: int = 42,  # of first weights, order and dropout
     ):
         super().__init__(**given(locals()))
 
-    def build(self, n_items, generator): return LectureNet(n_items, self.hidden_dim, generator)
+    def build(self, n_items, generator):
+        return LectureNet(n_items, self.hidden_dim, generator)
 
 # %% ../nbs/02b_neural_models.ipynb #68f65f58
 def _xavier(*shape, generator):
     "First weights of Glorot & Bengio 2010."
-    return nn.Parameter(torch.empty(shape).uniform_(-(6/sum(shape))**.5, (6/sum(shape))**.5, generator=generator))
+    return nn.Parameter(
+        torch.empty(shape).uniform_(-((6 / sum(shape)) ** 0.5), (6 / sum(shape)) ** 0.5, generator=generator)
+    )
 
 # %% ../nbs/02b_neural_models.ipynb #cb499065
 class DAENet(LectureNet):
     "`LectureNet` with tanh for sigmoid and the paper's first weights."
+
     activation = staticmethod(torch.tanh)
+
     def __init__(self, n_items, hidden_dim, generator):
         nn.Module.__init__(self)
-        self.encoder_weight, self.encoder_bias = _xavier(n_items, hidden_dim, generator=generator), nn.Parameter(torch.zeros(hidden_dim))
-        self.decoder_weight, self.decoder_bias = _xavier(n_items, hidden_dim, generator=generator), nn.Parameter(torch.zeros(n_items))
+        self.encoder_weight, self.encoder_bias = (
+            _xavier(n_items, hidden_dim, generator=generator),
+            nn.Parameter(torch.zeros(hidden_dim)),
+        )
+        self.decoder_weight, self.decoder_bias = (
+            _xavier(n_items, hidden_dim, generator=generator),
+            nn.Parameter(torch.zeros(n_items)),
+        )
 
 # %% ../nbs/02b_neural_models.ipynb #345a2165
 class MultDAE(GradientModel):
     "Denoising autoencoder with multinomial likelihood (Liang et al. 2018)."
-    name = 'mult_dae'
-    presets = dict(small=dict(batch_size=32, lr=.005, num_epoch=40, cosine_epochs=40, weight_decay=.01))
-    tune_space = dict(lr=(3e-4, 1e-2, 'log'), weight_decay=(1e-6, 2e-2, 'log'), dropout=(.2, .8, 'linear'), hidden_dim=(64, 600, 'log'))
-    def __init__(self,
-        hidden_dim: int = 200,    # width of the hidden layer
-        lr: float = .001,         # Adam's learning rate
-        num_epoch: int = 200,     # passes over all users, at most
-        batch_size: int = 500,    # users a step
-        dropout: float = .5,      # share of each history that training drops
-        weight_decay: float = 4e-5, # L2 of the weights
-        cold_dropout: float = .05, # with item features: share of the items that a batch knows by their features only
-        feature_decay: float = 1., # with item features: L2 of their weights
-        cosine_epochs: int = 0,   # epochs over which the learning rate falls along a cosine; 0: it stays
-        clip_norm: float = 0.,    # longest gradient; 0: any
-        random_seed: int = 42,    # of first weights, order and dropout
+
+    name = "mult_dae"
+    presets = dict(small=dict(batch_size=32, lr=0.005, num_epoch=40, cosine_epochs=40, weight_decay=0.01))
+    tune_space = dict(
+        lr=(3e-4, 1e-2, "log"),
+        weight_decay=(1e-6, 2e-2, "log"),
+        dropout=(0.2, 0.8, "linear"),
+        hidden_dim=(64, 600, "log"),
+    )
+
+    def __init__(
+        self,
+        hidden_dim: int = 200,  # width of the hidden layer
+        lr: float = 0.001,  # Adam's learning rate
+        num_epoch: int = 200,  # passes over all users, at most
+        batch_size: int = 500,  # users a step
+        dropout: float = 0.5,  # share of each history that training drops
+        weight_decay: float = 4e-5,  # L2 of the weights
+        cold_dropout: float = 0.05,  # with item features: share of the items that a batch knows by their features only
+        feature_decay: float = 1.0,  # with item features: L2 of their weights
+        cosine_epochs: int = 0,  # epochs over which the learning rate falls along a cosine; 0: it stays
+        clip_norm: float = 0.0,  # longest gradient; 0: any
+        random_seed: int = 42,  # of first weights, order and dropout
     ):
         super().__init__(**given(locals()))
 
-    def build(self, n_items, generator): return DAENet(n_items, self.hidden_dim, generator)
-    def prepare_input(self, history): return history.unit()
+    def build(self, n_items, generator):
+        return DAENet(n_items, self.hidden_dim, generator)
+
+    def prepare_input(self, history):
+        return history.unit()
 
 # %% ../nbs/02b_neural_models.ipynb #b9dfbc07
 class VAENet(nn.Module):
     "History -> hidden layer -> distribution of the latent taste -> hidden layer -> items."
-    def __init__(self,
-        n_items: int,         # items in the vocabulary
-        hidden_dim: int,      # width of the hidden layers
-        latent_dim: int,      # width of the latent taste: `mu` has so many, and `logvar` as many again
-        linear_decoder: bool, # from the latent taste straight to the items
-        generator: torch.Generator, # of the first weights
+
+    def __init__(
+        self,
+        n_items: int,  # items in the vocabulary
+        hidden_dim: int,  # width of the hidden layers
+        latent_dim: int,  # width of the latent taste: `mu` has so many, and `logvar` as many again
+        linear_decoder: bool,  # from the latent taste straight to the items
+        generator: torch.Generator,  # of the first weights
     ):
         super().__init__()
-        def layer(name, n_in, n_out): self.register_parameter(f'{name}_weight', _xavier(n_out, n_in, generator=generator)); self.register_parameter(f'{name}_bias', nn.Parameter(torch.zeros(n_out)))
-        self.encoder_weight, self.encoder_bias = _xavier(n_items, hidden_dim, generator=generator), nn.Parameter(torch.zeros(hidden_dim))
-        layer('latent', hidden_dim, 2*latent_dim)
-        if not linear_decoder: layer('hidden', latent_dim, hidden_dim)
-        layer('decoder', latent_dim if linear_decoder else hidden_dim, n_items)
+
+        def layer(name, n_in, n_out):
+            self.register_parameter(f"{name}_weight", _xavier(n_out, n_in, generator=generator))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(n_out)))
+
+        self.encoder_weight, self.encoder_bias = (
+            _xavier(n_items, hidden_dim, generator=generator),
+            nn.Parameter(torch.zeros(hidden_dim)),
+        )
+        layer("latent", hidden_dim, 2 * latent_dim)
+        if not linear_decoder:
+            layer("hidden", latent_dim, hidden_dim)
+        layer("decoder", latent_dim if linear_decoder else hidden_dim, n_items)
         self.linear_decoder = linear_decoder
 
-    def posterior(self, history: History) -> tuple: # (mu, logvar), each [n, latent_dim]
+    def posterior(self, history: History) -> tuple:  # (mu, logvar), each [n, latent_dim]
         hidden = torch.tanh(bag(history, self.encoder_weight) + self.encoder_bias)
         return linear(hidden, self.latent_weight, self.latent_bias).chunk(2, 1)
 
-    def expand(self, z): # -> [n, what the decoder takes]
+    def expand(self, z):  # -> [n, what the decoder takes]
         return z if self.linear_decoder else torch.tanh(linear(z, self.hidden_weight, self.hidden_bias))
 
-    def encode(self, history): return self.expand(self.posterior(history)[0])
+    def encode(self, history):
+        return self.expand(self.posterior(history)[0])
 
 # %% ../nbs/02b_neural_models.ipynb #e607772b
-def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, # [n, latent_dim]
-                   generator: torch.Generator) -> torch.Tensor: # [n, latent_dim]
+def reparameterize(
+    mu: torch.Tensor,
+    logvar: torch.Tensor,  # [n, latent_dim]
+    generator: torch.Generator,
+) -> torch.Tensor:  # [n, latent_dim]
     "A draw of the latent taste: noise of unit variance, times sigma."
-    return mu + drawn(torch.randn, generator, 'rows', mu.shape, dtype=mu.dtype).to(mu.device)*(.5*logvar).exp()
+    return mu + drawn(torch.randn, generator, "rows", mu.shape, dtype=mu.dtype).to(mu.device) * (0.5 * logvar).exp()
 
-def kl_to_standard_normal(mu: torch.Tensor, logvar: torch.Tensor # [n, latent_dim]
-                         ) -> torch.Tensor: # [n]
+
+def kl_to_standard_normal(
+    mu: torch.Tensor,
+    logvar: torch.Tensor,  # [n, latent_dim]
+) -> torch.Tensor:  # [n]
     "KL divergence of N(mu, sigma^2) from N(0, 1), summed over the dimensions."
-    return -.5*(1 + logvar - mu**2 - logvar.exp()).sum(1)
+    return -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(1)
 
 # %% ../nbs/02b_neural_models.ipynb #9fed18d7
 class MultVAE(GradientModel):
     "Variational autoencoder with multinomial likelihood (Liang et al. 2018)."
-    name = 'mult_vae'
-    presets = dict(small=dict(linear_decoder=True, batch_size=32, lr=.005, num_epoch=40, cosine_epochs=40, anneal_steps=0, weight_decay=.005))
-    tune_space = dict(lr=(3e-4, 5e-3, 'log'), beta=(.02, 1., 'log'), weight_decay=(1e-6, 1e-2, 'log'), dropout=(.2, .8, 'linear'), latent_dim=(32, 300, 'log'))
-    def __init__(self,
-        hidden_dim: int = 600,    # width of the hidden layers
-        latent_dim: int = 200,    # width of the latent taste
-        linear_decoder: bool = False, # from the latent taste straight to the items
-        beta: float = .2,         # weight of the KL divergence once annealed
-        anneal_steps: int = 200_000, # batches in which the weight rises by 1; 0: no annealing
-        lr: float = .001,         # Adam's learning rate
-        num_epoch: int = 200,     # passes over all users, at most
-        batch_size: int = 500,    # users a step
-        dropout: float = .5,      # share of each history that training drops
-        weight_decay: float = 0., # L2 of the weights
-        cold_dropout: float = .05, # with item features: share of the items that a batch knows by their features only
-        feature_decay: float = 1., # with item features: L2 of their weights
-        cosine_epochs: int = 0,   # epochs over which the learning rate falls along a cosine; 0: it stays
-        clip_norm: float = 0.,    # longest gradient; 0: any
-        random_seed: int = 42,    # of first weights, order, dropout and noise
+
+    name = "mult_vae"
+    presets = dict(
+        small=dict(
+            linear_decoder=True,
+            batch_size=32,
+            lr=0.005,
+            num_epoch=40,
+            cosine_epochs=40,
+            anneal_steps=0,
+            weight_decay=0.005,
+        )
+    )
+    tune_space = dict(
+        lr=(3e-4, 5e-3, "log"),
+        beta=(0.02, 1.0, "log"),
+        weight_decay=(1e-6, 1e-2, "log"),
+        dropout=(0.2, 0.8, "linear"),
+        latent_dim=(32, 300, "log"),
+    )
+
+    def __init__(
+        self,
+        hidden_dim: int = 600,  # width of the hidden layers
+        latent_dim: int = 200,  # width of the latent taste
+        linear_decoder: bool = False,  # from the latent taste straight to the items
+        beta: float = 0.2,  # weight of the KL divergence once annealed
+        anneal_steps: int = 200_000,  # batches in which the weight rises by 1; 0: no annealing
+        lr: float = 0.001,  # Adam's learning rate
+        num_epoch: int = 200,  # passes over all users, at most
+        batch_size: int = 500,  # users a step
+        dropout: float = 0.5,  # share of each history that training drops
+        weight_decay: float = 0.0,  # L2 of the weights
+        cold_dropout: float = 0.05,  # with item features: share of the items that a batch knows by their features only
+        feature_decay: float = 1.0,  # with item features: L2 of their weights
+        cosine_epochs: int = 0,  # epochs over which the learning rate falls along a cosine; 0: it stays
+        clip_norm: float = 0.0,  # longest gradient; 0: any
+        random_seed: int = 42,  # of first weights, order, dropout and noise
     ):
         super().__init__(**given(locals()))
 
-    def build(self, n_items, generator): return VAENet(n_items, self.hidden_dim, self.latent_dim, self.linear_decoder, generator)
-    def prepare_input(self, history): return history.unit()
+    def build(self, n_items, generator):
+        return VAENet(n_items, self.hidden_dim, self.latent_dim, self.linear_decoder, generator)
 
-    def beta_at(self, step: int # batches before this one, in all epochs
-               ) -> float:
+    def prepare_input(self, history):
+        return history.unit()
+
+    def beta_at(
+        self,
+        step: int,  # batches before this one, in all epochs
+    ) -> float:
         "The annealed weight of the KL divergence."
-        return min(self.beta, (step+1)/self.anneal_steps) if self.anneal_steps else self.beta
+        return min(self.beta, (step + 1) / self.anneal_steps) if self.anneal_steps else self.beta
 
     def loss(self, history, step):
-        mu,logvar = self.net.posterior(self.prepare_input(history).dropped(self.dropout, self.generator))
+        mu, logvar = self.net.posterior(self.prepare_input(history).dropped(self.dropout, self.generator))
         hidden = self.net.expand(reparameterize(mu, logvar, self.generator))
-        return self.cross_entropy(hidden, history) + self.beta_at(step)*kl_to_standard_normal(mu, logvar).mean()
+        return self.cross_entropy(hidden, history) + self.beta_at(step) * kl_to_standard_normal(mu, logvar).mean()
 
-    def n_weights(self, n_items): return n_items*(self.hidden_dim + (self.latent_dim if self.linear_decoder else self.hidden_dim)) + 3*self.hidden_dim*self.latent_dim
+    def n_weights(self, n_items):
+        return (
+            n_items * (self.hidden_dim + (self.latent_dim if self.linear_decoder else self.hidden_dim))
+            + 3 * self.hidden_dim * self.latent_dim
+        )
 
 # %% ../nbs/02b_neural_models.ipynb #8d83ae1f
 class RecEncoder(nn.Module):
     "Five layers of swish, each given the sum of all before it, normalised."
+
     def __init__(self, n_items, hidden_dim, latent_dim, generator):
         super().__init__()
-        self.encoder_weight, self.encoder_bias = _xavier(n_items, hidden_dim, generator=generator), nn.Parameter(torch.zeros(hidden_dim))
+        self.encoder_weight, self.encoder_bias = (
+            _xavier(n_items, hidden_dim, generator=generator),
+            nn.Parameter(torch.zeros(hidden_dim)),
+        )
         self.weights = nn.ParameterList([_xavier(hidden_dim, hidden_dim, generator=generator) for _ in range(4)])
         self.biases = nn.ParameterList([nn.Parameter(torch.zeros(hidden_dim)) for _ in range(4)])
-        self.norms = nn.ModuleList([nn.LayerNorm(hidden_dim, eps=.1) for _ in range(5)])
-        self.latent_weight, self.latent_bias = _xavier(2*latent_dim, hidden_dim, generator=generator), nn.Parameter(torch.zeros(2*latent_dim))
+        self.norms = nn.ModuleList([nn.LayerNorm(hidden_dim, eps=0.1) for _ in range(5)])
+        self.latent_weight, self.latent_bias = (
+            _xavier(2 * latent_dim, hidden_dim, generator=generator),
+            nn.Parameter(torch.zeros(2 * latent_dim)),
+        )
 
-    def forward(self, history: History) -> tuple: # (mu, logvar), each [n, latent_dim]
+    def forward(self, history: History) -> tuple:  # (mu, logvar), each [n, latent_dim]
         before = h = self.norms[0](F.silu(bag(history, self.encoder_weight) + self.encoder_bias))
-        for weight,bias,norm in zip(self.weights, self.biases, self.norms[1:]):
+        for weight, bias, norm in zip(self.weights, self.biases, self.norms[1:]):
             h = norm(F.silu(linear(h, weight, bias) + before))
             before = before + h
         return linear(h, self.latent_weight, self.latent_bias).chunk(2, 1)
 
+
 class RecNet(nn.Module):
     "The encoder, the one of the epoch before, and a linear decoder."
+
     def __init__(self, n_items, hidden_dim, latent_dim, generator):
         super().__init__()
         self.encoder = RecEncoder(n_items, hidden_dim, latent_dim, generator)
         self.old = RecEncoder(n_items, hidden_dim, latent_dim, generator).requires_grad_(False)
-        self.decoder_weight, self.decoder_bias = _xavier(n_items, latent_dim, generator=generator), nn.Parameter(torch.zeros(n_items))
+        self.decoder_weight, self.decoder_bias = (
+            _xavier(n_items, latent_dim, generator=generator),
+            nn.Parameter(torch.zeros(n_items)),
+        )
 
-    def encode(self, history): return self.encoder(history)[0]
+    def encode(self, history):
+        return self.encoder(history)[0]
 
 # %% ../nbs/02b_neural_models.ipynb #3c1f7ee6
-def log_normal(z: torch.Tensor, mu, logvar) -> torch.Tensor: # as z
+def log_normal(z: torch.Tensor, mu, logvar) -> torch.Tensor:  # as z
     "Logarithm of the normal density."
-    return -.5*(logvar + math.log(2*math.pi) + (z-mu)**2*torch.exp(-torch.as_tensor(logvar)))
+    return -0.5 * (logvar + math.log(2 * math.pi) + (z - mu) ** 2 * torch.exp(-torch.as_tensor(logvar)))
 
-def log_composite_prior(z: torch.Tensor,      # [n, latent_dim]
-                        mu_old: torch.Tensor, # what the old encoder says of the same histories
-                        logvar_old: torch.Tensor,
-                       ) -> torch.Tensor: # [n, latent_dim]
+
+def log_composite_prior(
+    z: torch.Tensor,  # [n, latent_dim]
+    mu_old: torch.Tensor,  # what the old encoder says of the same histories
+    logvar_old: torch.Tensor,
+) -> torch.Tensor:  # [n, latent_dim]
     "Logarithm of the mixture, dimension by dimension."
-    parts = (log_normal(z, 0., 0.), log_normal(z, mu_old, logvar_old), log_normal(z, 0., 10.))
-    return torch.logsumexp(torch.stack([p + math.log(w) for p,w in zip(parts, (3/20, 3/4, 1/10))]), 0)
+    parts = (log_normal(z, 0.0, 0.0), log_normal(z, mu_old, logvar_old), log_normal(z, 0.0, 10.0))
+    return torch.logsumexp(torch.stack([p + math.log(w) for p, w in zip(parts, (3 / 20, 3 / 4, 1 / 10))]), 0)
 
 # %% ../nbs/02b_neural_models.ipynb #34b7b16b
 class RecVAE(GradientModel):
     "Variational autoencoder with a composite prior and alternating updates (Shenbin et al. 2020)."
-    name = 'recvae'
-    item_rows = ('encoder.encoder_weight', 'old.encoder_weight', 'decoder_weight', 'decoder_bias')
-    presets = dict(small=dict(hidden_dim=200, latent_dim=200, batch_size=64, lr=.001, num_epoch=25, cosine_epochs=25))
-    tune_space = dict(gamma=(1e-3, 2e-2, 'log'), lr=(1e-4, 3e-3, 'log'), latent_dim=(32, 300, 'log'), dropout=(.2, .8, 'linear'))
-    def __init__(self,
-        hidden_dim: int = 600,    # width of the encoder's layers
-        latent_dim: int = 200,    # width of the latent taste
-        gamma: float = .005,      # weight of the KL divergence for each interaction of a history
+
+    name = "recvae"
+    item_rows = ("encoder.encoder_weight", "old.encoder_weight", "decoder_weight", "decoder_bias")
+    presets = dict(small=dict(hidden_dim=200, latent_dim=200, batch_size=64, lr=0.001, num_epoch=25, cosine_epochs=25))
+    tune_space = dict(
+        gamma=(1e-3, 2e-2, "log"), lr=(1e-4, 3e-3, "log"), latent_dim=(32, 300, "log"), dropout=(0.2, 0.8, "linear")
+    )
+
+    def __init__(
+        self,
+        hidden_dim: int = 600,  # width of the encoder's layers
+        latent_dim: int = 200,  # width of the latent taste
+        gamma: float = 0.005,  # weight of the KL divergence for each interaction of a history
         encoder_passes: int = 3,  # passes for the encoder, before each for the decoder
-        lr: float = 5e-4,         # Adam's learning rate
-        num_epoch: int = 50,      # rounds of encoder and decoder passes, at most
-        batch_size: int = 500,    # users a step
-        dropout: float = .5,      # share of each history that the encoder's passes drop
-        weight_decay: float = 0., # L2 of the weights
-        cold_dropout: float = .05, # with item features: share of the items that a batch knows by their features only
-        feature_decay: float = 1., # with item features: L2 of their weights
-        cosine_epochs: int = 0,   # epochs over which the learning rate falls along a cosine; 0: it stays
-        clip_norm: float = 0.,    # longest gradient; 0: any
-        random_seed: int = 42,    # of first weights, order, dropout and noise
+        lr: float = 5e-4,  # Adam's learning rate
+        num_epoch: int = 50,  # rounds of encoder and decoder passes, at most
+        batch_size: int = 500,  # users a step
+        dropout: float = 0.5,  # share of each history that the encoder's passes drop
+        weight_decay: float = 0.0,  # L2 of the weights
+        cold_dropout: float = 0.05,  # with item features: share of the items that a batch knows by their features only
+        feature_decay: float = 1.0,  # with item features: L2 of their weights
+        cosine_epochs: int = 0,  # epochs over which the learning rate falls along a cosine; 0: it stays
+        clip_norm: float = 0.0,  # longest gradient; 0: any
+        random_seed: int = 42,  # of first weights, order, dropout and noise
     ):
         super().__init__(**given(locals()))
         self.passes = self.encoder_passes + 1
 
-    def build(self, n_items, generator): return RecNet(n_items, self.hidden_dim, self.latent_dim, generator)
-    def prepare_input(self, history): return history.unit()
+    def build(self, n_items, generator):
+        return RecNet(n_items, self.hidden_dim, self.latent_dim, generator)
+
+    def prepare_input(self, history):
+        return history.unit()
 
     def begin_pass(self, number):
         "Encoder passes leave the decoder alone; the decoder pass makes the encoder the old one, and leaves it alone."
         self.decoding = number == self.encoder_passes
         self.net.encoder.requires_grad_(not self.decoding)
-        for name,p in self.net.named_parameters():
-            if 'decoder' in name: p.requires_grad_(self.decoding)
-        if self.decoding: self.net.old.load_state_dict(self.net.encoder.state_dict())
+        for name, p in self.net.named_parameters():
+            if "decoder" in name:
+                p.requires_grad_(self.decoding)
+        if self.decoding:
+            self.net.old.load_state_dict(self.net.encoder.state_dict())
 
     def loss(self, history, step):
         unit = self.prepare_input(history)
-        mu,logvar = self.net.encoder(unit.dropped(0. if self.decoding else self.dropout, self.generator))
+        mu, logvar = self.net.encoder(unit.dropped(0.0 if self.decoding else self.dropout, self.generator))
         z = reparameterize(mu, logvar, self.generator)
         loss = self.cross_entropy(z, history)
-        if self.decoding: return loss                     # the decoder has no part in the divergence
-        with torch.no_grad(): old = self.net.old(unit)
+        if self.decoding:
+            return loss  # the decoder has no part in the divergence
+        with torch.no_grad():
+            old = self.net.old(unit)
         divergence = (log_normal(z, mu, logvar) - log_composite_prior(z, *old)).sum(1)
-        return loss + (self.gamma*history.sums(history.weights)*divergence).mean()
+        return loss + (self.gamma * history.sums(history.weights) * divergence).mean()
 
-    def n_weights(self, n_items): return int(1.2*self.hidden_dim*(n_items + 4*self.hidden_dim + 2*self.latent_dim)) + n_items*self.latent_dim # the old encoder has neither gradients nor moments
+    def n_weights(self, n_items):
+        return (
+            int(1.2 * self.hidden_dim * (n_items + 4 * self.hidden_dim + 2 * self.latent_dim))
+            + n_items * self.latent_dim
+        )  # the old encoder has neither gradients nor moments
 
 # %% ../nbs/02b_neural_models.ipynb #a6868e4d
 class ELSANet(nn.Module):
     "Rows for items; what counts is their direction."
+
     def __init__(self, n_items, rank, generator):
         super().__init__()
         self.weight = _xavier(n_items, rank, generator=generator)
 
-    def unit_rows(self): return F.normalize(self.weight, dim=1) # A
+    def unit_rows(self):
+        return F.normalize(self.weight, dim=1)  # A
 
 # %% ../nbs/02b_neural_models.ipynb #cd5987bf
 class _Gram(torch.autograd.Function):
     "A' A; its gradient is symmetric too, so one product is enough."
+
     @staticmethod
     def forward(ctx, A):
         ctx.save_for_backward(A)
         return product(A.T, A.T)
 
     @staticmethod
-    def backward(ctx, grad): return product(ctx.saved_tensors[0], grad + grad.T)
+    def backward(ctx, grad):
+        return product(ctx.saved_tensors[0], grad + grad.T)
 
 # %% ../nbs/02b_neural_models.ipynb #79472651
-def elsa_loss(A: torch.Tensor,  # [n_items, rank], rows of length 1
-              history: History,
-             ) -> torch.Tensor: # scalar
+def elsa_loss(
+    A: torch.Tensor,  # [n_items, rank], rows of length 1
+    history: History,
+) -> torch.Tensor:  # scalar
     "Squared distance between the directions of x and x A A' - x, the mean over users."
     z = bag(history, A)
-    xx,zz = history.sums(history.weights**2), (z**2).sum(1)
-    yy = ((z @ _Gram.apply(A))*z).sum(1) - 2*zz + xx
-    return (2 - 2*(zz-xx)/(xx.clamp_min(1e-12)*yy.clamp_min(1e-12)).sqrt()).mean()
+    xx, zz = history.sums(history.weights**2), (z**2).sum(1)
+    yy = ((z @ _Gram.apply(A)) * z).sum(1) - 2 * zz + xx
+    return (2 - 2 * (zz - xx) / (xx.clamp_min(1e-12) * yy.clamp_min(1e-12)).sqrt()).mean()
 
 # %% ../nbs/02b_neural_models.ipynb #12eee7e6
 class ELSA(GradientModel):
     "Scalable linear shallow autoencoder (Vančura et al. 2022)."
-    name = 'elsa'
-    item_rows = ('weight',)
+
+    name = "elsa"
+    item_rows = ("weight",)
     presets = dict(small=dict(rank=64, batch_size=64))
-    tune_space = dict(rank=(32, 512, 'log'), lr=(3e-3, .3, 'log'))
-    weight_decay = 0. # lengths of rows do not count, so there is nothing to decay
-    _unit = None      # A, while the weights stay
-    def __init__(self,
-        rank: int = 256,          # width of the items' rows
-        lr: float = .1,           # Adam's learning rate
-        num_epoch: int = 10,      # passes over all users, at most
-        batch_size: int = 256,    # users a step
-        cold_dropout: float = .05, # with item features: share of the items that a batch knows by their features only
-        feature_decay: float = .003, # with item features: L2 of their weights
-        cosine_epochs: int = 0,   # epochs over which the learning rate falls along a cosine; 0: it stays
-        clip_norm: float = 0.,    # longest gradient; 0: any
-        random_seed: int = 42,    # of first weights and order
+    tune_space = dict(rank=(32, 512, "log"), lr=(3e-3, 0.3, "log"))
+    weight_decay = 0.0  # lengths of rows do not count, so there is nothing to decay
+    _unit = None  # A, while the weights stay
+
+    def __init__(
+        self,
+        rank: int = 256,  # width of the items' rows
+        lr: float = 0.1,  # Adam's learning rate
+        num_epoch: int = 10,  # passes over all users, at most
+        batch_size: int = 256,  # users a step
+        cold_dropout: float = 0.05,  # with item features: share of the items that a batch knows by their features only
+        feature_decay: float = 0.003,  # with item features: L2 of their weights
+        cosine_epochs: int = 0,  # epochs over which the learning rate falls along a cosine; 0: it stays
+        clip_norm: float = 0.0,  # longest gradient; 0: any
+        random_seed: int = 42,  # of first weights and order
     ):
         super().__init__(**given(locals()))
 
-    def build(self, n_items, generator): return ELSANet(n_items, self.rank, generator)
-    def first_rows(self, shape): return _xavier(*shape, generator=self.generator).detach() # a row of zeros has no direction
+    def build(self, n_items, generator):
+        return ELSANet(n_items, self.rank, generator)
+
+    def first_rows(self, shape):
+        return _xavier(*shape, generator=self.generator).detach()  # a row of zeros has no direction
+
     def loss(self, history, step):
         A = self.net.unit_rows()
-        return elsa_loss(A if self.items is None else A*self.items.has_own[:, None], history)
+        return elsa_loss(A if self.items is None else A * self.items.has_own[:, None], history)
 
     @torch.inference_mode()
     def _score(self, history):
-        A,given = self._rows(), History.of(history, self.device)
+        A, given = self._rows(), History.of(history, self.device)
         scores = product(bag(given, A), A)
-        scores.view(-1).index_add_(0, given.rows*len(A) + given.indices, given.weights, alpha=-1)
+        scores.view(-1).index_add_(0, given.rows * len(A) + given.indices, given.weights, alpha=-1)
         return scores.cpu().numpy()
 
     def _rows(self):
         "A, kept until the weights change."
-        if self._unit is None: self._unit = self.plain().unit_rows()
+        if self._unit is None:
+            self._unit = self.plain().unit_rows()
         return self._unit
 
     def changed(self):
         super().changed()
         self._unit = None
 
-    def n_weights(self, n_items): return n_items*self.rank
+    def n_weights(self, n_items):
+        return n_items * self.rank
+
     def cost(self, n_users, n_items, nnz):
         "Weights, gradients, moments and a copy of the best; unit rows and three gradients on the way to the weights'."
-        n_weights,n_batches = self.n_weights(n_items), self.num_epoch*n_users/self.batch_size
-        n_bytes,operations = self._features_cost(n_items)
-        return 'gradient', _OPTIMIZERS + 36*n_weights + n_bytes, n_batches*(4*n_weights*self.rank + operations) + self.num_epoch*4*nnz*self.rank
+        n_weights, n_batches = self.n_weights(n_items), self.num_epoch * n_users / self.batch_size
+        n_bytes, operations = self._features_cost(n_items)
+        return (
+            "gradient",
+            _OPTIMIZERS + 36 * n_weights + n_bytes,
+            n_batches * (4 * n_weights * self.rank + operations) + self.num_epoch * 4 * nnz * self.rank,
+        )

@@ -29,140 +29,249 @@ from fastcore.basics import patch
 from pydantic import SecretStr
 from safetensors.numpy import save
 from scipy.sparse import csr_matrix, vstack
-from .configuration import AerecError, PackagingSettings, current_settings, exception_line, hide_secrets, load_settings, project_dir, using_settings
+from aerec_nb.configuration import (
+    AerecError,
+    PackagingSettings,
+    current_settings,
+    exception_line,
+    hide_secrets,
+    load_settings,
+    project_dir,
+    using_settings,
+)
 from .inference import Recommender, Segments, load_recommender
 from .modeling import check_csr, restore_model, save_model
 from .postprocessing import Chain
-from .runs import FileError, alone, atomic_path, mlflow_module, read_json, read_manifest, sha256_bytes, sha256_file, sha256_json, versions as package_versions, write_json, write_parquet
+from aerec_nb.runs import (
+    FileError,
+    alone,
+    atomic_path,
+    mlflow_module,
+    read_json,
+    read_manifest,
+    sha256_bytes,
+    sha256_file,
+    sha256_json,
+    versions as package_versions,
+    write_json,
+    write_parquet,
+)
 from .validation import gini, list_metrics
 
 # %% ../nbs/05_packaging.ipynb #edead49c
-SCHEMA = 1 # version of the layout of a bundle
-_READ_BY = {1: 'aerec_nb 0.1'} # layout -> the versions of this package that read it
-_FILES = ('model.safetensors', 'model.json', 'users.parquet', 'items.parquet', 'histories.safetensors', 'chain.json', 'golden.json',
-          'reference.json', 'card.json', 'card.md', 'versions.json')
-_OPTIONAL = ('segments.parquet',)
-_SEALS = ('manifest.json', 'manifest.sha256', 'signature.json') # not listed in the manifest; the last one is optional
-LIMIT_MIB = 16384. # MiB of a whole bundle
-_SMALL = 2**24 # bytes of a file that is text: JSON and Markdown
+SCHEMA = 1  # version of the layout of a bundle
+_READ_BY = {1: "aerec_nb 0.1"}  # layout -> the versions of this package that read it
+_FILES = (
+    "model.safetensors",
+    "model.json",
+    "users.parquet",
+    "items.parquet",
+    "histories.safetensors",
+    "chain.json",
+    "golden.json",
+    "reference.json",
+    "card.json",
+    "card.md",
+    "versions.json",
+)
+_OPTIONAL = ("segments.parquet",)
+_SEALS = ("manifest.json", "manifest.sha256", "signature.json")  # not listed in the manifest; the last one is optional
+LIMIT_MIB = 16384.0  # MiB of a whole bundle
+_SMALL = 2**24  # bytes of a file that is text: JSON and Markdown
 
 # %% ../nbs/05_packaging.ipynb #77905cef
-def golden_requests(recommender:Recommender, # to be packed
-                    k:int=10 # length of the lists
-                   ) -> list: # keyword arguments of `recommend`
+def golden_requests(
+    recommender: Recommender,  # to be packed
+    k: int = 10,  # length of the lists
+) -> list:  # keyword arguments of `recommend`
     "Requests that between them use every way through the recommender."
     n_known = np.diff(recommender.histories.indptr)
     known = np.flatnonzero(n_known)
-    by_length = known[np.argsort(n_known[known], kind='stable')]
-    users = [recommender.users[by_length[round(q*(len(by_length)-1))]] for q in (0, .5, 1)] if len(known) else []
-    if recommender.negatives.nnz: users.append(recommender.users[np.diff(recommender.negatives.indptr).argmax()])
-    popular = [recommender.items[i] for i in np.argsort(-recommender.popularity, kind='stable')[:3]]
-    segment = [] if not recommender.segments else [{'context': dict([recommender.segments.names[0].split('=', 1)])}]
+    by_length = known[np.argsort(n_known[known], kind="stable")]
+    users = [recommender.users[by_length[round(q * (len(by_length) - 1))]] for q in (0, 0.5, 1)] if len(known) else []
+    if recommender.negatives.nnz:
+        users.append(recommender.users[np.diff(recommender.negatives.indptr).argmax()])
+    popular = [recommender.items[i] for i in np.argsort(-recommender.popularity, kind="stable")[:3]]
+    segment = [] if not recommender.segments else [{"context": dict([recommender.segments.names[0].split("=", 1)])}]
     times = recommender.times
-    common = {'k': k, 'now': float(times.max()) if times is not None and len(times) else 0.}
-    return [r | common for r in ({'user_id': user} for user in dict.fromkeys(users))] + [r | common for r in ({'history': popular}, {'history': []}, *segment)]
+    common = {"k": k, "now": float(times.max()) if times is not None and len(times) else 0.0}
+    return [r | common for r in ({"user_id": user} for user in dict.fromkeys(users))] + [
+        r | common for r in ({"history": popular}, {"history": []}, *segment)
+    ]
 
-def _answer(recommender:Recommender, request:dict) -> list:
+
+def _answer(recommender: Recommender, request: dict) -> list:
     "Ids and scores of one answer."
-    return [[item['item_id'], item['score']] for item in recommender.recommend(**request)]
+    return [[item["item_id"], item["score"]] for item in recommender.recommend(**request)]
 
 # %% ../nbs/05_packaging.ipynb #320768ff
-def same_answer(then:list, # pairs of id and score, best first
-                now:list, # the same, today
-                tolerance:float=1e-4 # relative to the largest score
-               ) -> bool:
+def same_answer(
+    then: list,  # pairs of id and score, best first
+    now: list,  # the same, today
+    tolerance: float = 1e-4,  # relative to the largest score
+) -> bool:
     "Is it the same list, but for ties?"
-    if len(then) != len(now): return False
-    if not then: return True
-    close = tolerance*max(abs(score) for _,score in then)
-    if not all(abs(a[1]-b[1]) <= close for a,b in zip(then, now)): return False # also where one is not a number
+    if len(then) != len(now):
+        return False
+    if not then:
+        return True
+    close = tolerance * max(abs(score) for _, score in then)
+    if not all(abs(a[1] - b[1]) <= close for a, b in zip(then, now)):
+        return False  # also where one is not a number
     scores = dict(map(tuple, then))
-    return all(abs(scores.get(id, then[-1][1]) - score) <= 2*close for id,score in now)
+    return all(abs(scores.get(id, then[-1][1]) - score) <= 2 * close for id, score in now)
 
 # %% ../nbs/05_packaging.ipynb #75f5de86
-def head_items(popularity, # [n_items] users per item
-               share:float=.01 # of the items, at least one item
-              ) -> np.ndarray: # bool [n_items]
+def head_items(
+    popularity,  # [n_items] users per item
+    share: float = 0.01,  # of the items, at least one item
+) -> np.ndarray:  # bool [n_items]
     "The most popular items."
     popularity = np.asarray(popularity)
     head = np.zeros(len(popularity), bool)
-    head[np.argsort(-popularity, kind='stable')[:max(1, round(share*len(popularity)))]] = True
+    head[np.argsort(-popularity, kind="stable")[: max(1, round(share * len(popularity)))]] = True
     return head
 
-def log_bins(values, # whole numbers of at least 0
-             edges=None # beginnings of bins, the last one open; None: 0, 1, 2, 4, 8, ... as far as the values go
-            ) -> tuple: # (edges, how many values are in each bin), lists
+
+def log_bins(
+    values,  # whole numbers of at least 0
+    edges=None,  # beginnings of bins, the last one open; None: 0, 1, 2, 4, 8, ... as far as the values go
+) -> tuple:  # (edges, how many values are in each bin), lists
     "A histogram on doubling bins."
     values = np.asarray(values, np.float64)
-    if edges is None: edges = [0] + [2**n for n in range(int(np.log2(max(1, values.max(initial=0)))) + 1)]
+    if edges is None:
+        edges = [0] + [2**n for n in range(int(np.log2(max(1, values.max(initial=0)))) + 1)]
     return list(edges), np.histogram(values, [*edges, np.inf])[0].tolist()
 
 # %% ../nbs/05_packaging.ipynb #fa33abee
-_QUANTILES = (0, .01, .05, .25, .5, .75, .95, .99, 1)
+_QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
-def _likeness(r:Recommender):
+
+def _likeness(r: Recommender):
     "What makes two items alike: their genres, or else their features; None where nothing does."
-    genres = r.catalogue.categories().matrix if 'genres' in r.catalogue.table else None
+    genres = r.catalogue.categories().matrix if "genres" in r.catalogue.table else None
     return genres if genres is not None and genres.nnz else r.catalogue.features
 
-def list_figures(recommender:Recommender, # whose catalogue and popularity count
-                 top:np.ndarray, # [n, k] item numbers of n lists, best first; -1 where a list is shorter or an item unknown
-                 scores=None, # of places that the model filled; None: not known
-                 popular=None # bool [n]: did popularity make the list? None: not known
-                ) -> dict: # see the table
+
+def list_figures(
+    recommender: Recommender,  # whose catalogue and popularity count
+    top: np.ndarray,  # [n, k] item numbers of n lists, best first; -1 where a list is shorter or an item unknown
+    scores=None,  # of places that the model filled; None: not known
+    popular=None,  # bool [n]: did popularity make the list? None: not known
+) -> dict:  # see the table
     "What lists look like."
     r, shown = recommender, top[top >= 0]
     exposure, edges = np.bincount(shown, minlength=r.n_items), log_bins(r.popularity)[0]
     figures = list_metrics(top, np.maximum(r.popularity, 1), max(1, r.n_users), _likeness(r)) if len(shown) else {}
-    def mean(values): return float(np.nanmean(values)) if values is not None and np.isfinite(values).any() else None
-    scores = np.zeros(0) if scores is None else np.asarray(scores, np.float64)
-    return {'coverage': int(np.count_nonzero(exposure))/max(1, r.n_items), 'popularity_share': float(head_items(r.popularity)[shown].mean()) if len(shown) else 0.,
-            'gini': gini(exposure) if len(shown) else None, 'novelty': mean(figures.get('novelty')), 'diversity': mean(figures.get('diversity')),
-            'fallback_share': float(np.mean(popular)) if popular is not None and len(popular) else None,
-            'score_quantiles': {f'{q:g}': float(v) for q,v in zip(_QUANTILES, np.quantile(scores, _QUANTILES))} if len(scores) else None,
-            'item_popularity': {'edges': edges, 'items': log_bins(r.popularity, edges)[1], 'shown': log_bins(r.popularity[shown], edges)[1]}}
 
-def reference_figures(recommender:Recommender, # to be packed
-                      k:int=10, # length of the lists
-                      n_users:int=1000 # at most so many, spread evenly
-                     ) -> dict: # see the table
+    def mean(values):
+        return float(np.nanmean(values)) if values is not None and np.isfinite(values).any() else None
+
+    scores = np.zeros(0) if scores is None else np.asarray(scores, np.float64)
+    return {
+        "coverage": int(np.count_nonzero(exposure)) / max(1, r.n_items),
+        "popularity_share": float(head_items(r.popularity)[shown].mean()) if len(shown) else 0.0,
+        "gini": gini(exposure) if len(shown) else None,
+        "novelty": mean(figures.get("novelty")),
+        "diversity": mean(figures.get("diversity")),
+        "fallback_share": float(np.mean(popular)) if popular is not None and len(popular) else None,
+        "score_quantiles": {f"{q:g}": float(v) for q, v in zip(_QUANTILES, np.quantile(scores, _QUANTILES))}
+        if len(scores)
+        else None,
+        "item_popularity": {
+            "edges": edges,
+            "items": log_bins(r.popularity, edges)[1],
+            "shown": log_bins(r.popularity[shown], edges)[1],
+        },
+    }
+
+
+def reference_figures(
+    recommender: Recommender,  # to be packed
+    k: int = 10,  # length of the lists
+    n_users: int = 1000,  # at most so many, spread evenly
+) -> dict:  # see the table
     "What recommendations for known users look like."
     r = recommender
-    rows = np.unique(np.linspace(0, r.n_users-1, n_users).astype(int)) if r.n_users else np.zeros(0, int)
+    rows = np.unique(np.linspace(0, r.n_users - 1, n_users).astype(int)) if r.n_users else np.zeros(0, int)
     lists = r.recommend_batch([r.users[i] for i in rows], k) if len(rows) else None
     top, popular, scores = np.full((len(rows), k), -1), np.zeros(len(rows), bool), None
     if lists is not None:
-        user = np.cumsum(lists['rank'].to_numpy() == 1) - 1 # a list begins with rank 1; who gets no list at all has no row
-        top[user, lists['rank'].to_numpy()-1] = r.item_index.numbers(lists.item_id.tolist())
-        popular[user[lists.source.isin(['popular', 'segment']).to_numpy()]] = True
-        scores = lists.score[lists.source == 'model']
+        user = (
+            np.cumsum(lists["rank"].to_numpy() == 1) - 1
+        )  # a list begins with rank 1; who gets no list at all has no row
+        top[user, lists["rank"].to_numpy() - 1] = r.item_index.numbers(lists.item_id.tolist())
+        popular[user[lists.source.isin(["popular", "segment"]).to_numpy()]] = True
+        scores = lists.score[lists.source == "model"]
     edges, users = log_bins(np.diff(r.histories.indptr)[rows])
-    return {'n_users': len(rows), 'k': k, **list_figures(r, top, scores, popular), 'history_length': {'edges': edges, 'users': users}}
+    return {
+        "n_users": len(rows),
+        "k": k,
+        **list_figures(r, top, scores, popular),
+        "history_length": {"edges": edges, "users": users},
+    }
 
 # %% ../nbs/05_packaging.ipynb #4922c443
-_PARTS = {'data': 'Data', 'split': 'How it was tested', 'model': 'Model', 'metrics': 'How well it does', 'comparison': 'Compared with the others', 'slices': 'For whom it does well',
-          'postprocessing': 'Postprocessing', 'reference': 'Lists it makes', 'limitations': 'Limits', 'versions': 'Made with'}
+_PARTS = {
+    "data": "Data",
+    "split": "How it was tested",
+    "model": "Model",
+    "metrics": "How well it does",
+    "comparison": "Compared with the others",
+    "slices": "For whom it does well",
+    "postprocessing": "Postprocessing",
+    "reference": "Lists it makes",
+    "limitations": "Limits",
+    "versions": "Made with",
+}
 
-def card_markdown(card:dict # see `model_card`
-                 ) -> str:
+
+def card_markdown(
+    card: dict,  # see `model_card`
+) -> str:
     "The card as people read it."
-    lines = [f"# {card.get('name', 'Recommender')}", '', card.get('purpose', 'Recommends items to users from their histories.'), '']
-    for key,title in _PARTS.items():
+    lines = [
+        f"# {card.get('name', 'Recommender')}",
+        "",
+        card.get("purpose", "Recommends items to users from their histories."),
+        "",
+    ]
+    for key, title in _PARTS.items():
         part = card.get(key)
-        if not part: continue
-        lines += [f'## {title}', '']
-        if isinstance(part, dict): lines += [f'- {k}: {_shown(v)}' for k,v in part.items()]
-        elif isinstance(part[0], dict): lines += ['| '+' | '.join(part[0])+' |', '|'+'---|'*len(part[0]), *('| '+' | '.join(_shown(row.get(c)) for c in part[0])+' |' for row in part)]
-        else: lines += [f'- {text}' for text in part]
-        lines.append('')
-    return '\n'.join(lines)
+        if not part:
+            continue
+        lines += [f"## {title}", ""]
+        if isinstance(part, dict):
+            lines += [f"- {k}: {_shown(v)}" for k, v in part.items()]
+        elif isinstance(part[0], dict):
+            lines += [
+                "| " + " | ".join(part[0]) + " |",
+                "|" + "---|" * len(part[0]),
+                *("| " + " | ".join(_shown(row.get(c)) for c in part[0]) + " |" for row in part),
+            ]
+        else:
+            lines += [f"- {text}" for text in part]
+        lines.append("")
+    return "\n".join(lines)
+
 
 def _shown(value) -> str:
     "A value in a line of the card; two numbers are an interval."
-    if isinstance(value, dict): return ', '.join(f'{k} {_shown(v)}' for k,v in value.items()) or '-'
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(v, float) for v in value): return f'{value[0]:.4g} to {value[1]:.4g}'
-    if isinstance(value, list): return ', '.join(map(_shown, value)) or '-'
-    return '-' if value is None else f'{value:.4g}' if isinstance(value, float) else f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else str(value).replace('|', '\\|').replace('\n', ' ')
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_shown(v)}" for k, v in value.items()) or "-"
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(v, float) for v in value):
+        return f"{value[0]:.4g} to {value[1]:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "-"
+    return (
+        "-"
+        if value is None
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else str(value).replace("|", "\\|").replace("\n", " ")
+    )
 
 # %% ../nbs/05_packaging.ipynb #e41db63e
 @contextmanager
@@ -177,8 +286,8 @@ def _disk_errors(
         raise  # it names the file and what to do already
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = 'free space there, or choose another folder' if full else 'choose a folder that you may use'
-        raise AerecError(f'{what} {path}: {e.strerror or exception_line(e)}; {advice}') from None
+        advice = "free space there, or choose another folder" if full else "choose a folder that you may use"
+        raise AerecError(f"{what} {path}: {e.strerror or exception_line(e)}; {advice}") from None
 
 # %% ../nbs/05_packaging.ipynb #9efe8bd8
 def save_bundle(
@@ -190,10 +299,10 @@ def save_bundle(
 ) -> Path:  # the folder or file
     "Write a bundle and load it once; raises `AerecError` if there is something already, or if it cannot be loaded."
     path = Path(path)
-    work = path.with_name(f'.{path.name}.{os.getpid()}')
-    with _disk_errors('bundle', path):
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    with _disk_errors("bundle", path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise AerecError(f'{path}: there is something already; a bundle is written once, choose another folder')
+            raise AerecError(f"{path}: there is something already; a bundle is written once, choose another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
         try:
@@ -204,8 +313,8 @@ def save_bundle(
                 _write_signature(work, key)
             changed = _load_folder(work, path, LoadPolicy(limit_mib=math.inf, from_bundle=False)).changed
             if changed:
-                raise AerecError(f'bundle {path}: {changed}')
-            if path.suffix == '.zip':
+                raise AerecError(f"bundle {path}: {changed}")
+            if path.suffix == ".zip":
                 return pack_zip(work, path)
             if path.exists():
                 path.rmdir()
@@ -220,44 +329,44 @@ def _write_files(r: Recommender, folder: Path, card: dict, k: int) -> None:
     r = copy(r)
     r.recent = None  # feedback of a running service is not packed
     save_model(r.model, folder)
-    _write_table(folder / 'users.parquet', pd.DataFrame({'user_id': r.users}))
-    _write_table(folder / 'items.parquet', r.catalogue.table.assign(item_id=r.items))
-    _write(folder / 'histories.safetensors', save(_history_arrays(r)))
+    _write_table(folder / "users.parquet", pd.DataFrame({"user_id": r.users}))
+    _write_table(folder / "items.parquet", r.catalogue.table.assign(item_id=r.items))
+    _write(folder / "histories.safetensors", save(_history_arrays(r)))
     if r.segments is not None:
-        _write_table(folder / 'segments.parquet', _segment_table(r.segments))
-    _write_document(folder / 'chain.json', r.chain.spec)
-    _write_document(folder / 'golden.json', _golden(r, min(k, MAX_GOLDEN_K)))
+        _write_table(folder / "segments.parquet", _segment_table(r.segments))
+    _write_document(folder / "chain.json", r.chain.spec)
+    _write_document(folder / "golden.json", _golden(r, min(k, MAX_GOLDEN_K)))
     reference = reference_figures(r, k)
-    _write_document(folder / 'reference.json', reference)
+    _write_document(folder / "reference.json", reference)
     made_with = package_versions()
-    brief = {'users': reference['n_users'], **{name: v for name, v in reference.items() if isinstance(v, float)}}
+    brief = {"users": reference["n_users"], **{name: v for name, v in reference.items() if isinstance(v, float)}}
     card = {
-        'name': 'aerec',
-        'model': {
-            'kind': r.model.name,
-            'hyperparameters': r.model.hyperparameters,
-            'users': r.n_users,
-            'items': r.n_items,
+        "name": "aerec",
+        "model": {
+            "kind": r.model.name,
+            "hyperparameters": r.model.hyperparameters,
+            "users": r.n_users,
+            "items": r.n_items,
         },
-        'postprocessing': {'steps': r.chain.steps, 'banned items': len(r.chain.banned_items)},
+        "postprocessing": {"steps": r.chain.steps, "banned items": len(r.chain.banned_items)},
         **card,
-        'reference': brief,
-        'versions': made_with,
+        "reference": brief,
+        "versions": made_with,
     }
-    _write_document(folder / 'card.json', card)
-    _write(folder / 'card.md', card_markdown(card).encode())
-    _write_document(folder / 'versions.json', made_with)
+    _write_document(folder / "card.json", card)
+    _write(folder / "card.md", card_markdown(card).encode())
+    _write_document(folder / "versions.json", made_with)
 
 
 def _golden(r: Recommender, k: int) -> list:  # of {request, answer}
     "Answer the golden requests; raises `AerecError` where the recommender cannot."
     try:
-        return [{'request': request, 'answer': _answer(r, request)} for request in golden_requests(r, k)]
+        return [{"request": request, "answer": _answer(r, request)} for request in golden_requests(r, k)]
     except AerecError:
         raise
     except Exception as e:  # models and steps of every kind
         raise AerecError(
-            f'the recommender cannot answer its golden requests ({exception_line(e)}); repair the model or the chain'
+            f"the recommender cannot answer its golden requests ({exception_line(e)}); repair the model or the chain"
         ) from None
 
 
@@ -271,7 +380,7 @@ def _write_document(path: Path, value) -> None:
     try:
         write_json(path, value)
     except (TypeError, ValueError, RecursionError) as e:
-        raise AerecError(f'{path.name}: JSON cannot say what is in it ({exception_line(e)})') from None
+        raise AerecError(f"{path.name}: JSON cannot say what is in it ({exception_line(e)})") from None
 
 
 def _write_table(path: Path, frame: pd.DataFrame) -> None:
@@ -280,20 +389,20 @@ def _write_table(path: Path, frame: pd.DataFrame) -> None:
         write_parquet(path, frame)
     except (pa.ArrowException, TypeError, ValueError) as e:
         raise AerecError(
-            f'{path.name}: a column has values that a table cannot hold ({exception_line(e)}); give it values of one '
-            'kind'
+            f"{path.name}: a column has values that a table cannot hold ({exception_line(e)}); give it values of one "
+            "kind"
         ) from None
 
 
 def _write_manifest(folder: Path) -> None:
     "Hash every file, then the manifest itself."
     names = [*_FILES, *(name for name in _OPTIONAL if (folder / name).exists())]
-    files = {name: {'sha256': sha256_file(folder / name), 'bytes': (folder / name).stat().st_size} for name in names}
+    files = {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
     write_json(
-        folder / 'manifest.json',
-        {'schema': SCHEMA, 'made_by': f"aerec_nb {package_versions()['aerec_nb']}", 'files': files},
+        folder / "manifest.json",
+        {"schema": SCHEMA, "made_by": f"aerec_nb {package_versions()['aerec_nb']}", "files": files},
     )
-    _write(folder / 'manifest.sha256', f"{sha256_file(folder / 'manifest.json')}  manifest.json\n".encode())
+    _write(folder / "manifest.sha256", f"{sha256_file(folder / 'manifest.json')}  manifest.json\n".encode())
 
 # %% ../nbs/05_packaging.ipynb #ea8ff79f
 def _history_arrays(r: Recommender) -> dict:  # name -> array
@@ -303,16 +412,16 @@ def _history_arrays(r: Recommender) -> dict:  # name -> array
     disliked.sum_duplicates()
     disliked.eliminate_zeros()
     arrays = {
-        'indptr': h.indptr.astype(np.int64),
-        'indices': h.indices.astype(np.int32),
-        'data': h.data.astype(np.float32),
-        'popularity': r.popularity.astype(np.float32),
-        'negatives.indptr': disliked.indptr.astype(np.int64),
-        'negatives.indices': disliked.indices.astype(np.int32),
+        "indptr": h.indptr.astype(np.int64),
+        "indices": h.indices.astype(np.int32),
+        "data": h.data.astype(np.float32),
+        "popularity": r.popularity.astype(np.float32),
+        "negatives.indptr": disliked.indptr.astype(np.int64),
+        "negatives.indices": disliked.indices.astype(np.int32),
     }
     return (
         arrays
-        | ({} if times is None else {'times': np.asarray(times, np.int64)})
+        | ({} if times is None else {"times": np.asarray(times, np.int64)})
         | _feature_arrays(r.catalogue.features)
     )
 
@@ -333,61 +442,91 @@ def _feature_arrays(features) -> dict:
     features = csr_matrix(features, copy=True)
     features.sum_duplicates()
     return {
-        'features.indptr': features.indptr.astype(np.int64),
-        'features.indices': features.indices.astype(np.int32),
-        'features.data': features.data.astype(np.float32),
-        'features.shape': np.array(features.shape, np.int64),
+        "features.indptr": features.indptr.astype(np.int64),
+        "features.indices": features.indices.astype(np.int32),
+        "features.data": features.data.astype(np.float32),
+        "features.shape": np.array(features.shape, np.int64),
     }
 
 # %% ../nbs/05_packaging.ipynb #70e9a802
-def _segment_table(segments:Segments) -> pd.DataFrame: # segment, item (number; -1: the segment itself), users
+def _segment_table(segments: Segments) -> pd.DataFrame:  # segment, item (number; -1: the segment itself), users
     whole = segments.matrix.tocsr(copy=True)
     whole.sum_duplicates()
-    m, sizes = whole.tocoo(), pd.DataFrame({'segment': segments.names, 'item': np.int32(-1), 'users': segments.sizes.astype(np.float32)})
-    return pd.concat([sizes, pd.DataFrame({'segment': pd.Series(segments.names, dtype=object).take(m.row).to_numpy(), 'item': m.col.astype(np.int32), 'users': m.data})], ignore_index=True)
+    m, sizes = (
+        whole.tocoo(),
+        pd.DataFrame({"segment": segments.names, "item": np.int32(-1), "users": segments.sizes.astype(np.float32)}),
+    )
+    return pd.concat(
+        [
+            sizes,
+            pd.DataFrame(
+                {
+                    "segment": pd.Series(segments.names, dtype=object).take(m.row).to_numpy(),
+                    "item": m.col.astype(np.int32),
+                    "users": m.data,
+                }
+            ),
+        ],
+        ignore_index=True,
+    )
 
-def _segments_of(table:pd.DataFrame, n_items:int) -> Segments:
+
+def _segments_of(table: pd.DataFrame, n_items: int) -> Segments:
     "The reverse of `_segment_table`."
     sizes, rest = table[table.item < 0], table[table.item >= 0]
     rows = pd.Index(sizes.segment).get_indexer(rest.segment)
-    matrix = csr_matrix((rest.users.to_numpy(np.float32), (rows, rest.item.to_numpy())), shape=(len(sizes), n_items), dtype=np.float32)
+    matrix = csr_matrix(
+        (rest.users.to_numpy(np.float32), (rows, rest.item.to_numpy())), shape=(len(sizes), n_items), dtype=np.float32
+    )
     return Segments(sizes.segment.tolist(), matrix, sizes.users.to_numpy().astype(np.int64))
 
 # %% ../nbs/05_packaging.ipynb #98825fb5
-def pack_zip(folder:Path, # a bundle
-             path:Path # file to write
-            ) -> Path: # the file
+def pack_zip(
+    folder: Path,  # a bundle
+    path: Path,  # file to write
+) -> Path:  # the file
     "Pack a bundle into one zip; the same bundle gives the same bytes."
     with (
-        _disk_errors('zip', path),
+        _disk_errors("zip", path),
         _Files(folder, folder) as files,
         atomic_path(path) as p,
-        zipfile.ZipFile(p, 'w', zipfile.ZIP_STORED) as z,
+        zipfile.ZipFile(p, "w", zipfile.ZIP_STORED) as z,
     ):
         for name in sorted({*_FILES, *_OPTIONAL, *_SEALS} & set(files.stats())):
-            about = zipfile.ZipInfo(name) # its time is 1980
+            about = zipfile.ZipInfo(name)  # its time is 1980
             about.create_system, about.external_attr = 3, (stat.S_IFREG | 0o644) << 16
-            with files.open(name) as source, z.open(about, 'w', force_zip64=True) as target:
+            with files.open(name) as source, z.open(about, "w", force_zip64=True) as target:
                 shutil.copyfileobj(source, target, _CHUNK)
     return Path(path)
 
-def _wrong_member(m:zipfile.ZipInfo, seen:set) -> str|None:
+
+def _wrong_member(m: zipfile.ZipInfo, seen: set) -> str | None:
     "What is wrong with an entry of a zip; None if nothing."
     kind = stat.S_IFMT(m.external_attr >> 16)
-    if PurePath(m.filename).is_absolute() or re.match(r'[\\/]|\w:', m.orig_filename): return 'is an absolute path'
-    if '..' in re.split(r'[\\/]', m.orig_filename): return 'leads out of the folder'
-    if re.search(r'[\\/\0]', m.orig_filename): return 'is in a folder; a bundle has none'
-    if kind == stat.S_IFLNK: return 'is a link'
-    if kind not in (0, stat.S_IFREG): return 'is no plain file'
-    if m.flag_bits & 1: return 'is encrypted'
-    if m.filename in seen: return 'is there twice'
-    if m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): return 'is packed in a way that is not read here'
-    return None if m.filename in (*_FILES, *_OPTIONAL, *_SEALS) else 'does not belong to it'
+    if PurePath(m.filename).is_absolute() or re.match(r"[\\/]|\w:", m.orig_filename):
+        return "is an absolute path"
+    if ".." in re.split(r"[\\/]", m.orig_filename):
+        return "leads out of the folder"
+    if re.search(r"[\\/\0]", m.orig_filename):
+        return "is in a folder; a bundle has none"
+    if kind == stat.S_IFLNK:
+        return "is a link"
+    if kind not in (0, stat.S_IFREG):
+        return "is no plain file"
+    if m.flag_bits & 1:
+        return "is encrypted"
+    if m.filename in seen:
+        return "is there twice"
+    if m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "is packed in a way that is not read here"
+    return None if m.filename in (*_FILES, *_OPTIONAL, *_SEALS) else "does not belong to it"
 
-def unpack_zip(path:Path, # of a zipped bundle
-               folder:Path, # an empty folder
-               limit_mib:float=LIMIT_MIB # MiB that all files may have
-              ) -> Path: # the folder
+
+def unpack_zip(
+    path: Path,  # of a zipped bundle
+    folder: Path,  # an empty folder
+    limit_mib: float = LIMIT_MIB,  # MiB that all files may have
+) -> Path:  # the folder
     "Unpack a bundle; raises `AerecError` naming the entry that does not fit, before anything is written if the list of entries tells."
     try:
         with zipfile.ZipFile(path) as z:
@@ -396,32 +535,50 @@ def unpack_zip(path:Path, # of a zipped bundle
                 wrong = _wrong_member(m, seen)
                 if wrong:
                     name = ascii(m.orig_filename)[:80]
-                    raise AerecError(f'bundle {path}: {name} {wrong}; take the bundle from its source again')
+                    raise AerecError(f"bundle {path}: {name} {wrong}; take the bundle from its source again")
                 seen.add(m.filename)
-                if m.filename.endswith(('.json', '.md', '.sha256')) and m.file_size > _SMALL: raise AerecError(f'bundle {path}: {m.filename} has {m.file_size/2**20:,.1f} MiB, and may have {_SMALL/2**20:g}')
+                if m.filename.endswith((".json", ".md", ".sha256")) and m.file_size > _SMALL:
+                    raise AerecError(
+                        f"bundle {path}: {m.filename} has {m.file_size / 2**20:,.1f} MiB, and may have {_SMALL / 2**20:g}"
+                    )
             _check_size(path, sum(m.file_size for m in members), limit_mib)
-            for m in members: _unpack_member(z, m, Path(folder)/m.filename, path)
-    except AerecError: raise
+            for m in members:
+                _unpack_member(z, m, Path(folder) / m.filename, path)
+    except AerecError:
+        raise
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as e:
-        raise AerecError(f'bundle {path}: it is no zip that can be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}); take the bundle from its source again') from None
+        raise AerecError(
+            f"bundle {path}: it is no zip that can be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}); take the bundle from its source again"
+        ) from None
     return Path(folder)
 
-def _unpack_member(z:zipfile.ZipFile, m:zipfile.ZipInfo, target:Path, path:Path) -> None:
+
+def _unpack_member(z: zipfile.ZipFile, m: zipfile.ZipInfo, target: Path, path: Path) -> None:
     "One file, as large as it says and no larger."
     left, said = m.file_size, m.file_size
-    m.file_size = said + 2**22 # zipfile stops at the size that is stated; this tells whether there is more
+    m.file_size = said + 2**22  # zipfile stops at the size that is stated; this tells whether there is more
     try:
-        with z.open(m) as source, _disk_errors('unpacking into', target.parent), open(target, 'xb') as f:
+        with z.open(m) as source, _disk_errors("unpacking into", target.parent), open(target, "xb") as f:
             while data := source.read(2**20):
                 left -= len(data)
-                if left < 0: break
+                if left < 0:
+                    break
                 f.write(data)
-    except zlib.error as e: raise zipfile.BadZipFile(f'{m.filename}: {e}') from None
-    finally: m.file_size = said
-    if left: raise AerecError(f"bundle {path}: {m.filename} is {'larger' if left < 0 else 'smaller'} than the {said:,} bytes it states; take the bundle from its source again")
+    except zlib.error as e:
+        raise zipfile.BadZipFile(f"{m.filename}: {e}") from None
+    finally:
+        m.file_size = said
+    if left:
+        raise AerecError(
+            f"bundle {path}: {m.filename} is {'larger' if left < 0 else 'smaller'} than the {said:,} bytes it states; take the bundle from its source again"
+        )
 
-def _check_size(path:Path, n_bytes:int, limit_mib:float) -> None:
-    if n_bytes > limit_mib*2**20: raise AerecError(f'bundle {path}: its files have {n_bytes/2**20:,.1f} MiB, and packaging.bundle_limit_mib allows {limit_mib:,.10g}; raise it if you trust where it came from')
+
+def _check_size(path: Path, n_bytes: int, limit_mib: float) -> None:
+    if n_bytes > limit_mib * 2**20:
+        raise AerecError(
+            f"bundle {path}: its files have {n_bytes / 2**20:,.1f} MiB, and packaging.bundle_limit_mib allows {limit_mib:,.10g}; raise it if you trust where it came from"
+        )
 
 # %% ../nbs/05_packaging.ipynb #887880b1
 @dataclass(frozen=True)
@@ -442,7 +599,7 @@ def load_policy(
 ) -> LoadPolicy:
     "Return what the settings ask of a bundle; live asks for a signature unless they say otherwise."
     p = packaging or settings.packaging
-    signed = p.require_signature if p.require_signature is not None else 'live' in (alias, settings.env)
+    signed = p.require_signature if p.require_signature is not None else "live" in (alias, settings.env)
     return LoadPolicy(p.bundle_limit_mib, tuple(p.bundle_keys), signed, settings)
 
 # %% ../nbs/05_packaging.ipynb #43a78f29
@@ -459,10 +616,10 @@ class _Files:
             self.number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             raise AerecError(
-                f'{path}: no bundle here (no manifest.json); name the folder or the zip that save_bundle wrote'
+                f"{path}: no bundle here (no manifest.json); name the folder or the zip that save_bundle wrote"
             ) from None
         except OSError as e:
-            raise AerecError(f'bundle {path}: {e.strerror}; ask for the right to read it') from None
+            raise AerecError(f"bundle {path}: {e.strerror}; ask for the right to read it") from None
 
     def __enter__(self):
         return self
@@ -484,10 +641,10 @@ class _Files:
                 else os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.number)
             )  # a pipe put there meanwhile does not block
         except OSError as e:
-            fault = 'is missing' if isinstance(e, FileNotFoundError) else f'cannot be read: {e.strerror}'
+            fault = "is missing" if isinstance(e, FileNotFoundError) else f"cannot be read: {e.strerror}"
         if fault:
-            raise AerecError(f'bundle {self.path}: {name} {fault}; take the bundle from its source again')
-        return open(number, 'rb', buffering=0)
+            raise AerecError(f"bundle {self.path}: {name} {fault}; take the bundle from its source again")
+        return open(number, "rb", buffering=0)
 
     def small(self, name: str, most: int = _SMALL) -> bytes | None:  # None: there is no such file
         "Read a small file; raises `AerecError` where it is larger."
@@ -497,8 +654,8 @@ class _Files:
             n = os.fstat(f.fileno()).st_size
             if n > most:
                 raise AerecError(
-                    f'bundle {self.path}: {name} has {n / 2**20:,.1f} MiB, and may have {most / 2**20:g}; take the '
-                    'bundle from its source again'
+                    f"bundle {self.path}: {name} has {n / 2**20:,.1f} MiB, and may have {most / 2**20:g}; take the "
+                    "bundle from its source again"
                 )
             return _read_all(f, np.empty(n, np.uint8)).tobytes()
 
@@ -509,10 +666,10 @@ class _Files:
         digest = hashlib.sha256()
         with self.open(name) as f:
             data = _read_all(
-                f, np.empty(said['bytes'] if keep else min(said['bytes'], _CHUNK), np.uint8), digest, said['bytes']
+                f, np.empty(said["bytes"] if keep else min(said["bytes"], _CHUNK), np.uint8), digest, said["bytes"]
             )
             ends = not f.read(1)
-        return (data if keep else None), (None if ends and digest.hexdigest() == said['sha256'] else 'was changed')
+        return (data if keep else None), (None if ends and digest.hexdigest() == said["sha256"] else "was changed")
 
 
 _CHUNK = 2**22  # bytes
@@ -540,8 +697,8 @@ def _read_all(
 def _file_fault(found: os.stat_result) -> str | None:
     "What is wrong with a file that must be a plain one; None if nothing."
     if stat.S_ISLNK(found.st_mode):
-        return 'is a link'
-    return None if stat.S_ISREG(found.st_mode) else 'is no plain file'
+        return "is a link"
+    return None if stat.S_ISREG(found.st_mode) else "is no plain file"
 
 # %% ../nbs/05_packaging.ipynb #322c686c
 @contextmanager
@@ -552,22 +709,22 @@ def _opened(path: Path, limit_mib: float = LIMIT_MIB):  # yields the folder of a
         if not path.is_file():
             yield path
             return
-        with _disk_errors('unpacking into', tempfile.gettempdir()):
-            folder = tempfile.TemporaryDirectory(prefix='aerec-bundle-')
+        with _disk_errors("unpacking into", tempfile.gettempdir()):
+            folder = tempfile.TemporaryDirectory(prefix="aerec-bundle-")
         with folder:
             yield unpack_zip(path, Path(folder.name), limit_mib)
     except OSError as e:
         raise AerecError(
-            f'bundle {path}: it cannot be read ({exception_line(e)}); take the bundle from its source again'
+            f"bundle {path}: it cannot be read ({exception_line(e)}); take the bundle from its source again"
         ) from None
 
 
 def _read_manifest(files) -> bytes:
     "The bytes of the manifest; raises `AerecError` where there is none."
-    data = files.small('manifest.json')
+    data = files.small("manifest.json")
     if data is None:
         raise AerecError(
-            f'{files.path}: no bundle here (no manifest.json); name the folder or the zip that save_bundle wrote'
+            f"{files.path}: no bundle here (no manifest.json); name the folder or the zip that save_bundle wrote"
         )
     return data
 
@@ -584,40 +741,40 @@ def _manifest(files) -> tuple:  # id, what it says of each file
     "The manifest of an opened bundle, if it is one that this package reads."
     data, path = _read_manifest(files), files.path
     id = sha256_bytes(data)
-    if (files.small('manifest.sha256', 2**10) or b'')[:64] != id.encode():
+    if (files.small("manifest.sha256", 2**10) or b"")[:64] != id.encode():
         raise AerecError(
-            f'bundle {path}: manifest.json is not the one that manifest.sha256 was made for; take the bundle from its '
-            'source again'
+            f"bundle {path}: manifest.json is not the one that manifest.sha256 was made for; take the bundle from its "
+            "source again"
         )
     try:
-        manifest = _parse_document(data, 'manifest.json')
+        manifest = _parse_document(data, "manifest.json")
     except AerecError as e:
-        raise AerecError(f'bundle {path}: {e}; take the bundle from its source again') from None
+        raise AerecError(f"bundle {path}: {e}; take the bundle from its source again") from None
     if not isinstance(manifest, dict):
-        raise AerecError(f'bundle {path}: manifest.json is no manifest; take the bundle from its source again')
-    schema = manifest.get('schema')
+        raise AerecError(f"bundle {path}: manifest.json is no manifest; take the bundle from its source again")
+    schema = manifest.get("schema")
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         reader = (
             f"{ascii(manifest.get('made_by', 'a later aerec_nb'))[1:-1][:40]} or later"
             if newer
-            else _READ_BY.get(schema, 'an earlier aerec_nb')
+            else _READ_BY.get(schema, "an earlier aerec_nb")
             if isinstance(schema, int)
-            else 'no aerec_nb'
+            else "no aerec_nb"
         )
         raise AerecError(
             f"bundle {path}: its layout is version {ascii(schema)[:20]}, which {reader} reads; this is aerec_nb "
             f"{package_versions()['aerec_nb']}, which reads version {SCHEMA}: "
-            + ('install that version' if newer else 'pack it again')
+            + ("install that version" if newer else "pack it again")
         )
-    listed = manifest.get('files')
+    listed = manifest.get("files")
     if not isinstance(listed, dict) or not all(
-        isinstance(f, dict) and isinstance(f.get('bytes'), int) and f['bytes'] >= 0 and isinstance(f.get('sha256'), str)
+        isinstance(f, dict) and isinstance(f.get("bytes"), int) and f["bytes"] >= 0 and isinstance(f.get("sha256"), str)
         for f in listed.values()
     ):
         raise AerecError(
-            f'bundle {path}: manifest.json does not say size and sha256 of each file; take the bundle from its source '
-            'again'
+            f"bundle {path}: manifest.json does not say size and sha256 of each file; take the bundle from its source "
+            "again"
         )
     return id, listed
 
@@ -632,29 +789,29 @@ def _verify(
     with _Files(folder, path) as files:
         id, listed = _manifest(files)
         try:
-            _check_signature(files.small('signature.json', 2**16), id, policy)
+            _check_signature(files.small("signature.json", 2**16), id, policy)
         except AerecError as e:
-            raise AerecError(f'bundle {path}: {e}') from None
+            raise AerecError(f"bundle {path}: {e}") from None
         there = {name: found for name, found in files.stats().items() if name not in _SEALS}
         problems = [
-            f'{name} is missing' for name in sorted({*listed, *_FILES}) if name not in there or name not in listed
+            f"{name} is missing" for name in sorted({*listed, *_FILES}) if name not in there or name not in listed
         ]
         problems += [
-            f'{name} does not belong to it'
+            f"{name} does not belong to it"
             for name in sorted(set(there) - set(listed) | set(listed) - {*_FILES, *_OPTIONAL})
         ]
         _check_size(path, sum(s.st_size for s in there.values()), policy.limit_mib)
         sound, contents = [], {}
         for name in sorted(set(there) & set(listed)):
-            fault = _size_fault(name, there[name], listed[name]['bytes'])
+            fault = _size_fault(name, there[name], listed[name]["bytes"])
             if fault:
-                problems.append(f'{name} {fault}')
+                problems.append(f"{name} {fault}")
             else:
                 sound.append(name)
         for name in sound:
             contents[name], fault = files.contents(name, listed[name], keep)
             if fault:
-                problems.append(f'{name} {fault}')
+                problems.append(f"{name} {fault}")
     if problems:
         raise AerecError(
             f"bundle {path} does not verify: {ascii('; '.join(dict.fromkeys(problems)))[1:-1][:400]}; take it from its "
@@ -668,16 +825,16 @@ def _size_fault(name: str, found: os.stat_result, n_said: int) -> str | None:
     fault, n = _file_fault(found), found.st_size
     if fault:
         return fault
-    if name.endswith(('.json', '.md')) and n > _SMALL:
-        return f'has {n / 2**20:,.1f} MiB, and may have {_SMALL / 2**20:g}'
-    return None if n == n_said else f'was changed: it has {n:,} bytes instead of {n_said:,}'
+    if name.endswith((".json", ".md")) and n > _SMALL:
+        return f"has {n / 2**20:,.1f} MiB, and may have {_SMALL / 2**20:g}"
+    return None if n == n_said else f"was changed: it has {n:,} bytes instead of {n_said:,}"
 
 
 def verify_bundle(
     path: Path,  # a bundle: folder or zip
     limit_mib: float = LIMIT_MIB,  # MiB that all files may have
 ) -> str:  # its id
-    "Check every file of a bundle against its manifest, without loading it or judging its signature; raises "
+    "Check every file of a bundle against its manifest, without loading it or judging its signature; raises"
     "`AerecError` naming what does not fit."
     with _opened(path, limit_mib) as folder:
         return _verify(folder, path, LoadPolicy(limit_mib))[0]
@@ -704,66 +861,66 @@ def _parse_document(
     "Parse JSON whose depth and numbers are bounded; raises `AerecError`."
 
     def refuse(constant):
-        raise ValueError(f'{constant} is no number')
+        raise ValueError(f"{constant} is no number")
 
     try:
-        value = json.loads(bytes(data).decode('utf-8'), parse_constant=refuse)
+        value = json.loads(bytes(data).decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as e:
-        raise AerecError(f'{name} is no JSON document ({exception_line(e)})') from None
+        raise AerecError(f"{name} is no JSON document ({exception_line(e)})") from None
     rest = [(value, 1)]
     while rest:
         found, depth = rest.pop()
-        _check(depth <= MAX_DEPTH, f'{name} is nested more than {MAX_DEPTH} deep')
+        _check(depth <= MAX_DEPTH, f"{name} is nested more than {MAX_DEPTH} deep")
         if isinstance(found, dict):
             rest += [(v, depth + 1) for pair in found.items() for v in pair]
         elif isinstance(found, list):
             rest += [(v, depth + 1) for v in found]
         elif isinstance(found, str):
             _check(
-                found.isascii() or found.encode('utf-8', 'replace').decode() == found,
-                f'{name} has text that is no Unicode',
+                found.isascii() or found.encode("utf-8", "replace").decode() == found,
+                f"{name} has text that is no Unicode",
             )
         elif found is not None:
-            _check(abs(found) <= MAX_NUMBER, f'{name} has a number beyond {MAX_NUMBER:g}')
+            _check(abs(found) <= MAX_NUMBER, f"{name} has a number beyond {MAX_NUMBER:g}")
     return value
 
 # %% ../nbs/05_packaging.ipynb #f74540ba
-_DTYPES = {'F64': np.float64, 'F32': np.float32, 'I64': np.int64, 'I32': np.int32, 'BOOL': np.bool_}  # of safetensors
+_DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "BOOL": np.bool_}  # of safetensors
 
 
 def _parse_arrays(
     data: np.ndarray,  # uint8, a whole file
     name: str,  # of the file, for errors
 ) -> dict:  # name -> array over the same memory
-    "Parse safetensors: the arrays must cover the file, without gaps or overlaps, with the bytes that their shapes ask "
+    "Parse safetensors: the arrays must cover the file, without gaps or overlaps, with the bytes that their shapes ask"
     "for; raises `AerecError`."
-    n = int.from_bytes(data[:8].tobytes(), 'little')
-    _check(len(data) >= 8 and n <= min(len(data) - 8, _SMALL), f'{name} is no safetensors file')
-    header, body, arrays = _parse_document(data[8 : 8 + n], f'the header of {name}'), data[8 + n :], {}
-    _check(isinstance(header, dict), f'the header of {name} is no table of arrays')
+    n = int.from_bytes(data[:8].tobytes(), "little")
+    _check(len(data) >= 8 and n <= min(len(data) - 8, _SMALL), f"{name} is no safetensors file")
+    header, body, arrays = _parse_document(data[8 : 8 + n], f"the header of {name}"), data[8 + n :], {}
+    _check(isinstance(header, dict), f"the header of {name} is no table of arrays")
     places = []
     for key, about in header.items():
-        if key == '__metadata__':
+        if key == "__metadata__":
             continue
-        begin, end = _place(key, about, f'{name}: {ascii(key)[:80]}')
+        begin, end = _place(key, about, f"{name}: {ascii(key)[:80]}")
         places.append((begin, end))
-        _check(end <= len(body), f'{name}: {ascii(key)[:80]} ends behind the file')
-        arrays[key] = _array(body[begin:end], about, f'{name}: {ascii(key)[:80]}')
+        _check(end <= len(body), f"{name}: {ascii(key)[:80]} ends behind the file")
+        arrays[key] = _array(body[begin:end], about, f"{name}: {ascii(key)[:80]}")
     covered = 0
     for begin, end in sorted(places):
-        _check(begin == covered, f'{name} has arrays with gaps or overlaps')
+        _check(begin == covered, f"{name} has arrays with gaps or overlaps")
         covered = end
-    _check(covered == len(body), f'{name} has arrays with gaps or overlaps')
+    _check(covered == len(body), f"{name} has arrays with gaps or overlaps")
     return arrays
 
 
 def _place(key: str, about, what: str) -> tuple:  # first byte, byte behind the last
     "Check an entry of the header before anything is made of it."
     _check(
-        isinstance(about, dict) and about.get('dtype') in [*_DTYPES],
-        f'{what} is not of a type that is read here ({", ".join(_DTYPES)})',
+        isinstance(about, dict) and about.get("dtype") in [*_DTYPES],
+        f"{what} is not of a type that is read here ({', '.join(_DTYPES)})",
     )
-    shape, place = about.get('shape'), about.get('data_offsets')
+    shape, place = about.get("shape"), about.get("data_offsets")
 
     def counts(values):
         return isinstance(values, list) and all(
@@ -772,27 +929,27 @@ def _place(key: str, about, what: str) -> tuple:  # first byte, byte behind the 
 
     _check(
         counts(shape) and len(shape) <= 8 and counts(place) and len(place) == 2 and place[0] <= place[1],
-        f'{what} has no shape and place',
+        f"{what} has no shape and place",
     )
     _check(
-        math.prod(shape) * np.dtype(_DTYPES[about['dtype']]).itemsize == place[1] - place[0],
-        f'{what} has a shape that its bytes do not fill',
+        math.prod(shape) * np.dtype(_DTYPES[about["dtype"]]).itemsize == place[1] - place[0],
+        f"{what} has a shape that its bytes do not fill",
     )
     return place
 
 
 def _array(data: np.ndarray, about: dict, what: str) -> np.ndarray:
     "Give bytes their type and shape; floats must be finite and bounded."
-    dtype = np.dtype(_DTYPES[about['dtype']])
+    dtype = np.dtype(_DTYPES[about["dtype"]])
     if dtype == np.bool_:
-        _check(data.max(initial=0) <= 1, f'{what} has bytes that are neither true nor false')
+        _check(data.max(initial=0) <= 1, f"{what} has bytes that are neither true nor false")
     if data.ctypes.data % dtype.itemsize:
         data = data.copy()
-    array = data.view(dtype).reshape(about['shape'])
-    if dtype.kind == 'f' and array.size:
+    array = data.view(dtype).reshape(about["shape"])
+    if dtype.kind == "f" and array.size:
         _check(
             array.min() >= -MAX_WEIGHT and array.max() <= MAX_WEIGHT,
-            f'{what} has values that are not finite, or beyond {MAX_WEIGHT:g}',
+            f"{what} has values that are not finite, or beyond {MAX_WEIGHT:g}",
         )
     return array
 
@@ -801,11 +958,11 @@ MAX_COLUMNS = 1000  # of a table
 MAX_GROWTH = 200  # bytes of text for each byte of the file
 MIN_TEXT = 2**28  # bytes of text that are always allowed
 _NULLABLE = {
-    f'{kind}{bits}': getattr(pd, f'{kind}{bits}Dtype')()
-    for kind in ('Int', 'UInt', 'Float')
+    f"{kind}{bits}": getattr(pd, f"{kind}{bits}Dtype")()
+    for kind in ("Int", "UInt", "Float")
     for bits in (8, 16, 32, 64)
-    if (kind, bits) not in (('Float', 8), ('Float', 16))
-} | {'boolean': pd.BooleanDtype()}
+    if (kind, bits) not in (("Float", 8), ("Float", 16))
+} | {"boolean": pd.BooleanDtype()}
 
 
 def _parse_table(
@@ -819,26 +976,26 @@ def _parse_table(
         n, schema = file.metadata.num_rows, file.schema_arrow
         _check(
             n <= 20 * len(data) + 1000 if n_rows is None else n == n_rows,
-            f'{name} has {n:,} rows' + ('' if n_rows is None else f' instead of {n_rows:,}'),
+            f"{name} has {n:,} rows" + ("" if n_rows is None else f" instead of {n_rows:,}"),
         )
         _check(
             len(schema) <= MAX_COLUMNS and len(set(schema.names)) == len(schema),
-            f'{name} has too many columns, or two of one name',
+            f"{name} has too many columns, or two of one name",
         )
         for column in schema:
             _check(
                 _is_plain(column.type),
-                f'{name}: column {ascii(column.name)[:80]} is of the type {str(column.type)[:80]}; lists and objects '
-                'are not read here',
+                f"{name}: column {ascii(column.name)[:80]} is of the type {str(column.type)[:80]}; lists and objects "
+                "are not read here",
             )
-        _check(n * len(schema) <= 100 * len(data) + 10_000_000, f'{name} has far more values than its file has bytes')
+        _check(n * len(schema) <= 100 * len(data) + 10_000_000, f"{name} has far more values than its file has bytes")
         texts = [c.name for c in schema if pa.types.is_string(c.type) or pa.types.is_large_string(c.type)]
         table = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)), metadata=file.metadata, read_dictionary=texts).read(
             use_threads=False
         )  # a service has no time to wait for threads
         _check(
             sum(_text_bytes(table[c]) for c in texts) <= max(MIN_TEXT, MAX_GROWTH * len(data)),
-            f'{name} has far more text than its file has bytes',
+            f"{name} has far more text than its file has bytes",
         )
         table.validate(full=True)
         return pd.DataFrame(
@@ -846,7 +1003,7 @@ def _parse_table(
                 c.name: _series(
                     table[c.name].cast(c.type) if c.name in texts else table[c.name],
                     dtype,
-                    f'{name}: column {ascii(c.name)[:80]}',
+                    f"{name}: column {ascii(c.name)[:80]}",
                 )
                 for c, dtype in zip(schema, _nullable_types(schema))
             },
@@ -855,7 +1012,7 @@ def _parse_table(
     except AerecError:
         raise
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as e:
-        raise AerecError(f'{name} is no table that can be read ({exception_line(e)[:200]})') from None
+        raise AerecError(f"{name} is no table that can be read ({exception_line(e)[:200]})") from None
 
 
 def _is_plain(kind: pa.DataType) -> bool:
@@ -890,8 +1047,8 @@ def _nullable_types(schema: pa.Schema) -> list:  # dtype of each column; None: a
     "Read from the metadata which columns pandas had as nullable numbers; nothing else in there is believed."
     try:
         columns = {
-            c['name']: _NULLABLE.get(c['numpy_type'])
-            for c in _parse_document((schema.metadata or {})[b'pandas'], 'metadata')['columns']
+            c["name"]: _NULLABLE.get(c["numpy_type"])
+            for c in _parse_document((schema.metadata or {})[b"pandas"], "metadata")["columns"]
         }
     except (AerecError, KeyError, TypeError):
         columns = {}
@@ -901,7 +1058,7 @@ def _nullable_types(schema: pa.Schema) -> list:  # dtype of each column; None: a
 def _series(column: pa.ChunkedArray, dtype, what: str) -> pd.Series:
     "A column in pandas; floats must be finite or unknown."
     _check(
-        not pa.types.is_floating(column.type) or not pc.any(pc.is_inf(column)).as_py(), f'{what} has an infinite number'
+        not pa.types.is_floating(column.type) or not pc.any(pc.is_inf(column)).as_py(), f"{what} has an infinite number"
     )
     return column.to_pandas() if dtype is None else column.to_pandas(types_mapper=lambda kind: dtype)
 
@@ -920,60 +1077,60 @@ def _is_line(v, most: int = 500) -> bool:
 
 def _check_card(card) -> None:
     "Refuse a card that the registry, the service or a monitor could not read."
-    _check(isinstance(card, dict), 'card.json is no card')
+    _check(isinstance(card, dict), "card.json is no card")
     _check(
-        _is_line(card.get('name', 'aerec'), 200) and isinstance(card.get('purpose', ''), str),
-        'card.json: name must be a line of text, and purpose a text',
+        _is_line(card.get("name", "aerec"), 200) and isinstance(card.get("purpose", ""), str),
+        "card.json: name must be a line of text, and purpose a text",
     )
-    _check(card.get('packed') is None or _is_number(card['packed']), 'card.json: packed must be seconds since 1970')
-    h = card.get('headline')
+    _check(card.get("packed") is None or _is_number(card["packed"]), "card.json: packed must be seconds since 1970")
+    h = card.get("headline")
     if h is None:
         return
     _check(
         isinstance(h, dict)
         and all(
-            re.fullmatch(r'[\w .:/-]{1,50}', k) and (v is None or _is_number(v) or isinstance(v, bool) or _is_line(v))
+            re.fullmatch(r"[\w .:/-]{1,50}", k) and (v is None or _is_number(v) or isinstance(v, bool) or _is_line(v))
             for k, v in h.items()
         ),
-        'card.json: headline must have names with a number or a line of text each',
+        "card.json: headline must have names with a number or a line of text each",
     )
     _check(
-        _is_line(h.get('metric')) and _is_number(h.get('value')) and (h.get('se') is None or _is_number(h['se'])),
-        'card.json: headline must have a metric, its value, and its standard error or null',
+        _is_line(h.get("metric")) and _is_number(h.get("value")) and (h.get("se") is None or _is_number(h["se"])),
+        "card.json: headline must have a metric, its value, and its standard error or null",
     )
 
 
 def _check_reference(ref) -> None:
     "Refuse reference figures that monitors could not compare with."
     _check(
-        isinstance(ref, dict) and _is_count(ref.get('n_users')) and _is_count(ref.get('k')),
-        'reference.json must have n_users and k',
+        isinstance(ref, dict) and _is_count(ref.get("n_users")) and _is_count(ref.get("k")),
+        "reference.json must have n_users and k",
     )
-    for key in ('coverage', 'popularity_share'):
-        _check(_is_number(ref.get(key)), f'reference.json: {key} must be a number')
-    for key in ('gini', 'novelty', 'diversity', 'fallback_share'):
+    for key in ("coverage", "popularity_share"):
+        _check(_is_number(ref.get(key)), f"reference.json: {key} must be a number")
+    for key in ("gini", "novelty", "diversity", "fallback_share"):
         _check(
-            key in ref and (ref[key] is None or _is_number(ref[key])), f'reference.json: {key} must be a number or null'
+            key in ref and (ref[key] is None or _is_number(ref[key])), f"reference.json: {key} must be a number or null"
         )
-    quantiles = ref.get('score_quantiles', 0)
+    quantiles = ref.get("score_quantiles", 0)
     _check(
         quantiles is None or isinstance(quantiles, dict) and all(map(_is_number, quantiles.values())),
-        'reference.json: score_quantiles must have numbers',
+        "reference.json: score_quantiles must have numbers",
     )
-    for key, parts in (('history_length', ('users',)), ('item_popularity', ('items', 'shown'))):
+    for key, parts in (("history_length", ("users",)), ("item_popularity", ("items", "shown"))):
         bins = ref.get(key)
-        edges = bins.get('edges') if isinstance(bins, dict) else None
+        edges = bins.get("edges") if isinstance(bins, dict) else None
         _check(
             isinstance(edges, list)
             and edges
             and all(map(_is_number, edges))
             and all(a < b for a, b in zip(edges, edges[1:])),
-            f'reference.json: {key} must have rising edges',
+            f"reference.json: {key} must have rising edges",
         )
         for part in parts:
             _check(
                 isinstance(bins.get(part), list) and len(bins[part]) == len(edges) and all(map(_is_count, bins[part])),
-                f'reference.json: {key}.{part} must have a count for each edge',
+                f"reference.json: {key}.{part} must have a count for each edge",
             )
 
 
@@ -981,27 +1138,27 @@ def _check_golden(golden) -> None:
     "Refuse golden requests that are missing, that nothing answers, or that ask for too much."
     _check(
         isinstance(golden, list) and 0 < len(golden) <= 1000,
-        'golden.json must have 1 to 1,000 requests with their answers',
+        "golden.json must have 1 to 1,000 requests with their answers",
     )
     for g in golden:
-        request, answer = (g.get(key) for key in ('request', 'answer')) if isinstance(g, dict) else (None, None)
+        request, answer = (g.get(key) for key in ("request", "answer")) if isinstance(g, dict) else (None, None)
         _check(
             isinstance(request, dict) and isinstance(answer, list),
-            'golden.json: each entry has a request and an answer',
+            "golden.json: each entry has a request and an answer",
         )
         other = sorted(set(request) - set(_ARGUMENTS))
-        _check(not other, f'golden.json: there is no argument {ascii(other[:1])[1:-1][:80]} of recommend')
-        k = request.get('k', 10)
+        _check(not other, f"golden.json: there is no argument {ascii(other[:1])[1:-1][:80]} of recommend")
+        k = request.get("k", 10)
         _check(
-            _is_count(k) and 1 <= k <= MAX_GOLDEN_K, f'golden.json: k must be a whole number from 1 to {MAX_GOLDEN_K}'
+            _is_count(k) and 1 <= k <= MAX_GOLDEN_K, f"golden.json: k must be a whole number from 1 to {MAX_GOLDEN_K}"
         )
         _check(
             all(
                 len(request.get(key) or ()) <= 100_000
-                for key in ('history', 'exclude', 'candidates', 'pins')
+                for key in ("history", "exclude", "candidates", "pins")
                 if isinstance(request.get(key), (list, dict))
             ),
-            'golden.json: a list has more than 100,000 ids',
+            "golden.json: a list has more than 100,000 ids",
         )
         _check(
             len(answer) <= k
@@ -1009,7 +1166,7 @@ def _check_golden(golden) -> None:
                 isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], (int, str)) and _is_number(pair[1])
                 for pair in answer
             ),
-            'golden.json: an answer has at most k pairs of id and score',
+            "golden.json: an answer has at most k pairs of id and score",
         )
 
 
@@ -1017,22 +1174,22 @@ _ARGUMENTS = tuple(inspect.signature(Recommender.recommend).parameters)[1:]
 
 # %% ../nbs/05_packaging.ipynb #c32a808b
 _HISTORY_TYPES = {
-    'indptr': np.int64,
-    'indices': np.int32,
-    'data': np.float32,
-    'times': np.int64,
-    'popularity': np.float32,
-    'negatives.indptr': np.int64,
-    'negatives.indices': np.int32,
-    'features.indptr': np.int64,
-    'features.indices': np.int32,
-    'features.data': np.float32,
-    'features.shape': np.int64,
+    "indptr": np.int64,
+    "indices": np.int32,
+    "data": np.float32,
+    "times": np.int64,
+    "popularity": np.float32,
+    "negatives.indptr": np.int64,
+    "negatives.indices": np.int32,
+    "features.indptr": np.int64,
+    "features.indices": np.int32,
+    "features.data": np.float32,
+    "features.shape": np.int64,
 }  # of histories.safetensors
 _TOGETHER = (
-    ('indptr', 'indices', 'data'),
-    ('negatives.indptr', 'negatives.indices'),
-    ('features.indptr', 'features.indices', 'features.data', 'features.shape'),
+    ("indptr", "indices", "data"),
+    ("negatives.indptr", "negatives.indices"),
+    ("features.indptr", "features.indices", "features.data", "features.shape"),
 )
 
 
@@ -1041,31 +1198,31 @@ def _check_histories(
     n_items: int,  # of the vocabulary
 ) -> int:  # users
     "Refuse arrays that are no histories over the items; raises `AerecError`."
-    name = 'histories.safetensors'
+    name = "histories.safetensors"
     for key, array in h.items():
         _check(
             key in _HISTORY_TYPES and array.dtype == _HISTORY_TYPES[key] and array.ndim == 1,
-            f'{name}: {ascii(key)[:80]} is not expected, or not of its type',
+            f"{name}: {ascii(key)[:80]} is not expected, or not of its type",
         )
     for group in _TOGETHER:
-        _check(len(found := {*group} & {*h}) in (0, len(group)), f'{name} lacks {", ".join(sorted({*group} - found))}')
-    _check('indptr' in h and len(h['indptr']) > 0, f'{name} lacks indptr, indices and data')
-    n_users = len(h['indptr']) - 1
-    check_csr(h['indptr'], h['indices'], (n_users, n_items), name)
+        _check(len(found := {*group} & {*h}) in (0, len(group)), f"{name} lacks {', '.join(sorted({*group} - found))}")
+    _check("indptr" in h and len(h["indptr"]) > 0, f"{name} lacks indptr, indices and data")
+    n_users = len(h["indptr"]) - 1
+    check_csr(h["indptr"], h["indices"], (n_users, n_items), name)
     _check(
-        len(h['data']) == len(h['indices']) and _within(h['data'], MAX_VALUE),
-        f'{name}: data must have a finite value for each index',
+        len(h["data"]) == len(h["indices"]) and _within(h["data"], MAX_VALUE),
+        f"{name}: data must have a finite value for each index",
     )
-    if 'times' in h:
+    if "times" in h:
         _check(
-            len(h['times']) == len(h['indices']) and _within(h['times'], MAX_TIME),
-            f'{name}: times must have a time before the year 10,000 for each index',
+            len(h["times"]) == len(h["indices"]) and _within(h["times"], MAX_TIME),
+            f"{name}: times must have a time before the year 10,000 for each index",
         )
-    if 'popularity' in h:
-        _check_popularity(h['popularity'], n_items, name)
-    if 'negatives.indptr' in h:
-        check_csr(h['negatives.indptr'], h['negatives.indices'], (n_users, n_items), f'{name}: negatives')
-    if 'features.shape' in h:
+    if "popularity" in h:
+        _check_popularity(h["popularity"], n_items, name)
+    if "negatives.indptr" in h:
+        check_csr(h["negatives.indptr"], h["negatives.indices"], (n_users, n_items), f"{name}: negatives")
+    if "features.shape" in h:
         _check_features(h, n_items, name)
     return n_users
 
@@ -1078,20 +1235,20 @@ def _within(values: np.ndarray, most: float) -> bool:
 def _check_popularity(values: np.ndarray, n_items: int, name: str) -> None:
     _check(
         len(values) == n_items and _within(values, 2.0**53) and (not n_items or values.min() >= 0),
-        f'{name}: popularity must have a number of at least 0 for each item',
+        f"{name}: popularity must have a number of at least 0 for each item",
     )
 
 
 def _check_features(h: dict, n_items: int, name: str) -> None:
-    shape, data = h['features.shape'], h['features.data']
+    shape, data = h["features.shape"], h["features.data"]
     _check(
         len(shape) == 2 and shape[0] == n_items and 0 <= shape[1] <= max(100_000, len(data)),
-        f'{name}: features.shape must have the items, and no more columns than values',
+        f"{name}: features.shape must have the items, and no more columns than values",
     )
-    check_csr(h['features.indptr'], h['features.indices'], tuple(shape.tolist()), f'{name}: features')
+    check_csr(h["features.indptr"], h["features.indices"], tuple(shape.tolist()), f"{name}: features")
     _check(
-        len(data) == len(h['features.indices']) and _within(data, MAX_VALUE),
-        f'{name}: features.data must have a finite value for each index',
+        len(data) == len(h["features.indices"]) and _within(data, MAX_VALUE),
+        f"{name}: features.data must have a finite value for each index",
     )
 
 
@@ -1099,74 +1256,74 @@ def _check_ids(ids: pd.Series, name: str) -> None:
     "Refuse ids of a vocabulary unless they are whole numbers or texts, each once."
     kind = pd.api.types.infer_dtype(ids, skipna=False)
     _check(
-        kind in ('integer', 'string') and not ids.isna().any() or not len(ids),
-        f'{name}: ids must be whole numbers or texts, none of them missing; these are {kind}',
+        kind in ("integer", "string") and not ids.isna().any() or not len(ids),
+        f"{name}: ids must be whole numbers or texts, none of them missing; these are {kind}",
     )
-    _check(ids.is_unique, f'{name}: an id is there twice')
+    _check(ids.is_unique, f"{name}: an id is there twice")
 
 
 def _check_segments(table: pd.DataFrame, n_items: int) -> None:
     "Refuse a table that is not of segments over the items."
-    name = 'segments.parquet'
+    name = "segments.parquet"
     _check(
-        [*table.columns] == ['segment', 'item', 'users'] and not table.isna().any(axis=None),
-        f'{name} must have segment, item and users, and no gaps',
+        [*table.columns] == ["segment", "item", "users"] and not table.isna().any(axis=None),
+        f"{name} must have segment, item and users, and no gaps",
     )
     _check(
         not len(table)
         or pd.api.types.is_integer_dtype(table.item)
         and pd.api.types.is_numeric_dtype(table.users)
-        and table.segment.map(lambda s: isinstance(s, str) and '=' in s).all(),
-        f'{name} has a column of the wrong type',
+        and table.segment.map(lambda s: isinstance(s, str) and "=" in s).all(),
+        f"{name} has a column of the wrong type",
     )
     _check(
         table.item.between(-1, n_items - 1).all() and table.users.between(0, 2.0**53).all(),
-        f'{name} has a number that is out of range',
+        f"{name} has a number that is out of range",
     )
     _check(
-        not table.duplicated(['segment', 'item']).any() and set(table.segment) == set(table.segment[table.item == -1]),
-        f'{name} must have one row for the size of each segment, and one for each of its items',
+        not table.duplicated(["segment", "item"]).any() and set(table.segment) == set(table.segment[table.item == -1]),
+        f"{name} must have one row for the size of each segment, and one for each of its items",
     )
 
 # %% ../nbs/05_packaging.ipynb #0d3e3a15
 def check_structure(
     contents: dict,  # file of a bundle -> its bytes (uint8 array), as the manifest has them
 ) -> dict:  # documents, arrays and tables, by file
-    "Check everything about the files of a bundle, and that they fit together, before anything is made of them; raises "
+    "Check everything about the files of a bundle, and that they fit together, before anything is made of them; raises"
     "`AerecError` with the file and what is wrong."
-    found = {name: _parse_document(data, name) for name, data in contents.items() if name.endswith('.json')}
-    _check_card(found['card.json'])
-    _check_reference(found['reference.json'])
-    made_with = found['versions.json']
+    found = {name: _parse_document(data, name) for name, data in contents.items() if name.endswith(".json")}
+    _check_card(found["card.json"])
+    _check_reference(found["reference.json"])
+    made_with = found["versions.json"]
     _check(
         isinstance(made_with, dict) and all(_is_line(v) for pair in made_with.items() for v in pair),
-        'versions.json must have a version for each package',
+        "versions.json must have a version for each package",
     )
-    _check(_is_text(contents['card.md']), 'card.md is no text')
-    n_items = found['model.json'].get('n_items') if isinstance(found['model.json'], dict) else None
+    _check(_is_text(contents["card.md"]), "card.md is no text")
+    n_items = found["model.json"].get("n_items") if isinstance(found["model.json"], dict) else None
     n_bytes = sum(map(len, contents.values()))
     _check(
         _is_count(n_items) and 1 <= n_items <= 10 * n_bytes,
-        'model.json must have the number of items, and no more than the files can hold',
+        "model.json must have the number of items, and no more than the files can hold",
     )
-    for name in ('model.safetensors', 'histories.safetensors'):
+    for name in ("model.safetensors", "histories.safetensors"):
         found[name] = _parse_arrays(contents[name], name)
-    n_users = _check_histories(found['histories.safetensors'], n_items)
-    for name, n in (('users.parquet', n_users), ('items.parquet', n_items)):
+    n_users = _check_histories(found["histories.safetensors"], n_items)
+    for name, n in (("users.parquet", n_users), ("items.parquet", n_items)):
         found[name] = _parse_table(contents[name], name, n)
-    for name, column in (('users.parquet', 'user_id'), ('items.parquet', 'item_id')):
-        _check(column in found[name], f'{name} must have {column}')
+    for name, column in (("users.parquet", "user_id"), ("items.parquet", "item_id")):
+        _check(column in found[name], f"{name} must have {column}")
         _check_ids(found[name][column], name)
-    _check_golden(found['golden.json'])
-    if 'segments.parquet' in contents:
-        found['segments.parquet'] = _parse_table(contents['segments.parquet'], 'segments.parquet')
-        _check_segments(found['segments.parquet'], n_items)
+    _check_golden(found["golden.json"])
+    if "segments.parquet" in contents:
+        found["segments.parquet"] = _parse_table(contents["segments.parquet"], "segments.parquet")
+        _check_segments(found["segments.parquet"], n_items)
     return found
 
 
 def _is_text(data: np.ndarray) -> bool:
     try:
-        return bytes(data).decode('utf-8') is not None
+        return bytes(data).decode("utf-8") is not None
     except UnicodeDecodeError:
         return False
 
@@ -1176,42 +1333,42 @@ def _recommender(
     info: dict,  # what is known of the bundle
 ) -> Recommender:
     "Make the recommender of checked parts."
-    items, h = found['items.parquet'], found['histories.safetensors']
-    item_ids, user_ids = items.item_id.tolist(), found['users.parquet'].user_id.tolist()
+    items, h = found["items.parquet"], found["histories.safetensors"]
+    item_ids, user_ids = items.item_id.tolist(), found["users.parquet"].user_id.tolist()
     shape = len(user_ids), len(item_ids)
     negatives = None  # a bundle of before has none
-    if 'negatives.indptr' in h:
+    if "negatives.indptr" in h:
         negatives = _matrix(
-            np.ones(len(h['negatives.indices']), bool), h['negatives.indices'], h['negatives.indptr'], shape
+            np.ones(len(h["negatives.indices"]), bool), h["negatives.indices"], h["negatives.indptr"], shape
         )
     features = None
-    if 'features.data' in h:
+    if "features.data" in h:
         features = _matrix(
-            h['features.data'], h['features.indices'], h['features.indptr'], tuple(h['features.shape'].tolist())
+            h["features.data"], h["features.indices"], h["features.indptr"], tuple(h["features.shape"].tolist())
         )
-    popularity = h.get('popularity')
+    popularity = h.get("popularity")
     if popularity is None:  # a bundle of before keeps it with the items
         _check(
-            'popularity' in items and pd.api.types.is_numeric_dtype(items.popularity),
-            'items.parquet must have popularity',
+            "popularity" in items and pd.api.types.is_numeric_dtype(items.popularity),
+            "items.parquet must have popularity",
         )
-        popularity = items.pop('popularity').to_numpy(np.float32, na_value=np.nan)
-        _check_popularity(popularity, len(item_ids), 'items.parquet')
-    segments = _segments_of(found['segments.parquet'], len(item_ids)) if 'segments.parquet' in found else None
-    model = restore_model(found['model.json'], found['model.safetensors'])
-    chain = Chain.from_spec(found['chain.json'])
-    info |= {'card': found['card.json'], 'reference': found['reference.json']}
+        popularity = items.pop("popularity").to_numpy(np.float32, na_value=np.nan)
+        _check_popularity(popularity, len(item_ids), "items.parquet")
+    segments = _segments_of(found["segments.parquet"], len(item_ids)) if "segments.parquet" in found else None
+    model = restore_model(found["model.json"], found["model.safetensors"])
+    chain = Chain.from_spec(found["chain.json"])
+    info |= {"card": found["card.json"], "reference": found["reference.json"]}
     return Recommender(
         model,
         item_ids,
         user_ids,
-        _matrix(h['data'], h['indices'], h['indptr'], shape),
+        _matrix(h["data"], h["indices"], h["indptr"], shape),
         popularity,
         chain,
         items,
         info,
         negatives,
-        h.get('times'),
+        h.get("times"),
         features,
         segments,
     )
@@ -1226,7 +1383,7 @@ def _matrix(data, indices, indptr, shape) -> csr_matrix:
 
 
 def _check_scores(r: Recommender) -> None:
-    "Refuse a model that does not give a finite score for each item: for an empty history, for one with every item, "
+    "Refuse a model that does not give a finite score for each item: for an empty history, for one with every item,"
     "and for the longest one."
     heaviest = (
         r.histories[[int(np.diff(r.histories.indptr).argmax())]]
@@ -1235,15 +1392,15 @@ def _check_scores(r: Recommender) -> None:
     )
     rows = vstack(
         [csr_matrix((1, r.n_items), dtype=np.float32), csr_matrix(np.ones((1, r.n_items), np.float32)), heaviest],
-        format='csr',
+        format="csr",
     )
     scores = r.model.score(rows)
     _check(
         isinstance(scores, np.ndarray)
         and scores.shape == rows.shape
-        and scores.dtype.kind == 'f'
+        and scores.dtype.kind == "f"
         and np.isfinite(scores).all(),
-        'the model does not give a finite score for each item',
+        "the model does not give a finite score for each item",
     )
 
 # %% ../nbs/05_packaging.ipynb #999103cf
@@ -1252,7 +1409,7 @@ def load_bundle(
     limit_mib: float = None,  # MiB that all files may have; None: packaging.bundle_limit_mib
     settings=None,  # from `load_settings`: plugins, keys and limits; None: as configured
 ) -> Recommender:  # its `info` has id, card and reference
-    "Verify a bundle, load it, and replay its golden requests; raises `AerecError` if anything is not as it was "
+    "Verify a bundle, load it, and replay its golden requests; raises `AerecError` if anything is not as it was"
     "packed. No code runs but plugins that the settings list or name."
     policy = load_policy(current_settings() if settings is None else settings)
     if limit_mib is not None:
@@ -1264,12 +1421,12 @@ def _loaded(path: Path, policy: LoadPolicy) -> Recommender:
     "A bundle that answers its golden requests."
     found = _load(path, policy)
     if found.changed:
-        raise AerecError(f'bundle {path}: {found.changed}')
+        raise AerecError(f"bundle {path}: {found.changed}")
     return found.recommender
 
 
 _Load = namedtuple(
-    '_Load', ['recommender', 'changed', 'n_golden']
+    "_Load", ["recommender", "changed", "n_golden"]
 )  # changed: what its golden requests found, '' if nothing
 
 
@@ -1284,45 +1441,45 @@ def _load_folder(folder: Path, path: Path, policy: LoadPolicy) -> _Load:
     try:
         found = check_structure(contents)
         with using_settings(policy.settings, policy.from_bundle):
-            recommender = _recommender(found, {'id': id, 'folder': str(path)})
+            recommender = _recommender(found, {"id": id, "folder": str(path)})
         _check_scores(recommender)
-        changed = _replay(found['golden.json'], found['versions.json'], recommender)
+        changed = _replay(found["golden.json"], found["versions.json"], recommender)
     except AerecError as e:
-        raise AerecError(f'bundle {path}: {_line(e)}') from None
+        raise AerecError(f"bundle {path}: {_line(e)}") from None
     except Exception as e:  # parts that fit the checks still reach the code of every model and step
         raise AerecError(
-            f'bundle {path}: its files do not fit together ({_line(exception_line(e))}); pack it again'
+            f"bundle {path}: its files do not fit together ({_line(exception_line(e))}); pack it again"
         ) from None
-    return _Load(recommender, changed, len(found['golden.json']))
+    return _Load(recommender, changed, len(found["golden.json"]))
 
 
 def _line(text, most: int = 400) -> str:
     "Text of others as a part of one line of an error."
-    return ''.join(c if c.isprintable() else '?' for c in str(text)[:most])
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
 
 
 def _replay(golden: list, made_with: dict, recommender: Recommender) -> str:
     "Ask the golden requests again; -> what is different, '' if nothing."
     for g in golden:
-        if not same_answer(g['answer'], _answer(recommender, g['request'])):
+        if not same_answer(g["answer"], _answer(recommender, g["request"])):
             return (
                 f"the golden request {json.dumps(g['request'])[:200]} is answered differently than when it was packed "
-                f'({_version_changes(made_with)}); pack it again with these versions'
+                f"({_version_changes(made_with)}); pack it again with these versions"
             )
-    return ''
+    return ""
 
 
 def _version_changes(then: dict) -> str:
     "Which packages changed since."
     now = package_versions()
     return (
-        ', '.join(f'{name} {then[name]} -> {now.get(name)}' for name in then if then[name] != now.get(name))[:300]
-        or 'the versions are the same'
+        ", ".join(f"{name} {then[name]} -> {now.get(name)}" for name in then if then[name] != now.get(name))[:300]
+        or "the versions are the same"
     )
 
 # %% ../nbs/05_packaging.ipynb #ffd0d11b
 # It begins every message that is signed, so that no other message can be passed off as one.
-_SIGNED = b'aerec_nb: signature of a bundle, version 1\n'
+_SIGNED = b"aerec_nb: signature of a bundle, version 1\n"
 
 
 def new_signing_key() -> tuple:  # (private key, public key), each the base64 of 32 bytes
@@ -1356,8 +1513,8 @@ def _private_key(key):  # -> Ed25519PrivateKey
         )
     except (TypeError, ValueError):
         raise AerecError(
-            'the signing key is no Ed25519 private key: give 32 bytes, or their base64; make a pair with '
-            'new_signing_key(), or: aerec models new-key'
+            "the signing key is no Ed25519 private key: give 32 bytes, or their base64; make a pair with "
+            "new_signing_key(), or: aerec models new-key"
         ) from None
 
 
@@ -1366,7 +1523,7 @@ def signing_key_id(
 ) -> dict:  # label -> key id; {} where bundles are not signed
     "Return what the stage depends on outside the run: the key that bundles are signed with."
     key = settings.packaging.signing_key
-    return {'signing key': key_id(_private_key(key).public_key().public_bytes_raw())} if key else {}
+    return {"signing key": key_id(_private_key(key).public_key().public_bytes_raw())} if key else {}
 
 # %% ../nbs/05_packaging.ipynb #7faca50d
 def _signature(
@@ -1377,9 +1534,9 @@ def _signature(
     private = _private_key(key)
     signature = private.sign(_SIGNED + id.encode())
     return {
-        'algorithm': 'ed25519',
-        'key_id': key_id(private.public_key().public_bytes_raw()),
-        'signature': base64.b64encode(signature).decode(),
+        "algorithm": "ed25519",
+        "key_id": key_id(private.public_key().public_bytes_raw()),
+        "signature": base64.b64encode(signature).decode(),
     }
 
 
@@ -1392,17 +1549,17 @@ def _check_signature(
     if data is None:
         if policy.require_signature:
             raise AerecError(
-                'it is not signed, and packaging.require_signature asks for a signature; sign it with save_bundle(..., '
-                'key=...), or: aerec models sign VERSION'
+                "it is not signed, and packaging.require_signature asks for a signature; sign it with save_bundle(..., "
+                "key=...), or: aerec models sign VERSION"
             )
         return
-    found = _parse_document(data, 'signature.json')
+    found = _parse_document(data, "signature.json")
     _check(
         isinstance(found, dict)
-        and set(found) == {'algorithm', 'key_id', 'signature'}
+        and set(found) == {"algorithm", "key_id", "signature"}
         and all(isinstance(v, str) for v in found.values())
-        and found['algorithm'] == 'ed25519',
-        'signature.json is no Ed25519 signature',
+        and found["algorithm"] == "ed25519",
+        "signature.json is no Ed25519 signature",
     )
     if not policy.keys:
         if policy.require_signature:
@@ -1415,14 +1572,14 @@ def _check_signature(
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     trusted = {key_id(key): base64.b64decode(key) for key in policy.keys}
-    if found['key_id'] not in trusted:
+    if found["key_id"] not in trusted:
         raise AerecError(
             f"it is signed by the key {found['key_id'][:16]!r}, which packaging.bundle_keys does not list; it lists "
             f"{', '.join(trusted)}"
         )
     try:
-        Ed25519PublicKey.from_public_bytes(trusted[found['key_id']]).verify(
-            base64.b64decode(found['signature'], validate=True), _SIGNED + id.encode()
+        Ed25519PublicKey.from_public_bytes(trusted[found["key_id"]]).verify(
+            base64.b64decode(found["signature"], validate=True), _SIGNED + id.encode()
         )
     except (InvalidSignature, ValueError):
         raise AerecError(
@@ -1432,7 +1589,7 @@ def _check_signature(
 
 
 def _write_signature(folder: Path, key) -> None:
-    write_json(folder / 'signature.json', _signature(sha256_file(folder / 'manifest.json'), key))
+    write_json(folder / "signature.json", _signature(sha256_file(folder / "manifest.json"), key))
 
 
 def sign_bundle(
@@ -1440,7 +1597,7 @@ def sign_bundle(
     key,  # Ed25519 private key: 32 bytes, their base64, or a key of `cryptography`
 ) -> str:  # id of the key
     "Verify a bundle and sign it; its identity stays the same."
-    with _opened(path) as folder, _disk_errors('bundle', path):
+    with _opened(path) as folder, _disk_errors("bundle", path):
         _verify(folder, path, LoadPolicy(limit_mib=math.inf))
         _write_signature(folder, key)
         if Path(path).is_file():
@@ -1448,13 +1605,13 @@ def sign_bundle(
     return key_id(_private_key(key).public_key().public_bytes_raw())
 
 # %% ../nbs/05_packaging.ipynb #5f10c406
-ALIASES = ('dev', 'stage', 'live', 'test')  # one an environment
+ALIASES = ("dev", "stage", "live", "test")  # one an environment
 
 
 def _quiet():
     "MLflow's remarks and progress bars are not for the reader of a notebook."
-    os.environ.setdefault('MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR', 'false')
-    os.environ.setdefault('MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT', 'true')
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
 class _Client:
@@ -1463,8 +1620,8 @@ class _Client:
     def __init__(self, uri: str):
         self._uri = uri
         _quiet()
-        with _registry_errors(uri, 'MLflow cannot open it'):
-            self._client = mlflow_module('mlflow.tracking._model_registry.client').ModelRegistryClient(uri, uri)
+        with _registry_errors(uri, "MLflow cannot open it"):
+            self._client = mlflow_module("mlflow.tracking._model_registry.client").ModelRegistryClient(uri, uri)
 
     def __getattr__(self, name):
         method = getattr(self._client, name)
@@ -1479,7 +1636,7 @@ class _Client:
 @contextmanager
 def _registry_errors(
     uri: str,
-    what: str = 'it cannot be used',  # what failed
+    what: str = "it cannot be used",  # what failed
 ):  # context manager
     "Report in one line what a registry's file, database or server says."
     try:
@@ -1488,144 +1645,196 @@ def _registry_errors(
         raise
     except Exception as e:  # MLflow passes on the errors of its stores
         text = next(
-            (line for line in str(getattr(e, 'orig', None) or e).splitlines() if line.strip()), type(e).__name__
+            (line for line in str(getattr(e, "orig", None) or e).splitlines() if line.strip()), type(e).__name__
         )
         raise AerecError(
             hide_secrets(
-                f'packaging.registry_uri {uri}: {what} ({text[:200]}); see that it is there, that there is space, and '
-                'that you may write it, or restore it from a backup'
+                f"packaging.registry_uri {uri}: {what} ({text[:200]}); see that it is there, that there is space, and "
+                "that you may write it, or restore it from a backup"
             )
         ) from None
 
 
 def _check_registry_file(path: Path) -> None:
     "Refuse a registry's file that is none, before anything makes it a new and empty registry."
-    with _disk_errors('registry', path):
+    with _disk_errors("registry", path):
         if not path.exists():
             return
         if not path.is_file():
-            raise AerecError(f'registry {path}: it is no file; set packaging.registry_uri to another place')
-        with open(path, 'rb') as f:
+            raise AerecError(f"registry {path}: it is no file; set packaging.registry_uri to another place")
+        with open(path, "rb") as f:
             head = f.read(16)
-    if head != b'SQLite format 3\0':
+    if head != b"SQLite format 3\0":
         raise AerecError(
             f"registry {path}: it is {'empty' if not head else 'no SQLite database'}; restore it from a backup, or "
             "move it away to begin a new registry"
         )
 
 # %% ../nbs/05_packaging.ipynb #fb9bce11
-_ROW = ('seq', 'time', 'action', 'alias', 'from_version', 'to_version', 'by', 'why', 'gates', 'done')
-_Row = namedtuple('_Row', _ROW)
+_ROW = ("seq", "time", "action", "alias", "from_version", "to_version", "by", "why", "gates", "done")
+_Row = namedtuple("_Row", _ROW)
+
 
 def _history_tables() -> tuple:
     "Who moved which alias when, from where, to where, and why; and the rows that were carried out."
     meta = sa.MetaData()
-    return (sa.Table('aerec_alias_history', meta, sa.Column('seq', sa.Integer, primary_key=True, autoincrement=True),
-        sa.Column('time', sa.Double, nullable=False), sa.Column('model', sa.String(200), nullable=False), sa.Column('action', sa.String(20), nullable=False),
-        sa.Column('alias', sa.String(20), nullable=False), sa.Column('from_version', sa.Integer), sa.Column('to_version', sa.Integer, nullable=False),
-        sa.Column('by', sa.String(200), nullable=False), sa.Column('why', sa.Text, nullable=False), sa.Column('gates', sa.Text)),
-        sa.Table('aerec_alias_done', meta, sa.Column('seq', sa.Integer, primary_key=True)))
+    return (
+        sa.Table(
+            "aerec_alias_history",
+            meta,
+            sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+            sa.Column("time", sa.Double, nullable=False),
+            sa.Column("model", sa.String(200), nullable=False),
+            sa.Column("action", sa.String(20), nullable=False),
+            sa.Column("alias", sa.String(20), nullable=False),
+            sa.Column("from_version", sa.Integer),
+            sa.Column("to_version", sa.Integer, nullable=False),
+            sa.Column("by", sa.String(200), nullable=False),
+            sa.Column("why", sa.Text, nullable=False),
+            sa.Column("gates", sa.Text),
+        ),
+        sa.Table("aerec_alias_done", meta, sa.Column("seq", sa.Integer, primary_key=True)),
+    )
+
 
 class _FileHistory:
     "The history in the registry's own SQLite file."
-    patience = 0 # seconds that a row may wait to be done: who writes it is alone with the file
-    def __init__(self, path:Path, model:str):
-        self.uri, self.model = f'sqlite:///{path}', model
-        self.engine = sa.create_engine(self.uri, connect_args={'timeout': 30})
+
+    patience = 0  # seconds that a row may wait to be done: who writes it is alone with the file
+
+    def __init__(self, path: Path, model: str):
+        self.uri, self.model = f"sqlite:///{path}", model
+        self.engine = sa.create_engine(self.uri, connect_args={"timeout": 30})
         self.table, self.marks = _history_tables()
-        with _registry_errors(self.uri): self._make()
+        with _registry_errors(self.uri):
+            self._make()
 
     def _make(self) -> None:
         "Make the tables where they are missing."
         fresh = not sa.inspect(self.engine).has_table(self.marks.name)
         self.table.metadata.create_all(self.engine)
-        lacks_gates = 'gates' not in {c['name'] for c in sa.inspect(self.engine).get_columns(self.table.name)}
+        lacks_gates = "gates" not in {c["name"] for c in sa.inspect(self.engine).get_columns(self.table.name)}
         with self.engine.begin() as db:
-            if lacks_gates: db.exec_driver_sql(f'ALTER TABLE {self.table.name} ADD COLUMN gates TEXT') # a table of before
-            if fresh: db.exec_driver_sql(f'INSERT INTO {self.marks.name} SELECT seq FROM {self.table.name}')
+            if lacks_gates:
+                db.exec_driver_sql(f"ALTER TABLE {self.table.name} ADD COLUMN gates TEXT")  # a table of before
+            if fresh:
+                db.exec_driver_sql(f"INSERT INTO {self.marks.name} SELECT seq FROM {self.table.name}")
             for table in (self.table, self.marks):
-                for what in ('UPDATE', 'DELETE'):
-                    db.exec_driver_sql(f"CREATE TRIGGER IF NOT EXISTS {table.name}_{what.lower()} BEFORE {what} ON {table.name} BEGIN SELECT RAISE(ABORT, 'the history of aliases is append-only'); END")
+                for what in ("UPDATE", "DELETE"):
+                    db.exec_driver_sql(
+                        f"CREATE TRIGGER IF NOT EXISTS {table.name}_{what.lower()} BEFORE {what} ON {table.name} BEGIN SELECT RAISE(ABORT, 'the history of aliases is append-only'); END"
+                    )
 
-    def rows(self) -> list: # of `_Row`, oldest first
+    def rows(self) -> list:  # of `_Row`, oldest first
         t, m = self.table.c, self.marks.c
-        found = sa.select(*[t[c] for c in _ROW[:-1]], m.seq.is_not(None)).select_from(self.table.outerjoin(self.marks, t.seq == m.seq)).where(t.model == self.model).order_by(t.seq)
-        with _registry_errors(self.uri), self.engine.connect() as db: return [_Row(*row) for row in db.execute(found)]
+        found = (
+            sa.select(*[t[c] for c in _ROW[:-1]], m.seq.is_not(None))
+            .select_from(self.table.outerjoin(self.marks, t.seq == m.seq))
+            .where(t.model == self.model)
+            .order_by(t.seq)
+        )
+        with _registry_errors(self.uri), self.engine.connect() as db:
+            return [_Row(*row) for row in db.execute(found)]
 
-    def add(self, **row): # -> seq
+    def add(self, **row):  # -> seq
         with _registry_errors(self.uri), self.engine.begin() as db:
             return db.execute(self.table.insert().values(model=self.model, **row)).inserted_primary_key[0]
 
     def finish(self, seq) -> None:
         with _registry_errors(self.uri), self.engine.begin() as db:
-            db.execute(self.marks.insert().prefix_with('OR IGNORE').values(seq=seq))
+            db.execute(self.marks.insert().prefix_with("OR IGNORE").values(seq=seq))
+
 
 class _ServerHistory:
     "The history in tags of the registered model on a server."
-    patience = 60 # seconds that a row may wait to be done: another machine may be at it
-    def __init__(self, client, model:str): self.client, self.model = client, model
 
-    def rows(self) -> list: # of `_Row`, oldest first
+    patience = 60  # seconds that a row may wait to be done: another machine may be at it
+
+    def __init__(self, client, model: str):
+        self.client, self.model = client, model
+
+    def rows(self) -> list:  # of `_Row`, oldest first
         tags = self.client.get_registered_model(self.model).tags
-        keys = sorted(k for k in tags if k.startswith('aerec.history.'))
-        return [_Row(seq=k, done=k.replace('history', 'done', 1) in tags, **json.loads(tags[k])) for k in keys]
+        keys = sorted(k for k in tags if k.startswith("aerec.history."))
+        return [_Row(seq=k, done=k.replace("history", "done", 1) in tags, **json.loads(tags[k])) for k in keys]
 
-    def add(self, **row): # -> seq
+    def add(self, **row):  # -> seq
         seq = f"aerec.history.{time.time_ns():020d}.{os.urandom(4).hex()}"
         self.client.set_registered_model_tag(self.model, seq, json.dumps(row))
         return seq
 
-    def finish(self, seq) -> None: self.client.set_registered_model_tag(self.model, seq.replace('history', 'done', 1), 'yes')
+    def finish(self, seq) -> None:
+        self.client.set_registered_model_tag(self.model, seq.replace("history", "done", 1), "yes")
 
 # %% ../nbs/05_packaging.ipynb #a7ec50e2
 class Registry:
     "Versions of bundles, the aliases that point to them, and the history of these."
-    def __init__(self,
-        uri:str, # MLflow registry: sqlite:////folder/registry.db, or a server's address
-        bundles_dir:Path, # where registered bundles are kept
-        name:str='aerec', # of the registered model
-        promoters=(), # who may promote: names, or a function of an alias that gives them; empty: anyone
-        policy=None, # `PackagingSettings`, or a function of an alias that gives them: gates, limits, keys; None: defaults
-        settings=None # function of an alias that gives the `Settings` which judge plugins; None: as configured
+
+    def __init__(
+        self,
+        uri: str,  # MLflow registry: sqlite:////folder/registry.db, or a server's address
+        bundles_dir: Path,  # where registered bundles are kept
+        name: str = "aerec",  # of the registered model
+        promoters=(),  # who may promote: names, or a function of an alias that gives them; empty: anyone
+        policy=None,  # `PackagingSettings`, or a function of an alias that gives them: gates, limits, keys; None: defaults
+        settings=None,  # function of an alias that gives the `Settings` which judge plugins; None: as configured
     ):
-        if not re.fullmatch(r'[\w .-]{1,200}', name): raise AerecError(f"packaging.model_name {name!r}: use letters, digits, blanks and . _ - only")
+        if not re.fullmatch(r"[\w .-]{1,200}", name):
+            raise AerecError(f"packaging.model_name {name!r}: use letters, digits, blanks and . _ - only")
         self.uri, self.bundles_dir, self.name, self.promoters = uri, Path(bundles_dir).absolute(), name, promoters
         self.policy = policy if callable(policy) else lambda alias: policy or PackagingSettings()
         self.settings = settings or (lambda alias: current_settings())
-        own = sa.make_url(uri) if uri.startswith('sqlite') else None
-        self._file = Path(own.database).absolute() if own is not None else self.bundles_dir.parent/'registry' # beside it lies the lock
+        own = sa.make_url(uri) if uri.startswith("sqlite") else None
+        self._file = (
+            Path(own.database).absolute() if own is not None else self.bundles_dir.parent / "registry"
+        )  # beside it lies the lock
         with self._alone():
-            if own is not None: _check_registry_file(self._file)
+            if own is not None:
+                _check_registry_file(self._file)
             self._mlflow = _Client(uri)
-            with _registry_errors(uri, 'nothing answers there as an MLflow registry does'):
+            with _registry_errors(uri, "nothing answers there as an MLflow registry does"):
                 found = self._mlflow._client.search_registered_models(f"name = '{name}'")
             known = any(m.name == name for m in found)
-            if not known: self._mlflow.create_registered_model(name, None, 'Bundles of aerec_nb')
+            if not known:
+                self._mlflow.create_registered_model(name, None, "Bundles of aerec_nb")
             self._log = _FileHistory(self._file, name) if own is not None else _ServerHistory(self._mlflow, name)
             self._settle()
 
     @contextmanager
-    def _alone(self): # context manager
+    def _alone(self):  # context manager
         "Hold the registry's lock; a full disk or a missing right is one line."
-        with _disk_errors('registry', self._file), alone(self._file): yield
+        with _disk_errors("registry", self._file), alone(self._file):
+            yield
 
     @classmethod
-    def from_settings(cls, settings # from `load_settings`
-                     ): # -> Registry
+    def from_settings(
+        cls,
+        settings,  # from `load_settings`
+    ):  # -> Registry
         "The registry of the settings; who may promote to an alias, and through which gates, is said by that environment's own settings."
         var = Path(settings.paths.var_dir)
-        uri = settings.packaging.registry_uri or f"sqlite:///{var/'registry.db'}"
-        relative = uri.removeprefix('sqlite:///')
-        if relative != uri and not Path(relative).is_absolute(): uri = f'sqlite:///{project_dir()/relative}'
-        def of(alias): return settings if alias in (settings.env, None) else load_settings(alias)
-        def promoters(alias): return of(alias).packaging.promoters
-        def policy(alias): return of(alias).packaging
-        return cls(uri, var/'bundles', settings.packaging.model_name, promoters, policy, of)
+        uri = settings.packaging.registry_uri or f"sqlite:///{var / 'registry.db'}"
+        relative = uri.removeprefix("sqlite:///")
+        if relative != uri and not Path(relative).is_absolute():
+            uri = f"sqlite:///{project_dir() / relative}"
+
+        def of(alias):
+            return settings if alias in (settings.env, None) else load_settings(alias)
+
+        def promoters(alias):
+            return of(alias).packaging.promoters
+
+        def policy(alias):
+            return of(alias).packaging
+
+        return cls(uri, var / "bundles", settings.packaging.model_name, promoters, policy, of)
 
     @property
-    def _on_server(self): return self.uri.startswith(('http://', 'https://'))
+    def _on_server(self):
+        return self.uri.startswith(("http://", "https://"))
 
-    def __repr__(self): return f'Registry({self.name}, {hide_secrets(self.uri)})'
+    def __repr__(self):
+        return f"Registry({self.name}, {hide_secrets(self.uri)})"
 
 # %% ../nbs/05_packaging.ipynb #2fad0270
 @patch
@@ -1637,8 +1846,8 @@ def _load(
     "Load the bundle of a version; raises `AerecError` where it may not be loaded."
     folder = self.resolve(version)
     found = _load(folder, load_policy(self.settings(alias), alias, self.policy(alias)))
-    if found.recommender.info['id'][:16] != folder.name:
-        raise AerecError(f'{self.name}: {folder} is not the bundle that was registered; restore it from a backup')
+    if found.recommender.info["id"][:16] != folder.name:
+        raise AerecError(f"{self.name}: {folder} is not the bundle that was registered; restore it from a backup")
     return found
 
 
@@ -1647,201 +1856,324 @@ def _load_sound(self: Registry, version, alias: str = None) -> Recommender:
     "Load the bundle of a version that answers its golden requests."
     found = self._load(version, alias)
     if found.changed:
-        raise AerecError(f'{self.name} version {version}: {found.changed}')
+        raise AerecError(f"{self.name} version {version}: {found.changed}")
     return found.recommender
 
 # %% ../nbs/05_packaging.ipynb #a18a9570
 @patch
-def versions(self:Registry) -> list: # MLflow's model versions, oldest first
+def versions(self: Registry) -> list:  # MLflow's model versions, oldest first
     "What is registered."
-    return sorted(self._mlflow.search_model_versions(f"name = '{self.name}'", max_results=10000), key=lambda v: int(v.version))
+    return sorted(
+        self._mlflow.search_model_versions(f"name = '{self.name}'", max_results=10000), key=lambda v: int(v.version)
+    )
+
 
 @patch
-def _archived(self:Registry) -> set: # versions
-    return {int(v.version) for v in self.versions() if 'archived' in v.tags}
+def _archived(self: Registry) -> set:  # versions
+    return {int(v.version) for v in self.versions() if "archived" in v.tags}
+
 
 @patch
-def current(self:Registry, alias:str # dev, stage, live or test
-           ) -> int|None: # version; None: the alias points nowhere yet
+def current(
+    self: Registry,
+    alias: str,  # dev, stage, live or test
+) -> int | None:  # version; None: the alias points nowhere yet
     "What an alias points to."
     version = self._mlflow.get_registered_model(self.name).aliases.get(alias)
     return None if version is None else int(version)
 
+
 @patch
-def history(self:Registry) -> pd.DataFrame: # when, action, alias, from, to, by, why, gates; oldest first
+def history(self: Registry) -> pd.DataFrame:  # when, action, alias, from, to, by, why, gates; oldest first
     "Every promotion, refusal, rollback and archiving."
-    rows = [(r.time, r.action, r.alias, r.from_version, r.to_version, r.by, r.why, _gates_in_words(json.loads(r.gates)) if r.gates else '') for r in self._log.rows()]
-    frame = pd.DataFrame(rows, columns=['when', 'action', 'alias', 'from', 'to', 'by', 'why', 'gates'])
-    versions = {c: frame[c].astype('Int64').replace(0, pd.NA) for c in ('from', 'to')}
-    return frame.assign(when=pd.to_datetime(frame['when'].astype(float), unit='s', utc=True).dt.floor('s'), **versions)
+    rows = [
+        (
+            r.time,
+            r.action,
+            r.alias,
+            r.from_version,
+            r.to_version,
+            r.by,
+            r.why,
+            _gates_in_words(json.loads(r.gates)) if r.gates else "",
+        )
+        for r in self._log.rows()
+    ]
+    frame = pd.DataFrame(rows, columns=["when", "action", "alias", "from", "to", "by", "why", "gates"])
+    versions = {c: frame[c].astype("Int64").replace(0, pd.NA) for c in ("from", "to")}
+    return frame.assign(when=pd.to_datetime(frame["when"].astype(float), unit="s", utc=True).dt.floor("s"), **versions)
 
-def _gates_in_words(rows:list) -> str:
+
+def _gates_in_words(rows: list) -> str:
     "The results of gates in one line."
-    return '; '.join(f"{g['gate']}: {g['result']}" for g in rows)
+    return "; ".join(f"{g['gate']}: {g['result']}" for g in rows)
+
 
 @patch
-def _write_down(self:Registry, action:str, alias:str, before, version:int, by:str, why:str, gates:list=None): # -> its number
+def _write_down(
+    self: Registry, action: str, alias: str, before, version: int, by: str, why: str, gates: list = None
+):  # -> its number
     "A row of the history."
-    return self._log.add(time=time.time(), action=action, alias=alias, from_version=before, to_version=version, by=by, why=why, gates=json.dumps(gates) if gates else None)
+    return self._log.add(
+        time=time.time(),
+        action=action,
+        alias=alias,
+        from_version=before,
+        to_version=version,
+        by=by,
+        why=why,
+        gates=json.dumps(gates) if gates else None,
+    )
+
 
 @patch
-def _move(self:Registry, action:str, alias:str, before:int|None, version:int, by:str, why:str, gates:list=None) -> str:
+def _move(
+    self: Registry, action: str, alias: str, before: int | None, version: int, by: str, why: str, gates: list = None
+) -> str:
     "Write down the move of an alias, then move it."
     row = self._write_down(action, alias, before, version, by, why, gates)
     self._mlflow.set_registered_model_alias(self.name, alias, str(version))
     self._log.finish(row)
-    return f"{self.name}: {alias} is version {version}" + (f' (was {before})' if before else '')
+    return f"{self.name}: {alias} is version {version}" + (f" (was {before})" if before else "")
+
 
 @patch
-def _settle(self:Registry) -> None:
+def _settle(self: Registry) -> None:
     "Mark what was done, and say of what was written down and not done that it was interrupted; the caller is alone with the registry."
     left = [r for r in self._log.rows() if not r.done and r.time <= time.time() - self._log.patience]
-    if not left: return
+    if not left:
+        return
     points, archived = self._mlflow.get_registered_model(self.name).aliases, self._archived()
     for r in left:
-        undone = r.action in ('promote', 'rollback') and int(points.get(r.alias, 0)) != r.to_version or r.action == 'archive' and r.to_version not in archived
-        if undone: self._log.finish(self._write_down('interrupted', r.alias, r.to_version, r.from_version or 0, r.by, f'{r.action} of version {r.to_version} ended before it was done'))
+        undone = (
+            r.action in ("promote", "rollback")
+            and int(points.get(r.alias, 0)) != r.to_version
+            or r.action == "archive"
+            and r.to_version not in archived
+        )
+        if undone:
+            self._log.finish(
+                self._write_down(
+                    "interrupted",
+                    r.alias,
+                    r.to_version,
+                    r.from_version or 0,
+                    r.by,
+                    f"{r.action} of version {r.to_version} ended before it was done",
+                )
+            )
         self._log.finish(r.seq)
 
 # %% ../nbs/05_packaging.ipynb #eb3ff869
 @patch
-def register(self:Registry, bundle:Path # a bundle: folder or zip
-            ) -> int: # its version
+def register(
+    self: Registry,
+    bundle: Path,  # a bundle: folder or zip
+) -> int:  # its version
     "Verify a bundle, keep a copy of it, and give it a version."
     policy = load_policy(self.settings(None), None, self.policy(None))
     recommender = _loaded(bundle, policy)
-    id = recommender.info['id']
+    id = recommender.info["id"]
     with self._alone():
         kept, signed = _keep_copy(Path(bundle), self.bundles_dir, id, bool(policy.keys))
         for v in self.versions():
-            if v.tags.get('bundle') != id: continue
-            if 'archived' in v.tags: raise AerecError(f'{self.name}: this bundle is version {v.version}, which was archived ({v.tags["archived"]}); pack a new one')
-            if signed and self._on_server: _upload_again(self, v, kept)
+            if v.tags.get("bundle") != id:
+                continue
+            if "archived" in v.tags:
+                raise AerecError(
+                    f"{self.name}: this bundle is version {v.version}, which was archived ({v.tags['archived']}); pack a new one"
+                )
+            if signed and self._on_server:
+                _upload_again(self, v, kept)
             return int(v.version)
-        headline = recommender.info['card'].get('headline') or {}
-        tags = {'bundle': id, 'model': str(recommender.model.name), **{f'headline.{k}': str(v) for k,v in headline.items()}}
+        headline = recommender.info["card"].get("headline") or {}
+        tags = {
+            "bundle": id,
+            "model": str(recommender.model.name),
+            **{f"headline.{k}": str(v) for k, v in headline.items()},
+        }
         source, run_id = _upload(self, kept, id) if self._on_server else (kept.as_uri(), None)
         return int(self._mlflow.create_model_version(self.name, source, run_id, tags=tags).version)
 
-def _keep_copy(bundle:Path, bundles_dir:Path, id:str,
-               checked:bool=False # was its signature verified?
-              ) -> tuple: # folder in the store, was a signature added to a copy that was there?
+
+def _keep_copy(
+    bundle: Path,
+    bundles_dir: Path,
+    id: str,
+    checked: bool = False,  # was its signature verified?
+) -> tuple:  # folder in the store, was a signature added to a copy that was there?
     "The copy of a bundle in the store, made whole or not at all."
-    target = bundles_dir/id[:16]
+    target = bundles_dir / id[:16]
     if target.exists():
-        if verify_bundle(target) == id: return target, _keep_signature(bundle, target, checked)
-        raise AerecError(f'{target}: another bundle is kept there, whose identity begins alike; move it away')
+        if verify_bundle(target) == id:
+            return target, _keep_signature(bundle, target, checked)
+        raise AerecError(f"{target}: another bundle is kept there, whose identity begins alike; move it away")
     bundles_dir.mkdir(parents=True, exist_ok=True)
-    work = bundles_dir/f'.{id[:16]}.{os.getpid()}'
+    work = bundles_dir / f".{id[:16]}.{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
     try:
-        with _opened(bundle) as folder, _disk_errors('registry', bundles_dir): _copy_files(folder, work)
-        if verify_bundle(work) != id: raise AerecError(f'{bundle}: it changed while it was copied; try again')
-        for p in [*work.iterdir(), work]: _to_disk(p)
+        with _opened(bundle) as folder, _disk_errors("registry", bundles_dir):
+            _copy_files(folder, work)
+        if verify_bundle(work) != id:
+            raise AerecError(f"{bundle}: it changed while it was copied; try again")
+        for p in [*work.iterdir(), work]:
+            _to_disk(p)
         os.rename(work, target)
         _to_disk(bundles_dir)
-    finally: shutil.rmtree(work, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return target, False
 
-def _copy_files(folder:Path, target:Path) -> None:
+
+def _copy_files(folder: Path, target: Path) -> None:
     "Copy the files of a bundle, and nothing else, into a new folder."
     target.mkdir()
     with _Files(folder, folder) as files:
         for name in {*_FILES, *_OPTIONAL, *_SEALS} & set(files.stats()):
-            with files.open(name) as source, open(target/name, 'xb') as copied:
+            with files.open(name) as source, open(target / name, "xb") as copied:
                 shutil.copyfileobj(source, copied, _CHUNK)
 
-def _keep_signature(bundle:Path, target:Path, checked:bool) -> bool:
+
+def _keep_signature(bundle: Path, target: Path, checked: bool) -> bool:
     "Give a kept copy the signature of the same bundle: where it has none, or where this one was verified."
-    with _opened(bundle) as folder, _Files(folder, bundle) as files: new = files.small('signature.json', 2**16)
-    with _Files(target, target) as files: old = files.small('signature.json', 2**16)
-    if new is None or new == old or old is not None and not checked: return False
-    _write(target/'signature.json', new)
+    with _opened(bundle) as folder, _Files(folder, bundle) as files:
+        new = files.small("signature.json", 2**16)
+    with _Files(target, target) as files:
+        old = files.small("signature.json", 2**16)
+    if new is None or new == old or old is not None and not checked:
+        return False
+    _write(target / "signature.json", new)
     return True
 
-def _to_disk(path:Path) -> None:
+
+def _to_disk(path: Path) -> None:
     "Let the disk have what was written, so that a power cut leaves all of it or none."
     number = os.open(path, os.O_RDONLY)
-    try: os.fsync(number)
-    finally: os.close(number)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 # %% ../nbs/05_packaging.ipynb #31c9f616
-def _upload(registry:Registry, kept:Path, id:str) -> tuple: # (source, id of the run that holds it)
+def _upload(registry: Registry, kept: Path, id: str) -> tuple:  # (source, id of the run that holds it)
     "A bundle as a zip on the MLflow server."
-    client, experiment = mlflow_module('mlflow.tracking').MlflowClient(registry.uri, registry.uri), f'{registry.name} bundles'
+    client, experiment = (
+        mlflow_module("mlflow.tracking").MlflowClient(registry.uri, registry.uri),
+        f"{registry.name} bundles",
+    )
     try:
         found = client.get_experiment_by_name(experiment)
-        run = client.create_run(found.experiment_id if found else client.create_experiment(experiment), run_name=id[:16])
-        with tempfile.TemporaryDirectory() as d, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()): client.log_artifact(run.info.run_id, str(pack_zip(kept, Path(d)/f'{id[:16]}.zip')))
-        client.update_run(run.info.run_id, 'FINISHED')
-    except Exception as e: raise AerecError(hide_secrets(f'{registry.uri}: the server does not take the bundle ({(str(e).splitlines() or [type(e).__name__])[0][:200]}); start it with --artifacts-destination')) from None
-    return f'{run.info.artifact_uri}/{id[:16]}.zip', run.info.run_id
+        run = client.create_run(
+            found.experiment_id if found else client.create_experiment(experiment), run_name=id[:16]
+        )
+        with tempfile.TemporaryDirectory() as d, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            client.log_artifact(run.info.run_id, str(pack_zip(kept, Path(d) / f"{id[:16]}.zip")))
+        client.update_run(run.info.run_id, "FINISHED")
+    except Exception as e:
+        raise AerecError(
+            hide_secrets(
+                f"{registry.uri}: the server does not take the bundle ({(str(e).splitlines() or [type(e).__name__])[0][:200]}); start it with --artifacts-destination"
+            )
+        ) from None
+    return f"{run.info.artifact_uri}/{id[:16]}.zip", run.info.run_id
 
-def _upload_again(registry:Registry, version, kept:Path) -> None:
+
+def _upload_again(registry: Registry, version, kept: Path) -> None:
     "Put a bundle that was signed in the place of the one on the server."
-    client = mlflow_module('mlflow.tracking').MlflowClient(registry.uri, registry.uri)
+    client = mlflow_module("mlflow.tracking").MlflowClient(registry.uri, registry.uri)
     with (
-        _registry_errors(registry.uri, 'the server does not take the bundle'),
+        _registry_errors(registry.uri, "the server does not take the bundle"),
         tempfile.TemporaryDirectory() as d,
         redirect_stderr(io.StringIO()),
         redirect_stdout(io.StringIO()),
     ):
-        client.log_artifact(version.run_id, str(pack_zip(kept, Path(d)/f'{kept.name}.zip')))
+        client.log_artifact(version.run_id, str(pack_zip(kept, Path(d) / f"{kept.name}.zip")))
+
 
 @patch
-def sign(self:Registry, version, # a registered version, or an alias
-         key # Ed25519 private key: 32 bytes, their base64, or a key of `cryptography`
-        ) -> str: # one line
+def sign(
+    self: Registry,
+    version,  # a registered version, or an alias
+    key,  # Ed25519 private key: 32 bytes, their base64, or a key of `cryptography`
+) -> str:  # one line
     "Sign the bundle of a version; its identity and its version stay the same."
     folder = self.resolve(version)
-    with self._alone(): id = sign_bundle(folder, key)
+    with self._alone():
+        id = sign_bundle(folder, key)
     if self._on_server:
-        registered = next(v for v in self.versions() if v.tags.get('bundle', '')[:16] == folder.name)
+        registered = next(v for v in self.versions() if v.tags.get("bundle", "")[:16] == folder.name)
         _upload_again(self, registered, folder)
-    return f'{self.name}: version {version} is signed by the key {id}'
+    return f"{self.name}: version {version} is signed by the key {id}"
 
-def _download(registry:Registry, version, id:str) -> None:
+
+def _download(registry: Registry, version, id: str) -> None:
     "Fetch a bundle that the server has and this machine has not."
-    client = mlflow_module('mlflow.tracking').MlflowClient(registry.uri, registry.uri)
+    client = mlflow_module("mlflow.tracking").MlflowClient(registry.uri, registry.uri)
     with tempfile.TemporaryDirectory() as d:
         try:
-            with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()): path = client.download_artifacts(version.run_id, f'{id[:16]}.zip', d)
-        except Exception as e: raise AerecError(hide_secrets(f'{registry.name} version {version.version}: {registry.uri} does not give its bundle ({(str(e).splitlines() or [type(e).__name__])[0][:200]})')) from None
-        if bundle_id(path) != id: raise AerecError(f'{registry.name} version {version.version}: the server has another bundle than was registered; register it again from its source')
-        with registry._alone(): _keep_copy(Path(path), registry.bundles_dir, id)
+            with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+                path = client.download_artifacts(version.run_id, f"{id[:16]}.zip", d)
+        except Exception as e:
+            raise AerecError(
+                hide_secrets(
+                    f"{registry.name} version {version.version}: {registry.uri} does not give its bundle ({(str(e).splitlines() or [type(e).__name__])[0][:200]})"
+                )
+            ) from None
+        if bundle_id(path) != id:
+            raise AerecError(
+                f"{registry.name} version {version.version}: the server has another bundle than was registered; register it again from its source"
+            )
+        with registry._alone():
+            _keep_copy(Path(path), registry.bundles_dir, id)
 
 # %% ../nbs/05_packaging.ipynb #f051dbb0
-def compare_headlines(new:dict|None, # headline of a card: metric, value, se, data, split
-                      old:dict|None # of the version that is there; None: nothing is
-                     ) -> tuple: # ('passed', 'failed' or 'not compared', what was found, what is asked)
+def compare_headlines(
+    new: dict | None,  # headline of a card: metric, value, se, data, split
+    old: dict | None,  # of the version that is there; None: nothing is
+) -> tuple:  # ('passed', 'failed' or 'not compared', what was found, what is asked)
     "Is a version not worse than another beyond the other's 95 % interval?"
-    if old is None: return 'not compared', 'no headline metric' if new is None else f"{new['metric']} {new['value']:.4f}", 'nothing is there to compare with'
-    least = float(old['value']) - 1.96*float(old.get('se') or 0)
+    if old is None:
+        return (
+            "not compared",
+            "no headline metric" if new is None else f"{new['metric']} {new['value']:.4f}",
+            "nothing is there to compare with",
+        )
+    least = float(old["value"]) - 1.96 * float(old.get("se") or 0)
     asked = f"{old['metric']} of at least {least:.4f} ({float(old['value']):.4f} less its interval)"
-    if new is None: return 'not compared', 'no headline metric', asked
-    for what,name in (('metric', 'another metric'), ('data', 'other data'), ('split', 'another split')):
-        if new.get(what) != old.get(what): return 'not compared', f"{new['metric']} {float(new['value']):.4f} on {name}", asked
-    return 'passed' if float(new['value']) >= least else 'failed', f"{new['metric']} {float(new['value']):.4f}", asked
+    if new is None:
+        return "not compared", "no headline metric", asked
+    for what, name in (("metric", "another metric"), ("data", "other data"), ("split", "another split")):
+        if new.get(what) != old.get(what):
+            return "not compared", f"{new['metric']} {float(new['value']):.4f} on {name}", asked
+    return "passed" if float(new["value"]) >= least else "failed", f"{new['metric']} {float(new['value']):.4f}", asked
 
-def recommend_ms(recommender:Recommender, # of a bundle
-                 k:int=10, # length of the lists
-                 n:int=40 # users, spread evenly
-                ) -> float: # median milliseconds
+
+def recommend_ms(
+    recommender: Recommender,  # of a bundle
+    k: int = 10,  # length of the lists
+    n: int = 40,  # users, spread evenly
+) -> float:  # median milliseconds
     "How long one recommendation takes, here and now."
-    users = [recommender.users[i] for i in np.unique(np.linspace(0, recommender.n_users-1, n).astype(int))] if recommender.n_users else []
-    requests = [{'user_id': u} for u in users] or [{'history': []}]*n
+    users = (
+        [recommender.users[i] for i in np.unique(np.linspace(0, recommender.n_users - 1, n).astype(int))]
+        if recommender.n_users
+        else []
+    )
+    requests = [{"user_id": u} for u in users] or [{"history": []}] * n
     taken = []
     for request in [requests[0], *requests]:
         clock = time.perf_counter()
         recommender.recommend(**request, k=k)
-        taken.append(1000*(time.perf_counter()-clock))
-    return float(np.median(taken[1:])) # the first one warms up
+        taken.append(1000 * (time.perf_counter() - clock))
+    return float(np.median(taken[1:]))  # the first one warms up
 
 # %% ../nbs/05_packaging.ipynb #2b8b3ba8
 @patch
-def check_gates(self:Registry, version, # a registered version, or an alias
-                alias:str # where it would go
-               ) -> pd.DataFrame: # gate, result (passed, failed, not compared), found, asked
+def check_gates(
+    self: Registry,
+    version,  # a registered version, or an alias
+    alias: str,  # where it would go
+) -> pd.DataFrame:  # gate, result (passed, failed, not compared), found, asked
     "What the gates of an alias say to a version; nothing is moved."
     _check_alias(alias)
     folder, policy = self.resolve(version), self.policy(alias)
@@ -1849,112 +2181,176 @@ def check_gates(self:Registry, version, # a registered version, or an alias
     before = self.current(alias)
     old = None if before is None else self._headline(before)
     ms, mib = recommend_ms(recommender), _mib(folder)
-    rows = [('golden requests', 'failed' if changed else 'passed', changed or f'{n_golden} of {n_golden} answered as when packed', 'all'),
-            ('metric', *compare_headlines(recommender.info['card'].get('headline'), old)),
-            ('latency', 'passed' if ms <= policy.gate_latency_ms else 'failed', f'{ms:.2f} ms a recommendation', f'at most {policy.gate_latency_ms:g} ms (packaging.gate_latency_ms)'),
-            ('size', 'passed' if mib <= policy.gate_size_mib else 'failed', f'{mib:,.2f} MiB', f'at most {policy.gate_size_mib:,g} MiB (packaging.gate_size_mib)')]
-    return pd.DataFrame(rows, columns=['gate', 'result', 'found', 'asked'])
+    rows = [
+        (
+            "golden requests",
+            "failed" if changed else "passed",
+            changed or f"{n_golden} of {n_golden} answered as when packed",
+            "all",
+        ),
+        ("metric", *compare_headlines(recommender.info["card"].get("headline"), old)),
+        (
+            "latency",
+            "passed" if ms <= policy.gate_latency_ms else "failed",
+            f"{ms:.2f} ms a recommendation",
+            f"at most {policy.gate_latency_ms:g} ms (packaging.gate_latency_ms)",
+        ),
+        (
+            "size",
+            "passed" if mib <= policy.gate_size_mib else "failed",
+            f"{mib:,.2f} MiB",
+            f"at most {policy.gate_size_mib:,g} MiB (packaging.gate_size_mib)",
+        ),
+    ]
+    return pd.DataFrame(rows, columns=["gate", "result", "found", "asked"])
 
-def _mib(folder:Path) -> float:
+
+def _mib(folder: Path) -> float:
     "MiB of all files of a bundle."
-    return sum(p.stat().st_size for p in folder.iterdir())/2**20
+    return sum(p.stat().st_size for p in folder.iterdir()) / 2**20
+
 
 @patch
-def _headline(self:Registry, version:int) -> dict|None:
+def _headline(self: Registry, version: int) -> dict | None:
     "The headline in the tags of a version."
     tags = next((v.tags for v in self.versions() if int(v.version) == version), {})
-    found = {k.removeprefix('headline.'): v for k,v in tags.items() if k.startswith('headline.') and v != 'None'}
-    return found if 'value' in found else None
+    found = {k.removeprefix("headline."): v for k, v in tags.items() if k.startswith("headline.") and v != "None"}
+    return found if "value" in found else None
 
 # %% ../nbs/05_packaging.ipynb #569c81cc
-def _whoami(by:str=None) -> str:
+def _whoami(by: str = None) -> str:
     "Who does this: as said, or the user of the operating system."
-    if by: return by
-    try: return getpass.getuser()
-    except (OSError, KeyError): return 'unknown'
+    if by:
+        return by
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"
 
-def _check_alias(alias:str) -> None:
-    if alias not in ALIASES: raise AerecError(f"no alias '{alias}': choose one of {', '.join(ALIASES)}")
+
+def _check_alias(alias: str) -> None:
+    if alias not in ALIASES:
+        raise AerecError(f"no alias '{alias}': choose one of {', '.join(ALIASES)}")
+
 
 @patch
-def _check_promoter(self:Registry, alias:str, by:str, promoters=None) -> None:
+def _check_promoter(self: Registry, alias: str, by: str, promoters=None) -> None:
     "Refuse who may not move this alias."
-    allowed = promoters if promoters is not None else self.promoters(alias) if callable(self.promoters) else self.promoters
-    if allowed and by not in allowed: raise AerecError(f"'{by}' may not move {alias}: packaging.promoters names {', '.join(allowed)}")
+    allowed = (
+        promoters if promoters is not None else self.promoters(alias) if callable(self.promoters) else self.promoters
+    )
+    if allowed and by not in allowed:
+        raise AerecError(f"'{by}' may not move {alias}: packaging.promoters names {', '.join(allowed)}")
+
 
 class Moved(str):
     "One line that says what points where now; `gates` is the table of the gates it went through, None where there were none."
+
     gates = None
 
+
 @patch
-def promote(self:Registry, version:int, # a registered version
-            alias:str, # dev, stage, live or test
-            by:str=None, # who does it; None: the user of the operating system
-            why:str='', # for the history
-            promoters:list=None, # who may; None: as the registry was told
-            force:bool=False # past gates that failed; needs a reason, and is refused on live
-           ) -> Moved: # one line: what points where now
+def promote(
+    self: Registry,
+    version: int,  # a registered version
+    alias: str,  # dev, stage, live or test
+    by: str = None,  # who does it; None: the user of the operating system
+    why: str = "",  # for the history
+    promoters: list = None,  # who may; None: as the registry was told
+    force: bool = False,  # past gates that failed; needs a reason, and is refused on live
+) -> Moved:  # one line: what points where now
     "Point an alias to a version, after verifying its bundle and, where the alias is gated, passing the gates."
     _check_alias(alias)
     by = _whoami(by)
     self._check_promoter(alias, by, promoters)
-    if force and alias == 'live': raise AerecError('live is never forced: repair what the gates name, or roll back')
-    if force and not why.strip(): raise AerecError(f'forcing a version onto {alias} needs a reason: say why')
+    if force and alias == "live":
+        raise AerecError("live is never forced: repair what the gates name, or roll back")
+    if force and not why.strip():
+        raise AerecError(f"forcing a version onto {alias} needs a reason: say why")
     self.resolve(version)
     if self.current(alias) == version:
         self._load_sound(version, alias)
-        return Moved(f'{self.name}: {alias} is version {version} already')
+        return Moved(f"{self.name}: {alias} is version {version} already")
     gated = alias in self.policy(alias).gated_aliases
     gates = self.check_gates(version, alias) if gated else self._load_sound(version, alias) and None
     with self._alone():
         self._settle()
-        self.resolve(version) # it may have been archived meanwhile
-        before, rows = self.current(alias), None if gates is None else gates.to_dict('records')
-        failed = [] if gates is None else [g for g in rows if g['result'] == 'failed']
+        self.resolve(version)  # it may have been archived meanwhile
+        before, rows = self.current(alias), None if gates is None else gates.to_dict("records")
+        failed = [] if gates is None else [g for g in rows if g["result"] == "failed"]
         if failed and not force:
-            self._log.finish(self._write_down('refuse', alias, before, version, by, why, rows))
-            raise AerecError(f"{self.name}: version {version} may not become {alias}: " + '; '.join(f"{g['gate']}: {g['found']}, asked is {g['asked']}" for g in failed))
-        said = Moved(self._move('promote', alias, before, version, by, f'forced: {why}' if failed else why, rows))
+            self._log.finish(self._write_down("refuse", alias, before, version, by, why, rows))
+            raise AerecError(
+                f"{self.name}: version {version} may not become {alias}: "
+                + "; ".join(f"{g['gate']}: {g['found']}, asked is {g['asked']}" for g in failed)
+            )
+        said = Moved(self._move("promote", alias, before, version, by, f"forced: {why}" if failed else why, rows))
     said.gates = gates
     return said
 
 # %% ../nbs/05_packaging.ipynb #b35a135b
 @patch
-def resolve(self:Registry, version # a version, or an alias
-           ) -> Path: # bundle folder
+def resolve(
+    self: Registry,
+    version,  # a version, or an alias
+) -> Path:  # bundle folder
     "Where the bundle of a version or an alias is; raises `AerecError` if there is none, or another one than was registered."
     number = self.current(version) if isinstance(version, str) and not version.isdigit() else int(version)
     known = {int(v.version): v for v in self.versions()}
-    if number is None: raise AerecError(f"{self.name}: the alias '{version}' points to nothing yet; run the pipeline (aerec run), or promote a version")
-    if number not in known: raise AerecError(f"{self.name}: no version {number}; there are {', '.join(map(str, known)) or 'none'}")
+    if number is None:
+        raise AerecError(
+            f"{self.name}: the alias '{version}' points to nothing yet; run the pipeline (aerec run), or promote a version"
+        )
+    if number not in known:
+        raise AerecError(f"{self.name}: no version {number}; there are {', '.join(map(str, known)) or 'none'}")
     tags = known[number].tags
-    if 'archived' in tags: raise AerecError(f"{self.name} version {number} was archived ({tags['archived']}): promote another version")
-    folder = self.bundles_dir/tags['bundle'][:16]
-    if not folder.is_dir() and self._on_server: _download(self, known[number], tags['bundle'])
-    if not folder.is_dir(): raise AerecError(f'{self.name} version {number}: its bundle {folder} is gone; restore it from a backup, or promote another version')
-    if bundle_id(folder) != tags['bundle']: raise AerecError(f'{self.name} version {number}: {folder} is not the bundle that was registered; restore it from a backup')
+    if "archived" in tags:
+        raise AerecError(f"{self.name} version {number} was archived ({tags['archived']}): promote another version")
+    folder = self.bundles_dir / tags["bundle"][:16]
+    if not folder.is_dir() and self._on_server:
+        _download(self, known[number], tags["bundle"])
+    if not folder.is_dir():
+        raise AerecError(
+            f"{self.name} version {number}: its bundle {folder} is gone; restore it from a backup, or promote another version"
+        )
+    if bundle_id(folder) != tags["bundle"]:
+        raise AerecError(
+            f"{self.name} version {number}: {folder} is not the bundle that was registered; restore it from a backup"
+        )
     return folder
 
 # %% ../nbs/05_packaging.ipynb #8017fb32
 @patch
-def _stack(self:Registry, alias:str) -> list:
+def _stack(self: Registry, alias: str) -> list:
     "Versions an alias points to and has come from, oldest first, with rollbacks undone."
     moves, stack = [], []
     for r in self._log.rows():
-        if r.alias != alias: continue
-        if r.action in ('promote', 'rollback'): moves.append(r)
-        elif r.action == 'interrupted': moves.pop(max(n for n,m in enumerate(moves) if m.to_version == r.from_version)) # it was never made
+        if r.alias != alias:
+            continue
+        if r.action in ("promote", "rollback"):
+            moves.append(r)
+        elif r.action == "interrupted":
+            moves.pop(max(n for n, m in enumerate(moves) if m.to_version == r.from_version))  # it was never made
     for m in moves:
-        if m.action == 'promote': stack.append(m.to_version)
-        else: stack = stack[:max((n+1 for n,v in enumerate(stack[:-1]) if v == m.to_version), default=0)] or [m.to_version]
+        if m.action == "promote":
+            stack.append(m.to_version)
+        else:
+            stack = stack[: max((n + 1 for n, v in enumerate(stack[:-1]) if v == m.to_version), default=0)] or [
+                m.to_version
+            ]
     current = self.current(alias)
-    return stack if stack and stack[-1] == current else [*stack, *([current] if current else [])] # somebody moved it by MLflow's own means
+    return (
+        stack if stack and stack[-1] == current else [*stack, *([current] if current else [])]
+    )  # somebody moved it by MLflow's own means
+
 
 @patch
-def rollback(self:Registry, alias:str, # dev, stage, live or test
-             by:str=None, # who does it; None: the user of the operating system
-             why:str='' # for the history
-            ) -> Moved: # one line: what points where now
+def rollback(
+    self: Registry,
+    alias: str,  # dev, stage, live or test
+    by: str = None,  # who does it; None: the user of the operating system
+    why: str = "",  # for the history
+) -> Moved:  # one line: what points where now
     "Point an alias to where it pointed before its last promotion."
     _check_alias(alias)
     by = _whoami(by)
@@ -1963,414 +2359,745 @@ def rollback(self:Registry, alias:str, # dev, stage, live or test
         self._settle()
         stack, archived = self._stack(alias), self._archived()
         earlier = [v for v in stack[:-1] if v not in archived]
-        if not earlier: raise AerecError(f'{self.name}: {alias} has no earlier version to go back to')
+        if not earlier:
+            raise AerecError(f"{self.name}: {alias} has no earlier version to go back to")
     self._load_sound(earlier[-1], alias)
     with self._alone():
-        if self.current(alias) != stack[-1]: raise AerecError(f'{self.name}: {alias} was moved by somebody else just now; look at the history, and roll back again if that is still wanted')
-        return Moved(self._move('rollback', alias, stack[-1], earlier[-1], by, why))
+        if self.current(alias) != stack[-1]:
+            raise AerecError(
+                f"{self.name}: {alias} was moved by somebody else just now; look at the history, and roll back again if that is still wanted"
+            )
+        return Moved(self._move("rollback", alias, stack[-1], earlier[-1], by, why))
 
 # %% ../nbs/05_packaging.ipynb #cc732e60
 @patch
-def list(self:Registry) -> pd.DataFrame: # a row a version: model, headline metric, aliases, bundle
+def list(self: Registry) -> pd.DataFrame:  # a row a version: model, headline metric, aliases, bundle
     "Everything that is registered."
     points = self._mlflow.get_registered_model(self.name).aliases
-    rows = [{'version': int(v.version), 'model': v.tags.get('model'), 'metric': v.tags.get('headline.metric'),
-             'value': float(v.tags['headline.value']) if 'headline.value' in v.tags else None, 'se': float(v.tags['headline.se']) if v.tags.get('headline.se', 'None') != 'None' else None,
-             'aliases': ', '.join(a for a in ALIASES if a in points and int(points[a]) == int(v.version)), 'bundle': v.tags.get('bundle', '')[:16],
-             'archived': v.tags.get('archived', ''), 'registered': pd.to_datetime(v.creation_timestamp, unit='ms', utc=True).floor('s')} for v in self.versions()]
-    return pd.DataFrame(rows, columns=['version', 'model', 'metric', 'value', 'se', 'aliases', 'bundle', 'archived', 'registered'])
+    rows = [
+        {
+            "version": int(v.version),
+            "model": v.tags.get("model"),
+            "metric": v.tags.get("headline.metric"),
+            "value": float(v.tags["headline.value"]) if "headline.value" in v.tags else None,
+            "se": float(v.tags["headline.se"]) if v.tags.get("headline.se", "None") != "None" else None,
+            "aliases": ", ".join(a for a in ALIASES if a in points and int(points[a]) == int(v.version)),
+            "bundle": v.tags.get("bundle", "")[:16],
+            "archived": v.tags.get("archived", ""),
+            "registered": pd.to_datetime(v.creation_timestamp, unit="ms", utc=True).floor("s"),
+        }
+        for v in self.versions()
+    ]
+    return pd.DataFrame(
+        rows, columns=["version", "model", "metric", "value", "se", "aliases", "bundle", "archived", "registered"]
+    )
 
-def _flat(value, name='') -> dict: # dotted name -> value
+
+def _flat(value, name="") -> dict:  # dotted name -> value
     "Nested dicts as one."
-    if isinstance(value, dict): return {k: v for key,inner in value.items() for k,v in _flat(inner, f'{name}.{key}' if name else str(key)).items()}
+    if isinstance(value, dict):
+        return {
+            k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}" if name else str(key)).items()
+        }
     return {name: value}
 
+
 @patch
-def _about(self:Registry, version) -> dict: # what -> value
+def _about(self: Registry, version) -> dict:  # what -> value
     "What a version is, by its card and its files."
     folder = self.resolve(version)
     id, contents = _verify(folder, folder, LoadPolicy(self.policy(None).bundle_limit_mib), keep=True)
-    card = _parse_document(contents['card.json'], 'card.json')
+    card = _parse_document(contents["card.json"], "card.json")
     _check_card(card)
-    files = {f'file {name}': f'{sha256_bytes(data)[:16]}, {len(data):,} bytes' for name,data in sorted(contents.items())}
-    card = {k: v for k,v in card.items() if k not in ('metrics', 'slices', 'comparison', 'limitations')}
-    return {'bundle': id[:16], 'MiB': round(_mib(folder), 3)} | _flat(card) | files
+    files = {
+        f"file {name}": f"{sha256_bytes(data)[:16]}, {len(data):,} bytes" for name, data in sorted(contents.items())
+    }
+    card = {k: v for k, v in card.items() if k not in ("metrics", "slices", "comparison", "limitations")}
+    return {"bundle": id[:16], "MiB": round(_mib(folder), 3)} | _flat(card) | files
+
 
 @patch
-def show(self:Registry, version # a registered version, or an alias
-        ) -> pd.DataFrame: # what, value
+def show(
+    self: Registry,
+    version,  # a registered version, or an alias
+) -> pd.DataFrame:  # what, value
     "One version: its card, in rows, and its files."
-    return pd.DataFrame([(k, _shown(v)) for k,v in self._about(version).items()], columns=['what', 'value'])
+    return pd.DataFrame([(k, _shown(v)) for k, v in self._about(version).items()], columns=["what", "value"])
+
 
 @patch
-def diff(self:Registry, a, # a registered version, or an alias
-         b # another
-        ) -> pd.DataFrame: # what, and its value in either; only what differs
+def diff(
+    self: Registry,
+    a,  # a registered version, or an alias
+    b,  # another
+) -> pd.DataFrame:  # what, and its value in either; only what differs
     "What two versions do not have in common."
     one, two = self._about(a), self._about(b)
-    rows = [(k, _shown(one.get(k)), _shown(two.get(k))) for k in dict.fromkeys([*one, *two]) if one.get(k) != two.get(k)]
-    return pd.DataFrame(rows, columns=['what', f'version {a}' if not isinstance(a, str) else a, f'version {b}' if not isinstance(b, str) else b])
+    rows = [
+        (k, _shown(one.get(k)), _shown(two.get(k))) for k in dict.fromkeys([*one, *two]) if one.get(k) != two.get(k)
+    ]
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "what",
+            f"version {a}" if not isinstance(a, str) else a,
+            f"version {b}" if not isinstance(b, str) else b,
+        ],
+    )
+
 
 @patch
-def verify(self:Registry, version=None # a registered version, or an alias; None: all that are not archived
-          ) -> pd.DataFrame: # version, result ('ok', or what is wrong)
+def verify(
+    self: Registry,
+    version=None,  # a registered version, or an alias; None: all that are not archived
+) -> pd.DataFrame:  # version, result ('ok', or what is wrong)
     "Check every byte of registered bundles, and replay their golden requests."
-    wanted = [int(v.version) for v in self.versions() if 'archived' not in v.tags] if version is None else [version]
+    wanted = [int(v.version) for v in self.versions() if "archived" not in v.tags] if version is None else [version]
+
     def result(v):
-        try: return self._load_sound(v) and 'ok'
-        except AerecError as e: return str(e)
-    return pd.DataFrame([(v, result(v)) for v in wanted], columns=['version', 'result'])
+        try:
+            return self._load_sound(v) and "ok"
+        except AerecError as e:
+            return str(e)
+
+    return pd.DataFrame([(v, result(v)) for v in wanted], columns=["version", "result"])
 
 # %% ../nbs/05_packaging.ipynb #204a5c65
 @patch
-def archive(self:Registry, version:int, # a registered version that no alias points to
-            by:str=None, # who does it; None: the user of the operating system
-            why:str='' # for the history
-           ) -> str: # one line
+def archive(
+    self: Registry,
+    version: int,  # a registered version that no alias points to
+    by: str = None,  # who does it; None: the user of the operating system
+    why: str = "",  # for the history
+) -> str:  # one line
     "Take a version out of use, for good."
     by, version = _whoami(by), int(version)
     with self._alone():
         self._settle()
         self.resolve(version)
         points = self._mlflow.get_registered_model(self.name).aliases
-        held = [a for a,v in points.items() if int(v) == version]
-        if held: raise AerecError(f"{self.name}: version {version} is {', '.join(held)}; promote another version there first")
+        held = [a for a, v in points.items() if int(v) == version]
+        if held:
+            raise AerecError(
+                f"{self.name}: version {version} is {', '.join(held)}; promote another version there first"
+            )
         for alias in ALIASES:
-            if version in self._stack(alias): self._check_promoter(alias, by) # what it may be rolled back to is theirs to say
-        row = self._write_down('archive', '', version, version, by, why)
-        self._mlflow.set_model_version_tag(self.name, str(version), 'archived', f'by {by}' + (f': {why}' if why else ''))
+            if version in self._stack(alias):
+                self._check_promoter(alias, by)  # what it may be rolled back to is theirs to say
+        row = self._write_down("archive", "", version, version, by, why)
+        self._mlflow.set_model_version_tag(
+            self.name, str(version), "archived", f"by {by}" + (f": {why}" if why else "")
+        )
         self._log.finish(row)
-    return f'{self.name}: version {version} is archived'
+    return f"{self.name}: version {version} is archived"
+
 
 @patch
-def _needed(self:Registry) -> dict: # beginning of a bundle's id -> why it stays
+def _needed(self: Registry) -> dict:  # beginning of a bundle's id -> why it stays
     "Bundles that must stay."
-    of = {int(v.version): v.tags.get('bundle', '')[:16] for v in self.versions()}
+    of = {int(v.version): v.tags.get("bundle", "")[:16] for v in self.versions()}
     archived, points = self._archived(), self._mlflow.get_registered_model(self.name).aliases
-    needed = {bundle: f'version {v}' for v,bundle in of.items() if v not in archived}
-    for alias in ALIASES: needed |= {of[v]: f'{alias} has come from version {v}' for v in self._stack(alias)[:-1][-self.policy(alias).rollback_depth:] if v in archived and v in of}
-    return needed | {of[int(v)]: a for a,v in points.items() if int(v) in of}
+    needed = {bundle: f"version {v}" for v, bundle in of.items() if v not in archived}
+    for alias in ALIASES:
+        needed |= {
+            of[v]: f"{alias} has come from version {v}"
+            for v in self._stack(alias)[:-1][-self.policy(alias).rollback_depth :]
+            if v in archived and v in of
+        }
+    return needed | {of[int(v)]: a for a, v in points.items() if int(v) in of}
+
 
 @patch
-def gc(self:Registry, dry_run:bool=True # only say what would be deleted
-      ) -> pd.DataFrame: # bundle, MiB, why, deleted
+def gc(
+    self: Registry,
+    dry_run: bool = True,  # only say what would be deleted
+) -> pd.DataFrame:  # bundle, MiB, why, deleted
     "Delete bundles that nothing needs, and what was left half made."
-    rows, gone = [], self.bundles_dir/f'.gone.{os.getpid()}'
+    rows, gone = [], self.bundles_dir / f".gone.{os.getpid()}"
     with self._alone():
         needed = self._all_needed()
         for p in sorted(self.bundles_dir.iterdir()) if self.bundles_dir.is_dir() else []:
-            if p.name in needed or not p.is_dir(): continue
-            rows.append((p.name, round(sum(f.stat().st_size for f in p.rglob('*') if f.is_file())/2**20, 3), 'left half made' if p.name.startswith('.') else 'nothing needs it', not dry_run))
-            if dry_run: continue
+            if p.name in needed or not p.is_dir():
+                continue
+            rows.append(
+                (
+                    p.name,
+                    round(sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) / 2**20, 3),
+                    "left half made" if p.name.startswith(".") else "nothing needs it",
+                    not dry_run,
+                )
+            )
+            if dry_run:
+                continue
             shutil.rmtree(gone, ignore_errors=True)
-            os.rename(p, gone) # out of sight as a whole, then piece by piece
+            os.rename(p, gone)  # out of sight as a whole, then piece by piece
             shutil.rmtree(gone)
-    return pd.DataFrame(rows, columns=['bundle', 'MiB', 'why', 'deleted'])
+    return pd.DataFrame(rows, columns=["bundle", "MiB", "why", "deleted"])
+
 
 @patch
-def _all_needed(self:Registry) -> dict: # beginning of a bundle's id -> why it stays
+def _all_needed(self: Registry) -> dict:  # beginning of a bundle's id -> why it stays
     "What is needed by this name, and by the other names that share the folder."
     found = self._needed()
     for m in self._mlflow.search_registered_models():
-        if m.name != self.name: found |= {v.tags.get('bundle', '')[:16]: f'{m.name} version {v.version}' for v in self._mlflow.search_model_versions(f"name = '{m.name}'", max_results=10000)}
+        if m.name != self.name:
+            found |= {
+                v.tags.get("bundle", "")[:16]: f"{m.name} version {v.version}"
+                for v in self._mlflow.search_model_versions(f"name = '{m.name}'", max_results=10000)
+            }
     return found
 
 # %% ../nbs/05_packaging.ipynb #c0798b52
-def headline(run_folder:Path # of a run with validation done
-            ) -> dict|None: # metric, value, se, data and split (what it was measured on); None: not measured
+def headline(
+    run_folder: Path,  # of a run with validation done
+) -> dict | None:  # metric, value, se, data and split (what it was measured on); None: not measured
     "The test NDCG of the chosen model."
-    validation, split = Path(run_folder)/'validation', Path(run_folder)/'model_preprocessing'/'split'/'split.json'
-    data = read_manifest(Path(run_folder)/'data_import')
-    if read_manifest(validation) is None or data is None or not split.exists(): return None
-    choice = read_json(validation/'choice.json')
-    return {'metric': f"test NDCG@{choice['k']}", 'value': choice['test'], 'se': choice['test_se'], 'data': sha256_json(data['outputs']), 'split': read_json(split)['fingerprint']}
+    validation, split = (
+        Path(run_folder) / "validation",
+        Path(run_folder) / "model_preprocessing" / "split" / "split.json",
+    )
+    data = read_manifest(Path(run_folder) / "data_import")
+    if read_manifest(validation) is None or data is None or not split.exists():
+        return None
+    choice = read_json(validation / "choice.json")
+    return {
+        "metric": f"test NDCG@{choice['k']}",
+        "value": choice["test"],
+        "se": choice["test_se"],
+        "data": sha256_json(data["outputs"]),
+        "split": read_json(split)["fingerprint"],
+    }
 
 # %% ../nbs/05_packaging.ipynb #1a513202
-LICENCES = {'sample': 'Apache-2.0: made up for this project', **dict.fromkeys(('ml-latest-small', 'ml-100k', 'ml-1m', 'ml-20m', 'ml-25m', 'ml-32m'),
-            'GroupLens usage licence: research use with citation, no commercial use or redistribution without permission (README of the data set; Harper & Konstan 2015, doi 10.1145/2827872)')}
+LICENCES = {
+    "sample": "Apache-2.0: made up for this project",
+    **dict.fromkeys(
+        ("ml-latest-small", "ml-100k", "ml-1m", "ml-20m", "ml-25m", "ml-32m"),
+        "GroupLens usage licence: research use with citation, no commercial use or redistribution without permission (README of the data set; Harper & Konstan 2015, doi 10.1145/2827872)",
+    ),
+}
 
-def _without_folders(text:str) -> str:
+
+def _without_folders(text: str) -> str:
     "A sentence without the folders of somebody's machine."
-    return hide_secrets(re.sub(r'(?<![\w:/])(?:[A-Za-z]:)?(?:[\\/][^\\/\s,;]+)+', lambda m: re.split(r'[\\/]', m[0])[-1], text))
+    return hide_secrets(
+        re.sub(r"(?<![\w:/])(?:[A-Za-z]:)?(?:[\\/][^\\/\s,;]+)+", lambda m: re.split(r"[\\/]", m[0])[-1], text)
+    )
 
-def _interval(value, se) -> list|None:
+
+def _interval(value, se) -> list | None:
     "95 %, normal; None where nothing varies."
-    return None if not se or not np.isfinite(se) else [float(value - 1.96*se), float(value + 1.96*se)]
+    return None if not se or not np.isfinite(se) else [float(value - 1.96 * se), float(value + 1.96 * se)]
 
-def _data_part(run, r:Recommender) -> dict:
+
+def _data_part(run, r: Recommender) -> dict:
     "Where the numbers come from."
-    source, facts = read_json(run.need('data_import')/'source.json'), read_json(run.need('data_import')/'description.json')
-    times = [str(pd.Timestamp(int(t), unit='s').date()) for t in (r.times.min(), r.times.max())] if r.times is not None and len(r.times) else None
-    return {'source': source['name'], 'what': _without_folders(source['description']), 'licence': LICENCES.get(source['name'], 'not known here: whoever brought the data knows'),
-            'feedback': source['feedback'], 'rows imported': facts['interactions'], 'interactions after the rules': int(r.histories.nnz), 'explicit negatives': int(r.negatives.nnz),
-            'users': r.n_users, 'items': r.n_items, **({'from': times[0], 'to': times[1]} if times else {}), 'fingerprint': sha256_json(read_manifest(run.need('data_import'))['outputs'])[:16]}
+    source, facts = (
+        read_json(run.need("data_import") / "source.json"),
+        read_json(run.need("data_import") / "description.json"),
+    )
+    times = (
+        [str(pd.Timestamp(int(t), unit="s").date()) for t in (r.times.min(), r.times.max())]
+        if r.times is not None and len(r.times)
+        else None
+    )
+    return {
+        "source": source["name"],
+        "what": _without_folders(source["description"]),
+        "licence": LICENCES.get(source["name"], "not known here: whoever brought the data knows"),
+        "feedback": source["feedback"],
+        "rows imported": facts["interactions"],
+        "interactions after the rules": int(r.histories.nnz),
+        "explicit negatives": int(r.negatives.nnz),
+        "users": r.n_users,
+        "items": r.n_items,
+        **({"from": times[0], "to": times[1]} if times else {}),
+        "fingerprint": sha256_json(read_manifest(run.need("data_import"))["outputs"])[:16],
+    }
 
 # %% ../nbs/05_packaging.ipynb #d3fa29b1
-def model_card(run, # `Run` from `aerec_nb.runs`, with validation and postprocessing done
-               recommender:Recommender # to be packed
-              ) -> dict: # JSON
+def model_card(
+    run,  # `Run` from `aerec_nb.runs`, with validation and postprocessing done
+    recommender: Recommender,  # to be packed
+) -> dict:  # JSON
     "What the bundle is, what it was made from, how well it does, and where it ends."
-    folder, split = run.need('validation'), read_json(run.need('model_preprocessing')/'split'/'split.json')
-    choice, board = read_json(folder/'choice.json'), pd.read_parquet(folder/'leaderboard.parquet')
-    k, pick = choice['k'], choice['model']
-    return {'name': run.settings.packaging.model_name, 'purpose': 'Recommends items to users from their histories; a new user needs a history, not a new training.',
-            'data': _data_part(run, recommender),
-            'split': {'kind': split['kind'], 'random seed': split['seed'], 'fingerprint': split['fingerprint'][:16], 'users in training': choice.get('n_train_users'),
-                      'users in validation': choice.get('n_users_valid'), 'users in test': choice.get('n_users_test'), 'chosen on': 'validation', 'test was read': 'once, after the choice'},
-            'model': {'kind': recommender.model.name, 'hyperparameters': recommender.model.hyperparameters, 'why': choice.get('why')},
-            'headline': headline(run.folder), 'metrics': [_metrics_row(row, k, pick) for row in board.to_dict('records')],
-            'comparison': _comparison(folder, pick), 'slices': _slices(folder, pick), 'limitations': _limitations(recommender)}
+    folder, split = run.need("validation"), read_json(run.need("model_preprocessing") / "split" / "split.json")
+    choice, board = read_json(folder / "choice.json"), pd.read_parquet(folder / "leaderboard.parquet")
+    k, pick = choice["k"], choice["model"]
+    return {
+        "name": run.settings.packaging.model_name,
+        "purpose": "Recommends items to users from their histories; a new user needs a history, not a new training.",
+        "data": _data_part(run, recommender),
+        "split": {
+            "kind": split["kind"],
+            "random seed": split["seed"],
+            "fingerprint": split["fingerprint"][:16],
+            "users in training": choice.get("n_train_users"),
+            "users in validation": choice.get("n_users_valid"),
+            "users in test": choice.get("n_users_test"),
+            "chosen on": "validation",
+            "test was read": "once, after the choice",
+        },
+        "model": {
+            "kind": recommender.model.name,
+            "hyperparameters": recommender.model.hyperparameters,
+            "why": choice.get("why"),
+        },
+        "headline": headline(run.folder),
+        "metrics": [_metrics_row(row, k, pick) for row in board.to_dict("records")],
+        "comparison": _comparison(folder, pick),
+        "slices": _slices(folder, pick),
+        "limitations": _limitations(recommender),
+    }
 
-def _metrics_row(row:dict, k:int, pick:str) -> dict:
+
+def _metrics_row(row: dict, k: int, pick: str) -> dict:
     "A model, or a bound, with its intervals."
-    role = 'bound' if row.get('bound') else 'chosen' if row['model'] == pick else 'candidate'
-    found = {'model': row['model'], 'role': role, f'valid NDCG@{k}': row['valid_ndcg'], 'valid 95 %': _interval(row['valid_ndcg'], row['valid_se']),
-             f'test NDCG@{k}': row['test_ndcg'], 'test 95 %': _interval(row['test_ndcg'], row['test_se']), f'test recall@{k}': row['recall'], 'recall 95 %': _interval(row['recall'], row['recall_se']),
-             f'hit rate@{k}': row['hit_rate'], 'coverage': row['coverage'], 'numbers in the model': None if role == 'bound' else row['params']}
-    return {c: _plain(v) for c,v in found.items()}
+    role = "bound" if row.get("bound") else "chosen" if row["model"] == pick else "candidate"
+    found = {
+        "model": row["model"],
+        "role": role,
+        f"valid NDCG@{k}": row["valid_ndcg"],
+        "valid 95 %": _interval(row["valid_ndcg"], row["valid_se"]),
+        f"test NDCG@{k}": row["test_ndcg"],
+        "test 95 %": _interval(row["test_ndcg"], row["test_se"]),
+        f"test recall@{k}": row["recall"],
+        "recall 95 %": _interval(row["recall"], row["recall_se"]),
+        f"hit rate@{k}": row["hit_rate"],
+        "coverage": row["coverage"],
+        "numbers in the model": None if role == "bound" else row["params"],
+    }
+    return {c: _plain(v) for c, v in found.items()}
 
-def _comparison(folder:Path, pick:str) -> list: # sentences
+
+def _comparison(folder: Path, pick: str) -> list:  # sentences
     "The chosen model against every other one, and the bounds."
-    pairs = pd.read_parquet(folder/'comparison.parquet')
+    pairs = pd.read_parquet(folder / "comparison.parquet")
     said = []
     for p in pairs[(pairs.better == pick) | (pairs.worse == pick)].itertuples():
         better, other = p.better == pick, p.worse if p.better == pick else p.better
-        said.append(f"{'ahead of' if better else 'behind'} {other} by {p.difference:.4f} on test (95 % interval {p.low:.4f} to {p.high:.4f}): {p.verdict}")
+        said.append(
+            f"{'ahead of' if better else 'behind'} {other} by {p.difference:.4f} on test (95 % interval {p.low:.4f} to {p.high:.4f}): {p.verdict}"
+        )
     return said
 
-def _slices(folder:Path, pick:str) -> list: # a dict a slice
-    "How the chosen model does inside groups of people and of items."
-    if not (folder/'slices.parquet').exists(): return []
-    rows = pd.read_parquet(folder/'slices.parquet').query('model == @pick')
-    return [{'by': s.by, 'part': s.part, 'people': int(s.n), 'metric': s.metric, 'value': _plain(s.value), '95 %': _interval(s.value, s.se)} for s in rows.itertuples()]
 
-def _limitations(r:Recommender) -> list: # sentences
+def _slices(folder: Path, pick: str) -> list:  # a dict a slice
+    "How the chosen model does inside groups of people and of items."
+    if not (folder / "slices.parquet").exists():
+        return []
+    rows = pd.read_parquet(folder / "slices.parquet").query("model == @pick")
+    return [
+        {
+            "by": s.by,
+            "part": s.part,
+            "people": int(s.n),
+            "metric": s.metric,
+            "value": _plain(s.value),
+            "95 %": _interval(s.value, s.se),
+        }
+        for s in rows.itertuples()
+    ]
+
+
+def _limitations(r: Recommender) -> list:  # sentences
     "Where it ends."
-    cold = 'Items that nobody had are scored as those most like them; of what they are worth nothing was measured.' if r.model.name == 'cold_items' else \
-           'Items that nobody had when it was trained are never recommended; pack anew when the catalogue changes.'
-    return ['The figures hold for users of the same kind, measured offline: what people would have done with these lists was not observed.', cold,
-            'Popular items are recommended more often than others; see the popularity share above.',
-            'It carries what is known of each user: keep it where such data may be kept, and pack anew when a user is to be forgotten.']
+    cold = (
+        "Items that nobody had are scored as those most like them; of what they are worth nothing was measured."
+        if r.model.name == "cold_items"
+        else "Items that nobody had when it was trained are never recommended; pack anew when the catalogue changes."
+    )
+    return [
+        "The figures hold for users of the same kind, measured offline: what people would have done with these lists was not observed.",
+        cold,
+        "Popular items are recommended more often than others; see the popularity share above.",
+        "It carries what is known of each user: keep it where such data may be kept, and pack anew when a user is to be forgotten.",
+    ]
+
 
 def _plain(value):
     "A value JSON can say."
-    if value is None or value is pd.NA or isinstance(value, float) and not np.isfinite(value): return None
-    return value.item() if hasattr(value, 'item') else value
+    if value is None or value is pd.NA or isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
 
 # %% ../nbs/05_packaging.ipynb #e03c06e4
 class _Graph:
     "A graph in the making: nodes, constants, names."
+
     def __init__(self):
-        try: import onnx
-        except ImportError: raise AerecError("export_onnx needs the extra onnx, which is not installed: pip install 'aerec_nb[onnx]'") from None
+        try:
+            import onnx
+        except ImportError:
+            raise AerecError(
+                "export_onnx needs the extra onnx, which is not installed: pip install 'aerec_nb[onnx]'"
+            ) from None
         self.onnx, self.nodes, self.constants, self.n_bytes = onnx, [], [], 0
 
-    def const(self, value, dtype=np.float32): # -> name
+    def const(self, value, dtype=np.float32):  # -> name
         "An array of the graph."
         array = np.ascontiguousarray(value, dtype)
         self.n_bytes += array.nbytes
-        if self.n_bytes > 2**31 - 2**20: raise AerecError(f'export_onnx: the graph would have {self.n_bytes/2**30:.1f} GiB, and one ONNX file holds 2: take a model with fewer numbers, such as elsa, or fewer items')
-        self.constants.append(self.onnx.numpy_helper.from_array(array, f'c{len(self.constants)}'))
+        if self.n_bytes > 2**31 - 2**20:
+            raise AerecError(
+                f"export_onnx: the graph would have {self.n_bytes / 2**30:.1f} GiB, and one ONNX file holds 2: take a model with fewer numbers, such as elsa, or fewer items"
+            )
+        self.constants.append(self.onnx.numpy_helper.from_array(array, f"c{len(self.constants)}"))
         return self.constants[-1].name
 
-    def __call__(self, kind, *inputs, **attributes): # -> name
+    def __call__(self, kind, *inputs, **attributes):  # -> name
         "One operation; arrays among the inputs become constants."
-        inputs = [i if isinstance(i, str) else self.const(i, i.dtype if isinstance(i, np.ndarray) else np.float32) for i in inputs]
-        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [f'v{len(self.nodes)}'], **attributes))
+        inputs = [
+            i if isinstance(i, str) else self.const(i, i.dtype if isinstance(i, np.ndarray) else np.float32)
+            for i in inputs
+        ]
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [f"v{len(self.nodes)}"], **attributes))
         return self.nodes[-1].output[0]
 
-    def to(self, x, dtype): return self('Cast', x, to=self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
-    def affine(self, x, weight, bias): return self('Add', self('MatMul', x, np.ascontiguousarray(weight)), np.ascontiguousarray(bias))
-    def unit(self, x): return self('Div', x, self('Max', self('Sqrt', self('ReduceSum', self('Mul', x, x), np.array([1]), keepdims=1)), np.float32(1e-12)))
+    def to(self, x, dtype):
+        return self("Cast", x, to=self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def affine(self, x, weight, bias):
+        return self("Add", self("MatMul", x, np.ascontiguousarray(weight)), np.ascontiguousarray(bias))
+
+    def unit(self, x):
+        return self(
+            "Div",
+            x,
+            self(
+                "Max", self("Sqrt", self("ReduceSum", self("Mul", x, x), np.array([1]), keepdims=1)), np.float32(1e-12)
+            ),
+        )
 
 # %% ../nbs/05_packaging.ipynb #ac6b0700
-def _linear_graph(m, g:_Graph, x:str) -> str:
-    if m.head is not None: x = g('Gather', x, np.asarray(m.head, np.int64), axis=1)
-    if m.B is not None: scores = g('MatMul', x, np.asarray(m.B, np.float32))
+def _linear_graph(m, g: _Graph, x: str) -> str:
+    if m.head is not None:
+        x = g("Gather", x, np.asarray(m.head, np.int64), axis=1)
+    if m.B is not None:
+        scores = g("MatMul", x, np.asarray(m.B, np.float32))
     else:
         dtype = m.outward.dtype
         x = g.to(x, dtype)
-        h = g('Mul', x, np.asarray(m.inward, dtype))
+        h = g("Mul", x, np.asarray(m.inward, dtype))
         if m.R is None:
             T = m.T.toarray().astype(dtype)
-            z = g('MatMul', g('MatMul', g('MatMul', h, T), np.asarray(m.K.T, dtype)), np.ascontiguousarray(T.T))
-        else: z = g('MatMul', g('Mul', g('MatMul', h, np.asarray(m.R, dtype)), np.asarray(m.g, dtype)), np.ascontiguousarray(np.asarray(m.R, dtype).T))
-        scores = g.to(g('Sub', g('Mul', z, np.asarray(m.outward, dtype)), g('Mul', x, np.asarray(m.own, dtype))), np.float32)
-    if m.head is None: return scores
-    place = np.full(m.n_items, len(m.head)) # everybody else gets the column of zeros at the end
+            z = g("MatMul", g("MatMul", g("MatMul", h, T), np.asarray(m.K.T, dtype)), np.ascontiguousarray(T.T))
+        else:
+            z = g(
+                "MatMul",
+                g("Mul", g("MatMul", h, np.asarray(m.R, dtype)), np.asarray(m.g, dtype)),
+                np.ascontiguousarray(np.asarray(m.R, dtype).T),
+            )
+        scores = g.to(
+            g("Sub", g("Mul", z, np.asarray(m.outward, dtype)), g("Mul", x, np.asarray(m.own, dtype))), np.float32
+        )
+    if m.head is None:
+        return scores
+    place = np.full(m.n_items, len(m.head))  # everybody else gets the column of zeros at the end
     place[np.asarray(m.head)] = np.arange(len(m.head))
-    zeros = g('Mul', g('Slice', scores, np.array([0]), np.array([1]), np.array([1])), np.float32(0))
-    return g('Gather', g('Concat', scores, zeros, axis=1), place, axis=1)
+    zeros = g("Mul", g("Slice", scores, np.array([0]), np.array([1]), np.array([1])), np.float32(0))
+    return g("Gather", g("Concat", scores, zeros, axis=1), place, axis=1)
 
 # %% ../nbs/05_packaging.ipynb #63541710
-def _swish(g, x): return g('Mul', x, g('Sigmoid', x))
+def _swish(g, x):
+    return g("Mul", x, g("Sigmoid", x))
+
 
 def _shallow_graph(activation):
     "`LectureNet` and `DAENet`: one hidden layer."
+
     def graph(m, g, x):
         w = m.state()
-        return g.affine(g(activation, g.affine(x, w['encoder_weight'], w['encoder_bias'])), w['decoder_weight'].T, w['decoder_bias'])
+        return g.affine(
+            g(activation, g.affine(x, w["encoder_weight"], w["encoder_bias"])), w["decoder_weight"].T, w["decoder_bias"]
+        )
+
     return graph
+
 
 def _mult_vae_graph(m, g, x):
     w = m.state()
-    hidden = g('Tanh', g.affine(g.unit(x), w['encoder_weight'], w['encoder_bias']))
-    n = len(w['latent_bias'])//2
-    z = g.affine(hidden, w['latent_weight'][:n].T, w['latent_bias'][:n]) # the mean; the variance is for training
-    if 'hidden_weight' in w: z = g('Tanh', g.affine(z, w['hidden_weight'].T, w['hidden_bias']))
-    return g.affine(z, w['decoder_weight'].T, w['decoder_bias'])
+    hidden = g("Tanh", g.affine(g.unit(x), w["encoder_weight"], w["encoder_bias"]))
+    n = len(w["latent_bias"]) // 2
+    z = g.affine(hidden, w["latent_weight"][:n].T, w["latent_bias"][:n])  # the mean; the variance is for training
+    if "hidden_weight" in w:
+        z = g("Tanh", g.affine(z, w["hidden_weight"].T, w["hidden_bias"]))
+    return g.affine(z, w["decoder_weight"].T, w["decoder_bias"])
+
 
 def _recvae_graph(m, g, x):
-    w = {k.removeprefix('encoder.'): v for k,v in m.state().items()}
-    def norm(x, n): return g('LayerNormalization', x, w[f'norms.{n}.weight'], w[f'norms.{n}.bias'], axis=-1, epsilon=.1)
-    before = h = norm(_swish(g, g.affine(g.unit(x), w['encoder_weight'], w['encoder_bias'])), 0)
+    w = {k.removeprefix("encoder."): v for k, v in m.state().items()}
+
+    def norm(x, n):
+        return g("LayerNormalization", x, w[f"norms.{n}.weight"], w[f"norms.{n}.bias"], axis=-1, epsilon=0.1)
+
+    before = h = norm(_swish(g, g.affine(g.unit(x), w["encoder_weight"], w["encoder_bias"])), 0)
     for n in range(4):
-        h = norm(_swish(g, g('Add', g.affine(h, w[f'weights.{n}'].T, w[f'biases.{n}']), before)), n+1)
-        before = g('Add', before, h)
-    half = len(w['latent_bias'])//2
-    return g.affine(g.affine(h, w['latent_weight'][:half].T, w['latent_bias'][:half]), w['decoder_weight'].T, w['decoder_bias'])
+        h = norm(_swish(g, g("Add", g.affine(h, w[f"weights.{n}"].T, w[f"biases.{n}"]), before)), n + 1)
+        before = g("Add", before, h)
+    half = len(w["latent_bias"]) // 2
+    return g.affine(
+        g.affine(h, w["latent_weight"][:half].T, w["latent_bias"][:half]), w["decoder_weight"].T, w["decoder_bias"]
+    )
+
 
 def _elsa_graph(m, g, x):
-    w = m.state()['weight']
-    A = w/np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-12)
-    return g('Sub', g('MatMul', g('MatMul', x, A), np.ascontiguousarray(A.T)), x)
+    w = m.state()["weight"]
+    A = w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-12)
+    return g("Sub", g("MatMul", g("MatMul", x, A), np.ascontiguousarray(A.T)), x)
 
 # %% ../nbs/05_packaging.ipynb #79089200
-def _popularity_graph(m, g, x): return g('Add', g('Mul', x, np.float32(0)), np.asarray(m.share, np.float32))
-def _item_knn_graph(m, g, x): return g('MatMul', x, m.S.toarray().astype(np.float32))
+def _popularity_graph(m, g, x):
+    return g("Add", g("Mul", x, np.float32(0)), np.asarray(m.share, np.float32))
+
+
+def _item_knn_graph(m, g, x):
+    return g("MatMul", x, m.S.toarray().astype(np.float32))
+
 
 def _blend_graph(m, g, x):
-    unseen = g.to(g('Equal', x, np.float32(0)), np.float64)
-    n = g('Max', g('ReduceSum', unseen, np.array([1]), keepdims=1), np.array(1.))
-    def mean(v): return g('Div', g('ReduceSum', g('Mul', v, unseen), np.array([1]), keepdims=1), n)
+    unseen = g.to(g("Equal", x, np.float32(0)), np.float64)
+    n = g("Max", g("ReduceSum", unseen, np.array([1]), keepdims=1), np.array(1.0))
+
+    def mean(v):
+        return g("Div", g("ReduceSum", g("Mul", v, unseen), np.array([1]), keepdims=1), n)
+
     total = None
-    for member,weight in zip(m.models, m.weights):
+    for member, weight in zip(m.models, m.weights):
         scores = g.to(_scores_graph(member, g, x), np.float64)
         middle = mean(scores)
-        scores = g('Sub', scores, middle)
-        spread = g('Sqrt', mean(g('Mul', scores, scores)))
-        flat = g.to(g('Greater', spread, g('Mul', g('Abs', middle), np.array(1e-6))), np.float64) # 0 where all are alike
-        scores = g('Mul', g('Div', scores, g('Max', spread, np.array(1e-300))), g('Mul', flat, np.array(float(weight))))
-        total = scores if total is None else g('Add', total, scores)
+        scores = g("Sub", scores, middle)
+        spread = g("Sqrt", mean(g("Mul", scores, scores)))
+        flat = g.to(
+            g("Greater", spread, g("Mul", g("Abs", middle), np.array(1e-6))), np.float64
+        )  # 0 where all are alike
+        scores = g("Mul", g("Div", scores, g("Max", spread, np.array(1e-300))), g("Mul", flat, np.array(float(weight))))
+        total = scores if total is None else g("Add", total, scores)
     return g.to(total, np.float32)
+
 
 def _cold_items_graph(m, g, x):
     known, N = m.model.n_items, m.neighbours.toarray().astype(np.float32)
-    old, new = g('Slice', x, np.array([0]), np.array([known]), np.array([1])), g('Slice', x, np.array([known]), np.array([m.n_items]), np.array([1]))
-    scores = _scores_graph(m.model, g, g('Add', old, g('MatMul', new, N)))
-    least, nothing = g('ReduceMin', scores, np.array([1]), keepdims=1), (N.sum(1) == 0).astype(np.float32)
-    return g('Concat', scores, g('Add', g('MatMul', scores, np.ascontiguousarray(N.T)), g('Mul', least, nothing)), axis=1)
+    old, new = (
+        g("Slice", x, np.array([0]), np.array([known]), np.array([1])),
+        g("Slice", x, np.array([known]), np.array([m.n_items]), np.array([1])),
+    )
+    scores = _scores_graph(m.model, g, g("Add", old, g("MatMul", new, N)))
+    least, nothing = g("ReduceMin", scores, np.array([1]), keepdims=1), (N.sum(1) == 0).astype(np.float32)
+    return g(
+        "Concat", scores, g("Add", g("MatMul", scores, np.ascontiguousarray(N.T)), g("Mul", least, nothing)), axis=1
+    )
 
-_GRAPHS = {**dict.fromkeys(('ease', 'dlae', 'edlae', 'rlae', 'rdlae'), _linear_graph), 'autoencoder': _shallow_graph('Sigmoid'),
-           'mult_dae': lambda m, g, x: _shallow_graph('Tanh')(m, g, g.unit(x)), 'mult_vae': _mult_vae_graph, 'recvae': _recvae_graph, 'elsa': _elsa_graph,
-           'popularity': _popularity_graph, 'item_knn': _item_knn_graph, 'blend': _blend_graph, 'cold_items': _cold_items_graph}
+
+_GRAPHS = {
+    **dict.fromkeys(("ease", "dlae", "edlae", "rlae", "rdlae"), _linear_graph),
+    "autoencoder": _shallow_graph("Sigmoid"),
+    "mult_dae": lambda m, g, x: _shallow_graph("Tanh")(m, g, g.unit(x)),
+    "mult_vae": _mult_vae_graph,
+    "recvae": _recvae_graph,
+    "elsa": _elsa_graph,
+    "popularity": _popularity_graph,
+    "item_knn": _item_knn_graph,
+    "blend": _blend_graph,
+    "cold_items": _cold_items_graph,
+}
+
 
 def _scores_graph(m, g, x):
     "The graph of one model; raises `AerecError` if there is none for it."
-    if m.name not in _GRAPHS: raise AerecError(f"export_onnx: the model '{m.name}' has no graph (a fold-in that solves equations, or one's own class); those that have one are {', '.join(_GRAPHS)}")
+    if m.name not in _GRAPHS:
+        raise AerecError(
+            f"export_onnx: the model '{m.name}' has no graph (a fold-in that solves equations, or one's own class); those that have one are {', '.join(_GRAPHS)}"
+        )
     return _GRAPHS[m.name](m, g, x)
 
 # %% ../nbs/05_packaging.ipynb #36518159
-def export_onnx(model, # fitted, or a `Recommender`
-                path:Path # file to write
-               ) -> Path: # the file
+def export_onnx(
+    model,  # fitted, or a `Recommender`
+    path: Path,  # file to write
+) -> Path:  # the file
     "Write history -> scores as an ONNX graph; raises `AerecError` without the extra, or if the model has no graph."
-    model = getattr(model, 'model', model) if isinstance(model, Recommender) else model
-    if model.n_items is None: raise AerecError(f'export_onnx: {model!r} is not fitted')
+    model = getattr(model, "model", model) if isinstance(model, Recommender) else model
+    if model.n_items is None:
+        raise AerecError(f"export_onnx: {model!r} is not fitted")
     g = _Graph()
-    g('Identity', _scores_graph(model, g, 'history'))
-    g.nodes[-1].output[0] = 'scores'
+    g("Identity", _scores_graph(model, g, "history"))
+    g.nodes[-1].output[0] = "scores"
     helper, kind = g.onnx.helper, g.onnx.TensorProto.FLOAT
-    graph = helper.make_graph(g.nodes, f'aerec_{model.name}', *([helper.make_tensor_value_info(name, kind, ['n', model.n_items])] for name in ('history', 'scores')), g.constants)
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], producer_name='aerec_nb', producer_version=package_versions()['aerec_nb'], ir_version=9)
+    graph = helper.make_graph(
+        g.nodes,
+        f"aerec_{model.name}",
+        *([helper.make_tensor_value_info(name, kind, ["n", model.n_items])] for name in ("history", "scores")),
+        g.constants,
+    )
+    made = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", 18)],
+        producer_name="aerec_nb",
+        producer_version=package_versions()["aerec_nb"],
+        ir_version=9,
+    )
     g.onnx.checker.check_model(made)
-    with atomic_path(Path(path)) as p: p.write_bytes(made.SerializeToString())
+    with atomic_path(Path(path)) as p:
+        p.write_bytes(made.SerializeToString())
     return Path(path)
 
 # %% ../nbs/05_packaging.ipynb #969e2983
-def build_packaging(run, # `Run` from `aerec_nb.runs`
-                    folder:Path # where to write bundle/, gates.parquet and registered.json
-                   ) -> dict: # key figures for the manifest
+def build_packaging(
+    run,  # `Run` from `aerec_nb.runs`
+    folder: Path,  # where to write bundle/, gates.parquet and registered.json
+) -> dict:  # key figures for the manifest
     "Pack what was chosen, register it, and point the alias to it if whoever runs this may and the gates let it."
-    recommender = load_recommender(run, Chain.from_spec(read_json(run.need('postprocessing')/'chain.json')))
-    save_bundle(recommender, folder/'bundle', model_card(run, recommender), run.settings.validation.topk, run.settings.packaging.signing_key)
-    registry, alias = Registry.from_settings(current_settings()), run.settings.packaging.alias or run.settings.env # plugins are judged by all settings of the run
-    version = registry.register(folder/'bundle')
+    recommender = load_recommender(run, Chain.from_spec(read_json(run.need("postprocessing") / "chain.json")))
+    save_bundle(
+        recommender,
+        folder / "bundle",
+        model_card(run, recommender),
+        run.settings.validation.topk,
+        run.settings.packaging.signing_key,
+    )
+    registry, alias = (
+        Registry.from_settings(current_settings()),
+        run.settings.packaging.alias or run.settings.env,
+    )  # plugins are judged by all settings of the run
+    version = registry.register(folder / "bundle")
     gates = registry.check_gates(version, alias)
-    try: moved, said = True, registry.promote(version, alias, why=f'run {run.name}')
-    except AerecError as e: moved, said = False, f'registered only: {e}'
-    id = bundle_id(folder/'bundle')
-    write_json(folder/'registered.json', {'name': registry.name, 'version': version, 'alias': alias if moved else None, 'bundle': id})
-    write_json(folder/'measured.json', {'gates': gates.to_dict('records'), 'gated': alias in run.settings.packaging.gated_aliases}) # milliseconds differ from one time to the next
-    return {'name': registry.name, 'version': version, 'alias': alias if moved else None, 'outcome': str(said), 'bundle': id[:16], 'signed': (folder/'bundle'/'signature.json').exists(),
-            'bytes': sum(p.stat().st_size for p in (folder/'bundle').iterdir())}
+    try:
+        moved, said = True, registry.promote(version, alias, why=f"run {run.name}")
+    except AerecError as e:
+        moved, said = False, f"registered only: {e}"
+    id = bundle_id(folder / "bundle")
+    write_json(
+        folder / "registered.json",
+        {"name": registry.name, "version": version, "alias": alias if moved else None, "bundle": id},
+    )
+    write_json(
+        folder / "measured.json",
+        {"gates": gates.to_dict("records"), "gated": alias in run.settings.packaging.gated_aliases},
+    )  # milliseconds differ from one time to the next
+    return {
+        "name": registry.name,
+        "version": version,
+        "alias": alias if moved else None,
+        "outcome": str(said),
+        "bundle": id[:16],
+        "signed": (folder / "bundle" / "signature.json").exists(),
+        "bytes": sum(p.stat().st_size for p in (folder / "bundle").iterdir()),
+    }
 
 # %% ../nbs/05_packaging.ipynb #fd95a3d0
-def describe_packaging(run # `Run` from `aerec_nb.runs`, with the stage done
-                      ) -> str: # one paragraph
+def describe_packaging(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+) -> str:  # one paragraph
     "What was packed and where it is registered."
-    m, gates = run.manifest('packaging')['metrics'], gates_table(run)
-    failed = gates.gate[gates.result == 'failed'].tolist()
-    return (f"Bundle {m['bundle']} of {m['bytes']/2**20:.2f} MiB verifies{', is signed,' if m['signed'] else ' (it is not signed)'} and answers its golden requests as before. "
-            f"It is version {m['version']} of {m['name']}; {m['outcome']}. " + (f"It would not pass every gate: {', '.join(failed)}." if failed else 'No gate stands against it.'))
+    m, gates = run.manifest("packaging")["metrics"], gates_table(run)
+    failed = gates.gate[gates.result == "failed"].tolist()
+    return (
+        f"Bundle {m['bundle']} of {m['bytes'] / 2**20:.2f} MiB verifies{', is signed,' if m['signed'] else ' (it is not signed)'} and answers its golden requests as before. "
+        f"It is version {m['version']} of {m['name']}; {m['outcome']}. "
+        + (f"It would not pass every gate: {', '.join(failed)}." if failed else "No gate stands against it.")
+    )
 
-def gates_table(run # `Run` from `aerec_nb.runs`, with the stage done
-               ) -> pd.DataFrame: # gate, result, found, asked
+
+def gates_table(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+) -> pd.DataFrame:  # gate, result, found, asked
     "What the gates said when the stage ran."
-    return pd.DataFrame(read_json(run.need('packaging')/'measured.json')['gates'])
+    return pd.DataFrame(read_json(run.need("packaging") / "measured.json")["gates"])
 
-_WHAT = {'model.safetensors': 'arrays of the model', 'model.json': 'its name and hyperparameters', 'users.parquet': 'ids of users', 'items.parquet': 'ids, titles and genres of items',
-         'histories.safetensors': 'who has what, and since when', 'segments.parquet': 'what is popular where', 'chain.json': 'postprocessing', 'golden.json': 'requests and their answers',
-         'reference.json': 'figures for monitoring', 'card.json': 'model card', 'card.md': 'model card, to read', 'versions.json': 'what it was made with'}
 
-def bundle_files(run # `Run` from `aerec_nb.runs`, with the stage done
-                ) -> pd.DataFrame: # file, KiB, what, sha256 (its beginning)
+_WHAT = {
+    "model.safetensors": "arrays of the model",
+    "model.json": "its name and hyperparameters",
+    "users.parquet": "ids of users",
+    "items.parquet": "ids, titles and genres of items",
+    "histories.safetensors": "who has what, and since when",
+    "segments.parquet": "what is popular where",
+    "chain.json": "postprocessing",
+    "golden.json": "requests and their answers",
+    "reference.json": "figures for monitoring",
+    "card.json": "model card",
+    "card.md": "model card, to read",
+    "versions.json": "what it was made with",
+}
+
+
+def bundle_files(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+) -> pd.DataFrame:  # file, KiB, what, sha256 (its beginning)
     "What is in the bundle."
-    files = read_json(run.need('packaging')/'bundle'/'manifest.json')['files']
-    return pd.DataFrame([{'file': name, 'KiB': round(f['bytes']/1024, 1), 'what it is': _WHAT[name], 'sha256': f['sha256'][:16]} for name,f in sorted(files.items(), key=lambda f: -f[1]['bytes'])])
+    files = read_json(run.need("packaging") / "bundle" / "manifest.json")["files"]
+    return pd.DataFrame(
+        [
+            {"file": name, "KiB": round(f["bytes"] / 1024, 1), "what it is": _WHAT[name], "sha256": f["sha256"][:16]}
+            for name, f in sorted(files.items(), key=lambda f: -f[1]["bytes"])
+        ]
+    )
 
 # %% ../nbs/05_packaging.ipynb #fd128583
-def plot_packaging(run, # `Run` from `aerec_nb.runs`, with the stage done
-                   registry:Registry # where it is registered
-                  ): # -> matplotlib Figure
+def plot_packaging(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    registry: Registry,  # where it is registered
+):  # -> matplotlib Figure
     "What takes the space, and how versions compare."
     files, table = bundle_files(run)[::-1], registry.list()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
-    left.barh(files.file, files.KiB, color='#0072b2')
-    left.bar_label(left.containers[0], [f'{v:,.1f}' for v in files.KiB], padding=3, fontsize=8)
-    left.set(title='Size of the files', xlabel='KiB')
-    left.margins(x=.2)
-    left.xaxis.set_major_formatter('{x:,.0f}')
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    left.barh(files.file, files.KiB, color="#0072b2")
+    left.bar_label(left.containers[0], [f"{v:,.1f}" for v in files.KiB], padding=3, fontsize=8)
+    left.set(title="Size of the files", xlabel="KiB")
+    left.margins(x=0.2)
+    left.xaxis.set_major_formatter("{x:,.0f}")
     known = table[table.value.notna()].tail(20)
-    for (metric,rows),color in zip(known.groupby('metric'), ['#0072B2', '#E69F00', '#009E73', '#CC79A7']*5):
-        right.errorbar(rows.version, rows.value, yerr=rows.se.fillna(0)*1.96, fmt='o', capsize=3, label=metric, color=color)
-    for row in known[known.aliases != ''].itertuples():
-        right.annotate(row.aliases, (row.version, row.value), xytext=(7, 5), textcoords='offset points', fontsize=9, weight='bold')
-    right.set(title='Registered versions (bars: 95 % interval)', xlabel='version', ylabel='test result in the card')
+    for (metric, rows), color in zip(known.groupby("metric"), ["#0072B2", "#E69F00", "#009E73", "#CC79A7"] * 5):
+        right.errorbar(
+            rows.version, rows.value, yerr=rows.se.fillna(0) * 1.96, fmt="o", capsize=3, label=metric, color=color
+        )
+    for row in known[known.aliases != ""].itertuples():
+        right.annotate(
+            row.aliases, (row.version, row.value), xytext=(7, 5), textcoords="offset points", fontsize=9, weight="bold"
+        )
+    right.set(title="Registered versions (bars: 95 % interval)", xlabel="version", ylabel="test result in the card")
     if len(known):
-        right.set(xlim=(known.version.min()-.7, known.version.max()+.7), xticks=known.version)
+        right.set(xlim=(known.version.min() - 0.7, known.version.max() + 0.7), xticks=known.version)
         right.legend(fontsize=8)
-    for ax in (left, right): ax.spines[['top', 'right']].set_visible(False)
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
 
 # %% ../nbs/05_packaging.ipynb #c2e332bf
-def plot_reference(recommender:Recommender # from a bundle
-                  ): # -> matplotlib Figure
+def plot_reference(
+    recommender: Recommender,  # from a bundle
+):  # -> matplotlib Figure
     "What monitoring compares with: how popular what is shown is, and how long histories are."
-    ref = recommender.info['reference']
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
-    def names(edges): return [f'{a:,}' if b - a == 1 else f'{a:,}+' if b == np.inf else f'{a:,}-{b-1:,}' for a,b in zip(edges, [*edges[1:], np.inf])]
-    bins, at = ref['item_popularity'], np.arange(len(ref['item_popularity']['edges']))
-    for values,label,color,off in ((bins['items'], 'catalogue', '#56B4E9', -.2), (bins['shown'], 'places of lists', '#0072B2', .2)):
-        left.bar(at+off, 100*np.array(values)/max(1, sum(values)), .4, label=label, color=color)
-    left.set(title='Popularity of what is shown', xlabel='users who have the item', ylabel='share, %', xticks=at)
-    left.set_xticklabels(names(bins['edges']), rotation=45, ha='right', fontsize=8)
+    ref = recommender.info["reference"]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+
+    def names(edges):
+        return [
+            f"{a:,}" if b - a == 1 else f"{a:,}+" if b == np.inf else f"{a:,}-{b - 1:,}"
+            for a, b in zip(edges, [*edges[1:], np.inf])
+        ]
+
+    bins, at = ref["item_popularity"], np.arange(len(ref["item_popularity"]["edges"]))
+    for values, label, color, off in (
+        (bins["items"], "catalogue", "#56B4E9", -0.2),
+        (bins["shown"], "places of lists", "#0072B2", 0.2),
+    ):
+        left.bar(at + off, 100 * np.array(values) / max(1, sum(values)), 0.4, label=label, color=color)
+    left.set(title="Popularity of what is shown", xlabel="users who have the item", ylabel="share, %", xticks=at)
+    left.set_xticklabels(names(bins["edges"]), rotation=45, ha="right", fontsize=8)
     left.legend(fontsize=8)
-    lengths = ref['history_length']
-    right.bar(np.arange(len(lengths['edges'])), lengths['users'], color='#009E73')
-    right.set(title='Histories behind the lists', xlabel='items in the history', ylabel='users', xticks=np.arange(len(lengths['edges'])))
-    right.set_xticklabels(names(lengths['edges']), rotation=45, ha='right', fontsize=8)
-    for ax in (left, right): ax.spines[['top', 'right']].set_visible(False)
+    lengths = ref["history_length"]
+    right.bar(np.arange(len(lengths["edges"])), lengths["users"], color="#009E73")
+    right.set(
+        title="Histories behind the lists",
+        xlabel="items in the history",
+        ylabel="users",
+        xticks=np.arange(len(lengths["edges"])),
+    )
+    right.set_xticklabels(names(lengths["edges"]), rotation=45, ha="right", fontsize=8)
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig

@@ -17,236 +17,375 @@ from functools import lru_cache
 from pathlib import Path
 import jinja2
 import pandas as pd
-from .configuration import AerecError, KNOBS, diff_settings, load_settings, project_dir, settings_table, show_value
-from .runs import (STAGES, FileError, Run, Stage, adopt, all_runs, alone_with_run, atomic_path, check_sqlite,
-                           check_sqlite_writable, check_stages, check_writable, describe_faults, file_error, file_errors,
-                           file_faults, gate, is_held, lacks, link_file, open_run, read_json, read_manifest, read_run_file,
-                           readable_manifest, remove_run, run_folders, sha256_file, sha256_json, unexported_changes, upstream,
-                           warn_of_damage, warn_once, write_json, write_parquet, write_run_file)
+from aerec_nb.configuration import (
+    AerecError,
+    KNOBS,
+    diff_settings,
+    load_settings,
+    project_dir,
+    settings_table,
+    show_value,
+)
+from aerec_nb.runs import (
+    STAGES,
+    FileError,
+    Run,
+    Stage,
+    adopt,
+    all_runs,
+    alone_with_run,
+    atomic_path,
+    check_sqlite,
+    check_sqlite_writable,
+    check_stages,
+    check_writable,
+    describe_faults,
+    file_error,
+    file_errors,
+    file_faults,
+    gate,
+    is_held,
+    lacks,
+    link_file,
+    open_run,
+    read_json,
+    read_manifest,
+    read_run_file,
+    readable_manifest,
+    remove_run,
+    run_folders,
+    sha256_file,
+    sha256_json,
+    unexported_changes,
+    upstream,
+    warn_of_damage,
+    warn_once,
+    write_json,
+    write_parquet,
+    write_run_file,
+)
 
 # %% ../nbs/07_pipeline.ipynb #7f8b98ad
 @dataclass
 class Outcome:
     "What became of one notebook."
-    stage:str # its name without the ending
-    state:str # done, reused, failed, or not run
-    seconds:float = 0. # since its inputs were there
-    error:str = '' # one line
-    is_mistake:bool = False # the user's mistake, not a defect
-    why:str = '' # it ran, or did not
-    traceback:str = '' # of a failure, as text
+
+    stage: str  # its name without the ending
+    state: str  # done, reused, failed, or not run
+    seconds: float = 0.0  # since its inputs were there
+    error: str = ""  # one line
+    is_mistake: bool = False  # the user's mistake, not a defect
+    why: str = ""  # it ran, or did not
+    traceback: str = ""  # of a failure, as text
 
 # %% ../nbs/07_pipeline.ipynb #72a524a4
-_COLORS = re.compile('\x1b\\[[0-9;]*m') # of a terminal
+_COLORS = re.compile("\x1b\\[[0-9;]*m")  # of a terminal
+
 
 class Job:
     "A notebook that is executed in a kernel of its own, watched by a thread."
-    def __init__(self, source:Path, target:Path, parameters:dict, mark=None):
-        self.source, self.target, self.parameters, self.mark, self.pids, self.ended_by = Path(source), Path(target), parameters, mark, [], ''
-        self.hidden = self.target.with_name(f'.{os.getpid()}.{self.target.name}')
-        self.began, self.outcome = time.perf_counter(), Outcome(self.source.stem, 'failed')
+
+    def __init__(self, source: Path, target: Path, parameters: dict, mark=None):
+        self.source, self.target, self.parameters, self.mark, self.pids, self.ended_by = (
+            Path(source),
+            Path(target),
+            parameters,
+            mark,
+            [],
+            "",
+        )
+        self.hidden = self.target.with_name(f".{os.getpid()}.{self.target.name}")
+        self.began, self.outcome = time.perf_counter(), Outcome(self.source.stem, "failed")
         self.thread = threading.Thread(target=self._execute, daemon=True)
 
     def start(self):
-        with file_errors(self.target): self.hidden.parent.mkdir(parents=True, exist_ok=True)
+        with file_errors(self.target):
+            self.hidden.parent.mkdir(parents=True, exist_ok=True)
         self.thread.start()
         return self
 
-    def end(self, why:str): # it will be found failed, for this reason
+    def end(self, why: str):  # it will be found failed, for this reason
         "Kill the kernel."
         self.ended_by = self.ended_by or why
         for pid in self.pids:
-            try: os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError: pass
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
 
     def _execute(self):
         o, problem = self.outcome, None
-        try: _papermill(self)
-        except Exception as e: problem = e # whatever it is, it belongs to this notebook
-        o.seconds, o.state = time.perf_counter()-self.began, 'failed' if problem else 'done'
-        if problem: _explain(o, file_error(problem, self.target) or problem, self.ended_by)
-        try: _keep(self)
-        except Exception as e: o.state, o.error = 'failed', o.error or f'the executed notebook could not be kept: {e}'
+        try:
+            _papermill(self)
+        except Exception as e:
+            problem = e  # whatever it is, it belongs to this notebook
+        o.seconds, o.state = time.perf_counter() - self.began, "failed" if problem else "done"
+        if problem:
+            _explain(o, file_error(problem, self.target) or problem, self.ended_by)
+        try:
+            _keep(self)
+        except Exception as e:
+            o.state, o.error = "failed", o.error or f"the executed notebook could not be kept: {e}"
 
 # %% ../nbs/07_pipeline.ipynb #fcdee5cf
 def _papermill(job) -> None:
     "Execute the notebook, noting the kernel's process."
     import papermill
     from jupyter_client import AsyncKernelManager
+
     class Manager(AsyncKernelManager):
         async def _async_launch_kernel(self, *args, **kwargs):
-            kwargs['env'] = {'OMP_WAIT_POLICY': 'PASSIVE', **(kwargs.get('env') or os.environ)} # two kernels on two processors: threads that wait must not spin
-            await super()._async_launch_kernel(*args, **kwargs, stderr=subprocess.DEVNULL) # what a kernel mutters when it is ended belongs to nobody; what a cell prints comes as a message
+            kwargs["env"] = {
+                "OMP_WAIT_POLICY": "PASSIVE",
+                **(kwargs.get("env") or os.environ),
+            }  # two kernels on two processors: threads that wait must not spin
+            await super()._async_launch_kernel(
+                *args, **kwargs, stderr=subprocess.DEVNULL
+            )  # what a kernel mutters when it is ended belongs to nobody; what a cell prints comes as a message
             job.pids.append(self.provisioner.pid)
-            if job.ended_by: job.end('')
-    logging.getLogger('papermill').setLevel(logging.CRITICAL)
-    plain = [re.sub(r'([{}])', r'\1\1', str(path)) for path in (job.source, job.hidden)] # a brace would be a field to fill in
-    for left in reversed(range(_STARTS)):
-        try: return papermill.execute_notebook(*plain, parameters=job.parameters, kernel_name='python3', progress_bar=False, kernel_manager_class=Manager,
-                                               extra_arguments=['--log-level=50']) # what goes wrong in the kernel stands in the notebook
-        except RuntimeError as e:
-            if not left or job.ended_by or not str(e).startswith('Kernel died before replying'): raise
+            if job.ended_by:
+                job.end("")
 
-_STARTS = 3 # a kernel is told free ports, and another process may take one before it does: then it ends at once, and no cell has run
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
+    plain = [
+        re.sub(r"([{}])", r"\1\1", str(path)) for path in (job.source, job.hidden)
+    ]  # a brace would be a field to fill in
+    for left in reversed(range(_STARTS)):
+        try:
+            return papermill.execute_notebook(
+                *plain,
+                parameters=job.parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                kernel_manager_class=Manager,
+                extra_arguments=["--log-level=50"],
+            )  # what goes wrong in the kernel stands in the notebook
+        except RuntimeError as e:
+            if not left or job.ended_by or not str(e).startswith("Kernel died before replying"):
+                raise
+
+
+_STARTS = 3  # a kernel is told free ports, and another process may take one before it does: then it ends at once, and no cell has run
+
 
 def _explain(outcome, problem, ended_by) -> None:
     "Put a failure into words."
     from papermill.exceptions import PapermillExecutionError
-    if ended_by: outcome.error = ended_by
+
+    if ended_by:
+        outcome.error = ended_by
     elif isinstance(problem, PapermillExecutionError):
-        outcome.error, outcome.is_mistake = f'{problem.ename}: {problem.evalue}'.splitlines()[0], problem.ename == 'AerecError'
-        outcome.traceback = _COLORS.sub('', '\n'.join(problem.traceback))
-    elif isinstance(problem, FileError): outcome.error = str(problem)
-    elif type(problem).__name__ == 'DeadKernelError': outcome.error = 'the kernel was killed, by hand or for want of memory'
-    else: outcome.error = f'{type(problem).__name__}: {problem}'
+        outcome.error, outcome.is_mistake = (
+            f"{problem.ename}: {problem.evalue}".splitlines()[0],
+            problem.ename == "AerecError",
+        )
+        outcome.traceback = _COLORS.sub("", "\n".join(problem.traceback))
+    elif isinstance(problem, FileError):
+        outcome.error = str(problem)
+    elif type(problem).__name__ == "DeadKernelError":
+        outcome.error = "the kernel was killed, by hand or for want of memory"
+    else:
+        outcome.error = f"{type(problem).__name__}: {problem}"
+
 
 def _keep(job) -> None:
     "Put the executed notebook in its place, with its mark if it ended well; remove a half-written one."
-    if not job.hidden.exists(): return
+    if not job.hidden.exists():
+        return
     try:
         nb = read_json(job.hidden)
-        if job.mark and job.outcome.state == 'done':
-            nb['metadata']['aerec_nb'] = job.mark()
+        if job.mark and job.outcome.state == "done":
+            nb["metadata"]["aerec_nb"] = job.mark()
             write_json(job.hidden, nb)
-    except (RuntimeError, AerecError) as e: # no silent success
-        job.outcome.state, job.outcome.error = 'failed', job.outcome.error or str(e)
-        if not _is_readable(job.hidden): return job.hidden.unlink()
-    with file_errors(job.target): os.replace(job.hidden, job.target)
+    except (RuntimeError, AerecError) as e:  # no silent success
+        job.outcome.state, job.outcome.error = "failed", job.outcome.error or str(e)
+        if not _is_readable(job.hidden):
+            return job.hidden.unlink()
+    with file_errors(job.target):
+        os.replace(job.hidden, job.target)
 
-def _is_readable(path:Path) -> bool:
+
+def _is_readable(path: Path) -> bool:
     "Tell whether a file is a notebook that can be read."
-    try: return _is_notebook(read_json(path))
-    except FileError: return False
+    try:
+        return _is_notebook(read_json(path))
+    except FileError:
+        return False
+
 
 def _is_notebook(content) -> bool:
     "Tell whether JSON has the form of a notebook."
-    return isinstance(content, dict) and isinstance(content.get('cells'), list) and isinstance(content.get('metadata'), dict)
+    return (
+        isinstance(content, dict)
+        and isinstance(content.get("cells"), list)
+        and isinstance(content.get("metadata"), dict)
+    )
 
 # %% ../nbs/07_pipeline.ipynb #6d053aac
-def execute_notebook(source:Path, # notebook to run
-                     target:Path, # executed copy to write
-                     parameters:dict, # papermill parameters
-                     timeout:float=None # seconds after which it is ended; None: any
-                    ) -> Outcome: # stage is the source's name without its ending
+def execute_notebook(
+    source: Path,  # notebook to run
+    target: Path,  # executed copy to write
+    parameters: dict,  # papermill parameters
+    timeout: float = None,  # seconds after which it is ended; None: any
+) -> Outcome:  # stage is the source's name without its ending
     "Execute one notebook in a kernel of its own; the executed copy is kept even if a cell fails."
     job = Job(source, target, parameters).start()
     job.thread.join(timeout)
-    if job.thread.is_alive(): job.end(f'it took longer than {timeout:g} s')
+    if job.thread.is_alive():
+        job.end(f"it took longer than {timeout:g} s")
     job.thread.join()
     return job.outcome
 
 # %% ../nbs/07_pipeline.ipynb #d69b5704
-def code_cells(path:Path # notebook
-              ) -> list: # sources of its code cells, in order
+def code_cells(
+    path: Path,  # notebook
+) -> list:  # sources of its code cells, in order
     "The code of a notebook, without the cell that papermill drops; raises `FileError` where it is no notebook."
     nb = read_json(path)
-    if not _is_notebook(nb): raise FileError(f'{show_value(Path(path))}: it is not a notebook; restore it from a copy')
-    cells = nb['cells']
-    return [''.join(c['source']) for c in cells if c['cell_type'] == 'code' and 'papermill-error-cell-tag' not in c['metadata'].get('tags', [])]
+    if not _is_notebook(nb):
+        raise FileError(f"{show_value(Path(path))}: it is not a notebook; restore it from a copy")
+    cells = nb["cells"]
+    return [
+        "".join(c["source"])
+        for c in cells
+        if c["cell_type"] == "code" and "papermill-error-cell-tag" not in c["metadata"].get("tags", [])
+    ]
 
-def cells_hash(sources:list # of code cells
-              ) -> str: # 64 hexadecimal digits
+
+def cells_hash(
+    sources: list,  # of code cells
+) -> str:  # 64 hexadecimal digits
     "What the code of a notebook does, as one hash; comments do not count, directives of nbdev do."
+
     def told(source):
-        lines = re.sub(r'(?m)^\s*[%!].*$', lambda m: f'magic({m[0].strip()!r})', source)
-        try: return [re.findall(r'(?m)^#\s*\|.*$', source), ast.dump(ast.parse(lines))]
-        except SyntaxError: return [source]
+        lines = re.sub(r"(?m)^\s*[%!].*$", lambda m: f"magic({m[0].strip()!r})", source)
+        try:
+            return [re.findall(r"(?m)^#\s*\|.*$", source), ast.dump(ast.parse(lines))]
+        except SyntaxError:
+            return [source]
+
     return sha256_json([told(s) for s in sources])
 
 # %% ../nbs/07_pipeline.ipynb #0a4d3dc3
-def _source(stage:Stage) -> Path:
+def _source(stage: Stage) -> Path:
     "The notebook of a stage."
-    path = project_dir()/'nbs'/f'{stage.notebook}.ipynb'
-    if not path.exists(): raise AerecError(f'{show_value(path)}: no such notebook; run from the project, set AEREC_PROJECT to it, or begin one with aerec new')
+    path = project_dir() / "nbs" / f"{stage.notebook}.ipynb"
+    if not path.exists():
+        raise AerecError(
+            f"{show_value(path)}: no such notebook; run from the project, set AEREC_PROJECT to it, or begin one with aerec new"
+        )
     return path
 
+
 @lru_cache(maxsize=64)
-def _code_at(path:Path, mtime_ns:int) -> tuple:
+def _code_at(path: Path, mtime_ns: int) -> tuple:
     cells = code_cells(path)
     return cells, sha256_json(cells)
 
-def _code(stage:Stage) -> tuple:
+
+def _code(stage: Stage) -> tuple:
     "Code cells of a stage's notebook and the hash of their text; read again when it has changed."
     path = _source(stage)
     return _code_at(path, path.stat().st_mtime_ns)
 
-def _mark(stage:Stage, folder:Path) -> dict:
+
+def _mark(stage: Stage, folder: Path) -> dict:
     "What an executed notebook that made this artifact must say of itself."
     cells, text = _code(stage)
-    return {'text': text, 'cells': cells_hash(cells), 'manifest': sha256_file(folder/'manifest.json')}
+    return {"text": text, "cells": cells_hash(cells), "manifest": sha256_file(folder / "manifest.json")}
 
-def executed(folder:Path, # of a run
-             stage:Stage # whose notebook
-            ) -> Path: # that papermill wrote
+
+def executed(
+    folder: Path,  # of a run
+    stage: Stage,  # whose notebook
+) -> Path:  # that papermill wrote
     "Where the executed notebook of a stage is."
-    return Path(folder)/'notebooks'/f'{stage.notebook}.ipynb'
+    return Path(folder) / "notebooks" / f"{stage.notebook}.ipynb"
 
-def _notebook_fault(stage:Stage, folder:Path) -> str:
+
+def _notebook_fault(stage: Stage, folder: Path) -> str:
     "Why the executed notebook beside an artifact does not stand for it; '' if it does."
     path = executed(folder.parent, stage)
-    if not path.exists(): return 'its executed notebook is missing'
-    mark = read_json(path)['metadata'].get('aerec_nb') if _is_readable(path) else None
-    if not isinstance(mark, dict): return 'its notebook did not come to its end'
+    if not path.exists():
+        return "its executed notebook is missing"
+    mark = read_json(path)["metadata"].get("aerec_nb") if _is_readable(path) else None
+    if not isinstance(mark, dict):
+        return "its notebook did not come to its end"
     cells, text = _code(stage)
-    if mark.get('text') != text and mark.get('cells') != cells_hash(cells): return 'its notebook has changed'
-    return '' if mark.get('manifest') == sha256_file(folder/'manifest.json') else 'its notebook was executed for another artifact'
+    if mark.get("text") != text and mark.get("cells") != cells_hash(cells):
+        return "its notebook has changed"
+    return (
+        ""
+        if mark.get("manifest") == sha256_file(folder / "manifest.json")
+        else "its notebook was executed for another artifact"
+    )
 
 # %% ../nbs/07_pipeline.ipynb #6999d990
 @dataclass
 class Step:
     "What shall become of one stage."
-    stage:Stage
-    action:str # run, reuse, or leave out
-    why:str # one phrase
-    artifact:Path = None # to reuse
-    manifest:dict = None # of it
+
+    stage: Stage
+    action: str  # run, reuse, or leave out
+    why: str  # one phrase
+    artifact: Path = None  # to reuse
+    manifest: dict = None  # of it
 
 # %% ../nbs/07_pipeline.ipynb #adb9574b
 @dataclass
 class _Fault:
     "Why an artifact cannot be reused."
-    why:str # one phrase
-    n_changes:int = 1 # since it was made
-    is_damaged:bool = False
+
+    why: str  # one phrase
+    n_changes: int = 1  # since it was made
+    is_damaged: bool = False
+
 
 class _Eye:
     "Find the key of each stage of a run and the artifact that has it; what is slow to find is found once."
-    def __init__(self, run:Run):
+
+    def __init__(self, run: Run):
         self.run, self.found = run, {}
         self.earlier = [f for f in all_runs(run.settings.paths.runs_dir) if f.name != run.name]
 
-    def key(self, name:str, made:dict) -> tuple:
+    def key(self, name: str, made: dict) -> tuple:
         "Key and fingerprint of a stage whose inputs have these manifests."
         stage = STAGES[name]
-        if name not in self.found: self.found[name] = self.run.outside(name)
-        own = readable_manifest(self.run.folder/name)
-        found = own['outside'] if own and own.get('live') else self.found[name] # a run keeps what it has read
+        if name not in self.found:
+            self.found[name] = self.run.outside(name)
+        own = readable_manifest(self.run.folder / name)
+        found = own["outside"] if own and own.get("live") else self.found[name]  # a run keeps what it has read
         key = self.run.key(name, unexported_changes(stage.module, _code(stage)[0]), found, made)
         return key, sha256_json([name, key])
 
-    def step(self, name:str, made:dict, force:bool=False, folders:list=None) -> Step:
+    def step(self, name: str, made: dict, force: bool = False, folders: list = None) -> Step:
         "Reuse a stage or run it, and why; of several reasons to run it, damage comes first, then the fewest changes."
         stage, (key, wanted), faults = STAGES[name], self.key(name, made), []
-        if force: return Step(stage, 'run', 'asked for')
+        if force:
+            return Step(stage, "run", "asked for")
 
         for folder in [self.run.folder, *self.earlier] if folders is None else folders:
-            manifest = readable_manifest(folder/name)
-            fault = self._fault(folder/name, manifest, key, wanted)
-            if fault: faults.append(fault)
+            manifest = readable_manifest(folder / name)
+            fault = self._fault(folder / name, manifest, key, wanted)
+            if fault:
+                faults.append(fault)
             elif manifest:
-                why = 'nothing changed' if folder == self.run.folder else f'as in run {folder.name}'
-                return Step(stage, 'reuse', why, folder/name, manifest)
-            if len(faults) == 100: break
+                why = "nothing changed" if folder == self.run.folder else f"as in run {folder.name}"
+                return Step(stage, "reuse", why, folder / name, manifest)
+            if len(faults) == 100:
+                break
 
-        worst = min(faults, key=lambda f: (not f.is_damaged, f.n_changes), default=_Fault('it was never run'))
-        return Step(stage, 'run', worst.why)
+        worst = min(faults, key=lambda f: (not f.is_damaged, f.n_changes), default=_Fault("it was never run"))
+        return Step(stage, "run", worst.why)
 
-    def _fault(self, artifact:Path, manifest:dict|None, key:dict, wanted:str) -> _Fault|None:
+    def _fault(self, artifact: Path, manifest: dict | None, key: dict, wanted: str) -> _Fault | None:
         "Say why an artifact cannot be reused; None where it can, or where there is none."
         if manifest is None:
-            if not (artifact/'manifest.json').exists(): return None
-            return _Fault(self._in_run('damaged: manifest.json', artifact), is_damaged=True)
-        if manifest['fingerprint'] != wanted: return _difference(manifest, key)
+            if not (artifact / "manifest.json").exists():
+                return None
+            return _Fault(self._in_run("damaged: manifest.json", artifact), is_damaged=True)
+        if manifest["fingerprint"] != wanted:
+            return _difference(manifest, key)
         faults = file_faults(artifact, manifest)
         if faults:
             warn_of_damage(artifact, faults)
@@ -254,98 +393,152 @@ class _Eye:
         why = _notebook_fault(STAGES[artifact.name], artifact) or self._undone(artifact.name, artifact.parent, manifest)
         return _Fault(why) if why else None
 
-    def _in_run(self, said:str, artifact:Path) -> str:
+    def _in_run(self, said: str, artifact: Path) -> str:
         "Add the run of an artifact where it is another one."
-        return said if artifact.parent == self.run.folder else f'{said} (run {artifact.parent.name})'
+        return said if artifact.parent == self.run.folder else f"{said} (run {artifact.parent.name})"
 
-    def _undone(self, name:str, folder:Path, manifest:dict) -> str:
+    def _undone(self, name: str, folder: Path, manifest: dict) -> str:
         "What packaging did outside its folder must still hold."
-        if name != 'packaging': return ''
+        if name != "packaging":
+            return ""
         settings = self.run.settings
-        if not settings.packaging.registry_uri and not (settings.paths.var_dir/'registry.db').exists(): return 'the registry is gone'
+        if not settings.packaging.registry_uri and not (settings.paths.var_dir / "registry.db").exists():
+            return "the registry is gone"
         for other in [self.run.folder, *self.earlier]:
-            later = readable_manifest(other/name)
-            if later and later['settings']['env']['value'] == manifest['settings']['env']['value'] and _begun(later) > _begun(manifest): return f'the alias moved on to run {other.name}'
-        return ''
+            later = readable_manifest(other / name)
+            if (
+                later
+                and later["settings"]["env"]["value"] == manifest["settings"]["env"]["value"]
+                and _begun(later) > _begun(manifest)
+            ):
+                return f"the alias moved on to run {other.name}"
+        return ""
 
-def _begun(manifest): return manifest['measured']['started']
+
+def _begun(manifest):
+    return manifest["measured"]["started"]
 
 # %% ../nbs/07_pipeline.ipynb #c176b004
-def _difference(manifest:dict, key:dict) -> _Fault:
+def _difference(manifest: dict, key: dict) -> _Fault:
     "Name the parts of a key in which an artifact differs."
-    then, found, n_changes = manifest.get('key'), [], 0
-    if not then: return _Fault('it was made by an earlier version')
-    def changed(part): return [k for k in {**then[part], **key[part]} if then[part].get(k) != key[part].get(k)]
-    titles = {'code': 'code changed', 'cells': 'cells that are not exported', 'settings': 'settings changed',
-              'outside': 'what comes from outside changed', 'inputs': 'its input changed'}
-    for part,title in titles.items():
+    then, found, n_changes = manifest.get("key"), [], 0
+    if not then:
+        return _Fault("it was made by an earlier version")
+
+    def changed(part):
+        return [k for k in {**then[part], **key[part]} if then[part].get(k) != key[part].get(k)]
+
+    titles = {
+        "code": "code changed",
+        "cells": "cells that are not exported",
+        "settings": "settings changed",
+        "outside": "what comes from outside changed",
+        "inputs": "its input changed",
+    }
+    for part, title in titles.items():
         names = changed(part)
-        if not names: continue
+        if not names:
+            continue
         n_changes += min(len(names), 3) + 2
-        if part == 'settings': told = [f"{k} {_short(then[part].get(k, '-'))} -> {_short(key[part].get(k, '-'))}" for k in names[:3]]
-        else: told = [n.removeprefix('aerec_nb.') for n in names]
-        more = f' and {len(names)-3} more' if part == 'settings' and len(names) > 3 else ''
+        if part == "settings":
+            told = [f"{k} {_short(then[part].get(k, '-'))} -> {_short(key[part].get(k, '-'))}" for k in names[:3]]
+        else:
+            told = [n.removeprefix("aerec_nb.") for n in names]
+        more = f" and {len(names) - 3} more" if part == "settings" and len(names) > 3 else ""
         found.append(f"{title}: {', '.join(told)}{more}")
-    return _Fault('; '.join(found) or 'it was made for another stage', n_changes)
+    return _Fault("; ".join(found) or "it was made for another stage", n_changes)
+
 
 def _short(value) -> str:
     "A number as people read it."
-    if isinstance(value, dict): return ' '.join(f'{k} {_short(v)}' for k,v in value.items())
-    if isinstance(value, (list, tuple)): return ' '.join(map(_short, value))
-    text = f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else f'{value:.4g}' if isinstance(value, float) else str(value)
-    return text if len(text) <= 40 else text[:12] + '…'
+    if isinstance(value, dict):
+        return " ".join(f"{k} {_short(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_short, value))
+    text = (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+    return text if len(text) <= 40 else text[:12] + "…"
 
 # %% ../nbs/07_pipeline.ipynb #10267851
-def stage_name(text:str # training, 03_training or 03
-              ) -> str: # training
+def stage_name(
+    text: str,  # training, 03_training or 03
+) -> str:  # training
     "The stage that is meant; raises `AerecError` if it is none."
-    text = text.removesuffix('.ipynb').rpartition('/')[2]
+    text = text.removesuffix(".ipynb").rpartition("/")[2]
     for s in STAGES.values():
-        if text in (s.name, s.notebook, s.notebook.split('_')[0]): return s.name
+        if text in (s.name, s.notebook, s.notebook.split("_")[0]):
+            return s.name
     raise AerecError(f"no stage is called '{text}': the stages are {', '.join(s.notebook for s in STAGES.values())}")
 
-def stage_range(first:str=None, # stage to begin with; None: the first
-                last:str=None, # stage to end with; None: the last
-                only:list=() # these stages only
-               ) -> list: # names, in order
+
+def stage_range(
+    first: str = None,  # stage to begin with; None: the first
+    last: str = None,  # stage to end with; None: the last
+    only: list = (),  # these stages only
+) -> list:  # names, in order
     "The stages that a run shall see to."
     names = list(STAGES)
-    if only and (first or last): raise AerecError('--only names all that shall run: leave out --from and --to')
-    if only: return [n for n in names if n in {stage_name(o) for o in only}]
-    a, b = names.index(stage_name(first)) if first else 0, names.index(stage_name(last)) if last else len(names)-1
-    if a > b: raise AerecError(f'{first} comes after {last}: there is nothing from the one to the other')
-    return names[a:b+1]
+    if only and (first or last):
+        raise AerecError("--only names all that shall run: leave out --from and --to")
+    if only:
+        return [n for n in names if n in {stage_name(o) for o in only}]
+    a, b = names.index(stage_name(first)) if first else 0, names.index(stage_name(last)) if last else len(names) - 1
+    if a > b:
+        raise AerecError(f"{first} comes after {last}: there is nothing from the one to the other")
+    return names[a : b + 1]
 
 # %% ../nbs/07_pipeline.ipynb #095928d9
-def plan_steps(run:Run, # that shall be made; nothing is written
-               names:list=None, # stages to see to; None: all
-               force:list=() # stages to run whatever is there
-              ) -> list: # a `Step` for each stage; raises `AerecError` where a stage needs one that is left out and is not there
+def plan_steps(
+    run: Run,  # that shall be made; nothing is written
+    names: list = None,  # stages to see to; None: all
+    force: list = (),  # stages to run whatever is there
+) -> list:  # a `Step` for each stage; raises `AerecError` where a stage needs one that is left out and is not there
     "What would be run, and why; a stage behind one that runs is taken to run as well."
     eye, names, steps, made = _Eye(run), list(STAGES) if names is None else names, [], {}
     needed = {*names, *(u for n in names for u in upstream(n))}
     for s in STAGES.values():
-        if s.name not in needed: steps.append(Step(s, 'leave out', 'not asked for')); continue
+        if s.name not in needed:
+            steps.append(Step(s, "leave out", "not asked for"))
+            continue
         ahead = [i for i in s.inputs if i not in made]
-        if s.name in names and ahead: step = Step(s, 'run', f"its input is made anew: {', '.join(ahead[:2])}" + (f' and {len(ahead)-2} more' if len(ahead) > 2 else ''))
-        elif ahead: step = Step(s, 'leave out', 'not asked for')
-        else: step = eye.step(s.name, {i: made[i] for i in s.inputs}, s.name in force)
-        if step.action == 'run' and s.name not in names: step = Step(s, 'leave out', step.why)
-        if step.action == 'reuse': made[s.name] = step.manifest
+        if s.name in names and ahead:
+            step = Step(
+                s,
+                "run",
+                f"its input is made anew: {', '.join(ahead[:2])}"
+                + (f" and {len(ahead) - 2} more" if len(ahead) > 2 else ""),
+            )
+        elif ahead:
+            step = Step(s, "leave out", "not asked for")
+        else:
+            step = eye.step(s.name, {i: made[i] for i in s.inputs}, s.name in force)
+        if step.action == "run" and s.name not in names:
+            step = Step(s, "leave out", step.why)
+        if step.action == "reuse":
+            made[s.name] = step.manifest
         steps.append(step)
     by_name = {p.stage.name: p for p in steps}
     for p in steps:
-        if p.action == 'run' and (missing := [i for i in p.stage.inputs if by_name[i].action == 'leave out']):
-            raise AerecError(f'{p.stage.name} needs {missing[0]}, which is left out and is not there as it must be ({by_name[missing[0]].why}): begin with --from {missing[0]}')
+        if p.action == "run" and (missing := [i for i in p.stage.inputs if by_name[i].action == "leave out"]):
+            raise AerecError(
+                f"{p.stage.name} needs {missing[0]}, which is left out and is not there as it must be ({by_name[missing[0]].why}): begin with --from {missing[0]}"
+            )
     return steps
 
-def plan_table(steps:list # of `plan_steps`
-              ) -> pd.DataFrame: # one row a stage
+
+def plan_table(
+    steps: list,  # of `plan_steps`
+) -> pd.DataFrame:  # one row a stage
     "A plan as people read it."
-    return pd.DataFrame([(p.stage.notebook, p.action, p.why) for p in steps], columns=['notebook', 'action', 'why'])
+    return pd.DataFrame([(p.stage.notebook, p.action, p.why) for p in steps], columns=["notebook", "action", "why"])
 
 # %% ../nbs/07_pipeline.ipynb #a4ec6343
-_STYLE = '''
+_STYLE = """
 :root{--ink:#1d2733;--soft:#5d6b7a;--line:#dfe5ec;--back:#f7f9fb;--accent:#0072b2;--good:#007a5a;--bad:#c44e00}
 *{box-sizing:border-box} body{margin:0;background:var(--back);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:1000px;margin:0 auto;padding:24px 20px 80px} a{color:var(--accent)} a.anchor-link,.prompt{display:none}
@@ -363,105 +556,164 @@ td:first-child,th:first-child{text-align:left} .bar{position:sticky;top:0;backgr
 img.math{vertical-align:middle;max-width:none} p.math{text-align:center;overflow-x:auto} details{margin:10px 0} summary{cursor:pointer;color:var(--accent)}
 .graph{background:#fff;border:1px solid var(--line);border-radius:8px;width:100%;height:auto} .graph text{font-size:13px;fill:var(--ink)} .left td{text-align:left}
 @media print{.bar{display:none} body{background:#fff}}
-'''
-_PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+"""
+_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{{ title }}</title><style>{{ style }}{{ pygments }}</style></head><body>
 <input type="checkbox" id="code" style="display:none"{% if code %} checked{% endif %}><div class="bar"><a href="{{ home }}">&#8592; {{ back }}</a>{% if result %}<a href="#Run-this-stage">the result</a>{% endif %}
-<label for="code" style="cursor:pointer;color:var(--accent)">show / hide code</label></div><main>{{ body }}</main></body></html>'''
+<label for="code" style="cursor:pointer;color:var(--accent)">show / hide code</label></div><main>{{ body }}</main></body></html>"""
 
 # %% ../nbs/07_pipeline.ipynb #99b6aacc
-_TEX = [(r'\\(?:big|Big|bigg|Bigg)[lr]?(?![a-zA-Z])\s*', ''), (r'\\[lr]Vert(?![a-zA-Z])|\\\|', r'\\Vert '), (r'\\[lr]vert(?![a-zA-Z])', '|'), (r'\\[td]frac', r'\\frac'),
-        (r'\\frac\s*(\w)\s*(\w|\\[a-zA-Z]+)', r'\\frac{\1}{\2}'), (r'\\text(?=\{)', r'\\mathrm'), (r'\\operatorname\{(\w+)\}', r'\\mathrm{\1}\\,'), (r'\\top(?![a-zA-Z])', r'\\mathsf{T}'),
-        (r'\\frac\s*(\w)\s*(?=\{)', r'\\frac{\1}'), (r'\\(le|ge)(?![a-zA-Z])', r'\\\1q'), (r'\\dots(?![a-zA-Z])', r'\\ldots')]
+_TEX = [
+    (r"\\(?:big|Big|bigg|Bigg)[lr]?(?![a-zA-Z])\s*", ""),
+    (r"\\[lr]Vert(?![a-zA-Z])|\\\|", r"\\Vert "),
+    (r"\\[lr]vert(?![a-zA-Z])", "|"),
+    (r"\\[td]frac", r"\\frac"),
+    (r"\\frac\s*(\w)\s*(\w|\\[a-zA-Z]+)", r"\\frac{\1}{\2}"),
+    (r"\\text(?=\{)", r"\\mathrm"),
+    (r"\\operatorname\{(\w+)\}", r"\\mathrm{\1}\\,"),
+    (r"\\top(?![a-zA-Z])", r"\\mathsf{T}"),
+    (r"\\frac\s*(\w)\s*(?=\{)", r"\\frac{\1}"),
+    (r"\\(le|ge)(?![a-zA-Z])", r"\\\1q"),
+    (r"\\dots(?![a-zA-Z])", r"\\ldots"),
+]
+
 
 @lru_cache(maxsize=1000)
-def _formula(tex:str, display:bool) -> str:
+def _formula(tex: str, display: bool) -> str:
     "A formula as a picture within the page; its source where it cannot be drawn."
     import io, matplotlib
     from matplotlib.mathtext import math_to_image
-    plain = tex.strip().replace('\n', ' ')
-    for pattern,new in _TEX: plain = re.sub(pattern, new, plain)
+
+    plain = tex.strip().replace("\n", " ")
+    for pattern, new in _TEX:
+        plain = re.sub(pattern, new, plain)
     drawn = io.BytesIO()
     try:
-        with matplotlib.rc_context({'svg.fonttype': 'path', 'mathtext.fontset': 'cm', 'svg.hashsalt': 'aerec_nb', 'font.size': 12}): depth = math_to_image(f'${plain}$', drawn, format='svg', dpi=72)
-    except Exception: return f'<code class="tex">{html.escape(tex)}</code>' # mathtext raises many kinds of errors
-    svg = re.sub(r'<metadata>.*?</metadata>', '', drawn.getvalue().decode(), flags=re.S)
-    picture = f'<img class="math" style="vertical-align:{-depth*1.25:.1f}px" alt="{html.escape(tex, quote=True)}" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
+        with matplotlib.rc_context(
+            {"svg.fonttype": "path", "mathtext.fontset": "cm", "svg.hashsalt": "aerec_nb", "font.size": 12}
+        ):
+            depth = math_to_image(f"${plain}$", drawn, format="svg", dpi=72)
+    except Exception:
+        return f'<code class="tex">{html.escape(tex)}</code>'  # mathtext raises many kinds of errors
+    svg = re.sub(r"<metadata>.*?</metadata>", "", drawn.getvalue().decode(), flags=re.S)
+    picture = f'<img class="math" style="vertical-align:{-depth * 1.25:.1f}px" alt="{html.escape(tex, quote=True)}" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
     return f'<p class="math">{picture}</p>' if display else picture
 
-def _with_formulas(markdown:str) -> str:
+
+def _with_formulas(markdown: str) -> str:
     "Markdown whose formulas are pictures; what stands in code is left alone."
-    def drawn(m): return m[0] if m[1] else _formula(m[2] or m[3], bool(m[2]))
-    return re.sub(r'(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\d)', drawn, markdown, flags=re.S)
+
+    def drawn(m):
+        return m[0] if m[1] else _formula(m[2] or m[3], bool(m[2]))
+
+    return re.sub(
+        r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\d)",
+        drawn,
+        markdown,
+        flags=re.S,
+    )
 
 # %% ../nbs/07_pipeline.ipynb #27e3f031
-def notebook_page(path:Path, # executed notebook
-                  home:str='../index.html' # where the link back leads
-                 ) -> str: # a whole HTML page that needs nothing else
+def notebook_page(
+    path: Path,  # executed notebook
+    home: str = "../index.html",  # where the link back leads
+) -> str:  # a whole HTML page that needs nothing else
     "An executed notebook as one self-contained page with its code folded."
     import nbformat
-    return _page_of(nbformat.read(path, as_version=4), Path(path).stem, home, False, 'all stages')
 
-def _page_of(nb, title:str, home:str, code:bool, back:str) -> str:
+    return _page_of(nbformat.read(path, as_version=4), Path(path).stem, home, False, "all stages")
+
+
+def _page_of(nb, title: str, home: str, code: bool, back: str) -> str:
     "A notebook that was read as a page."
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
     from pygments.formatters import HtmlFormatter
-    nb.metadata.pop('widgets', None) # a handle needs a kernel behind it: what it showed last stays
+
+    nb.metadata.pop("widgets", None)  # a handle needs a kernel behind it: what it showed last stays
     for cell in nb.cells:
-        if cell.cell_type == 'markdown': cell.source = _with_formulas(cell.source)
-        for output in cell.get('outputs', []): output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
-    exporter = HTMLExporter(template_name='basic')
-    exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True) # a progress bar becomes its last line
+        if cell.cell_type == "markdown":
+            cell.source = _with_formulas(cell.source)
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    exporter = HTMLExporter(template_name="basic")
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True)  # a progress bar becomes its last line
     body, _ = exporter.from_notebook_node(nb)
-    return jinja2.Template(_PAGE).render(title=title, style=_STYLE, pygments=HtmlFormatter().get_style_defs('.highlight'), body=body, home=home, code=code, back=back,
-                                         result='Run-this-stage' in body)
+    return jinja2.Template(_PAGE).render(
+        title=title,
+        style=_STYLE,
+        pygments=HtmlFormatter().get_style_defs(".highlight"),
+        body=body,
+        home=home,
+        code=code,
+        back=back,
+        result="Run-this-stage" in body,
+    )
 
 # %% ../nbs/07_pipeline.ipynb #2f84139b
-def _cells_of(path:Path) -> list:
+def _cells_of(path: Path) -> list:
     "The cells of an executed notebook; [] where it is missing or damaged."
-    return read_json(path)['cells'] if _is_readable(path) else []
+    return read_json(path)["cells"] if _is_readable(path) else []
 
-def _outputs_of(path:Path) -> list:
+
+def _outputs_of(path: Path) -> list:
     "The outputs of an executed notebook, in order."
-    return [o for c in _cells_of(path) for o in c.get('outputs', [])]
+    return [o for c in _cells_of(path) for o in c.get("outputs", [])]
 
-def _figures(path:Path) -> list:
+
+def _figures(path: Path) -> list:
     "The PNG pictures of an executed notebook, as base64, in order."
-    return [''.join(o['data']['image/png']).replace('\n', '') for o in _outputs_of(path) if 'image/png' in o.get('data', {})]
+    return [
+        "".join(o["data"]["image/png"]).replace("\n", "") for o in _outputs_of(path) if "image/png" in o.get("data", {})
+    ]
 
-def _warnings(path:Path) -> list:
+
+def _warnings(path: Path) -> list:
     "What a stage said on its error stream; tests of its library part and progress bars are left out."
     cells = _cells_of(path)
-    at = next((i for i,c in enumerate(cells) if c['cell_type'] == 'markdown' and '## Run this stage' in ''.join(c['source'])), 0)
-    text = ''.join(''.join(o['text']) for c in cells[at:] for o in c.get('outputs', []) if o.get('name') == 'stderr')
-    lines = [_COLORS.sub('', line.rpartition('\r')[2]).strip() for line in text.splitlines()]
-    return list(dict.fromkeys(line for line in lines if line and not re.search(r'\d+%\||it/s|s/it', line)))
+    at = next(
+        (
+            i
+            for i, c in enumerate(cells)
+            if c["cell_type"] == "markdown" and "## Run this stage" in "".join(c["source"])
+        ),
+        0,
+    )
+    text = "".join("".join(o["text"]) for c in cells[at:] for o in c.get("outputs", []) if o.get("name") == "stderr")
+    lines = [_COLORS.sub("", line.rpartition("\r")[2]).strip() for line in text.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line and not re.search(r"\d+%\||it/s|s/it", line)))
 
 # %% ../nbs/07_pipeline.ipynb #d9717674
 @dataclass
 class PipelineResult:
     "What `run_pipeline` leaves behind."
-    run:Run # with its folder and settings
-    outcomes:list = field(default_factory=list) # an `Outcome` for each stage that it saw to
-    report:Path = None # index page
-    plan:list = field(default_factory=list) # a `Step` for each stage
+
+    run: Run  # with its folder and settings
+    outcomes: list = field(default_factory=list)  # an `Outcome` for each stage that it saw to
+    report: Path = None  # index page
+    plan: list = field(default_factory=list)  # a `Step` for each stage
 
     @property
-    def ok(self): return bool(self.outcomes) and all(o.state in ('done', 'reused') for o in self.outcomes)
+    def ok(self):
+        return bool(self.outcomes) and all(o.state in ("done", "reused") for o in self.outcomes)
+
     @property
-    def failed(self): return [o for o in self.outcomes if o.state == 'failed']
+    def failed(self):
+        return [o for o in self.outcomes if o.state == "failed"]
 
 # %% ../nbs/07_pipeline.ipynb #20898ccd
 class _Loop:
     "Executes the steps of a plan."
-    def __init__(self, run:Run, steps:list, say=print):
+
+    def __init__(self, run: Run, steps: list, say=print):
         self.run, self.say, self.eye = run, say, _Eye(run)
         self.made, self.todo, self.jobs, self.outcomes, self.opened = {}, {}, {}, [], {}
         self.gates, self.ran = set(), set()
         for p in steps:
-            if p.action == 'reuse': self._reuse(p, say if p.artifact.parent != run.folder else None)
-            elif p.action == 'run': self.todo[p.stage.name] = p
+            if p.action == "reuse":
+                self._reuse(p, say if p.artifact.parent != run.folder else None)
+            elif p.action == "run":
+                self.todo[p.stage.name] = p
         self.limit = run.settings.pipeline.n_parallel
 
     def _reuse(self, p, say=None):
@@ -469,23 +721,31 @@ class _Loop:
         name, source = p.stage.name, p.artifact
         if source.parent != self.run.folder:
             if adopt(self.run, name, source) is None:
-                raise AerecError(f'run {source.parent.name} was deleted or damaged meanwhile: start again')
+                raise AerecError(f"run {source.parent.name} was deleted or damaged meanwhile: start again")
             with atomic_path(executed(self.run.folder, p.stage)) as temporary:
                 link_file(executed(source.parent, p.stage), temporary)
         self.made[name] = p.manifest
-        self._outcome(Outcome(p.stage.notebook, 'reused', why=p.why), say)
+        self._outcome(Outcome(p.stage.notebook, "reused", why=p.why), say)
 
     def _outcome(self, outcome, say=None):
         self.outcomes.append(outcome)
-        at = [s.notebook for s in STAGES.values()].index(outcome.stage)+1
-        said = {'done': lambda: _figures_line(self.run, outcome.stage), 'failed': lambda: outcome.error}.get(outcome.state, lambda: outcome.why)()
-        if say: say(f'[{at:2}/{len(STAGES)}] {outcome.stage:26}' + (f'{outcome.seconds:6.1f} s  ' if outcome.seconds else f'{outcome.state:>8}  ') + said)
+        at = [s.notebook for s in STAGES.values()].index(outcome.stage) + 1
+        said = {"done": lambda: _figures_line(self.run, outcome.stage), "failed": lambda: outcome.error}.get(
+            outcome.state, lambda: outcome.why
+        )()
+        if say:
+            say(
+                f"[{at:2}/{len(STAGES)}] {outcome.stage:26}"
+                + (f"{outcome.seconds:6.1f} s  " if outcome.seconds else f"{outcome.state:>8}  ")
+                + said
+            )
 
-    def _ready(self, p): return all(i in self.made for i in p.stage.inputs if i in STAGES)
+    def _ready(self, p):
+        return all(i in self.made for i in p.stage.inputs if i in STAGES)
 
     def _lost(self, p):
         "A stage it needs has failed."
-        gone = {o.stage for o in self.outcomes if o.state in ('failed', 'not run')}
+        gone = {o.stage for o in self.outcomes if o.state in ("failed", "not run")}
         return next((STAGES[i].notebook for i in p.stage.inputs if STAGES[i].notebook in gone), None)
 
     def execute(self):
@@ -494,42 +754,52 @@ class _Loop:
             while self.todo or self.jobs:
                 self._begin()
                 self._look()
-                if any(o.is_mistake for o in self.outcomes) : break
-                time.sleep(.02)
-        finally: self._end_all()
+                if any(o.is_mistake for o in self.outcomes):
+                    break
+                time.sleep(0.02)
+        finally:
+            self._end_all()
         return self.outcomes
 
     def _begin(self):
         "Start what can start; open gates; give up what has lost its inputs."
-        for name,p in list(self.todo.items()):
+        for name, p in list(self.todo.items()):
             if lost := self._lost(p):
                 self._end(name, drop=True)
-                self._outcome(Outcome(p.stage.notebook, 'not run', why=f'{lost} failed'), self.say)
+                self._outcome(Outcome(p.stage.notebook, "not run", why=f"{lost} failed"), self.say)
                 del self.todo[name]
-            elif self._ready(p) and name not in self.opened: self._open(name, p)
-            elif name not in self.jobs and len(self.jobs) < self.limit and self.limit > 1: self._start(name, p, ahead=True)
+            elif self._ready(p) and name not in self.opened:
+                self._open(name, p)
+            elif name not in self.jobs and len(self.jobs) < self.limit and self.limit > 1:
+                self._start(name, p, ahead=True)
 
     def _open(self, name, p):
         "The inputs are there: leave the stage as it was, or let it run."
-        if p.why.startswith('its input is made anew'): # it may have come out the same
+        if p.why.startswith("its input is made anew"):  # it may have come out the same
             now = self.eye.step(name, {i: self.made[i] for i in p.stage.inputs})
-            if now.action == 'reuse':
+            if now.action == "reuse":
                 self._end(name, drop=True)
                 del self.todo[name]
                 return self._reuse(now, self.say)
             p.why = now.why
-        if name in self.jobs: self._unlock(name)
-        elif len(self.jobs) < self.limit: self._start(name, p)
-        else: return
+        if name in self.jobs:
+            self._unlock(name)
+        elif len(self.jobs) < self.limit:
+            self._start(name, p)
+        else:
+            return
         self.opened[name] = time.perf_counter()
 
     def _start(self, name, p, ahead=False):
         "Begin the notebook, behind a gate if its inputs are not there yet."
         if ahead:
-            with file_errors(gate(self.run.folder, name)): gate(self.run.folder, name).write_text(str(os.getpid()))
+            with file_errors(gate(self.run.folder, name)):
+                gate(self.run.folder, name).write_text(str(os.getpid()))
             self.gates.add(name)
         source = _source(p.stage)
-        self.jobs[name] = Job(source, executed(self.run.folder, p.stage), {'run': str(self.run.folder)}, lambda: self._marked(p.stage)).start()
+        self.jobs[name] = Job(
+            source, executed(self.run.folder, p.stage), {"run": str(self.run.folder)}, lambda: self._marked(p.stage)
+        ).start()
 
     def _unlock(self, name):
         self.gates.discard(name)
@@ -538,223 +808,309 @@ class _Loop:
     def _marked(self, stage):
         "The mark of a notebook that ended well; the artifact must be whole."
         manifest = self.run.manifest(stage.name)
-        missing = ['manifest.json'] if manifest is None else lacks(self.run.folder/stage.name, manifest)
-        if missing: raise RuntimeError(f"it ended without writing {stage.name}/{', '.join(missing)}")
-        return _mark(stage, self.run.folder/stage.name)
+        missing = ["manifest.json"] if manifest is None else lacks(self.run.folder / stage.name, manifest)
+        if missing:
+            raise RuntimeError(f"it ended without writing {stage.name}/{', '.join(missing)}")
+        return _mark(stage, self.run.folder / stage.name)
 
     def _look(self):
         "See what has ended, and end what takes too long."
-        for name,job in list(self.jobs.items()):
+        for name, job in list(self.jobs.items()):
             limit = self.run.settings.pipeline.stage_timeout_s or STAGES[name].timeout
             if job.thread.is_alive():
-                if name in self.opened and time.perf_counter()-self.opened[name] > limit: job.end(f'it took longer than {limit:g} s (stage_timeout_s)')
+                if name in self.opened and time.perf_counter() - self.opened[name] > limit:
+                    job.end(f"it took longer than {limit:g} s (stage_timeout_s)")
                 continue
-            if name not in self.opened and job.outcome.state == 'done': job.outcome.state, job.outcome.error = 'failed', 'it ended before its inputs were made'
-            job.outcome.seconds = time.perf_counter()-self.opened.get(name, job.began)
+            if name not in self.opened and job.outcome.state == "done":
+                job.outcome.state, job.outcome.error = "failed", "it ended before its inputs were made"
+            job.outcome.seconds = time.perf_counter() - self.opened.get(name, job.began)
             job.outcome.why = self.todo.pop(name).why
-            if job.outcome.state == 'done': self.made[name] = self.run.manifest(name); self.ran.add(name)
+            if job.outcome.state == "done":
+                self.made[name] = self.run.manifest(name)
+                self.ran.add(name)
             self._unlock(name)
             del self.jobs[name]
             self._outcome(job.outcome, self.say)
 
     def _end(self, name, drop=False):
         "End a notebook that is not wanted; what it has written so far goes."
-        if name not in self.jobs: return
+        if name not in self.jobs:
+            return
         job = self.jobs.pop(name)
-        job.end('it was ended')
-        job.target = job.hidden.with_name(f'{job.hidden.name}.ended')
+        job.end("it was ended")
+        job.target = job.hidden.with_name(f"{job.hidden.name}.ended")
         job.thread.join()
         job.target.unlink(missing_ok=True)
         self._unlock(name)
 
     def _end_all(self):
-        for name in list(self.jobs): self._end(name)
+        for name in list(self.jobs):
+            self._end(name)
 
 # %% ../nbs/07_pipeline.ipynb #ffd980cd
-def _figures_line(run:Run, notebook:str) -> str:
+def _figures_line(run: Run, notebook: str) -> str:
     "The first key figures of a stage."
-    metrics = (readable_manifest(run.folder/stage_name(notebook)) or {}).get('metrics', {})
-    return ', '.join(f'{k} {_short(v)}' for k,v in list(metrics.items())[:3])
+    metrics = (readable_manifest(run.folder / stage_name(notebook)) or {}).get("metrics", {})
+    return ", ".join(f"{k} {_short(v)}" for k, v in list(metrics.items())[:3])
 
-def _sweep_run(folder:Path) -> None:
+
+def _sweep_run(folder: Path) -> None:
     "Remove what a killed pipeline left under hidden names."
-    for pattern in ('.*.gate', 'notebooks/.*', 'report/.*', '.*.html.*', '.run.json.*', '..hashes.json.*'):
-        for left in folder.glob(pattern): left.unlink(missing_ok=True)
+    for pattern in (".*.gate", "notebooks/.*", "report/.*", ".*.html.*", ".run.json.*", "..hashes.json.*"):
+        for left in folder.glob(pattern):
+            left.unlink(missing_ok=True)
 
 # %% ../nbs/07_pipeline.ipynb #76878673
 def _newest_run(settings) -> str:
     "The run to go on with."
     for folder in all_runs(settings.paths.runs_dir):
         about = read_run_file(folder)
-        if about and about['env'] == settings.env: return str(folder)
-    raise AerecError(f'there is no run of {settings.env} to go on with: leave out --resume')
+        if about and about["env"] == settings.env:
+            return str(folder)
+    raise AerecError(f"there is no run of {settings.env} to go on with: leave out --resume")
 
-def _same_run(run:Run) -> list|None:
+
+def _same_run(run: Run) -> list | None:
     "The steps of an earlier run in which nothing would change, or None."
     eye = _Eye(run)
     for folder in eye.earlier:
         steps, made = [], {}
         for s in STAGES.values():
-            step = eye.step(s.name, {i: made[i] for i in s.inputs}, folders=[folder]) if (folder/s.name).is_dir() else None
-            if step is None or step.action != 'reuse': break
+            step = (
+                eye.step(s.name, {i: made[i] for i in s.inputs}, folders=[folder])
+                if (folder / s.name).is_dir()
+                else None
+            )
+            if step is None or step.action != "reuse":
+                break
             made[s.name] = step.manifest
             steps.append(step)
-        if len(steps) == len(STAGES): return steps
+        if len(steps) == len(STAGES):
+            return steps
     return None
 
 # %% ../nbs/07_pipeline.ipynb #60b51ec0
-def run_pipeline(env:str=None, # dev, stage, live or test; None as configured
-                 run:str=None, # run to go on with or to name; None begins a new one
-                 data:str=None, # folder, file, URL or named source; None as configured
-                 resume:bool=False, # go on with the newest run
-                 first:str=None, # stage to begin with; what comes before must be there
-                 last:str=None, # stage to end with
-                 only:list=(), # see to these stages only
-                 force:list=(), # run these even if nothing has changed; ['all']: each that it sees to
-                 say=print, # called with each line of progress
-                 **knobs # settings by name
-                ) -> PipelineResult: # after all stages that it saw to, and the report
+def run_pipeline(
+    env: str = None,  # dev, stage, live or test; None as configured
+    run: str = None,  # run to go on with or to name; None begins a new one
+    data: str = None,  # folder, file, URL or named source; None as configured
+    resume: bool = False,  # go on with the newest run
+    first: str = None,  # stage to begin with; what comes before must be there
+    last: str = None,  # stage to end with
+    only: list = (),  # see to these stages only
+    force: list = (),  # run these even if nothing has changed; ['all']: each that it sees to
+    say=print,  # called with each line of progress
+    **knobs,  # settings by name
+) -> PipelineResult:  # after all stages that it saw to, and the report
     "Execute the stage notebooks that something has changed for, into one run folder, and write its report; raises `AerecError` for a user's mistake."
     opened, names, force = _opened(env, run, data, resume, first, last, only, force, knobs)
     if not run and not resume and not force and len(names) == len(STAGES) and (same := _same_run(opened)):
         kept = open_run(str(same[0].artifact.parent))
-        say(f'run {kept.name}, environment {kept.env}: nothing has changed since, no stage is run again')
-        return PipelineResult(kept, [Outcome(p.stage.notebook, 'reused', why=p.why) for p in same], kept.folder/'index.html', same)
+        say(f"run {kept.name}, environment {kept.env}: nothing has changed since, no stage is run again")
+        return PipelineResult(
+            kept, [Outcome(p.stage.notebook, "reused", why=p.why) for p in same], kept.folder / "index.html", same
+        )
     _check(opened, names)
     check_writable(opened.folder)
     begun = not opened.folder.exists()
     steps = plan_steps(opened, names, force)
     _check_stores(opened, steps)
     with _engine(opened, steps):
-        write_run_file(opened) # gives environment and overrides to the notebooks that follow
-        say(f'run {opened.name}, environment {opened.env}')
+        write_run_file(opened)  # gives environment and overrides to the notebooks that follow
+        say(f"run {opened.name}, environment {opened.env}")
         with alone_with_run(opened):
             _sweep_run(opened.folder)
             loop = _Loop(opened, steps, say)
             result = PipelineResult(opened, loop.execute(), plan=steps)
             mistake = next((o for o in result.outcomes if o.is_mistake), None)
-            if not (mistake and begun and 'training' not in loop.ran): result.report = write_report(opened, result.outcomes, steps)
-    if mistake and result.report is None: remove_run(opened.folder) # it leaves no trace
-    if mistake: raise AerecError(mistake.error.removeprefix('AerecError: ') + (f' (run {opened.name} is kept: aerec run --resume goes on with it)' if result.report else ''))
+            if not (mistake and begun and "training" not in loop.ran):
+                result.report = write_report(opened, result.outcomes, steps)
+    if mistake and result.report is None:
+        remove_run(opened.folder)  # it leaves no trace
+    if mistake:
+        raise AerecError(
+            mistake.error.removeprefix("AerecError: ")
+            + (f" (run {opened.name} is kept: aerec run --resume goes on with it)" if result.report else "")
+        )
     return result
 
 # %% ../nbs/07_pipeline.ipynb #6ac8d0d5
 @contextmanager
-def _engine(run:Run, steps:list):
+def _engine(run: Run, steps: list):
     "The engine of the settings, for as long as the stages run; they find it by the variable that Ray itself reads."
     scale = run.settings.scale
-    if scale.engine == 'local' or not any(p.action == 'run' and 'scale' in p.stage.reads for p in steps):
+    if scale.engine == "local" or not any(p.action == "run" and "scale" in p.stage.reads for p in steps):
         yield
         return
     from aerec_nb.scale import engine_address, start_engine, stop_engine
+
     start_engine(scale)
-    before = os.environ.get('RAY_ADDRESS')
-    os.environ['RAY_ADDRESS'] = engine_address()
-    try: yield
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = engine_address()
+    try:
+        yield
     finally:
-        os.environ.pop('RAY_ADDRESS') if before is None else os.environ.update(RAY_ADDRESS=before)
+        os.environ.pop("RAY_ADDRESS") if before is None else os.environ.update(RAY_ADDRESS=before)
         stop_engine()
 
 # %% ../nbs/07_pipeline.ipynb #a68186d7
 def _opened(env, run, data, resume, first, last, only, force, knobs) -> tuple:
     "The run that is meant, the stages to see to, and those to run whatever is there."
     names = stage_range(first, last, only)
-    forced = names if list(force) == ['all'] else [stage_name(f) for f in force]
-    if resume and run: raise AerecError('--resume goes on with the newest run, --run with the one that is named: leave one of them out')
-    if stray := [f for f in forced if f not in names]: raise AerecError(f'{stray[0]} is to be forced and is not among the stages that shall run')
-    opened = open_run(_newest_run(load_settings(env, **{k: v for k,v in knobs.items() if k == 'runs_dir'})) if resume else run, env=env, source=data, **knobs)
-    opened.quiet = True # the loop says what it does
+    forced = names if list(force) == ["all"] else [stage_name(f) for f in force]
+    if resume and run:
+        raise AerecError(
+            "--resume goes on with the newest run, --run with the one that is named: leave one of them out"
+        )
+    if stray := [f for f in forced if f not in names]:
+        raise AerecError(f"{stray[0]} is to be forced and is not among the stages that shall run")
+    opened = open_run(
+        _newest_run(load_settings(env, **{k: v for k, v in knobs.items() if k == "runs_dir"})) if resume else run,
+        env=env,
+        source=data,
+        **knobs,
+    )
+    opened.quiet = True  # the loop says what it does
     if not opened.settings.training.trains:
-        raise AerecError(f'environment {opened.env} does not train: run the pipeline in dev, then promote its bundle (aerec models promote --help)')
+        raise AerecError(
+            f"environment {opened.env} does not train: run the pipeline in dev, then promote its bundle (aerec models promote --help)"
+        )
     return opened, names, forced
 
-def _check_stores(run:Run, steps:list) -> None:
+
+def _check_stores(run: Run, steps: list) -> None:
     "Refuse a run that would need a store in var/ that cannot be written; raises `FileError`."
-    running, settings = {p.stage.name for p in steps if p.action == 'run'}, run.settings
+    running, settings = {p.stage.name for p in steps if p.action == "run"}, run.settings
     tracking_uri = settings.training.tracking_uri or _registry_url(settings)
-    if {'training', 'validation', 'packaging', 'serving'} & running: check_writable(settings.paths.var_dir)
-    if 'training' in running and tracking_uri != 'off': _check_database(tracking_uri, check_sqlite_writable)
-    if 'packaging' in running: _check_database(_registry_url(settings), check_sqlite_writable)
+    if {"training", "validation", "packaging", "serving"} & running:
+        check_writable(settings.paths.var_dir)
+    if "training" in running and tracking_uri != "off":
+        _check_database(tracking_uri, check_sqlite_writable)
+    if "packaging" in running:
+        _check_database(_registry_url(settings), check_sqlite_writable)
+
 
 def _registry_url(settings) -> str:
     "The address of the registry of an environment."
-    return settings.packaging.registry_uri or f"sqlite:///{settings.paths.var_dir/'registry.db'}"
+    return settings.packaging.registry_uri or f"sqlite:///{settings.paths.var_dir / 'registry.db'}"
 
-def _check_database(url:str, check=check_sqlite) -> None:
+
+def _check_database(url: str, check=check_sqlite) -> None:
     "Refuse the file of a SQLite database that does not pass a check; raises `FileError`."
     import sqlalchemy as sa
-    try: address = sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError): return # who opens it says what is wrong with the address
-    if address.get_backend_name() == 'sqlite' and address.database: check(Path(address.database))
 
-def _check(run:Run, names:list) -> None:
+    try:
+        address = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
+        return  # who opens it says what is wrong with the address
+    if address.get_backend_name() == "sqlite" and address.database:
+        check(Path(address.database))
+
+
+def _check(run: Run, names: list) -> None:
     "Refuse unknown models, knobs that no model has, and rules that cannot be applied, before anything is read."
-    if {'modeling', 'training'} & set(names):
+    if {"modeling", "training"} & set(names):
         from aerec_nb.modeling import configured_models
+
         configured_models(run.settings, run.overrides)
     check_stages(run.settings, names, elsewhere=True)
 
 # %% ../nbs/07_pipeline.ipynb #e6addecd
-def plan_pipeline(env:str=None, run:str=None, data:str=None, resume:bool=False, first:str=None, last:str=None, only:list=(), force:list=(), # as of `run_pipeline`
-                  **knobs # settings by name
-                 ) -> list: # a `Step` for each stage
+def plan_pipeline(
+    env: str = None,
+    run: str = None,
+    data: str = None,
+    resume: bool = False,
+    first: str = None,
+    last: str = None,
+    only: list = (),
+    force: list = (),  # as of `run_pipeline`
+    **knobs,  # settings by name
+) -> list:  # a `Step` for each stage
     "What `run_pipeline` would do, and why; nothing is run or written."
     opened, names, force = _opened(env, run, data, resume, first, last, only, force, knobs)
     same = not run and not resume and not force and len(names) == len(STAGES) and _same_run(opened)
-    if same: return same
+    if same:
+        return same
     _check(opened, names)
     return plan_steps(opened, names, force)
 
 # %% ../nbs/07_pipeline.ipynb #992f958b
-def papermill_command(stage:str, # name of a stage
-                      run:Run=None # to work in; None: a run of its own
-                     ) -> str: # for a shell
+def papermill_command(
+    stage: str,  # name of a stage
+    run: Run = None,  # to work in; None: a run of its own
+) -> str:  # for a shell
     "The plain papermill command that runs one stage by itself."
     s = STAGES[stage_name(stage)]
-    target = executed(run.folder, s) if run else Path(f'{s.notebook}.out.ipynb')
-    words = ['papermill', _near(_source(s)), _near(target), *(['-p', 'run', _near(run.folder) if run.folder.parent != run.settings.paths.runs_dir else run.name] if run else [])]
-    return ' '.join(shlex.quote(str(w)) for w in words)
+    target = executed(run.folder, s) if run else Path(f"{s.notebook}.out.ipynb")
+    words = [
+        "papermill",
+        _near(_source(s)),
+        _near(target),
+        *(
+            ["-p", "run", _near(run.folder) if run.folder.parent != run.settings.paths.runs_dir else run.name]
+            if run
+            else []
+        ),
+    ]
+    return " ".join(shlex.quote(str(w)) for w in words)
 
-def _near(path:Path) -> str:
+
+def _near(path: Path) -> str:
     "A path as short as it can be said from here."
     return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.as_posix()
 
 # %% ../nbs/07_pipeline.ipynb #ebeabbca
-def stage_table(folder:Path, # of a run
-                outcomes:list=(), # of this execution, where there was one
-                steps:list=() # its plan
-               ) -> pd.DataFrame: # one row a stage: state, seconds, peak memory, key figures, why
+def stage_table(
+    folder: Path,  # of a run
+    outcomes: list = (),  # of this execution, where there was one
+    steps: list = (),  # its plan
+) -> pd.DataFrame:  # one row a stage: state, seconds, peak memory, key figures, why
     "What each stage of a run did, from its manifest."
     said, planned, rows = {o.stage: o for o in outcomes}, {p.stage.notebook: p for p in steps}, []
-    manifests = {name: readable_manifest(Path(folder)/name) for name in STAGES}
+    manifests = {name: readable_manifest(Path(folder) / name) for name in STAGES}
     for stage in STAGES.values():
         manifest, o, p = manifests[stage.name], said.get(stage.notebook), planned.get(stage.notebook)
-        measured, metrics = (manifest or {}).get('measured', {}), (manifest or {}).get('metrics', {})
-        figures = o.error if o and o.error else ', '.join(f'{k} {_short(v)}' for k,v in list(metrics.items())[:4])
-        state = o.state if o else _state(Path(folder)/stage.name, manifests, p)
-        rows.append((stage.notebook, stage.name, state, measured.get('seconds'), measured.get('peak_memory_mib'), figures, o.why if o else p.why if p else ''))
-    return pd.DataFrame(rows, columns=['notebook', 'stage', 'state', 'seconds', 'peak MiB', 'key figures', 'why'])
+        measured, metrics = (manifest or {}).get("measured", {}), (manifest or {}).get("metrics", {})
+        figures = o.error if o and o.error else ", ".join(f"{k} {_short(v)}" for k, v in list(metrics.items())[:4])
+        state = o.state if o else _state(Path(folder) / stage.name, manifests, p)
+        rows.append(
+            (
+                stage.notebook,
+                stage.name,
+                state,
+                measured.get("seconds"),
+                measured.get("peak_memory_mib"),
+                figures,
+                o.why if o else p.why if p else "",
+            )
+        )
+    return pd.DataFrame(rows, columns=["notebook", "stage", "state", "seconds", "peak MiB", "key figures", "why"])
 
-def _state(artifact:Path, manifests:dict, step:Step|None) -> str:
+
+def _state(artifact: Path, manifests: dict, step: Step | None) -> str:
     "The state of an artifact that was not looked at in this execution: missing, damaged, outdated or done."
     manifest = manifests[artifact.name]
-    if manifest is None: return 'damaged' if (artifact/'manifest.json').exists() else 'missing'
-    if file_faults(artifact, manifest): return 'damaged'
-    then = manifest.get('key', {}).get('inputs', {})
-    is_old = any(manifests.get(i) and sha != sha256_json(manifests[i]['outputs']) for i,sha in then.items())
-    is_left_out = step is not None and step.action == 'leave out' and step.why != 'not asked for'
-    return 'outdated' if is_old or is_left_out else 'done'
+    if manifest is None:
+        return "damaged" if (artifact / "manifest.json").exists() else "missing"
+    if file_faults(artifact, manifest):
+        return "damaged"
+    then = manifest.get("key", {}).get("inputs", {})
+    is_old = any(manifests.get(i) and sha != sha256_json(manifests[i]["outputs"]) for i, sha in then.items())
+    is_left_out = step is not None and step.action == "leave out" and step.why != "not asked for"
+    return "outdated" if is_old or is_left_out else "done"
+
 
 def _whole_artifact(
-    run:Run,
-    stage:str # name of a stage
-) -> Path|None: # its folder; None where it is missing or damaged
+    run: Run,
+    stage: str,  # name of a stage
+) -> Path | None:  # its folder; None where it is missing or damaged
     "Find an artifact of a run for the report, which shows what is whole."
-    manifest = readable_manifest(run.folder/stage)
-    return run.folder/stage if manifest and not file_faults(run.folder/stage, manifest) else None
+    manifest = readable_manifest(run.folder / stage)
+    return run.folder / stage if manifest and not file_faults(run.folder / stage, manifest) else None
 
 # %% ../nbs/07_pipeline.ipynb #3cf8fd9d
-_INDEX = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+_INDEX = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>aerec_nb run {{ run }}</title><style>{{ style }}</style></head><body><main><h1>Run {{ run }}</h1><blockquote>{{ data|e }}</blockquote>
 <div class="cards">{% for name, value in cards %}<div class="card"><b>{{ value|e }}</b><span>{{ name|e }}</span></div>{% endfor %}</div>
 {% for f in failures %}<h2 class="failed">{{ f.stage }} failed</h2><p>{{ f.error|e }}</p>{% if f.traceback %}<pre class="log">{{ f.traceback|e }}</pre>{% endif %}
@@ -769,512 +1125,900 @@ _INDEX = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta nam
 <h2>Warnings</h2>{% if warned %}<table class="left"><tbody>{% for stage, line in warned %}<tr><th>{{ stage }}</th><td>{{ line|e }}</td></tr>{% endfor %}</tbody></table>{% else %}<p>none</p>{% endif %}
 <h2>Settings that are not defaults</h2>{{ settings }}<details><summary>all {{ n_settings }} settings</summary>{{ all_settings }}</details>
 <details><summary>each stage by itself</summary><pre class="log">{% for c in commands.values() %}{{ c|e }}
-{% endfor %}</pre></details></main></body></html>'''
+{% endfor %}</pre></details></main></body></html>"""
 
 # %% ../nbs/07_pipeline.ipynb #d6fec519
-def write_report(run:Run, # a run with artifacts
-                 outcomes:list=(), # of this execution
-                 steps:list=() # its plan
-                ) -> Path: # the index page
+def write_report(
+    run: Run,  # a run with artifacts
+    outcomes: list = (),  # of this execution
+    steps: list = (),  # its plan
+) -> Path:  # the index page
     "Write a page for each executed notebook that has none yet, and the index page of the run."
-    pages = run.folder/'report'
-    with file_errors(pages): pages.mkdir(exist_ok=True)
+    pages = run.folder / "report"
+    with file_errors(pages):
+        pages.mkdir(exist_ok=True)
     for stage in STAGES.values():
-        notebook, page = executed(run.folder, stage), pages/f'{stage.notebook}.html'
+        notebook, page = executed(run.folder, stage), pages / f"{stage.notebook}.html"
         is_new = page.exists() and page.stat().st_mtime_ns >= notebook.stat().st_mtime_ns
-        if not is_new and _is_readable(notebook): _write(page, notebook_page(notebook))
-    _write(run.folder/'index.html', _index_page(run, list(outcomes), list(steps)))
-    failed = [o for o in outcomes if o.state == 'failed']
-    if failed: _write(run.folder/'failure.txt', '\n\n'.join(f'{o.stage}: {o.error}\n{o.traceback}'.rstrip() for o in failed)+'\n')
+        if not is_new and _is_readable(notebook):
+            _write(page, notebook_page(notebook))
+    _write(run.folder / "index.html", _index_page(run, list(outcomes), list(steps)))
+    failed = [o for o in outcomes if o.state == "failed"]
+    if failed:
+        _write(
+            run.folder / "failure.txt",
+            "\n\n".join(f"{o.stage}: {o.error}\n{o.traceback}".rstrip() for o in failed) + "\n",
+        )
     else:
-        with file_errors(run.folder): (run.folder/'failure.txt').unlink(missing_ok=True)
-    return run.folder/'index.html'
+        with file_errors(run.folder):
+            (run.folder / "failure.txt").unlink(missing_ok=True)
+    return run.folder / "index.html"
 
-def _write(path:Path, text:str) -> None:
-    with atomic_path(path) as p: p.write_text(text, encoding='utf-8')
+
+def _write(path: Path, text: str) -> None:
+    with atomic_path(path) as p:
+        p.write_text(text, encoding="utf-8")
 
 # %% ../nbs/07_pipeline.ipynb #02226bd5
-def _index_page(run:Run, outcomes:list, steps:list) -> str:
+def _index_page(run: Run, outcomes: list, steps: list) -> str:
     "The index page as HTML."
     table, shown, pictures, warned = stage_table(run.folder, outcomes, steps), [], [], []
-    for row in table.to_dict('records'):
-        page, notebook = f"report/{row['notebook']}.html", run.folder/'notebooks'/f"{row['notebook']}.ipynb"
-        shown.append(dict(notebook=row['notebook'], state=row['state'], figures=row['key figures'], why=row['why'], page=page if (run.folder/page).exists() else None,
-                          seconds='' if pd.isna(row['seconds']) else f"{row['seconds']:.1f}", memory='' if pd.isna(row['peak MiB']) else f"{row['peak MiB']:,.0f}"))
-        pictures += [(row['notebook'], page, png) for png in _figures(notebook)[-1:]]
-        warned += [(row['notebook'], line) for line in _warnings(notebook)]
+    for row in table.to_dict("records"):
+        page, notebook = f"report/{row['notebook']}.html", run.folder / "notebooks" / f"{row['notebook']}.ipynb"
+        shown.append(
+            dict(
+                notebook=row["notebook"],
+                state=row["state"],
+                figures=row["key figures"],
+                why=row["why"],
+                page=page if (run.folder / page).exists() else None,
+                seconds="" if pd.isna(row["seconds"]) else f"{row['seconds']:.1f}",
+                memory="" if pd.isna(row["peak MiB"]) else f"{row['peak MiB']:,.0f}",
+            )
+        )
+        pictures += [(row["notebook"], page, png) for png in _figures(notebook)[-1:]]
+        warned += [(row["notebook"], line) for line in _warnings(notebook)]
     settings = settings_table(run.settings)
     user, recommended = _example_list(run)
-    return jinja2.Environment(autoescape=False).from_string(_INDEX).render(
-        run=run.name, style=_STYLE, data=_data_line(run), cards=_cards(run, table), stages=shown, pictures=pictures, user=user, graph=_graph(table), lineage=_lineage(run), warned=warned,
-        failures=[o for o in outcomes if o.state == 'failed'], commands={s.notebook: papermill_command(s.name, run) for s in STAGES.values()},
-        leaderboard=_frame_html(_leaderboard(run)), workers=_frame_html(_workers(run)), recommendations=_frame_html(recommended), n_settings=len(settings), all_settings=settings.to_html(escape=True),
-        settings=settings[settings.source != 'default'].to_html(escape=True))
+    return (
+        jinja2.Environment(autoescape=False)
+        .from_string(_INDEX)
+        .render(
+            run=run.name,
+            style=_STYLE,
+            data=_data_line(run),
+            cards=_cards(run, table),
+            stages=shown,
+            pictures=pictures,
+            user=user,
+            graph=_graph(table),
+            lineage=_lineage(run),
+            warned=warned,
+            failures=[o for o in outcomes if o.state == "failed"],
+            commands={s.notebook: papermill_command(s.name, run) for s in STAGES.values()},
+            leaderboard=_frame_html(_leaderboard(run)),
+            workers=_frame_html(_workers(run)),
+            recommendations=_frame_html(recommended),
+            n_settings=len(settings),
+            all_settings=settings.to_html(escape=True),
+            settings=settings[settings.source != "default"].to_html(escape=True),
+        )
+    )
 
-def _workers(run:Run) -> pd.DataFrame|None:
+
+def _workers(run: Run) -> pd.DataFrame | None:
     "What each worker of the engine did, stage by stage; None where this process did everything."
-    paths = [folder/'workers.parquet' for folder in (_whole_artifact(run, name) for name in STAGES) if folder]
+    paths = [folder / "workers.parquet" for folder in (_whole_artifact(run, name) for name in STAGES) if folder]
     found = [pd.read_parquet(path).assign(stage=path.parent.name) for path in paths if path.exists()]
-    if not found: return None
+    if not found:
+        return None
     table = pd.concat(found, ignore_index=True)
-    return table[['stage', *table.columns.drop('stage')]].rename(columns={'seconds': 'seconds at work', 'peak_mib': 'peak MiB'}).astype({'pid': str})
+    return (
+        table[["stage", *table.columns.drop("stage")]]
+        .rename(columns={"seconds": "seconds at work", "peak_mib": "peak MiB"})
+        .astype({"pid": str})
+    )
+
 
 def _frame_html(frame) -> str:
     "A table, or nothing."
-    return '' if frame is None else frame.to_html(index=False, escape=True, float_format=lambda v: f'{v:.4f}')
+    return "" if frame is None else frame.to_html(index=False, escape=True, float_format=lambda v: f"{v:.4f}")
 
-def _cards(run:Run, table:pd.DataFrame) -> list:
+
+def _cards(run: Run, table: pd.DataFrame) -> list:
     "The few figures that stand on top."
-    done = table.state.isin(['done', 'reused'])
-    found = [('environment', run.env), ('stages done', f"{done.sum()} of {len(table)}"), ('seconds in stages', f'{table.seconds.sum():.0f}')]
-    if table['peak MiB'].notna().any(): found.append(('peak memory, MiB', f"{table['peak MiB'].max():,.0f}"))
+    done = table.state.isin(["done", "reused"])
+    found = [
+        ("environment", run.env),
+        ("stages done", f"{done.sum()} of {len(table)}"),
+        ("seconds in stages", f"{table.seconds.sum():.0f}"),
+    ]
+    if table["peak MiB"].notna().any():
+        found.append(("peak memory, MiB", f"{table['peak MiB'].max():,.0f}"))
     board = _leaderboard(run)
-    if board is None: return found
-    chosen = read_json(run.folder/'validation'/'choice.json')['model']
-    row, found = board[board.model == chosen], [*found, ('model chosen on validation', chosen)]
+    if board is None:
+        return found
+    chosen = read_json(run.folder / "validation" / "choice.json")["model"]
+    row, found = board[board.model == chosen], [*found, ("model chosen on validation", chosen)]
     return found + [(column, row[column].iloc[0]) for column in board.columns[1:3] if len(row)]
 
 # %% ../nbs/07_pipeline.ipynb #5a8c6286
-_STATE_COLORS = {'done': '#009e73', 'reused': '#56b4e9', 'failed': '#d55e00', 'not run': '#9aa5b1', 'missing': '#d5dbe2', 'outdated': '#e69f00', 'damaged': '#d55e00'}
+_STATE_COLORS = {
+    "done": "#009e73",
+    "reused": "#56b4e9",
+    "failed": "#d55e00",
+    "not run": "#9aa5b1",
+    "missing": "#d5dbe2",
+    "outdated": "#e69f00",
+    "damaged": "#d55e00",
+}
 
-def _graph(table:pd.DataFrame, row:int=26) -> str:
+
+def _graph(table: pd.DataFrame, row: int = 26) -> str:
     "The stages and what they read, as SVG."
-    at, longest = {s: row*(i+.8) for i,s in enumerate(table.stage)}, max(table.seconds.max(), .1) if table.seconds.notna().any() else 1
+    at, longest = (
+        {s: row * (i + 0.8) for i, s in enumerate(table.stage)},
+        max(table.seconds.max(), 0.1) if table.seconds.notna().any() else 1,
+    )
     parts = []
     for s in table.itertuples():
         for i in STAGES[s.stage].inputs:
-            reach = 8+5.2*abs(at[s.stage]-at[i])**.62
-            parts.append(f'<path d="M200 {at[i]:.0f} C{200-reach:.0f} {at[i]:.0f} {200-reach:.0f} {at[s.stage]:.0f} 200 {at[s.stage]:.0f}" fill="none" stroke="#b9c3cd" stroke-width="1.3"/>')
+            reach = 8 + 5.2 * abs(at[s.stage] - at[i]) ** 0.62
+            parts.append(
+                f'<path d="M200 {at[i]:.0f} C{200 - reach:.0f} {at[i]:.0f} {200 - reach:.0f} {at[s.stage]:.0f} 200 {at[s.stage]:.0f}" fill="none" stroke="#b9c3cd" stroke-width="1.3"/>'
+            )
     for s in table.itertuples():
-        y, width = at[s.stage], 0 if pd.isna(s.seconds) else 440*s.seconds/longest
-        told = '' if pd.isna(s.seconds) else f' {s.seconds:.1f} s'
-        parts.append(f'<circle cx="200" cy="{y:.0f}" r="6.5" fill="{_STATE_COLORS.get(s.state, "#999")}"><title>{s.state}</title></circle><text x="214" y="{y+4.5:.0f}">{s.notebook}</text>'
-                     f'<rect x="420" y="{y-6:.0f}" width="{max(width, 1):.0f}" height="12" rx="2" fill="{_STATE_COLORS.get(s.state, "#999")}" opacity=".75"/>'
-                     f'<text x="{426+max(width, 1):.0f}" y="{y+4.5:.0f}" style="font-size:11px">{s.state}{told}</text>')
-    return f'<svg class="graph" viewBox="60 0 940 {row*len(table)+14}" role="img" aria-label="the stages, what they read, and their seconds">{"".join(parts)}</svg>'
+        y, width = at[s.stage], 0 if pd.isna(s.seconds) else 440 * s.seconds / longest
+        told = "" if pd.isna(s.seconds) else f" {s.seconds:.1f} s"
+        parts.append(
+            f'<circle cx="200" cy="{y:.0f}" r="6.5" fill="{_STATE_COLORS.get(s.state, "#999")}"><title>{s.state}</title></circle><text x="214" y="{y + 4.5:.0f}">{s.notebook}</text>'
+            f'<rect x="420" y="{y - 6:.0f}" width="{max(width, 1):.0f}" height="12" rx="2" fill="{_STATE_COLORS.get(s.state, "#999")}" opacity=".75"/>'
+            f'<text x="{426 + max(width, 1):.0f}" y="{y + 4.5:.0f}" style="font-size:11px">{s.state}{told}</text>'
+        )
+    return f'<svg class="graph" viewBox="60 0 940 {row * len(table) + 14}" role="img" aria-label="the stages, what they read, and their seconds">{"".join(parts)}</svg>'
 
 # %% ../nbs/07_pipeline.ipynb #2c5f02a2
-def _lineage(run:Run) -> list:
+def _lineage(run: Run) -> list:
     "Data, run, bundle: what was made from what, by fingerprints."
-    found = [('run', run.name)]
+    found = [("run", run.name)]
     for s in STAGES.values():
-        m = readable_manifest(run.folder/s.name)
-        if m is None: continue
-        if s.name == 'data_import': found += [('data', f'{label} {_digest(sha)}') for label,sha in m['outside'].items()]
-        if s.name in ('data_import', 'training', 'packaging'): found.append((s.notebook, f"fingerprint {m['fingerprint'][:16]}" + ('' if m['run'] == run.name else f", made in run {m['run']}")))
-        if s.name == 'packaging':
-            found += [(k, _short(v)) for k,v in m['metrics'].items()]
-            bundle = run.folder/'packaging'/'bundle'/'manifest.json'
-            if bundle.exists(): found.append(('bundle', f'sha256 of its manifest {sha256_file(bundle)[:16]}'))
-    packed = readable_manifest(run.folder/'packaging') or readable_manifest(run.folder/'data_import')
-    return found + ([('made with', ', '.join(f'{k} {v}' for k,v in packed['versions'].items()))] if packed else [])
+        m = readable_manifest(run.folder / s.name)
+        if m is None:
+            continue
+        if s.name == "data_import":
+            found += [("data", f"{label} {_digest(sha)}") for label, sha in m["outside"].items()]
+        if s.name in ("data_import", "training", "packaging"):
+            found.append(
+                (
+                    s.notebook,
+                    f"fingerprint {m['fingerprint'][:16]}"
+                    + ("" if m["run"] == run.name else f", made in run {m['run']}"),
+                )
+            )
+        if s.name == "packaging":
+            found += [(k, _short(v)) for k, v in m["metrics"].items()]
+            bundle = run.folder / "packaging" / "bundle" / "manifest.json"
+            if bundle.exists():
+                found.append(("bundle", f"sha256 of its manifest {sha256_file(bundle)[:16]}"))
+    packed = readable_manifest(run.folder / "packaging") or readable_manifest(run.folder / "data_import")
+    return found + ([("made with", ", ".join(f"{k} {v}" for k, v in packed["versions"].items()))] if packed else [])
 
-def _digest(value) -> str: return str(value)[:16]
+
+def _digest(value) -> str:
+    return str(value)[:16]
 
 # %% ../nbs/07_pipeline.ipynb #9d7c23d1
-def _data_line(run:Run) -> str:
+def _data_line(run: Run) -> str:
     "Which data the run used, in the words of the import stage."
     from aerec_nb.data_import import describe_source
-    folder = _whole_artifact(run, 'data_import')
-    return describe_source(folder) if folder else 'No data was imported.'
 
-def _leaderboard(run:Run):
+    folder = _whole_artifact(run, "data_import")
+    return describe_source(folder) if folder else "No data was imported."
+
+
+def _leaderboard(run: Run):
     "The leaderboard of the run as people read it, or None."
-    folder = _whole_artifact(run, 'validation')
-    if folder is None: return None
-    board = pd.read_parquet(folder/'leaderboard.parquet')
-    k = run.manifest('validation')['settings']['validation.topk']['value']
-    def with_error(value, error): return [f'{v:.4f} ± {e:.4f}' for v,e in zip(board[value], board[error])]
-    return pd.DataFrame({'model': board.model.where(~board.bound, board.model + ' (bound)'), f'NDCG@{k} on validation': with_error('valid_ndcg', 'valid_se'),
-                         f'NDCG@{k} on test': with_error('test_ndcg', 'test_se'), f'recall@{k} on test': with_error('recall', 'recall_se'),
-                         'coverage': board.coverage.map('{:.3f}'.format)})
+    folder = _whole_artifact(run, "validation")
+    if folder is None:
+        return None
+    board = pd.read_parquet(folder / "leaderboard.parquet")
+    k = run.manifest("validation")["settings"]["validation.topk"]["value"]
 
-def _example_list(run:Run, k:int=10) -> tuple:
+    def with_error(value, error):
+        return [f"{v:.4f} ± {e:.4f}" for v, e in zip(board[value], board[error])]
+
+    return pd.DataFrame(
+        {
+            "model": board.model.where(~board.bound, board.model + " (bound)"),
+            f"NDCG@{k} on validation": with_error("valid_ndcg", "valid_se"),
+            f"NDCG@{k} on test": with_error("test_ndcg", "test_se"),
+            f"recall@{k} on test": with_error("recall", "recall_se"),
+            "coverage": board.coverage.map("{:.3f}".format),
+        }
+    )
+
+
+def _example_list(run: Run, k: int = 10) -> tuple:
     "A user of the data and ten recommendations with titles, from the packaged bundle; (None, None) where there is none."
     from aerec_nb.packaging import load_bundle
-    folder = _whole_artifact(run, 'packaging')
-    if folder is None: return None, None
-    recommender = load_bundle(folder/'bundle', settings=run.settings)
+
+    folder = _whole_artifact(run, "packaging")
+    if folder is None:
+        return None, None
+    recommender = load_bundle(folder / "bundle", settings=run.settings)
     user = recommender.users[0]
     return user, recommender.recommend(user_id=user, k=k).to_frame()
 
 # %% ../nbs/07_pipeline.ipynb #f3d210cd
-def summary(result:PipelineResult # of `run_pipeline`
-           ) -> str: # several lines for a terminal
+def summary(
+    result: PipelineResult,  # of `run_pipeline`
+) -> str:  # several lines for a terminal
     "What a person wants to know at the end: data, leaderboard, ten recommendations, the report, how to serve."
     run = result.run
-    kept = run.folder/'report'/'summary.txt'
-    if not any(o.state == 'done' for o in result.outcomes) and kept.exists(): said = kept.read_text(encoding='utf-8')
+    kept = run.folder / "report" / "summary.txt"
+    if not any(o.state == "done" for o in result.outcomes) and kept.exists():
+        said = kept.read_text(encoding="utf-8")
     else:
-        said = '\n'.join(['', *_said(run)])
+        said = "\n".join(["", *_said(run)])
         _write(kept, said)
-    lines = [said, *(f'{o.stage} failed: {o.error}\n  its traceback: {run.folder/"failure.txt"}\n  go on with it: {_command()} run --resume' for o in result.failed), f'report: {result.report}']
-    if result.ok and (run.folder/'packaging'/'bundle').exists(): lines += [f'serve:  {_command()} serve --run {run.name}   (or: make serve)']
-    return '\n'.join(lines)
+    lines = [
+        said,
+        *(
+            f"{o.stage} failed: {o.error}\n  its traceback: {run.folder / 'failure.txt'}\n  go on with it: {_command()} run --resume"
+            for o in result.failed
+        ),
+        f"report: {result.report}",
+    ]
+    if result.ok and (run.folder / "packaging" / "bundle").exists():
+        lines += [f"serve:  {_command()} serve --run {run.name}   (or: make serve)"]
+    return "\n".join(lines)
 
-def _said(run:Run) -> list:
+
+def _said(run: Run) -> list:
     board, (user, recommended) = _leaderboard(run), _example_list(run)
     lines = [_data_line(run)]
-    if board is not None: lines += ['', 'Leaderboard (chosen on validation, test read once)', board.to_string(index=False)]
-    if recommended is not None: lines += ['', f'Ten recommendations for user {user}', recommended.to_string(index=False, float_format=lambda v: f'{v:.4f}')]
-    return lines + ['']
+    if board is not None:
+        lines += ["", "Leaderboard (chosen on validation, test read once)", board.to_string(index=False)]
+    if recommended is not None:
+        lines += [
+            "",
+            f"Ten recommendations for user {user}",
+            recommended.to_string(index=False, float_format=lambda v: f"{v:.4f}"),
+        ]
+    return lines + [""]
+
 
 def _command() -> str:
     "How this command is called from the project's folder."
-    script = Path(sys.executable).parent/'aerec'
-    return script.relative_to(Path.cwd()).as_posix() if script.is_relative_to(Path.cwd()) else 'aerec'
+    script = Path(sys.executable).parent / "aerec"
+    return script.relative_to(Path.cwd()).as_posix() if script.is_relative_to(Path.cwd()) else "aerec"
 
 # %% ../nbs/07_pipeline.ipynb #75550b85
-def sweep_points(grid:dict, # knob -> values to try
-                 n_seeds:int=1, # runs of each point
-                 first_seed:int=42 # the seeds follow each other
-                ) -> list: # of (knobs of the point, seeds)
+def sweep_points(
+    grid: dict,  # knob -> values to try
+    n_seeds: int = 1,  # runs of each point
+    first_seed: int = 42,  # the seeds follow each other
+) -> list:  # of (knobs of the point, seeds)
     "The points of a grid; a knob that none of a point's models has is left out of it, so that no point is tried twice."
     from aerec_nb.modeling import hyperparameters, model_names
-    if unknown := [k for k in grid if k not in KNOBS]: load_settings(**{unknown[0]: grid[unknown[0]][0]}) # raises with the valid names
+
+    if unknown := [k for k in grid if k not in KNOBS]:
+        load_settings(**{unknown[0]: grid[unknown[0]][0]})  # raises with the valid names
     of_models = {h for name in model_names() for h in hyperparameters(name)}
     points = []
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values))
-        models = [point['model']] if point.get('model') else None
+        models = [point["model"]] if point.get("model") else None
         if models and all(m in model_names() for m in models):
-            point = {k: v for k,v in point.items() if k not in of_models or any(k in hyperparameters(m) for m in models)}
-        if point not in points: points.append(point)
-    if idle := [k for k in grid if not any(k in p for p in points)]: raise AerecError(f"{idle[0]}: none of the models {', '.join(map(str, grid['model']))} has it; leave it out of the sweep")
-    return [(p, [first_seed+i for i in range(n_seeds)]) for p in points]
+            point = {
+                k: v for k, v in point.items() if k not in of_models or any(k in hyperparameters(m) for m in models)
+            }
+        if point not in points:
+            points.append(point)
+    if idle := [k for k in grid if not any(k in p for p in points)]:
+        raise AerecError(
+            f"{idle[0]}: none of the models {', '.join(map(str, grid['model']))} has it; leave it out of the sweep"
+        )
+    return [(p, [first_seed + i for i in range(n_seeds)]) for p in points]
 
 # %% ../nbs/07_pipeline.ipynb #18d90743
-def point_interval(values:list, # a metric, once a seed
-                   errors:list # its standard errors over users
-                  ) -> tuple: # (mean, low, high) of a 95 % interval
+def point_interval(
+    values: list,  # a metric, once a seed
+    errors: list,  # its standard errors over users
+) -> tuple:  # (mean, low, high) of a 95 % interval
     "Mean of a point's runs with its interval."
     from scipy import stats
-    n, mean = len(values), sum(values)/len(values)
+
+    n, mean = len(values), sum(values) / len(values)
     se = errors[0] if n == 1 else float(pd.Series(values).sem())
-    half = (1.959964 if n == 1 else stats.t.ppf(.975, n-1))*se
-    return mean, mean-half, mean+half
+    half = (1.959964 if n == 1 else stats.t.ppf(0.975, n - 1)) * se
+    return mean, mean - half, mean + half
 
 # %% ../nbs/07_pipeline.ipynb #3818fe6b
 @dataclass
 class Sweep:
     "What `run_sweep` leaves behind."
-    folder:Path # with points.parquet, sweep.json and index.html
-    table:pd.DataFrame # a row a point, best first
-    command:str # that runs the best point
+
+    folder: Path  # with points.parquet, sweep.json and index.html
+    table: pd.DataFrame  # a row a point, best first
+    command: str  # that runs the best point
 
     @property
-    def report(self): return self.folder/'index.html'
+    def report(self):
+        return self.folder / "index.html"
 
 # %% ../nbs/07_pipeline.ipynb #022dea4c
-def run_sweep(grid:dict, # knob -> values to try
-              n_seeds:int=1, # runs of each point
-              env:str=None, # as configured
-              data:str=None, # as configured
-              name:str=None, # of the sweep; None: by time
-              say=print, # called with each line of progress
-              **knobs # settings by name, the same for all points
-             ) -> Sweep: # its table is also there if some points failed
+def run_sweep(
+    grid: dict,  # knob -> values to try
+    n_seeds: int = 1,  # runs of each point
+    env: str = None,  # as configured
+    data: str = None,  # as configured
+    name: str = None,  # of the sweep; None: by time
+    say=print,  # called with each line of progress
+    **knobs,  # settings by name, the same for all points
+) -> Sweep:  # its table is also there if some points failed
     "Run every point of a grid up to validation, and compare them; what an earlier sweep or run has made already is not made again."
     settings = load_settings(env, source=data, **knobs)
     points = sweep_points(grid, n_seeds, settings.run.random_seed)
-    if twice := set(grid) & set(knobs): raise AerecError(f'{min(twice)} is both swept over and fixed: leave one of them out')
+    if twice := set(grid) & set(knobs):
+        raise AerecError(f"{min(twice)} is both swept over and fixed: leave one of them out")
     from aerec_nb.modeling import configured_models
-    for point,_ in points: configured_models(load_settings(env, source=data, **knobs, **point), (*knobs, *point)) # refused before the first run
-    rows, name = [], name or time.strftime('%Y%m%d-%H%M%S', time.gmtime())
-    for n,(point, seeds) in enumerate(points, 1):
-        say(f"point {n} of {len(points)}: {', '.join(f'{k} {_short(v)}' for k,v in point.items())}")
-        runs = [_point_run(env, data, {**knobs, **point, 'random_seed': seed} if n_seeds > 1 else {**knobs, **point}, say) for seed in seeds]
+
+    for point, _ in points:
+        configured_models(
+            load_settings(env, source=data, **knobs, **point), (*knobs, *point)
+        )  # refused before the first run
+    rows, name = [], name or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    for n, (point, seeds) in enumerate(points, 1):
+        say(f"point {n} of {len(points)}: {', '.join(f'{k} {_short(v)}' for k, v in point.items())}")
+        runs = [
+            _point_run(env, data, {**knobs, **point, "random_seed": seed} if n_seeds > 1 else {**knobs, **point}, say)
+            for seed in seeds
+        ]
         rows.append(dict(point=point, runs=runs))
     return _compare_points(settings, name, rows, data, knobs, env)
+
 
 def _point_run(env, data, knobs, say) -> dict:
     "One run of a point: taken as it is where an earlier one is the same."
     lines = []
-    try: result = run_pipeline(env=env, data=data, last='validation', say=lines.append, **knobs)
-    except FileError: raise # the other points would meet it as well
+    try:
+        result = run_pipeline(env=env, data=data, last="validation", say=lines.append, **knobs)
+    except FileError:
+        raise  # the other points would meet it as well
     except AerecError as e:
-        say(f'  failed: {e}')
-        return dict(error=str(e), seconds=0.)
+        say(f"  failed: {e}")
+        return dict(error=str(e), seconds=0.0)
     seconds, run = sum(o.seconds for o in result.outcomes), result.run
     if not result.ok:
-        say(f'  run {run.name} failed: {result.failed[0].error}')
+        say(f"  run {run.name} failed: {result.failed[0].error}")
         return dict(run=run.name, error=result.failed[0].error, seconds=seconds)
-    chosen = read_json(run.folder/'validation'/'choice.json')['model']
-    board = pd.read_parquet(run.folder/'validation'/'leaderboard.parquet').set_index('model').loc[chosen]
-    say(f"  run {run.name}: {chosen}, NDCG@{run.settings.validation.topk} on validation {board.valid_ndcg:.4f} ± {board.valid_se:.4f}, {seconds:.0f} s")
-    return dict(run=run.name, chosen=chosen, valid_ndcg=float(board.valid_ndcg), valid_se=float(board.valid_se), seconds=seconds)
+    chosen = read_json(run.folder / "validation" / "choice.json")["model"]
+    board = pd.read_parquet(run.folder / "validation" / "leaderboard.parquet").set_index("model").loc[chosen]
+    say(
+        f"  run {run.name}: {chosen}, NDCG@{run.settings.validation.topk} on validation {board.valid_ndcg:.4f} ± {board.valid_se:.4f}, {seconds:.0f} s"
+    )
+    return dict(
+        run=run.name, chosen=chosen, valid_ndcg=float(board.valid_ndcg), valid_se=float(board.valid_se), seconds=seconds
+    )
 
 # %% ../nbs/07_pipeline.ipynb #02d489d1
 def _compare_points(settings, name, rows, data, knobs, env) -> Sweep:
     "The table of a sweep, its files and its page."
     k, table = settings.validation.topk, []
     for row in rows:
-        good = [r for r in row['runs'] if 'valid_ndcg' in r]
-        mean, low, high = point_interval([r['valid_ndcg'] for r in good], [r['valid_se'] for r in good]) if good else (float('nan'),)*3
-        table.append({**row['point'], f'NDCG@{k} on validation': mean, 'low': low, 'high': high, 'seeds': len(good), 'seconds': sum(r['seconds'] for r in row['runs']),
-                      'runs': ' '.join(r.get('run', '-') for r in row['runs'])})
-    frame = pd.DataFrame(table).sort_values(f'NDCG@{k} on validation', ascending=False, ignore_index=True)
-    if frame[f'NDCG@{k} on validation'].isna().all(): raise AerecError(f"no point of the sweep came to its end: {next((r['error'] for row in rows for r in row['runs'] if 'error' in r), '')}")
+        good = [r for r in row["runs"] if "valid_ndcg" in r]
+        mean, low, high = (
+            point_interval([r["valid_ndcg"] for r in good], [r["valid_se"] for r in good])
+            if good
+            else (float("nan"),) * 3
+        )
+        table.append(
+            {
+                **row["point"],
+                f"NDCG@{k} on validation": mean,
+                "low": low,
+                "high": high,
+                "seeds": len(good),
+                "seconds": sum(r["seconds"] for r in row["runs"]),
+                "runs": " ".join(r.get("run", "-") for r in row["runs"]),
+            }
+        )
+    frame = pd.DataFrame(table).sort_values(f"NDCG@{k} on validation", ascending=False, ignore_index=True)
+    if frame[f"NDCG@{k} on validation"].isna().all():
+        raise AerecError(
+            f"no point of the sweep came to its end: {next((r['error'] for row in rows for r in row['runs'] if 'error' in r), '')}"
+        )
     point = {c: frame[c][0] for c in frame.columns if c in KNOBS and pd.notna(frame[c][0])}
-    words = ['aerec', 'run', *(['--env', env] if env else []), *(['--data', data] if data else [])]
-    for knob,value in {**knobs, **point}.items(): words += ['-p', knob, str(value)]
-    folder = settings.paths.runs_dir/'sweeps'/name
-    with file_errors(folder): folder.mkdir(parents=True, exist_ok=True)
-    sweep = Sweep(folder, frame, ' '.join(shlex.quote(w) for w in words))
-    write_parquet(folder/'points.parquet', frame.astype({c: str for c in frame.columns if c in KNOBS}))
-    write_json(folder/'sweep.json', dict(name=name, best=point, command=sweep.command, points=rows))
+    words = ["aerec", "run", *(["--env", env] if env else []), *(["--data", data] if data else [])]
+    for knob, value in {**knobs, **point}.items():
+        words += ["-p", knob, str(value)]
+    folder = settings.paths.runs_dir / "sweeps" / name
+    with file_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    sweep = Sweep(folder, frame, " ".join(shlex.quote(w) for w in words))
+    write_parquet(folder / "points.parquet", frame.astype({c: str for c in frame.columns if c in KNOBS}))
+    write_json(folder / "sweep.json", dict(name=name, best=point, command=sweep.command, points=rows))
     _write(sweep.report, _sweep_page(sweep, k))
     return sweep
 
 # %% ../nbs/07_pipeline.ipynb #5e0bb88c
-def plot_sweep(table:pd.DataFrame, # of a `Sweep`
-               metric:str=None # column to judge by; None: the one that begins with NDCG
-              ): # -> matplotlib Figure
+def plot_sweep(
+    table: pd.DataFrame,  # of a `Sweep`
+    metric: str = None,  # column to judge by; None: the one that begins with NDCG
+):  # -> matplotlib Figure
     "The points of a sweep in parallel coordinates, with the metric and its interval on the last axis."
     import matplotlib.pyplot as plt
-    metric = metric or next(c for c in table.columns if c.startswith('NDCG'))
+
+    metric = metric or next(c for c in table.columns if c.startswith("NDCG"))
     knobs, good = [c for c in table.columns if c in KNOBS], table.dropna(subset=[metric])
-    def heights(values): # evenly, in order of number or first appearance
-        numbers = pd.to_numeric(values, errors='coerce')
-        levels = sorted(values.dropna().unique(), key=float) if numbers.notna().sum() == values.notna().sum() else list(values.dropna().unique())
-        return values.map({v: (i+.5)/len(levels) for i,v in enumerate(levels)}), {(i+.5)/len(levels): _short(v) for i,v in enumerate(levels)}
+
+    def heights(values):  # evenly, in order of number or first appearance
+        numbers = pd.to_numeric(values, errors="coerce")
+        levels = (
+            sorted(values.dropna().unique(), key=float)
+            if numbers.notna().sum() == values.notna().sum()
+            else list(values.dropna().unique())
+        )
+        return values.map({v: (i + 0.5) / len(levels) for i, v in enumerate(levels)}), {
+            (i + 0.5) / len(levels): _short(v) for i, v in enumerate(levels)
+        }
+
     low, high = good.low.min(), good.high.max()
-    span = (high-low) or 1
-    fig, ax = plt.subplots(figsize=(max(6, 2.1*(len(knobs)+1)), 4.2), layout='constrained')
-    ys = pd.DataFrame({k: heights(good[k])[0] for k in knobs} | {metric: (good[metric]-low)/span})
-    shade = (good[metric]-good[metric].min())/((good[metric].max()-good[metric].min()) or 1)
-    for n,(i,row) in enumerate(ys.iloc[::-1].iterrows()):
-        best = n == len(ys)-1
+    span = (high - low) or 1
+    fig, ax = plt.subplots(figsize=(max(6, 2.1 * (len(knobs) + 1)), 4.2), layout="constrained")
+    ys = pd.DataFrame({k: heights(good[k])[0] for k in knobs} | {metric: (good[metric] - low) / span})
+    shade = (good[metric] - good[metric].min()) / ((good[metric].max() - good[metric].min()) or 1)
+    for n, (i, row) in enumerate(ys.iloc[::-1].iterrows()):
+        best = n == len(ys) - 1
         known = row.dropna()
-        ax.plot([list(ys.columns).index(c) for c in known.index], known, color='#d55e00' if best else plt.cm.Blues(.3+.6*shade[i]), lw=2.6 if best else 1.4, zorder=3 if best else 2)
-        ax.plot([len(knobs)]*2, [(good.low[i]-low)/span, (good.high[i]-low)/span], color='#d55e00' if best else '#56b4e9', lw=2 if best else 1, alpha=.9, zorder=3 if best else 2)
-    for x,knob in enumerate(knobs):
-        for y,label in heights(good[knob])[1].items(): ax.annotate(label, (x, y), xytext=(5, 0), textcoords='offset points', va='center', fontsize=9, bbox=dict(fc='white', ec='none', alpha=.75, pad=1), zorder=4)
-    for y in (0, .5, 1): ax.annotate(f'{low+y*span:.4f}', (len(knobs), y), xytext=(7, 0), textcoords='offset points', va='center', fontsize=9)
-    for x in range(len(knobs)+1): ax.axvline(x, color='#888888', lw=.8, zorder=1)
-    ax.set(xticks=range(len(knobs)+1), xticklabels=[*knobs, f'{metric}\n(95 % interval)'], yticks=[], xlim=(-.15, len(knobs)+.45), ylim=(-.06, 1.06), title='Points of the sweep; orange: the best on validation')
-    ax.spines[['top', 'right', 'left', 'bottom']].set_visible(False)
+        ax.plot(
+            [list(ys.columns).index(c) for c in known.index],
+            known,
+            color="#d55e00" if best else plt.cm.Blues(0.3 + 0.6 * shade[i]),
+            lw=2.6 if best else 1.4,
+            zorder=3 if best else 2,
+        )
+        ax.plot(
+            [len(knobs)] * 2,
+            [(good.low[i] - low) / span, (good.high[i] - low) / span],
+            color="#d55e00" if best else "#56b4e9",
+            lw=2 if best else 1,
+            alpha=0.9,
+            zorder=3 if best else 2,
+        )
+    for x, knob in enumerate(knobs):
+        for y, label in heights(good[knob])[1].items():
+            ax.annotate(
+                label,
+                (x, y),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                bbox=dict(fc="white", ec="none", alpha=0.75, pad=1),
+                zorder=4,
+            )
+    for y in (0, 0.5, 1):
+        ax.annotate(
+            f"{low + y * span:.4f}", (len(knobs), y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9
+        )
+    for x in range(len(knobs) + 1):
+        ax.axvline(x, color="#888888", lw=0.8, zorder=1)
+    ax.set(
+        xticks=range(len(knobs) + 1),
+        xticklabels=[*knobs, f"{metric}\n(95 % interval)"],
+        yticks=[],
+        xlim=(-0.15, len(knobs) + 0.45),
+        ylim=(-0.06, 1.06),
+        title="Points of the sweep; orange: the best on validation",
+    )
+    ax.spines[["top", "right", "left", "bottom"]].set_visible(False)
     plt.close(fig)
     return fig
 
 # %% ../nbs/07_pipeline.ipynb #4ca39bb1
-_SWEEP = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+_SWEEP = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>aerec_nb sweep {{ name }}</title><style>{{ style }}</style></head><body><main><h1>Sweep {{ name }}</h1><blockquote>{{ n }} points; the best one: <code>{{ command|e }}</code></blockquote>
-{{ table }}<p>Intervals: 95 %, over seeds (Student's t), or over users where there is one seed.</p><img alt="parallel coordinates" src="data:image/png;base64,{{ png }}"></main></body></html>'''
+{{ table }}<p>Intervals: 95 %, over seeds (Student's t), or over users where there is one seed.</p><img alt="parallel coordinates" src="data:image/png;base64,{{ png }}"></main></body></html>"""
+
 
 def _png(fig) -> str:
     "A figure as base64."
     import io
+
     drawn = io.BytesIO()
-    fig.savefig(drawn, format='png', dpi=110)
+    fig.savefig(drawn, format="png", dpi=110)
     return base64.b64encode(drawn.getvalue()).decode()
 
-def _sweep_page(sweep:Sweep, k:int) -> str:
+
+def _sweep_page(sweep: Sweep, k: int) -> str:
     "The page of a sweep; its runs are linked."
     shown = sweep.table.copy()
-    shown['runs'] = [' '.join(f'<a href="../../{r}/index.html">{r}</a>' if r != '-' else '-' for r in runs.split()) for runs in shown.runs]
+    shown["runs"] = [
+        " ".join(f'<a href="../../{r}/index.html">{r}</a>' if r != "-" else "-" for r in runs.split())
+        for runs in shown.runs
+    ]
     for c in shown.columns:
-        if c in KNOBS: shown[c] = [html.escape(_short(v)) if pd.notna(v) else '' for v in shown[c]]
-    return jinja2.Template(_SWEEP).render(name=sweep.folder.name, style=_STYLE, n=len(shown), command=sweep.command, png=_png(plot_sweep(sweep.table)),
-                                          table=shown.to_html(index=False, escape=False, float_format=lambda v: f'{v:.4f}', na_rep='failed'))
+        if c in KNOBS:
+            shown[c] = [html.escape(_short(v)) if pd.notna(v) else "" for v in shown[c]]
+    return jinja2.Template(_SWEEP).render(
+        name=sweep.folder.name,
+        style=_STYLE,
+        n=len(shown),
+        command=sweep.command,
+        png=_png(plot_sweep(sweep.table)),
+        table=shown.to_html(index=False, escape=False, float_format=lambda v: f"{v:.4f}", na_rep="failed"),
+    )
 
 # %% ../nbs/07_pipeline.ipynb #11a1e8fb
-def runs_table(runs_dir:Path # folder of runs
-              ) -> pd.DataFrame: # one row a run, newest first
+def runs_table(
+    runs_dir: Path,  # folder of runs
+) -> pd.DataFrame:  # one row a run, newest first
     "List the runs: when, in which environment, with what, how far, and the result. One that cannot be read is left out with a warning."
     rows = []
     for folder in all_runs(runs_dir):
-        try: rows.append(_runs_row(folder))
-        except FileError as e: warn_once(f'run {folder.name} is left out: {e}')
-    return pd.DataFrame(rows, columns=['run', 'begun (UTC)', 'env', 'given', 'stages', 'state', 'model', 'valid NDCG', 'test NDCG', 'version'])
+        try:
+            rows.append(_runs_row(folder))
+        except FileError as e:
+            warn_once(f"run {folder.name} is left out: {e}")
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "run",
+            "begun (UTC)",
+            "env",
+            "given",
+            "stages",
+            "state",
+            "model",
+            "valid NDCG",
+            "test NDCG",
+            "version",
+        ],
+    )
 
-def _runs_row(folder:Path) -> tuple:
+
+def _runs_row(folder: Path) -> tuple:
     "A run in the table of runs."
-    about, manifests = read_run_file(folder), {name: readable_manifest(folder/name) for name in STAGES}
+    about, manifests = read_run_file(folder), {name: readable_manifest(folder / name) for name in STAGES}
     n_done = sum(m is not None for m in manifests.values())
-    pick, packed = ((manifests[name] or {}).get('metrics', {}) for name in ('validation', 'packaging'))
-    given = ', '.join(f'{k} {_short(v)}' for k,v in about['overrides'].items() if k not in ('runs_dir', 'var_dir'))
-    if (folder/'failure.txt').exists(): state = 'failed'
-    elif is_held(folder): state = 'at work'
-    elif any(m is None and (folder/name/'manifest.json').exists() for name,m in manifests.items()): state = 'damaged'
-    else: state = 'whole' if n_done == len(STAGES) else 'in part'
-    begun = about['created'][:16].replace('T', ' ')
-    return (folder.name, begun, about['env'], given or '-', f'{n_done} of {len(STAGES)}', state,
-            pick.get('model', '-'), pick.get('ndcg_valid'), pick.get('ndcg_test'), packed.get('version'))
+    pick, packed = ((manifests[name] or {}).get("metrics", {}) for name in ("validation", "packaging"))
+    given = ", ".join(f"{k} {_short(v)}" for k, v in about["overrides"].items() if k not in ("runs_dir", "var_dir"))
+    if (folder / "failure.txt").exists():
+        state = "failed"
+    elif is_held(folder):
+        state = "at work"
+    elif any(m is None and (folder / name / "manifest.json").exists() for name, m in manifests.items()):
+        state = "damaged"
+    else:
+        state = "whole" if n_done == len(STAGES) else "in part"
+    begun = about["created"][:16].replace("T", " ")
+    return (
+        folder.name,
+        begun,
+        about["env"],
+        given or "-",
+        f"{n_done} of {len(STAGES)}",
+        state,
+        pick.get("model", "-"),
+        pick.get("ndcg_valid"),
+        pick.get("ndcg_test"),
+        packed.get("version"),
+    )
 
-def compare_runs(first:Path, # folder of a run
-                 second:Path # of another one
-                ) -> pd.DataFrame: # one row a difference: what, in the first, in the second
+
+def compare_runs(
+    first: Path,  # folder of a run
+    second: Path,  # of another one
+) -> pd.DataFrame:  # one row a difference: what, in the first, in the second
     "What is different between two runs: settings, code, data, key figures."
     rows = []
     for s in STAGES:
-        a, b = readable_manifest(first/s), readable_manifest(second/s)
+        a, b = readable_manifest(first / s), readable_manifest(second / s)
         if not a or not b:
-            if a or b: rows.append((s, 'stage', *('done' if m else 'missing' for m in (a, b))))
+            if a or b:
+                rows.append((s, "stage", *("done" if m else "missing" for m in (a, b))))
             continue
-        for what,one,other in ((w, _flat(a, w), _flat(b, w)) for w in ('settings', 'outside', 'versions', 'metrics')):
-            rows += [(s, f'{what} {k}', _short(one.get(k, 'none')), _short(other.get(k, 'none'))) for k in dict.fromkeys([*one, *other]) if one.get(k) != other.get(k)]
-        if a['code'] != b['code']: rows.append((s, 'code', a['code'][:12], b['code'][:12]))
-    found = pd.DataFrame(rows, columns=['stage', 'what', first.name, second.name])
-    return found[~found.duplicated(['what', first.name, second.name]) | ~found.what.str.startswith(('settings', 'versions'))].reset_index(drop=True)
+        for what, one, other in ((w, _flat(a, w), _flat(b, w)) for w in ("settings", "outside", "versions", "metrics")):
+            rows += [
+                (s, f"{what} {k}", _short(one.get(k, "none")), _short(other.get(k, "none")))
+                for k in dict.fromkeys([*one, *other])
+                if one.get(k) != other.get(k)
+            ]
+        if a["code"] != b["code"]:
+            rows.append((s, "code", a["code"][:12], b["code"][:12]))
+    found = pd.DataFrame(rows, columns=["stage", "what", first.name, second.name])
+    return found[
+        ~found.duplicated(["what", first.name, second.name]) | ~found.what.str.startswith(("settings", "versions"))
+    ].reset_index(drop=True)
 
-def _flat(manifest, part): return {k: v['value'] if isinstance(v, dict) and 'value' in v else v for k,v in manifest[part].items()}
 
-def prune_runs(runs_dir:Path, # folder of runs
-               keep:int # newest runs to keep
-              ) -> list: # names of what was removed
+def _flat(manifest, part):
+    return {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in manifest[part].items()}
+
+
+def prune_runs(
+    runs_dir: Path,  # folder of runs
+    keep: int,  # newest runs to keep
+) -> list:  # names of what was removed
     "Remove old runs; one that is being worked on stays, and so does one that may not be removed, with a warning."
     gone = []
     for folder in all_runs(runs_dir)[keep:]:
         try:
             with file_errors(folder):
-                if is_held(folder): continue
+                if is_held(folder):
+                    continue
                 shutil.rmtree(folder)
-        except FileError as e: warn_once(f'run {folder.name} stays: {e}')
-        else: gone.append(folder.name)
+        except FileError as e:
+            warn_once(f"run {folder.name} stays: {e}")
+        else:
+            gone.append(folder.name)
     return gone
 
 # %% ../nbs/07_pipeline.ipynb #890af02e
-_GROUPS = {'#0072b2': ('configuration', 'data_import', 'business_preprocessing', 'model_preprocessing'), '#009e73': ('modeling', 'training', 'validation'),
-           '#b87400': ('inference', 'postprocessing'), '#cc79a7': ('packaging', 'serving', 'monitoring')}
-_QUESTIONS = ['where and how?', 'which ratings?', 'which ones count?', 'who is held out?', 'which models?', 'how long, how fast?', 'which one is best?',
-              'what for whom?', 'what may be shown?', 'what do we ship?', 'who asks for it?', 'does it still work?']
+_GROUPS = {
+    "#0072b2": ("configuration", "data_import", "business_preprocessing", "model_preprocessing"),
+    "#009e73": ("modeling", "training", "validation"),
+    "#b87400": ("inference", "postprocessing"),
+    "#cc79a7": ("packaging", "serving", "monitoring"),
+}
+_QUESTIONS = [
+    "where and how?",
+    "which ratings?",
+    "which ones count?",
+    "who is held out?",
+    "which models?",
+    "how long, how fast?",
+    "which one is best?",
+    "what for whom?",
+    "what may be shown?",
+    "what do we ship?",
+    "who asks for it?",
+    "does it still work?",
+]
 
 # %% ../nbs/07_pipeline.ipynb #8e2530a8
-def draw_process(path:Path=None # SVG or PNG file to write; None: only draw
-                ): # -> matplotlib Figure
+def draw_process(
+    path: Path = None,  # SVG or PNG file to write; None: only draw
+):  # -> matplotlib Figure
     "The twelve stages in order, each with the question that it answers."
     import matplotlib.pyplot as plt
     from matplotlib.patches import FancyBboxPatch
-    color = {name: c for c,names in _GROUPS.items() for name in names}
-    with plt.rc_context({'svg.hashsalt': 'aerec_nb', 'svg.fonttype': 'path'}):
-        fig, ax = plt.subplots(figsize=(10, 3.4), layout='constrained')
-        for i,stage in enumerate(STAGES.values()):
+
+    color = {name: c for c, names in _GROUPS.items() for name in names}
+    with plt.rc_context({"svg.hashsalt": "aerec_nb", "svg.fonttype": "path"}):
+        fig, ax = plt.subplots(figsize=(10, 3.4), layout="constrained")
+        for i, stage in enumerate(STAGES.values()):
             row, column = divmod(i, 4)
-            x, y = 2.5*column, -1.15*row
-            ax.add_patch(FancyBboxPatch((x-1.02, y-.34), 2.04, .68, boxstyle='round,pad=0.06', fc=color[stage.name], ec='none'))
-            ax.text(x, y+.13, f'{stage.notebook.split("_")[0]}  {stage.name.replace("_", " ")}', ha='center', va='center', fontsize=9, weight='bold', color='white')
-            ax.text(x, y-.17, _QUESTIONS[i], ha='center', va='center', fontsize=9, color='white')
-            if column < 3: ax.annotate('', (x+1.43, y), (x+1.07, y), arrowprops=dict(arrowstyle='-|>', color='#888888'))
-        ax.set(xlim=(-1.2, 8.7), ylim=(-2.8, .5))
-        ax.axis('off')
-        if path: fig.savefig(path, metadata={'Date': None} if str(path).endswith('svg') else None, dpi=110)
+            x, y = 2.5 * column, -1.15 * row
+            ax.add_patch(
+                FancyBboxPatch(
+                    (x - 1.02, y - 0.34), 2.04, 0.68, boxstyle="round,pad=0.06", fc=color[stage.name], ec="none"
+                )
+            )
+            ax.text(
+                x,
+                y + 0.13,
+                f"{stage.notebook.split('_')[0]}  {stage.name.replace('_', ' ')}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                weight="bold",
+                color="white",
+            )
+            ax.text(x, y - 0.17, _QUESTIONS[i], ha="center", va="center", fontsize=9, color="white")
+            if column < 3:
+                ax.annotate("", (x + 1.43, y), (x + 1.07, y), arrowprops=dict(arrowstyle="-|>", color="#888888"))
+        ax.set(xlim=(-1.2, 8.7), ylim=(-2.8, 0.5))
+        ax.axis("off")
+        if path:
+            fig.savefig(path, metadata={"Date": None} if str(path).endswith("svg") else None, dpi=110)
         plt.close(fig)
     return fig
 
 # %% ../nbs/07_pipeline.ipynb #ac1804a7
-def plot_stages(folder:Path # of a run
-               ): # -> matplotlib Figure
+def plot_stages(
+    folder: Path,  # of a run
+):  # -> matplotlib Figure
     "Seconds and peak memory of each stage of a run."
     import matplotlib.pyplot as plt
+
     table = stage_table(folder).iloc[::-1]
-    fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout='constrained')
-    for ax,column,color in zip(axes, ['seconds', 'peak MiB'], ['#0072b2', '#e69f00']):
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    for ax, column, color in zip(axes, ["seconds", "peak MiB"], ["#0072b2", "#e69f00"]):
         ax.barh(table.notebook, table[column].fillna(0), color=color)
         ax.set(xlabel=column)
-        ax.spines[['top', 'right']].set_visible(False)
-    fig.suptitle(f'Run {Path(folder).name}')
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(f"Run {Path(folder).name}")
     plt.close(fig)
     return fig
 
 # %% ../nbs/07_pipeline.ipynb #9269b40c
-def _signatures(source:str) -> list:
+def _signatures(source: str) -> list:
     "Exported functions and classes of a notebook: name, first line, docstring, rows of (parameter, type, default, meaning)."
     from fastcore.docments import docments
     import inspect
-    module, found = importlib.import_module(f'aerec_nb.{source}'), []
-    for name in getattr(module, '__all__', []):
+
+    module, found = importlib.import_module(f"aerec_nb.{source}"), []
+    for name in getattr(module, "__all__", []):
         thing = getattr(module, name)
-        if not (inspect.isfunction(thing) or inspect.isclass(thing)) or thing.__module__ != module.__name__: continue
-        if hasattr(thing, 'model_fields'): # settings
-            found.append((name, f'class {name}', inspect.getdoc(thing) or '', [(k, str(f.annotation).removeprefix("<class '").removesuffix("'>").replace('typing.', ''), repr(f.default), f.description or '') for k,f in thing.model_fields.items()]))
+        if not (inspect.isfunction(thing) or inspect.isclass(thing)) or thing.__module__ != module.__name__:
             continue
-        try: told, signature = docments(thing, full=True, returns=True), inspect.signature(thing)
-        except (ValueError, TypeError, OSError): continue # no signature, as some library classes have none
+        if hasattr(thing, "model_fields"):  # settings
+            found.append(
+                (
+                    name,
+                    f"class {name}",
+                    inspect.getdoc(thing) or "",
+                    [
+                        (
+                            k,
+                            str(f.annotation).removeprefix("<class '").removesuffix("'>").replace("typing.", ""),
+                            repr(f.default),
+                            f.description or "",
+                        )
+                        for k, f in thing.model_fields.items()
+                    ],
+                )
+            )
+            continue
+        try:
+            told, signature = docments(thing, full=True, returns=True), inspect.signature(thing)
+        except (ValueError, TypeError, OSError):
+            continue  # no signature, as some library classes have none
         rows = []
-        for p,about in told.items():
-            if p in ('self', 'cls') or not isinstance(about, dict): continue
-            kind, default = about.get('anno'), about.get('default')
-            empty = default is inspect.Parameter.empty or p == 'return'
-            rows.append((p, '' if kind is inspect.Parameter.empty or kind is None else getattr(kind, '__name__', str(kind)), '' if empty else repr(default), ' '.join((about.get('docment') or '').split())))
-        found.append((name, f"{'class ' if inspect.isclass(thing) else ''}{name}({', '.join(signature.parameters)})", inspect.getdoc(thing) or '', [r for r in rows if any(r[1:])]))
+        for p, about in told.items():
+            if p in ("self", "cls") or not isinstance(about, dict):
+                continue
+            kind, default = about.get("anno"), about.get("default")
+            empty = default is inspect.Parameter.empty or p == "return"
+            rows.append(
+                (
+                    p,
+                    "" if kind is inspect.Parameter.empty or kind is None else getattr(kind, "__name__", str(kind)),
+                    "" if empty else repr(default),
+                    " ".join((about.get("docment") or "").split()),
+                )
+            )
+        found.append(
+            (
+                name,
+                f"{'class ' if inspect.isclass(thing) else ''}{name}({', '.join(signature.parameters)})",
+                inspect.getdoc(thing) or "",
+                [r for r in rows if any(r[1:])],
+            )
+        )
     return found
 
-_REFERENCE = '''<h1>Reference</h1><blockquote>What each module exports, from the comments beside its parameters.</blockquote>
+
+_REFERENCE = """<h1>Reference</h1><blockquote>What each module exports, from the comments beside its parameters.</blockquote>
 <p>{% for module, _, found in modules %}<a href="#{{ module }}">{{ module }}</a>{{ " · " if not loop.last }}{% endfor %}</p>
 {% for module, page, found in modules %}<h2 id="{{ module }}">aerec_nb.{{ module }} <small>(<a href="{{ page }}.html">{{ page }}</a>)</small></h2>
 {% for name, signature, doc, rows in found %}<h4 id="{{ module }}.{{ name }}"><code>{{ signature }}</code></h4><p>{{ doc|code }}</p>{% if rows %}<table class="left"><thead><tr><th>parameter</th><th>type</th><th>default</th><th>meaning</th></tr></thead><tbody>
-{% for p, kind, default, meaning in rows %}<tr><td><code>{{ p }}</code></td><td>{{ kind }}</td><td>{{ default }}</td><td>{{ meaning|code }}</td></tr>{% endfor %}</tbody></table>{% endif %}{% endfor %}{% endfor %}'''
+{% for p, kind, default, meaning in rows %}<tr><td><code>{{ p }}</code></td><td>{{ kind }}</td><td>{{ default }}</td><td>{{ meaning|code }}</td></tr>{% endfor %}</tbody></table>{% endif %}{% endfor %}{% endfor %}"""
 
 # %% ../nbs/07_pipeline.ipynb #02534c0b
-def build_docs(target:Path, # folder to write the site to
-              ) -> Path: # its index page
+def build_docs(
+    target: Path,  # folder to write the site to
+) -> Path:  # its index page
     "Every notebook as a page, and the reference, without the network; people who have Quarto use nbdev_docs."
-    target, source = Path(target), project_dir()/'nbs'
+    target, source = Path(target), project_dir() / "nbs"
     target.mkdir(parents=True, exist_ok=True)
-    hidden = lambda p: any(part.startswith(('.', '_')) for part in p.relative_to(source).parts)
-    notebooks = sorted((p for p in source.rglob('*.ipynb') if not hidden(p)), key=lambda p: (len(p.relative_to(source).parts), p.as_posix()))
-    links = {p.stem: f'{p.stem}.html' for p in notebooks}
-    if twice := sorted({p.stem for p in notebooks if [q.stem for q in notebooks].count(p.stem) > 1}): raise AerecError(f'two notebooks are called {twice[0]}.ipynb, and would be one page: rename one')
+    hidden = lambda p: any(part.startswith((".", "_")) for part in p.relative_to(source).parts)
+    notebooks = sorted(
+        (p for p in source.rglob("*.ipynb") if not hidden(p)),
+        key=lambda p: (len(p.relative_to(source).parts), p.as_posix()),
+    )
+    links = {p.stem: f"{p.stem}.html" for p in notebooks}
+    if twice := sorted({p.stem for p in notebooks if [q.stem for q in notebooks].count(p.stem) > 1}):
+        raise AerecError(f"two notebooks are called {twice[0]}.ipynb, and would be one page: rename one")
     groups = {}
-    for p in notebooks: groups.setdefault(_group(p.relative_to(source)), []).append((p.stem, _title(p)))
+    for p in notebooks:
+        groups.setdefault(_group(p.relative_to(source)), []).append((p.stem, _title(p)))
     nav = jinja2.Environment(autoescape=True).from_string(_NAV).render(groups=groups)
-    for path in notebooks: _write(target/f'{path.stem}.html', _on_site(_page_of(_readable(path), path.stem, 'index.html', True, 'home'), nav, links))
+    for path in notebooks:
+        _write(
+            target / f"{path.stem}.html",
+            _on_site(_page_of(_readable(path), path.stem, "index.html", True, "home"), nav, links),
+        )
     modules = [(m, p.stem, _signatures(m)) for p in notebooks if (m := _exports(p))]
     pages = jinja2.Environment(autoescape=True)
-    pages.filters['code'] = lambda text: jinja2.filters.do_mark_safe(re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(text)))
+    pages.filters["code"] = lambda text: jinja2.filters.do_mark_safe(
+        re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    )
     body = pages.from_string(_REFERENCE).render(modules=modules)
-    _write(target/'reference.html', _on_site(jinja2.Template(_PAGE).render(title='Reference', style=_STYLE, body=body, home='index.html', back='home'), nav, {}))
-    if (source/'images').is_dir(): shutil.copytree(source/'images', target/'images', dirs_exist_ok=True)
-    return target/'index.html'
+    _write(
+        target / "reference.html",
+        _on_site(
+            jinja2.Template(_PAGE).render(title="Reference", style=_STYLE, body=body, home="index.html", back="home"),
+            nav,
+            {},
+        ),
+    )
+    if (source / "images").is_dir():
+        shutil.copytree(source / "images", target / "images", dirs_exist_ok=True)
+    return target / "index.html"
 
 # %% ../nbs/07_pipeline.ipynb #0f7d8cd4
-_NAV = '''<nav><a href="index.html"><b>aerec_nb</b></a><a href="reference.html">Reference</a>{% for group, pages in groups.items() %}<h5>{{ group }}</h5>{% for stem, title in pages %}<a href="{{ stem }}.html">{{ title }}</a>{% endfor %}{% endfor %}</nav>
+_NAV = """<nav><a href="index.html"><b>aerec_nb</b></a><a href="reference.html">Reference</a>{% for group, pages in groups.items() %}<h5>{{ group }}</h5>{% for stem, title in pages %}<a href="{{ stem }}.html">{{ title }}</a>{% endfor %}{% endfor %}</nav>
 <style>nav{position:fixed;left:0;top:0;bottom:0;width:230px;overflow-y:auto;background:#eef2f6;padding:14px;font-size:13px;z-index:3} nav a{display:block;padding:2px 0;text-decoration:none} nav h5{margin:14px 0 2px;color:#5d6b7a;text-transform:uppercase;font-size:11px}
-h4{margin:1.4em 0 .2em} body{padding-left:230px} @media(max-width:900px){nav{position:static;width:auto} body{padding-left:0}} @media print{nav{display:none} body{padding-left:0}}</style>'''
+h4{margin:1.4em 0 .2em} body{padding-left:230px} @media(max-width:900px){nav{position:static;width:auto} body{padding-left:0}} @media print{nav{display:none} body{padding-left:0}}</style>"""
 
-def _readable(path:Path):
+
+def _readable(path: Path):
     "A notebook without hidden cells and the directives of nbdev."
     import nbformat
+
     nb = nbformat.read(path, as_version=4)
-    nb.cells = [c for c in nb.cells if not re.search(r'(?m)^\s*#\s*\|\s*(hide\b(?!_)|default_exp)', c.source)]
+    nb.cells = [c for c in nb.cells if not re.search(r"(?m)^\s*#\s*\|\s*(hide\b(?!_)|default_exp)", c.source)]
     for c in nb.cells:
-        if c.cell_type == 'code': c.source = re.sub(r'(?m)^#\s*\|.*\n?', '', c.source)
+        if c.cell_type == "code":
+            c.source = re.sub(r"(?m)^#\s*\|.*\n?", "", c.source)
     return nb
 
-def _group(path:Path) -> str:
+
+def _group(path: Path) -> str:
     "Under which heading a notebook stands."
-    if len(path.parts) > 1: return {'tutorials': 'Tutorials', 'how_to': 'How to', 'benchmarks': 'Benchmarks'}.get(path.parts[0], path.parts[0])
-    return 'Stages' if path.stem in {s.notebook for s in STAGES.values()} else 'Library' if path.stem[:2].isdigit() else 'Start'
+    if len(path.parts) > 1:
+        return {"tutorials": "Tutorials", "how_to": "How to", "benchmarks": "Benchmarks"}.get(
+            path.parts[0], path.parts[0]
+        )
+    return (
+        "Stages"
+        if path.stem in {s.notebook for s in STAGES.values()}
+        else "Library"
+        if path.stem[:2].isdigit()
+        else "Start"
+    )
 
-def _title(path:Path) -> str:
+
+def _title(path: Path) -> str:
     "The heading of a notebook, its number before it."
-    text = ''.join(next((c['source'] for c in read_json(path)['cells'] if c['cell_type'] == 'markdown'), ''))
-    found = re.search(r'(?m)^# (.+)$', text)
-    return (f"{path.stem.split('_')[0]} " if path.stem[:2].isdigit() else '') + (found[1].strip() if found else path.stem)
+    text = "".join(next((c["source"] for c in read_json(path)["cells"] if c["cell_type"] == "markdown"), ""))
+    found = re.search(r"(?m)^# (.+)$", text)
+    return (f"{path.stem.split('_')[0]} " if path.stem[:2].isdigit() else "") + (
+        found[1].strip() if found else path.stem
+    )
 
-def _exports(path:Path) -> str|None:
+
+def _exports(path: Path) -> str | None:
     "The module that a notebook is the source of."
-    return next((m[1] for c in read_json(path)['cells'] if (m := re.search(r'(?m)^#\s*\|\s*default_exp (\w+)', ''.join(c['source'])))), None)
+    return next(
+        (
+            m[1]
+            for c in read_json(path)["cells"]
+            if (m := re.search(r"(?m)^#\s*\|\s*default_exp (\w+)", "".join(c["source"])))
+        ),
+        None,
+    )
 
-def _on_site(page:str, nav:str, links:dict) -> str:
+
+def _on_site(page: str, nav: str, links: dict) -> str:
     "A page with the site's navigation, whose mentions of notebooks lead to their pages."
-    page = re.sub(r'<code>(?:nbs/)?(?:\w+/)?(\w+)(?:\.ipynb)?</code>', lambda m: f'<a href="{links[m[1]]}">{m[0]}</a>' if m[1] in links else m[0], page)
-    return page.replace('</body>', f'{nav}</body>')
+    page = re.sub(
+        r"<code>(?:nbs/)?(?:\w+/)?(\w+)(?:\.ipynb)?</code>",
+        lambda m: f'<a href="{links[m[1]]}">{m[0]}</a>' if m[1] in links else m[0],
+        page,
+    )
+    return page.replace("</body>", f"{nav}</body>")
 
 # %% ../nbs/07_pipeline.ipynb #f2e794cb
 def _template() -> Path:
     "Where the files of a new project come from."
-    package = Path(importlib.util.find_spec('aerec_nb').origin).parent
-    return next((p for p in (package/'_project', package.parent) if (p/'nbs'/'01_data_import.ipynb').exists()), None)
+    package = Path(importlib.util.find_spec("aerec_nb").origin).parent
+    return next(
+        (p for p in (package / "_project", package.parent) if (p / "nbs" / "01_data_import.ipynb").exists()), None
+    )
 
-_INI = '''# Marks the root of a project made by `aerec new`; commands find it from any folder below.
+
+_INI = """# Marks the root of a project made by `aerec new`; commands find it from any folder below.
 [DEFAULT]
 lib_name = aerec_nb
 lib_path = aerec_nb
 nbs_path = nbs
-'''
-_MAKEFILE = '''# make run [DATA=folder] [ENV=dev] | lab | serve | monitor | doctor
+"""
+_MAKEFILE = """# make run [DATA=folder] [ENV=dev] | lab | serve | monitor | doctor
 AEREC ?= aerec
 
 .PHONY: run lab serve monitor doctor
@@ -1288,8 +2032,8 @@ monitor:
 \t@$(AEREC) monitor $(if $(ENV),--env $(ENV))
 doctor:
 \t@$(AEREC) doctor
-'''
-_READ_ME = '''# {name}
+"""
+_READ_ME = """# {name}
 
 A recommender made with aerec_nb. Put `ratings.csv` (user, item; and, if you have them, rating and time) into `dataset/`, then
 
@@ -1303,484 +2047,976 @@ aerec serve        # the same over HTTP
 - `config/` has what differs between dev, stage, live and test; `aerec config` shows every setting with its meaning and where it came from.
 - Rules, models and steps of your own go into a file of this folder and are named in the settings as `my_rules:weekends_only`.
 - `aerec doctor` says what is missing, `aerec --help` what else there is.
-'''
+"""
 
 # %% ../nbs/07_pipeline.ipynb #6fa59677
-def new_project(folder:Path # that shall hold it; it must not exist, or be empty
-               ) -> list: # files that were written, relative to it
+def new_project(
+    folder: Path,  # that shall hold it; it must not exist, or be empty
+) -> list:  # files that were written, relative to it
     "Lay out a project: notebooks, configuration, a folder for data, a Makefile. Nothing is written if it cannot be done."
     folder, template = Path(folder).absolute(), _template()
-    if template is None: raise AerecError('this installation carries no notebooks: install aerec_nb from its wheel, its sdist or a checkout')
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise AerecError(f'{folder}: there is something already; name a folder that does not exist yet')
-    texts = {'settings.ini': _INI, 'Makefile': _MAKEFILE, 'README.md': _READ_ME.format(name=folder.name), '.gitignore': 'runs/\nvar/\ndataset/*\n!dataset/README.md\n.ipynb_checkpoints/\n__pycache__/\n'}
-    copied = [*(f'nbs/{s.notebook}.ipynb' for s in STAGES.values()), *(p.relative_to(template).as_posix() for part in ('config/*.toml', 'nbs/tutorials/*.ipynb', 'nbs/how_to/*.ipynb') for p in sorted(template.glob(part))),
-              'dataset/README.md', 'constraints.txt']
+    if template is None:
+        raise AerecError(
+            "this installation carries no notebooks: install aerec_nb from its wheel, its sdist or a checkout"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AerecError(f"{folder}: there is something already; name a folder that does not exist yet")
+    texts = {
+        "settings.ini": _INI,
+        "Makefile": _MAKEFILE,
+        "README.md": _READ_ME.format(name=folder.name),
+        ".gitignore": "runs/\nvar/\ndataset/*\n!dataset/README.md\n.ipynb_checkpoints/\n__pycache__/\n",
+    }
+    copied = [
+        *(f"nbs/{s.notebook}.ipynb" for s in STAGES.values()),
+        *(
+            p.relative_to(template).as_posix()
+            for part in ("config/*.toml", "nbs/tutorials/*.ipynb", "nbs/how_to/*.ipynb")
+            for p in sorted(template.glob(part))
+        ),
+        "dataset/README.md",
+        "constraints.txt",
+    ]
     is_new = not folder.exists()
     try:
         with file_errors(folder):
-            for name in [*texts, *copied]: (folder/name).parent.mkdir(parents=True, exist_ok=True)
-            for name,text in texts.items(): (folder/name).write_text(text, encoding='utf-8')
-            for name in copied: shutil.copyfile(template/name, folder/name)
+            for name in [*texts, *copied]:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            for name in copied:
+                shutil.copyfile(template / name, folder / name)
     except FileError:
         _empty(folder, is_new)
         raise
     return sorted([*texts, *copied])
 
-def _empty(folder:Path, is_new:bool) -> None:
+
+def _empty(folder: Path, is_new: bool) -> None:
     "Remove what was begun in a folder, and the folder if it was made for it."
     for left in folder.iterdir() if folder.is_dir() else ():
-        if left.is_dir(): shutil.rmtree(left, ignore_errors=True)
-        else: left.unlink(missing_ok=True)
-    if is_new and folder.is_dir(): folder.rmdir()
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    if is_new and folder.is_dir():
+        folder.rmdir()
 
 # %% ../nbs/07_pipeline.ipynb #136471fc
-def _packages_fault(names:list) -> tuple:
+def _packages_fault(names: list) -> tuple:
     "Packages that are not installed, and those of another version than the pinned one."
     pins, missing, other = {}, [], []
-    for path in (project_dir()/'constraints.txt', (_template() or project_dir())/'constraints.txt'):
-        if path.exists(): pins = pins or dict(re.findall(r'(?m)^([\w.-]+)==(\S+)', path.read_text(encoding='utf-8')))
-    pins = {re.sub(r'[-_.]+', '-', k).lower(): v for k,v in pins.items()}
+    for path in (project_dir() / "constraints.txt", (_template() or project_dir()) / "constraints.txt"):
+        if path.exists():
+            pins = pins or dict(re.findall(r"(?m)^([\w.-]+)==(\S+)", path.read_text(encoding="utf-8")))
+    pins = {re.sub(r"[-_.]+", "-", k).lower(): v for k, v in pins.items()}
     for name in names:
-        try: version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: missing.append(name); continue
-        pinned = pins.get(re.sub(r'[-_.]+', '-', name).lower())
-        if pinned and version.split('+')[0] != pinned: other.append(f'{name} {version} (tested with {pinned})')
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+            continue
+        pinned = pins.get(re.sub(r"[-_.]+", "-", name).lower())
+        if pinned and version.split("+")[0] != pinned:
+            other.append(f"{name} {version} (tested with {pinned})")
     return missing, other
 
-def _required(extra:str=None) -> list:
+
+def _required(extra: str = None) -> list:
     "Packages that the installed package asks for, plainly or for an extra."
-    try: asked = importlib.metadata.requires('aerec_nb') or []
-    except importlib.metadata.PackageNotFoundError: return []
-    parts = [(re.match(r'[\w.-]+', r)[0], re.search(r'''extra == ["']([\w-]+)''', r)) for r in asked]
-    return [name for name,of in parts if (of[1] if of else None) == extra]
+    try:
+        asked = importlib.metadata.requires("aerec_nb") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    parts = [(re.match(r"[\w.-]+", r)[0], re.search(r"""extra == ["']([\w-]+)""", r)) for r in asked]
+    return [name for name, of in parts if (of[1] if of else None) == extra]
 
 # %% ../nbs/07_pipeline.ipynb #10cf810d
 def _look_at_packages():
     missing, other = _packages_fault(_required())
-    yield 'packages', 'fault' if missing else 'note' if other else 'fine', f"missing: {', '.join(missing)}" if missing else ', '.join(other) or f'{len(_required())} packages, as tested', 'pip install -c constraints.txt aerec_nb'
-    for extra,what in (('onnx', 'models as ONNX files'), ('ray', 'more than one machine'), ('dev', 'tests, JupyterLab, export from notebooks')):
-        if not (asked := _required(extra)): continue
+    yield (
+        "packages",
+        "fault" if missing else "note" if other else "fine",
+        f"missing: {', '.join(missing)}" if missing else ", ".join(other) or f"{len(_required())} packages, as tested",
+        "pip install -c constraints.txt aerec_nb",
+    )
+    for extra, what in (
+        ("onnx", "models as ONNX files"),
+        ("ray", "more than one machine"),
+        ("dev", "tests, JupyterLab, export from notebooks"),
+    ):
+        if not (asked := _required(extra)):
+            continue
         missing, _ = _packages_fault(asked)
-        yield f'extra [{extra}]', 'note' if missing else 'fine', f"missing: {', '.join(missing)} ({what})" if missing else what, f"pip install -c constraints.txt 'aerec_nb[{extra}]'"
+        yield (
+            f"extra [{extra}]",
+            "note" if missing else "fine",
+            f"missing: {', '.join(missing)} ({what})" if missing else what,
+            f"pip install -c constraints.txt 'aerec_nb[{extra}]'",
+        )
+
 
 def _look_at_notebooks():
-    missing = [s.notebook for s in STAGES.values() if not (project_dir()/'nbs'/f'{s.notebook}.ipynb').exists()]
-    if missing: return (yield 'notebooks', 'fault', f"{show_value(project_dir()/'nbs')} lacks {', '.join(missing)}", 'run from the project, set AEREC_PROJECT to it, or begin one: aerec new my_recommender')
+    missing = [s.notebook for s in STAGES.values() if not (project_dir() / "nbs" / f"{s.notebook}.ipynb").exists()]
+    if missing:
+        return (
+            yield (
+                "notebooks",
+                "fault",
+                f"{show_value(project_dir() / 'nbs')} lacks {', '.join(missing)}",
+                "run from the project, set AEREC_PROJECT to it, or begin one: aerec new my_recommender",
+            )
+        )
     unclean, changed = [], []
     for s in STAGES.values():
         nb = read_json(_source(s))
-        if set(nb['metadata']) != {'kernelspec'} or any(c.get('execution_count') for c in nb['cells']): unclean.append(s.notebook)
-        changed += [f'{s.notebook}: {name}' for name in unexported_changes(s.module, _code(s)[0])]
-    yield 'notebooks', 'note' if unclean else 'fine', f"run by hand and not cleaned: {', '.join(unclean)}" if unclean else f'{len(STAGES)} stages, clean', 'nbdev_clean'
-    yield 'notebooks and modules', 'note' if changed else 'fine', f"changed and not exported: {', '.join(changed)}" if changed else 'the same', 'nbdev_export (until then the change counts in that notebook only)'
+        if set(nb["metadata"]) != {"kernelspec"} or any(c.get("execution_count") for c in nb["cells"]):
+            unclean.append(s.notebook)
+        changed += [f"{s.notebook}: {name}" for name in unexported_changes(s.module, _code(s)[0])]
+    yield (
+        "notebooks",
+        "note" if unclean else "fine",
+        f"run by hand and not cleaned: {', '.join(unclean)}" if unclean else f"{len(STAGES)} stages, clean",
+        "nbdev_clean",
+    )
+    yield (
+        "notebooks and modules",
+        "note" if changed else "fine",
+        f"changed and not exported: {', '.join(changed)}" if changed else "the same",
+        "nbdev_export (until then the change counts in that notebook only)",
+    )
+
 
 def _look_at_data(settings):
     folder, source = settings.paths.dataset_dir, settings.data.source
-    own = [p.name for p in sorted(folder.glob('ratings.*'))] if folder.is_dir() else []
-    cached = [p.name for p in sorted((folder/'.cache').glob('[!.]*')) if p.is_dir()] if (folder/'.cache').is_dir() else []
-    if source != 'auto': yield 'data', 'fine', f'source {show_value(source)} is configured', 'aerec data shows what is in it'
-    elif own: yield 'data', 'fine', f'{own[0]} in {show_value(folder)}', ''
-    else: yield 'data', 'note', f"no ratings.csv in {show_value(folder)}; " + (f"{', '.join(cached)} in its .cache" if cached else 'MovieLens would be fetched, or the sample taken'), f'put ratings.csv into {show_value(folder)}, or say aerec run --data FOLDER'
+    own = [p.name for p in sorted(folder.glob("ratings.*"))] if folder.is_dir() else []
+    cached = (
+        [p.name for p in sorted((folder / ".cache").glob("[!.]*")) if p.is_dir()]
+        if (folder / ".cache").is_dir()
+        else []
+    )
+    if source != "auto":
+        yield "data", "fine", f"source {show_value(source)} is configured", "aerec data shows what is in it"
+    elif own:
+        yield "data", "fine", f"{own[0]} in {show_value(folder)}", ""
+    else:
+        yield (
+            "data",
+            "note",
+            f"no ratings.csv in {show_value(folder)}; "
+            + (f"{', '.join(cached)} in its .cache" if cached else "MovieLens would be fetched, or the sample taken"),
+            f"put ratings.csv into {show_value(folder)}, or say aerec run --data FOLDER",
+        )
 
 # %% ../nbs/07_pipeline.ipynb #d64ad3dd
 def _look_at_stores(settings):
     from aerec_nb.events import EventLog, events_url
+
     uri, url = _registry_url(settings), events_url(settings)
+
     def there(address):
-        path = Path(str(address).partition(':///')[2]) if str(address).startswith('sqlite') else None
-        with file_errors(path): return path is None or path.exists()
+        path = Path(str(address).partition(":///")[2]) if str(address).startswith("sqlite") else None
+        with file_errors(path):
+            return path is None or path.exists()
+
     def tried(address, look, none):
-        try: return ('fine', look()) if there(address) else ('note', none)
-        except Exception as e: return 'fault', _first_line(e) # whatever it says: it cannot be used
-    def versions(): return f"{len(_registry(settings).versions())} versions in {show_value(uri)}"
+        try:
+            return ("fine", look()) if there(address) else ("note", none)
+        except Exception as e:
+            return "fault", _first_line(e)  # whatever it says: it cannot be used
+
+    def versions():
+        return f"{len(_registry(settings).versions())} versions in {show_value(uri)}"
+
     def counted():
         _check_database(url)
         log = EventLog.from_settings(settings)
-        try: return f'{log.count():,} events in {show_value(log.url)}'
-        finally: log.close()
-    yield 'registry', *tried(uri, versions, 'none yet: the first aerec run makes it'), 'aerec run; or set AEREC_PACKAGING__REGISTRY_URI to a registry that answers'
-    yield 'event log', *tried(url, counted, 'none yet: aerec serve makes it'), 'aerec serve; or set AEREC_EVENTS__EVENTS_URL to a database that answers'
+        try:
+            return f"{log.count():,} events in {show_value(log.url)}"
+        finally:
+            log.close()
+
+    yield (
+        "registry",
+        *tried(uri, versions, "none yet: the first aerec run makes it"),
+        "aerec run; or set AEREC_PACKAGING__REGISTRY_URI to a registry that answers",
+    )
+    yield (
+        "event log",
+        *tried(url, counted, "none yet: aerec serve makes it"),
+        "aerec serve; or set AEREC_EVENTS__EVENTS_URL to a database that answers",
+    )
+
 
 def _look_at_folders(settings):
-    for name in ('runs_dir', 'var_dir'):
+    for name in ("runs_dir", "var_dir"):
         folder = getattr(settings.paths, name)
-        fix = f'or set AEREC_PATHS__{name.upper()} to a folder that can be written'
-        try: check_writable(folder)
-        except FileError as e: yield f'folder {name}', 'fault', str(e), fix
-        else: yield f'folder {name}', 'fine', f'{show_value(folder)} can be written', ''
+        fix = f"or set AEREC_PATHS__{name.upper()} to a folder that can be written"
+        try:
+            check_writable(folder)
+        except FileError as e:
+            yield f"folder {name}", "fault", str(e), fix
+        else:
+            yield f"folder {name}", "fine", f"{show_value(folder)} can be written", ""
+
 
 def _look_at_runs(settings):
     "Runs and manifests that cannot be read; the contents of files are checked when an artifact is reused."
     damaged = []
-    for folder in sorted(run_folders(settings.paths.runs_dir)): damaged += [_first_line(e) for e in _refusals(folder)]
-    more = f' and {len(damaged)-3} more' if len(damaged) > 3 else ''
-    fix = 'they are not used; delete the run, or run the stage again with aerec run --run RUN'
-    yield 'runs', 'note' if damaged else 'fine', '; '.join(damaged[:3]) + more or 'all can be read', fix
+    for folder in sorted(run_folders(settings.paths.runs_dir)):
+        damaged += [_first_line(e) for e in _refusals(folder)]
+    more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+    fix = "they are not used; delete the run, or run the stage again with aerec run --run RUN"
+    yield "runs", "note" if damaged else "fine", "; ".join(damaged[:3]) + more or "all can be read", fix
 
-def _refusals(folder:Path) -> list:
+
+def _refusals(folder: Path) -> list:
     "The errors met in reading what a run and its stages say of themselves."
     found = []
-    for read,path in ((read_run_file, folder), *((read_manifest, folder/name) for name in STAGES)):
-        try: read(path)
-        except FileError as e: found.append(e)
+    for read, path in ((read_run_file, folder), *((read_manifest, folder / name) for name in STAGES)):
+        try:
+            read(path)
+        except FileError as e:
+            found.append(e)
     return found
+
 
 def _look_at_disk(settings):
     runs_dir = settings.paths.runs_dir
     disk = shutil.disk_usage(next(p for p in (runs_dir, *runs_dir.parents) if p.exists()))
-    used = sum(f.stat().st_blocks*512/max(1, f.stat().st_nlink) for f in runs_dir.rglob('*') if f.is_file()) if runs_dir.is_dir() else 0
-    yield 'disk', 'fine' if disk.free > 2*2**30 else 'note', f'{disk.free/2**30:,.0f} GiB free; {len(all_runs(runs_dir))} runs take about {used/2**30:,.2f} GiB', 'aerec runs prune --keep 10'
+    used = (
+        sum(f.stat().st_blocks * 512 / max(1, f.stat().st_nlink) for f in runs_dir.rglob("*") if f.is_file())
+        if runs_dir.is_dir()
+        else 0
+    )
+    yield (
+        "disk",
+        "fine" if disk.free > 2 * 2**30 else "note",
+        f"{disk.free / 2**30:,.0f} GiB free; {len(all_runs(runs_dir))} runs take about {used / 2**30:,.2f} GiB",
+        "aerec runs prune --keep 10",
+    )
+
 
 def _look_at_machine(settings):
     import psutil, socket
+
     free = psutil.virtual_memory().available
-    yield 'memory', 'fine' if free > 1.5*2**30 else 'note', f'{free/2**30:,.1f} GiB free, {os.cpu_count()} processors', 'set n_parallel to 1, or give the planner a limit (max_memory_gib)'
-    with socket.socket() as s: taken = s.connect_ex((settings.serving.host, settings.serving.port)) == 0
-    yield 'port', 'note' if taken else 'fine', f"{settings.serving.host}:{settings.serving.port} is {'in use' if taken else 'free'}", 'aerec serve --port 8010, or end what listens there'
+    yield (
+        "memory",
+        "fine" if free > 1.5 * 2**30 else "note",
+        f"{free / 2**30:,.1f} GiB free, {os.cpu_count()} processors",
+        "set n_parallel to 1, or give the planner a limit (max_memory_gib)",
+    )
+    with socket.socket() as s:
+        taken = s.connect_ex((settings.serving.host, settings.serving.port)) == 0
+    yield (
+        "port",
+        "note" if taken else "fine",
+        f"{settings.serving.host}:{settings.serving.port} is {'in use' if taken else 'free'}",
+        "aerec serve --port 8010, or end what listens there",
+    )
 
 # %% ../nbs/07_pipeline.ipynb #3b260dd0
-def doctor(env:str=None # as configured
-          ) -> pd.DataFrame: # check, state (fine, note, fault), found, fix
+def doctor(
+    env: str = None,  # as configured
+) -> pd.DataFrame:  # check, state (fine, note, fault), found, fix
     "Check everything a run needs; nothing is changed, and a check that raises becomes a row."
     is_new = sys.version_info >= (3, 11)
-    rows = [('python', 'fine' if is_new else 'fault', sys.version.split()[0], 'install Python 3.11 or newer')]
-    rows += [*_checked('packages', _look_at_packages), *_checked('notebooks', _look_at_notebooks)]
-    for name in dict.fromkeys([env or os.environ.get('AEREC_ENV') or 'dev', 'dev', 'stage', 'live']):
-        rows += _checked(f'settings of {name}', _look_at_settings, name)
-    try: settings = load_settings(env)
-    except Exception: settings = None # said above
-    checks = {'data': _look_at_data, 'folders': _look_at_folders, 'runs': _look_at_runs, 'stores': _look_at_stores,
-              'disk': _look_at_disk, 'machine': _look_at_machine}
-    for name,check in checks.items() if settings is not None else (): rows += _checked(name, check, settings)
-    table = pd.DataFrame(rows, columns=['check', 'state', 'found', 'fix'])
-    table.loc[table.state == 'fine', 'fix'] = ''
+    rows = [("python", "fine" if is_new else "fault", sys.version.split()[0], "install Python 3.11 or newer")]
+    rows += [*_checked("packages", _look_at_packages), *_checked("notebooks", _look_at_notebooks)]
+    for name in dict.fromkeys([env or os.environ.get("AEREC_ENV") or "dev", "dev", "stage", "live"]):
+        rows += _checked(f"settings of {name}", _look_at_settings, name)
+    try:
+        settings = load_settings(env)
+    except Exception:
+        settings = None  # said above
+    checks = {
+        "data": _look_at_data,
+        "folders": _look_at_folders,
+        "runs": _look_at_runs,
+        "stores": _look_at_stores,
+        "disk": _look_at_disk,
+        "machine": _look_at_machine,
+    }
+    for name, check in checks.items() if settings is not None else ():
+        rows += _checked(name, check, settings)
+    table = pd.DataFrame(rows, columns=["check", "state", "found", "fix"])
+    table.loc[table.state == "fine", "fix"] = ""
     return table
 
-def _look_at_settings(env:str):
+
+def _look_at_settings(env: str):
     load_settings(env)
-    yield f'settings of {env}', 'fine', 'valid', ''
+    yield f"settings of {env}", "fine", "valid", ""
 
-def _checked(name:str, check, *args) -> list:
+
+def _checked(name: str, check, *args) -> list:
     "The rows of one check of the doctor; what it raises is a row as well."
-    try: return list(check(*args))
-    except Exception as e: return [(name, 'fault', _first_line(file_error(e) or e), 'repair what it names')]
+    try:
+        return list(check(*args))
+    except Exception as e:
+        return [(name, "fault", _first_line(file_error(e) or e), "repair what it names")]
 
-def _first_line(error:Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0]
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 # %% ../nbs/07_pipeline.ipynb #75b5c45d
-def _absolute_source(data:str|None) -> str|None:
+def _absolute_source(data: str | None) -> str | None:
     "A path on the command line is relative to the caller's folder; names and URLs stay as they are."
-    if data is None: return None
+    if data is None:
+        return None
     from aerec_nb.data_import import FETCHED
-    if data in ('auto', 'sample', 'events', *FETCHED) or '://' in data: return data
+
+    if data in ("auto", "sample", "events", *FETCHED) or "://" in data:
+        return data
     return str(Path(data).expanduser().absolute())
 
-def _show(table:pd.DataFrame, args, index:bool=False) -> None:
+
+def _show(table: pd.DataFrame, args, index: bool = False) -> None:
     "A table for people or, with --json, for scripts."
-    if args.json: print((table.reset_index() if index else table).to_json(orient='records', force_ascii=False, date_format='iso'))
-    else: print(table.to_string(index=index, float_format=lambda v: f'{v:.4f}', na_rep='-') if len(table) else 'nothing')
+    if args.json:
+        print((table.reset_index() if index else table).to_json(orient="records", force_ascii=False, date_format="iso"))
+    else:
+        print(table.to_string(index=index, float_format=lambda v: f"{v:.4f}", na_rep="-") if len(table) else "nothing")
 
 # %% ../nbs/07_pipeline.ipynb #6a7d922c
-def find_bundle(settings, # `Settings` of the environment
-                run:str=None # run whose bundle to take; None: what the environment's alias points to
-               ) -> Path: # bundle folder
+def find_bundle(
+    settings,  # `Settings` of the environment
+    run: str = None,  # run whose bundle to take; None: what the environment's alias points to
+) -> Path:  # bundle folder
     "The bundle to recommend with or to serve; raises `AerecError` if there is none."
     if run:
-        folder = open_run(run, env=settings.env).folder/'packaging'/'bundle'
-        if not folder.exists(): raise AerecError(f'run {run} has no bundle: run the pipeline to its end first (aerec run --run {run})')
+        folder = open_run(run, env=settings.env).folder / "packaging" / "bundle"
+        if not folder.exists():
+            raise AerecError(f"run {run} has no bundle: run the pipeline to its end first (aerec run --run {run})")
         return folder
     return _registry(settings).resolve(settings.packaging.alias or settings.env)
+
 
 def _registry(settings):
     "The registry of an environment; raises `FileError` at once where its file cannot be used."
     from aerec_nb.packaging import Registry
+
     _check_database(_registry_url(settings))
     return Registry.from_settings(settings)
 
 # %% ../nbs/07_pipeline.ipynb #acee2afd
 def _asked(args) -> dict:
     "What `run` was asked for, as arguments of `run_pipeline`."
-    given = dict(env=args.env, run=args.run, data=_absolute_source(args.data), resume=args.resume, first=args.first, last=args.last, only=args.only or (), force=args.force or ())
-    if given['force'] and '' in given['force']: given['force'] = ['all']
-    return {**given, **{k: v for k in ('engine', 'address') if (v := getattr(args, k, None)) is not None}, **dict(args.p or [])}
+    given = dict(
+        env=args.env,
+        run=args.run,
+        data=_absolute_source(args.data),
+        resume=args.resume,
+        first=args.first,
+        last=args.last,
+        only=args.only or (),
+        force=args.force or (),
+    )
+    if given["force"] and "" in given["force"]:
+        given["force"] = ["all"]
+    return {
+        **given,
+        **{k: v for k in ("engine", "address") if (v := getattr(args, k, None)) is not None},
+        **dict(args.p or []),
+    }
+
 
 def _cmd_run(args) -> int:
     if args.dry_run:
         steps = plan_pipeline(**_asked(args))
         _show(plan_table(steps), args)
-        if args.commands: print('\n'.join(['', *(papermill_command(p.stage.name) for p in steps if p.action == 'run')]))
+        if args.commands:
+            print("\n".join(["", *(papermill_command(p.stage.name) for p in steps if p.action == "run")]))
         return 0
-    def say(line): print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    def say(line):
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
     result = run_pipeline(**_asked(args), say=say)
-    if not args.json: print(summary(result))
+    if not args.json:
+        print(summary(result))
     else:
         table, board = stage_table(result.run.folder, result.outcomes, result.plan), _leaderboard(result.run)
-        print(json.dumps(dict(run=result.run.name, ok=result.ok, folder=str(result.run.folder), report=str(result.report), stages=json.loads(table.to_json(orient='records')),
-                              leaderboard=None if board is None else board.to_dict('records'))))
+        print(
+            json.dumps(
+                dict(
+                    run=result.run.name,
+                    ok=result.ok,
+                    folder=str(result.run.folder),
+                    report=str(result.report),
+                    stages=json.loads(table.to_json(orient="records")),
+                    leaderboard=None if board is None else board.to_dict("records"),
+                )
+            )
+        )
     return 0 if result.ok else 1
+
 
 def _cmd_stage(args) -> int:
     name, knobs = stage_name(args.stage), dict(args.p or [])
     run = open_run(args.run, env=args.env, source=_absolute_source(args.data), **knobs)
-    if args.print: print(papermill_command(name, run if args.run else None) + ''.join(f' -p {k} {shlex.quote(str(v))}' for k,v in knobs.items())); return 0
+    if args.print:
+        print(
+            papermill_command(name, run if args.run else None)
+            + "".join(f" -p {k} {shlex.quote(str(v))}" for k, v in knobs.items())
+        )
+        return 0
     begun = not run.folder.exists()
     write_run_file(run)
-    with alone_with_run(run): outcome = execute_notebook(_source(STAGES[name]), executed(run.folder, STAGES[name]), {'run': str(run.folder)})
-    if outcome.is_mistake and begun: remove_run(run.folder)
-    if outcome.is_mistake: raise AerecError(outcome.error.removeprefix('AerecError: '))
-    print(f'{outcome.stage}: {outcome.state} in {outcome.seconds:.1f} s' + (f', {outcome.error}\n{outcome.traceback}' if outcome.error else f', {_figures_line(run, outcome.stage)}'))
-    print(f'run {run.name}: {executed(run.folder, STAGES[name])}')
-    return 0 if outcome.state == 'done' else 1
+    with alone_with_run(run):
+        outcome = execute_notebook(_source(STAGES[name]), executed(run.folder, STAGES[name]), {"run": str(run.folder)})
+    if outcome.is_mistake and begun:
+        remove_run(run.folder)
+    if outcome.is_mistake:
+        raise AerecError(outcome.error.removeprefix("AerecError: "))
+    print(
+        f"{outcome.stage}: {outcome.state} in {outcome.seconds:.1f} s"
+        + (f", {outcome.error}\n{outcome.traceback}" if outcome.error else f", {_figures_line(run, outcome.stage)}")
+    )
+    print(f"run {run.name}: {executed(run.folder, STAGES[name])}")
+    return 0 if outcome.state == "done" else 1
 
 # %% ../nbs/07_pipeline.ipynb #cb421385
 def _cmd_sweep(args) -> int:
     grid, fixed = {}, {}
-    for knob,text in args.p or []:
-        values = [text] if text.lstrip().startswith(('[', '{')) else [v.strip() for v in text.split(',') if v.strip()]
-        (grid if len(values) > 1 else fixed)[knob] = values if len(values) > 1 else values[0] if values else ''
-    if not grid and args.seeds < 2: raise AerecError('a sweep needs a knob with several values between commas, or several seeds: aerec sweep -p model ease,mult_vae')
-    if not grid: grid = {k: [v] for k,v in [fixed.popitem()]} if fixed else {'random_seed': [load_settings(args.env).run.random_seed]}
-    sweep = run_sweep(grid, args.seeds, args.env, _absolute_source(args.data), args.name, lambda line: print(line, file=sys.stderr, flush=True), **fixed)
-    _show(sweep.table if args.json else sweep.table.drop(columns='runs'), args)
-    print(f'\nbest:   {sweep.command}\nreport: {sweep.report}', file=sys.stderr if args.json else sys.stdout)
+    for knob, text in args.p or []:
+        values = [text] if text.lstrip().startswith(("[", "{")) else [v.strip() for v in text.split(",") if v.strip()]
+        (grid if len(values) > 1 else fixed)[knob] = values if len(values) > 1 else values[0] if values else ""
+    if not grid and args.seeds < 2:
+        raise AerecError(
+            "a sweep needs a knob with several values between commas, or several seeds: aerec sweep -p model ease,mult_vae"
+        )
+    if not grid:
+        grid = (
+            {k: [v] for k, v in [fixed.popitem()]}
+            if fixed
+            else {"random_seed": [load_settings(args.env).run.random_seed]}
+        )
+    sweep = run_sweep(
+        grid,
+        args.seeds,
+        args.env,
+        _absolute_source(args.data),
+        args.name,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        **fixed,
+    )
+    _show(sweep.table if args.json else sweep.table.drop(columns="runs"), args)
+    print(f"\nbest:   {sweep.command}\nreport: {sweep.report}", file=sys.stderr if args.json else sys.stdout)
     return 0
+
 
 def _cmd_runs(args) -> int:
     runs_dir = load_settings(args.env).paths.runs_dir
+
     def folder(name):
         found = open_run(name).folder
-        if not (found/'run.json').exists(): raise AerecError(f"there is no run {name} in {show_value(runs_dir)}: aerec runs list names those that are there")
+        if not (found / "run.json").exists():
+            raise AerecError(
+                f"there is no run {name} in {show_value(runs_dir)}: aerec runs list names those that are there"
+            )
         return found
-    if args.what == 'list': _show(runs_table(runs_dir), args)
-    elif args.what == 'show':
-        table = stage_table(folder(args.run)).drop(columns=['stage', 'why'])
+
+    if args.what == "list":
+        _show(runs_table(runs_dir), args)
+    elif args.what == "show":
+        table = stage_table(folder(args.run)).drop(columns=["stage", "why"])
         _show(table, args)
-        if not args.json: print(f"\nreport: {folder(args.run)/'index.html'}")
-    elif args.what == 'compare': _show(compare_runs(folder(args.first), folder(args.second)), args)
+        if not args.json:
+            print(f"\nreport: {folder(args.run) / 'index.html'}")
+    elif args.what == "compare":
+        _show(compare_runs(folder(args.first), folder(args.second)), args)
     else:
         gone = prune_runs(runs_dir, args.keep)
         print(json.dumps(gone) if args.json else f"removed {len(gone)} runs{': ' if gone else ''}{', '.join(gone)}")
     return 0
 
+
 def _cmd_config(args) -> int:
-    table = diff_settings(load_settings(args.diff[0]), load_settings(args.diff[1])) if args.diff else settings_table(load_settings(args.env))
-    if args.name: table = table[table.index.str.contains(args.name, regex=False)]
-    if args.json: table = table.drop(columns='meaning')
+    table = (
+        diff_settings(load_settings(args.diff[0]), load_settings(args.diff[1]))
+        if args.diff
+        else settings_table(load_settings(args.env))
+    )
+    if args.name:
+        table = table[table.index.str.contains(args.name, regex=False)]
+    if args.json:
+        table = table.drop(columns="meaning")
     _show(table, args, index=True)
     return 0
 
+
 def _cmd_data(args) -> int:
     from aerec_nb.data_import import load_ratings, ratings_facts, resolve_source
+
     settings = load_settings(args.env, source=_absolute_source(args.source))
     found = resolve_source(settings)
-    ratings = load_ratings(settings.data.source if settings.data.source != 'auto' or not hasattr(found.ratings, 'parent') else str(found.ratings), settings.data.columns or None, settings.data.on_duplicate, on_bad=settings.data.on_bad)
-    facts = {k: v for k,v in ratings_facts(ratings).items() if isinstance(v, (str, int, float))}
-    if args.json: print(json.dumps(dict(source=found.name, description=found.description, why=found.why, **facts))); return 0
+    ratings = load_ratings(
+        settings.data.source
+        if settings.data.source != "auto" or not hasattr(found.ratings, "parent")
+        else str(found.ratings),
+        settings.data.columns or None,
+        settings.data.on_duplicate,
+        on_bad=settings.data.on_bad,
+    )
+    facts = {k: v for k, v in ratings_facts(ratings).items() if isinstance(v, (str, int, float))}
+    if args.json:
+        print(json.dumps(dict(source=found.name, description=found.description, why=found.why, **facts)))
+        return 0
     print(f"{found.description}{f' ({found.why})' if found.why else ''}\n")
-    print('\n'.join(f'{k.replace("_", " "):28} {_short(v)}' for k,v in facts.items()), f'\n\n{ratings.head(5).to_string(index=False)}')
+    print(
+        "\n".join(f"{k.replace('_', ' '):28} {_short(v)}" for k, v in facts.items()),
+        f"\n\n{ratings.head(5).to_string(index=False)}",
+    )
     return 0
 
 # %% ../nbs/07_pipeline.ipynb #df975d12
 def _cmd_recommend(args) -> int:
     from aerec_nb.packaging import load_bundle
+
     user = args.user_id if args.user is None else args.user
-    if user is None and args.history is None and not args.batch: raise AerecError('say for whom: aerec recommend 42, aerec recommend --history 1,2,3, or aerec recommend --batch FOLDER')
+    if user is None and args.history is None and not args.batch:
+        raise AerecError(
+            "say for whom: aerec recommend 42, aerec recommend --history 1,2,3, or aerec recommend --batch FOLDER"
+        )
     settings = load_settings(args.env, engine=args.engine, address=args.address)
     recommender = load_bundle(find_bundle(settings, args.run), settings=settings)
     if args.batch:
-        if settings.scale.engine == 'local': shards = recommender.recommend_batch(k=args.k, folder=Path(args.batch))
+        if settings.scale.engine == "local":
+            shards = recommender.recommend_batch(k=args.k, folder=Path(args.batch))
         else:
             from aerec_nb.scale import recommend_batch, stop_engine
-            try: shards = recommend_batch(recommender, k=args.k, folder=Path(args.batch), scale=settings.scale)
-            finally: stop_engine()
-        print(shards.to_json(orient='records') if args.json else f'{len(shards)} files in {args.batch}')
+
+            try:
+                shards = recommend_batch(recommender, k=args.k, folder=Path(args.batch), scale=settings.scale)
+            finally:
+                stop_engine()
+        print(shards.to_json(orient="records") if args.json else f"{len(shards)} files in {args.batch}")
         return 0
-    history = [part.strip() for part in args.history.split(',') if part.strip()] if args.history is not None else None
+    history = [part.strip() for part in args.history.split(",") if part.strip()] if args.history is not None else None
     answer = recommender.recommend(user_id=user, history=history, k=args.k)
-    for warning in answer.warnings: print(f'note: {warning}', file=sys.stderr)
+    for warning in answer.warnings:
+        print(f"note: {warning}", file=sys.stderr)
     _show(answer.to_frame(), args)
     return 0
+
 
 def _cmd_serve(args) -> int:
     from aerec_nb.events import events_url
     from aerec_nb.serving import serve
-    settings = load_settings(args.env, host=args.host, port=args.port, workers=args.workers, allow_unauthenticated=args.allow_unauthenticated or None)
+
+    settings = load_settings(
+        args.env,
+        host=args.host,
+        port=args.port,
+        workers=args.workers,
+        allow_unauthenticated=args.allow_unauthenticated or None,
+    )
     _check_database(events_url(settings))
-    if not args.run: _check_database(_registry_url(settings))
-    if args.run: serve(find_bundle(settings, args.run), settings)
-    else: serve(None, settings, alias=settings.packaging.alias or settings.env) # and goes with it when it moves
+    if not args.run:
+        _check_database(_registry_url(settings))
+    if args.run:
+        serve(find_bundle(settings, args.run), settings)
+    else:
+        serve(None, settings, alias=settings.packaging.alias or settings.env)  # and goes with it when it moves
     return 0
+
 
 def _cmd_monitor(args) -> int:
     from aerec_nb.events import events_url
     from aerec_nb.monitoring import monitor, watch
-    settings = load_settings(args.env, event_source='real')
+
+    settings = load_settings(args.env, event_source="real")
     _check_database(events_url(settings))
-    def bundle(): return find_bundle(settings, args.run)
-    if args.watch or args.once: return watch(settings, bundle, args.watch or 60., args.once, say=lambda line: print(line, flush=True))
-    with redirect_stdout(sys.stderr): table = monitor(settings, bundle()) # says which log it was
-    if not args.json: table = table[[c for c in ('monitor', 'value', 'threshold', 'status', 'severity', 'cases') if c in table]]
+
+    def bundle():
+        return find_bundle(settings, args.run)
+
+    if args.watch or args.once:
+        return watch(settings, bundle, args.watch or 60.0, args.once, say=lambda line: print(line, flush=True))
+    with redirect_stdout(sys.stderr):
+        table = monitor(settings, bundle())  # says which log it was
+    if not args.json:
+        table = table[[c for c in ("monitor", "value", "threshold", "status", "severity", "cases") if c in table]]
     _show(table, args)
-    return 3 if (table.status == 'firing').any() else 0
+    return 3 if (table.status == "firing").any() else 0
+
 
 def _cmd_new(args) -> int:
     made = new_project(args.folder)
-    print(f'{len(made)} files in {args.folder}\nnext:  cd {shlex.quote(args.folder)} && aerec run')
+    print(f"{len(made)} files in {args.folder}\nnext:  cd {shlex.quote(args.folder)} && aerec run")
     return 0
+
 
 def _cmd_doctor(args) -> int:
     table = doctor(args.env)
-    if args.json: _show(table, args)
+    if args.json:
+        _show(table, args)
     else:
-        for r in table.itertuples(): print(f"{dict(fine='ok', note='note', fault='FAULT')[r.state]:6} {r.check:22} {r.found}" + (f'\n{"":29} -> {r.fix}' if r.fix else ''))
-    return 1 if (table.state == 'fault').any() else 0
+        for r in table.itertuples():
+            print(
+                f"{dict(fine='ok', note='note', fault='FAULT')[r.state]:6} {r.check:22} {r.found}"
+                + (f"\n{'':29} -> {r.fix}" if r.fix else "")
+            )
+    return 1 if (table.state == "fault").any() else 0
 
 # %% ../nbs/07_pipeline.ipynb #48b670db
 def _cmd_models(args) -> int:
     from aerec_nb.packaging import key_id, new_signing_key
-    if args.what == 'new-key':
+
+    if args.what == "new-key":
         private, public = new_signing_key()
-        print(f'private key, secret, for AEREC_PACKAGING__SIGNING_KEY where bundles are packed: {private}')
-        print(f'public key, for AEREC_BUNDLE_KEYS or packaging.bundle_keys where they are loaded: {public}')
-        print(f'id of the key: {key_id(public)}')
+        print(f"private key, secret, for AEREC_PACKAGING__SIGNING_KEY where bundles are packed: {private}")
+        print(f"public key, for AEREC_BUNDLE_KEYS or packaging.bundle_keys where they are loaded: {public}")
+        print(f"id of the key: {key_id(public)}")
         return 0
     settings = load_settings(args.env)
-    if args.what in ('promote', 'rollback', 'archive'): _check_database(_registry_url(settings), check_sqlite_writable)
+    if args.what in ("promote", "rollback", "archive"):
+        _check_database(_registry_url(settings), check_sqlite_writable)
     registry = _registry(settings)
-    def version(text): return int(text) if str(text).isdigit() else text
+
+    def version(text):
+        return int(text) if str(text).isdigit() else text
+
     def number(text):
-        if not str(text).isdigit(): raise AerecError(f"'{text}' is no version: give its number, as aerec models list shows it")
+        if not str(text).isdigit():
+            raise AerecError(f"'{text}' is no version: give its number, as aerec models list shows it")
         return int(text)
-    if args.what == 'list': _show(registry.list(), args)
-    elif args.what == 'history': _show(registry.history(), args)
-    elif args.what == 'show': _show(registry.show(version(args.version)), args)
-    elif args.what == 'diff': _show(registry.diff(version(args.first), version(args.second)), args)
-    elif args.what == 'gates': _show(registry.check_gates(version(args.version), args.alias), args)
-    elif args.what == 'gc': _show(registry.gc(dry_run=not args.delete), args)
-    elif args.what == 'verify':
+
+    if args.what == "list":
+        _show(registry.list(), args)
+    elif args.what == "history":
+        _show(registry.history(), args)
+    elif args.what == "show":
+        _show(registry.show(version(args.version)), args)
+    elif args.what == "diff":
+        _show(registry.diff(version(args.first), version(args.second)), args)
+    elif args.what == "gates":
+        _show(registry.check_gates(version(args.version), args.alias), args)
+    elif args.what == "gc":
+        _show(registry.gc(dry_run=not args.delete), args)
+    elif args.what == "verify":
         table = registry.verify(version(args.version) if args.version else None)
         _show(table, args)
-        return 0 if (table.result == 'ok').all() else 1
-    elif args.what == 'sign':
+        return 0 if (table.result == "ok").all() else 1
+    elif args.what == "sign":
         if settings.packaging.signing_key is None:
-            advice = 'make a pair with aerec models new-key, and set AEREC_PACKAGING__SIGNING_KEY'
-            raise AerecError(f'there is no key to sign with: {advice}')
+            advice = "make a pair with aerec models new-key, and set AEREC_PACKAGING__SIGNING_KEY"
+            raise AerecError(f"there is no key to sign with: {advice}")
         print(registry.sign(version(args.version), settings.packaging.signing_key))
-    elif args.what == 'archive': print(registry.archive(number(args.version), by=args.by, why=args.why))
-    elif args.what == 'rollback': print(registry.rollback(args.alias, by=args.by, why=args.why))
-    else: print(registry.promote(number(args.version), args.alias, by=args.by, why=args.why, force=args.force))
+    elif args.what == "archive":
+        print(registry.archive(number(args.version), by=args.by, why=args.why))
+    elif args.what == "rollback":
+        print(registry.rollback(args.alias, by=args.by, why=args.why))
+    else:
+        print(registry.promote(number(args.version), args.alias, by=args.by, why=args.why, force=args.force))
     return 0
 
 # %% ../nbs/07_pipeline.ipynb #6c7cb3bc
 _TAKES_RUN = "take this run's bundle instead of the registered one"
 
+
 def _parser() -> argparse.ArgumentParser:
     "Every command with its options."
-    parser = argparse.ArgumentParser(prog='aerec', description='From a table of ratings to a monitored recommendation service.', formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog='a first hour:\n  aerec new my_recommender && cd my_recommender\n  aerec run\n  aerec recommend 1\n  aerec serve\n\n'
-                                            'exit codes: 0 fine, 1 a stage failed, the doctor found a fault or a file cannot be used, 2 a mistake in what was asked, 3 a monitor fires, 130 Ctrl-C\ntab completion: eval "$(aerec completion bash)"')
-    parser.add_argument('--version', action='version', version=f'aerec_nb {importlib.metadata.version("aerec_nb")}')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    parser = argparse.ArgumentParser(
+        prog="aerec",
+        description="From a table of ratings to a monitored recommendation service.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="a first hour:\n  aerec new my_recommender && cd my_recommender\n  aerec run\n  aerec recommend 1\n  aerec serve\n\n"
+        'exit codes: 0 fine, 1 a stage failed, the doctor found a fault or a file cannot be used, 2 a mistake in what was asked, 3 a monitor fires, 130 Ctrl-C\ntab completion: eval "$(aerec completion bash)"',
+    )
+    parser.add_argument("--version", action="version", version=f"aerec_nb {importlib.metadata.version('aerec_nb')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
     def command(name, function, help, *examples, among=commands, env=True, json=True):
-        p = among.add_parser(name, **({'help': help} if help else {}), description=help, epilog='examples:\n' + '\n'.join(f'  {e}' for e in examples), formatter_class=argparse.RawDescriptionHelpFormatter)
+        p = among.add_parser(
+            name,
+            **({"help": help} if help else {}),
+            description=help,
+            epilog="examples:\n" + "\n".join(f"  {e}" for e in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         p.set_defaults(function=function)
-        if env: p.add_argument('--env', help='dev, stage, live or test')
-        if json: p.add_argument('--json', action='store_true', help='JSON for scripts')
+        if env:
+            p.add_argument("--env", help="dev, stage, live or test")
+        if json:
+            p.add_argument("--json", action="store_true", help="JSON for scripts")
         return p
+
     _run_parsers(command)
     _bundle_parsers(command)
-    p = command('config', _cmd_config, 'show settings and where each came from', 'aerec config', 'aerec config lr', 'aerec config --diff dev live')
-    p.add_argument('name', nargs='?', help='only settings with this in their name')
-    p.add_argument('--diff', nargs=2, metavar='ENV', help='what is different between two environments')
-    p = command('data', _cmd_data, 'say which ratings there are, and their figures', 'aerec data', 'aerec data my_folder', 'aerec data ml-1m --json')
-    p.add_argument('source', nargs='?', help='folder, file, URL, auto, sample or a named data set; none: as configured')
-    p = command('new', _cmd_new, 'lay out a project of your own', 'aerec new my_recommender', env=False, json=False)
-    p.add_argument('folder', help='a folder that does not exist yet')
-    command('doctor', _cmd_doctor, 'look for what is missing, with the fix for each', 'aerec doctor', 'aerec doctor --env live')
-    p = command('completion', _cmd_completion, 'print what makes a shell complete this command', 'eval "$(aerec completion bash)"', env=False, json=False)
-    p.add_argument('shell', choices=['bash', 'zsh'])
+    p = command(
+        "config",
+        _cmd_config,
+        "show settings and where each came from",
+        "aerec config",
+        "aerec config lr",
+        "aerec config --diff dev live",
+    )
+    p.add_argument("name", nargs="?", help="only settings with this in their name")
+    p.add_argument("--diff", nargs=2, metavar="ENV", help="what is different between two environments")
+    p = command(
+        "data",
+        _cmd_data,
+        "say which ratings there are, and their figures",
+        "aerec data",
+        "aerec data my_folder",
+        "aerec data ml-1m --json",
+    )
+    p.add_argument("source", nargs="?", help="folder, file, URL, auto, sample or a named data set; none: as configured")
+    p = command("new", _cmd_new, "lay out a project of your own", "aerec new my_recommender", env=False, json=False)
+    p.add_argument("folder", help="a folder that does not exist yet")
+    command(
+        "doctor",
+        _cmd_doctor,
+        "look for what is missing, with the fix for each",
+        "aerec doctor",
+        "aerec doctor --env live",
+    )
+    p = command(
+        "completion",
+        _cmd_completion,
+        "print what makes a shell complete this command",
+        'eval "$(aerec completion bash)"',
+        env=False,
+        json=False,
+    )
+    p.add_argument("shell", choices=["bash", "zsh"])
     return parser
 
 # %% ../nbs/07_pipeline.ipynb #31235e34
 def _run_parsers(command) -> None:
     "The commands that execute notebooks."
-    def knobs(p, help='a setting for this run; may be repeated'): p.add_argument('-p', nargs=2, action='append', metavar=('NAME', 'VALUE'), help=help)
+
+    def knobs(p, help="a setting for this run; may be repeated"):
+        p.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help=help)
+
     def engine(p):
-        p.add_argument('--engine', choices=['local', 'ray'], help='who does the heavy work: the processes of the stages, or workers on Ray')
-        p.add_argument('--address', help='host:port of a Ray cluster; none: workers on this machine')
-    def data(p): p.add_argument('--data', help='folder, file, URL, auto, sample or a named data set')
-    p = command('run', _cmd_run, 'run the stages that something has changed for', 'aerec run --data my_folder -p lr 0.001', 'aerec run --resume', 'aerec run --dry-run -p topk 20', 'aerec run --from training --force training')
-    data(p); knobs(p)
-    p.add_argument('--run', help='name of the run, or a run to go on with')
-    p.add_argument('--resume', action='store_true', help='go on with the newest run')
-    p.add_argument('--from', dest='first', metavar='STAGE', help='leave out what comes before; it must be there')
-    p.add_argument('--to', dest='last', metavar='STAGE', help='leave out what comes after')
-    p.add_argument('--only', nargs='+', metavar='STAGE', help='see to these stages only')
-    p.add_argument('--force', action='append', nargs='?', const='', metavar='STAGE', help='run this stage even if nothing has changed; without a name: every stage')
-    p.add_argument('--dry-run', action='store_true', help='only say what would be run, and why')
+        p.add_argument(
+            "--engine",
+            choices=["local", "ray"],
+            help="who does the heavy work: the processes of the stages, or workers on Ray",
+        )
+        p.add_argument("--address", help="host:port of a Ray cluster; none: workers on this machine")
+
+    def data(p):
+        p.add_argument("--data", help="folder, file, URL, auto, sample or a named data set")
+
+    p = command(
+        "run",
+        _cmd_run,
+        "run the stages that something has changed for",
+        "aerec run --data my_folder -p lr 0.001",
+        "aerec run --resume",
+        "aerec run --dry-run -p topk 20",
+        "aerec run --from training --force training",
+    )
+    data(p)
+    knobs(p)
+    p.add_argument("--run", help="name of the run, or a run to go on with")
+    p.add_argument("--resume", action="store_true", help="go on with the newest run")
+    p.add_argument("--from", dest="first", metavar="STAGE", help="leave out what comes before; it must be there")
+    p.add_argument("--to", dest="last", metavar="STAGE", help="leave out what comes after")
+    p.add_argument("--only", nargs="+", metavar="STAGE", help="see to these stages only")
+    p.add_argument(
+        "--force",
+        action="append",
+        nargs="?",
+        const="",
+        metavar="STAGE",
+        help="run this stage even if nothing has changed; without a name: every stage",
+    )
+    p.add_argument("--dry-run", action="store_true", help="only say what would be run, and why")
     engine(p)
-    p.add_argument('--commands', action='store_true', help='with --dry-run: also the papermill command of each stage')
-    p = command('stage', _cmd_stage, 'run one notebook by itself; what it needs is taken from earlier runs or built', 'aerec stage training -p lr 0.001', 'aerec stage 03 --print', json=False)
-    p.add_argument('stage', metavar='STAGE', help='training, 03_training or 03')
-    data(p); knobs(p)
-    p.add_argument('--run', help='run to work in')
-    p.add_argument('--print', action='store_true', help='only print the plain papermill command')
-    p = command('sweep', _cmd_sweep, 'one run for each point of a grid, compared on validation', 'aerec sweep -p model ease,mult_vae -p lr 1e-3,3e-3 --seeds 3')
-    data(p); knobs(p, 'a setting with its values between commas; may be repeated')
-    p.add_argument('--seeds', type=int, default=1, help='runs of each point, each with a random_seed of its own (default 1)')
-    p.add_argument('--name', help='of the sweep; none: by time')
-    among = command('runs', None, 'list, show, compare or remove runs', 'aerec runs list', 'aerec runs compare RUN RUN', env=False, json=False).add_subparsers(dest='what', required=True, metavar='WHAT')
-    command('list', _cmd_runs, 'every run: when, with what, how far, what came of it', 'aerec runs list --json', among=among)
-    command('show', _cmd_runs, 'the stages of a run', 'aerec runs show RUN', among=among).add_argument('run')
-    p = command('compare', _cmd_runs, 'what is different between two runs', 'aerec runs compare RUN RUN', among=among)
-    p.add_argument('first', metavar='RUN'); p.add_argument('second', metavar='RUN')
-    command('prune', _cmd_runs, 'remove all but the newest runs', 'aerec runs prune --keep 10', among=among).add_argument('--keep', type=int, required=True, help='how many stay')
+    p.add_argument("--commands", action="store_true", help="with --dry-run: also the papermill command of each stage")
+    p = command(
+        "stage",
+        _cmd_stage,
+        "run one notebook by itself; what it needs is taken from earlier runs or built",
+        "aerec stage training -p lr 0.001",
+        "aerec stage 03 --print",
+        json=False,
+    )
+    p.add_argument("stage", metavar="STAGE", help="training, 03_training or 03")
+    data(p)
+    knobs(p)
+    p.add_argument("--run", help="run to work in")
+    p.add_argument("--print", action="store_true", help="only print the plain papermill command")
+    p = command(
+        "sweep",
+        _cmd_sweep,
+        "one run for each point of a grid, compared on validation",
+        "aerec sweep -p model ease,mult_vae -p lr 1e-3,3e-3 --seeds 3",
+    )
+    data(p)
+    knobs(p, "a setting with its values between commas; may be repeated")
+    p.add_argument(
+        "--seeds", type=int, default=1, help="runs of each point, each with a random_seed of its own (default 1)"
+    )
+    p.add_argument("--name", help="of the sweep; none: by time")
+    among = command(
+        "runs",
+        None,
+        "list, show, compare or remove runs",
+        "aerec runs list",
+        "aerec runs compare RUN RUN",
+        env=False,
+        json=False,
+    ).add_subparsers(dest="what", required=True, metavar="WHAT")
+    command(
+        "list", _cmd_runs, "every run: when, with what, how far, what came of it", "aerec runs list --json", among=among
+    )
+    command("show", _cmd_runs, "the stages of a run", "aerec runs show RUN", among=among).add_argument("run")
+    p = command("compare", _cmd_runs, "what is different between two runs", "aerec runs compare RUN RUN", among=among)
+    p.add_argument("first", metavar="RUN")
+    p.add_argument("second", metavar="RUN")
+    command(
+        "prune", _cmd_runs, "remove all but the newest runs", "aerec runs prune --keep 10", among=among
+    ).add_argument("--keep", type=int, required=True, help="how many stay")
 
 # %% ../nbs/07_pipeline.ipynb #18f77fd4
 def _bundle_parsers(command) -> None:
     "The commands that use a bundle or the registry."
-    p = command('recommend', _cmd_recommend, 'recommend for a user, for a history, or for everybody', 'aerec recommend 42 -k 5', 'aerec recommend --history 1,2,3 --json', 'aerec recommend --batch lists')
-    p.add_argument('user_id', nargs='?', metavar='USER', help='user id')
-    p.add_argument('--user', help='the same by name')
-    p.add_argument('--history', help='item ids between commas')
-    p.add_argument('--batch', metavar='FOLDER', help='lists for all users, as Parquet files in a new folder')
-    p.add_argument('--engine', choices=['local', 'ray'], help='with --batch: who makes them')
-    p.add_argument('--address', help='host:port of a Ray cluster; none: workers on this machine')
-    p.add_argument('-k', type=int, default=10, help='how many (default 10)')
-    p.add_argument('--run', help=_TAKES_RUN)
-    p = command('serve', _cmd_serve, 'serve recommendations over HTTP', 'aerec serve --port 8000', json=False)
-    p.add_argument('--host', help='address to listen on'); p.add_argument('--port', type=int, help='port to listen on'); p.add_argument('--workers', type=int, help='processes that answer')
-    p.add_argument('--allow-unauthenticated', action='store_true', help='listen on an address that other machines can reach although no keys are required')
-    p.add_argument('--run', help=_TAKES_RUN)
-    p = command('monitor', _cmd_monitor, 'compute all monitors over the real event log; exit code 3 if any fires', 'aerec monitor --env live', 'aerec monitor --watch 60', 'aerec monitor --once')
-    p.add_argument('--run', help=_TAKES_RUN)
-    p.add_argument('--watch', type=float, nargs='?', const=60., metavar='SECONDS', help='again and again (default every 60 s); who must know of an alert is told')
-    p.add_argument('--once', action='store_true', help='one look of a watch, for cron')
-    among = command('models', None, 'the registry: list, show, diff, verify, gates, new-key, sign, promote, rollback, history, archive, gc', 'aerec models list', 'aerec models promote 3 live --by release-manager --why "better on test"',
-                    env=False, json=False).add_subparsers(dest='what', required=True, metavar='WHAT')
+    p = command(
+        "recommend",
+        _cmd_recommend,
+        "recommend for a user, for a history, or for everybody",
+        "aerec recommend 42 -k 5",
+        "aerec recommend --history 1,2,3 --json",
+        "aerec recommend --batch lists",
+    )
+    p.add_argument("user_id", nargs="?", metavar="USER", help="user id")
+    p.add_argument("--user", help="the same by name")
+    p.add_argument("--history", help="item ids between commas")
+    p.add_argument("--batch", metavar="FOLDER", help="lists for all users, as Parquet files in a new folder")
+    p.add_argument("--engine", choices=["local", "ray"], help="with --batch: who makes them")
+    p.add_argument("--address", help="host:port of a Ray cluster; none: workers on this machine")
+    p.add_argument("-k", type=int, default=10, help="how many (default 10)")
+    p.add_argument("--run", help=_TAKES_RUN)
+    p = command("serve", _cmd_serve, "serve recommendations over HTTP", "aerec serve --port 8000", json=False)
+    p.add_argument("--host", help="address to listen on")
+    p.add_argument("--port", type=int, help="port to listen on")
+    p.add_argument("--workers", type=int, help="processes that answer")
+    p.add_argument(
+        "--allow-unauthenticated",
+        action="store_true",
+        help="listen on an address that other machines can reach although no keys are required",
+    )
+    p.add_argument("--run", help=_TAKES_RUN)
+    p = command(
+        "monitor",
+        _cmd_monitor,
+        "compute all monitors over the real event log; exit code 3 if any fires",
+        "aerec monitor --env live",
+        "aerec monitor --watch 60",
+        "aerec monitor --once",
+    )
+    p.add_argument("--run", help=_TAKES_RUN)
+    p.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=60.0,
+        metavar="SECONDS",
+        help="again and again (default every 60 s); who must know of an alert is told",
+    )
+    p.add_argument("--once", action="store_true", help="one look of a watch, for cron")
+    among = command(
+        "models",
+        None,
+        "the registry: list, show, diff, verify, gates, new-key, sign, promote, rollback, history, archive, gc",
+        "aerec models list",
+        'aerec models promote 3 live --by release-manager --why "better on test"',
+        env=False,
+        json=False,
+    ).add_subparsers(dest="what", required=True, metavar="WHAT")
+
     def model(name, help, example, *arguments, by=False, json=True, **options):
         p = command(name, _cmd_models, help, example, json=json, **options)
         p.set_defaults(what=name)
-        for a in arguments: p.add_argument(a, **({'choices': ['dev', 'stage', 'live', 'test']} if a == 'alias' else {}))
-        if by: p.add_argument('--by', help='who does it; none: the user of the operating system'); p.add_argument('--why', default='', help='for the history')
+        for a in arguments:
+            p.add_argument(a, **({"choices": ["dev", "stage", "live", "test"]} if a == "alias" else {}))
+        if by:
+            p.add_argument("--by", help="who does it; none: the user of the operating system")
+            p.add_argument("--why", default="", help="for the history")
         return p
-    model('list', 'every version, its figure and its aliases', 'aerec models list', among=among)
-    model('show', 'the card and the files of a version or an alias', 'aerec models show live', 'version', among=among)
-    model('diff', 'what two versions do not have in common', 'aerec models diff live stage', 'first', 'second', among=among)
-    model('verify', 'check every byte, and replay the golden requests', 'aerec models verify', among=among).add_argument('version', nargs='?')
-    model('gates', 'what the gates of an alias say to a version; nothing is moved', 'aerec models gates 3 live', 'version', 'alias', among=among)
-    model('history', 'every promotion, refusal, rollback and archiving', 'aerec models history', among=among)
-    model('new-key', 'make a pair of keys: one signs bundles, the other is listed where they are loaded', 'aerec models new-key', json=False, env=False, among=among)
-    model('sign', 'sign the bundle of a version or an alias, with AEREC_PACKAGING__SIGNING_KEY', 'aerec models sign 3', 'version', json=False, among=among)
-    model('gc', 'bundles that nothing needs', 'aerec models gc --delete', among=among).add_argument('--delete', action='store_true', help='delete them')
-    for where in ({'among': among}, {}): # at the top as well, as they always were
-        p = model('promote', 'point an alias to a registered version' if where else None, 'aerec models promote 3 live --by release-manager --why "better on test"', 'version', 'alias', by=True, json=False, **where)
-        p.add_argument('--force', action='store_true', help='past gates that failed; needs a reason, refused on live')
-        model('rollback', 'point an alias to where it pointed before its last promotion' if where else None, 'aerec models rollback live --by release-manager --why errors', 'alias', by=True, json=False, **where)
-    model('archive', 'take a version out of use, for good', 'aerec models archive 2 --why "leaks"', 'version', by=True, json=False, among=among)
+
+    model("list", "every version, its figure and its aliases", "aerec models list", among=among)
+    model("show", "the card and the files of a version or an alias", "aerec models show live", "version", among=among)
+    model(
+        "diff",
+        "what two versions do not have in common",
+        "aerec models diff live stage",
+        "first",
+        "second",
+        among=among,
+    )
+    model(
+        "verify", "check every byte, and replay the golden requests", "aerec models verify", among=among
+    ).add_argument("version", nargs="?")
+    model(
+        "gates",
+        "what the gates of an alias say to a version; nothing is moved",
+        "aerec models gates 3 live",
+        "version",
+        "alias",
+        among=among,
+    )
+    model("history", "every promotion, refusal, rollback and archiving", "aerec models history", among=among)
+    model(
+        "new-key",
+        "make a pair of keys: one signs bundles, the other is listed where they are loaded",
+        "aerec models new-key",
+        json=False,
+        env=False,
+        among=among,
+    )
+    model(
+        "sign",
+        "sign the bundle of a version or an alias, with AEREC_PACKAGING__SIGNING_KEY",
+        "aerec models sign 3",
+        "version",
+        json=False,
+        among=among,
+    )
+    model("gc", "bundles that nothing needs", "aerec models gc --delete", among=among).add_argument(
+        "--delete", action="store_true", help="delete them"
+    )
+    for where in ({"among": among}, {}):  # at the top as well, as they always were
+        p = model(
+            "promote",
+            "point an alias to a registered version" if where else None,
+            'aerec models promote 3 live --by release-manager --why "better on test"',
+            "version",
+            "alias",
+            by=True,
+            json=False,
+            **where,
+        )
+        p.add_argument("--force", action="store_true", help="past gates that failed; needs a reason, refused on live")
+        model(
+            "rollback",
+            "point an alias to where it pointed before its last promotion" if where else None,
+            "aerec models rollback live --by release-manager --why errors",
+            "alias",
+            by=True,
+            json=False,
+            **where,
+        )
+    model(
+        "archive",
+        "take a version out of use, for good",
+        'aerec models archive 2 --why "leaks"',
+        "version",
+        by=True,
+        json=False,
+        among=among,
+    )
 
 # %% ../nbs/07_pipeline.ipynb #bf877a9f
-_BASH = '''{zsh}_aerec() {{
+_BASH = """{zsh}_aerec() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" said="${{COMP_WORDS[1]}} ${{COMP_WORDS[2]}}" words
   case "$before" in
     -p) words="{knobs}" ;;
@@ -1796,24 +3032,39 @@ _BASH = '''{zsh}_aerec() {{
   COMPREPLY=( $(compgen -W "$words" -- "$word") )
   case "$before" in --data|--batch|new|data) COMPREPLY+=( $(compgen -f -- "$word") ) ;; esac
 }}
-complete -F _aerec aerec'''
+complete -F _aerec aerec"""
+
 
 def _cmd_completion(args) -> int:
     from aerec_nb.data_import import FETCHED
-    def below(parser): return next((a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), {})
-    def options(parser): return [o for a in parser._actions for o in a.option_strings if o.startswith('--') or o == '-p']
+
+    def below(parser):
+        return next((a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), {})
+
+    def options(parser):
+        return [o for a in parser._actions for o in a.option_strings if o.startswith("--") or o == "-p"]
+
     commands, cases = below(_parser()), []
-    for name,p in commands.items():
-        for what,q in below(p).items(): cases.append(f'      "{name} {what}"*) words="{" ".join(options(q))}" ;;')
+    for name, p in commands.items():
+        for what, q in below(p).items():
+            cases.append(f'      "{name} {what}"*) words="{" ".join(options(q))}" ;;')
         cases.append(f'      "{name} "*) words="{" ".join([*below(p), *options(p)])}" ;;')
-    print(_BASH.format(zsh='autoload -U +X bashcompinit && bashcompinit\n' if args.shell == 'zsh' else '', knobs=' '.join(KNOBS), stages=' '.join(s.name for s in STAGES.values()), sets=' '.join(FETCHED),
-                       cases='\n'.join(cases), commands=' '.join(c for c in commands if c not in ('promote', 'rollback'))))
+    print(
+        _BASH.format(
+            zsh="autoload -U +X bashcompinit && bashcompinit\n" if args.shell == "zsh" else "",
+            knobs=" ".join(KNOBS),
+            stages=" ".join(s.name for s in STAGES.values()),
+            sets=" ".join(FETCHED),
+            cases="\n".join(cases),
+            commands=" ".join(c for c in commands if c not in ("promote", "rollback")),
+        )
+    )
     return 0
 
 # %% ../nbs/07_pipeline.ipynb #235baa62
 def main(
-    argv:list=None # words after `aerec`; None: of the command line
-) -> int: # exit code: 0 fine, 1 a stage failed or a file cannot be used, 2 a mistake, 3 a monitor fires, 130 Ctrl-C
+    argv: list = None,  # words after `aerec`; None: of the command line
+) -> int:  # exit code: 0 fine, 1 a stage failed or a file cannot be used, 2 a mistake, 3 a monitor fires, 130 Ctrl-C
     "The `aerec` command."
     args = _parser().parse_args(argv)
     try:
@@ -1822,17 +3073,20 @@ def main(
             sys.stdout.flush()
         return code
     except AerecError as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         _drop_output()
         return 1 if isinstance(e, FileError) else 2
-    except BrokenPipeError: # `aerec ... | head`
+    except BrokenPipeError:  # `aerec ... | head`
         _drop_output()
         return 0
     except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
+
 
 def _drop_output() -> None:
     "Let go of output that cannot be written, or Python would complain of it at its end."
-    try: sys.stdout.flush()
-    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,51 +34,71 @@ from .runs import read_json, sha256_file, sha256_json, write_json, write_parquet
 # %% ../nbs/04a_postprocessing.ipynb #5eaa1f5b
 class IdIndex:
     "A vocabulary of ids, searched from either side."
-    def __init__(self, ids # ids in the order of their numbers
-                ):
-        self.ids = list(ids.tolist() if hasattr(ids, 'tolist') else ids) # in Python's own types
-        self._number = {id: n for n,id in enumerate(self.ids)}
-        if len(self._number) != len(self.ids): raise AerecError(f'vocabulary: {len(self.ids)-len(self._number)} ids occur twice')
+
+    def __init__(
+        self,
+        ids,  # ids in the order of their numbers
+    ):
+        self.ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)  # in Python's own types
+        self._number = {id: n for n, id in enumerate(self.ids)}
+        if len(self._number) != len(self.ids):
+            raise AerecError(f"vocabulary: {len(self.ids) - len(self._number)} ids occur twice")
         self.integer = bool(self.ids) and all(isinstance(id, int) for id in self.ids)
 
-    def __len__(self): return len(self.ids)
+    def __len__(self):
+        return len(self.ids)
 
-    def number(self, id # of any type
-              ) -> int: # -1 where unknown
+    def number(
+        self,
+        id,  # of any type
+    ) -> int:  # -1 where unknown
         "Number of one id; text finds an integer, and an integer finds text."
-        if isinstance(id, bool): return -1
-        try: found = self._number.get(id)
-        except TypeError: return -1 # a list, a dictionary: no id
+        if isinstance(id, bool):
+            return -1
+        try:
+            found = self._number.get(id)
+        except TypeError:
+            return -1  # a list, a dictionary: no id
         return self._number.get(self._twin(id), -1) if found is None else found
 
-    def numbers(self, ids # list of ids
-               ) -> np.ndarray: # int32, -1 where unknown
+    def numbers(
+        self,
+        ids,  # list of ids
+    ) -> np.ndarray:  # int32, -1 where unknown
         "Numbers of many ids."
         return np.fromiter((self.number(id) for id in ids), np.int32, len(ids))
 
     def _twin(self, id):
         "The same id in the vocabulary's type: '50' is 50, but '050' is not."
         if not self.integer:
-            return str(id) if isinstance(id, (int, np.integer)) and -2**63 <= id < 2**64 else None # str() refuses longer ones
-        if not isinstance(id, str) or len(id) > 20: return None
-        try: return int(id) if str(int(id)) == id else None
-        except ValueError: return None
+            return (
+                str(id) if isinstance(id, (int, np.integer)) and -(2**63) <= id < 2**64 else None
+            )  # str() refuses longer ones
+        if not isinstance(id, str) or len(id) > 20:
+            return None
+        try:
+            return int(id) if str(int(id)) == id else None
+        except ValueError:
+            return None
 
 # %% ../nbs/04a_postprocessing.ipynb #4f94f918
 @dataclass(eq=False)
 class Categories:
     "The values of a column, several an item or none."
-    matrix:csr_matrix # float32 [n_items, n_values], 1 where the item has the value
-    values:list # texts, in the order of the columns
+
+    matrix: csr_matrix  # float32 [n_items, n_values], 1 where the item has the value
+    values: list  # texts, in the order of the columns
 
     def __post_init__(self):
-        self._column = {value: n for n,value in enumerate(self.values)}
+        self._column = {value: n for n, value in enumerate(self.values)}
 
-    def shares(self, items # item numbers
-              ) -> np.ndarray: # float64 [n, n_values]; each row adds up to 1, or to 0 where nothing is known
+    def shares(
+        self,
+        items,  # item numbers
+    ) -> np.ndarray:  # float64 [n, n_values]; each row adds up to 1, or to 0 where nothing is known
         "What part of an item each value is: p(g|i)."
         rows = self.matrix[items].toarray().astype(np.float64)
-        return rows/np.maximum(rows.sum(1, keepdims=True), 1)
+        return rows / np.maximum(rows.sum(1, keepdims=True), 1)
 
     def items_with(
         self,
@@ -99,19 +119,25 @@ class Categories:
 # %% ../nbs/04a_postprocessing.ipynb #8c72d2a9
 class Catalogue:
     "The items by number: their columns, popularity and vectors."
-    def __init__(self, index:IdIndex, # the vocabulary
-                 table:pd.DataFrame=None, # item_id and whatever is known; None: nothing is
-                 popularity=None, # [n_items] users of each item; None: 0
-                 features:csr_matrix=None # [n_items, n_features] vectors, see `ItemFeatures`; None: there are none
-                ):
+
+    def __init__(
+        self,
+        index: IdIndex,  # the vocabulary
+        table: pd.DataFrame = None,  # item_id and whatever is known; None: nothing is
+        popularity=None,  # [n_items] users of each item; None: 0
+        features: csr_matrix = None,  # [n_items, n_features] vectors, see `ItemFeatures`; None: there are none
+    ):
         self.index, self.n = index, len(index)
         self.table = _by_number(table, index)
         self.popularity = np.zeros(self.n, np.float32) if popularity is None else np.asarray(popularity, np.float32)
         self.features, self._made = features, {}
 
-    def column(self, name:str) -> pd.Series:
+    def column(self, name: str) -> pd.Series:
         "One column of the items; raises `AerecError` naming those there are."
-        if name not in self.table: raise AerecError(f"the items have no column {preview(name)}{did_you_mean(name, self.table.columns)}; they have {', '.join(self.table.columns)}")
+        if name not in self.table:
+            raise AerecError(
+                f"the items have no column {preview(name)}{did_you_mean(name, self.table.columns)}; they have {', '.join(self.table.columns)}"
+            )
         return self.table[name]
 
     def once(self, key, make):
@@ -126,99 +152,142 @@ class Catalogue:
             raise AerecError(str(found))
         return found
 
+
 def _by_number(table, index) -> pd.DataFrame:
     "The table in the order of the vocabulary; of two rows of one item the first stays; lists become text such as A|B."
-    ids = pd.DataFrame({'item_id': pd.Series(index.ids, dtype=None if len(index) else object)})
-    if table is None: return ids
+    ids = pd.DataFrame({"item_id": pd.Series(index.ids, dtype=None if len(index) else object)})
+    if table is None:
+        return ids
     table = _with_year(table.reset_index(drop=True))
-    numbers, rows = index.numbers(table['item_id'].tolist()), np.full(len(index), -1)
+    numbers, rows = index.numbers(table["item_id"].tolist()), np.full(len(index), -1)
     known = np.flatnonzero(numbers >= 0)[::-1]
     rows[numbers[known]] = known
-    lined = table.drop(columns='item_id').reindex(rows).reset_index(drop=True)
+    lined = table.drop(columns="item_id").reindex(rows).reset_index(drop=True)
     for c in lined:
         if lined[c].dtype == object and lined[c].map(pd.api.types.is_list_like).any():
-            lined[c] = lined[c].map(lambda v: '|'.join(map(str, v)) if pd.api.types.is_list_like(v) else v)
+            lined[c] = lined[c].map(lambda v: "|".join(map(str, v)) if pd.api.types.is_list_like(v) else v)
     return pd.concat([ids, lined], axis=1)
 
 # %% ../nbs/04a_postprocessing.ipynb #29b1f548
 @patch
-def categories(self:Catalogue, name:str='genres' # a column
-              ) -> Categories:
+def categories(
+    self: Catalogue,
+    name: str = "genres",  # a column
+) -> Categories:
     "A column as categories; text such as A|B is two of them."
     column = self.column(name)
-    return self.once(('categories', name), lambda: _as_categories(column))
+    return self.once(("categories", name), lambda: _as_categories(column))
 
-def _as_text(values:pd.Series) -> pd.Series:
+
+def _as_text(values: pd.Series) -> pd.Series:
     "Values as text; whole numbers without .0, as they were before some were missing."
     if pd.api.types.is_float_dtype(values) and ((values % 1 == 0) & (values.abs() < 2**63)).all():
         values = values.astype(np.int64)
     return values.astype(str)
 
-def _as_categories(column:pd.Series) -> Categories:
-    texts = _as_text(column.dropna()).str.split('|').explode().str.strip()
+
+def _as_categories(column: pd.Series) -> Categories:
+    texts = _as_text(column.dropna()).str.split("|").explode().str.strip()
     texts = texts[~texts.isin(NOTHING)]
     codes, values = pd.factorize(texts, sort=True)
-    matrix = csr_matrix((np.ones(len(codes), np.float32), (texts.index.to_numpy(), codes)), shape=(len(column), len(values)))
-    matrix.data[:] = 1 # a value that is there twice is there once
+    matrix = csr_matrix(
+        (np.ones(len(codes), np.float32), (texts.index.to_numpy(), codes)), shape=(len(column), len(values))
+    )
+    matrix.data[:] = 1  # a value that is there twice is there once
     return Categories(matrix, [str(v) for v in values])
 
+
 @patch
-def numbers(self:Catalogue, name:str # a column
-           ) -> np.ndarray: # float64 [n_items], NaN where unknown
+def numbers(
+    self: Catalogue,
+    name: str,  # a column
+) -> np.ndarray:  # float64 [n_items], NaN where unknown
     "A column as numbers; raises `AerecError` if it is text."
     column = self.column(name)
-    return self.once(('numbers', name), lambda: _as_numbers(column))
+    return self.once(("numbers", name), lambda: _as_numbers(column))
 
-def _as_numbers(column:pd.Series) -> np.ndarray:
-    found = pd.to_numeric(column, errors='coerce').to_numpy(np.float64, na_value=np.nan)
+
+def _as_numbers(column: pd.Series) -> np.ndarray:
+    found = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
     wrong = column[np.isnan(found) & column.notna().to_numpy()]
-    if len(wrong): raise AerecError(f"the items' column '{column.name}' has no numbers: {preview(str(wrong.iloc[0]))} is none")
+    if len(wrong):
+        raise AerecError(f"the items' column '{column.name}' has no numbers: {preview(str(wrong.iloc[0]))} is none")
     return found
 
 # %% ../nbs/04a_postprocessing.ipynb #a0b994e1
 @patch
-def moments(self:Catalogue, name:str # a column of dates, of seconds since 1970, or of years
-           ) -> np.ndarray: # float64 [n_items], seconds since 1970, NaN where unknown
+def moments(
+    self: Catalogue,
+    name: str,  # a column of dates, of seconds since 1970, or of years
+) -> np.ndarray:  # float64 [n_items], seconds since 1970, NaN where unknown
     "A column as moments; a year is its first of January. Raises `AerecError` for what is no time."
     column = self.column(name)
-    return self.once(('moments', name), lambda: _as_moments(column))
+    return self.once(("moments", name), lambda: _as_moments(column))
 
-def _as_moments(column:pd.Series) -> np.ndarray:
-    if pd.api.types.is_bool_dtype(column): raise AerecError(f"the items' column '{column.name}' has no dates, but True and False")
-    values = column.where(~column.isin(NOTHING)) if column.dtype == object or pd.api.types.is_string_dtype(column) else column
+
+def _as_moments(column: pd.Series) -> np.ndarray:
+    if pd.api.types.is_bool_dtype(column):
+        raise AerecError(f"the items' column '{column.name}' has no dates, but True and False")
+    values = (
+        column.where(~column.isin(NOTHING))
+        if column.dtype == object or pd.api.types.is_string_dtype(column)
+        else column
+    )
     if not pd.api.types.is_datetime64_any_dtype(values):
-        numbers = pd.to_numeric(values, errors='coerce').to_numpy(np.float64, na_value=np.nan)
+        numbers = pd.to_numeric(values, errors="coerce").to_numpy(np.float64, na_value=np.nan)
         if not np.isnan(numbers[values.notna().to_numpy()]).any():
             years = (numbers >= 1000) & (numbers <= 3000)
-            return np.where(years, (np.nan_to_num(numbers).astype(np.int64)-1970).clip(-970, 1030).astype('datetime64[Y]').astype('datetime64[s]').astype(np.float64), numbers) \
-                if (years | np.isnan(numbers)).all() else numbers
-        if values.dtype == object: # pandas reads numbers among texts as epochs
-            values = values.map(lambda v: str(v) if isinstance(v, (int, float)) else v, na_action='ignore')
-        parsed = pd.to_datetime(values, errors='coerce', utc=True, format='ISO8601')
+            return (
+                np.where(
+                    years,
+                    (np.nan_to_num(numbers).astype(np.int64) - 1970)
+                    .clip(-970, 1030)
+                    .astype("datetime64[Y]")
+                    .astype("datetime64[s]")
+                    .astype(np.float64),
+                    numbers,
+                )
+                if (years | np.isnan(numbers)).all()
+                else numbers
+            )
+        if values.dtype == object:  # pandas reads numbers among texts as epochs
+            values = values.map(lambda v: str(v) if isinstance(v, (int, float)) else v, na_action="ignore")
+        parsed = pd.to_datetime(values, errors="coerce", utc=True, format="ISO8601")
         wrong = values[parsed.isna() & values.notna()]
-        if len(wrong): raise AerecError(f"the items' column '{column.name}' has no dates: {preview(str(wrong.iloc[0]))} is neither one such as 2020-01-31, nor seconds since 1970")
+        if len(wrong):
+            raise AerecError(
+                f"the items' column '{column.name}' has no dates: {preview(str(wrong.iloc[0]))} is neither one such as 2020-01-31, nor seconds since 1970"
+            )
         values = parsed
-    if getattr(values.dtype, 'tz', None) is not None: values = values.dt.tz_convert('UTC').dt.tz_localize(None)
-    return np.where(values.isna(), np.nan, values.to_numpy('datetime64[s]').astype(np.float64))
+    if getattr(values.dtype, "tz", None) is not None:
+        values = values.dt.tz_convert("UTC").dt.tz_localize(None)
+    return np.where(values.isna(), np.nan, values.to_numpy("datetime64[s]").astype(np.float64))
 
 # %% ../nbs/04a_postprocessing.ipynb #0bf12c40
 @patch
-def vectors(self:Catalogue, of:str|None=None # 'features', or a column of categories; None: genres if there are any, else features
-           ) -> csr_matrix: # float32 [n_items, d], rows of length 1, or empty where nothing is known
+def vectors(
+    self: Catalogue,
+    of: str | None = None,  # 'features', or a column of categories; None: genres if there are any, else features
+) -> csr_matrix:  # float32 [n_items, d], rows of length 1, or empty where nothing is known
     "What the likeness of two items is measured on."
     if of is None:
-        if 'genres' not in self.table and self.features is None: raise AerecError("the items have neither a column 'genres' nor features to tell how alike they are")
-        of = 'genres' if 'genres' in self.table else 'features'
-    if of == 'features' and self.features is None: raise AerecError('the items have no features: give a table of items with columns that are fit for it, or name a column')
-    rows = csr_matrix(self.features) if of == 'features' else self.categories(of).matrix
-    return self.once(('vectors', of), lambda: _unit_rows(rows))
+        if "genres" not in self.table and self.features is None:
+            raise AerecError("the items have neither a column 'genres' nor features to tell how alike they are")
+        of = "genres" if "genres" in self.table else "features"
+    if of == "features" and self.features is None:
+        raise AerecError(
+            "the items have no features: give a table of items with columns that are fit for it, or name a column"
+        )
+    rows = csr_matrix(self.features) if of == "features" else self.categories(of).matrix
+    return self.once(("vectors", of), lambda: _unit_rows(rows))
 
-def _unit_rows(m:csr_matrix) -> csr_matrix:
+
+def _unit_rows(m: csr_matrix) -> csr_matrix:
     length = np.sqrt(np.asarray(m.multiply(m).sum(1)).ravel())
-    return csr_matrix(m.multiply(1/np.where(length > 0, length, 1)[:, None]), dtype=np.float32)
+    return csr_matrix(m.multiply(1 / np.where(length > 0, length, 1)[:, None]), dtype=np.float32)
 
 # %% ../nbs/04a_postprocessing.ipynb #e476aa2e
-RANGES = {'ge': np.greater_equal, 'gt': np.greater, 'le': np.less_equal, 'lt': np.less}
+RANGES = {"ge": np.greater_equal, "gt": np.greater, "le": np.less_equal, "lt": np.less}
 MAX_CONDITIONS = 100  # columns that the conditions of a request's filter name
 MAX_VALUES = 1_000  # values in one condition
 MAX_FILTER_VALUES = 10_000  # values in all conditions
@@ -230,9 +299,9 @@ def _conditions(spec: dict) -> list:  # of (group, condition)
     if not isinstance(spec, dict) or not spec:
         raise AerecError(f"a filter is a dictionary such as {{'any': [{{'genres': 'Comedy'}}]}}, not {preview(spec)}")
     for group, conditions in spec.items():
-        if group not in ('any', 'all', 'none'):
+        if group not in ("any", "all", "none"):
             advice = f"write {{'all': [{{{preview(group)}: ...}}]}} if that is a column"
-            raise AerecError(f'a filter has any, all and none, not {preview(group)}: {advice}')
+            raise AerecError(f"a filter has any, all and none, not {preview(group)}: {advice}")
         if not isinstance(conditions, list) or not conditions or not all(isinstance(c, dict) and c for c in conditions):
             example = "{'genres': 'Comedy'} or {'year': {'ge': 1990}}"
             raise AerecError(
@@ -247,17 +316,17 @@ def _conditions(spec: dict) -> list:  # of (group, condition)
 def _check_wanted(column, wanted) -> None:
     "Refuse what a column cannot be compared with."
     if not isinstance(column, str) or len(column) > MAX_TEXT:
-        raise AerecError(f'a condition names a column of the items, not {preview(column)}')
+        raise AerecError(f"a condition names a column of the items, not {preview(column)}")
     if isinstance(wanted, dict):
         unknown = [op for op in wanted if op not in RANGES]
         if unknown or not wanted:
-            found = preview(unknown[0]) if unknown else 'nothing'
-            raise AerecError(f'a range of {preview(column)} has {", ".join(RANGES)}, not {found}')
+            found = preview(unknown[0]) if unknown else "nothing"
+            raise AerecError(f"a range of {preview(column)} has {', '.join(RANGES)}, not {found}")
         for op, end in wanted.items():
             if isinstance(end, bool) or not _is_value(end):
-                raise AerecError(f'{preview(column)} {op} {preview(end)}: a range ends at a number or a date')
+                raise AerecError(f"{preview(column)} {op} {preview(end)}: a range ends at a number or a date")
     elif wanted == [] or not all(map(_is_value, wanted if isinstance(wanted, list) else [wanted])):
-        raise AerecError(f'{preview(column)} must be a value, a list of values or a range, not {preview(wanted)}')
+        raise AerecError(f"{preview(column)} must be a value, a list of values or a range, not {preview(wanted)}")
 
 
 def _is_value(value) -> bool:
@@ -274,13 +343,13 @@ def _check_size(conditions: list) -> None:
     wanted = [wanted for _, condition in conditions for wanted in condition.values()]
     sizes = [len(values) if isinstance(values, list) else 1 for values in wanted]
     limits = (
-        (len(sizes), MAX_CONDITIONS, 'conditions'),
-        (max(sizes), MAX_VALUES, 'values in one condition'),
-        (sum(sizes), MAX_FILTER_VALUES, 'values'),
+        (len(sizes), MAX_CONDITIONS, "conditions"),
+        (max(sizes), MAX_VALUES, "values in one condition"),
+        (sum(sizes), MAX_FILTER_VALUES, "values"),
     )
     for n, most, what in limits:
         if n > most:
-            raise AerecError(f'a filter of a request has at most {most:,} {what}, not {n:,}')
+            raise AerecError(f"a filter of a request has at most {most:,} {what}, not {n:,}")
 
 # %% ../nbs/04a_postprocessing.ipynb #e8976ba8
 def _condition_mask(
@@ -294,7 +363,7 @@ def _condition_mask(
         values = _comparable(catalogue, column, wanted)
         return np.logical_and.reduce([RANGES[op](values, _range_end(end)) for op, end in wanted.items()])
     wanted = wanted if isinstance(wanted, list) else [wanted]
-    if column == 'item_id':
+    if column == "item_id":
         numbers = catalogue.index.numbers(wanted)
         unknown += [(column, value, None) for value, n in zip(wanted, numbers) if n < 0]
         found = np.zeros(catalogue.n, bool)
@@ -319,11 +388,11 @@ def _range_end(end) -> float:  # a number, or seconds since 1970
     if not isinstance(end, str):
         return float(end)
     try:
-        if not '0' <= end[:1] <= '9' or len(end) > 40:  # not 'now' either
+        if not "0" <= end[:1] <= "9" or len(end) > 40:  # not 'now' either
             raise ValueError
-        return pd.to_datetime(end, utc=True, format='ISO8601').timestamp()
+        return pd.to_datetime(end, utc=True, format="ISO8601").timestamp()
     except (ValueError, OverflowError):
-        raise AerecError(f'{preview(end)} is no date such as 2020-01-31') from None
+        raise AerecError(f"{preview(end)} is no date such as 2020-01-31") from None
 
 
 def _describe_unknown(catalogue: Catalogue, unknown: list) -> list:  # of sentences, at most 4
@@ -331,29 +400,29 @@ def _describe_unknown(catalogue: Catalogue, unknown: list) -> list:  # of senten
     said, hint = [], None
     for column, value, text in unknown[:3]:
         if text is None:
-            said.append(f'item {preview(value)} is not in the catalogue')
+            said.append(f"item {preview(value)} is not in the catalogue")
             continue
-        hint = did_you_mean(text, catalogue.categories(column).values) if hint is None else ''
-        said.append(f'no item has {column} {preview(value)}{hint}')
-    return said + ([f'{len(unknown) - 3:,} more values that no item has'] if len(unknown) > 3 else [])
+        hint = did_you_mean(text, catalogue.categories(column).values) if hint is None else ""
+        said.append(f"no item has {column} {preview(value)}{hint}")
+    return said + ([f"{len(unknown) - 3:,} more values that no item has"] if len(unknown) > 3 else [])
 
 # %% ../nbs/04a_postprocessing.ipynb #5ce241b4
 def _refuse_contradictions(conditions: list) -> None:
     "Refuse conditions that no item can ever meet; raises `AerecError`."
-    texts = {'any': [], 'all': [], 'none': []}
+    texts = {"any": [], "all": [], "none": []}
     for group, condition in conditions:
         texts[group].append(json.dumps(condition, sort_keys=True))
-    excluded = set(texts['none'])
-    both = next((text for text in texts['all'] if text in excluded), None)
+    excluded = set(texts["none"])
+    both = next((text for text in texts["all"] if text in excluded), None)
     if both is not None:
-        raise AerecError(f'a contradictory filter: {preview(both)} is in all and in none')
-    if texts['any'] and excluded.issuperset(texts['any']):
-        raise AerecError('a contradictory filter: everything in any is in none as well')
-    required = [c for group, c in conditions if group == 'all']
-    alternatives = [[c] for group, c in conditions if group == 'any'] or [[]]
+        raise AerecError(f"a contradictory filter: {preview(both)} is in all and in none")
+    if texts["any"] and excluded.issuperset(texts["any"]):
+        raise AerecError("a contradictory filter: everything in any is in none as well")
+    required = [c for group, c in conditions if group == "all"]
+    alternatives = [[c] for group, c in conditions if group == "any"] or [[]]
     if all(_is_empty(required + alternative) for alternative in alternatives):
         ranges = [c for c in required + alternatives[0] if any(isinstance(v, dict) for v in c.values())]
-        raise AerecError(f'a contradictory filter: no value is within {" and ".join(preview(c) for c in ranges[:3])}')
+        raise AerecError(f"a contradictory filter: no value is within {' and '.join(preview(c) for c in ranges[:3])}")
 
 
 def _is_empty(conditions: list) -> bool:
@@ -368,8 +437,8 @@ def _is_empty(conditions: list) -> bool:
 
 def _is_empty_range(ends: list) -> bool:
     "Tell whether no number meets all of some (operator, end)."
-    low = max(((end, op == 'gt') for op, end in ends if op in ('ge', 'gt')), default=(float('-inf'), False))
-    high = min(((end, op != 'lt') for op, end in ends if op in ('le', 'lt')), default=(float('inf'), True))
+    low = max(((end, op == "gt") for op, end in ends if op in ("ge", "gt")), default=(float("-inf"), False))
+    high = min(((end, op != "lt") for op, end in ends if op in ("le", "lt")), default=(float("inf"), True))
     return low[0] > high[0] or low[0] == high[0] and (low[1] or not high[1])
 
 
@@ -386,10 +455,10 @@ def _find_items(
             deadline.check()
         masks = [_condition_mask(catalogue, column, wanted, unknown) for column, wanted in condition.items()]
         mask = np.logical_and.reduce(masks)
-        if group == 'any':
+        if group == "any":
             alternatives = mask if alternatives is None else alternatives | mask
         else:
-            passed &= mask if group == 'all' else ~mask
+            passed &= mask if group == "all" else ~mask
     return passed if alternatives is None else passed & alternatives, _describe_unknown(catalogue, unknown)
 
 
@@ -418,59 +487,82 @@ def settled_filter(
 @dataclass(eq=False)
 class Candidates:
     "Items in the order in which they would be shown."
-    items:np.ndarray # int, item numbers, each once
-    scores:np.ndarray # float, what the order came from; steps that only reorder leave it
-    sources:np.ndarray = None # 'model', 'popular', 'pin', 'promotion' or 'explore'; None: all 'model'
-    propensities:np.ndarray = None # probability with which the item stands where it stands; None: 1, nothing was drawn
+
+    items: np.ndarray  # int, item numbers, each once
+    scores: np.ndarray  # float, what the order came from; steps that only reorder leave it
+    sources: np.ndarray = None  # 'model', 'popular', 'pin', 'promotion' or 'explore'; None: all 'model'
+    propensities: np.ndarray = (
+        None  # probability with which the item stands where it stands; None: 1, nothing was drawn
+    )
 
     def __post_init__(self):
-        if self.sources is None: self.sources = np.full(len(self.items), 'model', object)
-    def __len__(self): return len(self.items)
-    def take(self, which # positions in their new order, or a mask of what stays
-            ): # -> Candidates
+        if self.sources is None:
+            self.sources = np.full(len(self.items), "model", object)
+
+    def __len__(self):
+        return len(self.items)
+
+    def take(
+        self,
+        which,  # positions in their new order, or a mask of what stays
+    ):  # -> Candidates
         "Some of the candidates, or all in another order."
-        return Candidates(self.items[which], self.scores[which], self.sources[which], None if self.propensities is None else self.propensities[which])
-    def rescored(self, scores # new scores, one a candidate
-                ): # -> Candidates, best first, ties by item number
+        return Candidates(
+            self.items[which],
+            self.scores[which],
+            self.sources[which],
+            None if self.propensities is None else self.propensities[which],
+        )
+
+    def rescored(
+        self,
+        scores,  # new scores, one a candidate
+    ):  # -> Candidates, best first, ties by item number
         "The candidates with other scores, in the order of these."
         return replace(self, scores=scores).take(np.lexsort((self.items, -scores)))
-    def followed_by(self, rest): # -> Candidates
+
+    def followed_by(self, rest):  # -> Candidates
         both = lambda a, b: np.concatenate([a, b])
         p = None if self.propensities is None else both(self.propensities, np.ones(len(rest)))
-        return Candidates(both(self.items, rest.items), both(self.scores, rest.scores), both(self.sources, rest.sources), p)
+        return Candidates(
+            both(self.items, rest.items), both(self.scores, rest.scores), both(self.sources, rest.sources), p
+        )
 
 # %% ../nbs/04a_postprocessing.ipynb #0348729f
-def _none(): return np.array([], np.int32)
+def _none():
+    return np.array([], np.int32)
+
 
 @dataclass(eq=False)
 class Request:
     "What is known of whoever asks, and what they ask for; None means as the chain is configured."
-    k:int = 10 # length of the list
-    history:np.ndarray = field(default_factory=_none) # item numbers the user has
-    weights:np.ndarray = None # of the history; None: 1 each
-    times:np.ndarray = None # of the history, seconds since 1970, NaN where unknown; None: unknown
-    disliked:np.ndarray = field(default_factory=_none) # item numbers that count as seen whenever it was
-    user:object = None # the user's id: who is shown what by chance depends on it
-    draw:int = 0 # another number: another draw of what is explored
-    now:float = None # seconds since 1970; None: the clock
-    exclude_seen:bool = True # False: leave the step exclude_seen out
-    exclude:np.ndarray = field(default_factory=_none) # further item numbers to leave out
-    candidates:np.ndarray = None # item numbers to choose among; None: all
-    filter:dict = None # see `filter_items`
-    pins:object = () # item ids for the first places, or {place: item id}
-    diversity:float = None # 0 to 1, of the step mmr
-    max_per_category:int = None # of the step max_per_category
-    min_score:float = None # of the step min_score
-    explain:bool = False # keep what every step did
-    deadline:Deadline = None # the end of the time it may take; None: any time
+
+    k: int = 10  # length of the list
+    history: np.ndarray = field(default_factory=_none)  # item numbers the user has
+    weights: np.ndarray = None  # of the history; None: 1 each
+    times: np.ndarray = None  # of the history, seconds since 1970, NaN where unknown; None: unknown
+    disliked: np.ndarray = field(default_factory=_none)  # item numbers that count as seen whenever it was
+    user: object = None  # the user's id: who is shown what by chance depends on it
+    draw: int = 0  # another number: another draw of what is explored
+    now: float = None  # seconds since 1970; None: the clock
+    exclude_seen: bool = True  # False: leave the step exclude_seen out
+    exclude: np.ndarray = field(default_factory=_none)  # further item numbers to leave out
+    candidates: np.ndarray = None  # item numbers to choose among; None: all
+    filter: dict = None  # see `filter_items`
+    pins: object = ()  # item ids for the first places, or {place: item id}
+    diversity: float = None  # 0 to 1, of the step mmr
+    max_per_category: int = None  # of the step max_per_category
+    min_score: float = None  # of the step min_score
+    explain: bool = False  # keep what every step did
+    deadline: Deadline = None  # the end of the time it may take; None: any time
     # set by the chain while it runs
-    chain:object = None
-    catalogue:Catalogue = None
-    scores:np.ndarray = None # by item number, what the model said; NaN: not a candidate
-    allowed:np.ndarray = None # bool by item number: who passed all removing steps
-    verdicts:list = field(default_factory=list) # (name of removing step, mask of who passed)
-    warnings:list = field(default_factory=list) # sentences
-    depth:int = None # how many places a ranking step must fill with care
+    chain: object = None
+    catalogue: Catalogue = None
+    scores: np.ndarray = None  # by item number, what the model said; NaN: not a candidate
+    allowed: np.ndarray = None  # bool by item number: who passed all removing steps
+    verdicts: list = field(default_factory=list)  # (name of removing step, mask of who passed)
+    warnings: list = field(default_factory=list)  # sentences
+    depth: int = None  # how many places a ranking step must fill with care
 
     def __copy__(self):
         "Copy the fields; copy.copy itself takes five microseconds."
@@ -483,82 +575,116 @@ class Request:
         if self.deadline is not None:
             self.deadline.check()
 
-    def refused_by(self, item:int) -> str|None:
+    def refused_by(self, item: int) -> str | None:
         "The removing step that an item does not pass: the ban list, or else the first."
-        names = [name for name,passed in self.verdicts if not passed[item]]
-        return 'ban_list' if 'ban_list' in names else names[0] if names else None
+        names = [name for name, passed in self.verdicts if not passed[item]]
+        return "ban_list" if "ban_list" in names else names[0] if names else None
 
 # %% ../nbs/04a_postprocessing.ipynb #d36d8e65
 class OnItems:
     "Marks a parameter that is about items: the step gets what `make(catalogue, value)` gives, made once."
-    def __init__(self, make): self.make = make
+
+    def __init__(self, make):
+        self.make = make
+
 
 @dataclass(eq=False)
 class Step:
     "A registered step."
-    name:str
-    kind:str # remove, cut, rank or place
-    function:object # (candidates, request, **parameters)
-    options:type # pydantic model of the parameters
-    pool:object = None # rank: default of how many candidates it puts in order; None: all
 
-STEPS = {} # name -> Step
+    name: str
+    kind: str  # remove, cut, rank or place
+    function: object  # (candidates, request, **parameters)
+    options: type  # pydantic model of the parameters
+    pool: object = None  # rank: default of how many candidates it puts in order; None: all
 
-def step(name:str, # what settings call it
-         kind:str='remove', # remove, cut, rank or place
-         pool:int|None=200 # rank: how many of the best candidates it puts into a new order; None: all
-        ): # -> decorator
+
+STEPS = {}  # name -> Step
+
+
+def step(
+    name: str,  # what settings call it
+    kind: str = "remove",  # remove, cut, rank or place
+    pool: int | None = 200,  # rank: how many of the best candidates it puts into a new order; None: all
+):  # -> decorator
     "Add a function to the steps that settings may name; the same name again replaces it."
-    if kind not in ('remove', 'cut', 'rank', 'place'): raise AerecError(f"step '{name}': kind is remove, cut, rank or place, not {kind!r}")
+    if kind not in ("remove", "cut", "rank", "place"):
+        raise AerecError(f"step '{name}': kind is remove, cut, rank or place, not {kind!r}")
+
     def register(function):
         STEPS[name] = Step(name, kind, function, _options_model(name, kind, function, pool), pool)
         return function
+
     return register
+
 
 def _options_model(name, kind, function, pool) -> type:
     "The parameters of a step as a pydantic model."
     parameters = list(inspect.signature(function, eval_str=True).parameters.values())
     if len(parameters) < 2 or any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters):
         raise AerecError(f"step '{name}': its function takes candidates, request, and then parameters by name")
-    fields = {p.name: (Any if p.annotation is p.empty else p.annotation, ... if p.default is p.empty else p.default) for p in parameters[2:]}
-    if kind == 'rank': fields.setdefault('pool', (Annotated[int|None, Field(ge=1)], pool))
-    return create_model(name, __config__=ConfigDict(extra='forbid', allow_inf_nan=False, validate_default=True), **fields)
+    fields = {
+        p.name: (Any if p.annotation is p.empty else p.annotation, ... if p.default is p.empty else p.default)
+        for p in parameters[2:]
+    }
+    if kind == "rank":
+        fields.setdefault("pool", (Annotated[int | None, Field(ge=1)], pool))
+    return create_model(
+        name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True), **fields
+    )
 
 # %% ../nbs/04a_postprocessing.ipynb #6cfac6a6
 @dataclass(eq=False)
 class Bound:
     "A step with its parameters, ready to run."
-    name:str
-    kind:str
-    call:object # (candidates, request) -> mask or candidates
-    pool:int = None # rank: candidates it puts in order; None: all
-    behind:int = 0 # place: candidates it draws from behind the list
 
-def _options(s:Step, given:dict, where:str):
+    name: str
+    kind: str
+    call: object  # (candidates, request) -> mask or candidates
+    pool: int = None  # rank: candidates it puts in order; None: all
+    behind: int = 0  # place: candidates it draws from behind the list
+
+
+def _options(s: Step, given: dict, where: str):
     "Checked parameters of a step; raises `AerecError`, one line."
-    try: return s.options(**given)
-    except ValidationError as e: error = e.errors()[0]
-    name = '.'.join(map(str, error['loc']))
-    if error['type'] == 'extra_forbidden': raise AerecError(f"{where}: the step {s.name} has no parameter '{name}'{did_you_mean(name, s.options.model_fields)}; it has {', '.join(s.options.model_fields) or 'none'}")
-    if error['type'] == 'missing': raise AerecError(f"{where}: the step {s.name} needs {name}: set it as {{{s.name} = {{{name} = ...}}}}")
-    raise AerecError(f"{where}: {s.name}.{name} = {preview(error['input'])}: {error['msg'].removeprefix('Value error, ')}")
+    try:
+        return s.options(**given)
+    except ValidationError as e:
+        error = e.errors()[0]
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        raise AerecError(
+            f"{where}: the step {s.name} has no parameter '{name}'{did_you_mean(name, s.options.model_fields)}; it has {', '.join(s.options.model_fields) or 'none'}"
+        )
+    if error["type"] == "missing":
+        raise AerecError(f"{where}: the step {s.name} needs {name}: set it as {{{s.name} = {{{name} = ...}}}}")
+    raise AerecError(
+        f"{where}: {s.name}.{name} = {preview(error['input'])}: {error['msg'].removeprefix('Value error, ')}"
+    )
 
-def bind_step(s:Step, # registered
-              given:dict, # parameters
-              catalogue:Catalogue, # the items
-              where:str='postprocessing.step_options' # how an error begins
-             ) -> Bound:
+
+def bind_step(
+    s: Step,  # registered
+    given: dict,  # parameters
+    catalogue: Catalogue,  # the items
+    where: str = "postprocessing.step_options",  # how an error begins
+) -> Bound:
     "Check the parameters of a step, columns included, and make what it needs of the items."
     options, arguments = _options(s, given, where), {}
-    for name,about in s.options.model_fields.items():
+    for name, about in s.options.model_fields.items():
         value, resolver = getattr(options, name), next((m for m in about.metadata if isinstance(m, OnItems)), None)
         if resolver is not None:
-            try: value = resolver.make(catalogue, value)
-            except AerecError as e: raise AerecError(f'{where}: {s.name}.{name}: {e}') from None
+            try:
+                value = resolver.make(catalogue, value)
+            except AerecError as e:
+                raise AerecError(f"{where}: {s.name}.{name}: {e}") from None
         arguments[name] = value
-    pool = arguments.get('pool')
-    if 'pool' not in inspect.signature(s.function).parameters: arguments.pop('pool', None)
-    return Bound(s.name, s.kind, lambda c, r: s.function(c, r, **arguments), pool, (pool or 0) if s.kind == 'place' else 0)
+    pool = arguments.get("pool")
+    if "pool" not in inspect.signature(s.function).parameters:
+        arguments.pop("pool", None)
+    return Bound(
+        s.name, s.kind, lambda c, r: s.function(c, r, **arguments), pool, (pool or 0) if s.kind == "place" else 0
+    )
 
 # %% ../nbs/04a_postprocessing.ipynb #9256c2f9
 def ban_list(
@@ -566,7 +692,7 @@ def ban_list(
 ) -> BanList:  # it follows changes
     "Build the blocklist of the settings; raises `AerecError` where file or table cannot be read."
     p = settings.postprocessing
-    file = project_dir()/Path(p.ban_file).expanduser() if p.ban_file else None
+    file = project_dir() / Path(p.ban_file).expanduser() if p.ban_file else None
     return BanList(p.banned_items, file, p.ban_url, p.ban_query, p.ban_refresh_s, p.on_blocklist_error)
 
 
@@ -577,130 +703,184 @@ def load_ban_list(
     return ban_list(settings).ids
 
 # %% ../nbs/04a_postprocessing.ipynb #1d894859
-@step('exclude_seen')
-def exclude_seen(candidates:Candidates, request:Request, *,
-                 days:Annotated[float|None, Field(gt=0)]=None # only what the user has had for fewer days than this; None: all. What has no time counts as recent
-                ) -> np.ndarray: # mask of what stays
+@step("exclude_seen")
+def exclude_seen(
+    candidates: Candidates,
+    request: Request,
+    *,
+    days: Annotated[
+        float | None, Field(gt=0)
+    ] = None,  # only what the user has had for fewer days than this; None: all. What has no time counts as recent
+) -> np.ndarray:  # mask of what stays
     "Leave out what the user has, or rated too low to want it."
     seen, has = np.zeros(request.catalogue.n, bool), request.history
-    if days is not None and request.times is not None: has = has[~(request.times <= request.now - 86400*days)]
+    if days is not None and request.times is not None:
+        has = has[~(request.times <= request.now - 86400 * days)]
     seen[has] = True
     seen[request.disliked] = True
     return ~seen[candidates.items]
 
-@step('ban_list')
-def leave_out_banned(candidates:Candidates, request:Request) -> np.ndarray: # mask of what stays
+
+@step("ban_list")
+def leave_out_banned(candidates: Candidates, request: Request) -> np.ndarray:  # mask of what stays
     "Leave out banned items."
     return ~request.chain.banned[candidates.items]
 
-@step('filter')
-def keep_filtered(candidates:Candidates, request:Request, *,
-                  where:Annotated[dict, OnItems(settled_filter)] # see `filter_items`
-                 ) -> np.ndarray: # mask of what stays
+
+@step("filter")
+def keep_filtered(
+    candidates: Candidates,
+    request: Request,
+    *,
+    where: Annotated[dict, OnItems(settled_filter)],  # see `filter_items`
+) -> np.ndarray:  # mask of what stays
     "Keep what passes a filter."
     return where[candidates.items]
 
-def _moments_if(catalogue, name): return None if name is None else catalogue.moments(name)
 
-@step('available')
-def available(candidates:Candidates, request:Request, *,
-              start:Annotated[str|None, OnItems(_moments_if)]='available_from', # column of the moment from which on an item may be shown; None: always
-              end:Annotated[str|None, OnItems(_moments_if)]='available_until' # column of the moment from which on it may not any more; None: never
-             ) -> np.ndarray: # mask of what stays
+def _moments_if(catalogue, name):
+    return None if name is None else catalogue.moments(name)
+
+
+@step("available")
+def available(
+    candidates: Candidates,
+    request: Request,
+    *,
+    start: Annotated[
+        str | None, OnItems(_moments_if)
+    ] = "available_from",  # column of the moment from which on an item may be shown; None: always
+    end: Annotated[
+        str | None, OnItems(_moments_if)
+    ] = "available_until",  # column of the moment from which on it may not any more; None: never
+) -> np.ndarray:  # mask of what stays
     "Keep what may be shown at the time of the request; where a moment is unknown that side is open."
     stays = np.ones(len(candidates), bool)
-    if start is not None: stays &= ~(start[candidates.items] > request.now)
-    if end is not None: stays &= ~(end[candidates.items] <= request.now)
+    if start is not None:
+        stays &= ~(start[candidates.items] > request.now)
+    if end is not None:
+        stays &= ~(end[candidates.items] <= request.now)
     return stays
 
 # %% ../nbs/04a_postprocessing.ipynb #3599f862
-@step('min_score', 'cut')
-def min_score(candidates:Candidates, request:Request, *,
-              least:float # score below which nothing is shown
-             ) -> np.ndarray: # mask of what stays
+@step("min_score", "cut")
+def min_score(
+    candidates: Candidates,
+    request: Request,
+    *,
+    least: float,  # score below which nothing is shown
+) -> np.ndarray:  # mask of what stays
     "Leave out what scores too low, in the model's own units."
     return candidates.scores >= least
 
-@step('max_per_category', 'cut')
-def max_per_category(candidates:Candidates, request:Request, *,
-                     most:Annotated[int, Field(ge=1)], # items of each value
-                     column:Annotated[str, OnItems(Catalogue.categories)]='genres' # of the items; one with several values counts for each of them
-                    ) -> np.ndarray: # mask of what stays
+
+@step("max_per_category", "cut")
+def max_per_category(
+    candidates: Candidates,
+    request: Request,
+    *,
+    most: Annotated[int, Field(ge=1)],  # items of each value
+    column: Annotated[
+        str, OnItems(Catalogue.categories)
+    ] = "genres",  # of the items; one with several values counts for each of them
+) -> np.ndarray:  # mask of what stays
     "Keep at most so many items of each category, the best ones; what has no category stays."
     m, shown, stays = column.matrix, np.zeros(len(column.values), int), np.zeros(len(candidates), bool)
-    for n,item in enumerate(candidates.items.tolist()):
+    for n, item in enumerate(candidates.items.tolist()):
         if n % 1024 == 0:
             request.check_time()
-        own = m.indices[m.indptr[item]:m.indptr[item+1]]
+        own = m.indices[m.indptr[item] : m.indptr[item + 1]]
         stays[n] = len(own) == 0 or shown[own].max() < most
-        if stays[n]: shown[own] += 1
+        if stays[n]:
+            shown[own] += 1
     return stays
 
 # %% ../nbs/04a_postprocessing.ipynb #ff884c20
-def relevance(scores:np.ndarray # of a pool
-             ) -> np.ndarray: # float64, 0 to 1
+def relevance(
+    scores: np.ndarray,  # of a pool
+) -> np.ndarray:  # float64, 0 to 1
     "Scores between the pool's worst and best; 0 where all are the same."
     s = scores.astype(np.float64)
     low, high = s.min(initial=np.inf), s.max(initial=-np.inf)
-    return (s-low)/(high-low) if high > low else np.zeros(len(s))
+    return (s - low) / (high - low) if high > low else np.zeros(len(s))
 
-def _by_relevance(c:Candidates, r:np.ndarray) -> Candidates:
+
+def _by_relevance(c: Candidates, r: np.ndarray) -> Candidates:
     "Candidates by a new relevance, given back in the units of their scores."
     s = c.scores.astype(np.float64)
     low, high = s.min(initial=np.inf), s.max(initial=-np.inf)
     order = np.lexsort((np.arange(len(c)), -r))
-    return replace(c, scores=low + (high-low)*r if high > low else s).take(order)
+    return replace(c, scores=low + (high - low) * r if high > low else s).take(order)
 
 # %% ../nbs/04a_postprocessing.ipynb #6109d9b8
 class Boost(BaseModel):
     "What a boost is for, and how strong it is."
-    model_config = ConfigDict(extra='forbid', allow_inf_nan=False)
-    items: list[int|str] = None # item ids; None: see where
-    where: dict = None # see `filter_items`; None: see items
-    factor: float = Field(1., ge=0)
-    add: float = 0.
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    items: list[int | str] = None  # item ids; None: see where
+    where: dict = None  # see `filter_items`; None: see items
+    factor: float = Field(1.0, ge=0)
+    add: float = 0.0
+
 
 def _boosts(catalogue, rules) -> tuple:
     "Factor and addend of every item; those of several rules are multiplied and added up."
     factor, add = np.ones(catalogue.n), np.zeros(catalogue.n)
-    for n,rule in enumerate(rules, 1):
-        if (rule.items is None) == (rule.where is None): raise AerecError(f'rule {n} needs either items or where')
-        meant = settled_filter(catalogue, rule.where if rule.items is None else {'all': [{'item_id': rule.items}]})
+    for n, rule in enumerate(rules, 1):
+        if (rule.items is None) == (rule.where is None):
+            raise AerecError(f"rule {n} needs either items or where")
+        meant = settled_filter(catalogue, rule.where if rule.items is None else {"all": [{"item_id": rule.items}]})
         factor[meant] *= rule.factor
         add[meant] += rule.add
     return np.minimum(factor, _LARGE), np.clip(add, -_LARGE, _LARGE)
 
-_LARGE = 1e300 # products of large factors and scores stay finite
 
-@step('boost', 'rank', pool=None)
-def boost(candidates:Candidates, request:Request, *,
-          rules:Annotated[list[Boost], OnItems(_boosts)] # such as [{'where': {'all': [{'genres': 'Drama'}]}, 'factor': 1.5}]
-         ) -> Candidates:
+_LARGE = 1e300  # products of large factors and scores stay finite
+
+
+@step("boost", "rank", pool=None)
+def boost(
+    candidates: Candidates,
+    request: Request,
+    *,
+    rules: Annotated[
+        list[Boost], OnItems(_boosts)
+    ],  # such as [{'where': {'all': [{'genres': 'Drama'}]}, 'factor': 1.5}]
+) -> Candidates:
     "Lift or lower the scores of some items."
     factor, add = rules
     s = candidates.scores.astype(np.float64)
-    with np.errstate(over='ignore'):
-        boosted = s + (factor[candidates.items]-1)*np.abs(s) + add[candidates.items]
+    with np.errstate(over="ignore"):
+        boosted = s + (factor[candidates.items] - 1) * np.abs(s) + add[candidates.items]
     return candidates.rescored(np.clip(boosted, -_LARGE, _LARGE))
 
 # %% ../nbs/04a_postprocessing.ipynb #f6c85619
-@step('temper_popularity', 'rank')
-def temper_popularity(candidates:Candidates, request:Request, *,
-                      exponent:Annotated[float, Field(ge=0)]=.2 # 0: nothing changes
-                     ) -> Candidates:
+@step("temper_popularity", "rank")
+def temper_popularity(
+    candidates: Candidates,
+    request: Request,
+    *,
+    exponent: Annotated[float, Field(ge=0)] = 0.2,  # 0: nothing changes
+) -> Candidates:
     "Make popular items less relevant."
     n = 1 + request.catalogue.popularity[candidates.items].astype(np.float64)
-    return _by_relevance(candidates, relevance(candidates.scores)*(n.min(initial=np.inf)/n)**exponent)
+    return _by_relevance(candidates, relevance(candidates.scores) * (n.min(initial=np.inf) / n) ** exponent)
 
-@step('freshness', 'rank')
-def freshness(candidates:Candidates, request:Request, *,
-              weight:Annotated[float, Field(ge=0, le=1)]=.1, # of freshness against relevance
-              half_life_days:Annotated[float, Field(gt=0)]=3650., # age that halves it
-              column:Annotated[str, OnItems(Catalogue.moments)]='year' # of the items: dates, seconds since 1970, or years
-             ) -> Candidates:
+
+@step("freshness", "rank")
+def freshness(
+    candidates: Candidates,
+    request: Request,
+    *,
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.1,  # of freshness against relevance
+    half_life_days: Annotated[float, Field(gt=0)] = 3650.0,  # age that halves it
+    column: Annotated[str, OnItems(Catalogue.moments)] = "year",  # of the items: dates, seconds since 1970, or years
+) -> Candidates:
     "Make new items more relevant."
-    age = np.maximum(request.now - column[candidates.items], 0)/86400
-    return _by_relevance(candidates, (1-weight)*relevance(candidates.scores) + weight*np.nan_to_num(2.**(-age/half_life_days)))
+    age = np.maximum(request.now - column[candidates.items], 0) / 86400
+    return _by_relevance(
+        candidates, (1 - weight) * relevance(candidates.scores) + weight * np.nan_to_num(2.0 ** (-age / half_life_days))
+    )
 
 # %% ../nbs/04a_postprocessing.ipynb #57fe01a6
 def mmr_order(
@@ -711,11 +891,11 @@ def mmr_order(
     deadline: Deadline = None,  # None: it may take any time
 ) -> list:  # positions, the chosen ones in their order
     "Choose by maximal marginal relevance, greedily; of equals the first."
-    value, nearest, chosen = (1-diversity)*relevance, np.zeros(len(relevance)), []
+    value, nearest, chosen = (1 - diversity) * relevance, np.zeros(len(relevance)), []
     for _ in range(min(n, len(relevance))):
         if deadline is not None and len(chosen) % 16 == 0:
             deadline.check()
-        best = int(np.argmax(value - diversity*nearest))
+        best = int(np.argmax(value - diversity * nearest))
         nearest = similarity[best].copy() if not chosen else np.maximum(nearest, similarity[best])
         value[best] = -np.inf
         chosen.append(best)
@@ -730,7 +910,7 @@ class _SimilarityRows:
 
     def __getitem__(self, n: int) -> np.ndarray:  # float64 [n]
         v = self._vectors
-        own, one = slice(v.indptr[n], v.indptr[n+1]), np.zeros(v.shape[1])
+        own, one = slice(v.indptr[n], v.indptr[n + 1]), np.zeros(v.shape[1])
         one[v.indices[own]] = v.data[own]
         return v @ one
 
@@ -738,237 +918,337 @@ class _SimilarityRows:
 def _similarity(vectors: csr_matrix):  # -> float64 [n, n], or what gives its rows
     "Compute the similarity of a few candidates at once, and of many a row at a time."
     n, d = vectors.shape
-    if n*max(n, d) > 2**20:
+    if n * max(n, d) > 2**20:
         return _SimilarityRows(vectors)
     dense = vectors.toarray().astype(np.float64)
     return dense @ dense.T
 
 
-def _first(candidates:Candidates, chosen:list) -> Candidates:
+def _first(candidates: Candidates, chosen: list) -> Candidates:
     "The chosen ones, then the others as they were."
     left = np.ones(len(candidates), bool)
     left[chosen] = False
     return candidates.take(np.concatenate([np.array(chosen, int), np.flatnonzero(left)]))
 
 
-@step('mmr', 'rank')
-def mmr(candidates:Candidates, request:Request, *,
-        diversity:Annotated[float, Field(ge=0, le=1)]=.3, # 0: by relevance alone; 1: by being different alone
-        of:Annotated[str|None, OnItems(Catalogue.vectors)]=None # 'features', or a column of categories; None: genres, else features
-       ) -> Candidates:
+@step("mmr", "rank")
+def mmr(
+    candidates: Candidates,
+    request: Request,
+    *,
+    diversity: Annotated[float, Field(ge=0, le=1)] = 0.3,  # 0: by relevance alone; 1: by being different alone
+    of: Annotated[
+        str | None, OnItems(Catalogue.vectors)
+    ] = None,  # 'features', or a column of categories; None: genres, else features
+) -> Candidates:
     "Take in turn what is relevant and unlike all that was taken before."
     similarity = _similarity(of[candidates.items])
     order = mmr_order(relevance(candidates.scores), similarity, diversity, request.depth, request.deadline)
     return _first(candidates, order)
 
 # %% ../nbs/04a_postprocessing.ipynb #9851b138
-SMOOTHING = .01 # alpha of Steck 2018
+SMOOTHING = 0.01  # alpha of Steck 2018
 
-def miscalibration(p:np.ndarray, # [n_genres] of the history, adding up to 1
-                   q:np.ndarray # [..., n_genres] of lists, adding up to 1, or 0 where nothing is known
-                  ) -> np.ndarray: # float64 [...], 0: the same mix
+
+def miscalibration(
+    p: np.ndarray,  # [n_genres] of the history, adding up to 1
+    q: np.ndarray,  # [..., n_genres] of lists, adding up to 1, or 0 where nothing is known
+) -> np.ndarray:  # float64 [...], 0: the same mix
     "KL(p || q), smoothed."
     has = p > 0
-    return (p[has]*np.log(p[has]/((1-SMOOTHING)*q[..., has] + SMOOTHING*p[has]))).sum(-1)
+    return (p[has] * np.log(p[has] / ((1 - SMOOTHING) * q[..., has] + SMOOTHING * p[has]))).sum(-1)
 
-def mix(shares:np.ndarray, # [n, n_genres] p(g|i), rows of 0 where nothing is known
-        weights:np.ndarray=None # [n]; None: 1 each
-       ) -> np.ndarray: # [n_genres], adding up to 1, or 0 where nothing is known
+
+def mix(
+    shares: np.ndarray,  # [n, n_genres] p(g|i), rows of 0 where nothing is known
+    weights: np.ndarray = None,  # [n]; None: 1 each
+) -> np.ndarray:  # [n_genres], adding up to 1, or 0 where nothing is known
     "The mix of genres of some items."
     total = shares.sum(0) if weights is None else weights @ shares
-    return total/total.sum() if total.sum() > 0 else total
+    return total / total.sum() if total.sum() > 0 else total
 
-def calibrated_order(relevance:np.ndarray, # float64 [n], in the order of the candidates
-                     shares:np.ndarray, # float64 [n, n_genres] p(g|i)
-                     p:np.ndarray, # [n_genres] of the history
-                     weight:float, # 0: by relevance alone; 1: by the mix alone
-                     n:int, # how many places to fill
-                     deadline:Deadline=None # None: it may take any time
-                    ) -> list: # positions, the chosen ones in their order
+
+def calibrated_order(
+    relevance: np.ndarray,  # float64 [n], in the order of the candidates
+    shares: np.ndarray,  # float64 [n, n_genres] p(g|i)
+    p: np.ndarray,  # [n_genres] of the history
+    weight: float,  # 0: by relevance alone; 1: by the mix alone
+    n: int,  # how many places to fill
+    deadline: Deadline = None,  # None: it may take any time
+) -> list:  # positions, the chosen ones in their order
     "Greedy calibrated recommendations; of equals the first."
-    value, total, known, chosen = (1-weight)*relevance, np.zeros(len(p)), shares.sum(1), []
+    value, total, known, chosen = (1 - weight) * relevance, np.zeros(len(p)), shares.sum(1), []
     for _ in range(min(n, len(relevance))):
         if deadline is not None and len(chosen) % 16 == 0:
             deadline.check()
-        q = (total + shares)/np.maximum(total.sum() + known, 1e-12)[:, None]
-        best = int(np.argmax(value - weight*miscalibration(p, q)))
+        q = (total + shares) / np.maximum(total.sum() + known, 1e-12)[:, None]
+        best = int(np.argmax(value - weight * miscalibration(p, q)))
         total += shares[best]
         value[best] = -np.inf
         chosen.append(best)
     return chosen
 
-@step('calibrate', 'rank')
-def calibrate(candidates:Candidates, request:Request, *,
-              weight:Annotated[float, Field(ge=0, le=1)]=.5, # of the mix against relevance
-              column:Annotated[str, OnItems(Catalogue.categories)]='genres' # of the items
-             ) -> Candidates:
+
+@step("calibrate", "rank")
+def calibrate(
+    candidates: Candidates,
+    request: Request,
+    *,
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.5,  # of the mix against relevance
+    column: Annotated[str, OnItems(Catalogue.categories)] = "genres",  # of the items
+) -> Candidates:
     "Keep the list to the user's own mix of genres; nothing changes for who has none."
     p = mix(column.shares(request.history), request.weights)
-    if p.sum() == 0: return candidates
+    if p.sum() == 0:
+        return candidates
     shares = column.shares(candidates.items)
     order = calibrated_order(relevance(candidates.scores), shares, p, weight, request.depth, request.deadline)
     return _first(candidates, order)
 
 # %% ../nbs/04a_postprocessing.ipynb #44068cca
-def _placed(candidates:Candidates, places:dict, scores, source:str) -> Candidates:
+def _placed(candidates: Candidates, places: dict, scores, source: str) -> Candidates:
     "Candidates with some items (place -> number) at their places, counted from 1; the others close up around them."
     rest = candidates.take(~np.isin(candidates.items, list(places.values())))
     items, at, n = [], iter(rest.items.tolist()), 1
     for place in sorted(places):
-        for item in itertools.islice(at, place-n): items.append(item); n += 1
-        items.append(places[place]); n = place+1
+        for item in itertools.islice(at, place - n):
+            items.append(item)
+            n += 1
+        items.append(places[place])
+        n = place + 1
     items = np.array([*items, *at], candidates.items.dtype)
-    where = {item: i for i,item in enumerate(candidates.items.tolist())}
+    where = {item: i for i, item in enumerate(candidates.items.tolist())}
     old = np.array([where.get(item, -1) for item in items.tolist()], int)
     new = np.isin(items, list(places.values()))
     low = candidates.scores.min(initial=0)
     known = np.where(np.isnan(scores[items]), low, scores[items])
-    both = (np.where(old >= 0, candidates.scores[old], known), np.where(new, source, candidates.sources[old])) if len(candidates) else (known, np.full(len(items), source, object))
+    both = (
+        (np.where(old >= 0, candidates.scores[old], known), np.where(new, source, candidates.sources[old]))
+        if len(candidates)
+        else (known, np.full(len(items), source, object))
+    )
     return Candidates(items, both[0], both[1].astype(object))
+
 
 def _as_places(pins):
     "Ids for the first places become {1: id, 2: id, ...}."
-    return {n: id for n,id in enumerate(pins, 1)} if isinstance(pins, (list, tuple)) else pins
+    return {n: id for n, id in enumerate(pins, 1)} if isinstance(pins, (list, tuple)) else pins
+
 
 Place = Annotated[int, Field(ge=1)]
 
-@step('pins', 'place')
-def pins(candidates:Candidates, request:Request, *,
-         places:Annotated[dict[Place, int|str], BeforeValidator(_as_places)] # place -> item id, or ids for the first places
-        ) -> Candidates:
+
+@step("pins", "place")
+def pins(
+    candidates: Candidates,
+    request: Request,
+    *,
+    places: Annotated[
+        dict[Place, int | str], BeforeValidator(_as_places)
+    ],  # place -> item id, or ids for the first places
+) -> Candidates:
     "Put items at fixed places."
     good, pinned, index = {}, set(), request.catalogue.index
-    for place,id in sorted(places.items()):
+    for place, id in sorted(places.items()):
         item = index.number(id)
-        why = f'place {place} is behind the end of the list' if place > request.k else 'it is not in the catalogue' if item < 0 else \
-              f'{request.refused_by(item)} leaves it out' if not request.allowed[item] else 'it is pinned to an earlier place' if item in pinned else None
+        why = (
+            f"place {place} is behind the end of the list"
+            if place > request.k
+            else "it is not in the catalogue"
+            if item < 0
+            else f"{request.refused_by(item)} leaves it out"
+            if not request.allowed[item]
+            else "it is pinned to an earlier place"
+            if item in pinned
+            else None
+        )
         if why is None:
             good[place] = item
             pinned.add(item)
         else:
-            request.warnings.append(f'pin {preview(id)} at place {place} is not shown: {why}')
-    return _placed(candidates, good, request.scores, 'pin') if good else candidates
+            request.warnings.append(f"pin {preview(id)} at place {place} is not shown: {why}")
+    return _placed(candidates, good, request.scores, "pin") if good else candidates
 
 # %% ../nbs/04a_postprocessing.ipynb #aeb43e0e
-@step('promote', 'place')
-def promote(candidates:Candidates, request:Request, *,
-            where:Annotated[dict, OnItems(settled_filter)], # which items are promoted, see `filter_items`
-            places:Annotated[list[Place], Field(min_length=1)] # to be filled with them, counted from 1
-           ) -> Candidates:
+@step("promote", "place")
+def promote(
+    candidates: Candidates,
+    request: Request,
+    *,
+    where: Annotated[dict, OnItems(settled_filter)],  # which items are promoted, see `filter_items`
+    places: Annotated[list[Place], Field(min_length=1)],  # to be filled with them, counted from 1
+) -> Candidates:
     "Fill places with the items that pass a filter, best first; what stands higher up already stays there."
-    places = [p for p in sorted(set(places)) if p <= request.k and (p > len(candidates) or candidates.sources[p-1] != 'pin')]
+    places = [
+        p for p in sorted(set(places)) if p <= request.k and (p > len(candidates) or candidates.sources[p - 1] != "pin")
+    ]
     could = np.flatnonzero(where & request.allowed & ~np.isnan(request.scores))
-    could = could[np.argsort(-request.scores[could], kind='stable')].tolist()
+    could = could[np.argsort(-request.scores[could], kind="stable")].tolist()
     for place in places:
-        fixed = {n: i for n,(i,s) in enumerate(zip(candidates.items.tolist(), candidates.sources), 1) if s in ('pin', 'promotion')}
-        taken = {*candidates.items[:place-1].tolist(), *fixed.values()}
+        fixed = {
+            n: i
+            for n, (i, s) in enumerate(zip(candidates.items.tolist(), candidates.sources), 1)
+            if s in ("pin", "promotion")
+        }
+        taken = {*candidates.items[: place - 1].tolist(), *fixed.values()}
         item = next((i for i in could if i not in taken), None)
-        if item is None: break
-        candidates = _refilled(_placed(candidates, {place: item}, request.scores, 'promotion'), fixed)
+        if item is None:
+            break
+        candidates = _refilled(_placed(candidates, {place: item}, request.scores, "promotion"), fixed)
     return candidates
 
-def _refilled(candidates:Candidates, fixed:dict) -> Candidates:
+
+def _refilled(candidates: Candidates, fixed: dict) -> Candidates:
     "Items that were fixed before, back at their places."
-    if not fixed: return candidates
-    at = {item: n for n,item in enumerate(candidates.items.tolist())}
+    if not fixed:
+        return candidates
+    at = {item: n for n, item in enumerate(candidates.items.tolist())}
     free = iter([n for n in range(len(candidates)) if candidates.items[n] not in fixed.values()])
-    return candidates.take([at[fixed[place]] if place in fixed else next(free) for place in range(1, len(candidates)+1)])
+    return candidates.take(
+        [at[fixed[place]] if place in fixed else next(free) for place in range(1, len(candidates) + 1)]
+    )
 
 # %% ../nbs/04a_postprocessing.ipynb #325d67d3
-def _generator(request:Request, seed:int) -> np.random.Generator:
+def _generator(request: Request, seed: int) -> np.random.Generator:
     "Chance that is the same for the same seed, user and draw."
-    who = repr(request.user) if request.user is not None else ','.join(map(str, request.history.tolist()))
+    who = repr(request.user) if request.user is not None else ",".join(map(str, request.history.tolist()))
     return np.random.default_rng([seed, zlib.crc32(who.encode()), int(request.draw) % 2**32])
 
-@step('explore', 'place')
-def explore(candidates:Candidates, request:Request, *,
-            slots:Annotated[list[Place], Field(min_length=1)], # places, counted from 1
-            epsilon:Annotated[float, Field(ge=0, le=1)]=1., # probability that a slot explores
-            temperature:Annotated[float|None, Field(gt=0)]=None, # of a softmax of relevance in the pool; None: all alike
-            pool:Annotated[int, Field(ge=1)]=100, # candidates behind the list that are drawn from
-            seed:int|None=None # of the draws; None: the chain's
-           ) -> Candidates:
+
+@step("explore", "place")
+def explore(
+    candidates: Candidates,
+    request: Request,
+    *,
+    slots: Annotated[list[Place], Field(min_length=1)],  # places, counted from 1
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 1.0,  # probability that a slot explores
+    temperature: Annotated[float | None, Field(gt=0)] = None,  # of a softmax of relevance in the pool; None: all alike
+    pool: Annotated[int, Field(ge=1)] = 100,  # candidates behind the list that are drawn from
+    seed: int | None = None,  # of the draws; None: the chain's
+) -> Candidates:
     "Show items from behind the list at some places, and keep with what probability."
     k, rng = request.k, _generator(request, (request.chain.seed if request.chain else 0) if seed is None else seed)
-    slots = [s for s in sorted(set(slots)) if s <= min(k, len(candidates)) and candidates.sources[s-1] not in ('pin', 'promotion')]
-    end = min(k+pool, len(candidates))
+    slots = [
+        s
+        for s in sorted(set(slots))
+        if s <= min(k, len(candidates)) and candidates.sources[s - 1] not in ("pin", "promotion")
+    ]
+    end = min(k + pool, len(candidates))
     likely = relevance(candidates.scores[k:end]) if temperature else None
     order, propensity, sources = np.arange(len(candidates)), np.ones(len(candidates)), candidates.sources.copy()
-    for n,slot in enumerate(slots):
-        cards, drawn, chosen = np.arange(k+n, end, len(slots)), rng.random(), rng.random()
-        if not len(cards): continue
+    for n, slot in enumerate(slots):
+        cards, drawn, chosen = np.arange(k + n, end, len(slots)), rng.random(), rng.random()
+        if not len(cards):
+            continue
         if temperature:
-            of_cards = likely[cards-k]
-            weight = np.exp((of_cards - of_cards.max())/temperature) # the best has 1, however low the temperature
-            cards, p = cards[weight > 0], weight[weight > 0]/weight.sum()
+            of_cards = likely[cards - k]
+            weight = np.exp((of_cards - of_cards.max()) / temperature)  # the best has 1, however low the temperature
+            cards, p = cards[weight > 0], weight[weight > 0] / weight.sum()
         else:
-            p = np.full(len(cards), 1/len(cards))
-        card = int(cards[np.searchsorted(np.cumsum(p), chosen*p.sum(), side='right').clip(max=len(cards)-1)])
+            p = np.full(len(cards), 1 / len(cards))
+        card = int(cards[np.searchsorted(np.cumsum(p), chosen * p.sum(), side="right").clip(max=len(cards) - 1)])
         if drawn < epsilon:
-            order[slot-1], order[card] = card, slot-1
-            propensity[slot-1], sources[card] = epsilon*p[np.flatnonzero(cards == card)[0]], 'explore'
-        else: propensity[slot-1] = 1-epsilon
+            order[slot - 1], order[card] = card, slot - 1
+            propensity[slot - 1], sources[card] = epsilon * p[np.flatnonzero(cards == card)[0]], "explore"
+        else:
+            propensity[slot - 1] = 1 - epsilon
     return replace(replace(candidates, sources=sources).take(order), propensities=propensity)
 
 # %% ../nbs/04a_postprocessing.ipynb #d3650a3b
-def find_step(name:str, # as settings name it
-              elsewhere:bool=False # shall it be known in other processes too?
-             ) -> Step:
+def find_step(
+    name: str,  # as settings name it
+    elsewhere: bool = False,  # shall it be known in other processes too?
+) -> Step:
     "The step behind a name; raises `AerecError` naming those there are."
-    if ':' in check_name(name, 'step'): return _step_of_file(name)
-    if name in STEPS and not (elsewhere and _is_foreign(STEPS[name])): return STEPS[name]
-    why = 'which is registered in this process only' if name in STEPS else f'and there is none{did_you_mean(name, STEPS)}'
-    raise AerecError(f"postprocessing.steps names the step '{name}', {why}: there are {', '.join(sorted(n for n in STEPS if not _is_foreign(STEPS[n])))}; "
-                     'one of your own goes into a file of the project, and is named module:step')
+    if ":" in check_name(name, "step"):
+        return _step_of_file(name)
+    if name in STEPS and not (elsewhere and _is_foreign(STEPS[name])):
+        return STEPS[name]
+    why = (
+        "which is registered in this process only" if name in STEPS else f"and there is none{did_you_mean(name, STEPS)}"
+    )
+    raise AerecError(
+        f"postprocessing.steps names the step '{name}', {why}: there are {', '.join(sorted(n for n in STEPS if not _is_foreign(STEPS[n])))}; "
+        "one of your own goes into a file of the project, and is named module:step"
+    )
 
-def _is_foreign(s:Step) -> bool:
+
+def _is_foreign(s: Step) -> bool:
     "Is it a step that other processes do not know?"
-    try: return inspect.getsource(s.function).strip() not in Path(importlib.util.find_spec('aerec_nb.postprocessing').origin).read_text(encoding='utf-8')
-    except (OSError, TypeError): return True
-
-def _step_of_file(name:str) -> Step:
-    "Load the step of a plugin; other steps that its file registers are not kept."
-    registries, own = [STEPS, importlib.import_module('aerec_nb.postprocessing').STEPS], name.split(':')[1] # the file registers with the module, whatever runs here
-    before = [dict(r) for r in registries]
-    for r in registries: r.pop(own, None)
     try:
-        made = plugin_module(name, 'postprocessing.steps')
+        return inspect.getsource(s.function).strip() not in Path(
+            importlib.util.find_spec("aerec_nb.postprocessing").origin
+        ).read_text(encoding="utf-8")
+    except (OSError, TypeError):
+        return True
+
+
+def _step_of_file(name: str) -> Step:
+    "Load the step of a plugin; other steps that its file registers are not kept."
+    registries, own = (
+        [STEPS, importlib.import_module("aerec_nb.postprocessing").STEPS],
+        name.split(":")[1],
+    )  # the file registers with the module, whatever runs here
+    before = [dict(r) for r in registries]
+    for r in registries:
+        r.pop(own, None)
+    try:
+        made = plugin_module(name, "postprocessing.steps")
         function = getattr(made, own, None)
         found = next((s for r in registries for s in r.values() if s.function is function), None)
         if found is None:
             advice = f"put @step('{own}') over its function"
-            raise AerecError(f"postprocessing.steps names '{name}', but {Path(made.__file__).name} registers no step '{own}': {advice}")
+            raise AerecError(
+                f"postprocessing.steps names '{name}', but {Path(made.__file__).name} registers no step '{own}': {advice}"
+            )
         return found
     finally:
-        for r,kept in zip(registries, before): r.clear(); r.update(kept)
+        for r, kept in zip(registries, before):
+            r.clear()
+            r.update(kept)
 
 # %% ../nbs/04a_postprocessing.ipynb #b3e44c72
 class Chain:
     "Steps in their order with their parameters, and the items that are never shown."
-    def __init__(self,
-        steps=('exclude_seen', 'ban_list'), # names, see `find_step`
-        banned_items=(), # item ids that are never shown
-        index=None, # `IdIndex` or `Catalogue` that candidates are numbers of; None: bound later
-        options:dict=None, # step -> its parameters
-        seed:int=0, # of what is drawn
-        bans=(), # further `BanList`s, which follow changes
-        found:list=None # `Step` of each name, where they are known already; None: looked up
+
+    def __init__(
+        self,
+        steps=("exclude_seen", "ban_list"),  # names, see `find_step`
+        banned_items=(),  # item ids that are never shown
+        index=None,  # `IdIndex` or `Catalogue` that candidates are numbers of; None: bound later
+        options: dict = None,  # step -> its parameters
+        seed: int = 0,  # of what is drawn
+        bans=(),  # further `BanList`s, which follow changes
+        found: list = None,  # `Step` of each name, where they are known already; None: looked up
     ):
-        self.steps, self.options, self.seed = list(steps), {n: dict(o) for n,o in (options or {}).items()}, seed
+        self.steps, self.options, self.seed = list(steps), {n: dict(o) for n, o in (options or {}).items()}, seed
         self.bans = [BanList(banned_items), *bans] if len(banned_items) or not bans else list(bans)
         self._found = [find_step(name) for name in self.steps] if found is None else list(found)
-        if left := set(self.options) - set(self.steps): raise AerecError(f"postprocessing.step_options: steps does not name {', '.join(sorted(left))}: add it there, or leave this out")
-        if any(b.ids or b.changes for b in self.bans) and 'ban_list' not in self.steps:
-            raise AerecError("postprocessing.steps lacks 'ban_list', but items are banned: add the step, or empty the ban list")
-        for name,s in zip(self.steps, self._found): _options(s, self.options.get(name, {}), 'postprocessing.step_options')
+        if left := set(self.options) - set(self.steps):
+            raise AerecError(
+                f"postprocessing.step_options: steps does not name {', '.join(sorted(left))}: add it there, or leave this out"
+            )
+        if any(b.ids or b.changes for b in self.bans) and "ban_list" not in self.steps:
+            raise AerecError(
+                "postprocessing.steps lacks 'ban_list', but items are banned: add the step, or empty the ban list"
+            )
+        for name, s in zip(self.steps, self._found):
+            _options(s, self.options.get(name, {}), "postprocessing.step_options")
         self.catalogue = index if isinstance(index, Catalogue) or index is None else Catalogue(index)
-        self._kept, self._lock = {}, threading.Lock() # what requests asked for, made once
-        if self.catalogue is not None: self._bind()
+        self._kept, self._lock = {}, threading.Lock()  # what requests asked for, made once
+        if self.catalogue is not None:
+            self._bind()
 
     def _bind(self):
-        bound = [replace(bind_step(s, self.options.get(n, {}), self.catalogue), name=n) for n,s in zip(self.steps, self._found)]
-        self._all, self._removing = np.arange(self.catalogue.n), [b for b in bound if b.kind == 'remove']
-        self._rest = sorted((b for b in bound if b.kind != 'remove'), key=lambda b: (b.kind == 'place') + {'pins': -.5, 'explore': .5}.get(b.name, 0.))
+        bound = [
+            replace(bind_step(s, self.options.get(n, {}), self.catalogue), name=n)
+            for n, s in zip(self.steps, self._found)
+        ]
+        self._all, self._removing = np.arange(self.catalogue.n), [b for b in bound if b.kind == "remove"]
+        self._rest = sorted(
+            (b for b in bound if b.kind != "remove"),
+            key=lambda b: (b.kind == "place") + {"pins": -0.5, "explore": 0.5}.get(b.name, 0.0),
+        )
         self._mark_banned()
 
     def _mark_banned(self):
@@ -976,73 +1256,89 @@ class Chain:
         numbers = self.catalogue.index.numbers(ids)
         banned = np.zeros(self.catalogue.n, bool)
         banned[numbers[numbers >= 0]] = True
-        self.unknown_bans = [id for id,n in zip(ids, numbers) if n < 0] # ids that the vocabulary does not have
+        self.unknown_bans = [id for id, n in zip(ids, numbers) if n < 0]  # ids that the vocabulary does not have
         self._banned, self._banned_numbers = banned, np.flatnonzero(banned)
 
     @property
-    def banned_numbers(self) -> np.ndarray: # int item numbers, as of now
+    def banned_numbers(self) -> np.ndarray:  # int item numbers, as of now
         "The same, as numbers."
-        self.banned # may have changed
+        self.banned  # may have changed
         return self._banned_numbers
 
     @property
-    def index(self): return self.catalogue.index if self.catalogue is not None else None
-    @property
-    def banned_items(self): return list(dict.fromkeys(id for b in self.bans for id in b.ids))
+    def index(self):
+        return self.catalogue.index if self.catalogue is not None else None
 
     @property
-    def banned(self) -> np.ndarray: # bool by item number, as of now
+    def banned_items(self):
+        return list(dict.fromkeys(id for b in self.bans for id in b.ids))
+
+    @property
+    def banned(self) -> np.ndarray:  # bool by item number, as of now
         "Return the blocked items; follows changes, and raises `BlocklistUnavailable` as configured."
         for b in self.bans:
             b.refresh()
             b.check()
-        if [b.version for b in self.bans] != self._versions: self._mark_banned()
+        if [b.version for b in self.bans] != self._versions:
+            self._mark_banned()
         return self._banned
 
-    def bind(self, index # `IdIndex` or `Catalogue`
-            ): # -> Chain
+    def bind(
+        self,
+        index,  # `IdIndex` or `Catalogue`
+    ):  # -> Chain
         "The same chain for a vocabulary; raises `AerecError` for columns that its items do not have."
         return Chain(self.steps, (), index, self.options, self.seed, self.bans, self._found)
 
-    def with_bans(self, banned # ids, or a `BanList`
-                 ): # -> Chain
+    def with_bans(
+        self,
+        banned,  # ids, or a `BanList`
+    ):  # -> Chain
         "The same chain with more banned items."
-        bans = [*self.bans, banned if hasattr(banned, 'refresh') else BanList(banned)]
+        bans = [*self.bans, banned if hasattr(banned, "refresh") else BanList(banned)]
         return Chain(self.steps, (), self.catalogue, self.options, self.seed, bans, self._found)
 
     @property
-    def spec(self) -> dict: # plain data
+    def spec(self) -> dict:  # plain data
         "What a bundle keeps of the chain."
-        return {'steps': self.steps, 'options': self.options, 'seed': self.seed, 'banned_items': self.banned_items}
+        return {"steps": self.steps, "options": self.options, "seed": self.seed, "banned_items": self.banned_items}
 
     @classmethod
-    def from_spec(cls, spec:dict, # `spec` of a chain
-                  index=None # `IdIndex` or `Catalogue`; None: bound later
-                 ): # -> Chain
+    def from_spec(
+        cls,
+        spec: dict,  # `spec` of a chain
+        index=None,  # `IdIndex` or `Catalogue`; None: bound later
+    ):  # -> Chain
         "Make a chain of what was kept; raises `AerecError` where that is no chain."
         _check_spec(spec)
-        return cls(spec['steps'], spec['banned_items'], index, spec.get('options', {}), spec.get('seed', 0))
+        return cls(spec["steps"], spec["banned_items"], index, spec.get("options", {}), spec.get("seed", 0))
 
-    def __repr__(self): return f"Chain({' > '.join(self.steps)}, {len(self.banned_items)} banned)"
+    def __repr__(self):
+        return f"Chain({' > '.join(self.steps)}, {len(self.banned_items)} banned)"
 
-def _check_spec(spec:dict) -> None:
+
+def _check_spec(spec: dict) -> None:
     "Refuse what is no `spec` of a chain, names first; raises `AerecError`."
-    def check(holds, why):
-        if not holds: raise AerecError(f'chain.json: {why}')
 
-    check(isinstance(spec, dict), 'it holds no chain')
-    steps, options, seed = spec.get('steps'), spec.get('options', {}), spec.get('seed', 0)
-    banned = spec.get('banned_items')
-    check(isinstance(steps, list) and len(steps) <= 100, 'steps must be a list of at most 100 names')
-    for name in steps: check_name(name, 'chain.json: step')
-    check(len(set(steps)) == len(steps), 'steps names a step twice')
+    def check(holds, why):
+        if not holds:
+            raise AerecError(f"chain.json: {why}")
+
+    check(isinstance(spec, dict), "it holds no chain")
+    steps, options, seed = spec.get("steps"), spec.get("options", {}), spec.get("seed", 0)
+    banned = spec.get("banned_items")
+    check(isinstance(steps, list) and len(steps) <= 100, "steps must be a list of at most 100 names")
+    for name in steps:
+        check_name(name, "chain.json: step")
+    check(len(set(steps)) == len(steps), "steps names a step twice")
     has_dicts = isinstance(options, dict) and all(isinstance(given, dict) for given in options.values())
-    check(has_dicts, 'options must have a dict of parameters for each step')
-    for name in options: check_name(name, 'chain.json: options of step')
+    check(has_dicts, "options must have a dict of parameters for each step")
+    for name in options:
+        check_name(name, "chain.json: options of step")
     is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
-    check(is_seed, 'seed must be a whole number of at least 0')
+    check(is_seed, "seed must be a whole number of at least 0")
     has_ids = isinstance(banned, list) and all(isinstance(id, (int, str)) for id in banned)
-    check(has_ids, 'banned_items must be a list of ids')
+    check(has_ids, "banned_items must be a list of ids")
 
 # %% ../nbs/04a_postprocessing.ipynb #a5567e47
 MAX_PINS = 1_000  # pins of a request
@@ -1060,15 +1356,15 @@ def plan(
 @patch
 def _plan_removing(self: Chain, request: Request) -> list:  # of `Bound`
     "List the steps that judge single items."
-    removing = [b for b in self._removing if request.exclude_seen or b.name != 'exclude_seen']
+    removing = [b for b in self._removing if request.exclude_seen or b.name != "exclude_seen"]
     if len(request.exclude):
-        removing.append(Bound('exclude', 'remove', lambda c, r: ~np.isin(c.items, r.exclude)))
+        removing.append(Bound("exclude", "remove", lambda c, r: ~np.isin(c.items, r.exclude)))
     if request.candidates is not None:
-        removing.append(Bound('candidates', 'remove', lambda c, r: np.isin(c.items, r.candidates)))
+        removing.append(Bound("candidates", "remove", lambda c, r: np.isin(c.items, r.candidates)))
     if request.filter is not None:
         passed, unknown = self._find_asked(request)
-        request.warnings += [f'filter: {u}' for u in unknown]
-        removing.append(Bound('filter asked for', 'remove', lambda c, r: passed[c.items]))
+        request.warnings += [f"filter: {u}" for u in unknown]
+        removing.append(Bound("filter asked for", "remove", lambda c, r: passed[c.items]))
     return removing
 
 
@@ -1077,25 +1373,25 @@ def _plan_others(self: Chain, request: Request) -> list:  # of `Bound`
     "List the steps that cut, rank and place, with the parameters that the request has."
     rest = self._rest
     if request.min_score is not None:
-        rest = self._with(rest, 'min_score', 'least', _as_number(request.min_score, 'min_score.least'))
+        rest = self._with(rest, "min_score", "least", _as_number(request.min_score, "min_score.least"))
     if request.diversity is not None:
-        diversity = _as_number(request.diversity, 'mmr.diversity')
-        without = [b for b in rest if b.name != 'mmr']
-        rest = self._with(rest, 'mmr', 'diversity', diversity) if diversity != 0 else without
+        diversity = _as_number(request.diversity, "mmr.diversity")
+        without = [b for b in rest if b.name != "mmr"]
+        rest = self._with(rest, "mmr", "diversity", diversity) if diversity != 0 else without
     if request.max_per_category is not None:
-        most = _as_number(request.max_per_category, 'max_per_category.most')
-        rest = self._with(rest, 'max_per_category', 'most', most)
+        most = _as_number(request.max_per_category, "max_per_category.most")
+        rest = self._with(rest, "max_per_category", "most", most)
     if isinstance(request.pins, tuple) and not request.pins:
         return rest  # most requests have no pins
     pins = _as_pins(request.pins)
-    return self._with(rest, 'pins', 'places', pins) if pins else rest
+    return self._with(rest, "pins", "places", pins) if pins else rest
 
 
 def _as_number(value, name: str) -> int | float:
     "Return a number of a request; raises `AerecError` for anything else."
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -(2**63) <= value < 2**63:
-        raise AerecError(f'request: {name} = {preview(value)}: it must be a number')
+        raise AerecError(f"request: {name} = {preview(value)}: it must be a number")
     return value
 
 
@@ -1103,13 +1399,13 @@ def _as_pins(pins) -> dict:  # position -> item id
     "Return the pins of a request by position; raises `AerecError` for anything else."
     pins = pins.tolist() if isinstance(pins, np.ndarray) else pins
     if not isinstance(pins, (list, tuple, dict)):
-        advice = 'give item ids for the first positions, or {position: item id}'
-        raise AerecError(f'request: pins.places = {preview(pins)}: {advice}')
+        advice = "give item ids for the first positions, or {position: item id}"
+        raise AerecError(f"request: pins.places = {preview(pins)}: {advice}")
     if len(pins) > MAX_PINS:
-        raise AerecError(f'request: at most {MAX_PINS:,} pins are allowed, not {len(pins):,}')
+        raise AerecError(f"request: at most {MAX_PINS:,} pins are allowed, not {len(pins):,}")
     found = {}
     for position, id in _as_places(pins).items():
-        found[_as_integer(position, 'position')] = id if isinstance(id, str) else _as_integer(id, 'item id')
+        found[_as_integer(position, "position")] = id if isinstance(id, str) else _as_integer(id, "item id")
     return found
 
 
@@ -1117,7 +1413,7 @@ def _as_integer(value, what: str) -> int:
     "Return a whole number of at most 64 bits, of a pin; raises `AerecError` for anything else."
     value = int(value) if isinstance(value, np.integer) else value
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise AerecError(f'request: pins.places: {preview(value)} is no {what}')
+        raise AerecError(f"request: pins.places: {preview(value)} is no {what}")
     return value
 
 
@@ -1127,12 +1423,12 @@ def _find_asked(self: Chain, request: Request) -> tuple:  # bool [n_items], sent
     try:
         conditions = _conditions(request.filter)
         _check_size(conditions)
-        key = 'filter', hashlib.sha256(json.dumps(request.filter, sort_keys=True).encode()).digest()
+        key = "filter", hashlib.sha256(json.dumps(request.filter, sort_keys=True).encode()).digest()
         return self._asked(key, lambda: _find_items(self.catalogue, conditions, request.deadline))
     except DeadlineExceeded:
         raise
     except AerecError as e:
-        raise AerecError(f'filter: {e}') from None
+        raise AerecError(f"filter: {e}") from None
 
 
 @patch
@@ -1154,97 +1450,150 @@ def _asked(self: Chain, key, make):  # -> what `make` gives
 def _with(self: Chain, rest: list, name: str, parameter: str, value) -> list:  # of `Bound`
     "Set a parameter of a step; a step that is not there is added before those that place items."
     given = {**self.options.get(name, {}), parameter: value}
-    bound = self._asked((name, repr(value)), lambda: bind_step(STEPS[name], given, self.catalogue, 'request'))
+    bound = self._asked((name, repr(value)), lambda: bind_step(STEPS[name], given, self.catalogue, "request"))
     if any(b.name == name for b in rest):
         return [bound if b.name == name else b for b in rest]
-    placing = [b for b in rest if b.kind == 'place']
-    return [*(b for b in rest if b.kind != 'place'), bound, *placing]
+    placing = [b for b in rest if b.kind == "place"]
+    return [*(b for b in rest if b.kind != "place"), bound, *placing]
 
 # %% ../nbs/04a_postprocessing.ipynb #a4772313
 @dataclass(eq=False)
 class Processed:
     "A list, and what the chain did to make it."
-    items:np.ndarray # item numbers, best first; k of them unless fewer are eligible
-    scores:np.ndarray
-    sources:np.ndarray # 'model', 'popular', 'pin', 'promotion' or 'explore'
-    propensities:np.ndarray # probability of each item where it stands; 1 where nothing was drawn
-    report:list # dicts, one a step: step, kind, removed, moved, placed, left
-    warnings:list # sentences
-    snapshots:list = field(default_factory=list) # with explain: (step, item numbers, scores), whole catalogue
-    _positions:list = None # of every snapshot: position by item number, -1 where it is not there; made by `trail`
 
-    def __len__(self): return len(self.items)
+    items: np.ndarray  # item numbers, best first; k of them unless fewer are eligible
+    scores: np.ndarray
+    sources: np.ndarray  # 'model', 'popular', 'pin', 'promotion' or 'explore'
+    propensities: np.ndarray  # probability of each item where it stands; 1 where nothing was drawn
+    report: list  # dicts, one a step: step, kind, removed, moved, placed, left
+    warnings: list  # sentences
+    snapshots: list = field(default_factory=list)  # with explain: (step, item numbers, scores), whole catalogue
+    _positions: list = None  # of every snapshot: position by item number, -1 where it is not there; made by `trail`
 
-    def trail(self, item:int # item number
-             ) -> list: # dicts, one a step: step, place and score before and after; place None: not there
+    def __len__(self):
+        return len(self.items)
+
+    def trail(
+        self,
+        item: int,  # item number
+    ) -> list:  # dicts, one a step: step, place and score before and after; place None: not there
         "What became of an item, step by step; needs `explain`."
-        if not self.snapshots: raise AerecError('there is no trail: ask with explain=True')
+        if not self.snapshots:
+            raise AerecError("there is no trail: ask with explain=True")
         if self._positions is None:
-            self._positions = _positions_of([items for _,items,_ in self.snapshots])
+            self._positions = _positions_of([items for _, items, _ in self.snapshots])
         rows, before = [], (None, None)
-        for n,((name,_,scores),positions) in enumerate(zip(self.snapshots, self._positions)):
+        for n, ((name, _, scores), positions) in enumerate(zip(self.snapshots, self._positions)):
             at = positions[item] if item < len(positions) else -1
-            after = (int(at)+1, float(scores[at])) if at >= 0 else (None, None)
-            if n == 0 or after != before: what = 'candidate' if n == 0 and after[0] else 'removed' if after[0] is None else 'placed' if before[0] is None else 'moved' if after[0] != before[0] else 'rescored'
-            else: what = 'stayed'
+            after = (int(at) + 1, float(scores[at])) if at >= 0 else (None, None)
+            if n == 0 or after != before:
+                what = (
+                    "candidate"
+                    if n == 0 and after[0]
+                    else "removed"
+                    if after[0] is None
+                    else "placed"
+                    if before[0] is None
+                    else "moved"
+                    if after[0] != before[0]
+                    else "rescored"
+                )
+            else:
+                what = "stayed"
             if n == 0 or before[0] is not None or after[0] is not None:
-                rows.append(dict(step=name, place_before=before[0], score_before=before[1], place_after=after[0], score_after=after[1], what=what))
+                rows.append(
+                    dict(
+                        step=name,
+                        place_before=before[0],
+                        score_before=before[1],
+                        place_after=after[0],
+                        score_after=after[1],
+                        what=what,
+                    )
+                )
             before = after
         return rows
+
 
 def _positions_of(snapshots: list) -> list:  # of int32 [highest item number + 1]
     "Find the position of every item in several orders; -1 where it is not there."
     found = []
     for items in snapshots:
-        positions = np.full(items.max(initial=-1)+1, -1, np.int32)
+        positions = np.full(items.max(initial=-1) + 1, -1, np.int32)
         positions[items] = np.arange(len(items))
         found.append(positions)
     return found
 
 # %% ../nbs/04a_postprocessing.ipynb #7ad12095
-def best_first(scores:np.ndarray, # [n], one a candidate
-               n:int # how many
-              ) -> np.ndarray: # positions, best first, the earlier of equals first
+def best_first(
+    scores: np.ndarray,  # [n], one a candidate
+    n: int,  # how many
+) -> np.ndarray:  # positions, best first, the earlier of equals first
     "The best candidates, by partial selection."
-    if n <= 0: return np.array([], int)
-    if 128*n <= len(scores): # what is in no chunk's maximum's reach cannot be among the best
-        chunks = scores[:len(scores)//64*64].reshape(-1, 64).max(1)
-        near = np.flatnonzero(scores >= np.partition(chunks, len(chunks)-n)[len(chunks)-n])
-        return near[best_first(scores[near], n)] if len(near) < len(scores)//2 else _best_first(scores, n)
+    if n <= 0:
+        return np.array([], int)
+    if 128 * n <= len(scores):  # what is in no chunk's maximum's reach cannot be among the best
+        chunks = scores[: len(scores) // 64 * 64].reshape(-1, 64).max(1)
+        near = np.flatnonzero(scores >= np.partition(chunks, len(chunks) - n)[len(chunks) - n])
+        return near[best_first(scores[near], n)] if len(near) < len(scores) // 2 else _best_first(scores, n)
     return _best_first(scores, n)
+
 
 def _best_first(scores, n) -> np.ndarray:
     if n < len(scores):
-        border = np.partition(scores, len(scores)-n)[len(scores)-n]
+        border = np.partition(scores, len(scores) - n)[len(scores) - n]
         above = np.flatnonzero(scores > border)
-        which = above if len(above) == n else np.sort(np.concatenate([above, np.flatnonzero(scores == border)[:n-len(above)]]))
-        return which[np.argsort(-scores[which], kind='stable')]
-    return np.argsort(-scores, kind='stable')
+        which = (
+            above
+            if len(above) == n
+            else np.sort(np.concatenate([above, np.flatnonzero(scores == border)[: n - len(above)]]))
+        )
+        return which[np.argsort(-scores[which], kind="stable")]
+    return np.argsort(-scores, kind="stable")
 
 # %% ../nbs/04a_postprocessing.ipynb #c80c48cf
 @patch
-def run(self:Chain,
-        scores:np.ndarray, # float, one a candidate: [n_items], or as many as `items`
-        request:Request, # what is known and asked for
-        items:np.ndarray=None, # item numbers of the candidates, each once; None: the whole catalogue
-        source:str='model' # where the scores come from: model or popular
-       ) -> Processed: # k items unless fewer are eligible
+def run(
+    self: Chain,
+    scores: np.ndarray,  # float, one a candidate: [n_items], or as many as `items`
+    request: Request,  # what is known and asked for
+    items: np.ndarray = None,  # item numbers of the candidates, each once; None: the whole catalogue
+    source: str = "model",  # where the scores come from: model or popular
+) -> Processed:  # k items unless fewer are eligible
     "One list."
     scores, limit = np.asarray(scores), np.finfo(np.float32).max
     finite = np.isfinite(scores).all() and (scores.dtype == np.float32 or np.abs(scores).max(initial=0) <= limit)
-    if not finite and np.isnan(scores).any(): raise RuntimeError('the model gave a score that is not a number')
-    request = copy(request) # the caller's stays as it was
-    request.chain, request.catalogue, request.warnings, request.verdicts = self, self.catalogue, list(request.warnings), []
-    if request.now is None: request.now = time.time()
+    if not finite and np.isnan(scores).any():
+        raise RuntimeError("the model gave a score that is not a number")
+    request = copy(request)  # the caller's stays as it was
+    request.chain, request.catalogue, request.warnings, request.verdicts = (
+        self,
+        self.catalogue,
+        list(request.warnings),
+        [],
+    )
+    if request.now is None:
+        request.now = time.time()
     request.check_time()
     removing, rest = self.plan(request)
-    if items is None and finite and not rest and not request.explain and all(b.name in _SHORT for b in removing) and not self.options.get('exclude_seen', {}).get('days'): return _short_way(self, scores, request, removing, source)
-    if not finite: scores = np.clip(scores, -limit, limit) # a model that is sure is not a reason to leave an item out
-    if items is None: candidates, request.scores = self._all, scores
+    if (
+        items is None
+        and finite
+        and not rest
+        and not request.explain
+        and all(b.name in _SHORT for b in removing)
+        and not self.options.get("exclude_seen", {}).get("days")
+    ):
+        return _short_way(self, scores, request, removing, source)
+    if not finite:
+        scores = np.clip(scores, -limit, limit)  # a model that is sure is not a reason to leave an item out
+    if items is None:
+        candidates, request.scores = self._all, scores
     else:
-        by_item = np.argsort(items, kind='stable')
+        by_item = np.argsort(items, kind="stable")
         candidates, scores = items[by_item], scores[by_item]
-        request.scores = np.full(self.catalogue.n, np.nan); request.scores[candidates] = scores
+        request.scores = np.full(self.catalogue.n, np.nan)
+        request.scores[candidates] = scores
     report = _remove(self, removing, request, candidates)
     may = request.allowed if items is None else request.allowed[candidates]
     allowed, values = candidates[may], scores[may]
@@ -1252,32 +1601,61 @@ def run(self:Chain,
     while True:
         request.warnings = list(warnings)
         order = best_first(values, n)
-        c, steps, snapshots, starved = _go_through(rest, request, Candidates(allowed[order], values[order], np.full(len(order), source, object)), n >= len(allowed))
-        if not starved: break
-        n = min(len(allowed), 4*n)
+        c, steps, snapshots, starved = _go_through(
+            rest,
+            request,
+            Candidates(allowed[order], values[order], np.full(len(order), source, object)),
+            n >= len(allowed),
+        )
+        if not starved:
+            break
+        n = min(len(allowed), 4 * n)
     shown = c.take(slice(request.k))
     snapshots = _removal_snapshots(request, source, candidates, scores) + snapshots if request.explain else []
-    return Processed(shown.items, shown.scores, shown.sources, np.ones(len(shown)) if shown.propensities is None else shown.propensities, report+steps, request.warnings, snapshots)
+    return Processed(
+        shown.items,
+        shown.scores,
+        shown.sources,
+        np.ones(len(shown)) if shown.propensities is None else shown.propensities,
+        report + steps,
+        request.warnings,
+        snapshots,
+    )
 
-_SHORT = ('exclude_seen', 'ban_list', 'exclude')
+
+_SHORT = ("exclude_seen", "ban_list", "exclude")
+
 
 def _short_way(self, scores, request, removing, source) -> Processed:
     "The same list where items are only left out, and by number: no masks."
     values, left, report = scores.astype(np.float32), len(scores), []
     for b in removing:
-        if b.name == 'exclude_seen': values[request.history] = values[request.disliked] = -np.inf
-        else: values[request.exclude if b.name == 'exclude' else self.banned_numbers] = -np.inf
+        if b.name == "exclude_seen":
+            values[request.history] = values[request.disliked] = -np.inf
+        else:
+            values[request.exclude if b.name == "exclude" else self.banned_numbers] = -np.inf
         now = int(np.count_nonzero(values > -np.inf))
-        report.append(dict(step=b.name, kind='remove', removed=left-now, moved=0, placed=0, left=now))
+        report.append(dict(step=b.name, kind="remove", removed=left - now, moved=0, placed=0, left=now))
         left = now
     best = best_first(values, min(request.k, left))
-    return Processed(best, values[best], np.full(len(best), source, object), np.ones(len(best)), report, request.warnings, [])
+    return Processed(
+        best, values[best], np.full(len(best), source, object), np.ones(len(best)), report, request.warnings, []
+    )
+
 
 def _to_begin_with(rest, request, n_allowed) -> int:
     "How many candidates are enough if no step takes any out."
-    if request.explain or any(b.kind == 'rank' and b.pool is None for b in rest): return n_allowed
-    needed = max([request.k, *(request.k + b.behind for b in rest if b.kind == 'place'), *(b.pool for b in rest if b.kind == 'rank')])
-    return min(n_allowed, needed + (3*request.k if any(b.kind == 'cut' for b in rest) else 0))
+    if request.explain or any(b.kind == "rank" and b.pool is None for b in rest):
+        return n_allowed
+    needed = max(
+        [
+            request.k,
+            *(request.k + b.behind for b in rest if b.kind == "place"),
+            *(b.pool for b in rest if b.kind == "rank"),
+        ]
+    )
+    return min(n_allowed, needed + (3 * request.k if any(b.kind == "cut" for b in rest) else 0))
+
 
 def _remove(self, removing, request, candidates) -> list:
     "Ask every removing step about the whole catalogue; an item counts for the first step that refuses it."
@@ -1290,60 +1668,100 @@ def _remove(self, removing, request, candidates) -> list:
         request.verdicts.append((b.name, passed))
         allowed &= passed
         now = int(np.count_nonzero(allowed[candidates] if len(candidates) < len(allowed) else allowed))
-        report.append(dict(step=b.name, kind='remove', removed=left-now, moved=0, placed=0, left=now))
+        report.append(dict(step=b.name, kind="remove", removed=left - now, moved=0, placed=0, left=now))
         left = now
     request.allowed = allowed
     return report
 
+
 _NO_SOURCES = np.array([], object)
 
 # %% ../nbs/04a_postprocessing.ipynb #a1d4da89
-def _go_through(rest, request, c:Candidates, everything:bool) -> tuple:
+def _go_through(rest, request, c: Candidates, everything: bool) -> tuple:
     "Candidates through cutting, ranking and placing steps: what is left, report, snapshots, and whether more candidates are needed."
     report, snapshots = [], []
-    for n,b in enumerate(rest):
+    for n, b in enumerate(rest):
         request.check_time()
-        wanted = len(c) if b.pool is None else b.pool if b.kind == 'rank' else request.k + b.behind
-        if not everything and b.kind in ('rank', 'place') and len(c) < wanted: return c, [], [], True
-        before, c, k = c, _one_step(b, request, c, last=n == len(rest)-1), request.k
-        placed = int(np.count_nonzero(~np.isin(c.items[:k], before.items[:k]))) if b.kind == 'place' else 0
-        moved = 0 if b.kind == 'cut' else int(np.count_nonzero(c.items[:min(k, len(before))] != before.items[:min(k, len(c))])) if len(c) >= len(before) else 0
-        report.append(dict(step=b.name, kind=b.kind, removed=len(before)-len(c) if b.kind == 'cut' else 0, moved=moved, placed=placed, left=len(c)))
-        if request.explain: snapshots.append((b.name, c.items, c.scores))
+        wanted = len(c) if b.pool is None else b.pool if b.kind == "rank" else request.k + b.behind
+        if not everything and b.kind in ("rank", "place") and len(c) < wanted:
+            return c, [], [], True
+        before, c, k = c, _one_step(b, request, c, last=n == len(rest) - 1), request.k
+        placed = int(np.count_nonzero(~np.isin(c.items[:k], before.items[:k]))) if b.kind == "place" else 0
+        moved = (
+            0
+            if b.kind == "cut"
+            else int(np.count_nonzero(c.items[: min(k, len(before))] != before.items[: min(k, len(c))]))
+            if len(c) >= len(before)
+            else 0
+        )
+        report.append(
+            dict(
+                step=b.name,
+                kind=b.kind,
+                removed=len(before) - len(c) if b.kind == "cut" else 0,
+                moved=moved,
+                placed=placed,
+                left=len(c),
+            )
+        )
+        if request.explain:
+            snapshots.append((b.name, c.items, c.scores))
     return c, report, snapshots, not everything and len(c) < request.k
 
-def _one_step(b:Bound, request:Request, c:Candidates, last:bool) -> Candidates:
+
+def _one_step(b: Bound, request: Request, c: Candidates, last: bool) -> Candidates:
     "One cutting, ranking or placing step; what it returns is checked, for it may be somebody's own."
-    if b.kind == 'cut':
+    if b.kind == "cut":
         stays = b.call(c, request)
         _check_mask(b.name, stays, len(c))
         return c.take(stays)
-    pool, behind = (c, None) if b.kind == 'place' or b.pool is None or b.pool >= len(c) else (c.take(slice(b.pool)), c.take(slice(b.pool, None)))
+    pool, behind = (
+        (c, None)
+        if b.kind == "place" or b.pool is None or b.pool >= len(c)
+        else (c.take(slice(b.pool)), c.take(slice(b.pool, None)))
+    )
     request.depth = min(request.k, len(pool)) if last else len(pool)
     done = b.call(pool, request)
     done = _checked_order(b, request, pool, done)
     return done if behind is None else done.followed_by(behind)
 
+
 def _check_mask(name, mask, n) -> None:
     if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != (n,):
-        raise AerecError(f"step {name} must return a mask of {n} True or False, an array of bool: it returned {getattr(mask, 'dtype', type(mask).__name__)} of shape {np.shape(mask)}")
+        raise AerecError(
+            f"step {name} must return a mask of {n} True or False, an array of bool: it returned {getattr(mask, 'dtype', type(mask).__name__)} of shape {np.shape(mask)}"
+        )
+
 
 def _checked_order(b, request, given, done) -> Candidates:
     "What a step returned: each item once, none from nowhere; what may not be shown is taken out again, and that is said."
-    if not hasattr(done, 'followed_by'): raise AerecError(f'step {b.name} must return candidates, such as candidates.take(order): it returned {type(done).__name__}')
-    if len(np.unique(done.items)) != len(done): raise AerecError(f'step {b.name} returned an item twice')
-    if not np.isfinite(done.scores.astype(np.float64)).all(): raise AerecError(f'step {b.name} returned a score that is not a number')
-    if b.kind == 'rank' and not np.array_equal(np.sort(done.items), np.sort(given.items)): raise AerecError(f'step {b.name} is to put {len(given)} candidates into an order; it returned others (kind place may add, kind cut may leave out)')
+    if not hasattr(done, "followed_by"):
+        raise AerecError(
+            f"step {b.name} must return candidates, such as candidates.take(order): it returned {type(done).__name__}"
+        )
+    if len(np.unique(done.items)) != len(done):
+        raise AerecError(f"step {b.name} returned an item twice")
+    if not np.isfinite(done.scores.astype(np.float64)).all():
+        raise AerecError(f"step {b.name} returned a score that is not a number")
+    if b.kind == "rank" and not np.array_equal(np.sort(done.items), np.sort(given.items)):
+        raise AerecError(
+            f"step {b.name} is to put {len(given)} candidates into an order; it returned others (kind place may add, kind cut may leave out)"
+        )
     refused = ~request.allowed[done.items]
-    if refused.any(): request.warnings += [f'{b.name}: item {request.catalogue.index.ids[i]!r} is not shown: {request.refused_by(i)} leaves it out' for i in done.items[refused].tolist()]
+    if refused.any():
+        request.warnings += [
+            f"{b.name}: item {request.catalogue.index.ids[i]!r} is not shown: {request.refused_by(i)} leaves it out"
+            for i in done.items[refused].tolist()
+        ]
     return done.take(~refused) if refused.any() else done
+
 
 def _removal_snapshots(request, source, candidates, scores) -> list:
     "The whole ranking, and what each removing step left of it."
     order = best_first(scores, len(candidates))
     items, values = candidates[order], scores[order]
     found = [(source, items, values)]
-    for name,passed in request.verdicts:
+    for name, passed in request.verdicts:
         stays = passed[items]
         items, values = items[stays], values[stays]
         found.append((name, items, values))
@@ -1351,320 +1769,548 @@ def _removal_snapshots(request, source, candidates, scores) -> list:
 
 # %% ../nbs/04a_postprocessing.ipynb #0dc08b6a
 @patch
-def is_plain(self:Chain) -> bool:
+def is_plain(self: Chain) -> bool:
     "Does the chain judge single items only, and of what depends on the user only what was seen?"
-    return not self._rest and all(b.name in ('exclude_seen', 'ban_list', 'filter', 'available') for b in self._removing) and not self.options.get('exclude_seen', {}).get('days')
+    return (
+        not self._rest
+        and all(b.name in ("exclude_seen", "ban_list", "filter", "available") for b in self._removing)
+        and not self.options.get("exclude_seen", {}).get("days")
+    )
+
 
 @patch
-def run_block(self:Chain,
-              scores:np.ndarray, # float32 [n, n_items]; written into
-              requests:list # of `Request`, one a row; they all ask for the same k and nothing else
-             ) -> tuple: # item numbers int64 [n, k], -1 where a list is shorter; scores [n, k]; sources [n, k] or None where all are the model's
+def run_block(
+    self: Chain,
+    scores: np.ndarray,  # float32 [n, n_items]; written into
+    requests: list,  # of `Request`, one a row; they all ask for the same k and nothing else
+) -> tuple:  # item numbers int64 [n, k], -1 where a list is shorter; scores [n, k]; sources [n, k] or None where all are the model's
     "Lists of a block of users."
     k = min(requests[0].k, self.catalogue.n) if requests else 0
     items, values = np.full((len(requests), k), -1), np.zeros((len(requests), k), np.float32)
     if not self.is_plain():
         sources = np.full((len(requests), k), None, object)
-        for n,(row,request) in enumerate(zip(scores, requests)):
+        for n, (row, request) in enumerate(zip(scores, requests)):
             done = self.run(row, request)
-            items[n,:len(done)], values[n,:len(done)], sources[n,:len(done)] = done.items, done.scores, done.sources
+            items[n, : len(done)], values[n, : len(done)], sources[n, : len(done)] = (
+                done.items,
+                done.scores,
+                done.sources,
+            )
         return items, values, sources
     if not np.isfinite(scores).all():
-        if np.isnan(scores).any(): raise RuntimeError('the model gave a score that is not a number')
+        if np.isnan(scores).any():
+            raise RuntimeError("the model gave a score that is not a number")
         limit = np.finfo(np.float32).max
         np.clip(scores, -limit, limit, out=scores)
     now = time.time() if not requests or requests[0].now is None else requests[0].now
     shared = replace(requests[0], chain=self, catalogue=self.catalogue, now=now, history=_none(), disliked=_none())
-    _remove(self, [b for b in self._removing if b.name != 'exclude_seen'], shared, np.arange(self.catalogue.n))
+    _remove(self, [b for b in self._removing if b.name != "exclude_seen"], shared, np.arange(self.catalogue.n))
     scores[:, ~shared.allowed] = -np.inf
-    for n,(row,r) in enumerate(zip(scores, requests)):
-        if r.exclude_seen and 'exclude_seen' in self.steps: row[r.history] = row[r.disliked] = -np.inf
+    for n, (row, r) in enumerate(zip(scores, requests)):
+        if r.exclude_seen and "exclude_seen" in self.steps:
+            row[r.history] = row[r.disliked] = -np.inf
         best = best_first(row, k)
         best = best[row[best] > -np.inf]
-        items[n,:len(best)], values[n,:len(best)] = best, row[best]
+        items[n, : len(best)], values[n, : len(best)] = best, row[best]
     return items, values, None
 
 # %% ../nbs/04a_postprocessing.ipynb #117a4176
-def histories_over(interactions:Interactions, # all that is known of the users
-                   items # ids of a vocabulary
-                  ) -> Interactions: # the same users, with their times; interactions with other items are left out
+def histories_over(
+    interactions: Interactions,  # all that is known of the users
+    items,  # ids of a vocabulary
+) -> Interactions:  # the same users, with their times; interactions with other items are left out
     "Histories over another vocabulary, with times."
     columns = pd.Index(items).get_indexer(pd.Index(interactions.items))[interactions.matrix.indices]
     rows = interactions.rows
     order = np.lexsort((columns, rows))
     order = order[columns[order] >= 0]
     indptr = np.append(0, np.cumsum(np.bincount(rows[order], minlength=interactions.n_users)))
-    matrix = csr_matrix((interactions.matrix.data[order], columns[order].astype(np.int32), indptr.astype(np.int32)), shape=(interactions.n_users, len(items)))
-    return Interactions(matrix, interactions.users, np.asarray(items), None if interactions.times is None else interactions.times[order])
+    matrix = csr_matrix(
+        (interactions.matrix.data[order], columns[order].astype(np.int32), indptr.astype(np.int32)),
+        shape=(interactions.n_users, len(items)),
+    )
+    return Interactions(
+        matrix, interactions.users, np.asarray(items), None if interactions.times is None else interactions.times[order]
+    )
 
 # %% ../nbs/04a_postprocessing.ipynb #805f5135
-def apply_chain(candidates:pd.DataFrame, # user_id, item_id, rank, score, seen; each user's rows together, best first
-                chain:Chain, # bound to a vocabulary that has every item
-                k:int, # length of the lists
-                histories=None, # `Interactions` over that vocabulary; None: what was seen
-                now:float=None # seconds since 1970; None: the last moment of the histories, or the clock
-               ) -> tuple: # recommendations (user_id, item_id, rank, score, source, propensity) and report (step, removed, moved, placed, left)
+def apply_chain(
+    candidates: pd.DataFrame,  # user_id, item_id, rank, score, seen; each user's rows together, best first
+    chain: Chain,  # bound to a vocabulary that has every item
+    k: int,  # length of the lists
+    histories=None,  # `Interactions` over that vocabulary; None: what was seen
+    now: float = None,  # seconds since 1970; None: the last moment of the histories, or the clock
+) -> tuple:  # recommendations (user_id, item_id, rank, score, source, propensity) and report (step, removed, moved, placed, left)
     "The list of every user, and what each step did to all of them together."
-    if now is None and histories is not None and histories.times is not None: now = float(histories.times.max())
+    if now is None and histories is not None and histories.times is not None:
+        now = float(histories.times.max())
     lists, reports, sizes = [], [], []
-    for user,items,scores,request in _requests(candidates, chain, k, histories, now):
+    for user, items, scores, request in _requests(candidates, chain, k, histories, now):
         done = chain.run(scores, request, items)
-        lists.append(pd.DataFrame({'user_id': [user]*len(done), 'item_id': [chain.index.ids[i] for i in done.items], 'rank': np.arange(1, len(done)+1, dtype=np.int32),
-                                   'score': done.scores, 'source': done.sources, 'propensity': done.propensities}))
+        lists.append(
+            pd.DataFrame(
+                {
+                    "user_id": [user] * len(done),
+                    "item_id": [chain.index.ids[i] for i in done.items],
+                    "rank": np.arange(1, len(done) + 1, dtype=np.int32),
+                    "score": done.scores,
+                    "source": done.sources,
+                    "propensity": done.propensities,
+                }
+            )
+        )
         reports.append(pd.DataFrame(done.report))
-        sizes.append((len(items), done.report[-1]['left'] if done.report else len(items), len(done)))
+        sizes.append((len(items), done.report[-1]["left"] if done.report else len(items), len(done)))
     total, left, shown = np.array(sizes).reshape(-1, 3).sum(0).tolist()
-    report = pd.concat(reports).groupby('step', sort=False)[['removed', 'moved', 'placed', 'left']].sum().reset_index() if chain.steps and reports else pd.DataFrame({c: [] for c in ('step', 'removed', 'moved', 'placed', 'left')})
-    ends = [pd.DataFrame([{'step': name, 'removed': removed, 'moved': 0, 'placed': 0, 'left': left}]) for name,removed,left in (('candidates', 0, total), (f'best {k}', left-shown, shown))]
-    return pd.concat(lists, ignore_index=True) if lists else _no_lists(), pd.concat([ends[0], report, ends[1]], ignore_index=True).astype({c: int for c in ('removed', 'moved', 'placed', 'left')})
+    report = (
+        pd.concat(reports).groupby("step", sort=False)[["removed", "moved", "placed", "left"]].sum().reset_index()
+        if chain.steps and reports
+        else pd.DataFrame({c: [] for c in ("step", "removed", "moved", "placed", "left")})
+    )
+    ends = [
+        pd.DataFrame([{"step": name, "removed": removed, "moved": 0, "placed": 0, "left": left}])
+        for name, removed, left in (("candidates", 0, total), (f"best {k}", left - shown, shown))
+    ]
+    return pd.concat(lists, ignore_index=True) if lists else _no_lists(), pd.concat(
+        [ends[0], report, ends[1]], ignore_index=True
+    ).astype({c: int for c in ("removed", "moved", "placed", "left")})
 
-def _no_lists(): return pd.DataFrame({c: [] for c in ('user_id', 'item_id', 'rank', 'score', 'source', 'propensity')})
+
+def _no_lists():
+    return pd.DataFrame({c: [] for c in ("user_id", "item_id", "rank", "score", "source", "propensity")})
+
 
 def _requests(candidates, chain, k, histories, now):
     "User, item numbers, scores and request of each user of a frame of candidates."
-    items, scores, seen = chain.index.numbers(candidates.item_id.tolist()), candidates.score.to_numpy(), candidates.seen.to_numpy(bool)
+    items, scores, seen = (
+        chain.index.numbers(candidates.item_id.tolist()),
+        candidates.score.to_numpy(),
+        candidates.seen.to_numpy(bool),
+    )
     users = candidates.user_id.to_numpy()
     starts = np.flatnonzero(np.append(True, users[1:] != users[:-1])) if len(users) else np.array([], int)
-    rows = pd.Index(histories.users).get_indexer(pd.Index(users[starts])) if histories is not None else np.full(len(starts), -1)
-    for start,end,row in zip(starts, [*starts[1:], len(users)], rows):
+    rows = (
+        pd.Index(histories.users).get_indexer(pd.Index(users[starts]))
+        if histories is not None
+        else np.full(len(starts), -1)
+    )
+    for start, end, row in zip(starts, [*starts[1:], len(users)], rows):
         here, request = slice(start, end), Request(k=k, user=users[start], now=now)
         if row >= 0:
-            own = slice(histories.matrix.indptr[row], histories.matrix.indptr[row+1])
+            own = slice(histories.matrix.indptr[row], histories.matrix.indptr[row + 1])
             request.history, request.weights = histories.matrix.indices[own], histories.matrix.data[own]
             request.times = None if histories.times is None else histories.times[own]
-        else: request.history = items[here][seen[here]]
+        else:
+            request.history = items[here][seen[here]]
         request.disliked = np.setdiff1d(items[here][seen[here]], request.history)
         yield users[start], items[here], scores[here], request
 
 # %% ../nbs/04a_postprocessing.ipynb #624fc5a6
-def short_lists(lists:pd.DataFrame, # from `apply_chain`
-                n_users:int, # users that had candidates
-                k:int # length asked for
-               ) -> int: # users
+def short_lists(
+    lists: pd.DataFrame,  # from `apply_chain`
+    n_users: int,  # users that had candidates
+    k: int,  # length asked for
+) -> int:  # users
     "How many users got fewer than k items."
-    return int(n_users - (lists.groupby('user_id').size() >= k).sum())
+    return int(n_users - (lists.groupby("user_id").size() >= k).sum())
 
 # %% ../nbs/04a_postprocessing.ipynb #66b62e57
-STRENGTHS = (.1, .2, .3, .5, .7, .9)
-TRADEOFFS = {'mmr': 'diversity', 'calibrate': 'weight', 'temper_popularity': 'exponent', 'freshness': 'weight'} # step -> the parameter that is its strength; 0 is off
+STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+TRADEOFFS = {
+    "mmr": "diversity",
+    "calibrate": "weight",
+    "temper_popularity": "exponent",
+    "freshness": "weight",
+}  # step -> the parameter that is its strength; 0 is off
 
-def list_figures(lists:np.ndarray, # int [n, k] item numbers, -1 where a list is shorter
-                 targets:csr_matrix, # [n, n_items] held-out items
-                 n_targets:np.ndarray, # [n] all held-out items of each user
-                 histories:csr_matrix, # [n, n_items]
-                 catalogue:Catalogue # the items
-                ) -> pd.DataFrame: # ndcg, diversity, miscalibration of each user; NaN where genres are unknown
+
+def list_figures(
+    lists: np.ndarray,  # int [n, k] item numbers, -1 where a list is shorter
+    targets: csr_matrix,  # [n, n_items] held-out items
+    n_targets: np.ndarray,  # [n] all held-out items of each user
+    histories: csr_matrix,  # [n, n_items]
+    catalogue: Catalogue,  # the items
+) -> pd.DataFrame:  # ndcg, diversity, miscalibration of each user; NaN where genres are unknown
     "How good each list is, in several ways."
-    genres = catalogue.categories() if 'genres' in catalogue.table else None
-    discount, rows = 1/np.log2(np.arange(2, lists.shape[1]+2)), []
-    for n,shown in enumerate(lists):
+    genres = catalogue.categories() if "genres" in catalogue.table else None
+    discount, rows = 1 / np.log2(np.arange(2, lists.shape[1] + 2)), []
+    for n, shown in enumerate(lists):
         items = shown[shown >= 0]
-        hits = np.isin(items, targets.indices[targets.indptr[n]:targets.indptr[n+1]])
-        row = dict(ndcg=discount[:len(items)][hits].sum()/discount[:max(1, min(int(n_targets[n]), len(discount)))].sum(), diversity=np.nan, miscalibration=np.nan)
+        hits = np.isin(items, targets.indices[targets.indptr[n] : targets.indptr[n + 1]])
+        row = dict(
+            ndcg=discount[: len(items)][hits].sum() / discount[: max(1, min(int(n_targets[n]), len(discount)))].sum(),
+            diversity=np.nan,
+            miscalibration=np.nan,
+        )
         if genres is not None:
-            v = catalogue.vectors('genres')[items]
-            if len(items) > 1: row['diversity'] = float(1 - ((v @ v.T).sum() - v.multiply(v).sum())/(len(items)*(len(items)-1)))
-            p = mix(genres.shares(histories.indices[histories.indptr[n]:histories.indptr[n+1]]))
-            if p.sum() > 0: row['miscalibration'] = float(miscalibration(p, mix(genres.shares(items))))
+            v = catalogue.vectors("genres")[items]
+            if len(items) > 1:
+                row["diversity"] = float(1 - ((v @ v.T).sum() - v.multiply(v).sum()) / (len(items) * (len(items) - 1)))
+            p = mix(genres.shares(histories.indices[histories.indptr[n] : histories.indptr[n + 1]]))
+            if p.sum() > 0:
+                row["miscalibration"] = float(miscalibration(p, mix(genres.shares(items))))
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../nbs/04a_postprocessing.ipynb #62629631
-def tradeoff_curves(candidates:pd.DataFrame, # user_id, item_id, score of a fold's users, best first, nothing of their histories
-                    fold, # `Fold` with those users
-                    catalogue:Catalogue, # over the fold's vocabulary
-                    k:int, # length of the lists
-                    configured:Chain=None, # a chain to compare with; None: none
-                    now:float=None, # seconds since 1970
-                    strengths=STRENGTHS # of each step
-                   ) -> pd.DataFrame: # step, parameter, strength, ndcg, ndcg_se, change, change_se, diversity, coverage, miscalibration
+def tradeoff_curves(
+    candidates: pd.DataFrame,  # user_id, item_id, score of a fold's users, best first, nothing of their histories
+    fold,  # `Fold` with those users
+    catalogue: Catalogue,  # over the fold's vocabulary
+    k: int,  # length of the lists
+    configured: Chain = None,  # a chain to compare with; None: none
+    now: float = None,  # seconds since 1970
+    strengths=STRENGTHS,  # of each step
+) -> pd.DataFrame:  # step, parameter, strength, ndcg, ndcg_se, change, change_se, diversity, coverage, miscalibration
     "What each ranking step does to accuracy, diversity, coverage and calibration."
     users = candidates.user_id.drop_duplicates()
     rows = pd.Index(fold.users).get_indexer(pd.Index(users))
     inputs, targets, n_targets = fold.input[rows], fold.target[rows], fold.n_targets[rows]
-    given = [(i, s, replace(r, history=inputs.indices[inputs.indptr[n]:inputs.indptr[n+1]], weights=inputs.data[inputs.indptr[n]:inputs.indptr[n+1]]))
-             for n,(_,i,s,r) in enumerate(_requests(candidates.assign(seen=False), Chain([], index=catalogue), k, None, now))]
+    given = [
+        (
+            i,
+            s,
+            replace(
+                r,
+                history=inputs.indices[inputs.indptr[n] : inputs.indptr[n + 1]],
+                weights=inputs.data[inputs.indptr[n] : inputs.indptr[n + 1]],
+            ),
+        )
+        for n, (_, i, s, r) in enumerate(
+            _requests(candidates.assign(seen=False), Chain([], index=catalogue), k, None, now)
+        )
+    ]
+
     def measured(chain):
         lists = np.full((len(given), k), -1)
-        for n,(items,scores,request) in enumerate(given): lists[n,:len(shown)] = (shown := chain.run(scores, request, items).items)
-        return list_figures(lists, targets, n_targets, inputs, catalogue), len(np.unique(lists[lists >= 0]))/catalogue.n
+        for n, (items, scores, request) in enumerate(given):
+            lists[n, : len(shown)] = (shown := chain.run(scores, request, items).items)
+        return list_figures(lists, targets, n_targets, inputs, catalogue), len(
+            np.unique(lists[lists >= 0])
+        ) / catalogue.n
+
     plain = measured(Chain([], index=catalogue))
-    found = [_tradeoff('none', '', 0., plain, plain)]
-    if configured is not None: found.append(_tradeoff('as configured', '', np.nan, measured(configured), plain))
-    for name,parameter in TRADEOFFS.items():
-        try: chains = [(s, Chain([name], index=catalogue, options={name: {parameter: s}})) for s in strengths]
-        except AerecError: continue # the items do not have its column
-        found += [_tradeoff(name, parameter, 0., plain, plain), *(_tradeoff(name, parameter, s, measured(chain), plain) for s,chain in chains)]
+    found = [_tradeoff("none", "", 0.0, plain, plain)]
+    if configured is not None:
+        found.append(_tradeoff("as configured", "", np.nan, measured(configured), plain))
+    for name, parameter in TRADEOFFS.items():
+        try:
+            chains = [(s, Chain([name], index=catalogue, options={name: {parameter: s}})) for s in strengths]
+        except AerecError:
+            continue  # the items do not have its column
+        found += [
+            _tradeoff(name, parameter, 0.0, plain, plain),
+            *(_tradeoff(name, parameter, s, measured(chain), plain) for s, chain in chains),
+        ]
     return pd.DataFrame(found)
+
 
 def _tradeoff(step, parameter, strength, measured, plain) -> dict:
     "One row of the curves; `change` is against the lists without the step, paired by user."
     (figures, coverage), change = measured, measured[0].ndcg - plain[0].ndcg
     root = np.sqrt(max(1, len(figures)))
-    return dict(step=step, parameter=parameter, strength=strength, ndcg=figures.ndcg.mean(), ndcg_se=figures.ndcg.std(ddof=0)/root, change=change.mean(), change_se=change.std(ddof=0)/root,
-                diversity=figures.diversity.mean(), coverage=coverage, miscalibration=figures.miscalibration.mean(), n_users=len(figures))
+    return dict(
+        step=step,
+        parameter=parameter,
+        strength=strength,
+        ndcg=figures.ndcg.mean(),
+        ndcg_se=figures.ndcg.std(ddof=0) / root,
+        change=change.mean(),
+        change_se=change.std(ddof=0) / root,
+        diversity=figures.diversity.mean(),
+        coverage=coverage,
+        miscalibration=figures.miscalibration.mean(),
+        n_users=len(figures),
+    )
 
 # %% ../nbs/04a_postprocessing.ipynb #95d827dc
-def plot_tradeoffs(curves:pd.DataFrame, # from `tradeoff_curves`
-                   k:int # length of the lists
-                  ): # -> matplotlib Figure
+def plot_tradeoffs(
+    curves: pd.DataFrame,  # from `tradeoff_curves`
+    k: int,  # length of the lists
+):  # -> matplotlib Figure
     "Accuracy, diversity, coverage and calibration over the strength of each step."
-    fig, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout='constrained', sharex=True)
-    plain, configured = curves[curves.step == 'none'].iloc[0], curves[curves.step == 'as configured']
-    for ax,(figure,title,unit) in zip(axes.flat, (('ndcg', 'Accuracy', f'NDCG@{k}'), ('diversity', 'Diversity', '1 - mean cosine of genres'), ('coverage', 'Coverage', 'share of the catalogue, %'),
-                                                  ('miscalibration', 'Miscalibration (less is better)', 'KL(history || list), nats'))):
-        scale = 100 if figure == 'coverage' else 1
-        for (step,c),color,mark in zip(curves[curves.parameter != ''].groupby('step', sort=False), ('#0072B2', '#E69F00', '#009E73', '#CC79A7'), 'osd^'):
-            ax.plot(c.strength, scale*c[figure], color=color, marker=mark, ms=4, lw=1.5, label=f'{step} ({c.parameter.iloc[0]})')
-            if figure == 'ndcg': ax.fill_between(c.strength, plain.ndcg + c.change - c.change_se, plain.ndcg + c.change + c.change_se, color=color, alpha=.15, lw=0)
-        for row in configured.itertuples(): ax.axhline(scale*getattr(row, figure), color='#555555', ls='--', lw=1, label='as configured')
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained", sharex=True)
+    plain, configured = curves[curves.step == "none"].iloc[0], curves[curves.step == "as configured"]
+    for ax, (figure, title, unit) in zip(
+        axes.flat,
+        (
+            ("ndcg", "Accuracy", f"NDCG@{k}"),
+            ("diversity", "Diversity", "1 - mean cosine of genres"),
+            ("coverage", "Coverage", "share of the catalogue, %"),
+            ("miscalibration", "Miscalibration (less is better)", "KL(history || list), nats"),
+        ),
+    ):
+        scale = 100 if figure == "coverage" else 1
+        for (step, c), color, mark in zip(
+            curves[curves.parameter != ""].groupby("step", sort=False),
+            ("#0072B2", "#E69F00", "#009E73", "#CC79A7"),
+            "osd^",
+        ):
+            ax.plot(
+                c.strength,
+                scale * c[figure],
+                color=color,
+                marker=mark,
+                ms=4,
+                lw=1.5,
+                label=f"{step} ({c.parameter.iloc[0]})",
+            )
+            if figure == "ndcg":
+                ax.fill_between(
+                    c.strength,
+                    plain.ndcg + c.change - c.change_se,
+                    plain.ndcg + c.change + c.change_se,
+                    color=color,
+                    alpha=0.15,
+                    lw=0,
+                )
+        for row in configured.itertuples():
+            ax.axhline(scale * getattr(row, figure), color="#555555", ls="--", lw=1, label="as configured")
         ax.set(title=title, ylabel=unit)
-        ax.spines[['top', 'right']].set_visible(False)
-        if figure in ('coverage', 'ndcg'): ax.set_ylim(bottom=0)
-        if curves[figure].isna().all(): ax.annotate('the items have no genres', (.5, .5), xycoords='axes fraction', ha='center')
-    for ax in axes[1]: ax.set_xlabel('strength of the step (0: off)')
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=9)
-    fig.suptitle(f'What each step costs and brings ({plain.n_users:,} validation users; band: 1 standard error of the change)', fontsize=11)
+        ax.spines[["top", "right"]].set_visible(False)
+        if figure in ("coverage", "ndcg"):
+            ax.set_ylim(bottom=0)
+        if curves[figure].isna().all():
+            ax.annotate("the items have no genres", (0.5, 0.5), xycoords="axes fraction", ha="center")
+    for ax in axes[1]:
+        ax.set_xlabel("strength of the step (0: off)")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    fig.suptitle(
+        f"What each step costs and brings ({plain.n_users:,} validation users; band: 1 standard error of the change)",
+        fontsize=11,
+    )
     plt.close(fig)
     return fig
 
 # %% ../nbs/04a_postprocessing.ipynb #e4c51c01
-def describe_tradeoffs(curves:pd.DataFrame # from `tradeoff_curves`
-                      ) -> pd.DataFrame: # one row a point, as people read it
+def describe_tradeoffs(
+    curves: pd.DataFrame,  # from `tradeoff_curves`
+) -> pd.DataFrame:  # one row a point, as people read it
     "The curves as a table."
-    shown = curves[(curves.step == 'none') | (curves.strength != 0)]
-    level = curves[curves.step == 'none'].ndcg.iloc[0]
-    return pd.DataFrame({'step': shown.step, 'strength': [f'{p} {s:g}' if p else '' for p,s in zip(shown.parameter, shown.strength)], 'NDCG': [f'{v:.4f}' for v in shown.ndcg],
-                         'change': [f'{c:+.4f} ± {s:.4f}' + (f' ({c/level:+.1%})' if level > 0 else '') if n != 'none' else '' for c,s,n in zip(shown.change, shown.change_se, shown.step)],
-                         'diversity': shown.diversity.map('{:.3f}'.format), 'coverage': shown.coverage.map('{:.1%}'.format), 'miscalibration': shown.miscalibration.map('{:.3f}'.format)}).reset_index(drop=True)
+    shown = curves[(curves.step == "none") | (curves.strength != 0)]
+    level = curves[curves.step == "none"].ndcg.iloc[0]
+    return pd.DataFrame(
+        {
+            "step": shown.step,
+            "strength": [f"{p} {s:g}" if p else "" for p, s in zip(shown.parameter, shown.strength)],
+            "NDCG": [f"{v:.4f}" for v in shown.ndcg],
+            "change": [
+                f"{c:+.4f} ± {s:.4f}" + (f" ({c / level:+.1%})" if level > 0 else "") if n != "none" else ""
+                for c, s, n in zip(shown.change, shown.change_se, shown.step)
+            ],
+            "diversity": shown.diversity.map("{:.3f}".format),
+            "coverage": shown.coverage.map("{:.1%}".format),
+            "miscalibration": shown.miscalibration.map("{:.3f}".format),
+        }
+    ).reset_index(drop=True)
 
 # %% ../nbs/04a_postprocessing.ipynb #be4d3db6
-def check_chain(settings, # from `load_settings`
-                elsewhere:bool=False # will the stage run in another process?
-               ) -> None:
+def check_chain(
+    settings,  # from `load_settings`
+    elsewhere: bool = False,  # will the stage run in another process?
+) -> None:
     "Refuse unknown steps, wrong parameters and ban lists that cannot be read, before anything is built; raises `AerecError`."
     p = settings.postprocessing
-    for name in p.steps: find_step(name, elsewhere)
+    for name in p.steps:
+        find_step(name, elsewhere)
     Chain(p.steps, (), None, p.step_options, bans=[ban_list(settings)])
 
-def chain_files(settings # from `load_settings`
-               ) -> dict: # label -> sha256
+
+def chain_files(
+    settings,  # from `load_settings`
+) -> dict:  # label -> sha256
     "What the stage depends on outside the run: the ban file, what the database bans, and files with steps of one's own."
     p, bans = settings.postprocessing, ban_list(settings)
-    found = {f'step {name}': sha256_file(own_file(name, 'postprocessing.steps')) for name in p.steps if ':' in name}
-    if bans.file: found['ban_file'] = sha256_file(bans.file)
-    if bans.url: found['ban_url'] = sha256_json([str(id) for id in bans._of_table])
+    found = {f"step {name}": sha256_file(own_file(name, "postprocessing.steps")) for name in p.steps if ":" in name}
+    if bans.file:
+        found["ban_file"] = sha256_file(bans.file)
+    if bans.url:
+        found["ban_url"] = sha256_json([str(id) for id in bans._of_table])
     return found
 
-def load_catalogue(run, # `Run` from `aerec_nb.runs`, with data imported and split
-                   items, # ids of the vocabulary
-                   popularity # [n_items] users of each item
-                  ) -> Catalogue:
+
+def load_catalogue(
+    run,  # `Run` from `aerec_nb.runs`, with data imported and split
+    items,  # ids of the vocabulary
+    popularity,  # [n_items] users of each item
+) -> Catalogue:
     "What the run knows of the items of a vocabulary."
-    table, features = run.need('data_import')/'items.parquet', run.need('model_preprocessing')/'features'
-    return Catalogue(IdIndex(items), pd.read_parquet(table) if table.exists() else None, popularity, ItemFeatures.load(features).over(items).matrix if features.exists() else None)
+    table, features = run.need("data_import") / "items.parquet", run.need("model_preprocessing") / "features"
+    return Catalogue(
+        IdIndex(items),
+        pd.read_parquet(table) if table.exists() else None,
+        popularity,
+        ItemFeatures.load(features).over(items).matrix if features.exists() else None,
+    )
 
 # %% ../nbs/04a_postprocessing.ipynb #d14f91b4
-def served_items(run, # `Run` from `aerec_nb.runs`, with inference done
-                 split:Split # of the run
-                ) -> np.ndarray: # ids: those the model was fitted on, then the new ones
+def served_items(
+    run,  # `Run` from `aerec_nb.runs`, with inference done
+    split: Split,  # of the run
+) -> np.ndarray:  # ids: those the model was fitted on, then the new ones
     "The vocabulary of what may be recommended."
-    known, path = np.asarray(split.refit().items), run.need('inference')/'cold_items.parquet'
+    known, path = np.asarray(split.refit().items), run.need("inference") / "cold_items.parquet"
     return np.concatenate([known, pd.read_parquet(path).item_id.to_numpy()]) if path.exists() else known
 
 # %% ../nbs/04a_postprocessing.ipynb #90ac4363
-def build_postprocessing(run, # `Run` from `aerec_nb.runs`
-                         folder:Path # where to write recommendations.parquet, steps.parquet, tradeoffs.parquet and chain.json
-                        ) -> dict: # key figures for the manifest
+def build_postprocessing(
+    run,  # `Run` from `aerec_nb.runs`
+    folder: Path,  # where to write recommendations.parquet, steps.parquet, tradeoffs.parquet and chain.json
+) -> dict:  # key figures for the manifest
     "Apply the configured chain to the candidates of the run, and measure what each ranking step would cost."
-    candidates, p, k = pd.read_parquet(run.need('inference')/'candidates.parquet'), run.settings.postprocessing, run.settings.validation.topk
-    split = Split.load(run.need('model_preprocessing')/'split')
+    candidates, p, k = (
+        pd.read_parquet(run.need("inference") / "candidates.parquet"),
+        run.settings.postprocessing,
+        run.settings.validation.topk,
+    )
+    split = Split.load(run.need("model_preprocessing") / "split")
     histories = histories_over(split.interactions, served_items(run, split))
-    chain = Chain(p.steps, (), load_catalogue(run, histories.items, np.bincount(histories.matrix.indices, minlength=len(histories.items))), p.step_options, run.settings.run.random_seed, [ban_list(run.settings)])
+    chain = Chain(
+        p.steps,
+        (),
+        load_catalogue(run, histories.items, np.bincount(histories.matrix.indices, minlength=len(histories.items))),
+        p.step_options,
+        run.settings.run.random_seed,
+        [ban_list(run.settings)],
+    )
     lists, report = apply_chain(candidates, chain, k, histories)
-    write_parquet(folder/'recommendations.parquet', lists)
-    write_parquet(folder/'steps.parquet', report)
-    write_json(folder/'chain.json', {**chain.spec, 'unknown_bans': chain.unknown_bans})
+    write_parquet(folder / "recommendations.parquet", lists)
+    write_parquet(folder / "steps.parquet", report)
+    write_json(folder / "chain.json", {**chain.spec, "unknown_bans": chain.unknown_bans})
     curves = _measure_tradeoffs(run, split, chain, k)
-    if curves is not None: write_parquet(folder/'tradeoffs.parquet', curves)
+    if curves is not None:
+        write_parquet(folder / "tradeoffs.parquet", curves)
     n_users = candidates.user_id.nunique()
-    return {'n_users': n_users, 'n_banned': len(chain.banned_items), 'n_unknown_bans': len(chain.unknown_bans), 'n_tradeoff_users': 0 if curves is None else int(curves.n_users.iloc[0]),
-            'n_short_lists': short_lists(lists, n_users, k), **{f'removed_{s}': int(n) for s,n in zip(report.step[1:-1], report.removed[1:-1])}}
+    return {
+        "n_users": n_users,
+        "n_banned": len(chain.banned_items),
+        "n_unknown_bans": len(chain.unknown_bans),
+        "n_tradeoff_users": 0 if curves is None else int(curves.n_users.iloc[0]),
+        "n_short_lists": short_lists(lists, n_users, k),
+        **{f"removed_{s}": int(n) for s, n in zip(report.step[1:-1], report.removed[1:-1])},
+    }
 
-def _measure_tradeoffs(run, split, chain, k) -> pd.DataFrame|None:
+
+def _measure_tradeoffs(run, split, chain, k) -> pd.DataFrame | None:
     "The curves on the validation fold; None where it has no users."
-    path = run.need('inference')/'valid_candidates.parquet'
-    if not path.exists() or split.valid is None: return None
+    path = run.need("inference") / "valid_candidates.parquet"
+    if not path.exists() or split.valid is None:
+        return None
     candidates = pd.read_parquet(path)
     users, most = candidates.user_id.drop_duplicates().to_numpy(), run.settings.postprocessing.tradeoff_users
-    if len(users) > most: users = users[np.sort(np.random.default_rng(run.settings.run.random_seed).choice(len(users), most, replace=False))]
+    if len(users) > most:
+        users = users[
+            np.sort(np.random.default_rng(run.settings.run.random_seed).choice(len(users), most, replace=False))
+        ]
     catalogue = load_catalogue(run, split.items, np.bincount(split.train.indices, minlength=len(split.items)))
     now = None if split.interactions.times is None else float(split.interactions.times.max())
-    return tradeoff_curves(candidates[candidates.user_id.isin(users)], split.valid, catalogue, k, chain.bind(catalogue), now)
+    return tradeoff_curves(
+        candidates[candidates.user_id.isin(users)], split.valid, catalogue, k, chain.bind(catalogue), now
+    )
 
 # %% ../nbs/04a_postprocessing.ipynb #d0a8355c
-def describe_postprocessing(run # `Run` from `aerec_nb.runs`, with the stage done
-                           ) -> str: # one paragraph
+def describe_postprocessing(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+) -> str:  # one paragraph
     "What went in, what came out, and what deserves attention."
-    m, chain = run.manifest('postprocessing')['metrics'], read_json(run.need('postprocessing')/'chain.json')
-    lines = [f"Candidates of {m['n_users']:,} users through {' > '.join(chain['steps']) or 'no step at all'}; {m['n_banned']} banned items."]
-    if chain['unknown_bans']: lines.append(f"Not in the catalogue, so never shown anyway: {', '.join(map(str, chain['unknown_bans'][:10]))}.")
-    lines.append(f"{m['n_short_lists']:,} users got a shorter list than asked for." if m['n_short_lists'] else 'Every user got a full list.')
-    if not m['n_tradeoff_users']: lines.append('There is no validation fold to measure the steps on.')
-    return ' '.join(lines)
+    m, chain = run.manifest("postprocessing")["metrics"], read_json(run.need("postprocessing") / "chain.json")
+    lines = [
+        f"Candidates of {m['n_users']:,} users through {' > '.join(chain['steps']) or 'no step at all'}; {m['n_banned']} banned items."
+    ]
+    if chain["unknown_bans"]:
+        lines.append(f"Not in the catalogue, so never shown anyway: {', '.join(map(str, chain['unknown_bans'][:10]))}.")
+    lines.append(
+        f"{m['n_short_lists']:,} users got a shorter list than asked for."
+        if m["n_short_lists"]
+        else "Every user got a full list."
+    )
+    if not m["n_tradeoff_users"]:
+        lines.append("There is no validation fold to measure the steps on.")
+    return " ".join(lines)
 
 # %% ../nbs/04a_postprocessing.ipynb #7fd90ee7
-def before_after(run, # `Run` from `aerec_nb.runs`, with the stage done
-                 user_id=None # whose list; None: the user for whom least was taken out, but something
-                ) -> pd.DataFrame: # one row a candidate down to the last shown: rank, title, what became of it
+def before_after(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    user_id=None,  # whose list; None: the user for whom least was taken out, but something
+) -> pd.DataFrame:  # one row a candidate down to the last shown: rank, title, what became of it
     "One user's candidates and what the chain made of them."
-    candidates = pd.read_parquet(run.need('inference')/'candidates.parquet')
-    lists = pd.read_parquet(run.need('postprocessing')/'recommendations.parquet')
+    candidates = pd.read_parquet(run.need("inference") / "candidates.parquet")
+    lists = pd.read_parquet(run.need("postprocessing") / "recommendations.parquet")
     if user_id is None:
-        last, n = (candidates.merge(lists[['user_id', 'item_id']]).groupby('user_id', sort=False)['rank'].agg(how) for how in ('max', 'size'))
+        last, n = (
+            candidates.merge(lists[["user_id", "item_id"]]).groupby("user_id", sort=False)["rank"].agg(how)
+            for how in ("max", "size")
+        )
         taken_out = (last - n)[n == n.max()]
         user_id = (taken_out[taken_out > 0] if (taken_out > 0).any() else taken_out).idxmin()
     of_user, shown = candidates[candidates.user_id == user_id], lists[lists.user_id == user_id]
-    of_user = of_user.merge(shown[['item_id', 'rank']].rename(columns={'rank': 'shown as'}), on='item_id', how='left')
-    of_user = of_user[:of_user['shown as'].last_valid_index()+1] if of_user['shown as'].notna().any() else of_user
+    of_user = of_user.merge(shown[["item_id", "rank"]].rename(columns={"rank": "shown as"}), on="item_id", how="left")
+    of_user = of_user[: of_user["shown as"].last_valid_index() + 1] if of_user["shown as"].notna().any() else of_user
     became = _became(run, candidates[candidates.user_id == user_id], max(1, len(shown)))
-    return with_titles(of_user.assign(became=['shown' if s == s else became.get(i, 'left out') for i,s in zip(of_user.item_id, of_user['shown as'])], **{'shown as': of_user['shown as'].astype('Int32')}), run)[
-        ['user_id', 'rank', 'item_id', 'title', 'became', 'shown as']].set_index('rank')
+    return with_titles(
+        of_user.assign(
+            became=[
+                "shown" if s == s else became.get(i, "left out") for i, s in zip(of_user.item_id, of_user["shown as"])
+            ],
+            **{"shown as": of_user["shown as"].astype("Int32")},
+        ),
+        run,
+    )[["user_id", "rank", "item_id", "title", "became", "shown as"]].set_index("rank")
+
 
 def _became(run, candidates, k) -> dict:
     "Item id -> the step that took it out."
-    split = Split.load(run.need('model_preprocessing')/'split')
+    split = Split.load(run.need("model_preprocessing") / "split")
     histories = histories_over(split.interactions, served_items(run, split))
-    chain = Chain.from_spec(read_json(run.need('postprocessing')/'chain.json'), load_catalogue(run, histories.items, np.bincount(histories.matrix.indices, minlength=len(histories.items))))
+    chain = Chain.from_spec(
+        read_json(run.need("postprocessing") / "chain.json"),
+        load_catalogue(run, histories.items, np.bincount(histories.matrix.indices, minlength=len(histories.items))),
+    )
     now = None if histories.times is None else float(histories.times.max())
-    (_,items,scores,request), = _requests(candidates, chain, k, histories, now)
+    ((_, items, scores, request),) = _requests(candidates, chain, k, histories, now)
     done = chain.run(scores, replace(request, explain=True), items)
-    return {chain.index.ids[i]: f'taken out by {last["step"]}' for i in items.tolist() if (last := done.trail(i)[-1])['what'] == 'removed'}
+    return {
+        chain.index.ids[i]: f"taken out by {last['step']}"
+        for i in items.tolist()
+        if (last := done.trail(i)[-1])["what"] == "removed"
+    }
 
 # %% ../nbs/04a_postprocessing.ipynb #d6be39ea
-def with_titles(frame:pd.DataFrame, # with item_id
-                run # `Run` from `aerec_nb.runs`, with data imported
-               ) -> pd.DataFrame: # with a title column
+def with_titles(
+    frame: pd.DataFrame,  # with item_id
+    run,  # `Run` from `aerec_nb.runs`, with data imported
+) -> pd.DataFrame:  # with a title column
     "Titles beside ids; the id itself where a source has no titles."
-    path = run.need('data_import')/'items.parquet'
-    titles = pd.read_parquet(path).drop_duplicates('item_id').set_index('item_id').get('title') if path.exists() else None
+    path = run.need("data_import") / "items.parquet"
+    titles = (
+        pd.read_parquet(path).drop_duplicates("item_id").set_index("item_id").get("title") if path.exists() else None
+    )
     found = frame.item_id.map(titles) if titles is not None else pd.Series(None, frame.index, object)
     return frame.assign(title=found.where(found.notna(), frame.item_id.astype(str)))
 
 # %% ../nbs/04a_postprocessing.ipynb #c619bc19
-def plot_steps(run # `Run` from `aerec_nb.runs`, with the stage done
-              ): # -> matplotlib Figure
+def plot_steps(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+):  # -> matplotlib Figure
     "What is left after each step."
-    report = pd.read_parquet(run.need('postprocessing')/'steps.parquet')[::-1]
-    fig, ax = plt.subplots(figsize=(8, .55*len(report)+1.2), layout='constrained')
-    ax.barh(report.step, report.left, color='#0072b2')
-    ax.barh(report.step, report.removed, left=report.left, color='#e69f00', label='taken out here')
-    for y,(left,removed) in enumerate(zip(report.left, report.removed)):
-        ax.annotate(f'{left:,}' + (f'  (-{removed:,})' if removed else ''), (left+removed, y), xytext=(4, 0), textcoords='offset points', va='center', fontsize=9)
-    ax.set(title='Candidates left after each step', xlabel='candidates')
-    ax.set_xlim(0, 1.3*max(1, report.left.max()))
-    ax.xaxis.set_major_formatter('{x:,.0f}')
-    ax.spines[['top', 'right']].set_visible(False)
-    if report.removed.any(): ax.legend(loc='lower right', fontsize=9)
+    report = pd.read_parquet(run.need("postprocessing") / "steps.parquet")[::-1]
+    fig, ax = plt.subplots(figsize=(8, 0.55 * len(report) + 1.2), layout="constrained")
+    ax.barh(report.step, report.left, color="#0072b2")
+    ax.barh(report.step, report.removed, left=report.left, color="#e69f00", label="taken out here")
+    for y, (left, removed) in enumerate(zip(report.left, report.removed)):
+        ax.annotate(
+            f"{left:,}" + (f"  (-{removed:,})" if removed else ""),
+            (left + removed, y),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    ax.set(title="Candidates left after each step", xlabel="candidates")
+    ax.set_xlim(0, 1.3 * max(1, report.left.max()))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.spines[["top", "right"]].set_visible(False)
+    if report.removed.any():
+        ax.legend(loc="lower right", fontsize=9)
     plt.close(fig)
     return fig

@@ -28,221 +28,286 @@ from .configuration import AerecError, KNOBS, SECTIONS, Settings, load_settings,
 # %% ../nbs/00a_runs.ipynb #ba1283c6
 class FileError(AerecError, OSError):
     "A file or folder that cannot be used, in one line: which one, why, and what to do."
-    def __init__(self,
-        text:str,       # the line
-        errno:int=None  # error number of the system; None: the content of the file is at fault
+
+    def __init__(
+        self,
+        text: str,  # the line
+        errno: int = None,  # error number of the system; None: the content of the file is at fault
     ):
         super().__init__(text)
         self.errno = errno
+
 
 class MissingFileError(FileError, FileNotFoundError):
     "A file that is not there."
 
 # %% ../nbs/00a_runs.ipynb #0c8b3a73
-_FREE_SPACE = 'free some space and start again'
-_ACCESS = 'change its owner or mode, or name another path'
-_RESTORE = 'restore it from a copy, or move it away'
+_FREE_SPACE = "free some space and start again"
+_ACCESS = "change its owner or mode, or name another path"
+_RESTORE = "restore it from a copy, or move it away"
 
-_REFUSALS = { # error number of the system -> reason, what to do
-    errno.ENOSPC: ('the disk is full', _FREE_SPACE),
-    errno.EDQUOT: ('the disk quota is used up', _FREE_SPACE),
-    errno.EFBIG: ('the file is larger than this process may write', 'raise the limit (ulimit -f) and start again'),
-    errno.EACCES: ('permission denied', _ACCESS),
-    errno.EPERM: ('permission denied', _ACCESS),
-    errno.EROFS: ('the file system is read-only', 'name another path'),
-    errno.ENOTDIR: ('a part of the path is not a folder', 'name another path'),
-    errno.EISDIR: ('a file is needed, and this is a folder', 'move it away, or name another path'),
-    errno.EEXIST: ('it is there already', 'move it away, or name another path'),
-    errno.ENAMETOOLONG: ('the name is too long', 'choose a shorter one'),
-    errno.ELOOP: ('its symbolic links form a loop', 'correct them'),
-    errno.EMFILE: ('this process has too many files open', 'raise the limit (ulimit -n) and start again'),
-    errno.ENFILE: ('the system has too many files open', 'end other processes and start again'),
-    errno.EIO: ('the disk reports an error', 'check the disk')}
+_REFUSALS = {  # error number of the system -> reason, what to do
+    errno.ENOSPC: ("the disk is full", _FREE_SPACE),
+    errno.EDQUOT: ("the disk quota is used up", _FREE_SPACE),
+    errno.EFBIG: ("the file is larger than this process may write", "raise the limit (ulimit -f) and start again"),
+    errno.EACCES: ("permission denied", _ACCESS),
+    errno.EPERM: ("permission denied", _ACCESS),
+    errno.EROFS: ("the file system is read-only", "name another path"),
+    errno.ENOTDIR: ("a part of the path is not a folder", "name another path"),
+    errno.EISDIR: ("a file is needed, and this is a folder", "move it away, or name another path"),
+    errno.EEXIST: ("it is there already", "move it away, or name another path"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+    errno.ELOOP: ("its symbolic links form a loop", "correct them"),
+    errno.EMFILE: ("this process has too many files open", "raise the limit (ulimit -n) and start again"),
+    errno.ENFILE: ("the system has too many files open", "end other processes and start again"),
+    errno.EIO: ("the disk reports an error", "check the disk"),
+}
 
-_SQLITE_REFUSALS = { # primary result code of SQLite -> reason, what to do
-    sqlite3.SQLITE_FULL: ('the disk is full', _FREE_SPACE),
-    sqlite3.SQLITE_IOERR: ('the disk reports an error', 'check that it is not full, and that it works'),
-    sqlite3.SQLITE_PERM: ('the database cannot be written', 'change the owner or mode of the file and its folder'),
-    sqlite3.SQLITE_READONLY: ('the database cannot be written', 'change the owner or mode of the file and its folder'),
-    sqlite3.SQLITE_CANTOPEN: ('the database cannot be opened', 'change the owner or mode of the file and its folder'),
-    sqlite3.SQLITE_NOTADB: ('it is not a SQLite database', _RESTORE),
-    sqlite3.SQLITE_CORRUPT: ('the database is damaged', _RESTORE)}
+_SQLITE_REFUSALS = {  # primary result code of SQLite -> reason, what to do
+    sqlite3.SQLITE_FULL: ("the disk is full", _FREE_SPACE),
+    sqlite3.SQLITE_IOERR: ("the disk reports an error", "check that it is not full, and that it works"),
+    sqlite3.SQLITE_PERM: ("the database cannot be written", "change the owner or mode of the file and its folder"),
+    sqlite3.SQLITE_READONLY: ("the database cannot be written", "change the owner or mode of the file and its folder"),
+    sqlite3.SQLITE_CANTOPEN: ("the database cannot be opened", "change the owner or mode of the file and its folder"),
+    sqlite3.SQLITE_NOTADB: ("it is not a SQLite database", _RESTORE),
+    sqlite3.SQLITE_CORRUPT: ("the database is damaged", _RESTORE),
+}
 
 # %% ../nbs/00a_runs.ipynb #f5698274
 def file_error(
-    error:Exception, # of the system or of SQLite; what other libraries raise from one of these counts as well
-    path:Path=None   # file or folder in use; None: only the one that the error names
-) -> FileError|None: # None where the machine is not the cause
+    error: Exception,  # of the system or of SQLite; what other libraries raise from one of these counts as well
+    path: Path = None,  # file or folder in use; None: only the one that the error names
+) -> FileError | None:  # None where the machine is not the cause
     "Say in one line why the machine refuses a file."
-    while error is not None and not isinstance(error, FileError) and _refusal(error) is None: error = error.__cause__
-    if error is None or isinstance(error, FileError): return error
+    while error is not None and not isinstance(error, FileError) and _refusal(error) is None:
+        error = error.__cause__
+    if error is None or isinstance(error, FileError):
+        return error
     where = _path_of(error, path)
-    return FileError((f'{show_value(where)}: ' if where else '') + '; '.join(_refusal(error)), _error_number(error))
+    return FileError((f"{show_value(where)}: " if where else "") + "; ".join(_refusal(error)), _error_number(error))
 
-def _refusal(error:Exception) -> tuple|None:
+
+def _refusal(error: Exception) -> tuple | None:
     "Look up the reason and what to do; None for errors of other kinds."
-    sqlite_code = getattr(getattr(error, 'orig', error), 'sqlite_errorcode', None)
-    return _REFUSALS.get(_error_number(error)) if sqlite_code is None else _SQLITE_REFUSALS.get(sqlite_code & 0xff)
+    sqlite_code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
+    return _REFUSALS.get(_error_number(error)) if sqlite_code is None else _SQLITE_REFUSALS.get(sqlite_code & 0xFF)
 
-def _error_number(error:Exception) -> int|None:
+
+def _error_number(error: Exception) -> int | None:
     "The error number of the system; shutil, safetensors and DuckDB give it in their text only."
-    if isinstance(error, OSError) and not isinstance(error, shutil.Error): return error.errno
-    if type(error).__module__.split('.')[0].lstrip('_') not in ('shutil', 'safetensors', 'duckdb'): return None
+    if isinstance(error, OSError) and not isinstance(error, shutil.Error):
+        return error.errno
+    if type(error).__module__.split(".")[0].lstrip("_") not in ("shutil", "safetensors", "duckdb"):
+        return None
     found = re.search(r'\[Errno (\d+)\]|os error (\d+)|"errno":"(\d+)"', str(error))
     return int(found[found.lastindex]) if found else None
 
-def _path_of(error:Exception, path:Path|None) -> Path|None:
+
+def _path_of(error: Exception, path: Path | None) -> Path | None:
     "The path that an error is about: the one that it names, with the final name in place of a temporary one."
-    named = getattr(error, 'filename2', None) or getattr(error, 'filename', None) # of a copy: where it goes
-    if not isinstance(named, (str, bytes, os.PathLike)): return _final_path(path)
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy: where it goes
+    if not isinstance(named, (str, bytes, os.PathLike)):
+        return _final_path(path)
     named = Path(os.fsdecode(named))
-    if path is None: return _final_path(named)
-    is_temporary = named.name.startswith('.') and Path(path).name in named.name
-    is_within = not named.is_absolute() # relative to a folder that was open
+    if path is None:
+        return _final_path(named)
+    is_temporary = named.name.startswith(".") and Path(path).name in named.name
+    is_within = not named.is_absolute()  # relative to a folder that was open
     return _final_path(path if is_temporary or is_within else named)
 
-def _final_path(path:Path|None) -> Path|None:
+
+def _final_path(path: Path | None) -> Path | None:
     "Where a file of an artifact in the making will be."
     parts = Path(path).parts if path else ()
-    if '.building' not in parts[:-1]: return path
-    at = parts.index('.building')
-    run, stage, *_ = parts[at+1].rsplit('.', 3)
-    return Path(*parts[:at], run, stage, *parts[at+2:])
+    if ".building" not in parts[:-1]:
+        return path
+    at = parts.index(".building")
+    run, stage, *_ = parts[at + 1].rsplit(".", 3)
+    return Path(*parts[:at], run, stage, *parts[at + 2 :])
+
 
 @contextmanager
 def file_errors(
-    path:Path=None # file or folder in use, named where the error names none
+    path: Path = None,  # file or folder in use, named where the error names none
 ):
     "Raise `FileError` for what the machine refuses inside the block; other errors pass as they are."
-    try: yield
-    except AerecError: raise
+    try:
+        yield
+    except AerecError:
+        raise
     except Exception as e:
         found = file_error(e, path)
-        if found is None: raise
+        if found is None:
+            raise
         raise found from None
 
 # %% ../nbs/00a_runs.ipynb #38288db6
 def check_writable(
-    folder:Path # it need not exist
+    folder: Path,  # it need not exist
 ) -> None:
     "Refuse a folder in which nothing can be written; raises `FileError`."
     with file_errors(folder):
         for there in (Path(folder), *Path(folder).parents):
-            try: mode = there.stat().st_mode
-            except FileNotFoundError: continue
-            if not stat.S_ISDIR(mode): raise NotADirectoryError(errno.ENOTDIR, '', str(there))
+            try:
+                mode = there.stat().st_mode
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISDIR(mode):
+                raise NotADirectoryError(errno.ENOTDIR, "", str(there))
             return _check_access(there, os.W_OK | os.X_OK)
 
-def _check_access(path:Path, mode:int) -> None:
+
+def _check_access(path: Path, mode: int) -> None:
     "Refuse a path that this process may not use in this way; raises OSError."
-    if os.access(path, mode): return
+    if os.access(path, mode):
+        return
     is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY
-    raise OSError(errno.EROFS if is_read_only else errno.EACCES, '', str(path))
+    raise OSError(errno.EROFS if is_read_only else errno.EACCES, "", str(path))
+
 
 def check_sqlite(
-    path:Path # SQLite file; it need not exist
+    path: Path,  # SQLite file; it need not exist
 ) -> None:
     "Refuse a file that is no SQLite database, or a folder in which SQLite cannot write; raises `FileError`."
     path = Path(path)
     check_writable(path.parent)
     with file_errors(path):
-        if path.is_dir(): raise IsADirectoryError(errno.EISDIR, '', str(path))
-        if not path.exists(): return
-        with closing(sqlite3.connect(path)) as db: db.execute('PRAGMA schema_version').fetchall()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "", str(path))
+        if not path.exists():
+            return
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA schema_version").fetchall()
+
 
 def check_sqlite_writable(
-    path:Path # SQLite file; it need not exist
+    path: Path,  # SQLite file; it need not exist
 ) -> None:
     "Refuse a SQLite file that can be read only, besides what `check_sqlite` refuses; raises `FileError`."
     check_sqlite(path)
     with file_errors(path):
-        if Path(path).exists(): _check_access(path, os.W_OK)
+        if Path(path).exists():
+            _check_access(path, os.W_OK)
 
 # %% ../nbs/00a_runs.ipynb #21e911fe
 @contextmanager
 def atomic_path(
-    path:Path # of the file to write
-): # yields a temporary Path to write to
+    path: Path,  # of the file to write
+):  # yields a temporary Path to write to
     "Write a file whole or not at all: temporary name, fsync, rename; nothing is left behind if the block fails."
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.{secrets.token_hex(4)}')
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with file_errors(path):
             yield temporary
-            with open(temporary, 'rb+') as f: os.fsync(f.fileno())
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
             os.replace(temporary, path)
     finally:
-        with suppress(OSError): temporary.unlink()
+        with suppress(OSError):
+            temporary.unlink()
 
 # %% ../nbs/00a_runs.ipynb #9ff0ef80
-def write_json(path:Path, # file to write
-               obj, # anything JSON can say
-               sort_keys:bool=True # False keeps the order of dicts
-              ) -> None:
+def write_json(
+    path: Path,  # file to write
+    obj,  # anything JSON can say
+    sort_keys: bool = True,  # False keeps the order of dicts
+) -> None:
     "Write indented JSON atomically."
-    with atomic_path(path) as p: p.write_text(json.dumps(obj, indent=1, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)+'\n', encoding='utf-8')
+    with atomic_path(path) as p:
+        p.write_text(
+            json.dumps(obj, indent=1, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
+
 
 def read_json(
-    path:Path # file to read
-): # -> what it says
+    path: Path,  # file to read
+):  # -> what it says
     "Read a JSON file; raises `FileError` where it cannot be read or is not JSON."
     try:
-        with file_errors(path): data = Path(path).read_bytes()
-    except FileError: raise
+        with file_errors(path):
+            data = Path(path).read_bytes()
+    except FileError:
+        raise
     except FileNotFoundError:
-        raise MissingFileError(f'{show_value(Path(path))}: no such file; restore it, or make it again', errno.ENOENT) from None
+        raise MissingFileError(
+            f"{show_value(Path(path))}: no such file; restore it, or make it again", errno.ENOENT
+        ) from None
 
-    try: return json.loads(data.decode())
-    except UnicodeDecodeError: reason = 'it is not UTF-8'
-    except json.JSONDecodeError as e: reason = f'it is not JSON ({e})'
-    except RecursionError: reason = 'it is nested too deeply'
-    raise FileError(f'{show_value(Path(path))}: {reason}; {_RESTORE}')
+    try:
+        return json.loads(data.decode())
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8"
+    except json.JSONDecodeError as e:
+        reason = f"it is not JSON ({e})"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    raise FileError(f"{show_value(Path(path))}: {reason}; {_RESTORE}")
 
-def write_parquet(path:Path, # file to write
-                  frame:pd.DataFrame # the index is not kept
-                 ) -> None:
+
+def write_parquet(
+    path: Path,  # file to write
+    frame: pd.DataFrame,  # the index is not kept
+) -> None:
     "Write a Parquet file atomically; the same frame gives the same bytes."
-    with atomic_path(path) as p: frame.to_parquet(p, index=False, compression='zstd')
+    with atomic_path(path) as p:
+        frame.to_parquet(p, index=False, compression="zstd")
 
 # %% ../nbs/00a_runs.ipynb #a132afd5
 @contextmanager
 def alone(
-    path:Path,       # file; the lock is a file beside it
-    seconds:float=60 # how long to wait
+    path: Path,  # file; the lock is a file beside it
+    seconds: float = 60,  # how long to wait
 ):
     "Hold a file across processes; raises `AerecError` where another one holds it too long or no lock can be written."
-    in_use = f'{show_value(path)}: another process has held the lock for {seconds:g} s; wait for it, or end it'
-    lock = FileLock(f'{path}.lock', timeout=seconds)
+    in_use = f"{show_value(path)}: another process has held the lock for {seconds:g} s; wait for it, or end it"
+    lock = FileLock(f"{path}.lock", timeout=seconds)
     with file_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        try: lock.acquire()
-        except Timeout: raise AerecError(in_use) from None
-    try: yield
-    finally: lock.release()
+        try:
+            lock.acquire()
+        except Timeout:
+            raise AerecError(in_use) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
-def mlflow_module(name:str # a module of MLflow
-                 ): # -> the module
+
+def mlflow_module(
+    name: str,  # a module of MLflow
+):  # -> the module
     "A module of MLflow, without telemetry and without remarks."
-    for variable,value in (('MLFLOW_DISABLE_TELEMETRY', 'true'), ('DO_NOT_TRACK', 'true')): os.environ.setdefault(variable, value)
+    for variable, value in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("DO_NOT_TRACK", "true")):
+        os.environ.setdefault(variable, value)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='IProgress not found') # MLflow asks for a progress bar that it does not use here
+        warnings.filterwarnings(
+            "ignore", message="IProgress not found"
+        )  # MLflow asks for a progress bar that it does not use here
         module = importlib.import_module(name)
-    for logger in ('mlflow', 'alembic'): logging.getLogger(logger).setLevel(logging.WARNING)
+    for logger in ("mlflow", "alembic"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
     return module
 
 # %% ../nbs/00a_runs.ipynb #294b8841
-def sha256_bytes(data:bytes # anything
-                ) -> str: # 64 hexadecimal digits
+def sha256_bytes(
+    data: bytes,  # anything
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of bytes."
     return hashlib.sha256(data).hexdigest()
 
-def sha256_file(path:Path # an existing file
-               ) -> str: # 64 hexadecimal digits
-    "SHA-256 of a file, read in pieces."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def sha256_json(obj # anything JSON can say
-               ) -> str: # 64 hexadecimal digits
+def sha256_file(
+    path: Path,  # an existing file
+) -> str:  # 64 hexadecimal digits
+    "SHA-256 of a file, read in pieces."
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_json(
+    obj,  # anything JSON can say
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of an object's canonical JSON."
     return sha256_bytes(json.dumps(obj, sort_keys=True, default=str).encode())
 
@@ -250,690 +315,982 @@ def sha256_json(obj # anything JSON can say
 @dataclass(frozen=True)
 class Stage:
     "One stage of the process."
-    name:str # also the module in aerec_nb
-    notebook:str # file in nbs/, without its ending
-    inputs:tuple # stages whose artifacts it reads
-    reads:tuple # settings it reads: sections, or dotted names
-    outputs:tuple = () # files that its artifact must have; it may have more
-    timeout:float = 3600. # seconds after which its notebook is ended, unless the setting `stage_timeout_s` says otherwise
-    external:str = None # function of the module that hashes what comes from outside: called with the settings, a dict of label -> sha256
-    check:str = None # function of the module that refuses bad settings before anything is read, see `check_stages`
-    arguments:bool = True # False: only what is configured counts, not what was given to this run
+
+    name: str  # also the module in aerec_nb
+    notebook: str  # file in nbs/, without its ending
+    inputs: tuple  # stages whose artifacts it reads
+    reads: tuple  # settings it reads: sections, or dotted names
+    outputs: tuple = ()  # files that its artifact must have; it may have more
+    timeout: float = (
+        3600.0  # seconds after which its notebook is ended, unless the setting `stage_timeout_s` says otherwise
+    )
+    external: str = None  # function of the module that hashes what comes from outside: called with the settings, a dict of label -> sha256
+    check: str = None  # function of the module that refuses bad settings before anything is read, see `check_stages`
+    arguments: bool = True  # False: only what is configured counts, not what was given to this run
 
     @property
-    def module(self): return f'aerec_nb.{self.name}'
-    def function(self, name): return getattr(importlib.import_module(self.module), name)
-    def builder(self): return self.function(f'build_{self.name}')
+    def module(self):
+        return f"aerec_nb.{self.name}"
+
+    def function(self, name):
+        return getattr(importlib.import_module(self.module), name)
+
+    def builder(self):
+        return self.function(f"build_{self.name}")
 
 # %% ../nbs/00a_runs.ipynb #5b6f3c23
-STAGES = {s.name: s for s in [
-    Stage('configuration', '00_configuration', (), ('env', *SECTIONS), outputs=('settings.json',), timeout=600, arguments=False),
-    Stage('data_import', '01_data_import', (), ('data', 'paths', 'events.events_url', 'scale'), external='source_files',
-          outputs=('ratings.parquet', 'source.json'), timeout=6*3600),
-    Stage('business_preprocessing', '01a_business_preprocessing', ('data_import',), ('rules', 'scale'), external='rule_files', check='check_rules',
-          outputs=('interactions.parquet', 'waterfall.parquet')),
-    Stage('model_preprocessing', '01b_model_preprocessing', ('data_import', 'business_preprocessing'), ('split', 'run.random_seed'),
-          external='tag_files', outputs=('split/split.json',)),
-    Stage('modeling', '02_modeling', ('model_preprocessing',), ('model', 'training.budget_s', 'run.random_seed'), external='model_files', outputs=('models.json', 'plan.parquet')),
-    Stage('training', '03_training', ('model_preprocessing', 'modeling'), ('model', 'training', 'run.random_seed', 'validation.topk', 'scale'),
-          external='model_files', outputs=('summary.json',), timeout=3*24*3600),
-    Stage('validation', '03a_validation', ('data_import', 'model_preprocessing', 'training'), ('validation', 'training.device', 'run.random_seed', 'scale'),
-          outputs=('choice.json', 'leaderboard.parquet', 'model/model.json'), timeout=6*3600),
-    Stage('inference', '04_inference', ('data_import', 'business_preprocessing', 'model_preprocessing', 'training', 'validation'), ('inference', 'validation.topk', 'run.random_seed'),
-          external='segment_files', outputs=('candidates.parquet',), timeout=6*3600),
-    Stage('postprocessing', '04a_postprocessing', ('data_import', 'model_preprocessing', 'inference'), ('postprocessing', 'validation.topk', 'run.random_seed'),
-          external='chain_files', check='check_chain', outputs=('chain.json', 'recommendations.parquet')),
-    Stage('packaging', '05_packaging', ('data_import', 'business_preprocessing', 'model_preprocessing', 'validation', 'inference', 'postprocessing'),
-          ('packaging', 'paths', 'postprocessing', 'validation.topk', 'env'), external='signing_key_id', outputs=('bundle/manifest.sha256',)),
-    Stage('serving', '05a_serving', ('data_import', 'model_preprocessing', 'packaging'),
-          ('serving', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env'), outputs=('events.parquet', 'latencies.parquet')),
-    Stage('monitoring', '06_monitoring', ('data_import', 'model_preprocessing', 'validation', 'packaging', 'serving'),
-          ('monitoring', 'events', 'paths', 'validation.topk', 'run.random_seed', 'env'), external='monitor_files', outputs=('monitors.parquet',)),
-]}
+STAGES = {
+    s.name: s
+    for s in [
+        Stage(
+            "configuration",
+            "00_configuration",
+            (),
+            ("env", *SECTIONS),
+            outputs=("settings.json",),
+            timeout=600,
+            arguments=False,
+        ),
+        Stage(
+            "data_import",
+            "01_data_import",
+            (),
+            ("data", "paths", "events.events_url", "scale"),
+            external="source_files",
+            outputs=("ratings.parquet", "source.json"),
+            timeout=6 * 3600,
+        ),
+        Stage(
+            "business_preprocessing",
+            "01a_business_preprocessing",
+            ("data_import",),
+            ("rules", "scale"),
+            external="rule_files",
+            check="check_rules",
+            outputs=("interactions.parquet", "waterfall.parquet"),
+        ),
+        Stage(
+            "model_preprocessing",
+            "01b_model_preprocessing",
+            ("data_import", "business_preprocessing"),
+            ("split", "run.random_seed"),
+            external="tag_files",
+            outputs=("split/split.json",),
+        ),
+        Stage(
+            "modeling",
+            "02_modeling",
+            ("model_preprocessing",),
+            ("model", "training.budget_s", "run.random_seed"),
+            external="model_files",
+            outputs=("models.json", "plan.parquet"),
+        ),
+        Stage(
+            "training",
+            "03_training",
+            ("model_preprocessing", "modeling"),
+            ("model", "training", "run.random_seed", "validation.topk", "scale"),
+            external="model_files",
+            outputs=("summary.json",),
+            timeout=3 * 24 * 3600,
+        ),
+        Stage(
+            "validation",
+            "03a_validation",
+            ("data_import", "model_preprocessing", "training"),
+            ("validation", "training.device", "run.random_seed", "scale"),
+            outputs=("choice.json", "leaderboard.parquet", "model/model.json"),
+            timeout=6 * 3600,
+        ),
+        Stage(
+            "inference",
+            "04_inference",
+            ("data_import", "business_preprocessing", "model_preprocessing", "training", "validation"),
+            ("inference", "validation.topk", "run.random_seed"),
+            external="segment_files",
+            outputs=("candidates.parquet",),
+            timeout=6 * 3600,
+        ),
+        Stage(
+            "postprocessing",
+            "04a_postprocessing",
+            ("data_import", "model_preprocessing", "inference"),
+            ("postprocessing", "validation.topk", "run.random_seed"),
+            external="chain_files",
+            check="check_chain",
+            outputs=("chain.json", "recommendations.parquet"),
+        ),
+        Stage(
+            "packaging",
+            "05_packaging",
+            (
+                "data_import",
+                "business_preprocessing",
+                "model_preprocessing",
+                "validation",
+                "inference",
+                "postprocessing",
+            ),
+            ("packaging", "paths", "postprocessing", "validation.topk", "env"),
+            external="signing_key_id",
+            outputs=("bundle/manifest.sha256",),
+        ),
+        Stage(
+            "serving",
+            "05a_serving",
+            ("data_import", "model_preprocessing", "packaging"),
+            ("serving", "events", "paths", "validation.topk", "run.random_seed", "env"),
+            outputs=("events.parquet", "latencies.parquet"),
+        ),
+        Stage(
+            "monitoring",
+            "06_monitoring",
+            ("data_import", "model_preprocessing", "validation", "packaging", "serving"),
+            ("monitoring", "events", "paths", "validation.topk", "run.random_seed", "env"),
+            external="monitor_files",
+            outputs=("monitors.parquet",),
+        ),
+    ]
+}
 
 # %% ../nbs/00a_runs.ipynb #24463123
-def on_engine(settings, # of the run; section scale is read
-              function  # of a stage
-             ): # -> the function, or the one of the same name that the configured engine does
+def on_engine(
+    settings,  # of the run; section scale is read
+    function,  # of a stage
+):  # -> the function, or the one of the same name that the configured engine does
     "Where the settings want a function to be done."
-    if settings.scale.engine == 'local': return function
-    return partial(getattr(importlib.import_module('aerec_nb.scale'), function.__name__), scale=settings.scale)
+    if settings.scale.engine == "local":
+        return function
+    return partial(getattr(importlib.import_module("aerec_nb.scale"), function.__name__), scale=settings.scale)
 
 # %% ../nbs/00a_runs.ipynb #1c11994c
-def upstream(stage:str # name of a stage
-            ) -> list: # names, inputs before their readers
+def upstream(
+    stage: str,  # name of a stage
+) -> list:  # names, inputs before their readers
     "Everything a stage needs, however far up."
     needed = set(STAGES[stage].inputs)
-    for name in reversed(STAGES): needed |= set(STAGES[name].inputs) if name in needed else set()
+    for name in reversed(STAGES):
+        needed |= set(STAGES[name].inputs) if name in needed else set()
     return [name for name in STAGES if name in needed]
 
 # %% ../nbs/00a_runs.ipynb #f5d6b66f
-def check_stages(settings:Settings, # of the whole run
-                 stages=STAGES, # names of the stages that are going to run
-                 elsewhere:bool=False # will they run in processes of their own, which know nothing of this one's?
-                ) -> None:
+def check_stages(
+    settings: Settings,  # of the whole run
+    stages=STAGES,  # names of the stages that are going to run
+    elsewhere: bool = False,  # will they run in processes of their own, which know nothing of this one's?
+) -> None:
     "Let each stage look at the settings; raises `AerecError` where one refuses them."
     with using_settings(settings):
         for s in map(STAGES.get, stages):
-            if s.check: s.function(s.check)(settings, elsewhere)
+            if s.check:
+                s.function(s.check)(settings, elsewhere)
 
 # %% ../nbs/00a_runs.ipynb #52c1859b
 class _Declared:
     "Settings of which only the declared ones can be read."
-    def __init__(self, inner, stage, prefix, allowed): self._inner, self._stage, self._prefix, self._allowed = inner, stage, prefix, allowed
-    def __iter__(self): return ((k, v) for k,v in self._inner if f'{self._prefix}{k}' in self._allowed)
+
+    def __init__(self, inner, stage, prefix, allowed):
+        self._inner, self._stage, self._prefix, self._allowed = inner, stage, prefix, allowed
+
+    def __iter__(self):
+        return ((k, v) for k, v in self._inner if f"{self._prefix}{k}" in self._allowed)
+
     def __getattr__(self, name):
-        key = f'{self._prefix}{name}'
-        if key in self._allowed or key == 'paths': return getattr(self._inner, name)
-        if any(a.startswith(f'{key}.') for a in self._allowed): return _Declared(getattr(self._inner, name), self._stage, f'{key}.', self._allowed)
+        key = f"{self._prefix}{name}"
+        if key in self._allowed or key == "paths":
+            return getattr(self._inner, name)
+        if any(a.startswith(f"{key}.") for a in self._allowed):
+            return _Declared(getattr(self._inner, name), self._stage, f"{key}.", self._allowed)
         raise AttributeError(f"stage {self._stage} reads the setting '{key}', which STAGES does not declare for it")
 
 # %% ../nbs/00a_runs.ipynb #8f57dd6c
-def _module_file(module:str) -> Path:
+def _module_file(module: str) -> Path:
     "Where the source of a module of this package lies."
-    return Path(importlib.util.find_spec('aerec_nb').origin).parent/f"{module.split('.')[-1]}.py"
+    return Path(importlib.util.find_spec("aerec_nb").origin).parent / f"{module.split('.')[-1]}.py"
+
 
 @lru_cache(maxsize=128)
-def _parsed(path:Path, mtime_ns:int, size:int) -> tuple:
+def _parsed(path: Path, mtime_ns: int, size: int) -> tuple:
     "Modules that a source uses and the hash of its syntax tree; read again when the file has changed."
-    tree = ast.parse(path.read_text(encoding='utf-8'))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     return frozenset(_imported(tree)), sha256_bytes(ast.dump(tree).encode())
 
-def _module(module:str) -> tuple:
+
+def _module(module: str) -> tuple:
     "What `_parsed` says of a module as it is now."
     path = _module_file(module)
     return _parsed(path, path.stat().st_mtime_ns, path.stat().st_size)
 
-def _imported(tree:ast.AST) -> set:
+
+def _imported(tree: ast.AST) -> set:
     "Modules of this package that a source imports, or names as 'aerec_nb.module:Class' to resolve when called."
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str): found |= set(re.findall(r'^(aerec_nb\.\w+):\w+$', node.value))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= set(re.findall(r"^(aerec_nb\.\w+):\w+$", node.value))
         if isinstance(node, ast.ImportFrom) and node.module:
-            if node.level == 1: found.add(f'aerec_nb.{node.module}')
-            elif node.module.startswith('aerec_nb.'): found.add(node.module)
+            if node.level == 1:
+                found.add(f"aerec_nb.{node.module}")
+            elif node.module.startswith("aerec_nb."):
+                found.add(node.module)
     return found
 
 # %% ../nbs/00a_runs.ipynb #e67e0c6b
-def code_modules(module:str # e.g. 'aerec_nb.training'
-                ) -> list: # sorted module names, `module` among them
+def code_modules(
+    module: str,  # e.g. 'aerec_nb.training'
+) -> list:  # sorted module names, `module` among them
     "The module and all modules of this package that it imports, however far."
     seen, todo = set(), [module]
     while todo:
         name = todo.pop()
-        if name in seen: continue
+        if name in seen:
+            continue
         seen.add(name)
         todo += _module(name)[0]
     return sorted(seen)
 
 # %% ../nbs/00a_runs.ipynb #72c45a3c
-def code_parts(module:str # e.g. 'aerec_nb.training'
-              ) -> dict: # module -> 64 hexadecimal digits
+def code_parts(
+    module: str,  # e.g. 'aerec_nb.training'
+) -> dict:  # module -> 64 hexadecimal digits
     "Fingerprint of each module behind a stage; markdown, comments and cell numbers do not count."
     return {m: _module(m)[1] for m in code_modules(module)}
 
-def code_hash(module:str # e.g. 'aerec_nb.training'
-             ) -> str: # 64 hexadecimal digits
+
+def code_hash(
+    module: str,  # e.g. 'aerec_nb.training'
+) -> str:  # 64 hexadecimal digits
     "Fingerprint of the code behind a stage."
     return sha256_json(code_parts(module))
 
 # %% ../nbs/00a_runs.ipynb #ac5df096
-def _definitions(source:str) -> dict:
+def _definitions(source: str) -> dict:
     "Top-level functions and classes of a source, each as its syntax tree; imports of this package in one form."
-    tree = ast.parse(re.sub(r'from \.(\w)', r'from aerec_nb.\1', source))
+    tree = ast.parse(re.sub(r"from \.(\w)", r"from aerec_nb.\1", source))
     named = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)
     return {node.name: ast.dump(node) for node in tree.body if isinstance(node, named)}
 
-def _as_exported(cell:str) -> str:
+
+def _as_exported(cell: str) -> str:
     "What nbdev makes of an exported cell."
-    return re.sub(r'(?m)^(\s*from )aerec_nb\.', r'\1.', re.sub(r'^(\s*#\s*\|.*\n)+', '', cell)).strip()
+    return re.sub(r"(?m)^(\s*from )aerec_nb\.", r"\1.", re.sub(r"^(\s*#\s*\|.*\n)+", "", cell)).strip()
 
 # %% ../nbs/00a_runs.ipynb #ee849941
-def unexported_changes(module:str, # e.g. 'aerec_nb.training'
-                       cells:list # IPython's `In`
-                      ) -> dict: # name -> syntax tree of each definition that differs from the module's
+def unexported_changes(
+    module: str,  # e.g. 'aerec_nb.training'
+    cells: list,  # IPython's `In`
+) -> dict:  # name -> syntax tree of each definition that differs from the module's
     "Exported definitions that were changed in the notebook and not exported since."
-    text = _module_file(module).read_text(encoding='utf-8')
-    cells = [c for c in cells if re.match(r'\s*#\s*\|\s*exporti?\b', c)]
-    if all(_as_exported(c) in text for c in cells): return {} # nothing was touched: no need to parse
+    text = _module_file(module).read_text(encoding="utf-8")
+    cells = [c for c in cells if re.match(r"\s*#\s*\|\s*exporti?\b", c)]
+    if all(_as_exported(c) in text for c in cells):
+        return {}  # nothing was touched: no need to parse
     exported, latest = _definitions(text), {}
-    for source in cells: latest.update(_definitions(source))
-    return {name: tree for name,tree in latest.items() if exported.get(name) != tree}
+    for source in cells:
+        latest.update(_definitions(source))
+    return {name: tree for name, tree in latest.items() if exported.get(name) != tree}
 
 # %% ../nbs/00a_runs.ipynb #b2c29860
 def read_manifest(
-    folder:Path # of an artifact
-) -> dict|None: # None where the stage did not happen
+    folder: Path,  # of an artifact
+) -> dict | None:  # None where the stage did not happen
     "Read the manifest of an artifact; raises `FileError` where it is damaged."
-    path = Path(folder)/'manifest.json'
-    try: manifest = read_json(path)
-    except MissingFileError: return None
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = read_json(path)
+    except MissingFileError:
+        return None
     _check_fields(path, manifest, _MANIFEST_FIELDS)
-    for name,about in _listed_files(manifest).items():
-        leads_out = Path(name).is_absolute() or '..' in Path(name).parts
-        if leads_out or not isinstance(about, dict): raise _malformed(path, f'outputs.{name}')
+    for name, about in _listed_files(manifest).items():
+        leads_out = Path(name).is_absolute() or ".." in Path(name).parts
+        if leads_out or not isinstance(about, dict):
+            raise _malformed(path, f"outputs.{name}")
     return manifest
 
+
 def readable_manifest(
-    folder:Path # of an artifact
-) -> dict|None: # None where the stage did not happen, or its manifest is damaged
+    folder: Path,  # of an artifact
+) -> dict | None:  # None where the stage did not happen, or its manifest is damaged
     "Read the manifest of an artifact; warn where it is damaged."
-    try: return read_manifest(folder)
+    try:
+        return read_manifest(folder)
     except FileError as e:
-        warn_once(f'run {Path(folder).parent.name}: stage {Path(folder).name} is not used: {e}')
+        warn_once(f"run {Path(folder).parent.name}: stage {Path(folder).name} is not used: {e}")
         return None
+
 
 @lru_cache(maxsize=1000)
 def warn_once(
-    text:str # one line
+    text: str,  # one line
 ) -> None:
     "Log a warning, once per process."
-    logging.getLogger('aerec_nb.runs').warning(text)
+    logging.getLogger("aerec_nb.runs").warning(text)
 
 # %% ../nbs/00a_runs.ipynb #d581d83d
-_MANIFEST_FIELDS = {**dict.fromkeys(('stage', 'run', 'fingerprint', 'code'), str),
-                    **dict.fromkeys(('settings', 'outputs', 'metrics', 'measured', 'versions'), dict)}
+_MANIFEST_FIELDS = {
+    **dict.fromkeys(("stage", "run", "fingerprint", "code"), str),
+    **dict.fromkeys(("settings", "outputs", "metrics", "measured", "versions"), dict),
+}
 _RUN_FIELDS = dict(created=str, env=str, overrides=dict)
 
-def _check_fields(path:Path, content, fields:dict) -> None:
+
+def _check_fields(path: Path, content, fields: dict) -> None:
     "Refuse a JSON file that lacks a field or has another type in it."
-    for name,kind in fields.items():
-        if not isinstance(content, dict) or not isinstance(content.get(name), kind): raise _malformed(path, name)
+    for name, kind in fields.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            raise _malformed(path, name)
 
-def _malformed(path:Path, field:str) -> FileError:
+
+def _malformed(path: Path, field: str) -> FileError:
     "The error for a JSON file of another form."
-    return FileError(f'{show_value(path)}: its field {field} is missing or malformed; {_RESTORE}')
+    return FileError(f"{show_value(path)}: its field {field} is missing or malformed; {_RESTORE}")
 
-def _listed_files(manifest:dict) -> dict:
+
+def _listed_files(manifest: dict) -> dict:
     "Relative path -> SHA-256 and bytes of every file that a manifest names."
-    return {**manifest['outputs'], **manifest.get('uncounted', {})}
+    return {**manifest["outputs"], **manifest.get("uncounted", {})}
 
 # %% ../nbs/00a_runs.ipynb #2cc0b2bb
 class FileHashes:
     "SHA-256 of the files of a run, remembered in its `.hashes.json` by device, inode, size and times."
-    settle_ns = 100_000_000 # a younger change is not remembered: the next one may bear the same time
 
-    def __init__(self,
-        folder:Path # of a run
+    settle_ns = 100_000_000  # a younger change is not remembered: the next one may bear the same time
+
+    def __init__(
+        self,
+        folder: Path,  # of a run
     ):
-        self.folder, self.path, self.is_changed = Path(folder), Path(folder)/'.hashes.json', False
-        try: known = read_json(self.path)
-        except FileError: known = {}
+        self.folder, self.path, self.is_changed = Path(folder), Path(folder) / ".hashes.json", False
+        try:
+            known = read_json(self.path)
+        except FileError:
+            known = {}
         self.known = known if isinstance(known, dict) else {}
 
-    def sha256(self, name:str) -> str: # 64 hexadecimal digits
+    def sha256(self, name: str) -> str:  # 64 hexadecimal digits
         "Hash a file of the run, unless it is as it was when it was hashed last."
-        path = self.folder/name
+        path = self.folder / name
         stamp, entry = _stamp(path), self.known.get(name)
-        if isinstance(entry, dict) and entry.get('stamp') == stamp: return entry.get('sha256')
+        if isinstance(entry, dict) and entry.get("stamp") == stamp:
+            return entry.get("sha256")
 
         digest = sha256_file(path)
-        is_settled = time.time_ns()-max(stamp[-2:]) > self.settle_ns
-        if is_settled and _stamp(path) == stamp: self._remember(name, stamp, digest)
+        is_settled = time.time_ns() - max(stamp[-2:]) > self.settle_ns
+        if is_settled and _stamp(path) == stamp:
+            self._remember(name, stamp, digest)
         return digest
 
-    def fault(self, name:str, about:dict) -> str: # missing, changed, unreadable, or ''
+    def fault(self, name: str, about: dict) -> str:  # missing, changed, unreadable, or ''
         "Compare a file of the run with what its manifest says."
-        path = self.folder/name
+        path = self.folder / name
         try:
-            if not path.is_file(): return 'missing'
-            is_same = path.stat().st_size == about.get('bytes') and self.sha256(name) == about.get('sha256')
-        except OSError: return 'unreadable'
-        return '' if is_same else 'changed'
+            if not path.is_file():
+                return "missing"
+            is_same = path.stat().st_size == about.get("bytes") and self.sha256(name) == about.get("sha256")
+        except OSError:
+            return "unreadable"
+        return "" if is_same else "changed"
 
-    def copy_from(self, other:'FileHashes', name:str) -> None:
+    def copy_from(self, other: "FileHashes", name: str) -> None:
         "Take over what another run knows of a file that was hard-linked: only the time of the link count differs."
-        entry, stamp = other.known.get(name), _stamp(self.folder/name)
-        if not isinstance(entry, dict) or entry.get('stamp', [])[:-1] != stamp[:-1]: return
-        self._remember(name, stamp, entry.get('sha256'))
-        other._remember(name, stamp, entry.get('sha256'))
+        entry, stamp = other.known.get(name), _stamp(self.folder / name)
+        if not isinstance(entry, dict) or entry.get("stamp", [])[:-1] != stamp[:-1]:
+            return
+        self._remember(name, stamp, entry.get("sha256"))
+        other._remember(name, stamp, entry.get("sha256"))
 
     def _remember(self, name, stamp, digest):
-        self.known[name], self.is_changed = {'stamp': stamp, 'sha256': digest}, True
+        self.known[name], self.is_changed = {"stamp": stamp, "sha256": digest}, True
 
     def save(self) -> None:
         "Write what is new; a run that cannot be written is hashed again next time."
-        if not self.is_changed: return
-        self.known = {name: entry for name,entry in self.known.items() if (self.folder/name).exists()}
-        with suppress(FileError): write_json(self.path, self.known)
+        if not self.is_changed:
+            return
+        self.known = {name: entry for name, entry in self.known.items() if (self.folder / name).exists()}
+        with suppress(FileError):
+            write_json(self.path, self.known)
 
-def _stamp(path:Path) -> list:
+
+def _stamp(path: Path) -> list:
     "Tell whether a file is the one of before: device, inode, bytes, times of change of content and of inode."
     s = path.stat()
     return [s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns]
 
 # %% ../nbs/00a_runs.ipynb #63d34103
 def link_file(
-    source:Path, # file that will not change in place
-    target:Path  # its second name; its folder is made
+    source: Path,  # file that will not change in place
+    target: Path,  # its second name; its folder is made
 ) -> None:
     "Make a hard link where the file system can, else a copy."
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    try: os.link(source, target)
-    except FileNotFoundError: raise
-    except OSError: shutil.copy2(source, target)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
+
 
 def file_faults(
-    folder:Path,  # of an artifact
-    manifest:dict # of it
-) -> dict: # relative path -> missing, changed or unreadable
+    folder: Path,  # of an artifact
+    manifest: dict,  # of it
+) -> dict:  # relative path -> missing, changed or unreadable
     "Check the files of an artifact against its manifest by size and SHA-256; one without a hash there counts as changed."
     folder = Path(folder)
     hashes = FileHashes(folder.parent)
-    found = {name: hashes.fault(f'{folder.name}/{name}', about) for name,about in _listed_files(manifest).items()}
+    found = {name: hashes.fault(f"{folder.name}/{name}", about) for name, about in _listed_files(manifest).items()}
     hashes.save()
 
-    stage = STAGES.get(manifest['stage'])
-    found |= dict.fromkeys(set(stage.outputs if stage else ()) - set(manifest['outputs']), 'missing')
-    return {name: fault for name,fault in sorted(found.items()) if fault}
+    stage = STAGES.get(manifest["stage"])
+    found |= dict.fromkeys(set(stage.outputs if stage else ()) - set(manifest["outputs"]), "missing")
+    return {name: fault for name, fault in sorted(found.items()) if fault}
+
 
 def lacks(
-    folder:Path,  # of an artifact
-    manifest:dict # of it
-) -> list: # relative paths
+    folder: Path,  # of an artifact
+    manifest: dict,  # of it
+) -> list:  # relative paths
     "Name the files of an artifact that are missing or damaged."
     return sorted(file_faults(folder, manifest))
 
+
 def describe_faults(
-    faults:dict # from `file_faults`
-) -> str: # one phrase; '' where there are none
+    faults: dict,  # from `file_faults`
+) -> str:  # one phrase; '' where there are none
     "Say what is wrong with the files of an artifact."
-    missing = [name for name,fault in faults.items() if fault == 'missing']
-    damaged = [name for name,fault in faults.items() if fault != 'missing']
+    missing = [name for name, fault in faults.items() if fault == "missing"]
+    damaged = [name for name, fault in faults.items() if fault != "missing"]
     phrases = [f"it lacks {', '.join(missing)}"] if missing else []
-    return '; '.join(phrases + ([f"damaged: {', '.join(damaged)}"] if damaged else []))
+    return "; ".join(phrases + ([f"damaged: {', '.join(damaged)}"] if damaged else []))
+
 
 def warn_of_damage(
-    folder:Path, # of an artifact
-    faults:dict  # from `file_faults`
+    folder: Path,  # of an artifact
+    faults: dict,  # from `file_faults`
 ) -> None:
     "Name an artifact that would be reused if it were whole."
-    warn_once(f'run {folder.parent.name}: {folder.name} is damaged ({describe_faults(faults)}) and is not used')
+    warn_once(f"run {folder.parent.name}: {folder.name} is damaged ({describe_faults(faults)}) and is not used")
 
 # %% ../nbs/00a_runs.ipynb #e4463d3b
-def peak_memory_mib() -> float: # mebibytes
+def peak_memory_mib() -> float:  # mebibytes
     "Peak resident memory of this process so far."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
 
 def _status_mib(name):
     "A line of Linux's account of this process, mebibytes."
-    return next(int(line.split()[1])/1024 for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(f'{name}:'))
+    return next(
+        int(line.split()[1]) / 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(f"{name}:")
+    )
 
-def measured(f # called without arguments
-            ) -> tuple: # (what it returned, seconds, MiB above what the process had before; NaN where the system does not say)
+
+def measured(
+    f,  # called without arguments
+) -> tuple:  # (what it returned, seconds, MiB above what the process had before; NaN where the system does not say)
     "Call a function, and measure what it takes."
     try:
-        ctypes.CDLL(None).malloc_trim(0)              # what was freed and kept for later would hide what comes
-        Path('/proc/self/clear_refs').write_text('5') # begins the peak anew
-        before = _status_mib('VmRSS')
-    except (OSError, AttributeError): before = float('nan')
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept for later would hide what comes
+        Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
+        before = _status_mib("VmRSS")
+    except (OSError, AttributeError):
+        before = float("nan")
     clock = time.perf_counter()
     result = f()
-    return result, time.perf_counter()-clock, max(0., _status_mib('VmHWM')-before) if before == before else before
+    return result, time.perf_counter() - clock, max(0.0, _status_mib("VmHWM") - before) if before == before else before
 
-def versions() -> dict: # package -> version
+
+def versions() -> dict:  # package -> version
     "What an artifact was made with."
-    names = ['aerec_nb', 'torch', 'numpy', 'scipy', 'pandas', 'pyarrow', 'mlflow-skinny', 'fastapi', 'papermill']
-    return {'python': platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
+    names = ["aerec_nb", "torch", "numpy", "scipy", "pandas", "pyarrow", "mlflow-skinny", "fastapi", "papermill"]
+    return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
 
 # %% ../nbs/00a_runs.ipynb #2db0b00b
-_UNHASHED = ('measured.json', 'manifest.json', 'workers.parquet') # what differs between two equal runs: seconds, memory, the manifest itself
+_UNHASHED = (
+    "measured.json",
+    "manifest.json",
+    "workers.parquet",
+)  # what differs between two equal runs: seconds, memory, the manifest itself
 
-def _hashed_files(folder:Path) -> tuple:
+
+def _hashed_files(folder: Path) -> tuple:
     "Return two dicts of relative path -> sha256 and bytes: the files that count for later stages, and the others."
-    files = sorted(p for p in Path(folder).rglob('*') if p.is_file())
-    found = {p.relative_to(folder).as_posix(): {'sha256': sha256_file(p), 'bytes': p.stat().st_size} for p in files}
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+    found = {p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
     others = [name for name in found if Path(name).name in _UNHASHED]
-    return {name: about for name,about in found.items() if name not in others}, {name: found[name] for name in others}
+    return {name: about for name, about in found.items() if name not in others}, {name: found[name] for name in others}
 
-def _setting_values(settings:Settings, reads:tuple) -> dict:
+
+def _setting_values(settings: Settings, reads: tuple) -> dict:
     "Dotted name -> value and source of the settings that a stage reads; secrets as their number only."
     used = {}
-    for key,value,_,source in settings.items():
-        if key in reads or key.split('.')[0] in reads: used[key] = {'value': show_value(value), 'source': source}
+    for key, value, _, source in settings.items():
+        if key in reads or key.split(".")[0] in reads:
+            used[key] = {"value": show_value(value), "source": source}
     return used
 
-def _counting_settings(used:dict) -> dict:
-    "The settings that enter the fingerprint: all but secrets and those that say where or how often, not what."
-    return {k: v['value'] for k,v in used.items() if not k.startswith(('paths.', 'pipeline.')) and k not in _HOW}
 
-_HOW = ('serving.api_keys', 'packaging.signing_key', 'packaging.bundle_keys', 'packaging.require_signature', 'training.tracking_uri', 'training.checkpoint_s', 'scale.address', 'scale.n_workers', 'scale.n_shards', 'scale.object_store_gib')
+def _counting_settings(used: dict) -> dict:
+    "The settings that enter the fingerprint: all but secrets and those that say where or how often, not what."
+    return {k: v["value"] for k, v in used.items() if not k.startswith(("paths.", "pipeline.")) and k not in _HOW}
+
+
+_HOW = (
+    "serving.api_keys",
+    "packaging.signing_key",
+    "packaging.bundle_keys",
+    "packaging.require_signature",
+    "training.tracking_uri",
+    "training.checkpoint_s",
+    "scale.address",
+    "scale.n_workers",
+    "scale.n_shards",
+    "scale.object_store_gib",
+)
 
 # %% ../nbs/00a_runs.ipynb #fd593609
-def gate(folder:Path, # of a run
-         stage:str # name of a stage
-        ) -> Path: # a file: while it is there, the stage waits
+def gate(
+    folder: Path,  # of a run
+    stage: str,  # name of a stage
+) -> Path:  # a file: while it is there, the stage waits
     "Where a stage's gate is."
-    return Path(folder)/f'.{stage}.gate'
+    return Path(folder) / f".{stage}.gate"
 
-def await_gate(folder:Path, # of a run
-               stage:str # name of a stage
-              ) -> None:
+
+def await_gate(
+    folder: Path,  # of a run
+    stage: str,  # name of a stage
+) -> None:
     "Wait until a stage's inputs are made; at once where nobody has shut its gate."
     path = gate(folder, stage)
     while path.exists():
-        try: holder = int(path.read_text() or 0)
-        except (FileNotFoundError, ValueError): holder = 0
-        if holder and not psutil.pid_exists(holder): return path.unlink(missing_ok=True)
-        time.sleep(.03)
+        try:
+            holder = int(path.read_text() or 0)
+        except (FileNotFoundError, ValueError):
+            holder = 0
+        if holder and not psutil.pid_exists(holder):
+            return path.unlink(missing_ok=True)
+        time.sleep(0.03)
 
 # %% ../nbs/00a_runs.ipynb #9b3a773a
-def remove_run(folder:Path # of a run
-              ) -> None:
+def remove_run(
+    folder: Path,  # of a run
+) -> None:
     "Delete a run, and the folder of runs with it if nothing else is there."
     shutil.rmtree(folder, ignore_errors=True)
-    if Path(folder).parent.exists() and not any(Path(folder).parent.iterdir()): Path(folder).parent.rmdir()
+    if Path(folder).parent.exists() and not any(Path(folder).parent.iterdir()):
+        Path(folder).parent.rmdir()
 
 # %% ../nbs/00a_runs.ipynb #16486f5b
 @dataclass
 class Run:
     "One run: a folder, its settings, and the artifacts of its stages."
-    folder:Path # where the artifacts are
-    settings:Settings # of the whole run; inside a build only what the stage declares
-    overrides:dict = field(default_factory=dict) # knobs given to this run, kept in run.json for its later stages
-    quiet:bool = False # say nothing about upstream artifacts
-    found:dict = None # inside a build: what the stage's external function found for the fingerprint
+
+    folder: Path  # where the artifacts are
+    settings: Settings  # of the whole run; inside a build only what the stage declares
+    overrides: dict = field(default_factory=dict)  # knobs given to this run, kept in run.json for its later stages
+    quiet: bool = False  # say nothing about upstream artifacts
+    found: dict = None  # inside a build: what the stage's external function found for the fingerprint
 
     @property
-    def name(self): return self.folder.name
-    @property
-    def env(self): return self.settings.env
-    @property
-    def configured(self): return load_settings(self.env)
+    def name(self):
+        return self.folder.name
 
-    def manifest(self, stage:str): # -> dict, or None where the stage did not happen in this run
+    @property
+    def env(self):
+        return self.settings.env
+
+    @property
+    def configured(self):
+        return load_settings(self.env)
+
+    def manifest(self, stage: str):  # -> dict, or None where the stage did not happen in this run
         "Manifest of a stage of this run."
-        return read_manifest(self.folder/stage)
+        return read_manifest(self.folder / stage)
 
-    def need(self, stage:str) -> Path:
+    def need(self, stage: str) -> Path:
         "Folder of a finished artifact of this run; raises `AerecError` if the stage did not happen."
         if self.manifest(stage) is None:
-            raise AerecError(f'run {self.name} has no finished {stage}: run {STAGES[stage].notebook}.ipynb with -p run {self.name} first')
-        return self.folder/stage
+            raise AerecError(
+                f"run {self.name} has no finished {stage}: run {STAGES[stage].notebook}.ipynb with -p run {self.name} first"
+            )
+        return self.folder / stage
 
-    def unfinished(self, stage:str) -> Path:
+    def unfinished(self, stage: str) -> Path:
         "Where a stage may keep what it has come to so far: it outlives a kill, and is removed once the artifact is in its place."
-        return self.folder/f'.{stage}'
+        return self.folder / f".{stage}"
 
-    def outside(self, stage:str) -> dict:
+    def outside(self, stage: str) -> dict:
         "What comes from outside the runs, by its hashes; {} for most stages."
         s = STAGES[stage]
-        with file_errors(): return s.function(s.external)(self.settings) if s.external else {}
+        with file_errors():
+            return s.function(s.external)(self.settings) if s.external else {}
 
-    def key(self, stage:str, changed:dict=None, found:dict=None, inputs:dict=None) -> dict:
+    def key(self, stage: str, changed: dict = None, found: dict = None, inputs: dict = None) -> dict:
         "What the artifact of a stage depends on: code, settings, what comes from outside, contents of its inputs (manifests by name; None: this run's own)."
         s, outside = STAGES[stage], self.outside(stage) if found is None else found
-        contents = {name: sha256_json((inputs[name] if inputs else read_manifest(self.need(name)))['outputs']) for name in s.inputs}
+        contents = {
+            name: sha256_json((inputs[name] if inputs else read_manifest(self.need(name)))["outputs"])
+            for name in s.inputs
+        }
         settings = _counting_settings(_setting_values(self.settings if s.arguments else self.configured, s.reads))
-        engine = {} if settings.get('scale.engine', 'local') == 'local' else {'aerec_nb.scale': _module('aerec_nb.scale')[1]}
-        return {'code': code_parts(s.module) | engine, 'cells': changed or {}, 'settings': settings, 'outside': dict(outside), 'inputs': contents}
+        engine = (
+            {} if settings.get("scale.engine", "local") == "local" else {"aerec_nb.scale": _module("aerec_nb.scale")[1]}
+        )
+        return {
+            "code": code_parts(s.module) | engine,
+            "cells": changed or {},
+            "settings": settings,
+            "outside": dict(outside),
+            "inputs": contents,
+        }
 
-    def fingerprint(self, stage:str, changed:dict=None, found:dict=None) -> str:
+    def fingerprint(self, stage: str, changed: dict = None, found: dict = None) -> str:
         "The key of a stage as one hash; its inputs must be there."
         return sha256_json([stage, self.key(stage, changed, found)])
 
-    def ensure(self, stage:str) -> Path:
+    def ensure(self, stage: str) -> Path:
         "Folder of the stage's artifact: this run's own, linked from an earlier run with the same fingerprint, or built now."
         check_stages(self.settings, [*upstream(stage), stage])
         self._ensure_upstream(stage)
         return self._ensure_one(stage)
 
     def _ensure_upstream(self, stage):
-        for name in upstream(stage): self._ensure_one(name)
+        for name in upstream(stage):
+            self._ensure_one(name)
 
     def _ensure_one(self, stage):
         own = self._own_artifact(stage)
-        if own and own.get('live') and own['fingerprint'] == self.fingerprint(stage, found=own['outside']): return self.folder/stage
+        if own and own.get("live") and own["fingerprint"] == self.fingerprint(stage, found=own["outside"]):
+            return self.folder / stage
         found = self.outside(stage)
         wanted = self.fingerprint(stage, found=found)
-        if own and (own['fingerprint'] == wanted or _changed_by_hand(own)): return self.folder/stage
+        if own and (own["fingerprint"] == wanted or _changed_by_hand(own)):
+            return self.folder / stage
 
         earlier = find_artifact(self.settings.paths.runs_dir, stage, wanted)
         adopted = earlier and adopt(self, stage, earlier)
-        if adopted: return adopted
-        self._say(f'{stage}: building')
+        if adopted:
+            return adopted
+        self._say(f"{stage}: building")
         return _build(self, stage, STAGES[stage].builder(), wanted, found=found)
 
-    def _own_artifact(self, stage) -> dict|None:
+    def _own_artifact(self, stage) -> dict | None:
         "The manifest of this run's own artifact; None where there is none or where it is damaged, which is said."
-        manifest = readable_manifest(self.folder/stage)
-        faults = file_faults(self.folder/stage, manifest) if manifest else {}
-        if not faults: return manifest
+        manifest = readable_manifest(self.folder / stage)
+        faults = file_faults(self.folder / stage, manifest) if manifest else {}
+        if not faults:
+            return manifest
 
         if _changed_by_hand(manifest):
-            raise FileError(f'run {self.name}: {stage} is damaged ({describe_faults(faults)}) and was made from changed cells of its '
-                            f'notebook: run {STAGES[stage].notebook}.ipynb again with -p run {self.name}')
-        warn_of_damage(self.folder/stage, faults)
+            raise FileError(
+                f"run {self.name}: {stage} is damaged ({describe_faults(faults)}) and was made from changed cells of its "
+                f"notebook: run {STAGES[stage].notebook}.ipynb again with -p run {self.name}"
+            )
+        warn_of_damage(self.folder / stage, faults)
         return None
 
-    def execute(self, stage:str, build=None, notebook:dict=None) -> Path:
+    def execute(self, stage: str, build=None, notebook: dict = None) -> Path:
         "Build a stage anew, with `build` or the module's own function, after its inputs; `notebook` is the caller's globals()."
-        if not self.settings.training.trains and stage in ('training', 'validation'):
-            raise AerecError(f'environment {self.env} does not train: promote a bundle that dev has trained (aerec models promote), or set training.trains')
+        if not self.settings.training.trains and stage in ("training", "validation"):
+            raise AerecError(
+                f"environment {self.env} does not train: promote a bundle that dev has trained (aerec models promote), or set training.trains"
+            )
         check_stages(self.settings, [*upstream(stage), stage])
-        changed = unexported_changes(STAGES[stage].module, notebook.get('In', [])) if notebook else {}
+        changed = unexported_changes(STAGES[stage].module, notebook.get("In", [])) if notebook else {}
         begun = not self.folder.exists()
         try:
             await_gate(self.folder, stage)
             self._ensure_upstream(stage)
             found = self.outside(stage)
-            return _build(self, stage, build or STAGES[stage].builder(), self.fingerprint(stage, changed, found), changed, found)
-        except FileError: raise # no mistake in what was asked: what is finished stays for the next attempt
+            return _build(
+                self, stage, build or STAGES[stage].builder(), self.fingerprint(stage, changed, found), changed, found
+            )
+        except FileError:
+            raise  # no mistake in what was asked: what is finished stays for the next attempt
         except AerecError:
-            if begun and not self.unfinished(stage).exists(): remove_run(self.folder)
+            if begun and not self.unfinished(stage).exists():
+                remove_run(self.folder)
             raise
 
     def _say(self, text):
-        if not self.quiet: print(text)
+        if not self.quiet:
+            print(text)
 
 # %% ../nbs/00a_runs.ipynb #f5d9deaf
-def _changed_by_hand(manifest:dict) -> bool:
+def _changed_by_hand(manifest: dict) -> bool:
     "Was the artifact made from notebook cells that differ from the exported code, which is still as it was then?"
-    return bool(manifest.get('unexported')) and manifest['code'] == code_hash(STAGES[manifest['stage']].module)
+    return bool(manifest.get("unexported")) and manifest["code"] == code_hash(STAGES[manifest["stage"]].module)
 
 # %% ../nbs/00a_runs.ipynb #2d7a27e6
 def all_runs(
-    runs_dir:Path # folder of runs
-) -> list: # folders, newest first
+    runs_dir: Path,  # folder of runs
+) -> list:  # folders, newest first
     "Find the runs that exist: folders with a run.json. A damaged run.json is named in a warning, and its run left out."
     found = []
     for folder in run_folders(runs_dir):
-        try: about = read_run_file(folder)
+        try:
+            about = read_run_file(folder)
         except FileError as e:
-            warn_once(f'run {folder.name} is left out: {e}')
+            warn_once(f"run {folder.name} is left out: {e}")
             continue
-        if about: found.append((about['created'], folder.name, folder))
-    return [folder for _,_,folder in sorted(found, reverse=True)]
+        if about:
+            found.append((about["created"], folder.name, folder))
+    return [folder for _, _, folder in sorted(found, reverse=True)]
+
 
 def run_folders(
-    runs_dir:Path # folder of runs
-) -> list: # folders, in no order
+    runs_dir: Path,  # folder of runs
+) -> list:  # folders, in no order
     "Find the folders that may be runs; raises `FileError` where the folder of runs cannot be read."
     runs_dir = Path(runs_dir)
     with file_errors(runs_dir):
-        if not runs_dir.is_dir(): return []
-        return [p for p in runs_dir.iterdir() if not p.name.startswith('.') and p.is_dir()]
+        if not runs_dir.is_dir():
+            return []
+        return [p for p in runs_dir.iterdir() if not p.name.startswith(".") and p.is_dir()]
+
 
 def read_run_file(
-    folder:Path # of a run
-) -> dict|None: # created, env, overrides; None where the folder is no run
+    folder: Path,  # of a run
+) -> dict | None:  # created, env, overrides; None where the folder is no run
     "Read the run.json of a run; raises `FileError` where it is damaged."
-    path = Path(folder)/'run.json'
-    try: about = read_json(path)
-    except MissingFileError: return None
+    path = Path(folder) / "run.json"
+    try:
+        about = read_json(path)
+    except MissingFileError:
+        return None
     _check_fields(path, about, _RUN_FIELDS)
     return about
 
 # %% ../nbs/00a_runs.ipynb #72026034
 def find_artifact(
-    runs_dir:Path,  # folder of runs
-    stage:str,      # name of a stage
-    fingerprint:str # what it must have been made from
-) -> Path|None: # its folder
+    runs_dir: Path,  # folder of runs
+    stage: str,  # name of a stage
+    fingerprint: str,  # what it must have been made from
+) -> Path | None:  # its folder
     "Find the newest whole artifact of a stage with this fingerprint; a damaged one is named in a warning."
     for run in all_runs(runs_dir):
-        manifest = readable_manifest(run/stage)
-        if not manifest or manifest['fingerprint'] != fingerprint: continue
-        faults = file_faults(run/stage, manifest)
-        if not faults: return run/stage
-        warn_of_damage(run/stage, faults)
+        manifest = readable_manifest(run / stage)
+        if not manifest or manifest["fingerprint"] != fingerprint:
+            continue
+        faults = file_faults(run / stage, manifest)
+        if not faults:
+            return run / stage
+        warn_of_damage(run / stage, faults)
     return None
 
 # %% ../nbs/00a_runs.ipynb #20b14c35
 def write_run_file(
-    run:Run # its folder may not exist yet
+    run: Run,  # its folder may not exist yet
 ) -> None:
     "Keep environment and overrides in run.json for the run's later stages."
     with file_errors(run.folder):
         is_new = not run.folder.exists()
         run.folder.mkdir(parents=True, exist_ok=True)
     try:
-        known = read_run_file(run.folder) or {'created': datetime.now(timezone.utc).isoformat(timespec='microseconds')}
-        fresh = {**known, 'name': run.name, 'env': run.env, 'overrides': run.overrides}
-        if fresh != known: write_json(run.folder/'run.json', fresh)
+        known = read_run_file(run.folder) or {"created": datetime.now(timezone.utc).isoformat(timespec="microseconds")}
+        fresh = {**known, "name": run.name, "env": run.env, "overrides": run.overrides}
+        if fresh != known:
+            write_json(run.folder / "run.json", fresh)
     except FileError:
-        if is_new: shutil.rmtree(run.folder, ignore_errors=True)
+        if is_new:
+            shutil.rmtree(run.folder, ignore_errors=True)
         raise
+
 
 @contextmanager
 def alone_with_run(
-    run:Run # its folder must exist
+    run: Run,  # its folder must exist
 ):
     "Hold a run until the block or this process ends; raises `AerecError` where another pipeline works in it."
-    in_use = f'run {run.name}: another process works on it; wait for it, or begin another run'
-    lock = FileLock(run.folder/'.lock', timeout=0)
+    in_use = f"run {run.name}: another process works on it; wait for it, or begin another run"
+    lock = FileLock(run.folder / ".lock", timeout=0)
     with file_errors(run.folder):
-        try: lock.acquire()
-        except Timeout: raise AerecError(in_use) from None
-    try: yield
-    finally: lock.release()
+        try:
+            lock.acquire()
+        except Timeout:
+            raise AerecError(in_use) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
 
 def is_held(
-    folder:Path # of a run
-) -> bool: # does a pipeline work in it now?
+    folder: Path,  # of a run
+) -> bool:  # does a pipeline work in it now?
     "Tell whether a run is being worked on; it need not be writable."
     with file_errors(folder):
-        try: lock = open(Path(folder)/'.lock', 'rb')
-        except FileNotFoundError: return False
+        try:
+            lock = open(Path(folder) / ".lock", "rb")
+        except FileNotFoundError:
+            return False
         with lock:
-            try: fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError: return True
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
     return False
 
 # %% ../nbs/00a_runs.ipynb #8b97a58d
 @contextmanager
-def _building(run:Run, stage:str):
+def _building(run: Run, stage: str):
     "A temporary folder beside the runs; gone afterwards, together with folders that were made for it."
     runs_dir = run.folder.parent
     made = [p for p in (runs_dir, *runs_dir.parents) if not p.exists()]
-    workshop = runs_dir/'.building'
-    folder = workshop/f'{run.name}.{stage}.{os.getpid()}.{secrets.token_hex(3)}'
-    while not folder.exists(): # another process may remove the empty workshop at the same moment
-        try: folder.mkdir(parents=True)
-        except FileNotFoundError: pass
+    workshop = runs_dir / ".building"
+    folder = workshop / f"{run.name}.{stage}.{os.getpid()}.{secrets.token_hex(3)}"
+    while not folder.exists():  # another process may remove the empty workshop at the same moment
+        try:
+            folder.mkdir(parents=True)
+        except FileNotFoundError:
+            pass
     _sweep(workshop)
-    try: yield folder
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for empty in [workshop, *made]:
-            try: empty.rmdir()
-            except OSError: break
+            try:
+                empty.rmdir()
+            except OSError:
+                break
 
-def _sweep(workshop:Path) -> None:
+
+def _sweep(workshop: Path) -> None:
     "Remove what processes that no longer live left half built."
     for left in workshop.iterdir():
-        pid = left.name.split('.')[-2] if left.name.count('.') >= 2 else ''
-        if pid.isdigit() and not psutil.pid_exists(int(pid)): shutil.rmtree(left, ignore_errors=True)
+        pid = left.name.split(".")[-2] if left.name.count(".") >= 2 else ""
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
 
-def _place(run:Run, stage:str, folder:Path) -> Path:
+
+def _place(run: Run, stage: str, folder: Path) -> Path:
     "Move a finished artifact to its place, the run's own file first."
     write_run_file(run)
-    target = run.folder/stage
-    for attempt in range(100): # a second process may put the same artifact there at the same moment
+    target = run.folder / stage
+    for attempt in range(100):  # a second process may put the same artifact there at the same moment
         try:
-            if target.exists(): os.rename(target, folder.with_name(f'{folder.name}.old{attempt}.{os.getpid()}.x'))
+            if target.exists():
+                os.rename(target, folder.with_name(f"{folder.name}.old{attempt}.{os.getpid()}.x"))
             os.rename(folder, target)
             break
         except OSError:
-            if attempt == 99: raise
-    for old in folder.parent.glob(f'{folder.name}.old*'): shutil.rmtree(old, ignore_errors=True)
+            if attempt == 99:
+                raise
+    for old in folder.parent.glob(f"{folder.name}.old*"):
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
 # %% ../nbs/00a_runs.ipynb #7c277d31
-def _build(run:Run, stage:str, build, fingerprint:str, changed:dict=None, found:dict=None) -> Path:
+def _build(run: Run, stage: str, build, fingerprint: str, changed: dict = None, found: dict = None) -> Path:
     "Build an artifact in a temporary folder, write its manifest last, move it into place."
     s = STAGES[stage]
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     settings = run.settings if s.arguments else run.configured
-    visible = settings if {'env', *SECTIONS} <= set(s.reads) else _Declared(settings, stage, '', s.reads)
+    visible = settings if {"env", *SECTIONS} <= set(s.reads) else _Declared(settings, stage, "", s.reads)
     declared = Run(run.folder, visible, run.overrides, run.quiet, found)
-    with file_errors(run.folder/stage), _building(run, stage) as folder:
-        with using_settings(run.settings): metrics = build(declared, folder) or {}
-        if (scale := sys.modules.get('aerec_nb.scale')) and len(figures := scale.taken_figures()): write_parquet(folder/'workers.parquet', figures)
+    with file_errors(run.folder / stage), _building(run, stage) as folder:
+        with using_settings(run.settings):
+            metrics = build(declared, folder) or {}
+        if (scale := sys.modules.get("aerec_nb.scale")) and len(figures := scale.taken_figures()):
+            write_parquet(folder / "workers.parquet", figures)
         outputs, uncounted = _hashed_files(folder)
-        write_json(folder/'manifest.json', {
-            'stage': stage, 'run': run.name, 'fingerprint': fingerprint, 'code': code_hash(s.module), 'unexported': sorted(changed or {}),
-            'settings': _setting_values(run.settings if s.arguments else run.configured, s.reads), 'key': run.key(stage, changed, found), 'outside': dict(found or {}),
-            'live': getattr(found, 'live', False), 'outputs': outputs, 'uncounted': uncounted, 'metrics': metrics, 'versions': versions(),
-            'inputs': {name: {'path': f'{run.name}/{name}', 'sha256': sha256_file(run.folder/name/'manifest.json')} for name in s.inputs},
-            'measured': {'seconds': round(time.perf_counter()-clock, 3), 'peak_memory_mib': round(peak_memory_mib(), 1),
-                         'started': started.isoformat(timespec='seconds')}}, sort_keys=False)
+        write_json(
+            folder / "manifest.json",
+            {
+                "stage": stage,
+                "run": run.name,
+                "fingerprint": fingerprint,
+                "code": code_hash(s.module),
+                "unexported": sorted(changed or {}),
+                "settings": _setting_values(run.settings if s.arguments else run.configured, s.reads),
+                "key": run.key(stage, changed, found),
+                "outside": dict(found or {}),
+                "live": getattr(found, "live", False),
+                "outputs": outputs,
+                "uncounted": uncounted,
+                "metrics": metrics,
+                "versions": versions(),
+                "inputs": {
+                    name: {"path": f"{run.name}/{name}", "sha256": sha256_file(run.folder / name / "manifest.json")}
+                    for name in s.inputs
+                },
+                "measured": {
+                    "seconds": round(time.perf_counter() - clock, 3),
+                    "peak_memory_mib": round(peak_memory_mib(), 1),
+                    "started": started.isoformat(timespec="seconds"),
+                },
+            },
+            sort_keys=False,
+        )
         placed = _place(run, stage, folder)
         shutil.rmtree(run.unfinished(stage), ignore_errors=True)
         return placed
 
 # %% ../nbs/00a_runs.ipynb #3456438b
 def adopt(
-    run:Run,     # that takes the artifact
-    stage:str,   # name of the stage
-    earlier:Path # artifact of another run
-) -> Path|None: # its folder in this run; None where the other one was deleted or damaged meanwhile
+    run: Run,  # that takes the artifact
+    stage: str,  # name of the stage
+    earlier: Path,  # artifact of another run
+) -> Path | None:  # its folder in this run; None where the other one was deleted or damaged meanwhile
     "Link an earlier run's artifact into this run, so that a run stays whole when others are deleted."
-    with file_errors(run.folder/stage), _building(run, stage) as folder:
+    with file_errors(run.folder / stage), _building(run, stage) as folder:
         manifest = readable_manifest(earlier)
-        if manifest is None or file_faults(earlier, manifest): return None
+        if manifest is None or file_faults(earlier, manifest):
+            return None
         known = FileHashes(earlier.parent)
         try:
-            for file in earlier.rglob('*'):
-                if file.is_file(): link_file(file, folder/file.relative_to(earlier))
-            (folder/'manifest.json').unlink() # a copy, so that damage to one run's manifest stays in that run
-            shutil.copy2(earlier/'manifest.json', folder/'manifest.json')
-        except FileNotFoundError: return None
+            for file in earlier.rglob("*"):
+                if file.is_file():
+                    link_file(file, folder / file.relative_to(earlier))
+            (folder / "manifest.json").unlink()  # a copy, so that damage to one run's manifest stays in that run
+            shutil.copy2(earlier / "manifest.json", folder / "manifest.json")
+        except FileNotFoundError:
+            return None
 
-        run._say(f'{stage}: taken from run {earlier.parent.name}')
+        run._say(f"{stage}: taken from run {earlier.parent.name}")
         placed = _place(run, stage, folder)
     own = FileHashes(run.folder)
-    for name in _listed_files(manifest): own.copy_from(known, f'{stage}/{name}')
-    for hashes in (own, known): hashes.save()
+    for name in _listed_files(manifest):
+        own.copy_from(known, f"{stage}/{name}")
+    for hashes in (own, known):
+        hashes.save()
     return placed
 
 # %% ../nbs/00a_runs.ipynb #6f06f31b
-def open_run(run:str=None, # name in runs/, or a path; None begins a new run
-             env:str=None, # environment; None: the run's own, or as configured
-             **knobs # settings by their names; None means 'as configured'
-            ) -> Run: # nothing is written yet
+def open_run(
+    run: str = None,  # name in runs/, or a path; None begins a new run
+    env: str = None,  # environment; None: the run's own, or as configured
+    **knobs,  # settings by their names; None means 'as configured'
+) -> Run:  # nothing is written yet
     "Begin a run, or go on with one: its environment and earlier knobs hold, and new knobs are added to them."
-    knobs = {k: v for k,v in knobs.items() if v is not None}
+    knobs = {k: v for k, v in knobs.items() if v is not None}
     for name in knobs:
-        if name not in KNOBS and name not in SECTIONS: load_settings(env, **{name: knobs[name]}) # raises with the valid names
+        if name not in KNOBS and name not in SECTIONS:
+            load_settings(env, **{name: knobs[name]})  # raises with the valid names
     if run is None:
         settings = load_settings(env, **knobs)
-        name = f'{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}'
-        folder = settings.paths.runs_dir/name
-    else: folder, env, knobs = _known_run(run, env, knobs)
+        name = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        folder = settings.paths.runs_dir / name
+    else:
+        folder, env, knobs = _known_run(run, env, knobs)
     settings = load_settings(env, **knobs)
-    logging.getLogger('aerec_nb').setLevel(settings.run.log_level)
+    logging.getLogger("aerec_nb").setLevel(settings.run.log_level)
     return Run(folder, settings, knobs)
 
 # %% ../nbs/00a_runs.ipynb #6565dd48
-def _known_run(run:str, env:str|None, knobs:dict) -> tuple:
+def _known_run(run: str, env: str | None, knobs: dict) -> tuple:
     "Folder, environment and knobs of a run that may exist already."
     given = Path(run).expanduser()
     is_path = given.is_absolute() or len(given.parts) > 1
-    folder = given.absolute() if is_path else load_settings(env).paths.runs_dir/run
+    folder = given.absolute() if is_path else load_settings(env).paths.runs_dir / run
     kept = read_run_file(folder)
     if kept is None:
-        if folder.exists() and any(folder.iterdir()): raise AerecError(f'run {folder.name}: the folder holds something else (no run.json); choose another name')
+        if folder.exists() and any(folder.iterdir()):
+            raise AerecError(f"run {folder.name}: the folder holds something else (no run.json); choose another name")
         return folder, env, knobs
-    if env and env != kept['env']: raise AerecError(f"run {folder.name} belongs to environment {kept['env']}, not {env}; begin a new run")
-    return folder, kept['env'], {**kept['overrides'], **knobs}
+    if env and env != kept["env"]:
+        raise AerecError(f"run {folder.name} belongs to environment {kept['env']}, not {env}; begin a new run")
+    return folder, kept["env"], {**kept["overrides"], **knobs}

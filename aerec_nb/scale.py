@@ -32,96 +32,174 @@ from .linear_models import MEETING, LinearAutoEncoder, Rows, gram_columns, scale
 from .model_preprocessing import Interactions, load_vocabulary, save_vocabulary, _as_ids, _csr
 from .modeling import check_histories, create_model, fit_model as fit_here
 from .neural_models import Share
-from .runs import atomic_path, code_hash, peak_memory_mib, read_json, sha256_file, sha256_json, write_json, write_parquet
+from aerec_nb.runs import (
+    atomic_path,
+    code_hash,
+    peak_memory_mib,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_parquet,
+)
 
 # %% ../nbs/06a_scale.ipynb #4bdc3eb8
 def ray_module(
-    name: str = 'ray', # or one of its libraries
-): # -> the module; raises `AerecError` where Ray is not installed
+    name: str = "ray",  # or one of its libraries
+):  # -> the module; raises `AerecError` where Ray is not installed
     "A module of Ray, without telemetry and without remarks."
-    if importlib.util.find_spec('ray') is None: raise AerecError('scale.engine = ray: Ray is not installed here; pip install "aerec_nb[ray]", or leave engine local')
-    for variable, value in _QUIET.items(): os.environ.setdefault(variable, value)
+    if importlib.util.find_spec("ray") is None:
+        raise AerecError(
+            'scale.engine = ray: Ray is not installed here; pip install "aerec_nb[ray]", or leave engine local'
+        )
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.simplefilter("ignore")
         module = importlib.import_module(name)
-    logging.getLogger(name).setLevel(logging.ERROR) # after the import, which sets it
+    logging.getLogger(name).setLevel(logging.ERROR)  # after the import, which sets it
     return module
 
-_QUIET = {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0', 'RAY_DEDUP_LOGS': '1', 'RAY_TQDM': '0', 'RAY_DATA_DISABLE_PROGRESS_BARS': '1',
-          'RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS': '0'}
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_TQDM": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+}
 
 # %% ../nbs/06a_scale.ipynb #1b5491b9
 def check_address(
-    address: str,        # host:port, or auto
-    seconds: float = 20, # how long to wait for an answer
-) -> bool: # whether it asks for a token, which is here; raises `AerecError`
+    address: str,  # host:port, or auto
+    seconds: float = 20,  # how long to wait for an answer
+) -> bool:  # whether it asks for a token, which is here; raises `AerecError`
     "Does a Ray cluster answer there?"
-    if address == 'auto': return False
-    host, _, port = address.removeprefix('ray://').rpartition(':')
-    if not host or not port.isdigit() or not 0 < int(port) < 65536: raise AerecError(f'scale.address = {address!r}: give host:port, as `ray start --head` prints it, or auto')
-    try: socket.create_connection((host, int(port)), timeout=min(5, seconds)).close()
-    except OSError as e: raise AerecError(f'scale.address = {address}: nothing answers there ({e.strerror or e}); start one with `ray start --head`, or leave the address out') from None
-    if address.startswith('ray://'): return False
+    if address == "auto":
+        return False
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise AerecError(f"scale.address = {address!r}: give host:port, as `ray start --head` prints it, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=min(5, seconds)).close()
+    except OSError as e:
+        raise AerecError(
+            f"scale.address = {address}: nothing answers there ({e.strerror or e}); start one with `ray start --head`, or leave the address out"
+        ) from None
+    if address.startswith("ray://"):
+        return False
     for token in (False, True):
-        said = _health(f'{host}:{port}', {**os.environ, **_QUIET, **({'RAY_AUTH_MODE': 'token'} if token else {})}, seconds)
-        if said == '': return token
-        if 'AuthenticationError' not in said: break
-    if 'AuthenticationError' in said: raise AerecError(f'scale.address = {address}: the cluster asks for another token than the one here; put what `ray get-auth-token` prints there into ~/.ray/auth_token or RAY_AUTH_TOKEN')
-    raise AerecError(f'scale.address = {address}: something answers there, but it is no Ray cluster of version {importlib.metadata.version("ray")}')
+        said = _health(
+            f"{host}:{port}", {**os.environ, **_QUIET, **({"RAY_AUTH_MODE": "token"} if token else {})}, seconds
+        )
+        if said == "":
+            return token
+        if "AuthenticationError" not in said:
+            break
+    if "AuthenticationError" in said:
+        raise AerecError(
+            f"scale.address = {address}: the cluster asks for another token than the one here; put what `ray get-auth-token` prints there into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        )
+    raise AerecError(
+        f"scale.address = {address}: something answers there, but it is no Ray cluster of version {importlib.metadata.version('ray')}"
+    )
+
 
 def _health(address, environ, seconds):
     "What is wrong with a cluster, '' for nothing."
-    asked = [sys.executable, '-c', 'import sys; from ray.scripts.scripts import main; sys.argv = sys.argv[:1] + ["health-check", "--address", sys.argv[1]]; main()', address]
-    try: found = subprocess.run(asked, capture_output=True, text=True, timeout=seconds, env=environ)
-    except subprocess.TimeoutExpired: return 'no answer'
-    return '' if found.returncode == 0 else found.stderr or 'no'
+    asked = [
+        sys.executable,
+        "-c",
+        'import sys; from ray.scripts.scripts import main; sys.argv = sys.argv[:1] + ["health-check", "--address", sys.argv[1]]; main()',
+        address,
+    ]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=seconds, env=environ)
+    except subprocess.TimeoutExpired:
+        return "no answer"
+    return "" if found.returncode == 0 else found.stderr or "no"
 
 # %% ../nbs/06a_scale.ipynb #9841be5a
 def _check_nodes(ray, seconds=120):
     "Raise `AerecError` for a machine whose Python lacks this package or has another version of it."
+
     def has():
         import importlib.metadata
-        try: return importlib.metadata.version('aerec_nb') if __import__('aerec_nb') else None
-        except ImportError: return None
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-    own, ask = importlib.metadata.version('aerec_nb'), ray.remote(num_cpus=0, max_retries=1)(has)
-    asked = {n['NodeManagerAddress']: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n['NodeID'], soft=False)).remote() for n in ray.nodes() if n['Alive']}
-    for node, answer in asked.items():
-        try: found = ray.get(answer, timeout=seconds)
-        except ray.exceptions.GetTimeoutError: raise AerecError(f'the Ray worker on {node} did not start within {seconds:g} s; look at `ray status` there') from None
-        except ray.exceptions.RayError as e: raise AerecError(f'the Ray worker on {node} failed: {_last_line(e)}') from None
-        if found != own: raise AerecError(f"the Ray worker on {node} has {f'aerec_nb {found}, this process {own}' if found else 'no aerec_nb'}: pip install \"aerec_nb[ray]=={own}\" in its Python")
 
-def _last_line(error): return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
+        try:
+            return importlib.metadata.version("aerec_nb") if __import__("aerec_nb") else None
+        except ImportError:
+            return None
+
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    own, ask = importlib.metadata.version("aerec_nb"), ray.remote(num_cpus=0, max_retries=1)(has)
+    asked = {
+        n["NodeManagerAddress"]: ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)
+        ).remote()
+        for n in ray.nodes()
+        if n["Alive"]
+    }
+    for node, answer in asked.items():
+        try:
+            found = ray.get(answer, timeout=seconds)
+        except ray.exceptions.GetTimeoutError:
+            raise AerecError(
+                f"the Ray worker on {node} did not start within {seconds:g} s; look at `ray status` there"
+            ) from None
+        except ray.exceptions.RayError as e:
+            raise AerecError(f"the Ray worker on {node} failed: {_last_line(e)}") from None
+        if found != own:
+            raise AerecError(
+                f'the Ray worker on {node} has {f"aerec_nb {found}, this process {own}" if found else "no aerec_nb"}: pip install "aerec_nb[ray]=={own}" in its Python'
+            )
+
+
+def _last_line(error):
+    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
 
 # %% ../nbs/06a_scale.ipynb #7c9032aa
 def start_engine(
-    scale: ScaleSettings = None, # of the settings; None: the defaults
-) -> None: # raises `AerecError` where Ray is missing, does not answer, or has workers without this package
+    scale: ScaleSettings = None,  # of the settings; None: the defaults
+) -> None:  # raises `AerecError` where Ray is missing, does not answer, or has workers without this package
     "Connect to Ray, or start it on this machine; does nothing where that is done."
-    ray, scale = ray_module(), scale or ScaleSettings(engine='ray')
-    if ray.is_initialized(): return
-    known = os.environ.get('RAY_ADDRESS') # a pipeline that started Ray, or checked it, says so to its stages
+    ray, scale = ray_module(), scale or ScaleSettings(engine="ray")
+    if ray.is_initialized():
+        return
+    known = os.environ.get("RAY_ADDRESS")  # a pipeline that started Ray, or checked it, says so to its stages
     address = known or scale.address
     if address and address != known and check_address(address):
-        os.environ['RAY_AUTH_MODE'] = 'token' # for this process and those that it starts
-        ray_module('ray._raylet').Config.initialize('') # it was read when Ray was imported
+        os.environ["RAY_AUTH_MODE"] = "token"  # for this process and those that it starts
+        ray_module("ray._raylet").Config.initialize("")  # it was read when Ray was imported
     quiet = dict(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     free = _free_gib()
-    own = dict(num_cpus=scale.n_workers, include_dashboard=False, object_store_memory=int((scale.object_store_gib or min(max(free/4, .5), 32))*2**30))
+    own = dict(
+        num_cpus=scale.n_workers,
+        include_dashboard=False,
+        object_store_memory=int((scale.object_store_gib or min(max(free / 4, 0.5), 32)) * 2**30),
+    )
     with calm():
-        try: ray.init(address=address, **quiet) if address else ray.init(**quiet, **own)
-        except Exception as e: # Ray raises a bare Exception where one of its processes starts late
-            raise AerecError(f"Ray {f'at {address}' if address else 'on this machine'} does not start: {_last_line(e)}") from None
+        try:
+            ray.init(address=address, **quiet) if address else ray.init(**quiet, **own)
+        except Exception as e:  # Ray raises a bare Exception where one of its processes starts late
+            raise AerecError(
+                f"Ray {f'at {address}' if address else 'on this machine'} does not start: {_last_line(e)}"
+            ) from None
     if address != known or not address:
-        try: _check_nodes(ray)
+        try:
+            _check_nodes(ray)
         except AerecError:
             stop_engine()
             raise
 
+
 def stop_engine() -> None:
     "Leave Ray; what was started on this machine ends."
-    if 'ray' in sys.modules and sys.modules['ray'].is_initialized(): sys.modules['ray'].shutdown()
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        sys.modules["ray"].shutdown()
+
 
 @contextmanager
 def calm():
@@ -131,107 +209,148 @@ def calm():
     os.dup2(nowhere, 2)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
+            warnings.simplefilter("ignore")
             yield
     finally:
         os.dup2(kept, 2)
-        os.close(kept); os.close(nowhere)
+        os.close(kept)
+        os.close(nowhere)
+
 
 def _free_gib():
     import psutil
-    return psutil.virtual_memory().available/2**30
 
-def engine_address() -> str: # host:port
+    return psutil.virtual_memory().available / 2**30
+
+
+def engine_address() -> str:  # host:port
     "Where the engine that this process uses can be reached by others."
     return ray_module().get_runtime_context().gcs_address
 
 # %% ../nbs/06a_scale.ipynb #1b511523
 def task_figures(
-    phase: str,   # what was done
-    rows: int,    # how many rows of it
-    began: float, # `time.perf_counter()` when it began
-) -> dict: # phase, node, pid, rows, seconds, peak_mib
+    phase: str,  # what was done
+    rows: int,  # how many rows of it
+    began: float,  # `time.perf_counter()` when it began
+) -> dict:  # phase, node, pid, rows, seconds, peak_mib
     "What a task reports beside its result; called in the worker, when the task is done."
-    return dict(phase=phase, node=sys.modules['ray'].util.get_node_ip_address() if 'ray' in sys.modules else socket.gethostname(), pid=os.getpid(), rows=int(rows), seconds=time.perf_counter()-began, peak_mib=peak_memory_mib())
+    return dict(
+        phase=phase,
+        node=sys.modules["ray"].util.get_node_ip_address() if "ray" in sys.modules else socket.gethostname(),
+        pid=os.getpid(),
+        rows=int(rows),
+        seconds=time.perf_counter() - began,
+        peak_mib=peak_memory_mib(),
+    )
 
-_KEPT = [] # figures of the tasks of this process's jobs, until somebody takes them
+
+_KEPT = []  # figures of the tasks of this process's jobs, until somebody takes them
+
 
 def keep_figures(
-    figures: list, # of `task_figures`
+    figures: list,  # of `task_figures`
 ) -> None:
     "Add what tasks reported to what the stage will write down."
     _KEPT.extend(figures)
 
-def taken_figures() -> pd.DataFrame: # a row a phase and worker; empty where no worker did anything
+
+def taken_figures() -> pd.DataFrame:  # a row a phase and worker; empty where no worker did anything
     "What workers did since this was last asked."
     figures, _KEPT[:] = list(_KEPT), []
     return workers_table(figures) if figures else pd.DataFrame()
 
+
 def workers_table(
-    figures: pd.DataFrame, # a row a task, from `task_figures`
-) -> pd.DataFrame: # a row a phase and worker
+    figures: pd.DataFrame,  # a row a task, from `task_figures`
+) -> pd.DataFrame:  # a row a phase and worker
     "What each worker did: tasks, rows, seconds at work, the most memory of the process."
-    grouped = pd.DataFrame(figures).groupby(['phase', 'node', 'pid'], sort=False)
-    return grouped.agg(tasks=('rows', 'size'), rows=('rows', 'sum'), seconds=('seconds', 'sum'), peak_mib=('peak_mib', 'max')).reset_index().round({'seconds': 2, 'peak_mib': 0})
+    grouped = pd.DataFrame(figures).groupby(["phase", "node", "pid"], sort=False)
+    return (
+        grouped.agg(
+            tasks=("rows", "size"), rows=("rows", "sum"), seconds=("seconds", "sum"), peak_mib=("peak_mib", "max")
+        )
+        .reset_index()
+        .round({"seconds": 2, "peak_mib": 0})
+    )
 
 # %% ../nbs/06a_scale.ipynb #636d0018
-PIECE_BYTES = 2**25 # of text in a piece, about
+PIECE_BYTES = 2**25  # of text in a piece, about
 PIECE_ROWS = 2**20  # of Parquet in a piece, about
+
 
 @dataclass
 class Piece:
     "A part of a table that a worker reads."
+
     path: Path
-    name: str             # of the file, for errors
-    start: int = 0        # Parquet: first row group; text: first byte
-    stop: int = None      # behind the last; None: the whole file
-    layout: object = None # of a text that is cut; None: found out when the whole file is read
-    schema: object = None # of Parquet: types that all parts fit in
-    hive: dict = None     # of Parquet: column in the names of its folders -> value
+    name: str  # of the file, for errors
+    start: int = 0  # Parquet: first row group; text: first byte
+    stop: int = None  # behind the last; None: the whole file
+    layout: object = None  # of a text that is cut; None: found out when the whole file is read
+    schema: object = None  # of Parquet: types that all parts fit in
+    hive: dict = None  # of Parquet: column in the names of its folders -> value
 
 # %% ../nbs/06a_scale.ipynb #5fd87ca5
 def _row_groups(rows, most=PIECE_ROWS):
     "Row groups, a bundle a piece: (first, behind the last)."
     bounds, n = [0], 0
     for group, own in enumerate(rows):
-        if n and n+own > most:
+        if n and n + own > most:
             bounds.append(group)
             n = 0
         n += own
     return list(zip(bounds, [*bounds[1:], len(rows)]))
 
+
 def _line_bounds(path, size=PIECE_BYTES):
     "Bytes where a text may be cut: its begin, begins of lines, its end."
     end, bounds = Path(path).stat().st_size, [0]
-    with open(path, 'rb') as f:
-        while bounds[-1]+size < end:
-            f.seek(bounds[-1]+size-1)
+    with open(path, "rb") as f:
+        while bounds[-1] + size < end:
+            f.seek(bounds[-1] + size - 1)
             f.readline()
             bounds.append(f.tell())
     return [*bounds[:-1], end] if len(bounds) > 1 and bounds[-1] >= end else [*bounds, end]
 
+
 def _may_be_cut(path, head, layout):
     "Is every line feed of a text the end of a line?"
-    if di.codecs.lookup(layout.encoding).name not in ('utf-8', 'utf-8-sig', 'cp1252', 'iso8859-1', 'ascii') or b'\n' not in head: return False
-    with open(path, 'rb') as f:
-        if layout.sep != '::' and any(b'"' in block for block in iter(lambda: f.read(2**22), b'')): return False
+    if (
+        di.codecs.lookup(layout.encoding).name not in ("utf-8", "utf-8-sig", "cp1252", "iso8859-1", "ascii")
+        or b"\n" not in head
+    ):
+        return False
+    with open(path, "rb") as f:
+        if layout.sep != "::" and any(b'"' in block for block in iter(lambda: f.read(2**22), b"")):
+            return False
     return True
 
 # %% ../nbs/06a_scale.ipynb #4ea871cc
 def _large(source, encoding):
     "The files of a source; raises `AerecError` where it is in none."
-    files = source.files('ratings')
-    if not files: raise AerecError(f'{source.name}: the engine reads files, and this source is in none; write it to Parquet files first, or set scale.engine to local')
+    files = source.files("ratings")
+    if not files:
+        raise AerecError(
+            f"{source.name}: the engine reads files, and this source is in none; write it to Parquet files first, or set scale.engine to local"
+        )
     table = source.ratings.zip.found.ratings if isinstance(source.ratings, di.Zipped) else source.ratings
-    return di._Large(files, table.root if isinstance(table, di.Parts) else None, source.ratings.name, encoding, getattr(source.ratings, 'where', None))
+    return di._Large(
+        files,
+        table.root if isinstance(table, di.Parts) else None,
+        source.ratings.name,
+        encoding,
+        getattr(source.ratings, "where", None),
+    )
+
 
 def pieces_of(
-    source: di.Source, # where the ratings are
-    encoding: str = None, # of text; None: the file's own mark, else UTF-8, else cp1252
-    size: int = None, # bytes of text in a piece, about; None: `PIECE_BYTES`
-) -> list: # of `Piece`, in order
+    source: di.Source,  # where the ratings are
+    encoding: str = None,  # of text; None: the file's own mark, else UTF-8, else cp1252
+    size: int = None,  # bytes of text in a piece, about; None: `PIECE_BYTES`
+) -> list:  # of `Piece`, in order
     "The parts of a source that workers take."
     return _cut(_large(source, encoding), size or PIECE_BYTES)
+
 
 def _cut(large, size):
     pieces = []
@@ -241,148 +360,221 @@ def _cut(large, size):
             meta = pq.ParquetFile(path).metadata
             groups = _row_groups([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
             pieces += [Piece(path, name, a, b, schema=file.schema, hive=file.hive) for a, b in groups]
-        elif file.packed == 'none' and path.stat().st_size > 1.5*size and _may_be_cut(path, file.head, file.layout):
+        elif file.packed == "none" and path.stat().st_size > 1.5 * size and _may_be_cut(path, file.head, file.layout):
             bounds = _line_bounds(path, size)
             pieces += [Piece(path, name, a, b, file.layout) for a, b in zip(bounds, bounds[1:])]
-        else: pieces.append(Piece(path, name))
+        else:
+            pieces.append(Piece(path, name))
     return pieces
 
 # %% ../nbs/06a_scale.ipynb #3489db95
-class _OtherEncoding(Exception): "A piece is not in the encoding that the head of its file let expect."
+class _OtherEncoding(Exception):
+    "A piece is not in the encoding that the head of its file let expect."
+
 
 def _read_piece(piece, encoding, header, handed_over):
     "A piece as the one-process import would read it, and how many lines it has."
     if piece.schema is not None:
-        try: table = pq.ParquetFile(piece.path).read_row_groups(range(piece.start, piece.stop))
-        except (OSError, pyarrow.ArrowException) as e: raise di._no_parquet(piece.name, e) from None
-        for column, value in piece.hive.items(): table = table.append_column(column, pyarrow.repeat(pyarrow.scalar(value, pyarrow.string()), len(table)))
+        try:
+            table = pq.ParquetFile(piece.path).read_row_groups(range(piece.start, piece.stop))
+        except (OSError, pyarrow.ArrowException) as e:
+            raise di._no_parquet(piece.name, e) from None
+        for column, value in piece.hive.items():
+            table = table.append_column(column, pyarrow.repeat(pyarrow.scalar(value, pyarrow.string()), len(table)))
         schema = pyarrow.schema([piece.schema.field(c) for c in header])
         table = table.select(header)
         return di._from_arrow(table if table.schema.types == schema.types else table.cast(schema), handed_over), 0
-    if piece.layout is None: return di._read_table(piece.path, di.POSITIONS['ratings'], encoding), 0
-    with open(piece.path, 'rb') as f:
-        head = b''.join(f.readline() for _ in range(piece.layout.skip)) if piece.start else b''
+    if piece.layout is None:
+        return di._read_table(piece.path, di.POSITIONS["ratings"], encoding), 0
+    with open(piece.path, "rb") as f:
+        head = b"".join(f.readline() for _ in range(piece.layout.skip)) if piece.start else b""
         f.seek(piece.start)
-        text = head + f.read(piece.stop-piece.start)
+        text = head + f.read(piece.stop - piece.start)
     try:
         raw = di._read_fast(io.BytesIO(text), piece.layout)
-        if raw is None: raw = di._read_lines(io.BytesIO(text), piece.layout, piece.name)
-    except UnicodeError: raise _OtherEncoding from None
-    if piece.layout.encoding == 'cp1252': raw.attrs['encoding'] = 'cp1252'
-    return raw, text.count(b'\n') - (head.count(b'\n') if piece.start else piece.layout.skip) # its own, without those that every piece is read with
+        if raw is None:
+            raw = di._read_lines(io.BytesIO(text), piece.layout, piece.name)
+    except UnicodeError:
+        raise _OtherEncoding from None
+    if piece.layout.encoding == "cp1252":
+        raw.attrs["encoding"] = "cp1252"
+    return raw, text.count(b"\n") - (
+        head.count(b"\n") if piece.start else piece.layout.skip
+    )  # its own, without those that every piece is read with
+
 
 def _check_piece(piece, where, columns, at, encoding, header, handed_over, found=None):
     "What `check_ratings` finds in a piece: (facts, good rows)."
     began = time.perf_counter()
-    try: raw, n_lines = _read_piece(piece, encoding, header, handed_over)
-    except _OtherEncoding: return dict(other_encoding=True), None
+    try:
+        raw, n_lines = _read_piece(piece, encoding, header, handed_over)
+    except _OtherEncoding:
+        return dict(other_encoding=True), None
     raw = raw.reset_index(drop=raw.index.names == [None])
     names = [c for c in raw.columns if c != di._FAULT]
-    facts = dict(n=len(raw), n_lines=n_lines, header=names, encoding=raw.attrs.get('encoding'), empty=[c for c in names if di._empty(raw[c])])
+    facts = dict(
+        n=len(raw),
+        n_lines=n_lines,
+        header=names,
+        encoding=raw.attrs.get("encoding"),
+        empty=[c for c in names if di._empty(raw[c])],
+    )
     if found is None:
         found, _ = di._standard_columns(raw, where, columns)
-        if not handed_over: found = _without_needless(found, at)
+        if not handed_over:
+            found = _without_needless(found, at)
     typed = di._convert(raw, found, where)
     problems = di._problems(raw, typed, found)
     if len(problems):
-        good = ~raw.index.isin(problems.row-1)
+        good = ~raw.index.isin(problems.row - 1)
         typed = di._convert(raw[good].reset_index(drop=True), found, where).set_axis(raw.index[good])
     bad, n = di._set_aside(problems, raw), len(typed)
     if at is not None and n:
-        times = [c for c in ('timestamp', 'ingested_at') if c in typed]
-        if not times: di.known_at(typed, at, where) # which says so
+        times = [c for c in ("timestamp", "ingested_at") if c in typed]
+        if not times:
+            di.known_at(typed, at, where)  # which says so
         moments = typed[times].max(axis=1)
-        facts['first_moment'], typed = moments.min(), typed[moments <= at]
+        facts["first_moment"], typed = moments.min(), typed[moments <= at]
     rows = dict(row=typed.index.to_numpy(np.int32))
-    for c in ('user_id', 'item_id'):
+    for c in ("user_id", "item_id"):
         rows[c], ids = pd.factorize(typed[c])
         rows[c], facts[c] = rows[c].astype(np.int32), pd.Series(ids)
-    facts['rows_of'] = np.bincount(rows['user_id'], minlength=len(facts['user_id'])) # of each user
-    rows |= {c: typed[c].to_numpy() for c in ('rating', 'count', 'timestamp') if c in typed}
-    return facts | dict(found=found, problems=problems, bad=bad, n_later=n-len(typed), figures=task_figures('checking', len(raw), began)), pyarrow.table(rows)
+    facts["rows_of"] = np.bincount(rows["user_id"], minlength=len(facts["user_id"]))  # of each user
+    rows |= {c: typed[c].to_numpy() for c in ("rating", "count", "timestamp") if c in typed}
+    return facts | dict(
+        found=found,
+        problems=problems,
+        bad=bad,
+        n_later=n - len(typed),
+        figures=task_figures("checking", len(raw), began),
+    ), pyarrow.table(rows)
+
 
 class _Check:
     "What workers do with pieces; what is wrong with one comes back as it is, since trying again would not help."
-    def __init__(self, pieces, *options): self.pieces, self.options = pieces, options
+
+    def __init__(self, pieces, *options):
+        self.pieces, self.options = pieces, options
+
     def __call__(self, batch):
         made = dict(number=[], facts=[], rows=[])
-        for number in batch['number']:
-            try: facts, rows = _check_piece(self.pieces[number], *self.options)
-            except AerecError as e: facts, rows = dict(error=str(e)), None
-            made['number'].append(number); made['facts'].append(_told(facts)); made['rows'].append(_packed(rows))
-        return pyarrow.table({k: pyarrow.array(v, pyarrow.int64() if k == 'number' else pyarrow.large_binary()) for k, v in made.items()})
+        for number in batch["number"]:
+            try:
+                facts, rows = _check_piece(self.pieces[number], *self.options)
+            except AerecError as e:
+                facts, rows = dict(error=str(e)), None
+            made["number"].append(number)
+            made["facts"].append(_told(facts))
+            made["rows"].append(_packed(rows))
+        return pyarrow.table(
+            {k: pyarrow.array(v, pyarrow.int64() if k == "number" else pyarrow.large_binary()) for k, v in made.items()}
+        )
 
-def _told(facts): return ray_module('ray.cloudpickle').dumps(facts) # as Ray itself passes them between processes
-def _untold(said): return ray_module('ray.cloudpickle').loads(said)
+
+def _told(facts):
+    return ray_module("ray.cloudpickle").dumps(facts)  # as Ray itself passes them between processes
+
+
+def _untold(said):
+    return ray_module("ray.cloudpickle").loads(said)
+
 
 def _packed(rows):
-    if rows is None: return b''
+    if rows is None:
+        return b""
     sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(sink, rows.schema) as writer: writer.write_table(rows)
+    with pyarrow.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows)
     return sink.getvalue().to_pybytes()
 
-def _unpacked(data): return pyarrow.ipc.open_stream(data).read_all()
+
+def _unpacked(data):
+    return pyarrow.ipc.open_stream(data).read_all()
 
 # %% ../nbs/06a_scale.ipynb #0bc8b8dc
 def _data():
     "Ray Data, quiet; its shuffles are made of tasks, which are done again when a worker dies with what it held."
-    data = ray_module('ray.data')
+    data = ray_module("ray.data")
     context = data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.shuffle_strategy = data.context.ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     return data
 
+
 @contextmanager
 def _one_line(what):
     "What Ray reports, as one line."
     ray = ray_module()
-    try: yield
-    except ray.exceptions.RayError as e: raise _own_error(e, what) from None
+    try:
+        yield
+    except ray.exceptions.RayError as e:
+        raise _own_error(e, what) from None
+
 
 def _ask_pieces(pieces, numbers, *options):
     "Let workers check some pieces: number -> facts, and the data set with their rows."
     check = _Check(pieces, *options)
-    made = _data().from_items([dict(number=n) for n in numbers], override_num_blocks=len(numbers)).map_batches(check.__call__, batch_size=1, batch_format='numpy', zero_copy_batch=True).materialize()
-    return {row['number']: _untold(row['facts']) for row in made.select_columns(['number', 'facts']).iter_rows()}, made
+    made = (
+        _data()
+        .from_items([dict(number=n) for n in numbers], override_num_blocks=len(numbers))
+        .map_batches(check.__call__, batch_size=1, batch_format="numpy", zero_copy_batch=True)
+        .materialize()
+    )
+    return {row["number"]: _untold(row["facts"]) for row in made.select_columns(["number", "facts"]).iter_rows()}, made
+
 
 @dataclass
 class _Pieces:
     "A source that was checked, its rows still with the workers."
+
     large: object
-    facts: list     # of each piece
-    data: list      # data sets with the rows, and the pieces each counts for
+    facts: list  # of each piece
+    data: list  # data sets with the rows, and the pieces each counts for
     found: dict
     why: str
     bad: pd.DataFrame
-    starts: np.ndarray # first row of each piece
+    starts: np.ndarray  # first row of each piece
     n_later: int
-    users: tuple    # (Series of ids in order of first appearance, their numbers by the piece's own)
+    users: tuple  # (Series of ids in order of first appearance, their numbers by the piece's own)
     items: tuple
 
     @property
-    def n_rows(self): return int(self.starts[-1])
-    def numbers(self): return [(u, i, s) for u, i, s in zip(self.users[1], self.items[1], self.starts)]
+    def n_rows(self):
+        return int(self.starts[-1])
+
+    def numbers(self):
+        return [(u, i, s) for u, i, s in zip(self.users[1], self.items[1], self.starts)]
+
     def checked(self, ratings, n_duplicates):
         "What the one-process import says of the table."
         empty = _everywhere(self.facts)
-        unused = [f'{c} (empty)' if c in empty else str(c) for c in self.facts[0]['header'] if c not in self.found.values()]
-        encoding = 'cp1252' if all(f['encoding'] for f in self.facts) else None
-        made = di.Checked(ratings, self.bad, self.found, self.why, self.n_later, n_duplicates, self.n_rows, unused, encoding)
-        made.figures = pd.DataFrame([f['figures'] for f in self.facts])
+        unused = [
+            f"{c} (empty)" if c in empty else str(c) for c in self.facts[0]["header"] if c not in self.found.values()
+        ]
+        encoding = "cp1252" if all(f["encoding"] for f in self.facts) else None
+        made = di.Checked(
+            ratings, self.bad, self.found, self.why, self.n_later, n_duplicates, self.n_rows, unused, encoding
+        )
+        made.figures = pd.DataFrame([f["figures"] for f in self.facts])
         return made
+
 
 def _everywhere(facts):
     "Columns that are empty in all pieces."
-    return [c for c in facts[0]['header'] if all(c in f['empty'] for f in facts if f['n'])]
+    return [c for c in facts[0]["header"] if all(c in f["empty"] for f in facts if f["n"])]
+
 
 def _agreed(parts):
     "Ids of all pieces in one type, as the whole would have it: texts where one is a text; (distinct ids in order of first appearance, numbers of each piece's)."
     kinds = {str(p.dtype) for p in parts if len(p)} or {str(parts[0].dtype)}
     parts = [p if len(p) else p.astype(object) for p in parts]
     if len(kinds) > 1:
-        if any(isinstance(p.dtype, pd.StringDtype) for p in parts): parts = [p if isinstance(p.dtype, pd.StringDtype) else p.map(str).astype('str') for p in parts]
-        elif kinds == {'int64', 'uint64'}: parts = [p.astype(np.uint64) for p in parts]
-        else: parts = [p.astype(object) for p in parts]
+        if any(isinstance(p.dtype, pd.StringDtype) for p in parts):
+            parts = [p if isinstance(p.dtype, pd.StringDtype) else p.map(str).astype("str") for p in parts]
+        elif kinds == {"int64", "uint64"}:
+            parts = [p.astype(np.uint64) for p in parts]
+        else:
+            parts = [p.astype(object) for p in parts]
     whole = pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
     codes, ids = pd.factorize(whole)
     return pd.Series(ids), np.split(codes.astype(np.int32), np.cumsum([len(p) for p in parts])[:-1])
@@ -390,46 +582,80 @@ def _agreed(parts):
 # %% ../nbs/06a_scale.ipynb #5970f961
 def _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding):
     "Check all pieces of a source and settle what only the whole can tell."
-    if on_bad not in di.ON_BAD: raise AerecError(f'no rule {on_bad!r} for bad rows: choose {di._list(di.ON_BAD)}')
-    if on_duplicate not in di.ON_DUPLICATE: raise AerecError(f'no rule {on_duplicate!r} for duplicates: choose {di._list(di.ON_DUPLICATE)}')
+    if on_bad not in di.ON_BAD:
+        raise AerecError(f"no rule {on_bad!r} for bad rows: choose {di._list(di.ON_BAD)}")
+    if on_duplicate not in di.ON_DUPLICATE:
+        raise AerecError(f"no rule {on_duplicate!r} for duplicates: choose {di._list(di.ON_DUPLICATE)}")
     at, large = None if as_of is None else di.moment(as_of), _large(source, encoding)
     pieces = _cut(large, PIECE_BYTES)
     large.standard_columns([], columns)
     options = (large.where, columns, at, encoding, large.header, large.handed_over)
     facts, made = _ask_pieces(pieces, range(len(pieces)), *options)
-    if strange := {pieces[n].path for n, f in facts.items() if f.get('other_encoding')}:
-        if not large.encoding: large.encoding = 'cp1252' if not any(map(di._mostly_utf8, strange)) else 'utf-8'
+    if strange := {pieces[n].path for n, f in facts.items() if f.get("other_encoding")}:
+        if not large.encoding:
+            large.encoding = "cp1252" if not any(map(di._mostly_utf8, strange)) else "utf-8"
         for path in strange:
             tried = di._encodings(large.files[large.paths.index(path)].head, large._name(path), encoding)
-            if large.encoding == 'utf-8' or len(tried) == 1 or not di.codecs.lookup(tried[-1]).name == 'cp1252': _undecodable(path, large._name(path), tried[:1] if large.encoding == 'utf-8' else tried)
-        pieces = [replace(p, layout=replace(p.layout, encoding='cp1252')) if p.path in strange and p.layout else p for p in pieces]
+            if large.encoding == "utf-8" or len(tried) == 1 or not di.codecs.lookup(tried[-1]).name == "cp1252":
+                _undecodable(path, large._name(path), tried[:1] if large.encoding == "utf-8" else tried)
+        pieces = [
+            replace(p, layout=replace(p.layout, encoding="cp1252")) if p.path in strange and p.layout else p
+            for p in pieces
+        ]
         facts, made = _ask_pieces(pieces, range(len(pieces)), *options)
         for n, f in sorted(facts.items()):
-            if f.get('other_encoding'): _undecodable(pieces[n].path, pieces[n].name, ['utf-8', 'cp1252'])
+            if f.get("other_encoding"):
+                _undecodable(pieces[n].path, pieces[n].name, ["utf-8", "cp1252"])
     _raise_first(facts)
     found, why = _found(large, facts, columns, at)
-    if not sum(f['n'] for f in facts.values()): raise AerecError(f'{large.where}: the table has no rows')
-    data = [(made, [n for n, f in facts.items() if f['found'] == found])]
-    if others := [n for n, f in sorted(facts.items()) if f['found'] != found]: # a column that only they have, or that is empty only there
+    if not sum(f["n"] for f in facts.values()):
+        raise AerecError(f"{large.where}: the table has no rows")
+    data = [(made, [n for n, f in facts.items() if f["found"] == found])]
+    if others := [
+        n for n, f in sorted(facts.items()) if f["found"] != found
+    ]:  # a column that only they have, or that is empty only there
         again, made = _ask_pieces(pieces, others, *options, found)
         _raise_first(again)
         facts |= again
         data.append((made, others))
     facts = [facts[n] for n in range(len(pieces))]
-    starts = np.cumsum([0, *(f['n'] for f in facts)])
+    starts = np.cumsum([0, *(f["n"] for f in facts)])
     problems, bad = _through(pieces, facts, starts)
-    if len(problems) and (on_bad == 'raise' or problems.row.nunique() == starts[-1]): raise di._refusal(problems, large.where, int(starts[-1]))
-    if at is not None and not sum(len(f['user_id']) for f in facts): di.known_at(pd.DataFrame(dict(timestamp=[min(f['first_moment'] for f in facts if 'first_moment' in f)])), at, large.where)
-    keep_figures([f['figures'] for f in facts])
-    return _Pieces(large, facts, data, found, why, bad, starts, sum(f['n_later'] for f in facts), _agreed([f['user_id'] for f in facts]), _agreed([f['item_id'] for f in facts]))
+    if len(problems) and (on_bad == "raise" or problems.row.nunique() == starts[-1]):
+        raise di._refusal(problems, large.where, int(starts[-1]))
+    if at is not None and not sum(len(f["user_id"]) for f in facts):
+        di.known_at(
+            pd.DataFrame(dict(timestamp=[min(f["first_moment"] for f in facts if "first_moment" in f)])),
+            at,
+            large.where,
+        )
+    keep_figures([f["figures"] for f in facts])
+    return _Pieces(
+        large,
+        facts,
+        data,
+        found,
+        why,
+        bad,
+        starts,
+        sum(f["n_later"] for f in facts),
+        _agreed([f["user_id"] for f in facts]),
+        _agreed([f["item_id"] for f in facts]),
+    )
+
 
 def _undecodable(path, name, tried):
     line, byte = di._undecodable(path, tried[-1])
-    raise AerecError(f'{name}, line {line}: byte 0x{byte:02x} is not {" or ".join(tried)}; correct it, or set encoding to what the file was written in')
+    raise AerecError(
+        f"{name}, line {line}: byte 0x{byte:02x} is not {' or '.join(tried)}; correct it, or set encoding to what the file was written in"
+    )
+
 
 def _raise_first(facts):
     for _, f in sorted(facts.items()):
-        if 'error' in f: raise AerecError(f['error'])
+        if "error" in f:
+            raise AerecError(f["error"])
+
 
 def _found(large, facts, columns, at):
     "Standard name -> own name of the columns that the whole has, and how the kind of feedback was told."
@@ -437,104 +663,147 @@ def _found(large, facts, columns, at):
     found, why = large.standard_columns(_everywhere(facts), columns)
     return found if large.handed_over else _without_needless(found, at), why
 
-def _without_needless(found, at): return {s: own for s, own in found.items() if s != 'event_id' and (s != 'ingested_at' or at is not None)}
+
+def _without_needless(found, at):
+    return {s: own for s, own in found.items() if s != "event_id" and (s != "ingested_at" or at is not None)}
+
 
 def _through(pieces, facts, starts):
     "Problems and rows set aside of all pieces, rows and lines counted through."
     all_problems, all_bad, line, last = [], [], 0, None
     for piece, f, start in zip(pieces, facts, starts):
         line = line if piece.path == last else 0
-        told = lambda value: re.sub(r' in line (\d+)', lambda m: f' in line {int(m[1])+line}', value) if isinstance(value, str) else value
-        problems, bad = (t.assign(row=t.row+start) for t in (f['problems'], f['bad']))
-        if line: problems, bad = (t.assign(value=t.value.map(told).where(t.column == '', t.value).astype(t.value.dtype)) for t in (problems, bad))
-        all_problems.append(problems); all_bad.append(bad)
-        line, last = line + f['n_lines'], piece.path
+        told = lambda value: (
+            re.sub(r" in line (\d+)", lambda m: f" in line {int(m[1]) + line}", value)
+            if isinstance(value, str)
+            else value
+        )
+        problems, bad = (t.assign(row=t.row + start) for t in (f["problems"], f["bad"]))
+        if line:
+            problems, bad = (
+                t.assign(value=t.value.map(told).where(t.column == "", t.value).astype(t.value.dtype))
+                for t in (problems, bad)
+            )
+        all_problems.append(problems)
+        all_bad.append(bad)
+        line, last = line + f["n_lines"], piece.path
     some = [p for p in all_problems if len(p)] or all_problems[:1]
-    return pd.concat(some, ignore_index=True), pd.concat([b for b in all_bad if len(b)] or all_bad[:1], ignore_index=True)
+    return pd.concat(some, ignore_index=True), pd.concat(
+        [b for b in all_bad if len(b)] or all_bad[:1], ignore_index=True
+    )
 
 # %% ../nbs/06a_scale.ipynb #23fc91e5
-def _in_files(source): return bool(source.files('ratings')) and not _has_event_ids(source)
+def _in_files(source):
+    return bool(source.files("ratings")) and not _has_event_ids(source)
+
 
 def _has_event_ids(source):
     "Is it a table by the contract of handing over whose events have ids, which may come once in the whole table?"
-    files = source.files('ratings')
-    try: schema = pq.ParquetFile(files[0]).schema_arrow if files[0].name.endswith('.parquet') else None
-    except (OSError, pyarrow.ArrowException): return False
-    return schema is not None and 'event_id' in schema.names and di.check_handover(schema, files[0].name)
+    files = source.files("ratings")
+    try:
+        schema = pq.ParquetFile(files[0]).schema_arrow if files[0].name.endswith(".parquet") else None
+    except (OSError, pyarrow.ArrowException):
+        return False
+    return schema is not None and "event_id" in schema.names and di.check_handover(schema, files[0].name)
+
 
 def check_source(
-    source: di.Source, # where the ratings are
-    columns: dict = None, # own column name -> standard name; None: recognised by name
-    on_duplicate: str = 'last', # last, first, max, mean, sum or raise
-    on_bad: str = 'raise', # raise, or quarantine
-    as_of = None, # only what was known at this moment; None: everything
-    encoding: str = None, # of text; None: the file's own mark, else UTF-8, else cp1252
-    large_mb: float = 500., # of a source of more megabytes of text the ids come as categories, as from one process
-    scale: ScaleSettings = None, # of the settings; None: the defaults
-) -> di.Checked: # its `figures`: a row a piece
+    source: di.Source,  # where the ratings are
+    columns: dict = None,  # own column name -> standard name; None: recognised by name
+    on_duplicate: str = "last",  # last, first, max, mean, sum or raise
+    on_bad: str = "raise",  # raise, or quarantine
+    as_of=None,  # only what was known at this moment; None: everything
+    encoding: str = None,  # of text; None: the file's own mark, else UTF-8, else cp1252
+    large_mb: float = 500.0,  # of a source of more megabytes of text the ids come as categories, as from one process
+    scale: ScaleSettings = None,  # of the settings; None: the defaults
+) -> di.Checked:  # its `figures`: a row a piece
     "`data_import.check_source` by workers; the generated sample, and events with ids of their own, are read here."
-    if isinstance(source.ratings, bytes) or source.files('ratings') and _has_event_ids(source): return di.check_source(source, columns, on_duplicate, on_bad, as_of, encoding, large_mb)
-    _large(source, encoding) # before Ray is started: what cannot be read is said at once
+    if isinstance(source.ratings, bytes) or source.files("ratings") and _has_event_ids(source):
+        return di.check_source(source, columns, on_duplicate, on_bad, as_of, encoding, large_mb)
+    _large(source, encoding)  # before Ray is started: what cannot be read is said at once
     start_engine(scale)
-    with _one_line('import'):
+    with _one_line("import"):
         pieces = _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding)
         ratings = _gathered(pieces)
     ratings, n_duplicates = di._one_per_pair(ratings, on_duplicate, pieces.large.where)
     ratings = ratings.reset_index(drop=True)
-    if sum(map(di._size_as_text, source.files('ratings'))) > large_mb*1e6:
-        ratings = ratings.assign(**{c: di._in_first_order(*pd.factorize(ratings[c])) for c in ('user_id', 'item_id')})
+    if sum(map(di._size_as_text, source.files("ratings"))) > large_mb * 1e6:
+        ratings = ratings.assign(**{c: di._in_first_order(*pd.factorize(ratings[c])) for c in ("user_id", "item_id")})
     return pieces.checked(ratings, n_duplicates)
+
 
 def _gathered(pieces):
     "All rows as one frame; its index: rows of the table."
     tables, numbers = {}, pieces.numbers()
     for data, counted in pieces.data:
         for row in data.iter_rows():
-            if row['number'] in counted: tables[row['number']] = row['rows']
+            if row["number"] in counted:
+                tables[row["number"]] = row["rows"]
     frames = [_globally(_unpacked(tables[n]), numbers[n]) for n in range(len(pieces.facts)) if tables[n]]
     whole = pd.concat([f for f in frames if len(f)] or frames[:1])
-    ids = {c: pd.Series(names.array.take(whole[s].to_numpy()), whole.index) for c, s, names in (('user_id', 'user', pieces.users[0]), ('item_id', 'item', pieces.items[0]))}
-    whole = whole.drop(columns=['user', 'item']).assign(**ids)
-    return whole[[c for c in ('user_id', 'item_id', 'rating', 'count', 'timestamp') if c in whole]]
+    ids = {
+        c: pd.Series(names.array.take(whole[s].to_numpy()), whole.index)
+        for c, s, names in (("user_id", "user", pieces.users[0]), ("item_id", "item", pieces.items[0]))
+    }
+    whole = whole.drop(columns=["user", "item"]).assign(**ids)
+    return whole[[c for c in ("user_id", "item_id", "rating", "count", "timestamp") if c in whole]]
+
 
 def _globally(table, numbers):
     "A piece's rows with numbers of users and items, and rows, of the whole."
     users, items, start = numbers
-    rows = table.to_pandas().set_index('row')
+    rows = table.to_pandas().set_index("row")
     rows.index = rows.index.astype(np.int64) + start
     made = dict(user=users[rows.user_id.to_numpy()], item=items[rows.item_id.to_numpy()])
-    return pd.DataFrame(made, rows.index).join(rows.drop(columns=['user_id', 'item_id']))
+    return pd.DataFrame(made, rows.index).join(rows.drop(columns=["user_id", "item_id"]))
 
 # %% ../nbs/06a_scale.ipynb #daf7b61a
 @dataclass
 class _Shared:
     "What workers need to show rules the rows as they know them."
-    items: object        # ids of all items by number: Index
-    users: object = None # the same of users, where a rule asks for them; None: numbers do
+
+    items: object  # ids of all items by number: Index
+    users: object = None  # the same of users, where a rule asks for them; None: numbers do
 
     def shown(self, rows):
         "Rows with ids."
         codes, own = pd.factorize(rows.user)
-        ids = dict(user_id=pd.Categorical.from_codes(codes, pd.Index(own if self.users is None else self.users[own])), item_id=pd.Categorical.from_codes(rows['item'], self.items))
-        return pd.concat([pd.DataFrame(ids, rows.index, copy=False), rows.drop(columns=['user', 'item'])], axis=1)
+        ids = dict(
+            user_id=pd.Categorical.from_codes(codes, pd.Index(own if self.users is None else self.users[own])),
+            item_id=pd.Categorical.from_codes(rows["item"], self.items),
+        )
+        return pd.concat([pd.DataFrame(ids, rows.index, copy=False), rows.drop(columns=["user", "item"])], axis=1)
+
 
 @dataclass
 class _Told:
     "What a worker says of a rule and its own users."
-    on: bool            # did the rule have anything to do?
-    verdict: object = None # without the rows
-    dropped: object = 0 # positions, or how many
+
+    on: bool  # did the rule have anything to do?
+    verdict: object = None  # without the rows
+    dropped: object = 0  # positions, or how many
     error: str = None
-    seen: tuple = ()    # excluded ids that it has
+    seen: tuple = ()  # excluded ids that it has
     reweighed: bool = False
-    after: dict = None  # of the rows that are left: n, users, items (rows of each), weight (sum), times, ratings (least, largest)
+    after: dict = (
+        None  # of the rows that are left: n, users, items (rows of each), weight (sum), times, ratings (least, largest)
+    )
+
 
 def _facts(rows, n_items):
     ends = lambda c: (rows[c].min(), rows[c].max()) if c in rows and len(rows) else None
-    return dict(n=len(rows), users=rows.user.nunique(), items=np.bincount(rows['item'], minlength=n_items), weight=float(rows.weight.to_numpy().sum(dtype=np.float64)),
-                times=ends('timestamp'), ratings=ends('rating'))
+    return dict(
+        n=len(rows),
+        users=rows.user.nunique(),
+        items=np.bincount(rows["item"], minlength=n_items),
+        weight=float(rows.weight.to_numpy().sum(dtype=np.float64)),
+        times=ends("timestamp"),
+        ratings=ends("rating"),
+    )
 
-_EXCLUDING = {bp.leave_out_users: ('user_id', 'excluded_users'), bp.leave_out_items: ('item_id', 'excluded_items')}
+
+_EXCLUDING = {bp.leave_out_users: ("user_id", "excluded_users"), bp.leave_out_items: ("item_id", "excluded_items")}
+
 
 def _apply(rows, shared, steps, keep_positions):
     "Rules on some users, one after the other: (the rows that are left, what is said of each rule)."
@@ -546,13 +815,17 @@ def _apply(rows, shared, steps, keep_positions):
         shown, seen = shared.shown(rows), ()
         if function in _EXCLUDING:
             column, option = _EXCLUDING[function]
-            seen = tuple(set(map(str, arguments[option])) & set(shown[column].cat.remove_unused_categories().cat.categories.astype(str)))
+            seen = tuple(
+                set(map(str, arguments[option]))
+                & set(shown[column].cat.remove_unused_categories().cat.categories.astype(str))
+            )
         try:
             said = bp._ask(name, function, arguments, shown)
             if isinstance(said, str) and said == bp.OFF:
                 told.append(_Told(False, seen=seen, after=_facts(rows, len(shared.items))))
                 continue
-            if not hasattr(said, 'rows'): said = bp.Verdict(said, ', '.join(f'{k} {v}' for k, v in arguments.items()))
+            if not hasattr(said, "rows"):
+                said = bp.Verdict(said, ", ".join(f"{k} {v}" for k, v in arguments.items()))
             left = bp._kept_rows(name, said.rows, shown)
         except AerecError as e:
             told.append(_Told(True, error=str(e)))
@@ -560,25 +833,50 @@ def _apply(rows, shared, steps, keep_positions):
         positions, before = left.index.to_numpy(), rows.index.to_numpy()
         stays = np.isin(before, positions, assume_unique=True)
         reweighed = bool((left.weight.to_numpy() != rows.weight.to_numpy()[stays]).any())
-        rows = pd.concat([rows.loc[stays, ['user', 'item']], left.drop(columns=['user_id', 'item_id'])], axis=1)
+        rows = pd.concat([rows.loc[stays, ["user", "item"]], left.drop(columns=["user_id", "item_id"])], axis=1)
         gone = before[~stays]
-        told.append(_Told(True, replace(said, rows=None), gone if keep_positions else len(gone), None, seen, reweighed, _facts(rows, len(shared.items))))
-    return rows, (told, task_figures('rules', n, began))
+        told.append(
+            _Told(
+                True,
+                replace(said, rows=None),
+                gone if keep_positions else len(gone),
+                None,
+                seen,
+                reweighed,
+                _facts(rows, len(shared.items)),
+            )
+        )
+    return rows, (told, task_figures("rules", n, began))
+
 
 def _core_round(rows, counts, k_users, k_items):
     "A round of the k-core: the rows whose user and item have enough."
     began, n = time.perf_counter(), len(rows)
-    if n: rows = rows[(bp._times_seen(rows.user) >= k_users) & (counts[rows['item'].to_numpy()] >= k_items)]
-    return rows, (np.bincount(rows['item'], minlength=len(counts)), len(rows), task_figures('rules', n, began))
+    if n:
+        rows = rows[(bp._times_seen(rows.user) >= k_users) & (counts[rows["item"].to_numpy()] >= k_items)]
+    return rows, (np.bincount(rows["item"], minlength=len(counts)), len(rows), task_figures("rules", n, began))
 
-def _positions(rows): return rows.index.to_numpy()
-def _count_shard(rows, n_items): return _facts(rows, n_items)
+
+def _positions(rows):
+    return rows.index.to_numpy()
+
+
+def _count_shard(rows, n_items):
+    return _facts(rows, n_items)
 
 # %% ../nbs/06a_scale.ipynb #33589c2c
 class _Everywhere:
     "Shards of rows in Ray's store, and the rules that are done to all of them."
+
     def __init__(self, shards, shared, decode, by_user, keep_positions, scale_of):
-        self.ray, self.shards, self.keep_positions, self.decode, self.by_user, self.rating_scale = ray_module(), shards, keep_positions, decode, by_user, scale_of
+        self.ray, self.shards, self.keep_positions, self.decode, self.by_user, self.rating_scale = (
+            ray_module(),
+            shards,
+            keep_positions,
+            decode,
+            by_user,
+            scale_of,
+        )
         self.n_items, self.shared = len(shared.items), self.ray.put(shared)
         self.facts = self._add(self._each(_count_shard, self.n_items))
 
@@ -596,8 +894,19 @@ class _Everywhere:
 
     def _add(self, facts):
         "Facts of all shards together."
-        ends = lambda key: (min(f[key][0] for f in facts if f[key]), max(f[key][1] for f in facts if f[key])) if any(f[key] for f in facts) else None
-        return dict(n=sum(f['n'] for f in facts), users=sum(f['users'] for f in facts), items=sum(f['items'] for f in facts), weight=sum(f['weight'] for f in facts), times=ends('times'), ratings=ends('ratings'))
+        ends = lambda key: (
+            (min(f[key][0] for f in facts if f[key]), max(f[key][1] for f in facts if f[key]))
+            if any(f[key] for f in facts)
+            else None
+        )
+        return dict(
+            n=sum(f["n"] for f in facts),
+            users=sum(f["users"] for f in facts),
+            items=sum(f["items"] for f in facts),
+            weight=sum(f["weight"] for f in facts),
+            times=ends("times"),
+            ratings=ends("ratings"),
+        )
 
     def own(self, steps):
         "Rules that look at one user at a time; what each left."
@@ -606,53 +915,83 @@ class _Everywhere:
         for number, (name, function, arguments) in enumerate(steps):
             told = [t[number] for t, _ in said if number < len(t)]
             before = self.facts
-            if any(t.on for t in told): verdict = _verdict(name, function, arguments, told, before)
-            else: continue
+            if any(t.on for t in told):
+                verdict = _verdict(name, function, arguments, told, before)
+            else:
+                continue
             self.facts = self._add([t.after for t in told])
-            dropped = np.sort(np.concatenate([np.array([], np.int64), *(t.dropped for t in told if t.on)])) if self.keep_positions else sum(t.dropped for t in told)
+            dropped = (
+                np.sort(np.concatenate([np.array([], np.int64), *(t.dropped for t in told if t.on)]))
+                if self.keep_positions
+                else sum(t.dropped for t in told)
+            )
             yield name, function, verdict, dropped, any(t.reweighed for t in told)
 
     def across(self, name, function, arguments):
         "A rule that looks across users."
-        if function is bp.leave_out_rare_items: yield from self._rare(name, function, arguments, 1, arguments['min_item_interactions'], False)
+        if function is bp.leave_out_rare_items:
+            yield from self._rare(name, function, arguments, 1, arguments["min_item_interactions"], False)
         elif function is bp.keep_core:
-            yield from self._rare(name, function, arguments, *(arguments[k] or arguments['k_core'] or 1 for k in ('k_core_users', 'k_core_items')), True)
-        elif function is bp.decay: yield from self.own([(name, function, arguments | dict(last=self.facts['times'] and self.facts['times'][1]))])
-        else: yield from self._whole(name, function, arguments)
+            yield from self._rare(
+                name,
+                function,
+                arguments,
+                *(arguments[k] or arguments["k_core"] or 1 for k in ("k_core_users", "k_core_items")),
+                True,
+            )
+        elif function is bp.decay:
+            yield from self.own(
+                [(name, function, arguments | dict(last=self.facts["times"] and self.facts["times"][1]))]
+            )
+        else:
+            yield from self._whole(name, function, arguments)
 
     def _rare(self, name, function, arguments, k_users, k_items, again):
         "Drop what has too few rows, once or until all have enough."
-        if k_users <= 1 and k_items <= 1: return
+        if k_users <= 1 and k_items <= 1:
+            return
         before = self._each(_positions) if self.keep_positions else None
-        counts, n, rounds = self.facts['items'], self.facts['n'], []
+        counts, n, rounds = self.facts["items"], self.facts["n"], []
         while n:
             said = self._pass(_core_round, counts, k_users, k_items)
             keep_figures([figures for *_, figures in said])
             counts, left = sum(c for c, *_ in said), sum(m for _, m, _ in said)
-            if again and left == n: break
-            rounds.append(n-left)
+            if again and left == n:
+                break
+            rounds.append(n - left)
             n = left
-            if not again: break
+            if not again:
+                break
         dropped = sum(rounds)
-        if self.keep_positions: dropped = np.sort(np.setdiff1d(np.concatenate(before), np.concatenate(self._each(_positions)), assume_unique=True))
+        if self.keep_positions:
+            dropped = np.sort(
+                np.setdiff1d(np.concatenate(before), np.concatenate(self._each(_positions)), assume_unique=True)
+            )
         self.facts = self._add(self._each(_count_shard, self.n_items))
         few = pd.DataFrame(dict(user_id=[0], item_id=[0]))
         verdict = function(few, **arguments)
-        if again: verdict.note = f'{len(rounds):,} round{"" if len(rounds) == 1 else "s"}' + (f": {', '.join(f'{n:,}' for n in rounds[:6])}{', ...' if len(rounds) > 6 else ''} rows" if rounds else '')
+        if again:
+            verdict.note = f"{len(rounds):,} round{'' if len(rounds) == 1 else 's'}" + (
+                f": {', '.join(f'{n:,}' for n in rounds[:6])}{', ...' if len(rounds) > 6 else ''} rows"
+                if rounds
+                else ""
+            )
         yield name, function, replace(verdict, rows=None), dropped, False
 
     def _whole(self, name, function, arguments):
         "A rule of which nothing is known, on all rows in one place."
         rows = pd.concat(self.ray.get(self.shards)).sort_index()
-        shown = pd.concat([self.decode(rows), rows.drop(columns=['user', 'item'])], axis=1)
+        shown = pd.concat([self.decode(rows), rows.drop(columns=["user", "item"])], axis=1)
         said = bp._ask(name, function, arguments, shown)
-        if isinstance(said, str) and said == bp.OFF: return
-        if not hasattr(said, 'rows'): said = bp.Verdict(said, ', '.join(f'{k} {v}' for k, v in arguments.items()))
+        if isinstance(said, str) and said == bp.OFF:
+            return
+        if not hasattr(said, "rows"):
+            said = bp.Verdict(said, ", ".join(f"{k} {v}" for k, v in arguments.items()))
         left = bp._kept_rows(name, said.rows, shown)
         stays = rows.index.isin(left.index)
         reweighed = bool((left.weight.to_numpy() != rows.weight.to_numpy()[stays]).any())
         gone = rows.index.to_numpy()[~stays]
-        rows = pd.concat([rows.loc[stays, ['user', 'item']], left.drop(columns=['user_id', 'item_id'])], axis=1)
+        rows = pd.concat([rows.loc[stays, ["user", "item"]], left.drop(columns=["user_id", "item_id"])], axis=1)
         shard = self.by_user[rows.user.to_numpy()]
         self.shards = [self.ray.put(rows[shard == n]) for n in range(len(self.shards))]
         self.facts = self._add([_facts(rows, self.n_items)])
@@ -662,158 +1001,256 @@ class _Everywhere:
         "All rules in their order; those that need no others' rows together."
         waiting = []
         for step in steps:
-            if getattr(step[1], 'per_user', False): waiting.append(step)
+            if getattr(step[1], "per_user", False):
+                waiting.append(step)
             else:
-                if waiting: yield from self.own(waiting)
+                if waiting:
+                    yield from self.own(waiting)
                 waiting = []
-                if self.facts['n']: yield from self.across(*step)
-        if waiting and self.facts['n']: yield from self.own(waiting)
+                if self.facts["n"]:
+                    yield from self.across(*step)
+        if waiting and self.facts["n"]:
+            yield from self.own(waiting)
+
 
 def _portable(function):
     "A function that workers can be given, also of a file that they cannot import."
     module = sys.modules.get(function.__module__)
-    if module is not None and not function.__module__.startswith('aerec_nb.') and function.__module__ != '__main__': ray_module('ray.cloudpickle').register_pickle_by_value(module)
+    if module is not None and not function.__module__.startswith("aerec_nb.") and function.__module__ != "__main__":
+        ray_module("ray.cloudpickle").register_pickle_by_value(module)
     return function
+
 
 def _verdict(name, function, arguments, told, before):
     "What is said of a rule when all workers have done it; the rule itself says it, of few rows that stand for all."
     errors = [t.error for t in told if t.error]
     if function in _EXCLUDING:
         seen = sorted({id for t in told for id in t.seen})
-        return replace(function(pd.DataFrame({_EXCLUDING[function][0]: pd.Series(seen, dtype=object)}), **arguments), rows=None)
-    if function is bp.within_times: return replace(function(pd.DataFrame(dict(timestamp=list(before['times']))), **arguments), rows=None)
-    if function is bp.weigh_by_rating: return replace(function(pd.DataFrame(dict(rating=list(before['ratings']), weight=np.float32(1))), **arguments), rows=None)
-    if errors: raise AerecError(errors[0])
+        return replace(
+            function(pd.DataFrame({_EXCLUDING[function][0]: pd.Series(seen, dtype=object)}), **arguments), rows=None
+        )
+    if function is bp.within_times:
+        return replace(function(pd.DataFrame(dict(timestamp=list(before["times"]))), **arguments), rows=None)
+    if function is bp.weigh_by_rating:
+        return replace(
+            function(pd.DataFrame(dict(rating=list(before["ratings"]), weight=np.float32(1))), **arguments), rows=None
+        )
+    if errors:
+        raise AerecError(errors[0])
     verdicts = [t.verdict for t in told if t.on]
     notes = list(dict.fromkeys(v.note for v in verdicts if v.note))
-    if function in (bp.settle_repeats, bp.cap_users, bp.leave_out_bots): # they begin with a number: so many users, or pairs
-        n, rest = sum(int(v.note.split()[0].replace(',', '')) for v in verdicts), notes[0].split(' ', 1)[1]
-        if function is bp.leave_out_bots: rest = f'bot-like user{"" if n == 1 else "s"}'
-        notes = [f'{n:,} {rest}']
-    return replace(verdicts[0], note='; '.join(notes), warn=any(v.warn for v in verdicts))
+    if function in (
+        bp.settle_repeats,
+        bp.cap_users,
+        bp.leave_out_bots,
+    ):  # they begin with a number: so many users, or pairs
+        n, rest = sum(int(v.note.split()[0].replace(",", "")) for v in verdicts), notes[0].split(" ", 1)[1]
+        if function is bp.leave_out_bots:
+            rest = f"bot-like user{'' if n == 1 else 's'}"
+        notes = [f"{n:,} {rest}"]
+    return replace(verdicts[0], note="; ".join(notes), warn=any(v.warn for v in verdicts))
 
 # %% ../nbs/06a_scale.ipynb #5a7d76b7
 def _waterfall(everywhere, rules, scale):
     "The waterfall, and the dropped rows of each rule, as `business_preprocessing` has them."
     steps = bp._steps(rules, bp._knobs(rules) | dict(scale=scale))
+
     def row(name, verdict, dropped, facts, before, reweighed):
-        note, mean = verdict.note, facts['weight']/facts['n'] if facts['n'] else 0.
-        if reweighed: note = f'{note}; '*bool(note) + f"{'weights only: ' if not dropped else ''}mean weight {mean:.4g}, was {report[-1]['mean_weight']:.4g}"
-        now = dict(rows=facts['n'], users=int(facts['users']), items=int(np.count_nonzero(facts['items'])))
-        report.append(dict(rule=name, setting=verdict.setting, dropped=dropped, dropped_share=dropped/n, kept=facts['n'], kept_share=facts['n']/n, users=now['users'], items=now['items'], note=note,
-                           **{f'{k}_before': v for k, v in (before or now).items()}, mean_weight=mean, warn=verdict.warn))
+        note, mean = verdict.note, facts["weight"] / facts["n"] if facts["n"] else 0.0
+        if reweighed:
+            note = (
+                f"{note}; " * bool(note)
+                + f"{'weights only: ' if not dropped else ''}mean weight {mean:.4g}, was {report[-1]['mean_weight']:.4g}"
+            )
+        now = dict(rows=facts["n"], users=int(facts["users"]), items=int(np.count_nonzero(facts["items"])))
+        report.append(
+            dict(
+                rule=name,
+                setting=verdict.setting,
+                dropped=dropped,
+                dropped_share=dropped / n,
+                kept=facts["n"],
+                kept_share=facts["n"] / n,
+                users=now["users"],
+                items=now["items"],
+                note=note,
+                **{f"{k}_before": v for k, v in (before or now).items()},
+                mean_weight=mean,
+                warn=verdict.warn,
+            )
+        )
         return now
-    n, report, gone = everywhere.facts['n'], [], [('ratings', np.array([], np.int64), False)]
-    before = row('ratings', bp.Verdict(None, 'as imported'), 0, everywhere.facts, None, False)
+
+    n, report, gone = everywhere.facts["n"], [], [("ratings", np.array([], np.int64), False)]
+    before = row("ratings", bp.Verdict(None, "as imported"), 0, everywhere.facts, None, False)
     for name, function, verdict, dropped, reweighed in everywhere.walk(steps):
         n_dropped = len(dropped) if everywhere.keep_positions else dropped
         before = row(name, verdict, n_dropped, everywhere.facts, before, reweighed)
-        gone.append((name, dropped, getattr(function, 'negatives', False)))
-        if not everywhere.facts['n']:
-            note = report[-1]['note']
-            raise AerecError(f"the rules leave no interactions: {name} ({verdict.setting}) dropped the last {n_dropped:,} rows{f' ({note})' if note else ''}; loosen it")
+        gone.append((name, dropped, getattr(function, "negatives", False)))
+        if not everywhere.facts["n"]:
+            note = report[-1]["note"]
+            raise AerecError(
+                f"the rules leave no interactions: {name} ({verdict.setting}) dropped the last {n_dropped:,} rows{f' ({note})' if note else ''}; loosen it"
+            )
     return pd.DataFrame(report), gone
 
-def _weighed(rows): return rows.assign(weight=(rows['count'] if 'count' in rows else rows.weight if 'weight' in rows else pd.Series(1, rows.index)).astype(np.float32))
 
-def _asks_for_users(rules): return bp.leave_out_users in (functions := [f for _, f, _ in bp._steps(rules, bp._knobs(rules) | dict(scale=None))]) or any(not bp._is_ours(f) for f in functions)
+def _weighed(rows):
+    return rows.assign(
+        weight=(
+            rows["count"] if "count" in rows else rows.weight if "weight" in rows else pd.Series(1, rows.index)
+        ).astype(np.float32)
+    )
+
+
+def _asks_for_users(rules):
+    return bp.leave_out_users in (
+        functions := [f for _, f, _ in bp._steps(rules, bp._knobs(rules) | dict(scale=None))]
+    ) or any(not bp._is_ours(f) for f in functions)
+
 
 def run_rules(
-    ratings: pd.DataFrame, # user_id, item_id (, rating or count) (, timestamp); ids may be categorical
-    rules = None, # settings.rules, or a dict of some of its names; None: the defaults
-    n_shards: int = None, # parts that users are divided into; None: as the settings say
-    scale: ScaleSettings = None, # of the settings; None: the defaults
-) -> bp.RuleResult: # interactions, waterfall, every dropped row with its rule, explicit negatives
+    ratings: pd.DataFrame,  # user_id, item_id (, rating or count) (, timestamp); ids may be categorical
+    rules=None,  # settings.rules, or a dict of some of its names; None: the defaults
+    n_shards: int = None,  # parts that users are divided into; None: as the settings say
+    scale: ScaleSettings = None,  # of the settings; None: the defaults
+) -> bp.RuleResult:  # interactions, waterfall, every dropped row with its rule, explicit negatives
     "`business_preprocessing.run_rules` by workers."
-    rules, scale = bp._as_rules(rules), scale or ScaleSettings(engine='ray')
+    rules, scale = bp._as_rules(rules), scale or ScaleSettings(engine="ray")
     rating_scale, n_shards = bp._check_frame(ratings, rules), n_shards or _n_shards(scale)
     start_engine(scale)
     ray = ray_module()
     users, items = bp.codes_of(ratings.user_id), bp.codes_of(ratings.item_id)
     by_user = _shard_of_users(np.bincount(users[0], minlength=len(users[1])), n_shards)
     ratings = ratings.reset_index(drop=True)
-    rows = _weighed(pd.DataFrame(dict(user=users[0], item=items[0]), copy=False).join(ratings.drop(columns=['user_id', 'item_id'])))
-    shard, decode = by_user[users[0]], lambda some: ratings.loc[some.index, ['user_id', 'item_id']]
+    rows = _weighed(
+        pd.DataFrame(dict(user=users[0], item=items[0]), copy=False).join(ratings.drop(columns=["user_id", "item_id"]))
+    )
+    shard, decode = by_user[users[0]], lambda some: ratings.loc[some.index, ["user_id", "item_id"]]
     shards = [ray.put(rows[shard == n]) for n in range(n_shards)]
     del rows
     shared = _Shared(items[1], users[1] if _asks_for_users(rules) else None)
-    with _one_line('rules'):
+    with _one_line("rules"):
         everywhere = _Everywhere(shards, shared, decode, by_user, True, rating_scale)
         report, gone = _waterfall(everywhere, rules, rating_scale)
         left = pd.concat(ray.get(everywhere.shards)).sort_index()
     at = left.index.to_numpy()
-    left = ratings[['user_id', 'item_id']].iloc[at].assign(**{c: left[c] for c in left if c not in ('user', 'item')})
+    left = ratings[["user_id", "item_id"]].iloc[at].assign(**{c: left[c] for c in left if c not in ("user", "item")})
     positions = np.concatenate([p for _, p, _ in gone])
-    rule = pd.Categorical.from_codes(np.repeat(np.arange(len(gone)-1), [len(p) for _, p, _ in gone[1:]]), [name for name, *_ in gone[1:]])
-    dropped = ratings[['user_id', 'item_id']].iloc[positions].reset_index(drop=True).assign(row=positions, rule=rule)
+    rule = pd.Categorical.from_codes(
+        np.repeat(np.arange(len(gone) - 1), [len(p) for _, p, _ in gone[1:]]), [name for name, *_ in gone[1:]]
+    )
+    dropped = ratings[["user_id", "item_id"]].iloc[positions].reset_index(drop=True).assign(row=positions, rule=rule)
     disliked = np.sort(np.concatenate([np.array([], np.int64), *(p for _, p, negative in gone if negative)]))
     disliked = bp._only_disliked(users, items, disliked, at)
-    return bp.RuleResult(bp._interactions(left), report, dropped, ratings[['user_id', 'item_id']].iloc[disliked].reset_index(drop=True))
+    return bp.RuleResult(
+        bp._interactions(left), report, dropped, ratings[["user_id", "item_id"]].iloc[disliked].reset_index(drop=True)
+    )
 
-def _n_shards(scale): return scale.n_shards or 4*scale.n_workers
+
+def _n_shards(scale):
+    return scale.n_shards or 4 * scale.n_workers
+
 
 def _shard_of_users(counts, n):
     "Shard of each user: neighbours together, about as many rows in each."
     ends = np.cumsum(counts)
-    return np.minimum((ends-counts)*n//max(1, int(ends[-1]) if len(ends) else 1), n-1).astype(np.int32)
+    return np.minimum((ends - counts) * n // max(1, int(ends[-1]) if len(ends) else 1), n - 1).astype(np.int32)
 
 # %% ../nbs/06a_scale.ipynb #9d3f1d8f
 @dataclass
 class Shards:
     "Interactions in files, users in order, a part of them in each."
+
     folder: Path
     manifest: dict
-    figures: pd.DataFrame = None # a row a task, of the import that made them
+    figures: pd.DataFrame = None  # a row a task, of the import that made them
 
     @classmethod
     def open(cls, folder):
         "The shards that an import has finished; raises `AerecError` where there are none."
         folder = Path(folder)
-        try: manifest = read_json(folder/'manifest.json')
-        except FileNotFoundError: raise AerecError(f'{folder}: no manifest.json in it; the import there has not ended: begin it again, and it goes on') from None
-        except ValueError: raise AerecError(f'{folder}/manifest.json: damaged; import again') from None
-        return cls(folder, manifest, pd.read_parquet(folder/'figures.parquet') if (folder/'figures.parquet').is_file() else None)
+        try:
+            manifest = read_json(folder / "manifest.json")
+        except FileNotFoundError:
+            raise AerecError(
+                f"{folder}: no manifest.json in it; the import there has not ended: begin it again, and it goes on"
+            ) from None
+        except ValueError:
+            raise AerecError(f"{folder}/manifest.json: damaged; import again") from None
+        return cls(
+            folder,
+            manifest,
+            pd.read_parquet(folder / "figures.parquet") if (folder / "figures.parquet").is_file() else None,
+        )
 
     @property
-    def n_shards(self): return len(self.manifest['shards'])
+    def n_shards(self):
+        return len(self.manifest["shards"])
+
     @property
-    def n_users(self): return self.manifest['n_users']
+    def n_users(self):
+        return self.manifest["n_users"]
+
     @property
-    def n_items(self): return self.manifest['n_items']
+    def n_items(self):
+        return self.manifest["n_items"]
+
     @property
-    def nnz(self): return self.manifest['nnz']
+    def nnz(self):
+        return self.manifest["nnz"]
+
     @property
-    def shape(self): return self.n_users, self.n_items
+    def shape(self):
+        return self.n_users, self.n_items
+
     @property
-    def users(self): return load_vocabulary(self._whole('users.parquet', self.manifest['files']['users.parquet']))
+    def users(self):
+        return load_vocabulary(self._whole("users.parquet", self.manifest["files"]["users.parquet"]))
+
     @property
-    def items(self): return load_vocabulary(self._whole('items.parquet', self.manifest['files']['items.parquet']))
+    def items(self):
+        return load_vocabulary(self._whole("items.parquet", self.manifest["files"]["items.parquet"]))
+
     @property
-    def waterfall(self): return pd.read_parquet(self._whole('waterfall.parquet', self.manifest['files']['waterfall.parquet']))
-    def rows(self, n): return self.manifest['shards'][n]['start'], self.manifest['shards'][n]['stop']
+    def waterfall(self):
+        return pd.read_parquet(self._whole("waterfall.parquet", self.manifest["files"]["waterfall.parquet"]))
+
+    def rows(self, n):
+        return self.manifest["shards"][n]["start"], self.manifest["shards"][n]["stop"]
 
     def _whole(self, name, sha256):
-        path = self.folder/name
-        if not path.is_file(): raise AerecError(f'{path}: missing; import again, and what is whole is kept')
-        if sha256_file(path) != sha256: raise AerecError(f'{path}: damaged (not what manifest.json says); delete it and import again, and what is whole is kept')
+        path = self.folder / name
+        if not path.is_file():
+            raise AerecError(f"{path}: missing; import again, and what is whole is kept")
+        if sha256_file(path) != sha256:
+            raise AerecError(
+                f"{path}: damaged (not what manifest.json says); delete it and import again, and what is whole is kept"
+            )
         return path
 
     def arrays(self, n):
         "What shard n holds: rows, indptr, indices, data, position and, if there are any, times."
-        of = self.manifest['shards'][n]
-        return load_file(self._whole(of['file'], of['sha256']))
+        of = self.manifest["shards"][n]
+        return load_file(self._whole(of["file"], of["sha256"]))
 
     def read(self, n):
         "The users of shard n as a CSR matrix over all items."
         a = self.arrays(n)
-        return _csr(a['data'], a['indices'], a['indptr'], (len(a['indptr'])-1, self.n_items))
+        return _csr(a["data"], a["indices"], a["indptr"], (len(a["indptr"]) - 1, self.n_items))
 
     def gather(self):
         "All of them, as `Interactions.from_frame` would have made them."
         parts = [self.arrays(n) for n in range(self.n_shards)]
-        joined = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k not in ('indptr', 'rows')}
-        indptr = np.cumsum(np.concatenate([[0], *(np.diff(p['indptr']) for p in parts)])).astype(np.int32)
-        return Interactions(_csr(joined['data'], joined['indices'], indptr, self.shape), self.users, self.items, joined.get('times'), joined['position'])
+        joined = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k not in ("indptr", "rows")}
+        indptr = np.cumsum(np.concatenate([[0], *(np.diff(p["indptr"]) for p in parts)])).astype(np.int32)
+        return Interactions(
+            _csr(joined["data"], joined["indices"], indptr, self.shape),
+            self.users,
+            self.items,
+            joined.get("times"),
+            joined["position"],
+        )
 
 # %% ../nbs/06a_scale.ipynb #c20e885c
 def _rank(bits, positions):
@@ -821,79 +1258,123 @@ def _rank(bits, positions):
     ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
     before = np.concatenate([[0], np.cumsum(ones[bits])])
     byte, at = positions >> 3, (positions & 7).astype(np.int64)
-    return before[byte] + ones[bits[byte] & (0xff00 >> at & 0xff).astype(np.uint8)]
+    return before[byte] + ones[bits[byte] & (0xFF00 >> at & 0xFF).astype(np.uint8)]
 
 # %% ../nbs/06a_scale.ipynb #afc2c1ca
 class _ByUser:
     "Rows of pieces with the numbers of the whole, and the shard of each."
-    def __init__(self, numbers, by_user): self.numbers, self.by_user = numbers, by_user
+
+    def __init__(self, numbers, by_user):
+        self.numbers, self.by_user = numbers, by_user
+
     def __call__(self, batch):
         numbers, by_user, made = ray_module().get(self.numbers), ray_module().get(self.by_user), []
-        for n, rows in zip(batch['number'], batch['rows']):
-            if not rows: continue
+        for n, rows in zip(batch["number"], batch["rows"]):
+            if not rows:
+                continue
             whole = _globally(_unpacked(rows), numbers[n])
             made.append(whole.assign(position=whole.index.to_numpy(np.int64), shard=by_user[whole.user.to_numpy()]))
         return pd.concat(made, ignore_index=True)
 
+
 class _Settle:
     "One row of each pair of a shard's users."
-    def __init__(self, on_duplicate, where): self.on_duplicate, self.where = on_duplicate, where
+
+    def __init__(self, on_duplicate, where):
+        self.on_duplicate, self.where = on_duplicate, where
+
     def __call__(self, rows):
         began = time.perf_counter()
-        number, n = int(rows['shard'].iloc[0]), len(rows)
-        rows = rows.drop(columns='shard').sort_values('position').set_index('position').rename(columns=dict(user='user_id', item='item_id'))
-        repeated = rows.duplicated(['user_id', 'item_id'])
+        number, n = int(rows["shard"].iloc[0]), len(rows)
+        rows = (
+            rows.drop(columns="shard")
+            .sort_values("position")
+            .set_index("position")
+            .rename(columns=dict(user="user_id", item="item_id"))
+        )
+        repeated = rows.duplicated(["user_id", "item_id"])
         said = dict(shard=number, repeated=int(repeated.sum()), first=-1, user=-1, item=-1)
-        if said['repeated']:
+        if said["repeated"]:
             first = rows[repeated].iloc[0]
             said |= dict(first=int(rows.index[repeated][0]), user=int(first.user_id), item=int(first.item_id))
-            if self.on_duplicate != 'raise':
+            if self.on_duplicate != "raise":
                 positions = pd.Series(rows.index, rows.index)
                 settled, _ = di._one_per_pair(rows.assign(position=positions), self.on_duplicate, self.where)
-                rows = settled.set_index('position')
-        rows = rows.rename(columns=dict(user_id='user', item_id='item')).rename_axis(None)
-        kept = pyarrow.table({'position': rows.index.to_numpy(), **{c: rows[c].to_numpy() for c in rows}})
-        return pyarrow.table({**{k: [v] for k, v in said.items()}, 'figures': pyarrow.array([_told(task_figures('sharing out', n, began))], pyarrow.large_binary()), 'rows': pyarrow.array([_packed(kept)], pyarrow.large_binary())})
+                rows = settled.set_index("position")
+        rows = rows.rename(columns=dict(user_id="user", item_id="item")).rename_axis(None)
+        kept = pyarrow.table({"position": rows.index.to_numpy(), **{c: rows[c].to_numpy() for c in rows}})
+        return pyarrow.table(
+            {
+                **{k: [v] for k, v in said.items()},
+                "figures": pyarrow.array([_told(task_figures("sharing out", n, began))], pyarrow.large_binary()),
+                "rows": pyarrow.array([_packed(kept)], pyarrow.large_binary()),
+            }
+        )
+
 
 def _unpack(block, counted):
     "Shards of a block as rows with weights; `counted`: repeated rows were added up, so every row has a count."
-    rows = pd.concat([_unpacked(packed).to_pandas().set_index('position') for packed in block['rows'].to_pylist()]).sort_index() if block.num_rows else None
-    if rows is None: return None
-    return _weighed(rows.assign(count=rows['count'].fillna(1.) if 'count' in rows else 1.) if counted else rows)
+    rows = (
+        pd.concat(
+            [_unpacked(packed).to_pandas().set_index("position") for packed in block["rows"].to_pylist()]
+        ).sort_index()
+        if block.num_rows
+        else None
+    )
+    if rows is None:
+        return None
+    return _weighed(rows.assign(count=rows["count"].fillna(1.0) if "count" in rows else 1.0) if counted else rows)
+
 
 def _shared_out(pieces, on_duplicate, n_shards):
     "Rows by user, duplicates settled: (references to shards, shard of each user, duplicates that went)."
     ray, data = ray_module(), _data()
     counts = np.zeros(len(pieces.users[0]), np.int64)
-    for f, own in zip(pieces.facts, pieces.users[1]): np.add.at(counts, own, f['rows_of'])
+    for f, own in zip(pieces.facts, pieces.users[1]):
+        np.add.at(counts, own, f["rows_of"])
     by_user = _shard_of_users(counts, n_shards)
     encode = _ByUser(ray.put(pieces.numbers()), ray.put(by_user))
     sets = []
     for made, counted in pieces.data:
         all_numbers = set(counted)
-        sets.append(made.filter(_Only(all_numbers).__call__).map_batches(encode.__call__, batch_size=1, batch_format='numpy', zero_copy_batch=True) if len(sets) or len(pieces.data) > 1
-                    else made.map_batches(encode.__call__, batch_size=1, batch_format='numpy', zero_copy_batch=True))
+        sets.append(
+            made.filter(_Only(all_numbers).__call__).map_batches(
+                encode.__call__, batch_size=1, batch_format="numpy", zero_copy_batch=True
+            )
+            if len(sets) or len(pieces.data) > 1
+            else made.map_batches(encode.__call__, batch_size=1, batch_format="numpy", zero_copy_batch=True)
+        )
     rows = sets[0] if len(sets) == 1 else sets[0].union(*sets[1:])
-    settled = rows.groupby('shard').map_groups(_Settle(on_duplicate, pieces.large.where).__call__, batch_format='pandas').materialize()
+    settled = (
+        rows.groupby("shard")
+        .map_groups(_Settle(on_duplicate, pieces.large.where).__call__, batch_format="pandas")
+        .materialize()
+    )
     pieces.data = []
-    told = settled.select_columns(['shard', 'repeated', 'first', 'user', 'item', 'figures']).to_pandas()
+    told = settled.select_columns(["shard", "repeated", "first", "user", "item", "figures"]).to_pandas()
     keep_figures(figures := [_untold(f) for f in told.figures])
     n = int(told.repeated.sum())
-    if n and on_duplicate == 'raise':
-        first = told[told['first'] >= 0].sort_values('first').iloc[0]
-        pair = dict(user_id=pieces.users[0].iloc[int(first.user)], item_id=pieces.items[0].iloc[int(first['item'])])
-        di._one_per_pair(pd.DataFrame([pair]*(n+1), [-1, *[int(first['first'])]*n]), 'raise', pieces.large.where)
-    counted = bool(n) and on_duplicate == 'sum' and not {'rating', 'count'} & set(pieces.found)
+    if n and on_duplicate == "raise":
+        first = told[told["first"] >= 0].sort_values("first").iloc[0]
+        pair = dict(user_id=pieces.users[0].iloc[int(first.user)], item_id=pieces.items[0].iloc[int(first["item"])])
+        di._one_per_pair(pd.DataFrame([pair] * (n + 1), [-1, *[int(first["first"])] * n]), "raise", pieces.large.where)
+    counted = bool(n) and on_duplicate == "sum" and not {"rating", "count"} & set(pieces.found)
     unpack = ray.remote(max_retries=-1)(_unpack)
     refs = [unpack.remote(block, counted) for block in settled.to_arrow_refs()]
     there = ray.get([ray.remote(max_retries=-1)(_has_rows).remote(ref) for ref in refs])
     return [ref for ref, has in zip(refs, there) if has], by_user, n, figures
 
-def _has_rows(rows): return rows is not None
+
+def _has_rows(rows):
+    return rows is not None
+
 
 class _Only:
-    def __init__(self, numbers): self.numbers = numbers
-    def __call__(self, row): return row['number'] in self.numbers
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __call__(self, row):
+        return row["number"] in self.numbers
 
 # %% ../nbs/06a_scale.ipynb #ac193d92
 def _ends(rows, n_rows, n_items):
@@ -901,201 +1382,341 @@ def _ends(rows, n_rows, n_items):
     there = np.zeros(n_rows, bool)
     there[rows.index.to_numpy()] = True
     rows = rows[rows.weight.to_numpy() != 0]
-    if (bad := ~np.isfinite(rows.weight.to_numpy())).any(): raise AerecError(f'weight is not a number in {bad.sum():,} rows: fill it or drop them')
+    if (bad := ~np.isfinite(rows.weight.to_numpy())).any():
+        raise AerecError(f"weight is not a number in {bad.sum():,} rows: fill it or drop them")
     codes, users = pd.factorize(rows.user)
     at = rows.index.to_numpy()
     first, items = np.full(len(users), n_rows, np.int64), np.full(n_items, n_rows, np.int64)
     np.minimum.at(first, codes, at)
-    np.minimum.at(items, rows['item'].to_numpy(), at)
+    np.minimum.at(items, rows["item"].to_numpy(), at)
     return np.packbits(there), np.asarray(users), first, np.bincount(codes, minlength=len(users)), items
+
 
 def _in_order(first, n_rows):
     "Numbers by first appearance (-1: nowhere), and which they are, in that order."
-    order = np.argsort(first, kind='stable')[:int((first < n_rows).sum())]
+    order = np.argsort(first, kind="stable")[: int((first < n_rows).sum())]
     numbers = np.full(len(first), -1, np.int32)
     numbers[order] = np.arange(len(order), dtype=np.int32)
     return numbers, order
 
+
 class _Renumber:
     "Rows with the numbers of the vocabularies, and the shard of each."
-    def __init__(self, refs): self.refs = refs
+
+    def __init__(self, refs):
+        self.refs = refs
+
     def __call__(self, rows):
         users, items, shard, bits = ray_module().get(self.refs)
-        at = rows['position'].to_numpy()
-        made = dict(user=users[rows['user'].to_numpy()], item=items[rows['item'].to_numpy()], weight=rows['weight'].to_numpy(np.float32), position=_rank(bits, at).astype(np.int32))
-        if 'timestamp' in rows: made['times'] = rows['timestamp'].to_numpy(np.int64)
-        keep = made['weight'] != 0
+        at = rows["position"].to_numpy()
+        made = dict(
+            user=users[rows["user"].to_numpy()],
+            item=items[rows["item"].to_numpy()],
+            weight=rows["weight"].to_numpy(np.float32),
+            position=_rank(bits, at).astype(np.int32),
+        )
+        if "timestamp" in rows:
+            made["times"] = rows["timestamp"].to_numpy(np.int64)
+        keep = made["weight"] != 0
         made = pyarrow.table({k: v[keep] for k, v in made.items()})
-        return made.append_column('shard', pyarrow.array(shard[made['user'].to_numpy()], pyarrow.int32()))
+        return made.append_column("shard", pyarrow.array(shard[made["user"].to_numpy()], pyarrow.int32()))
+
 
 class _WriteShard:
     "A file of a shard; one that is there and whole is left as it is."
-    def __init__(self, folder, starts, fingerprint): self.folder, self.starts, self.fingerprint = folder, starts, fingerprint
+
+    def __init__(self, folder, starts, fingerprint):
+        self.folder, self.starts, self.fingerprint = folder, starts, fingerprint
+
     def __call__(self, rows):
         began = time.perf_counter()
-        n, path = (number := int(rows['shard'].iloc[0])), self.folder/f'shard-{number:05}.safetensors'
-        start, stop = int(self.starts[n]), int(self.starts[n+1])
+        n, path = (number := int(rows["shard"].iloc[0])), self.folder / f"shard-{number:05}.safetensors"
+        start, stop = int(self.starts[n]), int(self.starts[n + 1])
         if (known := _known_shard(path, self.fingerprint)) is None:
-            u, i = rows['user'].to_numpy(), rows['item'].to_numpy()
+            u, i = rows["user"].to_numpy(), rows["item"].to_numpy()
             order = np.lexsort((i, u))
-            arrays = dict(rows=np.arange(start, stop, dtype=np.int64), indptr=np.concatenate([[0], np.cumsum(np.bincount(u-start, minlength=stop-start))]).astype(np.int32), indices=i[order].astype(np.int32),
-                          data=rows['weight'].to_numpy(np.float32)[order], position=rows['position'].to_numpy(np.int32)[order])
-            if 'times' in rows: arrays['times'] = rows['times'].to_numpy(np.int64)[order]
-            with atomic_path(path) as new: save_file(arrays, new)
+            arrays = dict(
+                rows=np.arange(start, stop, dtype=np.int64),
+                indptr=np.concatenate([[0], np.cumsum(np.bincount(u - start, minlength=stop - start))]).astype(
+                    np.int32
+                ),
+                indices=i[order].astype(np.int32),
+                data=rows["weight"].to_numpy(np.float32)[order],
+                position=rows["position"].to_numpy(np.int32)[order],
+            )
+            if "times" in rows:
+                arrays["times"] = rows["times"].to_numpy(np.int64)[order]
+            with atomic_path(path) as new:
+                save_file(arrays, new)
             known = dict(fingerprint=self.fingerprint, sha256=sha256_file(path))
-            write_json(path.with_suffix('.json'), known)
-        return pd.DataFrame(dict(shard=[number], file=[path.name], start=[start], stop=[stop], nnz=[len(rows)], sha256=[known['sha256']], figures=[json.dumps(task_figures('writing shards', len(rows), began))]))
+            write_json(path.with_suffix(".json"), known)
+        return pd.DataFrame(
+            dict(
+                shard=[number],
+                file=[path.name],
+                start=[start],
+                stop=[stop],
+                nnz=[len(rows)],
+                sha256=[known["sha256"]],
+                figures=[json.dumps(task_figures("writing shards", len(rows), began))],
+            )
+        )
+
 
 def _known_shard(path, fingerprint):
     "What is known of a shard that is there, whole and of this job."
-    try: known = read_json(path.with_suffix('.json'))
-    except (OSError, ValueError): return None
-    return known if known.get('fingerprint') == fingerprint and path.is_file() and sha256_file(path) == known.get('sha256') else None
+    try:
+        known = read_json(path.with_suffix(".json"))
+    except (OSError, ValueError):
+        return None
+    return (
+        known
+        if known.get("fingerprint") == fingerprint and path.is_file() and sha256_file(path) == known.get("sha256")
+        else None
+    )
 
 # %% ../nbs/06a_scale.ipynb #a8596f76
-def _as_position(rows): return pyarrow.Table.from_pandas(rows.rename_axis('position').reset_index()[['position', 'user', 'item', 'weight', *(['timestamp'] if 'timestamp' in rows else [])]], preserve_index=False)
+def _as_position(rows):
+    return pyarrow.Table.from_pandas(
+        rows.rename_axis("position").reset_index()[
+            ["position", "user", "item", "weight", *(["timestamp"] if "timestamp" in rows else [])]
+        ],
+        preserve_index=False,
+    )
+
 
 def import_shards(
-    source, # a `data_import.Source`, or what `load_ratings` takes
-    folder: Path, # where the shards shall be; all workers must see it
-    rules = None, # settings.rules, or a dict of some of its names; None: the defaults
-    n_shards: int = None, # parts that users are divided into; None: as the settings say
-    columns: dict = None, # own column name -> standard name; None: recognised by name
-    on_duplicate: str = 'last', # last, first, max, mean, sum or raise
-    on_bad: str = 'raise', # raise, or quarantine
-    as_of = None, # only what was known at this moment; None: everything
-    encoding: str = None, # of text; None: the file's own mark, else UTF-8, else cp1252
-    scale: ScaleSettings = None, # of the settings; None: the defaults
-) -> Shards: # with users.parquet, items.parquet, waterfall.parquet, quarantine.parquet (if any) and manifest.json beside them
+    source,  # a `data_import.Source`, or what `load_ratings` takes
+    folder: Path,  # where the shards shall be; all workers must see it
+    rules=None,  # settings.rules, or a dict of some of its names; None: the defaults
+    n_shards: int = None,  # parts that users are divided into; None: as the settings say
+    columns: dict = None,  # own column name -> standard name; None: recognised by name
+    on_duplicate: str = "last",  # last, first, max, mean, sum or raise
+    on_bad: str = "raise",  # raise, or quarantine
+    as_of=None,  # only what was known at this moment; None: everything
+    encoding: str = None,  # of text; None: the file's own mark, else UTF-8, else cp1252
+    scale: ScaleSettings = None,  # of the settings; None: the defaults
+) -> (
+    Shards
+):  # with users.parquet, items.parquet, waterfall.parquet, quarantine.parquet (if any) and manifest.json beside them
     "From files to matrices by workers, for data that no process could hold; begun again it goes on."
-    scale, rules, folder = scale or ScaleSettings(engine='ray'), bp._as_rules(rules), Path(folder).absolute()
-    if not isinstance(source, di.Source): source = di._locate(source, load_settings(), [Path.cwd()])
+    scale, rules, folder = scale or ScaleSettings(engine="ray"), bp._as_rules(rules), Path(folder).absolute()
+    if not isinstance(source, di.Source):
+        source = di._locate(source, load_settings(), [Path.cwd()])
     n_shards = n_shards or _n_shards(scale)
-    fingerprint = sha256_json(dict(source=source.hashes(), rules=rules.model_dump(mode='json'), rule_files=bp.rule_files(SimpleNamespace(rules=rules)), columns=columns, on_duplicate=on_duplicate, on_bad=on_bad,
-                                   as_of=as_of, encoding=encoding, n_shards=n_shards, code=code_hash('aerec_nb.scale')))
-    if (found := _finished(folder, fingerprint)) is not None: return found
+    fingerprint = sha256_json(
+        dict(
+            source=source.hashes(),
+            rules=rules.model_dump(mode="json"),
+            rule_files=bp.rule_files(SimpleNamespace(rules=rules)),
+            columns=columns,
+            on_duplicate=on_duplicate,
+            on_bad=on_bad,
+            as_of=as_of,
+            encoding=encoding,
+            n_shards=n_shards,
+            code=code_hash("aerec_nb.scale"),
+        )
+    )
+    if (found := _finished(folder, fingerprint)) is not None:
+        return found
     start_engine(scale)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/'manifest.json').unlink(missing_ok=True)
-    with _one_line('import_shards'): return _import(source, folder, rules, n_shards, fingerprint, (columns, on_duplicate, on_bad, as_of, encoding))
+    (folder / "manifest.json").unlink(missing_ok=True)
+    with _one_line("import_shards"):
+        return _import(source, folder, rules, n_shards, fingerprint, (columns, on_duplicate, on_bad, as_of, encoding))
+
 
 def _finished(folder, fingerprint):
     "The shards that are there, if they are of this job and whole."
     try:
         made = Shards.open(folder)
-        if made.manifest['fingerprint'] != fingerprint: return None
-        for of in made.manifest['shards']: made._whole(of['file'], of['sha256'])
-        for name, sha256 in made.manifest['files'].items(): made._whole(name, sha256)
-    except (AerecError, KeyError): return None
+        if made.manifest["fingerprint"] != fingerprint:
+            return None
+        for of in made.manifest["shards"]:
+            made._whole(of["file"], of["sha256"])
+        for name, sha256 in made.manifest["files"].items():
+            made._whole(name, sha256)
+    except (AerecError, KeyError):
+        return None
     return made
+
 
 def _import(source, folder, rules, n_shards, fingerprint, options):
     ray, data, figures = ray_module(), _data(), []
     columns, on_duplicate, on_bad, as_of, encoding = options
-    if isinstance(source.ratings, bytes) or source.files('ratings') and _has_event_ids(source): # small, or of a kind that is read in one place
+    if (
+        isinstance(source.ratings, bytes) or source.files("ratings") and _has_event_ids(source)
+    ):  # small, or of a kind that is read in one place
         checked = di.check_source(source, columns, on_duplicate, on_bad, as_of, encoding)
         ratings, bad, n_rows, n_duplicates = checked.ratings, checked.bad, len(checked.ratings), checked.n_duplicates
-        (u, users), (i, items) = (bp.codes_of(ratings[c]) for c in ('user_id', 'item_id'))
-        users, items, by_user = pd.Series(users), pd.Series(items), _shard_of_users(np.bincount(u, minlength=len(users)), n_shards)
-        rows = _weighed(pd.DataFrame(dict(user=u, item=i)).join(ratings.drop(columns=['user_id', 'item_id'])))
+        (u, users), (i, items) = (bp.codes_of(ratings[c]) for c in ("user_id", "item_id"))
+        users, items, by_user = (
+            pd.Series(users),
+            pd.Series(items),
+            _shard_of_users(np.bincount(u, minlength=len(users)), n_shards),
+        )
+        rows = _weighed(pd.DataFrame(dict(user=u, item=i)).join(ratings.drop(columns=["user_id", "item_id"])))
         shards = [ray.put(rows[by_user[u] == n]) for n in range(n_shards)]
         kinds = list(ratings)
     else:
         pieces = _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding)
         users, items, bad, n_rows = pieces.users[0], pieces.items[0], pieces.bad, pieces.n_rows
-        figures += [f['figures'] for f in pieces.facts]
+        figures += [f["figures"] for f in pieces.facts]
         shards, by_user, n_duplicates, told = _shared_out(pieces, on_duplicate, n_shards)
         figures += told
-        kinds = [*pieces.found, *(['count'] if n_duplicates and on_duplicate == 'sum' and not {'rating', 'count'} & set(pieces.found) else [])]
+        kinds = [
+            *pieces.found,
+            *(
+                ["count"]
+                if n_duplicates and on_duplicate == "sum" and not {"rating", "count"} & set(pieces.found)
+                else []
+            ),
+        ]
         del pieces
     shared = _Shared(pd.Index(items), pd.Index(users) if _asks_for_users(rules) else None)
-    decode = lambda rows: pd.DataFrame(dict(user_id=users.array.take(rows.user.to_numpy()), item_id=items.array.take(rows['item'].to_numpy())), rows.index)
+    decode = lambda rows: pd.DataFrame(
+        dict(user_id=users.array.take(rows.user.to_numpy()), item_id=items.array.take(rows["item"].to_numpy())),
+        rows.index,
+    )
     everywhere = _Everywhere(shards, shared, decode, by_user % len(shards), False, None)
     del shards
-    known = pd.DataFrame(columns=[k for k in kinds if k in ('user_id', 'item_id', 'rating', 'count', 'timestamp')])
-    rating_scale = everywhere.facts['ratings'] and tuple(map(float, everywhere.facts['ratings']))
-    bp.check_source(rules, dict(feedback=di.feedback_of(known), scale=rating_scale, has_times='timestamp' in known))
+    known = pd.DataFrame(columns=[k for k in kinds if k in ("user_id", "item_id", "rating", "count", "timestamp")])
+    rating_scale = everywhere.facts["ratings"] and tuple(map(float, everywhere.facts["ratings"]))
+    bp.check_source(rules, dict(feedback=di.feedback_of(known), scale=rating_scale, has_times="timestamp" in known))
     report, _ = _waterfall(everywhere, rules, rating_scale)
-    bits, firsts, counts, item_first = 0, np.full(len(users), n_rows, np.int64), np.zeros(len(users), np.int64), np.full(len(items), n_rows, np.int64)
+    bits, firsts, counts, item_first = (
+        0,
+        np.full(len(users), n_rows, np.int64),
+        np.zeros(len(users), np.int64),
+        np.full(len(items), n_rows, np.int64),
+    )
     for ends in everywhere._each(_ends, n_rows, len(items)):
         bits = bits | ends[0]
         firsts[ends[1]], counts[ends[1]], item_first = ends[2], ends[3], np.minimum(item_first, ends[4])
     (user_numbers, user_order), (item_numbers, item_order) = _in_order(firsts, n_rows), _in_order(item_first, n_rows)
-    if not len(user_order): raise AerecError('no interactions: the table is empty, or every row was dropped by the business rules')
+    if not len(user_order):
+        raise AerecError("no interactions: the table is empty, or every row was dropped by the business rules")
     shard = np.unique(_shard_of_users(counts[user_order], n_shards), return_inverse=True)[1].astype(np.int32)
-    starts = np.searchsorted(shard, np.arange(shard[-1]+2))
+    starts = np.searchsorted(shard, np.arange(shard[-1] + 2))
     refs = [ray.put(a) for a in (user_numbers, item_numbers, shard, bits)]
     flat = ray.remote(max_retries=-1)(_as_position)
     blocks, everywhere.shards = [flat.remote(s) for s in everywhere.shards], None
-    rows = data.from_arrow_refs(blocks).map_batches(_Renumber(refs).__call__, batch_size=None, batch_format='pandas')
+    rows = data.from_arrow_refs(blocks).map_batches(_Renumber(refs).__call__, batch_size=None, batch_format="pandas")
     del blocks
-    written = rows.groupby('shard').map_groups(_WriteShard(folder, starts, fingerprint).__call__, batch_format='pandas').to_pandas().sort_values('shard')
+    written = (
+        rows.groupby("shard")
+        .map_groups(_WriteShard(folder, starts, fingerprint).__call__, batch_format="pandas")
+        .to_pandas()
+        .sort_values("shard")
+    )
     own = [json.loads(f) for f in written.figures]
     keep_figures(own)
     figures += own
-    save_vocabulary(folder/'users.parquet', _as_ids(users.iloc[user_order].to_numpy()), 'user_id')
-    save_vocabulary(folder/'items.parquet', _as_ids(items.iloc[item_order].to_numpy()), 'item_id')
-    write_parquet(folder/'waterfall.parquet', report)
-    if len(bad): write_parquet(folder/'quarantine.parquet', bad)
-    write_parquet(folder/'figures.parquet', pd.DataFrame(figures))
-    files = ['users.parquet', 'items.parquet', 'waterfall.parquet', 'figures.parquet', *(['quarantine.parquet'] if len(bad) else [])]
-    shards = written[['file', 'start', 'stop', 'nnz', 'sha256']].astype(dict(start=object, stop=object, nnz=object)).to_dict('records')
-    write_json(folder/'manifest.json', dict(fingerprint=fingerprint, n_users=len(user_order), n_items=len(item_order), nnz=int(written.nnz.sum()), n_rows=n_rows, n_duplicates=n_duplicates, feedback=di.feedback_of(known), scale=rating_scale,
-                                            has_times='timestamp' in known, shards=shards, files={name: sha256_file(folder/name) for name in files}))
-    for stale in set(folder.glob('shard-*')) - {folder/f for s in shards for f in (s['file'], Path(s['file']).with_suffix('.json').name)}: stale.unlink()
-    return Shards(folder, read_json(folder/'manifest.json'), pd.DataFrame(figures))
+    save_vocabulary(folder / "users.parquet", _as_ids(users.iloc[user_order].to_numpy()), "user_id")
+    save_vocabulary(folder / "items.parquet", _as_ids(items.iloc[item_order].to_numpy()), "item_id")
+    write_parquet(folder / "waterfall.parquet", report)
+    if len(bad):
+        write_parquet(folder / "quarantine.parquet", bad)
+    write_parquet(folder / "figures.parquet", pd.DataFrame(figures))
+    files = [
+        "users.parquet",
+        "items.parquet",
+        "waterfall.parquet",
+        "figures.parquet",
+        *(["quarantine.parquet"] if len(bad) else []),
+    ]
+    shards = (
+        written[["file", "start", "stop", "nnz", "sha256"]]
+        .astype(dict(start=object, stop=object, nnz=object))
+        .to_dict("records")
+    )
+    write_json(
+        folder / "manifest.json",
+        dict(
+            fingerprint=fingerprint,
+            n_users=len(user_order),
+            n_items=len(item_order),
+            nnz=int(written.nnz.sum()),
+            n_rows=n_rows,
+            n_duplicates=n_duplicates,
+            feedback=di.feedback_of(known),
+            scale=rating_scale,
+            has_times="timestamp" in known,
+            shards=shards,
+            files={name: sha256_file(folder / name) for name in files},
+        ),
+    )
+    for stale in set(folder.glob("shard-*")) - {
+        folder / f for s in shards for f in (s["file"], Path(s["file"]).with_suffix(".json").name)
+    }:
+        stale.unlink()
+    return Shards(folder, read_json(folder / "manifest.json"), pd.DataFrame(figures))
 
 # %% ../nbs/06a_scale.ipynb #ea975c17
-PANEL_BYTES = 2**26 # of a panel of the Gram matrix at most
+PANEL_BYTES = 2**26  # of a panel of the Gram matrix at most
+
 
 def _parts(
-    histories, # CSR matrix, or `Shards`
-    n: int,    # parts, where it is a matrix
-) -> list: # of references to CSR matrices in Ray's store
+    histories,  # CSR matrix, or `Shards`
+    n: int,  # parts, where it is a matrix
+) -> list:  # of references to CSR matrices in Ray's store
     "Users in parts that workers can take; shards are read by workers."
     ray = ray_module()
     if sparse.issparse(histories):
-        bounds = np.linspace(0, histories.shape[0], n+1).astype(int)
+        bounds = np.linspace(0, histories.shape[0], n + 1).astype(int)
         return [ray.put(histories[a:b]) for a, b in zip(bounds, bounds[1:]) if b > a]
     read = ray.remote(lambda folder, number: Shards.open(folder).read(number))
     return [read.remote(str(histories.folder), number) for number in range(histories.n_shards)]
 
 
-def _grouped(parts, n): return [list(group) for group in np.array_split(np.array(parts, object), min(n, len(parts)))]
+def _grouped(parts, n):
+    return [list(group) for group in np.array_split(np.array(parts, object), min(n, len(parts)))]
 
 # %% ../nbs/06a_scale.ipynb #f29babc2
 def _count(*parts):
     "Interactions of each user and of each item."
     began = time.perf_counter()
     lengths = [np.diff(X.indptr) for X in parts]
-    return np.concatenate(lengths), sum(np.bincount(X.indices, minlength=X.shape[1]) for X in parts), task_figures('counts', sum(map(len, lengths)), began)
+    return (
+        np.concatenate(lengths),
+        sum(np.bincount(X.indices, minlength=X.shape[1]) for X in parts),
+        task_figures("counts", sum(map(len, lengths)), began),
+    )
+
 
 def _sum_of(what, weights, *parts):
     "A sum over some users: squares of the items, or what a vector becomes."
     began, at, total = time.perf_counter(), 0, 0
     for X in parts:
-        own = None if weights is None else weights[at:at+X.shape[0]]
+        own = None if weights is None else weights[at : at + X.shape[0]]
         total, at = total + what(Rows(X), own), at + X.shape[0]
-    return total, task_figures('sums', at, began)
+    return total, task_figures("sums", at, began)
+
 
 def _panel(start, stop, dtype, roots, *parts):
     "Columns of the Gram matrix of some users."
     began, at, total = time.perf_counter(), 0, 0
     for X in parts:
-        A = scaled(X, None if roots is None else roots[at:at+X.shape[0]]).T.tocsr().astype(dtype, copy=False)
+        A = scaled(X, None if roots is None else roots[at : at + X.shape[0]]).T.tocsr().astype(dtype, copy=False)
         at += X.shape[0]
-        dense = A.nnz*A.shape[0] < MEETING*float((np.diff(X.indptr).astype(np.float64)**2).sum())
-        step = min(512, max(16, 2**22//A.shape[1])) if dense else max(1, 2**22//A.shape[0])
-        made = np.zeros((A.shape[0]-start, stop-start), dtype)
-        for first in range(start, stop, step): made[first-start:, first-start:min(first+step, stop)-start] = gram_columns(A, first, min(first+step, stop), dense)
+        dense = A.nnz * A.shape[0] < MEETING * float((np.diff(X.indptr).astype(np.float64) ** 2).sum())
+        step = min(512, max(16, 2**22 // A.shape[1])) if dense else max(1, 2**22 // A.shape[0])
+        made = np.zeros((A.shape[0] - start, stop - start), dtype)
+        for first in range(start, stop, step):
+            made[first - start :, first - start : min(first + step, stop) - start] = gram_columns(
+                A, first, min(first + step, stop), dense
+            )
         total = total + made
-    return total, task_figures('Gram matrix', at, began)
+    return total, task_figures("Gram matrix", at, began)
 
 # %% ../nbs/06a_scale.ipynb #5614f82d
 class RowsOnRay(Rows):
     "Sums over users that workers add up."
-    def __init__(self,
-        histories, # CSR matrix or `Shards`, [n_users, n_items]
+
+    def __init__(
+        self,
+        histories,  # CSR matrix or `Shards`, [n_users, n_items]
         scale: ScaleSettings,
     ):
         self.ray, self.scale, self.X = ray_module(), scale, histories
@@ -1110,101 +1731,145 @@ class RowsOnRay(Rows):
         made = self.ray.remote(max_retries=-1)(function)
         return self.ray.get([made.remote(*a) for a in arguments])
 
-    def _own(self, values): return [None if values is None else self.ray.put(values[a:b]) for a, b in zip(self.starts, self.starts[1:])]
+    def _own(self, values):
+        return [None if values is None else self.ray.put(values[a:b]) for a, b in zip(self.starts, self.starts[1:])]
 
     def _added(self, what, weights):
         found = self._ask(_sum_of, [(what, w, *g) for w, g in zip(self._own(weights), self.groups)])
         keep_figures([f for _, f in found])
         return sum(part for part, _ in found)
 
-    def squares(self, weights): return self._added(Rows.squares, weights)
-    def times(self, weights, v): return self._added(partial(_times, v=v), weights)
+    def squares(self, weights):
+        return self._added(Rows.squares, weights)
+
+    def times(self, weights, v):
+        return self._added(partial(_times, v=v), weights)
 
     def gram(self, roots, dtype):
         ray, n, roots = self.ray, self.shape[1], self._own(roots)
-        G, width = np.zeros((n, n), dtype), max(1, int(PANEL_BYTES//(n*np.dtype(dtype).itemsize)))
+        G, width = np.zeros((n, n), dtype), max(1, int(PANEL_BYTES // (n * np.dtype(dtype).itemsize)))
         panel, add, waiting = ray.remote(num_returns=2, max_retries=-1)(_panel), ray.remote(max_retries=-1)(_plus), []
         starts = list(range(0, n, width))
-        with tqdm(total=len(starts), desc='Gram matrix', file=sys.stdout, mininterval=1, disable=len(starts) < 8, bar_format='{desc} |{bar:20}| {percentage:.0f} %, {elapsed} so far, {remaining} left') as bar:
+        with tqdm(
+            total=len(starts),
+            desc="Gram matrix",
+            file=sys.stdout,
+            mininterval=1,
+            disable=len(starts) < 8,
+            bar_format="{desc} |{bar:20}| {percentage:.0f} %, {elapsed} so far, {remaining} left",
+        ) as bar:
             while starts or waiting:
-                while starts and len(waiting) < 3: # panels on their way: enough to keep all workers busy
+                while starts and len(waiting) < 3:  # panels on their way: enough to keep all workers busy
                     start = starts.pop(0)
-                    made = [panel.remote(start, min(start+width, n), dtype, r, *g) for r, g in zip(roots, self.groups)]
+                    made = [
+                        panel.remote(start, min(start + width, n), dtype, r, *g) for r, g in zip(roots, self.groups)
+                    ]
                     waiting.append((start, _tree([part for part, _ in made], add), [f for _, f in made]))
                 start, total, figures = waiting.pop(0)
-                G[start:, start:start+width] = ray.get(total)
+                G[start:, start : start + width] = ray.get(total)
                 keep_figures(ray.get(figures))
                 bar.update()
         return G
 
-def _times(rows, weights, v): return rows.times(weights, v)
-def _plus(a, b): return a + b
+
+def _times(rows, weights, v):
+    return rows.times(weights, v)
+
+
+def _plus(a, b):
+    return a + b
+
 
 def _tree(parts, add):
     "The sum of all, two and two together."
-    while len(parts) > 1: parts = [add.remote(*pair) if len(pair) > 1 else pair[0] for pair in (parts[i:i+2] for i in range(0, len(parts), 2))]
+    while len(parts) > 1:
+        parts = [
+            add.remote(*pair) if len(pair) > 1 else pair[0]
+            for pair in (parts[i : i + 2] for i in range(0, len(parts), 2))
+        ]
     return parts[0]
 
 # %% ../nbs/06a_scale.ipynb #dea83ce1
 def fit_model(
-    model,     # not yet fitted, from `modeling.create_model`
-    train,     # histories to learn from: CSR [n_users, n_items], or `Shards`
-    item_features: sparse.csr_matrix = None, # [n_items, n_features] for models that use them
-    scale: ScaleSettings = None, # of the settings; None: the defaults
-): # -> the model, fitted
+    model,  # not yet fitted, from `modeling.create_model`
+    train,  # histories to learn from: CSR [n_users, n_items], or `Shards`
+    item_features: sparse.csr_matrix = None,  # [n_items, n_features] for models that use them
+    scale: ScaleSettings = None,  # of the settings; None: the defaults
+):  # -> the model, fitted
     "`modeling.fit_model` by workers; models that are neither closed forms on items nor trained by gradients are fitted here, from whole histories."
-    scale = scale or ScaleSettings(engine='ray')
-    if hasattr(model, 'train_epoch'): return _fit_by_gradients(model, train, item_features, scale)
+    scale = scale or ScaleSettings(engine="ray")
+    if hasattr(model, "train_epoch"):
+        return _fit_by_gradients(model, train, item_features, scale)
     n_users, n_items = train.shape
-    primal = isinstance(model, LinearAutoEncoder) and model.n_head(n_items) == n_items and model.cost(n_users, n_items, train.nnz)[0] == 'primal'
-    if not primal: return fit_here(model, train if sparse.issparse(train) else train.gather().matrix, item_features)
+    primal = (
+        isinstance(model, LinearAutoEncoder)
+        and model.n_head(n_items) == n_items
+        and model.cost(n_users, n_items, train.nnz)[0] == "primal"
+    )
+    if not primal:
+        return fit_here(model, train if sparse.issparse(train) else train.gather().matrix, item_features)
     start_engine(scale)
-    if sparse.issparse(train): train = check_histories(train, what='train')
+    if sparse.issparse(train):
+        train = check_histories(train, what="train")
     return model.fit_rows(RowsOnRay(train, scale), item_features)
 
 # %% ../nbs/06a_scale.ipynb #350bd426
 @dataclass
 class _Data:
     "What a worker is given for a split: its own rows of train, its own users of valid."
+
     train: object
     valid: object
     fingerprint: str
 
+
 def _add_up(device, tensor):
     "Over all processes, in place."
     import torch.distributed as dist
-    if not dist.is_initialized() or dist.get_world_size() == 1: return
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
     moved = tensor.to(device)
     dist.all_reduce(moved)
-    if moved is not tensor: tensor.copy_(moved)
+    if moved is not tensor:
+        tensor.copy_(moved)
+
 
 def _worker(config):
     "What every worker of a training does: `training.train` on its share, or epochs without a look at validation."
     import ray
     from ray import train as ray_train
     from ray.train.torch import get_device
+
     context = ray_train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), get_device()
-    if device.type == 'cpu': torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS') or 1)) # the cores that Ray gave it
-    own = [X for X in ray.get(list(config['groups'][rank]))]
-    lengths, counts, features = ray.get(config['lengths']), ray.get(config['counts']), config['item_features']
-    X = own[0] if len(own) == 1 else sparse.vstack(own, format='csr')
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))  # the cores that Ray gave it
+    own = [X for X in ray.get(list(config["groups"][rank]))]
+    lengths, counts, features = ray.get(config["lengths"]), ray.get(config["counts"]), config["item_features"]
+    X = own[0] if len(own) == 1 else sparse.vstack(own, format="csr")
     del own
-    model = create_model(config['name'], **config['hyperparameters']).to(str(device))
-    model.max_memory_gib = config['max_memory_gib']
-    first = config['starts'][rank]
-    model.share = Share(np.arange(first, first+X.shape[0]), lengths, counts, partial(_add_up, device), rank)
+    model = create_model(config["name"], **config["hyperparameters"]).to(str(device))
+    model.max_memory_gib = config["max_memory_gib"]
+    first = config["starts"][rank]
+    model.share = Share(np.arange(first, first + X.shape[0]), lengths, counts, partial(_add_up, device), rank)
     ready = time.perf_counter()
+
     def told(row):
-        if rank == 0: config['queue'].put(row)
-    data = _Data(X, ray.get(config['folds'][rank]) if config['folds'] else None, config['fingerprint'])
+        if rank == 0:
+            config["queue"].put(row)
+
+    data = _Data(X, ray.get(config["folds"][rank]) if config["folds"] else None, config["fingerprint"])
     try:
-        if config['folds']: training.train(model, data, progress=False, item_features=features, after_epoch=told, **config['options'])
-        else: _epochs(model, data, features, told, config['options']['checkpoints'], config['options']['checkpoint_s'])
-    except AerecError as e: # would come again: Ray Train must not begin anew
-        config['queue'].put(dict(error=str(e)))
+        if config["folds"]:
+            training.train(model, data, progress=False, item_features=features, after_epoch=told, **config["options"])
+        else:
+            _epochs(model, data, features, told, config["options"]["checkpoints"], config["options"]["checkpoint_s"])
+    except AerecError as e:  # would come again: Ray Train must not begin anew
+        config["queue"].put(dict(error=str(e)))
         return
-    config['queue'].put(dict(figures=task_figures(f"training {config['name']}", X.shape[0], ready)))
+    config["queue"].put(dict(figures=task_figures(f"training {config['name']}", X.shape[0], ready)))
+
 
 def _epochs(model, data, features, told, folder, every_s):
     "All epochs of a model, without a look at validation."
@@ -1212,12 +1877,15 @@ def _epochs(model, data, features, told, folder, every_s):
     keep = training.Checkpoints(folder, data.fingerprint, every_s)
     at = keep.load(model)
     training.same_place(model, at)
+
     def after_batch(epoch, batch, total):
         at.batch, at.total = batch, total
-        if keep.due(): keep.save(model, at)
+        if keep.due():
+            keep.save(model, at)
+
     while at.epoch < model.num_epoch:
-        loss = model.train_epoch(rows, at.epoch+1, at.batch, at.total, after_batch)
-        at.epoch, at.batch, at.total = at.epoch+1, 0, 0.
+        loss = model.train_epoch(rows, at.epoch + 1, at.batch, at.total, after_batch)
+        at.epoch, at.batch, at.total = at.epoch + 1, 0, 0.0
         told(dict(epoch=at.epoch, loss=loss))
     at.finished = True
     keep.save(model, at)
@@ -1226,53 +1894,95 @@ def _epochs(model, data, features, told, folder, every_s):
 def _train_on_ray(model, histories, fold, fingerprint, item_features, scale, after_epoch, progress, options):
     "Start the workers and wait for them; what they come to is in the folder of checkpoints."
     start_engine(scale)
-    ray, ray_train = ray_module(), ray_module('ray.train')
-    ray_torch, queues = ray_module('ray.train.torch'), ray_module('ray.util.queue')
+    ray, ray_train = ray_module(), ray_module("ray.train")
+    ray_torch, queues = ray_module("ray.train.torch"), ray_module("ray.util.queue")
     rows = RowsOnRay(histories, scale)
     n_workers = len(rows.groups)
     queue = queues.Queue(actor_options=dict(num_cpus=0))
     counted = {k: ray.put(v) for k, v in dict(lengths=rows.lengths, counts=rows.counts).items()}
-    folds = None if fold is None else [ray.put(_some_of(fold, np.arange(r, len(fold), n_workers))) for r in range(n_workers)]
-    config = dict(name=model.name, hyperparameters=model.hyperparameters, max_memory_gib=model.max_memory_gib, groups=rows.groups, starts=rows.starts.tolist(), folds=folds, fingerprint=fingerprint,
-                  item_features=item_features, queue=queue, options=options, **counted)
-    gpu = model.device != 'cpu'
-    Path(options['checkpoints']).mkdir(parents=True, exist_ok=True)
-    storage = tempfile.mkdtemp(prefix='.ray-', dir=Path(options['checkpoints'])) # Ray Train's own notes; the checkpoints are ours
-    trainer = ray_torch.TorchTrainer(_worker, train_loop_config=config,
-                                     scaling_config=ray_train.ScalingConfig(num_workers=n_workers, use_gpu=gpu),
-                                     run_config=ray_train.RunConfig(name=model.name, storage_path=storage, failure_config=ray_train.FailureConfig(max_failures=MAX_DEATHS)))
-    try: _watch(trainer, queue, model, options, after_epoch, progress)
+    folds = (
+        None
+        if fold is None
+        else [ray.put(_some_of(fold, np.arange(r, len(fold), n_workers))) for r in range(n_workers)]
+    )
+    config = dict(
+        name=model.name,
+        hyperparameters=model.hyperparameters,
+        max_memory_gib=model.max_memory_gib,
+        groups=rows.groups,
+        starts=rows.starts.tolist(),
+        folds=folds,
+        fingerprint=fingerprint,
+        item_features=item_features,
+        queue=queue,
+        options=options,
+        **counted,
+    )
+    gpu = model.device != "cpu"
+    Path(options["checkpoints"]).mkdir(parents=True, exist_ok=True)
+    storage = tempfile.mkdtemp(
+        prefix=".ray-", dir=Path(options["checkpoints"])
+    )  # Ray Train's own notes; the checkpoints are ours
+    trainer = ray_torch.TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        scaling_config=ray_train.ScalingConfig(num_workers=n_workers, use_gpu=gpu),
+        run_config=ray_train.RunConfig(
+            name=model.name, storage_path=storage, failure_config=ray_train.FailureConfig(max_failures=MAX_DEATHS)
+        ),
+    )
+    try:
+        _watch(trainer, queue, model, options, after_epoch, progress)
     finally:
         queue.shutdown(force=True)
         shutil.rmtree(storage, ignore_errors=True)
     return rows.counts
 
-MAX_DEATHS = 20 # workers that may die before a training is given up
+
+MAX_DEATHS = 20  # workers that may die before a training is given up
+
 
 def _watch(trainer, queue, model, options, after_epoch, progress):
     "Run a trainer to its end, and show its epochs as they come."
-    done, n_epochs = {}, options['num_epoch'] or model.num_epoch
+    done, n_epochs = {}, options["num_epoch"] or model.num_epoch
+
     def fit():
-        try: done['result'] = trainer.fit()
-        except BaseException as e: done['error'] = e
+        try:
+            done["result"] = trainer.fit()
+        except BaseException as e:
+            done["error"] = e
+
     thread, seen = threading.Thread(target=fit, daemon=True), set()
     thread.start()
-    with tqdm(total=n_epochs, desc=model.name, file=sys.stdout, mininterval=1, disable=not progress, bar_format='{desc} |{bar:20}| {n} of {total} epochs at most, {elapsed} so far, {remaining} left at most{postfix}') as bar:
+    with tqdm(
+        total=n_epochs,
+        desc=model.name,
+        file=sys.stdout,
+        mininterval=1,
+        disable=not progress,
+        bar_format="{desc} |{bar:20}| {n} of {total} epochs at most, {elapsed} so far, {remaining} left at most{postfix}",
+    ) as bar:
         while thread.is_alive() or not queue.empty():
-            try: row = queue.get(timeout=.2)
-            except Exception: continue # nothing new
-            if 'error' in row:
-                done['error'] = AerecError(row['error'])
+            try:
+                row = queue.get(timeout=0.2)
+            except Exception:
+                continue  # nothing new
+            if "error" in row:
+                done["error"] = AerecError(row["error"])
                 continue
-            if 'figures' in row:
-                keep_figures([row['figures']])
+            if "figures" in row:
+                keep_figures([row["figures"]])
                 continue
-            if row['epoch'] in seen: continue # an epoch is told again when a worker died after it
-            seen.add(row['epoch'])
+            if row["epoch"] in seen:
+                continue  # an epoch is told again when a worker died after it
+            seen.add(row["epoch"])
             bar.update()
-            bar.set_postfix_str(', '.join(f'{k} {v:.4g}' for k, v in row.items() if k in ('loss', 'ndcg')))
-            if after_epoch: after_epoch(row)
-    if 'error' in done: raise _own_error(done['error'], model.name) from None
+            bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in row.items() if k in ("loss", "ndcg")))
+            if after_epoch:
+                after_epoch(row)
+    if "error" in done:
+        raise _own_error(done["error"], model.name) from None
+
 
 def _own_error(error, what):
     "The line that a worker said; Ray puts its own around it."
@@ -1280,99 +1990,203 @@ def _own_error(error, what):
     todo = [error]
     while todo:
         e = todo.pop()
-        if e is None or id(e) in seen: continue
+        if e is None or id(e) in seen:
+            continue
         seen.add(id(e))
-        if isinstance(e, AerecError) and not isinstance(e, ray_module().exceptions.RayError): return AerecError(str(e)) # Ray's own has a traceback in its text
-        todo += [e.__cause__, e.__context__, getattr(e, 'cause', None), *(getattr(e, 'worker_failures', None) or {}).values()]
-    said = [m[2] for line in str(error).splitlines() if (m := re.match(r'\s*(?:\w+\.)*(\w*(?:AerecError|Diverged))(?:\(\))?: (.*)', line))]
-    other = [line.strip() for line in str(error).splitlines() if re.match(r'\s*(?:\w+\.)*\w*(?:Error|Exception)\b.*: ', line)]
-    return AerecError(said[-1] if said else f'{what}: the workers failed: {other[-1] if other else _last_line(error)}')
+        if isinstance(e, AerecError) and not isinstance(e, ray_module().exceptions.RayError):
+            return AerecError(str(e))  # Ray's own has a traceback in its text
+        todo += [
+            e.__cause__,
+            e.__context__,
+            getattr(e, "cause", None),
+            *(getattr(e, "worker_failures", None) or {}).values(),
+        ]
+    said = [
+        m[2]
+        for line in str(error).splitlines()
+        if (m := re.match(r"\s*(?:\w+\.)*(\w*(?:AerecError|Diverged))(?:\(\))?: (.*)", line))
+    ]
+    other = [
+        line.strip() for line in str(error).splitlines() if re.match(r"\s*(?:\w+\.)*\w*(?:Error|Exception)\b.*: ", line)
+    ]
+    return AerecError(said[-1] if said else f"{what}: the workers failed: {other[-1] if other else _last_line(error)}")
+
 
 def _some_of(fold, rows):
     "Some users of a fold."
-    return replace(fold, users=fold.users[rows], input=fold.input[rows], target=fold.target[rows], n_targets=fold.n_targets[rows])
+    return replace(
+        fold, users=fold.users[rows], input=fold.input[rows], target=fold.target[rows], n_targets=fold.n_targets[rows]
+    )
 
 # %% ../nbs/06a_scale.ipynb #d0c38ab7
 def _fit_by_gradients(model, train, item_features, scale):
     "Epochs on workers; the weights come back through the last checkpoint."
-    if sparse.issparse(train): train = check_histories(train, what='train')
-    fingerprint = sha256_json([model.name, model.hyperparameters, train.shape, train.nnz, training.features_hash(item_features)])
+    if sparse.issparse(train):
+        train = check_histories(train, what="train")
+    fingerprint = sha256_json(
+        [model.name, model.hyperparameters, train.shape, train.nnz, training.features_hash(item_features)]
+    )
     with tempfile.TemporaryDirectory() as folder:
-        counts = _train_on_ray(model, train, None, fingerprint, item_features, scale, None, True, dict(checkpoints=folder, checkpoint_s=60, num_epoch=None))
-        model.prepare(sparse.csr_matrix(counts[None] > 0, dtype=np.float32), item_features) # nothing is learned here: which items there are is enough
+        counts = _train_on_ray(
+            model,
+            train,
+            None,
+            fingerprint,
+            item_features,
+            scale,
+            None,
+            True,
+            dict(checkpoints=folder, checkpoint_s=60, num_epoch=None),
+        )
+        model.prepare(
+            sparse.csr_matrix(counts[None] > 0, dtype=np.float32), item_features
+        )  # nothing is learned here: which items there are is enough
         training.Checkpoints(folder, fingerprint).load(model)
     return model
 
+
 def train(
-    model, # not yet fitted, from `modeling.create_model`
-    split, # learns from `split.train`, is watched on `split.valid`
-    num_epoch: int = None, patience: int = None, topk: int = 10, progress: bool = True, metric: str = 'ndcg', item_features = None, max_valid_users: int = 10_000,
-    checkpoints: Path = None, # folder that all workers see, to keep checkpoints in and to go on from; None: a temporary one on this machine
-    checkpoint_s: float = 60, after_epoch = None,
-    scale: ScaleSettings = None, # of the settings; None: the defaults
-) -> pd.DataFrame: # a row an epoch, as `training.train` gives it
+    model,  # not yet fitted, from `modeling.create_model`
+    split,  # learns from `split.train`, is watched on `split.valid`
+    num_epoch: int = None,
+    patience: int = None,
+    topk: int = 10,
+    progress: bool = True,
+    metric: str = "ndcg",
+    item_features=None,
+    max_valid_users: int = 10_000,
+    checkpoints: Path = None,  # folder that all workers see, to keep checkpoints in and to go on from; None: a temporary one on this machine
+    checkpoint_s: float = 60,
+    after_epoch=None,
+    scale: ScaleSettings = None,  # of the settings; None: the defaults
+) -> pd.DataFrame:  # a row an epoch, as `training.train` gives it
     "`training.train` by workers: the same arguments, the same table, the model with the weights of its best epoch."
-    scale = scale or ScaleSettings(engine='ray')
+    scale = scale or ScaleSettings(engine="ray")
     same = dict(topk=topk, metric=metric, item_features=item_features, max_valid_users=max_valid_users)
-    if not hasattr(model, 'train_epoch'): return training.train(model, split, fit=partial(fit_model, scale=scale), **same)
-    if split.valid is None: raise AerecError('the split has no valid fold to watch: train before the split is refitted, or call fit_model')
+    if not hasattr(model, "train_epoch"):
+        return training.train(model, split, fit=partial(fit_model, scale=scale), **same)
+    if split.valid is None:
+        raise AerecError("the split has no valid fold to watch: train before the split is refitted, or call fit_model")
     with tempfile.TemporaryDirectory() if checkpoints is None else nullcontext(checkpoints) as folder:
-        options = dict(num_epoch=num_epoch or model.num_epoch, patience=patience or training.default_patience(model, split), topk=topk, metric=metric, max_valid_users=max_valid_users,
-                       checkpoints=str(folder), checkpoint_s=checkpoint_s)
-        _train_on_ray(model, split.train, training.some_users(split.valid, max_valid_users), split.fingerprint, item_features, scale, after_epoch, progress, options)
-        return training.train(model, split, progress=False, item_features=item_features, **options) # takes up the finished checkpoint
+        options = dict(
+            num_epoch=num_epoch or model.num_epoch,
+            patience=patience or training.default_patience(model, split),
+            topk=topk,
+            metric=metric,
+            max_valid_users=max_valid_users,
+            checkpoints=str(folder),
+            checkpoint_s=checkpoint_s,
+        )
+        _train_on_ray(
+            model,
+            split.train,
+            training.some_users(split.valid, max_valid_users),
+            split.fingerprint,
+            item_features,
+            scale,
+            after_epoch,
+            progress,
+            options,
+        )
+        return training.train(
+            model, split, progress=False, item_features=item_features, **options
+        )  # takes up the finished checkpoint
 
 # %% ../nbs/06a_scale.ipynb #2192f6ea
 class _Lists:
     "A worker with a bundle."
+
     def __init__(self, bundle, users, **options):
         from aerec_nb.packaging import load_bundle
+
         began = time.perf_counter()
         self.recommender, self.options = load_bundle(bundle), options
-        self.users = self.recommender.users if users is None else users if isinstance(users, list) else ray_module().get(users) # Ray may have looked it up
-        self.loading = [task_figures('loading the bundle', 0, began)]
+        self.users = (
+            self.recommender.users if users is None else users if isinstance(users, list) else ray_module().get(users)
+        )  # Ray may have looked it up
+        self.loading = [task_figures("loading the bundle", 0, began)]
 
     def __call__(self, rows):
         figures, self.loading = self.loading, []
-        for path, start, n in zip(rows['path'], rows['start'], rows['n']):
+        for path, start, n in zip(rows["path"], rows["start"], rows["n"]):
             began = time.perf_counter()
-            make_shards(self.recommender, [(Path(str(path)), int(start), self.users[int(start):int(start+n)])], **self.options)
-            figures.append(task_figures('lists', n, began))
+            make_shards(
+                self.recommender,
+                [(Path(str(path)), int(start), self.users[int(start) : int(start + n)])],
+                **self.options,
+            )
+            figures.append(task_figures("lists", n, began))
         return pd.DataFrame(figures)
 
+
 def recommend_batch(
-    bundle, # folder or zip of a bundle, or a `Recommender` loaded from one
-    user_ids: list = None, # None: all known users
-    k: int = 10, # length of each list
-    exclude_seen: bool = True, # leave out what the user has, or rated too low to want it
-    folder: Path = None, # where to write the shards; all workers must see it
-    shard_users: int = 50_000, # users a shard
-    progress = None, # function(users done), called after each shard
-    now: float = None, # seconds since 1970; None: the clock
-    scale: ScaleSettings = None, # of the settings; None: the defaults
-) -> pd.DataFrame: # a row a shard, as `inference.write_shards` gives it
+    bundle,  # folder or zip of a bundle, or a `Recommender` loaded from one
+    user_ids: list = None,  # None: all known users
+    k: int = 10,  # length of each list
+    exclude_seen: bool = True,  # leave out what the user has, or rated too low to want it
+    folder: Path = None,  # where to write the shards; all workers must see it
+    shard_users: int = 50_000,  # users a shard
+    progress=None,  # function(users done), called after each shard
+    now: float = None,  # seconds since 1970; None: the clock
+    scale: ScaleSettings = None,  # of the settings; None: the defaults
+) -> pd.DataFrame:  # a row a shard, as `inference.write_shards` gives it
     "`Recommender.recommend_batch(folder=...)` by workers: the same shards."
     from aerec_nb.packaging import load_bundle
+
     k = check_k(k)
-    if folder is None: raise AerecError('folder: say where the lists shall be written; workers have no other way to give them back')
-    scale, r = scale or ScaleSettings(engine='ray'), bundle if isinstance(bundle, Recommender) else load_bundle(bundle)
-    if not (path := r.info.get('folder')): raise AerecError('bundle: workers load it themselves, so give the folder of a bundle, or what load_bundle made of one')
-    make = partial(_make_on_ray, str(Path(path).absolute()), scale, None if user_ids is None else list(user_ids), k=k, exclude_seen=exclude_seen)
-    return write_shards(r, Path(folder).absolute(), r.users if user_ids is None else list(user_ids), k, exclude_seen, shard_users, progress, now, make)
+    if folder is None:
+        raise AerecError("folder: say where the lists shall be written; workers have no other way to give them back")
+    scale, r = scale or ScaleSettings(engine="ray"), bundle if isinstance(bundle, Recommender) else load_bundle(bundle)
+    if not (path := r.info.get("folder")):
+        raise AerecError(
+            "bundle: workers load it themselves, so give the folder of a bundle, or what load_bundle made of one"
+        )
+    make = partial(
+        _make_on_ray,
+        str(Path(path).absolute()),
+        scale,
+        None if user_ids is None else list(user_ids),
+        k=k,
+        exclude_seen=exclude_seen,
+    )
+    return write_shards(
+        r,
+        Path(folder).absolute(),
+        r.users if user_ids is None else list(user_ids),
+        k,
+        exclude_seen,
+        shard_users,
+        progress,
+        now,
+        make,
+    )
+
 
 def _make_on_ray(bundle, scale, users, missing, now, progress, **options):
     "Hand the missing shards out to workers that have the bundle."
-    if not missing: return
+    if not missing:
+        return
     start_engine(scale)
-    ray, data = ray_module(), ray_module('ray.data')
-    shards = data.from_items([dict(path=str(path), start=start, n=len(of)) for path, start, of in missing], override_num_blocks=len(missing))
-    made = shards.map_batches(_Lists, fn_constructor_args=(bundle, None if users is None else ray.put(users)), fn_constructor_kwargs=dict(options, now=now), batch_size=1, batch_format='pandas',
-                              compute=data.ActorPoolStrategy(size=min(scale.n_workers, len(missing))), num_cpus=1)
+    ray, data = ray_module(), ray_module("ray.data")
+    shards = data.from_items(
+        [dict(path=str(path), start=start, n=len(of)) for path, start, of in missing], override_num_blocks=len(missing)
+    )
+    made = shards.map_batches(
+        _Lists,
+        fn_constructor_args=(bundle, None if users is None else ray.put(users)),
+        fn_constructor_kwargs=dict(options, now=now),
+        batch_size=1,
+        batch_format="pandas",
+        compute=data.ActorPoolStrategy(size=min(scale.n_workers, len(missing))),
+        num_cpus=1,
+    )
     done = 0
     try:
         with calm():
             for row in made.iter_rows():
                 keep_figures([row])
-                done += row['rows']
-                if progress: progress(done)
-    except ray.exceptions.RayError as e: raise _own_error(e, 'recommend_batch') from None
+                done += row["rows"]
+                if progress:
+                    progress(done)
+    except ray.exceptions.RayError as e:
+        raise _own_error(e, "recommend_batch") from None

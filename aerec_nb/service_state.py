@@ -36,9 +36,9 @@ def count_values(
     text: bytes,  # a JSON text, right or wrong
 ) -> int:  # at least as many as there are
     "Count the values of a JSON text without parsing it."
-    text = np.frombuffer(text.replace(b'\\\\', b'').replace(b'\\"', b''), np.uint8)
+    text = np.frombuffer(text.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
     in_string = np.cumsum(text == ord('"'), dtype=np.uint8) & 1  # it wraps at 256, which keeps odd and even apart
-    begins_value = (text == ord(',')) | (text == ord('[')) | (text == ord('{'))
+    begins_value = (text == ord(",")) | (text == ord("[")) | (text == ord("{"))
     return 1 + int(np.count_nonzero(begins_value & (in_string == 0)))
 
 # %% ../nbs/05c_service_state.ipynb #e9e27975
@@ -50,7 +50,7 @@ class BadBody(AerecError):
         code: str,  # 'json_invalid', 'too_many_values', 'missing' or 'invalid'
         errors: list,  # dicts with type, loc and msg, as pydantic reports them
     ):
-        super().__init__(errors[0]['msg'])
+        super().__init__(errors[0]["msg"])
         self.code = code
         self.errors = errors
 
@@ -61,23 +61,23 @@ def parse_body(
 ):  # -> what the adapter makes of it
     "Parse a JSON body and check it; raises `BadBody`."
     if not text.strip():
-        raise _bad_body('missing', 'there is no body; send JSON')
+        raise _bad_body("missing", "there is no body; send JSON")
     if len(text) > SMALL_BODY and count_values(text) > MAX_VALUES:
-        raise _bad_body('too_many_values', f'the body has more than {MAX_VALUES:,} values; send less at a time')
+        raise _bad_body("too_many_values", f"the body has more than {MAX_VALUES:,} values; send less at a time")
     try:
         given = from_json(text)
     except ValueError as e:
-        raise _bad_body('json_invalid', str(e)) from None
+        raise _bad_body("json_invalid", str(e)) from None
     try:
         return adapter.validate_python(given)
     except ValidationError as e:
         errors = e.errors(include_url=False, include_input=False, include_context=False)
-        raise BadBody('invalid', [{**error, 'loc': ('body', *error['loc'])} for error in errors]) from None
+        raise BadBody("invalid", [{**error, "loc": ("body", *error["loc"])} for error in errors]) from None
 
 
 def _bad_body(code: str, message: str) -> BadBody:
     "A body that is refused as a whole."
-    return BadBody(code, [{'type': code, 'loc': ('body',), 'msg': message}])
+    return BadBody(code, [{"type": code, "loc": ("body",), "msg": message}])
 
 # %% ../nbs/05c_service_state.ipynb #ead8c9c9
 class RequestThreads:
@@ -128,7 +128,9 @@ class LogReader:
         self,
         read_new,  # function() that reads what is new
         version,  # function() -> another number than before: a worker told of something new
-        on_change=lambda error: None,  # function(exception or None), called when reading begins to fail, and when it works again
+        on_change=lambda error: (
+            None
+        ),  # function(exception or None), called when reading begins to fail, and when it works again
     ):
         self._read_new, self._version, self._on_change = read_new, version, on_change
         self._lock, self._wake, self._stopped = threading.Lock(), threading.Event(), False
@@ -144,7 +146,7 @@ class LogReader:
         "Begin to read; nothing happens where it has begun."
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name='log-reader', daemon=True)
+                self._thread = threading.Thread(target=self._work, name="log-reader", daemon=True)
                 self._thread.start()
 
     def stop(self) -> None:
@@ -267,7 +269,7 @@ class LogHealth:
         end = time.monotonic() + self._patience_s
         while self._running:
             if time.monotonic() > end:
-                return f'the event log did not answer within {self._patience_s:g} s'
+                return f"the event log did not answer within {self._patience_s:g} s"
             await asyncio.sleep(0.005)
         return self._error
 
@@ -276,7 +278,7 @@ class LogHealth:
         with self._lock:
             if not self._running:
                 self._running = True
-                threading.Thread(target=self._look, name='log-health', daemon=True).start()
+                threading.Thread(target=self._look, name="log-health", daemon=True).start()
 
     def _look(self) -> None:
         "Check once."
@@ -289,7 +291,7 @@ class LogHealth:
             self._running = False
 
 # %% ../nbs/05c_service_state.ipynb #740a19a5
-BAN_COMMENT = '# banned through the service, one item id a line'
+BAN_COMMENT = "# banned through the service, one item id a line"
 
 
 class BadItemId(AerecError):
@@ -301,12 +303,14 @@ def ban_file(
 ) -> Path:  # of the list of this environment
     "Find the list of items that were banned through the service, or begin one; raises `AerecError` where it cannot be read."
     var = Path(settings.paths.var_dir)
-    path = var / f'bans-{settings.env}.txt'
-    kept_before = path.with_name(f'{path.name}.lock').exists()
+    path = var / f"bans-{settings.env}.txt"
+    kept_before = path.with_name(f"{path.name}.lock").exists()
     with alone(path):
         if not path.exists():
             if kept_before:
-                raise AerecError(f'{path}: the list of banned items is missing; restore it, or delete {path.name}.lock too if nothing is banned')
+                raise AerecError(
+                    f"{path}: the list of banned items is missing; restore it, or delete {path.name}.lock too if nothing is banned"
+                )
             _write_bans(path, _bans_of_all_environments(var))
         banned_through_service(path)
     return path
@@ -314,7 +318,7 @@ def ban_file(
 
 def _bans_of_all_environments(var: Path) -> list:  # of str
     "Read the list that all environments shared before each had its own; nothing where there is none."
-    shared = var / 'bans.txt'
+    shared = var / "bans.txt"
     return banned_through_service(shared) if shared.exists() else []
 
 
@@ -322,11 +326,13 @@ def banned_through_service(
     path: Path,  # from `ban_file`
 ) -> list:  # of str
     "Read the ids of banned items; raises `AerecError` where the list is missing or damaged."
-    ids = read_ids(path, 'item_id', 'the list of banned items', may_be_empty=True)
+    ids = read_ids(path, "item_id", "the list of banned items", may_be_empty=True)
     with file_errors(path):
         begins_well = path.read_bytes().startswith(BAN_COMMENT.encode())
     if not begins_well:
-        raise AerecError(f"the list of banned items {path}: it does not begin with '{BAN_COMMENT}', so it is damaged; restore it")
+        raise AerecError(
+            f"the list of banned items {path}: it does not begin with '{BAN_COMMENT}', so it is damaged; restore it"
+        )
     return ids
 
 
@@ -353,11 +359,14 @@ def change_bans(
 
 def _write_bans(path: Path, ids: list) -> None:
     "Write the list whole, or leave it as it was; an id is put in quotes where it would be read as something else."
-    lines = [BAN_COMMENT, *(f'"{id}"' if id[:1] + id[-1:] == '""' or '#' in id or id != id.strip() else id for id in ids)]
+    lines = [
+        BAN_COMMENT,
+        *(f'"{id}"' if id[:1] + id[-1:] == '""' or "#" in id or id != id.strip() else id for id in ids),
+    ]
     with atomic_path(path) as temporary:
-        temporary.write_bytes(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
+        temporary.write_bytes(("\n".join(lines) + "\n").encode("utf-8", "replace"))
         if not _holds(temporary, ids):
-            raise BadItemId(f'{ids[-1]!r} cannot be a line of the list of banned items')
+            raise BadItemId(f"{ids[-1]!r} cannot be a line of the list of banned items")
 
 
 def _holds(path: Path, ids: list) -> bool:

@@ -39,7 +39,20 @@ from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -50,312 +63,548 @@ from .packaging import Registry, load_bundle
 from .blocklist import BlocklistUnavailable
 from .limits import Deadline, DeadlineExceeded
 from .postprocessing import ban_list
-from .transport import RouteTable, Throttle, add_docs, add_security_headers, allowed_hosts, check_exposure, client_network, connection_cap, has_body, page_policy, proxy_options, reads_body, run_server, takes_json
+from aerec_nb.transport import (
+    RouteTable,
+    Throttle,
+    add_docs,
+    add_security_headers,
+    allowed_hosts,
+    check_exposure,
+    client_network,
+    connection_cap,
+    has_body,
+    page_policy,
+    proxy_options,
+    reads_body,
+    run_server,
+    takes_json,
+)
 from .runs import read_json, write_json, write_parquet
-from .service_state import BadItemId, ServiceBans, ban_file, banned_through_service, change_bans, LOG_ERRORS, PATIENCE_S, SMALL_BODY, BadBody, LogHealth, LogReader, RequestThreads, first_line, parse_body
+from aerec_nb.service_state import (
+    BadItemId,
+    ServiceBans,
+    ban_file,
+    banned_through_service,
+    change_bans,
+    LOG_ERRORS,
+    PATIENCE_S,
+    SMALL_BODY,
+    BadBody,
+    LogHealth,
+    LogReader,
+    RequestThreads,
+    first_line,
+    parse_body,
+)
 
 # %% ../nbs/05a_serving.ipynb #5b60af42
-MAX_HISTORY = 10_000 # items in a history or another list of items
-MAX_IN_QUERY = 100 # items in a list behind a question mark
-MAX_EVENTS = 1_000 # events in one report
-MAX_BATCH = 100 # requests in one batch
-MAX_BODY = 2 * 2**20 # bytes of a request's body
-MAX_PAGED = 1_000 # items that a page may come after
-MAX_TOKEN = 20_000 # characters of a page's token
-MAX_FIELDS = 200 # parts behind a question mark
-MAX_WAIT = 10. # seconds that a stopping service takes to finish what it has
-MAX_HEAD = 12*MAX_ID*(MAX_IN_QUERY+1) + 20_000 + 2**14 # bytes of address and headers: ids of four-byte characters, percent-encoded, a page, and 16 KiB of headers
+MAX_HISTORY = 10_000  # items in a history or another list of items
+MAX_IN_QUERY = 100  # items in a list behind a question mark
+MAX_EVENTS = 1_000  # events in one report
+MAX_BATCH = 100  # requests in one batch
+MAX_BODY = 2 * 2**20  # bytes of a request's body
+MAX_PAGED = 1_000  # items that a page may come after
+MAX_TOKEN = 20_000  # characters of a page's token
+MAX_FIELDS = 200  # parts behind a question mark
+MAX_WAIT = 10.0  # seconds that a stopping service takes to finish what it has
+MAX_HEAD = (
+    12 * MAX_ID * (MAX_IN_QUERY + 1) + 20_000 + 2**14
+)  # bytes of address and headers: ids of four-byte characters, percent-encoded, a page, and 16 KiB of headers
 
-Text = Annotated[StrictStr, Field(min_length=1, max_length=MAX_ID, pattern=r'^[^\x00]*$')]
-Number = Annotated[StrictInt, Field(ge=-2**63, lt=2**63)]
-Id = Annotated[Number | Text, Field(union_mode='left_to_right')]
+Text = Annotated[StrictStr, Field(min_length=1, max_length=MAX_ID, pattern=r"^[^\x00]*$")]
+Number = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+Id = Annotated[Number | Text, Field(union_mode="left_to_right")]
 Ids = Annotated[list[Id], Field(max_length=MAX_HISTORY, fail_fast=True)]
 K = Annotated[StrictInt, Field(ge=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-PathId = Annotated[str, PathParameter(min_length=1, max_length=MAX_ID, pattern=r'^[^\x00]*$')]
+PathId = Annotated[str, PathParameter(min_length=1, max_length=MAX_ID, pattern=r"^[^\x00]*$")]
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra='forbid')
+    model_config = ConfigDict(extra="forbid")
 
-    @model_validator(mode='before')
+    @model_validator(mode="before")
     @classmethod
     def _one_unknown_field(cls, given):
         "Name the first unknown field; pydantic would make an error of each."
         names = given if isinstance(given, dict) else ()
         unknown = next((name for name in names if name not in cls.model_fields), None)
-        if unknown is None: return given
-        raise PydanticCustomError('unknown_field', "unknown field '{name}'; valid ones are {valid}", {'name': unknown[:50], 'valid': ', '.join(cls.model_fields)})
+        if unknown is None:
+            return given
+        raise PydanticCustomError(
+            "unknown_field",
+            "unknown field '{name}'; valid ones are {valid}",
+            {"name": unknown[:50], "valid": ", ".join(cls.model_fields)},
+        )
+
 
 def _at_most_20(given):
     "Refuse an object with many keys before each of them is checked."
-    if isinstance(given, dict) and len(given) > 20: raise PydanticCustomError('too_long', 'at most 20 names are allowed, not {n}', {'n': len(given)})
+    if isinstance(given, dict) and len(given) > 20:
+        raise PydanticCustomError("too_long", "at most 20 names are allowed, not {n}", {"n": len(given)})
     return given
+
 
 class Wishes(_Strict):
     "What may follow the question mark of a request for a list."
-    k: int|None = Field(None, ge=1, description='length of the list; the service has an upper limit')
-    fallback: Literal['popular', 'none'] = Field('popular', description='where nothing is known: popular items, or 404')
-    exclude_seen: bool = Field(True, description='leave out what the user has, or rated too low')
-    exclude: list[Annotated[str, Field(max_length=MAX_ID)]] = Field([], max_length=MAX_IN_QUERY, description='further item ids to leave out; more of them can be posted')
-    diversity: Annotated[Finite, Field(ge=0, le=1)]|None = Field(None, description='0 to 1; missing: as the service has it')
-    max_per_category: int|None = Field(None, ge=1, description='most items of one genre')
-    min_score: Finite|None = Field(None, description='what scores less is not shown')
-    explain: bool = Field(False, description='say why each item is there')
-    dry_run: bool = Field(False, description='answer, and leave no trace in the log')
-    arm: Annotated[str, Field(min_length=1, max_length=50, pattern=r'^[\w.-]+$')]|None = Field(None, description='arm of an experiment, for the log')
-    page: Annotated[str, Field(max_length=MAX_TOKEN)]|None = Field(None, description='next_page of the answer before: the list goes on without repeats')
+
+    k: int | None = Field(None, ge=1, description="length of the list; the service has an upper limit")
+    fallback: Literal["popular", "none"] = Field("popular", description="where nothing is known: popular items, or 404")
+    exclude_seen: bool = Field(True, description="leave out what the user has, or rated too low")
+    exclude: list[Annotated[str, Field(max_length=MAX_ID)]] = Field(
+        [], max_length=MAX_IN_QUERY, description="further item ids to leave out; more of them can be posted"
+    )
+    diversity: Annotated[Finite, Field(ge=0, le=1)] | None = Field(
+        None, description="0 to 1; missing: as the service has it"
+    )
+    max_per_category: int | None = Field(None, ge=1, description="most items of one genre")
+    min_score: Finite | None = Field(None, description="what scores less is not shown")
+    explain: bool = Field(False, description="say why each item is there")
+    dry_run: bool = Field(False, description="answer, and leave no trace in the log")
+    arm: Annotated[str, Field(min_length=1, max_length=50, pattern=r"^[\w.-]+$")] | None = Field(
+        None, description="arm of an experiment, for the log"
+    )
+    page: Annotated[str, Field(max_length=MAX_TOKEN)] | None = Field(
+        None, description="next_page of the answer before: the list goes on without repeats"
+    )
+
 
 class RecommendBody(_Strict):
     "A request for a list, with everything that can be said."
-    model_config = ConfigDict(extra='forbid', json_schema_extra={'examples': [{'history': [50, 110], 'k': 10}, {'user_id': 7, 'k': 5, 'diversity': .3, 'filter': {'any': [{'genres': ['Comedy', 'Drama']}]}, 'explain': True}]})
-    history: Ids|None = Field(None, description='item ids, added to what is known of the user')
-    user_id: Id|None = Field(None, description='a user, if there is one')
-    k: K|None = Field(None, description='length of the list; the service has an upper limit')
-    fallback: Literal['popular', 'none'] = Field('popular', description='where nothing is known: popular items, or 404')
-    exclude_seen: StrictBool = Field(True, description='leave out what the user has, or rated too low')
-    exclude: Ids = Field([], description='further item ids to leave out')
-    candidates: Ids|None = Field(None, description='item ids to choose among; missing: all')
-    filter: Annotated[dict[str, Any], Field(max_length=10)]|None = Field(None, description="which items may be shown: {'any' | 'all' | 'none': [{column: value, values, or {'ge': .., 'lt': ..}}]}")
-    pins: Annotated[list[Id], Field(max_length=100, fail_fast=True)] = Field([], description='item ids for the first places')
-    diversity: Annotated[Number|Annotated[StrictFloat, Field(allow_inf_nan=False)], Field(ge=0, le=1)]|None = Field(None, description='0 to 1; missing: as the service has it')
-    max_per_category: K|None = Field(None, description='most items of one genre')
-    min_score: Number|Annotated[StrictFloat, Field(allow_inf_nan=False)]|None = Field(None, description='what scores less is not shown')
-    explain: StrictBool = Field(False, description='say why each item is there')
-    context: Annotated[dict[Text, Text|Number|Annotated[StrictFloat, Field(allow_inf_nan=False)]|StrictBool|None], Field(max_length=20), BeforeValidator(_at_most_20)]|None = Field(None, description="what else is known of the visitor, such as {'country': 'KR'}")
-    dry_run: StrictBool = Field(False, description='answer, and leave no trace in the log')
-    arm: Annotated[StrictStr, Field(min_length=1, max_length=50, pattern=r'^[\w.-]+$')]|None = Field(None, description='arm of an experiment, for the log')
-    page: Annotated[StrictStr, Field(max_length=MAX_TOKEN)]|None = Field(None, description='next_page of the answer before: the list goes on without repeats')
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"history": [50, 110], "k": 10},
+                {
+                    "user_id": 7,
+                    "k": 5,
+                    "diversity": 0.3,
+                    "filter": {"any": [{"genres": ["Comedy", "Drama"]}]},
+                    "explain": True,
+                },
+            ]
+        },
+    )
+    history: Ids | None = Field(None, description="item ids, added to what is known of the user")
+    user_id: Id | None = Field(None, description="a user, if there is one")
+    k: K | None = Field(None, description="length of the list; the service has an upper limit")
+    fallback: Literal["popular", "none"] = Field("popular", description="where nothing is known: popular items, or 404")
+    exclude_seen: StrictBool = Field(True, description="leave out what the user has, or rated too low")
+    exclude: Ids = Field([], description="further item ids to leave out")
+    candidates: Ids | None = Field(None, description="item ids to choose among; missing: all")
+    filter: Annotated[dict[str, Any], Field(max_length=10)] | None = Field(
+        None,
+        description="which items may be shown: {'any' | 'all' | 'none': [{column: value, values, or {'ge': .., 'lt': ..}}]}",
+    )
+    pins: Annotated[list[Id], Field(max_length=100, fail_fast=True)] = Field(
+        [], description="item ids for the first places"
+    )
+    diversity: Annotated[Number | Annotated[StrictFloat, Field(allow_inf_nan=False)], Field(ge=0, le=1)] | None = Field(
+        None, description="0 to 1; missing: as the service has it"
+    )
+    max_per_category: K | None = Field(None, description="most items of one genre")
+    min_score: Number | Annotated[StrictFloat, Field(allow_inf_nan=False)] | None = Field(
+        None, description="what scores less is not shown"
+    )
+    explain: StrictBool = Field(False, description="say why each item is there")
+    context: (
+        Annotated[
+            dict[Text, Text | Number | Annotated[StrictFloat, Field(allow_inf_nan=False)] | StrictBool | None],
+            Field(max_length=20),
+            BeforeValidator(_at_most_20),
+        ]
+        | None
+    ) = Field(None, description="what else is known of the visitor, such as {'country': 'KR'}")
+    dry_run: StrictBool = Field(False, description="answer, and leave no trace in the log")
+    arm: Annotated[StrictStr, Field(min_length=1, max_length=50, pattern=r"^[\w.-]+$")] | None = Field(
+        None, description="arm of an experiment, for the log"
+    )
+    page: Annotated[StrictStr, Field(max_length=MAX_TOKEN)] | None = Field(
+        None, description="next_page of the answer before: the list goes on without repeats"
+    )
+
 
 class BatchBody(_Strict):
     "Many requests at once."
-    model_config = ConfigDict(extra='forbid', json_schema_extra={'examples': [{'requests': [{'user_id': 7, 'k': 5}, {'history': [50], 'k': 5}]}]})
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"requests": [{"user_id": 7, "k": 5}, {"history": [50], "k": 5}]}]},
+    )
     requests: Annotated[list[RecommendBody], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
+
 
 class RankBody(_Strict):
     "A list to be put into the order of a user."
-    model_config = ConfigDict(extra='forbid', json_schema_extra={'examples': [{'items': [1, 50, 110], 'user_id': 7}]})
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"items": [1, 50, 110], "user_id": 7}]})
     items: Annotated[list[Id], Field(min_length=1, max_length=MAX_HISTORY, fail_fast=True)]
-    user_id: Id|None = None
-    history: Ids|None = None
+    user_id: Id | None = None
+    history: Ids | None = None
     exclude_seen: StrictBool = False
     explain: StrictBool = False
     dry_run: StrictBool = False
 
+
 class PopularQuery(_Strict):
     "What may follow the question mark of /v1/popular."
-    k: int|None = Field(None, ge=1, description='length of the list')
-    segment: Annotated[str, Field(min_length=1, max_length=MAX_ID)]|None = Field(None, description="such as 'country=KR'; missing: everybody")
+
+    k: int | None = Field(None, ge=1, description="length of the list")
+    segment: Annotated[str, Field(min_length=1, max_length=MAX_ID)] | None = Field(
+        None, description="such as 'country=KR'; missing: everybody"
+    )
     exclude: list[Annotated[str, Field(max_length=MAX_ID)]] = Field([], max_length=MAX_IN_QUERY)
+
 
 class SimilarQuery(_Strict):
     "Query parameters of GET /v1/similar."
-    k: int|None = Field(None, ge=1, description='length of the list')
+
+    k: int | None = Field(None, ge=1, description="length of the list")
+
 
 class ItemsQuery(_Strict):
     "Query parameters of GET /v1/items."
-    q: Annotated[str, Field(min_length=1, max_length=MAX_ID)] = Field(description='part of a title, or an id')
+
+    q: Annotated[str, Field(min_length=1, max_length=MAX_ID)] = Field(description="part of a title, or an id")
     k: Annotated[int, Field(ge=1, le=50)] = 10
 
 # %% ../nbs/05a_serving.ipynb #7b1b4614
-MAX_PAYLOAD = 1_000 # values in the payload of an event
+MAX_PAYLOAD = 1_000  # values in the payload of an event
 
-def check_payload(payload:dict # of an event
-                 ) -> dict: # the same
+
+def check_payload(
+    payload: dict,  # of an event
+) -> dict:  # the same
     "Refuse a payload with very many values: each of them is parsed again by all that read the log."
     waiting, seen = [payload], 0
     while waiting:
-        part, seen = waiting.pop(), seen+1
+        part, seen = waiting.pop(), seen + 1
         inside = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-        if seen + len(waiting) + len(inside) > MAX_PAYLOAD: raise PydanticCustomError('too_long', 'a payload has at most {n} values', {'n': MAX_PAYLOAD})
+        if seen + len(waiting) + len(inside) > MAX_PAYLOAD:
+            raise PydanticCustomError("too_long", "a payload has at most {n} values", {"n": MAX_PAYLOAD})
         waiting += inside
     return payload
 
+
 class EventIn(_Strict):
     "An impression or a piece of feedback."
-    model_config = ConfigDict(extra='forbid', json_schema_extra={'examples': [{'event_id': 'c-17', 'kind': 'feedback', 'request_id': '6b1f', 'user_id': 7, 'item_id': 50, 'value': 1, 'payload': {'type': 'click'}}]})
-    event_id: Text = Field(description='chosen by the sender: the same id twice counts once')
-    kind: Literal['impression', 'feedback']
-    time: Finite|None = Field(None, description='seconds since 1970 in UTC; missing: now')
-    request_id: Text|None = Field(None, description='the answer this belongs to')
-    user_id: Id|None = None
-    item_id: Id|None = None
-    value: Number|Annotated[StrictFloat, Field(allow_inf_nan=False)]|None = Field(None, description='1 for a click, stars of a rating, ...')
-    payload: Annotated[dict, AfterValidator(check_payload)] = Field({}, description="anything else; type says what kind of feedback it is: 'click', 'rating', ...")
-    simulated: StrictBool = Field(False, description='made by a machine, not a person')
 
-def _as_list(body): return body if isinstance(body, list) else [body]
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "event_id": "c-17",
+                    "kind": "feedback",
+                    "request_id": "6b1f",
+                    "user_id": 7,
+                    "item_id": 50,
+                    "value": 1,
+                    "payload": {"type": "click"},
+                }
+            ]
+        },
+    )
+    event_id: Text = Field(description="chosen by the sender: the same id twice counts once")
+    kind: Literal["impression", "feedback"]
+    time: Finite | None = Field(None, description="seconds since 1970 in UTC; missing: now")
+    request_id: Text | None = Field(None, description="the answer this belongs to")
+    user_id: Id | None = None
+    item_id: Id | None = None
+    value: Number | Annotated[StrictFloat, Field(allow_inf_nan=False)] | None = Field(
+        None, description="1 for a click, stars of a rating, ..."
+    )
+    payload: Annotated[dict, AfterValidator(check_payload)] = Field(
+        {}, description="anything else; type says what kind of feedback it is: 'click', 'rating', ..."
+    )
+    simulated: StrictBool = Field(False, description="made by a machine, not a person")
+
+
+def _as_list(body):
+    return body if isinstance(body, list) else [body]
+
+
 Report = Annotated[list[EventIn], Field(min_length=1, max_length=MAX_EVENTS, fail_fast=True), BeforeValidator(_as_list)]
 
 # %% ../nbs/05a_serving.ipynb #624c1154
-TITLES = {400: 'Malformed request', 401: 'API key needed', 403: 'Not allowed', 404: 'Not found', 405: 'Method not allowed', 408: 'Request did not arrive', 413: 'Request too large', 415: 'Unsupported media type', 421: 'Host not served here',
-          422: 'Invalid request', 429: 'Too many requests', 500: 'Internal error', 503: 'Not available'}
+TITLES = {
+    400: "Malformed request",
+    401: "API key needed",
+    403: "Not allowed",
+    404: "Not found",
+    405: "Method not allowed",
+    408: "Request did not arrive",
+    413: "Request too large",
+    415: "Unsupported media type",
+    421: "Host not served here",
+    422: "Invalid request",
+    429: "Too many requests",
+    500: "Internal error",
+    503: "Not available",
+}
+
 
 class Problem(BaseModel):
     "A problem document (RFC 9457)."
-    type: str = 'about:blank'
+
+    type: str = "about:blank"
     title: str
     status: int
-    detail: str = Field(description='what is wrong with this very request, and what to do')
-    request_id: str|None = Field(None, description='to find it in the log')
+    detail: str = Field(description="what is wrong with this very request, and what to do")
+    request_id: str | None = Field(None, description="to find it in the log")
 
-MAX_DETAIL = 1_000 # characters of what a problem document says
 
-def problem(status:int, # HTTP status
-            detail:str, # what is wrong with this very request, and what to do
-            request_id:str=None, # to find it in the log
-            headers:dict=None # further headers
-           ) -> JSONResponse: # application/problem+json
+MAX_DETAIL = 1_000  # characters of what a problem document says
+
+
+def problem(
+    status: int,  # HTTP status
+    detail: str,  # what is wrong with this very request, and what to do
+    request_id: str = None,  # to find it in the log
+    headers: dict = None,  # further headers
+) -> JSONResponse:  # application/problem+json
     "A problem document (RFC 9457)."
-    detail = detail.encode('utf-8', 'replace').decode('utf-8') # half of a surrogate pair cannot be sent
-    if len(detail) > MAX_DETAIL: detail = f'{detail[:MAX_DETAIL]} ...'
-    body = {'type': 'about:blank', 'title': TITLES.get(status, 'Error'), 'status': status, 'detail': detail, 'request_id': request_id}
-    return JSONResponse(body, status, headers, media_type='application/problem+json')
+    detail = detail.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair cannot be sent
+    if len(detail) > MAX_DETAIL:
+        detail = f"{detail[:MAX_DETAIL]} ..."
+    body = {
+        "type": "about:blank",
+        "title": TITLES.get(status, "Error"),
+        "status": status,
+        "detail": detail,
+        "request_id": request_id,
+    }
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
 
-def problems(*statuses # HTTP statuses
-            ) -> dict: # for FastAPI's `responses`
+
+def problems(
+    *statuses,  # HTTP statuses
+) -> dict:  # for FastAPI's `responses`
     "Which problems an endpoint may answer with, besides those that any may."
-    return {s: {'model': Problem, 'description': TITLES[s], 'content': {'application/problem+json': {'schema': {'$ref': '#/components/schemas/Problem'}}}} for s in statuses}
+    return {
+        s: {
+            "model": Problem,
+            "description": TITLES[s],
+            "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        }
+        for s in statuses
+    }
 
-PARTS = ('int', 'str', 'float', 'list[EventIn]') # of a place, that name a type and no field
-REFUSED_WITH = {'json_invalid': 400, 'too_many_values': 413} # all else is 422
 
-def validation_detail(errors:list # as pydantic reports them, or as `BadBody` has them
-                     ) -> tuple: # status, one line
+PARTS = ("int", "str", "float", "list[EventIn]")  # of a place, that name a type and no field
+REFUSED_WITH = {"json_invalid": 400, "too_many_values": 413}  # all else is 422
+
+
+def validation_detail(
+    errors: list,  # as pydantic reports them, or as `BadBody` has them
+) -> tuple:  # status, one line
     "Say what a client got wrong, and with which status."
     lines = list(dict.fromkeys(f"{_place(error['loc'])}: {error['msg']}" for error in errors[:20]))
-    more = f'; and {len(lines)-3} more' if len(lines) > 3 else ''
-    status = REFUSED_WITH.get(errors[0]['type'], 422)
-    if status == 400: return status, f"the body is not JSON: {errors[0]['msg']}"
-    return status, '; '.join(line[:MAX_DETAIL//4] for line in lines[:3]) + more
+    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+    status = REFUSED_WITH.get(errors[0]["type"], 422)
+    if status == 400:
+        return status, f"the body is not JSON: {errors[0]['msg']}"
+    return status, "; ".join(line[: MAX_DETAIL // 4] for line in lines[:3]) + more
 
-def _place(loc:tuple) -> str:
+
+def _place(loc: tuple) -> str:
     "Name the field of an error, as a client knows it."
-    fields = [str(part)[:50] for part in loc[1:6] if not str(part).startswith(('constrained', 'function-')) and part not in PARTS]
-    return '.'.join(fields) or loc[0]
+    fields = [
+        str(part)[:50]
+        for part in loc[1:6]
+        if not str(part).startswith(("constrained", "function-")) and part not in PARTS
+    ]
+    return ".".join(fields) or loc[0]
 
 # %% ../nbs/05a_serving.ipynb #e059b19b
-ROLES = ('read', 'feedback', 'admin')
-_DIGEST = re.compile(rf'((?:{"|".join(ROLES)})(?:\+(?:{"|".join(ROLES)}))*):sha256:([0-9a-f]{{64}})')
+ROLES = ("read", "feedback", "admin")
+_DIGEST = re.compile(rf"((?:{'|'.join(ROLES)})(?:\+(?:{'|'.join(ROLES)}))*):sha256:([0-9a-f]{{64}})")
 
-def new_api_key(roles='read' # 'read', 'feedback', 'admin', or several joined by +
-               ) -> tuple: # key for the client, entry for AEREC_SERVING__API_KEYS
+
+def new_api_key(
+    roles="read",  # 'read', 'feedback', 'admin', or several joined by +
+) -> tuple:  # key for the client, entry for AEREC_SERVING__API_KEYS
     "A key of 256 random bits, and what the service shall know of it."
-    for role in roles.split('+'):
-        if role not in ROLES: raise AerecError(f"no role '{role}': choose among {', '.join(ROLES)}, joined by +")
+    for role in roles.split("+"):
+        if role not in ROLES:
+            raise AerecError(f"no role '{role}': choose among {', '.join(ROLES)}, joined by +")
     key = secrets.token_urlsafe(32)
-    return key, f'{roles}:sha256:{hashlib.sha256(key.encode()).hexdigest()}'
+    return key, f"{roles}:sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+
 
 class ApiKeys:
     "Digests of keys and their roles; raises `AerecError` where keys are required and there is none, or a plain one where plain ones are refused."
-    def __init__(self, settings # from `load_settings`
-                ):
+
+    def __init__(
+        self,
+        settings,  # from `load_settings`
+    ):
         s, self.known = settings.serving, []
-        if not s.require_auth: return
+        if not s.require_auth:
+            return
         for secret in s.api_keys:
             found = _DIGEST.fullmatch(value := secret.get_secret_value())
-            if not found and settings.env in ('stage', 'live'):
-                raise AerecError(f'serving.api_keys: {settings.env} takes digests only, as roles:sha256:digest; make keys with python -m aerec_nb.serving --new-key read')
-            self.known.append((bytes.fromhex(found[2]), frozenset(found[1].split('+'))) if found else (hashlib.sha256(value.encode()).digest(), frozenset(ROLES)))
-        if not self.known: raise AerecError('serving.require_auth is on, but there is no key: set AEREC_SERVING__API_KEYS, or turn require_auth off')
+            if not found and settings.env in ("stage", "live"):
+                raise AerecError(
+                    f"serving.api_keys: {settings.env} takes digests only, as roles:sha256:digest; make keys with python -m aerec_nb.serving --new-key read"
+                )
+            self.known.append(
+                (bytes.fromhex(found[2]), frozenset(found[1].split("+")))
+                if found
+                else (hashlib.sha256(value.encode()).digest(), frozenset(ROLES))
+            )
+        if not self.known:
+            raise AerecError(
+                "serving.require_auth is on, but there is no key: set AEREC_SERVING__API_KEYS, or turn require_auth off"
+            )
 
-    def __bool__(self): return bool(self.known)
+    def __bool__(self):
+        return bool(self.known)
 
-    def roles(self, given:bytes # of the header
-             ) -> tuple: # roles, number of the key; nothing and -1 for an unknown one
+    def roles(
+        self,
+        given: bytes,  # of the header
+    ) -> tuple:  # roles, number of the key; nothing and -1 for an unknown one
         "What a key may do."
         digest, found = hashlib.sha256(given).digest(), (frozenset(), -1)
-        for n,(known,roles) in enumerate(self.known): # all of them, so that time tells nothing
-            if hmac.compare_digest(digest, known): found = roles, n
+        for n, (known, roles) in enumerate(self.known):  # all of them, so that time tells nothing
+            if hmac.compare_digest(digest, known):
+                found = roles, n
         return found
 
-OPEN_PATHS = frozenset(('/health/live', '/health/ready', '/metrics', '/version', '/openapi.json', '/docs', '/docs/swagger-ui-bundle.js', '/docs/swagger-ui.css', '/demo'))
 
-def required_role(path:str # of a route
-                 ) -> str|None: # None: no key is needed
+OPEN_PATHS = frozenset(
+    (
+        "/health/live",
+        "/health/ready",
+        "/metrics",
+        "/version",
+        "/openapi.json",
+        "/docs",
+        "/docs/swagger-ui-bundle.js",
+        "/docs/swagger-ui.css",
+        "/demo",
+    )
+)
+
+
+def required_role(
+    path: str,  # of a route
+) -> str | None:  # None: no key is needed
     "Say which role a request needs; a path that is not listed as open needs one."
-    if path in OPEN_PATHS: return None
-    if path == '/v1/events': return 'feedback'
-    return 'admin' if path.startswith(('/v1/bans', '/v1/users')) else 'read'
+    if path in OPEN_PATHS:
+        return None
+    if path == "/v1/events":
+        return "feedback"
+    return "admin" if path.startswith(("/v1/bans", "/v1/users")) else "read"
 
 # %% ../nbs/05a_serving.ipynb #d194fc21
 class Shared:
     "Counters and token buckets in memory that workers share."
+
     WORKERS, BUCKETS = 64, 4096
-    def __init__(self, file=None # open file that all workers have; None: memory of this process and of those that it forks
-                ):
-        size = 8*self.WORKERS + 24*self.BUCKETS
+
+    def __init__(
+        self,
+        file=None,  # open file that all workers have; None: memory of this process and of those that it forks
+    ):
+        size = 8 * self.WORKERS + 24 * self.BUCKETS
         self._memory = mmap.mmap(-1 if file is None else file.fileno(), size)
-        self._news = np.frombuffer(self._memory, np.int64, self.WORKERS) # a number a worker: each writes its own only
-        self._buckets = np.frombuffer(self._memory, np.dtype([('client', 'u8'), ('tokens', 'f8'), ('at', 'f8')]), self.BUCKETS, offset=8*self.WORKERS)
+        self._news = np.frombuffer(self._memory, np.int64, self.WORKERS)  # a number a worker: each writes its own only
+        self._buckets = np.frombuffer(
+            self._memory,
+            np.dtype([("client", "u8"), ("tokens", "f8"), ("at", "f8")]),
+            self.BUCKETS,
+            offset=8 * self.WORKERS,
+        )
         self._lock, self._file, self.worker = threading.Lock(), tempfile.TemporaryFile(), 0
 
     def tell(self) -> None:
         "There is something new in the log."
-        with self._lock: self._news[self.worker] += 1
+        with self._lock:
+            self._news[self.worker] += 1
 
     def news(self) -> int:
         "Another number than before: there is something new."
         return int(self._news.sum())
 
-    def take(self, client:str, # a key or an address
-             rate:float, # tokens a second
-             now:float=None # seconds; None: the clock
-            ) -> float: # 0: granted; else seconds until there is a token
+    def take(
+        self,
+        client: str,  # a key or an address
+        rate: float,  # tokens a second
+        now: float = None,  # seconds; None: the clock
+    ) -> float:  # 0: granted; else seconds until there is a token
         "Take a token from a client's bucket, if there is one."
         with self._bucket(client, rate, now) as bucket:
-            tokens = bucket['tokens']
-            if tokens >= 1: bucket['tokens'] = tokens-1
-        return 0. if tokens >= 1 else float(1-tokens)/rate
+            tokens = bucket["tokens"]
+            if tokens >= 1:
+                bucket["tokens"] = tokens - 1
+        return 0.0 if tokens >= 1 else float(1 - tokens) / rate
 
-    def charge(self, client:str, # a key or an address
-               rate:float|None, # tokens a second; None: nothing is counted
-               n:int, # tokens
-               now:float=None # seconds; None: the clock
-              ) -> None:
+    def charge(
+        self,
+        client: str,  # a key or an address
+        rate: float | None,  # tokens a second; None: nothing is counted
+        n: int,  # tokens
+        now: float = None,  # seconds; None: the clock
+    ) -> None:
         "Take tokens that are not there yet: until they are, the client gets none."
-        if rate is None: return
-        with self._bucket(client, rate, now) as bucket: bucket['tokens'] -= n
+        if rate is None:
+            return
+        with self._bucket(client, rate, now) as bucket:
+            bucket["tokens"] -= n
 
     @contextmanager
     def _bucket(self, client, rate, now):
         "Fill the bucket of a client up to now, and hold it."
         now = time.monotonic() if now is None else now
-        name = int.from_bytes(hashlib.blake2b(client.encode(), digest_size=8).digest(), 'little') or 1
-        most = max(1., rate)
+        name = int.from_bytes(hashlib.blake2b(client.encode(), digest_size=8).digest(), "little") or 1
+        most = max(1.0, rate)
         with self._lock, _locked(self._file):
             places = (name % self.BUCKETS + np.arange(8)) % self.BUCKETS
-            mine = np.flatnonzero(self._buckets['client'][places] == name)
-            place = places[mine[0]] if len(mine) else places[np.argmin(self._buckets['at'][places])] # where there is no room the one that was still longest gives way
-            bucket = self._buckets[place] # a view
-            filled = bucket['tokens'] + max(0., now-bucket['at'])*rate
+            mine = np.flatnonzero(self._buckets["client"][places] == name)
+            place = (
+                places[mine[0]] if len(mine) else places[np.argmin(self._buckets["at"][places])]
+            )  # where there is no room the one that was still longest gives way
+            bucket = self._buckets[place]  # a view
+            filled = bucket["tokens"] + max(0.0, now - bucket["at"]) * rate
             self._buckets[place] = name, min(most, filled) if len(mine) else most, now
             yield bucket
+
 
 @contextmanager
 def _locked(file):
     "Alone among processes."
     fcntl.lockf(file, fcntl.LOCK_EX)
-    try: yield
-    finally: fcntl.lockf(file, fcntl.LOCK_UN)
+    try:
+        yield
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN)
 
 # %% ../nbs/05a_serving.ipynb #b0a902d0
-def _places_of(event:dict) -> int:
+def _places_of(event: dict) -> int:
     "Count the places that an event takes in the queue: one, and one for each hundred items that it lists."
-    return 1 + len(event.get('payload', {}).get('items', ()))//100
+    return 1 + len(event.get("payload", {}).get("items", ())) // 100
+
 
 class EventWriter:
     "A bounded queue of events and the one thread that commits them, a batch at a time."
-    def __init__(self, log:EventLog, # where to
-                 size:int=10_000, # most events that wait; one with many items counts as several
-                 linger:float=.1, # seconds a batch gathers: a transaction costs as much as writing a hundred events
-                 count=None # function('committed' or 'dropped', how many); None: only the attributes count
-                ):
+
+    def __init__(
+        self,
+        log: EventLog,  # where to
+        size: int = 10_000,  # most events that wait; one with many items counts as several
+        linger: float = 0.1,  # seconds a batch gathers: a transaction costs as much as writing a hundred events
+        count=None,  # function('committed' or 'dropped', how many); None: only the attributes count
+    ):
         self.log, self.size, self.linger, self._count = log, size, linger, count or (lambda what, n: None)
         self.committed, self.dropped, self.last_error = 0, 0, None
         self._waiting, self._changed, self._closing, self._thread = deque(), threading.Condition(), False, None
-        self._places = 0 # that the waiting events take
+        self._places = 0  # that the waiting events take
 
-    def offer(self, event:dict) -> bool: # False: dropped, for the queue is full
+    def offer(self, event: dict) -> bool:  # False: dropped, for the queue is full
         "Queue an event; never waits."
         with self._changed:
             if self._places >= self.size or self._closing:
@@ -364,285 +613,433 @@ class EventWriter:
             self._waiting.append(event)
             self._places += _places_of(event)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name='event-writer', daemon=True)
+                self._thread = threading.Thread(target=self._work, name="event-writer", daemon=True)
                 self._thread.start()
-            if len(self._waiting) == 1: self._changed.notify()
+            if len(self._waiting) == 1:
+                self._changed.notify()
         return True
 
     @property
-    def waiting(self): return len(self._waiting)
+    def waiting(self):
+        return len(self._waiting)
 
-    def close(self, timeout:float=MAX_WAIT) -> None:
+    def close(self, timeout: float = MAX_WAIT) -> None:
         "Commit what waits, and stop."
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if self._thread: self._thread.join(timeout)
+        if self._thread:
+            self._thread.join(timeout)
         with self._changed:
             self._drop(len(self._waiting))
             self._waiting.clear()
 
     def _drop(self, n):
         self.dropped += n
-        if n: self._count('dropped', n)
+        if n:
+            self._count("dropped", n)
 
     def _work(self):
         while True:
             with self._changed:
-                while not self._waiting and not self._closing: self._changed.wait()
-                if not self._waiting: return
-            if not self._closing: time.sleep(self.linger)
-            with self._changed: batch = list(self._waiting)
+                while not self._waiting and not self._closing:
+                    self._changed.wait()
+                if not self._waiting:
+                    return
+            if not self._closing:
+                time.sleep(self.linger)
+            with self._changed:
+                batch = list(self._waiting)
             kept = self._commit(batch)
             if kept is None:
-                time.sleep(.2) # the log cannot be written now: try again, while new events wait or are dropped
+                time.sleep(0.2)  # the log cannot be written now: try again, while new events wait or are dropped
                 continue
             with self._changed:
-                for _ in range(min(len(batch), len(self._waiting))): self._places -= _places_of(self._waiting.popleft())
+                for _ in range(min(len(batch), len(self._waiting))):
+                    self._places -= _places_of(self._waiting.popleft())
                 self.committed += kept
-                self._count('committed', kept)
-                self._drop(len(batch)-kept)
+                self._count("committed", kept)
+                self._drop(len(batch) - kept)
 
-    def _commit(self, batch:list) -> int|None: # how many are in the log; None: not now
+    def _commit(self, batch: list) -> int | None:  # how many are in the log; None: not now
         try:
             self.log.append(batch)
             return len(batch)
-        except AerecError as e: # an event that can never be stored must not hold up the others
+        except AerecError as e:  # an event that can never be stored must not hold up the others
             self.last_error = str(e)
             return 0 if len(batch) == 1 else self._commit_halves(batch)
-        except LOG_ERRORS as e: self.last_error = first_line(e)
+        except LOG_ERRORS as e:
+            self.last_error = first_line(e)
 
-    def _commit_halves(self, batch:list) -> int|None: # how many are in the log; None: not now
+    def _commit_halves(self, batch: list) -> int | None:  # how many are in the log; None: not now
         "Commit what can be stored; a wrong event is found in few steps."
-        first = self._commit(batch[:len(batch)//2])
-        second = None if first is None else self._commit(batch[len(batch)//2:])
-        return None if second is None else first+second
+        first = self._commit(batch[: len(batch) // 2])
+        second = None if first is None else self._commit(batch[len(batch) // 2 :])
+        return None if second is None else first + second
 
 # %% ../nbs/05a_serving.ipynb #bcc9f66b
 class Metrics:
     "The collectors of one app."
-    def __init__(self, folder:Path=None # that workers share, see `share_metrics`; None: of this process alone
-                ):
+
+    def __init__(
+        self,
+        folder: Path = None,  # that workers share, see `share_metrics`; None: of this process alone
+    ):
         self.folder, self.registry = folder, CollectorRegistry()
         make = dict(registry=self.registry)
-        self.requests = Counter('aerec_http_requests_total', 'Answers by route and status', ['route', 'status'], **make)
-        self.seconds = Histogram('aerec_http_request_seconds', 'Time to answer', ['route'], buckets=(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10), **make)
-        self.lists = Counter('aerec_recommendations_total', 'Lists by what made them', ['source'], **make)
-        self.posted = Counter('aerec_events_posted_total', 'Events that clients reported', ['outcome'], **make)
-        self.logged = {what: Counter(f'aerec_request_events_{what}_total', text, **make) for what,text in
-                       (('committed', 'Request events committed to the log'), ('dropped', 'Request events lost, mostly to a full queue'))}
-        self.waiting = Gauge('aerec_request_events_waiting', 'Request events that wait for the log', multiprocess_mode='livesum', **make)
-        self.info = Gauge('aerec_info', 'Which bundle is served', ['model', 'version'], multiprocess_mode='livemax', **make)
-        self.swaps = Counter('aerec_swaps_total', 'Changes of the bundle while serving', ['outcome'], **make)
-        self.refused = Counter('aerec_refused_total', 'Requests turned away', ['why'], **make)
-        self.log_failing = Gauge('aerec_event_log_failing', '1 while the event log cannot be read', multiprocess_mode='livemax', **make)
-        self.blocklist_failing = Gauge('aerec_blocklist_failing', '1 while a list of banned items cannot be read', multiprocess_mode='livemax', **make)
-        for source in ('model', 'popular', 'segment'): self.lists.labels(source)
-        for outcome in ('accepted', 'duplicate'): self.posted.labels(outcome)
-        for outcome in ('done', 'failed'): self.swaps.labels(outcome)
-        for why in ('busy', 'rate', 'timeout', 'key'): self.refused.labels(why)
+        self.requests = Counter("aerec_http_requests_total", "Answers by route and status", ["route", "status"], **make)
+        self.seconds = Histogram(
+            "aerec_http_request_seconds",
+            "Time to answer",
+            ["route"],
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10),
+            **make,
+        )
+        self.lists = Counter("aerec_recommendations_total", "Lists by what made them", ["source"], **make)
+        self.posted = Counter("aerec_events_posted_total", "Events that clients reported", ["outcome"], **make)
+        self.logged = {
+            what: Counter(f"aerec_request_events_{what}_total", text, **make)
+            for what, text in (
+                ("committed", "Request events committed to the log"),
+                ("dropped", "Request events lost, mostly to a full queue"),
+            )
+        }
+        self.waiting = Gauge(
+            "aerec_request_events_waiting", "Request events that wait for the log", multiprocess_mode="livesum", **make
+        )
+        self.info = Gauge(
+            "aerec_info", "Which bundle is served", ["model", "version"], multiprocess_mode="livemax", **make
+        )
+        self.swaps = Counter("aerec_swaps_total", "Changes of the bundle while serving", ["outcome"], **make)
+        self.refused = Counter("aerec_refused_total", "Requests turned away", ["why"], **make)
+        self.log_failing = Gauge(
+            "aerec_event_log_failing", "1 while the event log cannot be read", multiprocess_mode="livemax", **make
+        )
+        self.blocklist_failing = Gauge(
+            "aerec_blocklist_failing",
+            "1 while a list of banned items cannot be read",
+            multiprocess_mode="livemax",
+            **make,
+        )
+        for source in ("model", "popular", "segment"):
+            self.lists.labels(source)
+        for outcome in ("accepted", "duplicate"):
+            self.posted.labels(outcome)
+        for outcome in ("done", "failed"):
+            self.swaps.labels(outcome)
+        for why in ("busy", "rate", "timeout", "key"):
+            self.refused.labels(why)
 
     def text(self) -> bytes:
         "All numbers of all workers, as Prometheus reads them."
-        if self.folder is None: return generate_latest(self.registry)
+        if self.folder is None:
+            return generate_latest(self.registry)
         together = CollectorRegistry()
         MultiProcessCollector(together, str(self.folder))
         return generate_latest(together)
 
-def share_metrics(folder:Path # empty, of this service alone
-                 ) -> None:
+
+def share_metrics(
+    folder: Path,  # empty, of this service alone
+) -> None:
     "From here on collectors of this process, and of those that it forks, count in files of a folder."
-    os.environ['PROMETHEUS_MULTIPROC_DIR'] = str(folder)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     prometheus_client.values.ValueClass = prometheus_client.values.MultiProcessValue()
 
-def say(what:str, # 'request', 'alert', ...
-        **fields # anything JSON can say
-       ) -> None:
+
+def say(
+    what: str,  # 'request', 'alert', ...
+    **fields,  # anything JSON can say
+) -> None:
     "A line of JSON on stderr: whatever a client sends stays inside its quotes."
-    print(json.dumps({'time': round(time.time(), 3), 'what': what, **fields}, default=str), file=sys.stderr, flush=True)
+    print(json.dumps({"time": round(time.time(), 3), "what": what, **fields}, default=str), file=sys.stderr, flush=True)
+
 
 class JsonLines(logging.Handler):
     "Write what the package logs as lines of JSON."
-    def emit(self, record): say(record.levelname.lower(), text=record.getMessage(), logger=record.name)
+
+    def emit(self, record):
+        say(record.levelname.lower(), text=record.getMessage(), logger=record.name)
 
 # %% ../nbs/05a_serving.ipynb #725ffc42
-MAX_OPEN = 8 # requests that need no key, /health apart, answered at the same time: those with a key share the threads with them
-MAX_WRONG_KEYS = 10. # wrong keys a second and address, where serving.rate_limit says nothing
+MAX_OPEN = 8  # requests that need no key, /health apart, answered at the same time: those with a key share the threads with them
+MAX_WRONG_KEYS = 10.0  # wrong keys a second and address, where serving.rate_limit says nothing
+
 
 class RequestMiddleware:
     "ASGI layer: request id, Host, keys, limits, security headers, metrics, request events."
+
     def __init__(self, app, state, routes, hosts):
         self.app, self.state, self.hosts = app, state, hosts
         self.routes = RouteTable(routes)
-        self.busy = {'key': 0, 'open': 0, None: 0} # requests being answered: with a key, without one, and those that nothing limits
+        self.busy = {
+            "key": 0,
+            "open": 0,
+            None: 0,
+        }  # requests being answered: with a key, without one, and those that nothing limits
         self.errors = Throttle()
 
     async def __call__(self, scope, receive, send):
-        if scope['type'] == 'lifespan': return await self.app(scope, receive, send)
-        if scope['type'] != 'http': return await send({'type': 'websocket.close', 'code': 1008})
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})
         started = time.perf_counter()
         exchange = _Exchange(scope, send, self.state.fresh_id)
         route = self.routes.match(scope)
         refusal = self._reject(scope, exchange, route)
         slot = None if refusal else _slot(route)
         self.busy[slot] += 1
-        try: await self._answer(scope, receive, exchange, route, refusal)
-        finally: self.busy[slot] -= 1
-        self._log_request(scope, exchange.status, time.perf_counter()-started)
+        try:
+            await self._answer(scope, receive, exchange, route, refusal)
+        finally:
+            self.busy[slot] -= 1
+        self._log_request(scope, exchange.status, time.perf_counter() - started)
 
     async def _answer(self, scope, receive, exchange, route, refusal) -> None:
         "Let the app answer, in time and whatever happens inside."
-        body, arrived = b'', False
+        body, arrived = b"", False
         try:
             async with asyncio.timeout(self.state.timeout):
                 if refusal is None and reads_body(route):
                     body = await _read(receive)
                     exchange.unread = body is None
-                    if body is None: refusal = problem(413, f'the body has more than {MAX_BODY:,} bytes; send less at a time', exchange.id)
+                    if body is None:
+                        refusal = problem(
+                            413, f"the body has more than {MAX_BODY:,} bytes; send less at a time", exchange.id
+                        )
                 arrived = True
-                await (refusal or self.app)(scope, _replay(body or b'', _never if exchange.unread else receive), exchange.send)
+                await (refusal or self.app)(
+                    scope, _replay(body or b"", _never if exchange.unread else receive), exchange.send
+                )
         except TimeoutError:
-            self.state.metrics.refused.labels('timeout').inc()
-            if not exchange.begun: await self._timeout_response(exchange.id, arrived)(scope, receive, exchange.send)
-        except ClientDisconnect: exchange.status = 400 # a body without its end is not acted on, and there is nobody to answer
-        except Exception as e: # it was not foreseen: say so without saying too much, and let the log have the rest
+            self.state.metrics.refused.labels("timeout").inc()
+            if not exchange.begun:
+                await self._timeout_response(exchange.id, arrived)(scope, receive, exchange.send)
+        except ClientDisconnect:
+            exchange.status = 400  # a body without its end is not acted on, and there is nobody to answer
+        except Exception as e:  # it was not foreseen: say so without saying too much, and let the log have the rest
             self._log_error(exchange.id, e)
-            if exchange.begun: raise
-            await problem(500, 'the service failed to answer; it has noted why under this request_id', exchange.id)(scope, receive, exchange.send)
+            if exchange.begun:
+                raise
+            await problem(500, "the service failed to answer; it has noted why under this request_id", exchange.id)(
+                scope, receive, exchange.send
+            )
 
-    def _timeout_response(self, id:str, arrived:bool) -> JSONResponse:
+    def _timeout_response(self, id: str, arrived: bool) -> JSONResponse:
         "Return the answer to a request that takes too long."
-        seconds = f'{self.state.timeout:g} s'
-        if arrived: return problem(503, f'there was no answer within {seconds}; ask for less, or again later', id, {'Retry-After': '1'})
-        return problem(408, f'the body did not arrive within {seconds}; send it again', id)
+        seconds = f"{self.state.timeout:g} s"
+        if arrived:
+            return problem(
+                503, f"there was no answer within {seconds}; ask for less, or again later", id, {"Retry-After": "1"}
+            )
+        return problem(408, f"the body did not arrive within {seconds}; send it again", id)
 
-    def _reject(self, scope, exchange, route) -> JSONResponse|None: # None: it may be answered
+    def _reject(self, scope, exchange, route) -> JSONResponse | None:  # None: it may be answered
         "Refuse a request by its head alone; for an unknown path or a wrong method the app does it, without the body."
         s, headers, id = self.state, exchange.headers, exchange.id
-        if not self.hosts.allows(headers.get(b'host')) and not scope['path'].startswith('/health/'):
-            s.metrics.refused.labels('host').inc()
-            return problem(421, 'this service does not answer for the host of the request; name it in serving.allowed_hosts, or use another address', id)
-        if route is None: return None
-        if required_role(_path(route)) is None: return self._reject_busy(route, id)
-        return self._reject_unauthorized(scope, exchange, route) or self._reject_busy(route, id) or self._reject_content(exchange, route)
+        if not self.hosts.allows(headers.get(b"host")) and not scope["path"].startswith("/health/"):
+            s.metrics.refused.labels("host").inc()
+            return problem(
+                421,
+                "this service does not answer for the host of the request; name it in serving.allowed_hosts, or use another address",
+                id,
+            )
+        if route is None:
+            return None
+        if required_role(_path(route)) is None:
+            return self._reject_busy(route, id)
+        return (
+            self._reject_unauthorized(scope, exchange, route)
+            or self._reject_busy(route, id)
+            or self._reject_content(exchange, route)
+        )
 
-    def _reject_unauthorized(self, scope, exchange, route) -> JSONResponse|None:
+    def _reject_unauthorized(self, scope, exchange, route) -> JSONResponse | None:
         "Check the key and the rate of a request."
         s, id, needed = self.state, exchange.id, required_role(_path(route))
-        address = client_network((scope.get('client') or ('local',))[0])
+        address = client_network((scope.get("client") or ("local",))[0])
         client = address
         if s.keys:
-            given = exchange.headers.get(b'x-api-key', b'')
+            given = exchange.headers.get(b"x-api-key", b"")
             roles, number = s.keys.roles(given)
-            if not roles & {needed, 'admin'}:
-                s.metrics.refused.labels('key').inc()
-                if roles: return problem(403, f"this key may {' and '.join(sorted(roles))}; {scope['method']} {scope['path'][:40]} needs a key with the role {needed}", id)
+            if not roles & {needed, "admin"}:
+                s.metrics.refused.labels("key").inc()
+                if roles:
+                    return problem(
+                        403,
+                        f"this key may {' and '.join(sorted(roles))}; {scope['method']} {scope['path'][:40]} needs a key with the role {needed}",
+                        id,
+                    )
                 # a valid key is never refused for the wrong ones of others at its address: keys have 256 random bits, what is saved here is work
                 rate = s.rate_limit or MAX_WRONG_KEYS
-                wait = s.shared.take(f'wrong keys of {address}', rate) if given else 0
-                if wait: return self._too_many(f'more than {rate:g} wrong keys a second', wait, id)
-                return problem(401, 'send a valid key in the header X-API-Key', id, {'WWW-Authenticate': 'ApiKey'})
-            client = f'key {number}'
-        scope['charge'] = partial(s.shared.charge, client, s.rate_limit) # for an endpoint that does the work of several requests
+                wait = s.shared.take(f"wrong keys of {address}", rate) if given else 0
+                if wait:
+                    return self._too_many(f"more than {rate:g} wrong keys a second", wait, id)
+                return problem(401, "send a valid key in the header X-API-Key", id, {"WWW-Authenticate": "ApiKey"})
+            client = f"key {number}"
+        scope["charge"] = partial(
+            s.shared.charge, client, s.rate_limit
+        )  # for an endpoint that does the work of several requests
         wait = s.shared.take(client, s.rate_limit) if s.rate_limit else 0
-        return self._too_many(f'more than {s.rate_limit:g} requests a second', wait, id) if wait else None
+        return self._too_many(f"more than {s.rate_limit:g} requests a second", wait, id) if wait else None
 
-    def _too_many(self, what:str, wait:float, id:str) -> JSONResponse:
+    def _too_many(self, what: str, wait: float, id: str) -> JSONResponse:
         "Return the answer to a client that is too fast."
         seconds = max(1, round(wait))
-        self.state.metrics.refused.labels('rate').inc()
-        return problem(429, f'{what}; ask again in {seconds} s', id, {'Retry-After': str(seconds)})
+        self.state.metrics.refused.labels("rate").inc()
+        return problem(429, f"{what}; ask again in {seconds} s", id, {"Retry-After": str(seconds)})
 
-    def _reject_busy(self, route, id:str) -> JSONResponse|None:
+    def _reject_busy(self, route, id: str) -> JSONResponse | None:
         "Refuse a request where as many are being answered as may be."
         slot = _slot(route)
-        most = {'key': self.state.max_concurrency, 'open': MAX_OPEN}.get(slot)
-        if most is None or self.busy[slot] < most: return None
-        self.state.metrics.refused.labels('busy').inc()
-        return problem(503, f'{self.busy[slot]} requests are being answered, that is all at a time; ask again in a moment', id, {'Retry-After': '1'})
+        most = {"key": self.state.max_concurrency, "open": MAX_OPEN}.get(slot)
+        if most is None or self.busy[slot] < most:
+            return None
+        self.state.metrics.refused.labels("busy").inc()
+        return problem(
+            503,
+            f"{self.busy[slot]} requests are being answered, that is all at a time; ask again in a moment",
+            id,
+            {"Retry-After": "1"},
+        )
 
-    def _reject_content(self, exchange, route) -> JSONResponse|None:
+    def _reject_content(self, exchange, route) -> JSONResponse | None:
         "Refuse a body that is no JSON, or too long, by what the head says of it."
-        if not reads_body(route): return None
-        length = exchange.headers.get(b'content-length', b'0')
-        if length.isdigit() and int(length) > MAX_BODY: return problem(413, f'the body has {int(length):,} bytes, {MAX_BODY:,} are allowed; send less at a time', exchange.id)
-        kind = exchange.headers.get(b'content-type', b'').split(b';')[0].strip().lower()
-        if takes_json(route) and kind != b'application/json': return problem(415, 'send JSON, with the header Content-Type: application/json', exchange.id)
+        if not reads_body(route):
+            return None
+        length = exchange.headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MAX_BODY:
+            return problem(
+                413, f"the body has {int(length):,} bytes, {MAX_BODY:,} are allowed; send less at a time", exchange.id
+            )
+        kind = exchange.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        if takes_json(route) and kind != b"application/json":
+            return problem(415, "send JSON, with the header Content-Type: application/json", exchange.id)
         return None
 
-    def _log_error(self, id:str, error:Exception) -> None:
+    def _log_error(self, id: str, error: Exception) -> None:
         "Write a traceback, but not the same one for every request."
         lines = traceback.extract_tb(error.__traceback__)
         held = self.errors.admit((type(error), lines[-1].filename, lines[-1].lineno))
-        if held is not None: say('error', request_id=id, error=''.join(traceback.format_exception(error)), more_before=held)
+        if held is not None:
+            say("error", request_id=id, error="".join(traceback.format_exception(error)), more_before=held)
 
-    def _log_request(self, scope, status:int, seconds:float) -> None:
+    def _log_request(self, scope, status: int, seconds: float) -> None:
         "Count the request, and log it if it was one for a list."
-        s, route = self.state, getattr(scope.get('route'), 'path', None) or 'other'
+        s, route = self.state, getattr(scope.get("route"), "path", None) or "other"
         requests, histogram = s.counters(route, status)
         requests.inc()
         histogram.observe(seconds)
-        if s.access_log: say('request', request_id=scope['request_id'], method=scope['method'], route=route, status=status, ms=round(1000*seconds, 3))
-        if route not in LOGGED: return
-        for note in scope.get('notes') or [{}]:
-            if note.get('dry_run'): continue
-            payload = {'status': status, 'ms': round(1000*seconds, 3), 'endpoint': LOGGED[route], **note.get('payload', {'version': s.live.version, 'model': s.live.model})}
-            if status >= 400: payload['error'] = TITLES.get(status, 'other')
-            s.writer.offer(new_event('request', event_id=s.fresh_id(), request_id=note.get('request_id', scope['request_id']), user_id=note.get('user_id'), payload=payload, simulated=s.simulated))
+        if s.access_log:
+            say(
+                "request",
+                request_id=scope["request_id"],
+                method=scope["method"],
+                route=route,
+                status=status,
+                ms=round(1000 * seconds, 3),
+            )
+        if route not in LOGGED:
+            return
+        for note in scope.get("notes") or [{}]:
+            if note.get("dry_run"):
+                continue
+            payload = {
+                "status": status,
+                "ms": round(1000 * seconds, 3),
+                "endpoint": LOGGED[route],
+                **note.get("payload", {"version": s.live.version, "model": s.live.model}),
+            }
+            if status >= 400:
+                payload["error"] = TITLES.get(status, "other")
+            s.writer.offer(
+                new_event(
+                    "request",
+                    event_id=s.fresh_id(),
+                    request_id=note.get("request_id", scope["request_id"]),
+                    user_id=note.get("user_id"),
+                    payload=payload,
+                    simulated=s.simulated,
+                )
+            )
 
 # %% ../nbs/05a_serving.ipynb #e00073b6
-LOGGED = {'/v1/recommend/{user_id:path}': 'recommend', '/v1/recommend': 'recommend', '/v1/recommend:batch': 'batch', '/v1/similar/{item_id:path}': 'similar', '/v1/popular': 'popular', '/v1/rank': 'rank'}
-_REQUEST_ID = re.compile(r'[A-Za-z0-9._-]{1,64}')
+LOGGED = {
+    "/v1/recommend/{user_id:path}": "recommend",
+    "/v1/recommend": "recommend",
+    "/v1/recommend:batch": "batch",
+    "/v1/similar/{item_id:path}": "similar",
+    "/v1/popular": "popular",
+    "/v1/rank": "rank",
+}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
 
 class _Exchange:
     "The head of a request, and what was sent for it."
+
     def __init__(self, scope, send, fresh_id):
-        self.headers = dict(scope['headers'])
+        self.headers = dict(scope["headers"])
         self.unread = has_body(self.headers)
         self.status, self.begun, self._send = 500, False, send
-        given = self.headers.get(b'x-request-id', b'').decode('latin-1')
-        scope['request_id'] = self.id = given if _REQUEST_ID.fullmatch(given) else fresh_id()
+        given = self.headers.get(b"x-request-id", b"").decode("latin-1")
+        scope["request_id"] = self.id = given if _REQUEST_ID.fullmatch(given) else fresh_id()
 
     async def send(self, message) -> None:
         "Send a message of the answer, with the headers that all answers have."
-        if message['type'] == 'http.response.start':
-            self.status, self.begun = message['status'], True
-            headers = add_security_headers(message.get('headers', ()))
-            headers.append((b'x-request-id', self.id.encode()))
-            if self.unread: headers.append((b'connection', b'close')) # what comes now would be the rest of a body that nobody reads
-            message['headers'] = headers
+        if message["type"] == "http.response.start":
+            self.status, self.begun = message["status"], True
+            headers = add_security_headers(message.get("headers", ()))
+            headers.append((b"x-request-id", self.id.encode()))
+            if self.unread:
+                headers.append(
+                    (b"connection", b"close")
+                )  # what comes now would be the rest of a body that nobody reads
+            message["headers"] = headers
         await self._send(message)
 
-def _slot(route) -> str|None: # 'key', 'open', or None: unlimited
+
+def _slot(route) -> str | None:  # 'key', 'open', or None: unlimited
     "Say which limit on requests at the same time a request counts for."
     path = _path(route)
-    if route is None or path.startswith('/health/'): return None
-    return 'open' if required_role(path) is None else 'key'
+    if route is None or path.startswith("/health/"):
+        return None
+    return "open" if required_role(path) is None else "key"
+
 
 def _path(route) -> str:
     "Return the path of a route; empty, and so not open, for what is no route of one endpoint."
-    return getattr(route, 'path', '')
+    return getattr(route, "path", "")
 
-async def _read(receive) -> bytes|None: # None: too large
+
+async def _read(receive) -> bytes | None:  # None: too large
     "Read the whole body; raises `ClientDisconnect` where its end does not come."
     parts, size, more = [], 0, True
     while more:
         message = await receive()
-        if message['type'] != 'http.request': raise ClientDisconnect
-        parts.append(message.get('body', b''))
+        if message["type"] != "http.request":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
         size += len(parts[-1])
-        more = message.get('more_body', False)
-        if size > MAX_BODY: return None
-    return b''.join(parts)
+        more = message.get("more_body", False)
+        if size > MAX_BODY:
+            return None
+    return b"".join(parts)
 
-def _replay(body:bytes, receive):
+
+def _replay(body: bytes, receive):
     "Hand on a body that was read already."
     given = []
+
     async def again():
-        if given: return await receive()
+        if given:
+            return await receive()
         given.append(True)
-        return {'type': 'http.request', 'body': body, 'more_body': False}
+        return {"type": "http.request", "body": body, "more_body": False}
+
     return again
+
 
 async def _never():
     "Wait for ever: a body that is not wanted is not asked for."
@@ -651,53 +1048,102 @@ async def _never():
 # %% ../nbs/05a_serving.ipynb #b6c008dd
 class Live:
     "A recommender as it is served."
-    def __init__(self, recommender:Recommender, settings, bans:list, recent:Recent):
+
+    def __init__(self, recommender: Recommender, settings, bans: list, recent: Recent):
         recommender = copy(recommender)
-        if 'ban_list' in recommender.chain.steps:
-            for b in bans: recommender.chain = recommender.chain.with_bans(b)
-        else: recommender.chain = recommender.chain.with_bans(bans[0]) # says so where something is banned and the chain would not care
+        if "ban_list" in recommender.chain.steps:
+            for b in bans:
+                recommender.chain = recommender.chain.with_bans(b)
+        else:
+            recommender.chain = recommender.chain.with_bans(
+                bans[0]
+            )  # says so where something is banned and the chain would not care
         recommender.recent = recent
-        card = recommender.info.get('card', {})
-        self.recommender, self.model, self.version = recommender, str(card.get('name') or recommender.model.name), recommender.info.get('id', 'unpacked')[:16]
+        card = recommender.info.get("card", {})
+        self.recommender, self.model, self.version = (
+            recommender,
+            str(card.get("name") or recommender.model.name),
+            recommender.info.get("id", "unpacked")[:16],
+        )
         recommender._model_name = self.model
 
 # %% ../nbs/05a_serving.ipynb #89f0672b
 _PAGED = TypeAdapter(Annotated[list[Id], Field(max_length=MAX_PAGED, fail_fast=True)])
 
-def page_token(ids:list # shown so far
-              ) -> str|None: # None: too many, the list ends here
+
+def page_token(
+    ids: list,  # shown so far
+) -> str | None:  # None: too many, the list ends here
     "Return what a client sends to get the next page."
     token = base64.urlsafe_b64encode(to_json(ids)).decode() if len(ids) <= MAX_PAGED else None
     return token if token is not None and len(token) <= MAX_TOKEN else None
 
-def shown_before(token:str # from `page_token`
-                ) -> list: # ids
+
+def shown_before(
+    token: str,  # from `page_token`
+) -> list:  # ids
     "Return what the pages before have shown; raises `AerecError` for anything else."
-    try: return parse_body(base64.urlsafe_b64decode(token.encode()), _PAGED)
-    except (ValueError, BadBody): raise AerecError('page is not the next_page of an answer: ask for the first page again') from None
+    try:
+        return parse_body(base64.urlsafe_b64decode(token.encode()), _PAGED)
+    except (ValueError, BadBody):
+        raise AerecError("page is not the next_page of an answer: ask for the first page again") from None
 
 # %% ../nbs/05a_serving.ipynb #55bdd5b6
-LIST_THREADS, LOG_THREADS = 4, 8 # threads of a worker that make lists; that write to the event log
+LIST_THREADS, LOG_THREADS = 4, 8  # threads of a worker that make lists; that write to the event log
+
 
 class NotReady(Exception):
     "Raised for a request for a list before the event log was read: who was deleted is not known yet."
 
+
 class State:
     "What the endpoints of one app share."
-    def __init__(self, recommender:Recommender, settings, log:EventLog, simulated:bool, shared:Shared=None, metrics:Path=None):
+
+    def __init__(
+        self,
+        recommender: Recommender,
+        settings,
+        log: EventLog,
+        simulated: bool,
+        shared: Shared = None,
+        metrics: Path = None,
+    ):
         s = settings.serving
-        self.settings, self.log, self.simulated, self.shared, self.metrics = settings, log, simulated, shared or Shared(), Metrics(metrics)
-        self.keys, self.timeout, self.max_concurrency, self.rate_limit, self.access_log = ApiKeys(settings), s.timeout_s, s.max_concurrency, s.rate_limit, s.access_log
+        self.settings, self.log, self.simulated, self.shared, self.metrics = (
+            settings,
+            log,
+            simulated,
+            shared or Shared(),
+            Metrics(metrics),
+        )
+        self.keys, self.timeout, self.max_concurrency, self.rate_limit, self.access_log = (
+            ApiKeys(settings),
+            s.timeout_s,
+            s.max_concurrency,
+            s.rate_limit,
+            s.access_log,
+        )
         self.max_k, self.default_k = s.max_k, min(s.max_k, settings.validation.topk)
         self.ban_file = ban_file(settings)
-        self._bans, self.recent, self._children = [ban_list(settings), ServiceBans(file=self.ban_file, on_error=settings.postprocessing.on_blocklist_error)], Recent(s.max_feedback_per_user), {}
+        self._bans, self.recent, self._children = (
+            [ban_list(settings), ServiceBans(file=self.ban_file, on_error=settings.postprocessing.on_blocklist_error)],
+            Recent(s.max_feedback_per_user),
+            {},
+        )
         self._blocklist_error, self._blocklist_lock = None, threading.Lock()
         self._seq, self._erased_seq, self._reading = 0, 0, threading.Lock()
         self._warnings = Throttle()
         self._random = random.Random(secrets.token_bytes(32))
         self.swap_error, self.stopping, self.together = None, threading.Event(), Together()
-        self.list_threads, self.log_threads, self.operation_threads = RequestThreads(LIST_THREADS, 'lists'), RequestThreads(LOG_THREADS, 'log'), RequestThreads(1, 'operation')
-        self.reader, self.log_health = LogReader(self._read_log, self.shared.news, self._reading_changed), LogHealth(log.check_writable, patience_s=min(1., s.timeout_s/2))
+        self.list_threads, self.log_threads, self.operation_threads = (
+            RequestThreads(LIST_THREADS, "lists"),
+            RequestThreads(LOG_THREADS, "log"),
+            RequestThreads(1, "operation"),
+        )
+        self.reader, self.log_health = (
+            LogReader(self._read_log, self.shared.news, self._reading_changed),
+            LogHealth(log.check_writable, patience_s=min(1.0, s.timeout_s / 2)),
+        )
         self.writer = EventWriter(log, s.queue_size, count=lambda what, n: self.metrics.logged[what].inc(n))
         self.live = None
         self._serve(Live(recommender, settings, self._bans, self.recent))
@@ -706,49 +1152,58 @@ class State:
         "Finish what was begun, and commit what waits."
         self.stopping.set()
         self.reader.stop()
-        for threads in (self.list_threads, self.log_threads, self.operation_threads): threads.close()
+        for threads in (self.list_threads, self.log_threads, self.operation_threads):
+            threads.close()
         self.writer.close()
 
-    def swap(self, recommender:Recommender) -> None:
+    def swap(self, recommender: Recommender) -> None:
         "Serve another bundle from now on."
         new = Live(recommender, self.settings, self._bans, self.recent)
         with self._reading:
             self._forget(new.recommender, 0)
             self._serve(new)
 
-    def _serve(self, new:Live) -> None:
+    def _serve(self, new: Live) -> None:
         "Answer with this recommender."
         old = self.live
-        if old is not None and old.version != new.version: self.metrics.info.labels(old.model, old.version).set(0)
+        if old is not None and old.version != new.version:
+            self.metrics.info.labels(old.model, old.version).set(0)
         self.metrics.info.labels(new.model, new.version).set(1)
         self.live = new
 
-    def fresh_id(self) -> str: # 32 hexadecimal digits
+    def fresh_id(self) -> str:  # 32 hexadecimal digits
         "An id that nobody else has; it need not be hard to guess, so the system is asked for randomness only once."
-        return f'{self._random.getrandbits(128):032x}'
+        return f"{self._random.getrandbits(128):032x}"
 
     def counters(self, route, status) -> tuple:
         "The counter and the histogram of a route."
-        if (route, status) not in self._children: self._children[route, status] = self.metrics.requests.labels(route, str(status)), self.metrics.seconds.labels(route)
+        if (route, status) not in self._children:
+            self._children[route, status] = (
+                self.metrics.requests.labels(route, str(status)),
+                self.metrics.seconds.labels(route),
+            )
         return self._children[route, status]
 
     async def refresh(self) -> Live:
         "Return what answers, with all feedback that any worker committed; a log that hangs holds up an answer for a moment at most."
-        if not self.reader.up_to_date() and not await self.reader.catch_up(self._patience()): raise NotReady
+        if not self.reader.up_to_date() and not await self.reader.catch_up(self._patience()):
+            raise NotReady
         return self.live
 
     def up_to_date(self) -> Live:
         "Do the same in a thread."
-        if not self.reader.up_to_date() and not self.reader.catch_up_in_thread(self._patience()): raise NotReady
+        if not self.reader.up_to_date() and not self.reader.catch_up_in_thread(self._patience()):
+            raise NotReady
         return self.live
 
-    def _patience(self) -> float: # seconds
+    def _patience(self) -> float:  # seconds
         return PATIENCE_S if self.reader.ready else self.timeout
 
-    def warn(self, text:str, error:Exception, id:str) -> None:
+    def warn(self, text: str, error: Exception, id: str) -> None:
         "Log why a change was refused; errors that are alike are logged once a minute."
-        held = self._warnings.admit((text, type(error), getattr(error, 'code', None)))
-        if held is not None: say('alert', text=text, error=first_line(error), request_id=id, more_before=held)
+        held = self._warnings.admit((text, type(error), getattr(error, "code", None)))
+        if held is not None:
+            say("alert", text=text, error=first_line(error), request_id=id, more_before=held)
 
     async def told(self) -> None:
         "Let the next answer of every worker rest on what was just committed."
@@ -756,857 +1211,1545 @@ class State:
         await self.reader.wait(PATIENCE_S)
 
 # %% ../nbs/05a_serving.ipynb #f41490da
-def likes(types, # of the feedback: 'rating', 'click', ...
-          values, # of the feedback; None or NaN: it just happened
-          liked_from:float # ratings from here on are likes
-         ) -> np.ndarray: # bool
+def likes(
+    types,  # of the feedback: 'rating', 'click', ...
+    values,  # of the feedback; None or NaN: it just happened
+    liked_from: float,  # ratings from here on are likes
+) -> np.ndarray:  # bool
     "Tell which feedback says that a user likes an item."
     values = np.asarray(values, float)
-    return np.isnan(values) | np.where(np.asarray(types) == 'rating', values >= liked_from, values > 0)
+    return np.isnan(values) | np.where(np.asarray(types) == "rating", values >= liked_from, values > 0)
 
 # %% ../nbs/05a_serving.ipynb #05fc6614
 @patch
-def _read_log(self:State) -> None:
+def _read_log(self: State) -> None:
     "Bring what is known of users up to date with the event log, and look at the lists of banned items meanwhile."
     self.check_blocklists()
-    since, more = time.time()-86400*self.settings.serving.history_days, True
+    since, more = time.time() - 86400 * self.settings.serving.history_days, True
     with self._reading:
         self._erased_seq = self._forget(self.live.recommender, self._erased_seq)
         while more:
-            found, seq = self.log.feedback_since(self._seq, simulated=self.simulated, since=since, max_per_user=self.recent.max_per_user)
-            times = np.minimum(found.time, found.received_at) # a clock that is ahead must not make its feedback the newest for days
-            self.recent.add_many(found.user_id, found.item_id, likes(found.type, found.value, self.settings.serving.liked_from).tolist(), times.tolist())
+            found, seq = self.log.feedback_since(
+                self._seq, simulated=self.simulated, since=since, max_per_user=self.recent.max_per_user
+            )
+            times = np.minimum(
+                found.time, found.received_at
+            )  # a clock that is ahead must not make its feedback the newest for days
+            self.recent.add_many(
+                found.user_id,
+                found.item_id,
+                likes(found.type, found.value, self.settings.serving.liked_from).tolist(),
+                times.tolist(),
+            )
             more, self._seq = seq != self._seq, seq
 
+
 @patch
-def _forget(self:State, recommender:Recommender, seq:int) -> int: # the number to continue from
+def _forget(self: State, recommender: Recommender, seq: int) -> int:  # the number to continue from
     "Forget users who were deleted: the log knows only hashes of their ids, so all users are looked through where there is a new one."
     gone, seq = self.log.erased_since(seq)
-    if not gone: return seq
+    if not gone:
+        return seq
     users = [*recommender.users, *self.recent.users]
-    for user,is_gone in zip(users, gone.has_many(users)):
-        if is_gone: self.recent.erase(user)
+    for user, is_gone in zip(users, gone.has_many(users)):
+        if is_gone:
+            self.recent.erase(user)
     return seq
 
+
 @patch
-def check_blocklists(self:State) -> None:
+def check_blocklists(self: State) -> None:
     "Say that a list of banned items can no longer be read, or that it can be again."
     with self._blocklist_lock:
-        for bans in self._bans: bans.refresh()
-        error = '; '.join(bans.error for bans in self._bans if bans.error) or None
+        for bans in self._bans:
+            bans.refresh()
+        error = "; ".join(bans.error for bans in self._bans if bans.error) or None
         before, self._blocklist_error = self._blocklist_error, error
     self.metrics.blocklist_failing.set(0 if error is None else 1)
-    if error == before: return
-    if error is None: return say('notice', text='the lists of banned items can be read again')
-    kept = self.settings.postprocessing.on_blocklist_error == 'keep_last'
-    say('alert', text='a list of banned items cannot be read: ' + ('the last known one is kept' if kept else 'nothing is recommended'), error=error)
+    if error == before:
+        return
+    if error is None:
+        return say("notice", text="the lists of banned items can be read again")
+    kept = self.settings.postprocessing.on_blocklist_error == "keep_last"
+    say(
+        "alert",
+        text="a list of banned items cannot be read: "
+        + ("the last known one is kept" if kept else "nothing is recommended"),
+        error=error,
+    )
+
 
 @patch
-def blocklist_problem(self:State) -> tuple: # is nothing recommended?, what is wrong; None: nothing
+def blocklist_problem(self: State) -> tuple:  # is nothing recommended?, what is wrong; None: nothing
     "Tell whether the lists of banned items can be read."
     failing = any(bans.error for bans in self._bans)
-    refuses = failing and self.settings.postprocessing.on_blocklist_error == 'refuse'
-    return refuses, 'a list of banned items cannot be read' if failing else None
+    refuses = failing and self.settings.postprocessing.on_blocklist_error == "refuse"
+    return refuses, "a list of banned items cannot be read" if failing else None
+
 
 @patch
-def _reading_changed(self:State, error:Exception|None) -> None:
+def _reading_changed(self: State, error: Exception | None) -> None:
     "Say that the event log can no longer be read, or that it can be again."
     self.metrics.log_failing.set(0 if error is None else 1)
-    if error is None: return say('notice', text='the event log can be read again')
+    if error is None:
+        return say("notice", text="the event log can be read again")
     known = isinstance(error, LOG_ERRORS)
-    say('alert', text='the event log cannot be read: lists rest on what is known', error=first_line(error) if known else ''.join(traceback.format_exception(error)))
+    say(
+        "alert",
+        text="the event log cannot be read: lists rest on what is known",
+        error=first_line(error) if known else "".join(traceback.format_exception(error)),
+    )
 
 # %% ../nbs/05a_serving.ipynb #81bfe824
-async def _answer(state:State, request:Request, ask, **about) -> Response:
+async def _answer(state: State, request: Request, ask, **about) -> Response:
     "Answer a request for a list in a thread; `ask(recommender, k, shown before, deadline)` makes the list."
     live, deadline = await state.refresh(), Deadline(state.timeout)
-    return await state.list_threads.run(lambda: _respond(state, request, live, lambda r, k, before: ask(r, k, before, deadline), **about), deadline)
+    return await state.list_threads.run(
+        lambda: _respond(state, request, live, lambda r, k, before: ask(r, k, before, deadline), **about), deadline
+    )
 
-def _respond(state:State, request:Request, live:Live, ask, *, user_id=None, k:int=None, page:str=None, dry_run:bool=False, arm:str=None, **note) -> Response:
+
+def _respond(
+    state: State,
+    request: Request,
+    live: Live,
+    ask,
+    *,
+    user_id=None,
+    k: int = None,
+    page: str = None,
+    dry_run: bool = False,
+    arm: str = None,
+    **note,
+) -> Response:
     "Make the answer to a request for a list, and note what the request event says."
-    found, about = _list_of(state, live, request.scope['request_id'], ask, user_id, k, page, dry_run, arm, note)
-    request.scope['notes'] = [about]
+    found, about = _list_of(state, live, request.scope["request_id"], ask, user_id, k, page, dry_run, arm, note)
+    request.scope["notes"] = [about]
     return _json(found) if isinstance(found, dict) else found
 
-def _no_blocklist(id:str) -> Response:
+
+def _no_blocklist(id: str) -> Response:
     "Refuse to recommend; what is wrong with the list goes to the alerts."
-    return problem(503, 'a list of banned items cannot be read; nothing is recommended until it can be', id, {'Retry-After': '5'})
+    return problem(
+        503, "a list of banned items cannot be read; nothing is recommended until it can be", id, {"Retry-After": "5"}
+    )
+
 
 def _json(content) -> Response:
     "Answer with JSON: a number that is not finite is null."
-    return Response(to_json(content, inf_nan_mode='null'), media_type='application/json')
+    return Response(to_json(content, inf_nan_mode="null"), media_type="application/json")
 
-def _list_of(state:State, live:Live, id:str, ask, user_id, k, page, dry_run, arm, note:dict) -> tuple:
+
+def _list_of(state: State, live: Live, id: str, ask, user_id, k, page, dry_run, arm, note: dict) -> tuple:
     "The answer, or a problem, and what to log."
     k = state.default_k if k is None else k
-    payload = {'k': k, 'model': live.model, 'version': live.version, **({'arm': arm} if arm else {}), **{name: v for name,v in note.items() if v is not None}}
-    about = {'user_id': user_id, 'request_id': id, 'dry_run': dry_run, 'payload': payload}
-    if k > state.max_k: return problem(422, f'k is {k}, but a list has at most {state.max_k} items here', id), about
+    payload = {
+        "k": k,
+        "model": live.model,
+        "version": live.version,
+        **({"arm": arm} if arm else {}),
+        **{name: v for name, v in note.items() if v is not None},
+    }
+    about = {"user_id": user_id, "request_id": id, "dry_run": dry_run, "payload": payload}
+    if k > state.max_k:
+        return problem(422, f"k is {k}, but a list has at most {state.max_k} items here", id), about
     try:
         before = shown_before(page) if page else []
         answer = ask(live.recommender, k, before)
-    except DeadlineExceeded: raise # it is an AerecError too
-    except BlocklistUnavailable: return _no_blocklist(id), about
-    except UnknownUser as e: return problem(404, str(e), id), about
-    except AerecError as e: return problem(422, str(e), id), about
+    except DeadlineExceeded:
+        raise  # it is an AerecError too
+    except BlocklistUnavailable:
+        return _no_blocklist(id), about
+    except UnknownUser as e:
+        return problem(404, str(e), id), about
+    except AerecError as e:
+        return problem(422, str(e), id), about
     return _as_answer(state, live, id, user_id, answer, before, payload), about
 
-def _as_answer(state:State, live:Live, id:str, user_id, answer, before:list, payload:dict) -> dict:
+
+def _as_answer(state: State, live: Live, id: str, user_id, answer, before: list, payload: dict) -> dict:
     "What goes over the wire; `payload` gets what was shown."
     ids = answer.item_ids
-    payload |= {'items': ids, 'scores': [item['score'] for item in answer], 'fallback_used': answer.fallback_used, 'n_warnings': len(answer.warnings),
-                'unknown_user': answer.unknown_user}
-    drawn = {str(item['rank']): item['propensity'] for item in answer if 'propensity' in item}
-    if drawn: payload['propensities'] = drawn # place -> probability of what was shown there
-    state.metrics.lists.labels('model' if not answer.fallback_used else answer.items[0]['source'] if ids and answer.items[0]['source'] == 'segment' else 'popular').inc()
-    return {'request_id': id, 'model': live.model, 'version': live.version, 'user_id': user_id, 'items': answer.items, 'fallback_used': answer.fallback_used, 'warnings': answer.warnings,
-            'next_page': page_token([*before, *ids]) if len(ids) >= payload['k'] else None}
+    payload |= {
+        "items": ids,
+        "scores": [item["score"] for item in answer],
+        "fallback_used": answer.fallback_used,
+        "n_warnings": len(answer.warnings),
+        "unknown_user": answer.unknown_user,
+    }
+    drawn = {str(item["rank"]): item["propensity"] for item in answer if "propensity" in item}
+    if drawn:
+        payload["propensities"] = drawn  # place -> probability of what was shown there
+    state.metrics.lists.labels(
+        "model"
+        if not answer.fallback_used
+        else answer.items[0]["source"]
+        if ids and answer.items[0]["source"] == "segment"
+        else "popular"
+    ).inc()
+    return {
+        "request_id": id,
+        "model": live.model,
+        "version": live.version,
+        "user_id": user_id,
+        "items": answer.items,
+        "fallback_used": answer.fallback_used,
+        "warnings": answer.warnings,
+        "next_page": page_token([*before, *ids]) if len(ids) >= payload["k"] else None,
+    }
+
 
 def _pages_before(token) -> list:
     "What a page comes after; nothing where the token is wrong, which `_list_of` says."
-    try: return shown_before(token) if token else []
-    except AerecError: return []
+    try:
+        return shown_before(token) if token else []
+    except AerecError:
+        return []
 
-def _wishes(body:RecommendBody, id:str, k:int, before:list) -> dict:
+
+def _wishes(body: RecommendBody, id: str, k: int, before: list) -> dict:
     "Arguments of `recommend`."
-    asked = {name: getattr(body, name) for name in ('user_id', 'history', 'exclude_seen', 'fallback', 'candidates', 'filter', 'diversity', 'max_per_category', 'min_score', 'explain', 'context')}
-    return {**asked, 'k': k, 'exclude': [*body.exclude, *before], 'pins': () if before else body.pins, 'draw': zlib.crc32(id.encode())} # what is explored is drawn anew for every request
+    asked = {
+        name: getattr(body, name)
+        for name in (
+            "user_id",
+            "history",
+            "exclude_seen",
+            "fallback",
+            "candidates",
+            "filter",
+            "diversity",
+            "max_per_category",
+            "min_score",
+            "explain",
+            "context",
+        )
+    }
+    return {
+        **asked,
+        "k": k,
+        "exclude": [*body.exclude, *before],
+        "pins": () if before else body.pins,
+        "draw": zlib.crc32(id.encode()),
+    }  # what is explored is drawn anew for every request
 
 # %% ../nbs/05a_serving.ipynb #95a57c28
 class Together:
     "Gathers the requests of a moment."
-    MOST, PATIENCE = 16, .001 # requests of one product, which shall stay in the cache; seconds
 
-    def __init__(self): self._waiting, self._last, self._timer = [], 1, None
+    MOST, PATIENCE = 16, 0.001  # requests of one product, which shall stay in the cache; seconds
 
-    def ask(self, live:Live, request:dict # arguments of `recommend`
-           ) -> asyncio.Future: # `Recommendations`, or an `AerecError`
+    def __init__(self):
+        self._waiting, self._last, self._timer = [], 1, None
+
+    def ask(
+        self,
+        live: Live,
+        request: dict,  # arguments of `recommend`
+    ) -> asyncio.Future:  # `Recommendations`, or an `AerecError`
         "Answer with whoever else asks now."
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self._waiting.append((live, request, future))
-        if len(self._waiting) == 1: self._timer = loop.call_later(self.PATIENCE, self._answer) if self._last > 1 else loop.call_soon(self._answer)
+        if len(self._waiting) == 1:
+            self._timer = (
+                loop.call_later(self.PATIENCE, self._answer) if self._last > 1 else loop.call_soon(self._answer)
+            )
         elif len(self._waiting) == self.MOST:
             self._timer.cancel()
             self._answer()
         return future
 
     def _answer(self) -> None:
-        waiting, self._waiting, self._last = [w for w in self._waiting if not w[2].done()], [], len(self._waiting) # one that was given up is not answered
-        for live in {id(l): l for l,_,_ in waiting}.values(): # two while a bundle is replaced
-            of = [(request, future) for l,request,future in waiting if l is live]
-            try: answers = live.recommender.recommend_each([request for request,_ in of], errors='return')
+        waiting, self._waiting, self._last = (
+            [w for w in self._waiting if not w[2].done()],
+            [],
+            len(self._waiting),
+        )  # one that was given up is not answered
+        for live in {id(l): l for l, _, _ in waiting}.values():  # two while a bundle is replaced
+            of = [(request, future) for l, request, future in waiting if l is live]
+            try:
+                answers = live.recommender.recommend_each([request for request, _ in of], errors="return")
             except Exception as e:
-                for _,future in of: future.set_exception(e)
+                for _, future in of:
+                    future.set_exception(e)
                 continue
-            for (_,future),answer in zip(of, answers): future.set_result(answer)
+            for (_, future), answer in zip(of, answers):
+                future.set_result(answer)
 
 # %% ../nbs/05a_serving.ipynb #22d3b1a4
-def read_query(model:type, # of pydantic
-               request:Request
-              ): # -> an instance of the model; raises `RequestValidationError`
+def read_query(
+    model: type,  # of pydantic
+    request: Request,
+):  # -> an instance of the model; raises `RequestValidationError`
     "What stands behind the question mark, checked."
     given = {}
-    try: parts = parse_qsl(request.scope['query_string'].decode('latin-1'), keep_blank_values=True, max_num_fields=MAX_FIELDS)
-    except ValueError: raise RequestValidationError([{'type': 'too_long', 'loc': ('query',), 'msg': f'more than {MAX_FIELDS} parts'}]) from None
-    for name,value in parts:
-        if name in ('exclude',): given.setdefault(name, []).append(value)
-        elif name in given: raise RequestValidationError([{'type': 'twice', 'loc': ('query', name), 'msg': 'it is given twice'}])
-        else: given[name] = value
-    try: found = model.model_validate(given, strict=False)
-    except ValidationError as e: raise RequestValidationError([{**error, 'loc': ('query', *error['loc'])} for error in e.errors(include_url=False, include_input=False)]) from None
-    for name,value in request.path_params.items():
-        if not 0 < len(value) <= MAX_ID or '\0' in value: raise RequestValidationError([{'type': 'id', 'loc': ('path', name), 'msg': f'an id has 1 to {MAX_ID} characters, none of them zero'}])
+    try:
+        parts = parse_qsl(
+            request.scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_FIELDS
+        )
+    except ValueError:
+        raise RequestValidationError(
+            [{"type": "too_long", "loc": ("query",), "msg": f"more than {MAX_FIELDS} parts"}]
+        ) from None
+    for name, value in parts:
+        if name in ("exclude",):
+            given.setdefault(name, []).append(value)
+        elif name in given:
+            raise RequestValidationError([{"type": "twice", "loc": ("query", name), "msg": "it is given twice"}])
+        else:
+            given[name] = value
+    try:
+        found = model.model_validate(given, strict=False)
+    except ValidationError as e:
+        raise RequestValidationError(
+            [{**error, "loc": ("query", *error["loc"])} for error in e.errors(include_url=False, include_input=False)]
+        ) from None
+    for name, value in request.path_params.items():
+        if not 0 < len(value) <= MAX_ID or "\0" in value:
+            raise RequestValidationError(
+                [{"type": "id", "loc": ("path", name), "msg": f"an id has 1 to {MAX_ID} characters, none of them zero"}]
+            )
     return found
 
-def _described(model:type, # of the query
-               in_path:str=None # name of the parameter in the path; None: there is none
-              ) -> dict: # for FastAPI's `openapi_extra`
+
+def _described(
+    model: type,  # of the query
+    in_path: str = None,  # name of the parameter in the path; None: there is none
+) -> dict:  # for FastAPI's `openapi_extra`
     "The parameters that `read_query` reads, for the description of the API."
-    schema = model.model_json_schema(ref_template='#/components/schemas/{model}')
-    id = {'type': 'string', 'minLength': 1, 'maxLength': MAX_ID, 'pattern': r'^[^\x00]*$'}
-    path = [] if in_path is None else [{'name': in_path, 'in': 'path', 'required': True, 'schema': id}]
-    query = [{'name': name, 'in': 'query', 'required': name in schema.get('required', []), 'description': of.get('description', ''), 'schema': {k: v for k,v in of.items() if k != 'description'}}
-             for name,of in schema['properties'].items()]
-    return {'parameters': path+query}
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    id = {"type": "string", "minLength": 1, "maxLength": MAX_ID, "pattern": r"^[^\x00]*$"}
+    path = [] if in_path is None else [{"name": in_path, "in": "path", "required": True, "schema": id}]
+    query = [
+        {
+            "name": name,
+            "in": "query",
+            "required": name in schema.get("required", []),
+            "description": of.get("description", ""),
+            "schema": {k: v for k, v in of.items() if k != "description"},
+        }
+        for name, of in schema["properties"].items()
+    ]
+    return {"parameters": path + query}
 
 # %% ../nbs/05a_serving.ipynb #b57b508a
 class DirectRoute(APIRoute):
     "A route that calls its endpoint with the request and at most a JSON body; a large body is parsed in a thread."
+
     def get_route_handler(self):
         parameters = inspect.signature(self.endpoint).parameters
-        if 'body' not in parameters:
-            direct = set(parameters) == {'request'} and self.response_class is Response and inspect.iscoroutinefunction(self.endpoint)
+        if "body" not in parameters:
+            direct = (
+                set(parameters) == {"request"}
+                and self.response_class is Response
+                and inspect.iscoroutinefunction(self.endpoint)
+            )
             return self.endpoint if direct else super().get_route_handler()
-        adapter = TypeAdapter(parameters['body'].annotation)
+        adapter = TypeAdapter(parameters["body"].annotation)
 
         async def handle(request):
             text = await request.body()
-            if len(text) <= SMALL_BODY: given = parse_body(text, adapter)
-            else: given = await request.app.state.service.list_threads.run(lambda: parse_body(text, adapter))
+            if len(text) <= SMALL_BODY:
+                given = parse_body(text, adapter)
+            else:
+                given = await request.app.state.service.list_threads.run(lambda: parse_body(text, adapter))
             return await self.endpoint(request, given)
+
         return handle
 
 # %% ../nbs/05a_serving.ipynb #5f8bdc64
 class ItemOut(BaseModel):
     "An item of a list."
-    item_id: int|str
+
+    item_id: int | str
     rank: int
     score: float
-    title: str|None
-    genres: str|None
+    title: str | None
+    genres: str | None
     source: str = Field(description="'model', 'popular', 'segment', 'pin', 'promotion' or 'explore'")
     metadata: dict
-    propensity: float|None = Field(None, description='probability with which it was drawn, of what is explored')
-    reasons: list[dict]|None = Field(None, description='with explain: items of the history that carry it')
-    why: str|None = None
+    propensity: float | None = Field(None, description="probability with which it was drawn, of what is explored")
+    reasons: list[dict] | None = Field(None, description="with explain: items of the history that carry it")
+    why: str | None = None
+
 
 class ListOut(BaseModel):
     "A list and what there is to say about it."
+
     request_id: str
     model: str
     version: str
-    user_id: int|str|None
+    user_id: int | str | None
     items: list[ItemOut]
     fallback_used: bool
     warnings: list[str]
-    next_page: str|None
+    next_page: str | None
+
 
 class BatchOut(BaseModel):
     "The answers in the order of the requests."
+
     request_id: str
     answers: list[ListOut]
 
+
 class AcceptedOut(BaseModel):
     "What became of a report."
+
     request_id: str
     accepted: int
     duplicates: int
 
+
 ANY_PROBLEM = problems(400, 401, 403, 408, 421, 429, 500, 503)
-ANY_PROBLEM[400]['content'] |= {'text/plain': {'schema': {'type': 'string'}}} # what is no HTTP, or has an endless address, does not get as far as the app
-_LIST = {200: {'model': ListOut}, **ANY_PROBLEM, **problems(422)}
+ANY_PROBLEM[400]["content"] |= {
+    "text/plain": {"schema": {"type": "string"}}
+}  # what is no HTTP, or has an endless address, does not get as far as the app
+_LIST = {200: {"model": ListOut}, **ANY_PROBLEM, **problems(422)}
 
 # %% ../nbs/05a_serving.ipynb #1c27020b
-def create_app(bundle, # `Recommender`, or the folder of a bundle
-               settings=None, # from `load_settings`; None: as configured
-               event_log:EventLog=None, # where events go; None: as configured
-               simulated:bool=False, # mark every event as simulated
-               shared:Shared=None, # what workers share; None: there is one
-               metrics:Path=None, # folder in which workers count together, see `share_metrics`; None: there is one
-               look=None # function() -> (version, bundle folder) that ought to be served, asked every `serving.follow_s`; None: it stays
-              ) -> FastAPI:
+def create_app(
+    bundle,  # `Recommender`, or the folder of a bundle
+    settings=None,  # from `load_settings`; None: as configured
+    event_log: EventLog = None,  # where events go; None: as configured
+    simulated: bool = False,  # mark every event as simulated
+    shared: Shared = None,  # what workers share; None: there is one
+    metrics: Path = None,  # folder in which workers count together, see `share_metrics`; None: there is one
+    look=None,  # function() -> (version, bundle folder) that ought to be served, asked every `serving.follow_s`; None: it stays
+) -> FastAPI:
     "The service as an ASGI app; raises `AerecError` if keys are required and there are none, the bundle does not verify, or an allowed host is no host name."
     settings = settings or load_settings()
-    recommender = bundle if hasattr(bundle, 'recommend') else load_bundle(bundle, settings=settings)
+    recommender = bundle if hasattr(bundle, "recommend") else load_bundle(bundle, settings=settings)
     state = State(recommender, settings, event_log or EventLog.from_settings(settings), simulated, shared, metrics)
 
     @asynccontextmanager
     async def lifespan(app):
-        anyio.to_thread.current_default_thread_limiter().total_tokens = LIST_THREADS # of endpoints that are no coroutines
+        anyio.to_thread.current_default_thread_limiter().total_tokens = (
+            LIST_THREADS  # of endpoints that are no coroutines
+        )
         state.reader.start()
-        if look is not None and settings.serving.follow_s: threading.Thread(target=follow, args=(state, look, settings.serving.follow_s), name='follow', daemon=True).start()
+        if look is not None and settings.serving.follow_s:
+            threading.Thread(
+                target=follow, args=(state, look, settings.serving.follow_s), name="follow", daemon=True
+            ).start()
         yield
         state.close()
-    app = FastAPI(title='aerec', description='Recommendations out, events in.', version='1', lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    app = FastAPI(
+        title="aerec",
+        description="Recommendations out, events in.",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.service, app.router.route_class = state, DirectRoute
     _add_lists(app, state)
     _add_changes(app, state)
     _add_operation(app, state)
     add_docs(app)
-    if settings.serving.demo: _add_demo(app, state)
+    if settings.serving.demo:
+        _add_demo(app, state)
     _add_problems(app)
     app.add_middleware(RequestMiddleware, state=state, routes=app.routes, hosts=allowed_hosts(settings))
     return app
 
-RETRY_S = 60. # seconds after which a refused bundle is looked at again, though nothing of it changed
 
-def follow(state:State, look, seconds:float) -> None:
+RETRY_S = 60.0  # seconds after which a refused bundle is looked at again, though nothing of it changed
+
+
+def follow(state: State, look, seconds: float) -> None:
     "Look every few seconds what is to be served, and serve it once it is loaded and verified; until then the old one stays, and an alert says why."
-    refused, again = None, 0.
+    refused, again = None, 0.0
     while not state.stopping.wait(seconds):
         candidate = None
         try:
             version, folder = look()
-            if version == state.live.recommender.info.get('number'): continue
+            if version == state.live.recommender.info.get("number"):
+                continue
             candidate = version, _last_change(folder)
-            if candidate == refused and time.monotonic() < again: continue
+            if candidate == refused and time.monotonic() < again:
+                continue
             _change_bundle(state, version, folder)
             refused = None
-        except Exception as e: # whatever is wrong with the new one, the old one answers
-            if candidate == refused and time.monotonic() < again and state.swap_error == first_line(e): continue
-            refused, again = candidate, time.monotonic()+RETRY_S
+        except Exception as e:  # whatever is wrong with the new one, the old one answers
+            if candidate == refused and time.monotonic() < again and state.swap_error == first_line(e):
+                continue
+            refused, again = candidate, time.monotonic() + RETRY_S
             state.swap_error = first_line(e)
-            state.metrics.swaps.labels('failed').inc()
-            say('alert', text='the new bundle is not served, the old one stays', serving=state.live.version, error=state.swap_error)
+            state.metrics.swaps.labels("failed").inc()
+            say(
+                "alert",
+                text="the new bundle is not served, the old one stays",
+                serving=state.live.version,
+                error=state.swap_error,
+            )
+
 
 def _last_change(folder) -> tuple:
     "When the files of a bundle were changed; equal where nothing was."
-    return tuple((path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path in sorted(Path(folder).rglob('*')) for stat in [path.lstat()])
+    return tuple(
+        (path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        for path in sorted(Path(folder).rglob("*"))
+        for stat in [path.lstat()]
+    )
 
-def _change_bundle(state:State, version, folder) -> None:
+
+def _change_bundle(state: State, version, folder) -> None:
     "Load a bundle and serve it."
     recommender = load_bundle(folder, settings=state.settings)
-    recommender.info['number'] = version
-    if recommender.info['id'][:16] != state.live.version: state.swap(recommender)
-    else: state.live.recommender.info['number'] = version
+    recommender.info["number"] = version
+    if recommender.info["id"][:16] != state.live.version:
+        state.swap(recommender)
+    else:
+        state.live.recommender.info["number"] = version
     state.swap_error = None
-    state.metrics.swaps.labels('done').inc()
-    say('swap', model=state.live.model, version=state.live.version)
+    state.metrics.swaps.labels("done").inc()
+    say("swap", model=state.live.model, version=state.live.version)
 
 # %% ../nbs/05a_serving.ipynb #66e35b24
-def _add_problems(app:FastAPI) -> None:
+def _add_problems(app: FastAPI) -> None:
     "Problem documents for what FastAPI refuses by itself."
+
     @app.exception_handler(RequestValidationError)
-    async def invalid(request, error): return problem(*validation_detail(error.errors()), request.scope.get('request_id'))
+    async def invalid(request, error):
+        return problem(*validation_detail(error.errors()), request.scope.get("request_id"))
 
     @app.exception_handler(BadBody)
-    async def bad_body(request, error): return problem(*validation_detail(error.errors), request.scope.get('request_id'))
+    async def bad_body(request, error):
+        return problem(*validation_detail(error.errors), request.scope.get("request_id"))
 
     @app.exception_handler(BlocklistUnavailable)
-    async def no_blocklist(request, error): return _no_blocklist(request.scope.get('request_id'))
+    async def no_blocklist(request, error):
+        return _no_blocklist(request.scope.get("request_id"))
 
     @app.exception_handler(NotReady)
-    async def not_ready(request, error): return problem(503, 'the event log was not read yet; ask again in a moment', request.scope.get('request_id'), {'Retry-After': '1'})
+    async def not_ready(request, error):
+        return problem(
+            503,
+            "the event log was not read yet; ask again in a moment",
+            request.scope.get("request_id"),
+            {"Retry-After": "1"},
+        )
 
     @app.exception_handler(HTTPException)
     async def refused(request, error):
-        detail = {404: f'there is nothing at {request.url.path}', 405: f'{request.method} is not possible at {request.url.path}'}.get(error.status_code, str(error.detail))
-        return problem(error.status_code, detail, request.scope.get('request_id'), error.headers)
+        detail = {
+            404: f"there is nothing at {request.url.path}",
+            405: f"{request.method} is not possible at {request.url.path}",
+        }.get(error.status_code, str(error.detail))
+        return problem(error.status_code, detail, request.scope.get("request_id"), error.headers)
 
 # %% ../nbs/05a_serving.ipynb #fadb2aea
-def _key(state): return [Depends(APIKeyHeader(name='X-API-Key', auto_error=False))] if state.keys else []
+def _key(state):
+    return [Depends(APIKeyHeader(name="X-API-Key", auto_error=False))] if state.keys else []
 
-LARGE_K = 100 # longer lists are made in threads
 
-def _add_lists(app:FastAPI, state:State) -> None:
+LARGE_K = 100  # longer lists are made in threads
+
+
+def _add_lists(app: FastAPI, state: State) -> None:
     "Everything that answers with lists."
     key, body_problems = _key(state), {**_LIST, **problems(404, 413, 415)}
 
-    @app.get('/v1/recommend/{user_id:path}', tags=['lists'], dependencies=key, responses={**_LIST, **problems(404)}, response_class=Response, openapi_extra=_described(Wishes, 'user_id'))
-    async def recommend_user(request:Request):
+    @app.get(
+        "/v1/recommend/{user_id:path}",
+        tags=["lists"],
+        dependencies=key,
+        responses={**_LIST, **problems(404)},
+        response_class=Response,
+        openapi_extra=_described(Wishes, "user_id"),
+    )
+    async def recommend_user(request: Request):
         "A list for one user."
-        user_id, query, id = request.path_params['user_id'], read_query(Wishes, request), request.scope['request_id']
-        wishes = dict(user_id=user_id, exclude_seen=query.exclude_seen, fallback=query.fallback, diversity=query.diversity, max_per_category=query.max_per_category, min_score=query.min_score, explain=query.explain, draw=zlib.crc32(id.encode()))
-        about = dict(user_id=user_id, k=query.k, page=query.page, dry_run=query.dry_run, arm=query.arm, exclude_seen=query.exclude_seen)
-        if query.explain or query.diversity or query.max_per_category or (query.k or state.default_k) > LARGE_K: # may take a while
-            return await _answer(state, request, lambda r, k, before, deadline: r.recommend(**wishes, k=k, exclude=[*query.exclude, *before], deadline=deadline), **about)
+        user_id, query, id = request.path_params["user_id"], read_query(Wishes, request), request.scope["request_id"]
+        wishes = dict(
+            user_id=user_id,
+            exclude_seen=query.exclude_seen,
+            fallback=query.fallback,
+            diversity=query.diversity,
+            max_per_category=query.max_per_category,
+            min_score=query.min_score,
+            explain=query.explain,
+            draw=zlib.crc32(id.encode()),
+        )
+        about = dict(
+            user_id=user_id,
+            k=query.k,
+            page=query.page,
+            dry_run=query.dry_run,
+            arm=query.arm,
+            exclude_seen=query.exclude_seen,
+        )
+        if (
+            query.explain or query.diversity or query.max_per_category or (query.k or state.default_k) > LARGE_K
+        ):  # may take a while
+            return await _answer(
+                state,
+                request,
+                lambda r, k, before, deadline: r.recommend(
+                    **wishes, k=k, exclude=[*query.exclude, *before], deadline=deadline
+                ),
+                **about,
+            )
         live, k, before = await state.refresh(), query.k or state.default_k, _pages_before(query.page)
-        answer = await state.together.ask(live, {**wishes, 'k': k, 'exclude': [*query.exclude, *before]}) if k <= state.max_k else None
+        answer = (
+            await state.together.ask(live, {**wishes, "k": k, "exclude": [*query.exclude, *before]})
+            if k <= state.max_k
+            else None
+        )
+
         def answered(r, k, before):
-            if isinstance(answer, Exception): raise answer
+            if isinstance(answer, Exception):
+                raise answer
             return answer
+
         return _respond(state, request, live, answered, **about)
 
-    @app.post('/v1/recommend', tags=['lists'], dependencies=key, responses=body_problems, response_class=Response)
-    async def recommend_history(request:Request, body:RecommendBody):
+    @app.post("/v1/recommend", tags=["lists"], dependencies=key, responses=body_problems, response_class=Response)
+    async def recommend_history(request: Request, body: RecommendBody):
         "A list for a history, a user or both, with everything that can be said."
-        id, history = request.scope['request_id'], body.history
-        return await _answer(state, request, lambda r, k, before, deadline: r.recommend(**_wishes(body, id, k, before), deadline=deadline), user_id=body.user_id, k=body.k, page=body.page,
-                             dry_run=body.dry_run, arm=body.arm, exclude_seen=body.exclude_seen, n_history=None if history is None else len(history), history=None if history is None else history[:200])
+        id, history = request.scope["request_id"], body.history
+        return await _answer(
+            state,
+            request,
+            lambda r, k, before, deadline: r.recommend(**_wishes(body, id, k, before), deadline=deadline),
+            user_id=body.user_id,
+            k=body.k,
+            page=body.page,
+            dry_run=body.dry_run,
+            arm=body.arm,
+            exclude_seen=body.exclude_seen,
+            n_history=None if history is None else len(history),
+            history=None if history is None else history[:200],
+        )
 
-    @app.post('/v1/recommend:batch', tags=['lists'], dependencies=key, responses={**body_problems, 200: {'model': BatchOut}}, response_class=Response)
-    async def recommend_batch(request:Request, body:BatchBody):
+    @app.post(
+        "/v1/recommend:batch",
+        tags=["lists"],
+        dependencies=key,
+        responses={**body_problems, 200: {"model": BatchOut}},
+        response_class=Response,
+    )
+    async def recommend_batch(request: Request, body: BatchBody):
         "Many requests at once, scored together: all are answered, or none."
         live, deadline = await state.refresh(), Deadline(state.timeout)
-        request.scope['charge'](len(body.requests)-1) # the token of the first was taken before the body was read
-        return await state.list_threads.run(lambda: _answer_batch(state, request, live, body.requests, deadline), deadline)
+        request.scope["charge"](len(body.requests) - 1)  # the token of the first was taken before the body was read
+        return await state.list_threads.run(
+            lambda: _answer_batch(state, request, live, body.requests, deadline), deadline
+        )
 
-    @app.get('/v1/similar/{item_id:path}', tags=['lists'], dependencies=key, responses={**_LIST, **problems(404)}, response_class=Response, openapi_extra=_described(SimilarQuery, 'item_id'))
-    async def similar(request:Request):
+    @app.get(
+        "/v1/similar/{item_id:path}",
+        tags=["lists"],
+        dependencies=key,
+        responses={**_LIST, **problems(404)},
+        response_class=Response,
+        openapi_extra=_described(SimilarQuery, "item_id"),
+    )
+    async def similar(request: Request):
         "What the model recommends to somebody who has this item and no other."
-        item_id, query = request.path_params['item_id'], read_query(SimilarQuery, request)
-        if state.live.recommender.item_index.number(item_id) < 0: return problem(404, f'item {item_id!r} is unknown', request.scope['request_id'])
-        return await _answer(state, request, lambda r, k, before, deadline: r.similar_items(item_id, k, deadline=deadline), k=query.k, n_history=1, history=[item_id])
+        item_id, query = request.path_params["item_id"], read_query(SimilarQuery, request)
+        if state.live.recommender.item_index.number(item_id) < 0:
+            return problem(404, f"item {item_id!r} is unknown", request.scope["request_id"])
+        return await _answer(
+            state,
+            request,
+            lambda r, k, before, deadline: r.similar_items(item_id, k, deadline=deadline),
+            k=query.k,
+            n_history=1,
+            history=[item_id],
+        )
 
-    @app.get('/v1/popular', tags=['lists'], dependencies=key, responses={**_LIST, **problems(404)}, response_class=Response, openapi_extra=_described(PopularQuery))
-    async def popular(request:Request):
+    @app.get(
+        "/v1/popular",
+        tags=["lists"],
+        dependencies=key,
+        responses={**_LIST, **problems(404)},
+        response_class=Response,
+        openapi_extra=_described(PopularQuery),
+    )
+    async def popular(request: Request):
         "What most people have, or those of a segment."
         query = read_query(PopularQuery, request)
-        return await _answer(state, request, lambda r, k, before, deadline: r.popular(query.segment, k, exclude=query.exclude, deadline=deadline), k=query.k)
+        return await _answer(
+            state,
+            request,
+            lambda r, k, before, deadline: r.popular(query.segment, k, exclude=query.exclude, deadline=deadline),
+            k=query.k,
+        )
 
-    @app.post('/v1/rank', tags=['lists'], dependencies=key, responses=body_problems, response_class=Response)
-    async def rank(request:Request, body:RankBody):
+    @app.post("/v1/rank", tags=["lists"], dependencies=key, responses=body_problems, response_class=Response)
+    async def rank(request: Request, body: RankBody):
         "A given list in the order of a user."
         n, history = len(body.items), body.history
-        return await _answer(state, request, lambda r, k, before, deadline: r.rank(body.items, body.user_id, history, body.exclude_seen, explain=body.explain, deadline=deadline), user_id=body.user_id,
-                             k=min(n, state.max_k) if n <= state.max_k else n, dry_run=body.dry_run, exclude_seen=body.exclude_seen, n_history=None if history is None else len(history),
-                             history=None if history is None else history[:200])
+        return await _answer(
+            state,
+            request,
+            lambda r, k, before, deadline: r.rank(
+                body.items, body.user_id, history, body.exclude_seen, explain=body.explain, deadline=deadline
+            ),
+            user_id=body.user_id,
+            k=min(n, state.max_k) if n <= state.max_k else n,
+            dry_run=body.dry_run,
+            exclude_seen=body.exclude_seen,
+            n_history=None if history is None else len(history),
+            history=None if history is None else history[:200],
+        )
 
-    @app.get('/v1/items', tags=['lists'], dependencies=key, responses={200: {'model': list[dict]}, **ANY_PROBLEM, **problems(422)}, response_class=Response, openapi_extra=_described(ItemsQuery))
-    async def items(request:Request):
+    @app.get(
+        "/v1/items",
+        tags=["lists"],
+        dependencies=key,
+        responses={200: {"model": list[dict]}, **ANY_PROBLEM, **problems(422)},
+        response_class=Response,
+        openapi_extra=_described(ItemsQuery),
+    )
+    async def items(request: Request):
         "Items whose titles have some words, the most popular first."
         query, r, deadline = read_query(ItemsQuery, request), state.live.recommender, Deadline(state.timeout)
         return _json(await state.list_threads.run(lambda: search_items(r, query.q, query.k, deadline), deadline))
 
 # %% ../nbs/05a_serving.ipynb #103ddbd4
-def _answer_batch(state:State, request:Request, live:Live, asked:list, deadline:Deadline) -> Response:
+def _answer_batch(state: State, request: Request, live: Live, asked: list, deadline: Deadline) -> Response:
     "Answer the requests of a batch, and note what their request events say."
-    id, ks = request.scope['request_id'], [state.default_k if q.k is None else q.k for q in asked]
-    if sum(ks) > 10*state.max_k: return problem(422, f'the lists have {sum(ks):,} items together, {10*state.max_k:,} are allowed: ask for less at a time', id)
-    if max(ks) > state.max_k: return problem(422, f'request {ks.index(max(ks))+1}: k is {max(ks)}, but a list has at most {state.max_k} items here', id)
+    id, ks = request.scope["request_id"], [state.default_k if q.k is None else q.k for q in asked]
+    if sum(ks) > 10 * state.max_k:
+        return problem(
+            422,
+            f"the lists have {sum(ks):,} items together, {10 * state.max_k:,} are allowed: ask for less at a time",
+            id,
+        )
+    if max(ks) > state.max_k:
+        return problem(
+            422, f"request {ks.index(max(ks)) + 1}: k is {max(ks)}, but a list has at most {state.max_k} items here", id
+        )
     try:
         before = [shown_before(q.page) if q.page else [] for q in asked]
-        answers = live.recommender.recommend_each([_wishes(q, f'{id}.{n}', k, b) for n,(q,k,b) in enumerate(zip(asked, ks, before))], deadline=deadline)
-    except DeadlineExceeded: raise # it is an AerecError too
-    except BlocklistUnavailable: return _no_blocklist(id)
-    except UnknownUser as e: return problem(404, str(e), id)
-    except AerecError as e: return problem(422, str(e), id)
+        answers = live.recommender.recommend_each(
+            [_wishes(q, f"{id}.{n}", k, b) for n, (q, k, b) in enumerate(zip(asked, ks, before))], deadline=deadline
+        )
+    except DeadlineExceeded:
+        raise  # it is an AerecError too
+    except BlocklistUnavailable:
+        return _no_blocklist(id)
+    except UnknownUser as e:
+        return problem(404, str(e), id)
+    except AerecError as e:
+        return problem(422, str(e), id)
     done, notes = [], []
-    for n,(q,k,b,answer) in enumerate(zip(asked, ks, before, answers)):
-        payload = {'k': k, 'model': live.model, 'version': live.version, 'exclude_seen': q.exclude_seen, **({'arm': q.arm} if q.arm else {}), **({} if q.history is None else {'n_history': len(q.history), 'history': q.history[:200]})}
-        done.append(_as_answer(state, live, f'{id}.{n}', q.user_id, answer, b, payload))
-        notes.append({'user_id': q.user_id, 'request_id': f'{id}.{n}', 'dry_run': q.dry_run, 'payload': payload})
-    request.scope['notes'] = notes
-    return _json({'request_id': id, 'answers': done})
+    for n, (q, k, b, answer) in enumerate(zip(asked, ks, before, answers)):
+        payload = {
+            "k": k,
+            "model": live.model,
+            "version": live.version,
+            "exclude_seen": q.exclude_seen,
+            **({"arm": q.arm} if q.arm else {}),
+            **({} if q.history is None else {"n_history": len(q.history), "history": q.history[:200]}),
+        }
+        done.append(_as_answer(state, live, f"{id}.{n}", q.user_id, answer, b, payload))
+        notes.append({"user_id": q.user_id, "request_id": f"{id}.{n}", "dry_run": q.dry_run, "payload": payload})
+    request.scope["notes"] = notes
+    return _json({"request_id": id, "answers": done})
 
-def search_items(r:Recommender, q:str, k:int,
-                 deadline:Deadline=None # None: it may take any time
-                ) -> list: # dicts: item_id, title, genres
+
+def search_items(
+    r: Recommender,
+    q: str,
+    k: int,
+    deadline: Deadline = None,  # None: it may take any time
+) -> list:  # dicts: item_id, title, genres
     "Items whose titles have all words of a text, or whose id it is; banned ones are left out."
     words, number, banned = list(dict.fromkeys(q.casefold().split())), r.item_index.number(q), r.chain.banned
-    titles = r.catalogue.once('folded titles', lambda: [t.casefold() if isinstance(t, str) else '' for t in r.item_table.title])
+    titles = r.catalogue.once(
+        "folded titles", lambda: [t.casefold() if isinstance(t, str) else "" for t in r.item_table.title]
+    )
     found = [number] if number >= 0 else []
     for start in range(0, len(titles), 10_000):
-        if deadline is not None: deadline.check()
-        found += [n for n,t in enumerate(titles[start:start+10_000], start) if t and all(w in t for w in words)]
+        if deadline is not None:
+            deadline.check()
+        found += [n for n, t in enumerate(titles[start : start + 10_000], start) if t and all(w in t for w in words)]
     best = sorted({n for n in found if not banned[n]}, key=lambda n: (n != number, -r.popularity[n], n))[:k]
-    return [{'item_id': r.items[n], 'title': r._titles[n], 'genres': r._genres[n]} for n in best]
+    return [{"item_id": r.items[n], "title": r._titles[n], "genres": r._genres[n]} for n in best]
 
 # %% ../nbs/05a_serving.ipynb #f3a4729a
-def _add_changes(app:FastAPI, state:State) -> None:
+def _add_changes(app: FastAPI, state: State) -> None:
     "Everything that changes something."
     key, more = _key(state), {**ANY_PROBLEM, **problems(413, 415, 422)}
 
-    @app.post('/v1/events', tags=['events'], dependencies=key, responses={200: {'model': AcceptedOut}, **more}, response_class=Response)
-    async def events(request:Request, body:Annotated[Report, Body()]):
+    @app.post(
+        "/v1/events",
+        tags=["events"],
+        dependencies=key,
+        responses={200: {"model": AcceptedOut}, **more},
+        response_class=Response,
+    )
+    async def events(request: Request, body: Annotated[Report, Body()]):
         "Store impressions and feedback; they are on disk when this is answered, and the next answer rests on them."
-        id = request.scope['request_id']
-        try: accepted = await state.log_threads.run(lambda: state.log.append([{**event.model_dump(exclude_none=True), 'simulated': event.simulated or state.simulated} for event in body]))
-        except AerecError as e: return problem(422, str(e), id)
-        except LOG_ERRORS as e: return _log_unavailable(state, e, 'nothing was stored, send the same events again', id)
-        state.log_health.note(None)
-        if any(event.kind == 'feedback' for event in body): await state.told()
-        state.metrics.posted.labels('accepted').inc(accepted)
-        state.metrics.posted.labels('duplicate').inc(len(body)-accepted)
-        return JSONResponse({'request_id': id, 'accepted': accepted, 'duplicates': len(body)-accepted})
-
-    @app.delete('/v1/users/{user_id:path}', tags=['administration'], dependencies=key, responses={200: {'model': dict}, **ANY_PROBLEM, **problems(404, 422)}, response_class=Response)
-    async def forget(request:Request, user_id:PathId):
-        "Forget a user: events are removed from the log, and neither they nor the packed history count any more, in any worker, nor after a restart."
-        id = request.scope['request_id']
-        try: removed = await state.log_threads.run(lambda: state.log.delete_user(user_id))
-        except AerecError as e: return problem(422, str(e), id)
+        id = request.scope["request_id"]
+        try:
+            accepted = await state.log_threads.run(
+                lambda: state.log.append(
+                    [
+                        {**event.model_dump(exclude_none=True), "simulated": event.simulated or state.simulated}
+                        for event in body
+                    ]
+                )
+            )
+        except AerecError as e:
+            return problem(422, str(e), id)
         except LOG_ERRORS as e:
-            state.shared.tell() # it may have got half way
-            return _log_unavailable(state, e, 'ask again until it is answered 200: only then the user is forgotten', id)
+            return _log_unavailable(state, e, "nothing was stored, send the same events again", id)
+        state.log_health.note(None)
+        if any(event.kind == "feedback" for event in body):
+            await state.told()
+        state.metrics.posted.labels("accepted").inc(accepted)
+        state.metrics.posted.labels("duplicate").inc(len(body) - accepted)
+        return JSONResponse({"request_id": id, "accepted": accepted, "duplicates": len(body) - accepted})
+
+    @app.delete(
+        "/v1/users/{user_id:path}",
+        tags=["administration"],
+        dependencies=key,
+        responses={200: {"model": dict}, **ANY_PROBLEM, **problems(404, 422)},
+        response_class=Response,
+    )
+    async def forget(request: Request, user_id: PathId):
+        "Forget a user: events are removed from the log, and neither they nor the packed history count any more, in any worker, nor after a restart."
+        id = request.scope["request_id"]
+        try:
+            removed = await state.log_threads.run(lambda: state.log.delete_user(user_id))
+        except AerecError as e:
+            return problem(422, str(e), id)
+        except LOG_ERRORS as e:
+            state.shared.tell()  # it may have got half way
+            return _log_unavailable(state, e, "ask again until it is answered 200: only then the user is forgotten", id)
         state.recent.erase(user_id)
         state.log_health.note(None)
         await state.told()
-        return JSONResponse({'request_id': id, 'user_id': user_id, 'events_removed': removed})
+        return JSONResponse({"request_id": id, "user_id": user_id, "events_removed": removed})
 
-    @app.get('/v1/bans', tags=['administration'], dependencies=key, responses={200: {'model': dict}, **ANY_PROBLEM}, response_class=Response)
-    async def bans(request:Request):
+    @app.get(
+        "/v1/bans",
+        tags=["administration"],
+        dependencies=key,
+        responses={200: {"model": dict}, **ANY_PROBLEM},
+        response_class=Response,
+    )
+    async def bans(request: Request):
         "What was banned through the service, and how many items are banned in all."
-        id = request.scope['request_id']
-        try: items = await state.operation_threads.run(lambda: banned_through_service(state.ban_file))
-        except AerecError as e: return _bans_unavailable(state, e, id)
-        return JSONResponse({'request_id': id, 'items': items, 'n_banned': int(state.live.recommender.chain.banned.sum())})
+        id = request.scope["request_id"]
+        try:
+            items = await state.operation_threads.run(lambda: banned_through_service(state.ban_file))
+        except AerecError as e:
+            return _bans_unavailable(state, e, id)
+        return JSONResponse(
+            {"request_id": id, "items": items, "n_banned": int(state.live.recommender.chain.banned.sum())}
+        )
 
     async def change(request, item_id, banned):
-        id, r = request.scope['request_id'], state.live.recommender
-        if 'ban_list' not in r.chain.steps: return problem(422, 'the chain of this bundle has no step ban_list: nothing can be banned', id)
-        try: changed = await state.log_threads.run(lambda: change_bans(state.ban_file, item_id, banned))
-        except BadItemId as e: return problem(422, str(e), id)
-        except AerecError as e: return _bans_unavailable(state, e, id)
+        id, r = request.scope["request_id"], state.live.recommender
+        if "ban_list" not in r.chain.steps:
+            return problem(422, "the chain of this bundle has no step ban_list: nothing can be banned", id)
+        try:
+            changed = await state.log_threads.run(lambda: change_bans(state.ban_file, item_id, banned))
+        except BadItemId as e:
+            return problem(422, str(e), id)
+        except AerecError as e:
+            return _bans_unavailable(state, e, id)
         known = r.item_index.number(item_id) >= 0
-        return JSONResponse({'request_id': id, 'item_id': item_id, 'banned': banned, 'changed': changed, 'warnings': [] if known else [f'item {item_id!r} is unknown here']})
+        return JSONResponse(
+            {
+                "request_id": id,
+                "item_id": item_id,
+                "banned": banned,
+                "changed": changed,
+                "warnings": [] if known else [f"item {item_id!r} is unknown here"],
+            }
+        )
 
-    @app.put('/v1/bans/{item_id:path}', tags=['administration'], dependencies=key, responses={200: {'model': dict}, **ANY_PROBLEM, **problems(404, 422)}, response_class=Response)
-    async def ban(request:Request, item_id:PathId):
+    @app.put(
+        "/v1/bans/{item_id:path}",
+        tags=["administration"],
+        dependencies=key,
+        responses={200: {"model": dict}, **ANY_PROBLEM, **problems(404, 422)},
+        response_class=Response,
+    )
+    async def ban(request: Request, item_id: PathId):
         "Never show an item, from the next answer on."
         return await change(request, item_id, True)
 
-    @app.delete('/v1/bans/{item_id:path}', tags=['administration'], dependencies=key, responses={200: {'model': dict}, **ANY_PROBLEM, **problems(404, 422)}, response_class=Response)
-    async def allow(request:Request, item_id:PathId):
+    @app.delete(
+        "/v1/bans/{item_id:path}",
+        tags=["administration"],
+        dependencies=key,
+        responses={200: {"model": dict}, **ANY_PROBLEM, **problems(404, 422)},
+        response_class=Response,
+    )
+    async def allow(request: Request, item_id: PathId):
         "Take an item off the list that the service keeps; what settings or the bundle ban stays banned."
         return await change(request, item_id, False)
 
-def _bans_unavailable(state:State, error:AerecError, id:str) -> Response:
-    "Answer a request about the list of banned items that cannot be read or written."
-    state.warn('the list of banned items could not be read or written', error, id)
-    return problem(503, 'the list of banned items cannot be read or written now; nothing was changed', id)
 
-def _log_unavailable(state:State, error:Exception, advice:str, id:str) -> Response:
+def _bans_unavailable(state: State, error: AerecError, id: str) -> Response:
+    "Answer a request about the list of banned items that cannot be read or written."
+    state.warn("the list of banned items could not be read or written", error, id)
+    return problem(503, "the list of banned items cannot be read or written now; nothing was changed", id)
+
+
+def _log_unavailable(state: State, error: Exception, advice: str, id: str) -> Response:
     "Answer a request for a change that the event log could not take."
     state.log_health.note(error)
-    state.warn('the event log could not be written', error, id)
-    return problem(503, f'the event log cannot be written now; {advice}', id, {'Retry-After': '5'})
+    state.warn("the event log could not be written", error, id)
+    return problem(503, f"the event log cannot be written now; {advice}", id, {"Retry-After": "5"})
 
 # %% ../nbs/05a_serving.ipynb #3069f2fe
-def _add_operation(app:FastAPI, state:State) -> None:
+def _add_operation(app: FastAPI, state: State) -> None:
     "What machines look at."
-    @app.get('/health/live', tags=['operation'], responses=problems(408, 500, 503))
-    async def live(): return {'status': 'alive'}
 
-    @app.get('/health/ready', tags=['operation'], responses=problems(408, 500, 503))
-    async def ready(request:Request):
+    @app.get("/health/live", tags=["operation"], responses=problems(408, 500, 503))
+    async def live():
+        return {"status": "alive"}
+
+    @app.get("/health/ready", tags=["operation"], responses=problems(408, 500, 503))
+    async def ready(request: Request):
         "Can it answer, and can the event log be written?"
-        wrong = 'the service is stopping' if state.stopping.is_set() else await _not_ready_because(state)
+        wrong = "the service is stopping" if state.stopping.is_set() else await _not_ready_because(state)
         await state.operation_threads.run(state.check_blocklists)
         refuses, blocklist = state.blocklist_problem()
-        if wrong is not None or refuses: return problem(503, wrong or blocklist, request.scope['request_id'])
-        return {'status': 'ready', 'model': state.live.model, 'version': state.live.version, 'warnings': [] if blocklist is None else [f'{blocklist}; the last known one is kept']}
+        if wrong is not None or refuses:
+            return problem(503, wrong or blocklist, request.scope["request_id"])
+        return {
+            "status": "ready",
+            "model": state.live.model,
+            "version": state.live.version,
+            "warnings": [] if blocklist is None else [f"{blocklist}; the last known one is kept"],
+        }
 
-    @app.get('/metrics', tags=['operation'], response_class=Response, responses={200: {'content': {'text/plain': {'schema': {'type': 'string'}}}}, **problems(408, 500, 503)})
+    @app.get(
+        "/metrics",
+        tags=["operation"],
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(408, 500, 503)},
+    )
     async def metrics():
         "The numbers of all workers, for Prometheus."
         state.metrics.waiting.set(state.writer.waiting)
         await state.operation_threads.run(state.check_blocklists)
         return Response(await state.operation_threads.run(state.metrics.text), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get('/version', tags=['operation'], responses=problems(408, 500, 503))
+    @app.get("/version", tags=["operation"], responses=problems(408, 500, 503))
     def version():
         "Which bundle this is, and whether the newest one could not be served; the log says why, which may name paths."
         live = state.live
         r = live.recommender
-        return {'model': live.model, 'version': live.version, 'kind': r.model.name, 'n_users': r.n_users, 'n_items': r.n_items, 'number': r.info.get('number'),
-                'postprocessing': r.chain.steps, 'n_banned': int(r.chain.banned.sum()), 'swap_error': None if state.swap_error is None else 'the newest version is not served; the log says why'}
+        return {
+            "model": live.model,
+            "version": live.version,
+            "kind": r.model.name,
+            "n_users": r.n_users,
+            "n_items": r.n_items,
+            "number": r.info.get("number"),
+            "postprocessing": r.chain.steps,
+            "n_banned": int(r.chain.banned.sum()),
+            "swap_error": None if state.swap_error is None else "the newest version is not served; the log says why",
+        }
 
-async def _not_ready_because(state:State) -> str|None: # None: it is ready
+
+async def _not_ready_because(state: State) -> str | None:  # None: it is ready
     "Say what keeps the service from working; what a driver says goes to the alerts, for anyone may ask here."
-    if not await state.reader.catch_up(min(1., state.timeout/2)): return 'starting: the event log is being read' if state.reader.error is None else 'starting: the event log cannot be read'
-    if await state.log_health.error() is not None: return 'the event log cannot be written'
-    if state.reader.error is not None: return 'the event log cannot be read'
+    if not await state.reader.catch_up(min(1.0, state.timeout / 2)):
+        return (
+            "starting: the event log is being read"
+            if state.reader.error is None
+            else "starting: the event log cannot be read"
+        )
+    if await state.log_health.error() is not None:
+        return "the event log cannot be written"
+    if state.reader.error is not None:
+        return "the event log cannot be read"
     return None
 
-def _add_demo(app:FastAPI, state:State) -> None:
+
+def _add_demo(app: FastAPI, state: State) -> None:
     "A page to try the service."
-    page = (Path(__import__('aerec_nb').__file__).parent/'demo.html').read_text(encoding='utf-8')
-    policy = {'Content-Security-Policy': page_policy(page)}
+    page = (Path(__import__("aerec_nb").__file__).parent / "demo.html").read_text(encoding="utf-8")
+    policy = {"Content-Security-Policy": page_policy(page)}
 
-    @app.get('/demo', include_in_schema=False)
-    async def demo(): return HTMLResponse(page, headers=policy)
+    @app.get("/demo", include_in_schema=False)
+    async def demo():
+        return HTMLResponse(page, headers=policy)
 
-    @app.get('/demo/start', include_in_schema=False)
+    @app.get("/demo/start", include_in_schema=False)
     def start():
         "Some users to choose from, and the genres there are."
         r = state.live.recommender
         known = np.flatnonzero(np.diff(r.histories.indptr))
         some = np.random.default_rng(0).permutation(known)[:30]
-        return {'users': [r.users[u] for u in np.sort(some)], 'genres': r.catalogue.categories('genres').values if 'genres' in r.catalogue.table else [], 'max_k': state.max_k}
+        return {
+            "users": [r.users[u] for u in np.sort(some)],
+            "genres": r.catalogue.categories("genres").values if "genres" in r.catalogue.table else [],
+            "max_k": state.max_k,
+        }
 
-    @app.get('/demo/history', include_in_schema=False)
-    def history(request:Request, user_id:Annotated[str, Query(min_length=1, max_length=MAX_ID)]):
+    @app.get("/demo/history", include_in_schema=False)
+    def history(request: Request, user_id: Annotated[str, Query(min_length=1, max_length=MAX_ID)]):
         "What is known of a user, as titles."
         live = state.up_to_date()
         items = live.recommender.known_of(user_id)
         best = sorted(items.tolist(), key=lambda n: (-live.recommender.popularity[n], n))[:50]
-        return {'items': [{'item_id': live.recommender.items[n], 'title': live.recommender._titles[n], 'genres': live.recommender._genres[n]} for n in best], 'n': len(items)}
+        return {
+            "items": [
+                {
+                    "item_id": live.recommender.items[n],
+                    "title": live.recommender._titles[n],
+                    "genres": live.recommender._genres[n],
+                }
+                for n in best
+            ],
+            "n": len(items),
+        }
 
 # %% ../nbs/05a_serving.ipynb #4a981bb7
-def _bind(host:str, port:int) -> socket.socket:
+def _bind(host: str, port: int) -> socket.socket:
     "Take the port before anything is loaded; raises `AerecError` if it is taken."
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) # said in full: only then asyncio turns Nagle's 40 ms delay off
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(
+        family, socket.SOCK_STREAM, socket.IPPROTO_TCP
+    )  # said in full: only then asyncio turns Nagle's 40 ms delay off
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try: sock.bind((host, port))
+    try:
+        sock.bind((host, port))
     except OSError as e:
         sock.close()
-        raise AerecError(f'cannot listen on {host}:{port}: {e.strerror or e}; choose another port (serving.port)') from None
+        raise AerecError(
+            f"cannot listen on {host}:{port}: {e.strerror or e}; choose another port (serving.port)"
+        ) from None
     return sock
 
-def look_at(settings, # from `load_settings`
-            alias:str # dev, stage, live or test
-           ): # -> function() -> (version, bundle folder)
+
+def look_at(
+    settings,  # from `load_settings`
+    alias: str,  # dev, stage, live or test
+):  # -> function() -> (version, bundle folder)
     "What the registry says an alias points to; each process has a connection of its own."
     registries = {}
+
     def look():
         registry = registries.get(os.getpid()) or registries.setdefault(os.getpid(), Registry.from_settings(settings))
         version = registry.current(alias)
         return version, registry.resolve(alias if version is None else version)
+
     return look
 
-def serve(bundle_folder:Path, # a bundle; None: what the alias points to
-          settings, # from `load_settings`: host, port (0: any free one), workers, keys, event log
-          events:str=None, # URL of the event log; None: as configured
-          simulated:bool=False, # mark every event as simulated
-          alias:str=None # follow this alias of the registry; None: serve the bundle and nothing else
-         ) -> None:
+
+def serve(
+    bundle_folder: Path,  # a bundle; None: what the alias points to
+    settings,  # from `load_settings`: host, port (0: any free one), workers, keys, event log
+    events: str = None,  # URL of the event log; None: as configured
+    simulated: bool = False,  # mark every event as simulated
+    alias: str = None,  # follow this alias of the registry; None: serve the bundle and nothing else
+) -> None:
     "Serve until told to stop."
-    logging.getLogger('aerec_nb').addHandler(JsonLines())
-    for check in (check_exposure, allowed_hosts, proxy_options, ApiKeys): check(settings) # what is wrong here is said before anything is loaded
-    connection_cap(settings.serving.max_connections) # too few open files are allowed?
+    logging.getLogger("aerec_nb").addHandler(JsonLines())
+    for check in (check_exposure, allowed_hosts, proxy_options, ApiKeys):
+        check(settings)  # what is wrong here is said before anything is loaded
+    connection_cap(settings.serving.max_connections)  # too few open files are allowed?
     s, look = settings.serving, look_at(settings, alias) if alias else None
     number, folder = look() if look else (None, bundle_folder)
-    torch.set_num_threads(1) # requests are what runs side by side
+    torch.set_num_threads(1)  # requests are what runs side by side
     sock = _bind(s.host, s.port)
     recommender = load_bundle(folder, settings=settings)
-    recommender.info['number'] = number
-    for blocklist in (ban_list, ban_file): blocklist(settings) # one that cannot be read is said here, once
+    recommender.info["number"] = number
+    for blocklist in (ban_list, ban_file):
+        blocklist(settings)  # one that cannot be read is said here, once
     log = EventLog.from_settings(settings, events)
     log.close()
-    shared, host = Shared(), f'[{s.host}]' if ':' in s.host else s.host
-    with tempfile.TemporaryDirectory(prefix='aerec-metrics-') as counters:
+    shared, host = Shared(), f"[{s.host}]" if ":" in s.host else s.host
+    with tempfile.TemporaryDirectory(prefix="aerec-metrics-") as counters:
         share_metrics(Path(counters))
+
         def work(n):
             shared.worker = n
             newest = recommender
             if look:
                 try:
-                    if (now := look())[0] != number: # it moved since the first worker began
+                    if (now := look())[0] != number:  # it moved since the first worker began
                         newest = load_bundle(now[1], settings=settings)
-                        newest.info['number'] = now[0]
-                except Exception as e: say('alert', text='the newest bundle cannot be loaded, the one before is served', error=str(e).splitlines()[0])
-            app = create_app(newest, settings, EventLog.from_settings(settings, events), simulated, shared, Path(counters), look)
+                        newest.info["number"] = now[0]
+                except Exception as e:
+                    say(
+                        "alert",
+                        text="the newest bundle cannot be loaded, the one before is served",
+                        error=str(e).splitlines()[0],
+                    )
+            app = create_app(
+                newest, settings, EventLog.from_settings(settings, events), simulated, shared, Path(counters), look
+            )
             refused = app.state.service.metrics.refused
-            run_server(app, sock, settings, MAX_HEAD, int(MAX_WAIT), count=lambda why: refused.labels(why).inc(), log=say)
-        print(f"{settings.env}: {recommender.info['card'].get('name', recommender.model.name)} {recommender.info['id'][:16]} on http://{host}:{sock.getsockname()[1]}"
-              f"{f' (try it: http://{host}:{sock.getsockname()[1]}/demo)' if s.demo else ''}; API at /docs; events go to {log.url}", flush=True)
+            run_server(
+                app, sock, settings, MAX_HEAD, int(MAX_WAIT), count=lambda why: refused.labels(why).inc(), log=say
+            )
+
+        print(
+            f"{settings.env}: {recommender.info['card'].get('name', recommender.model.name)} {recommender.info['id'][:16]} on http://{host}:{sock.getsockname()[1]}"
+            f"{f' (try it: http://{host}:{sock.getsockname()[1]}/demo)' if s.demo else ''}; API at /docs; events go to {log.url}",
+            flush=True,
+        )
         supervise(work, s.workers, mark_process_dead)
     sock.close()
 
 # %% ../nbs/05a_serving.ipynb #1b047679
-def supervise(work, # function(number of the worker), blocks until SIGTERM
-              n:int, # workers
-              buried=lambda pid: None # function(pid), called when one is gone
-             ) -> None:
+def supervise(
+    work,  # function(number of the worker), blocks until SIGTERM
+    n: int,  # workers
+    buried=lambda pid: None,  # function(pid), called when one is gone
+) -> None:
     "Fork workers, replace those that die, and stop them when told to; raises `AerecError` when they cannot start."
     alive, stopping, failures = {}, [], 0
+
     def stop(*_):
         stopping.append(True)
-        for pid in alive: _signal(pid, signal.SIGTERM)
-        signal.alarm(int(MAX_WAIT)+3)
+        for pid in alive:
+            _signal(pid, signal.SIGTERM)
+        signal.alarm(int(MAX_WAIT) + 3)
+
     def end(*_):
-        for pid in alive: _signal(pid, signal.SIGKILL)
-    before = {sig: signal.signal(sig, does) for sig,does in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGALRM, end))}
-    gc.freeze() # what is there now stays shared
+        for pid in alive:
+            _signal(pid, signal.SIGKILL)
+
+    before = {
+        sig: signal.signal(sig, does)
+        for sig, does in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGALRM, end))
+    }
+    gc.freeze()  # what is there now stays shared
     try:
-        for number in range(n): alive[_fork(work, number)] = number, time.monotonic()
+        for number in range(n):
+            alive[_fork(work, number)] = number, time.monotonic()
         while alive:
             pid, status = os.waitpid(-1, 0)
-            if pid not in alive: continue
+            if pid not in alive:
+                continue
             number, born = alive.pop(pid)
             buried(pid)
-            if stopping: continue
-            failures = failures+1 if time.monotonic()-born < 5 and os.WIFEXITED(status) else 0 # a worker that ends by itself so soon cannot work
-            if failures > 3*n:
+            if stopping:
+                continue
+            failures = (
+                failures + 1 if time.monotonic() - born < 5 and os.WIFEXITED(status) else 0
+            )  # a worker that ends by itself so soon cannot work
+            if failures > 3 * n:
                 stop()
                 continue
-            say('alert', text='a worker died and is replaced', worker=number, how=f'signal {os.WTERMSIG(status)}' if os.WIFSIGNALED(status) else f'exit code {os.WEXITSTATUS(status)}')
-            time.sleep(min(2, .1*failures))
+            say(
+                "alert",
+                text="a worker died and is replaced",
+                worker=number,
+                how=f"signal {os.WTERMSIG(status)}"
+                if os.WIFSIGNALED(status)
+                else f"exit code {os.WEXITSTATUS(status)}",
+            )
+            time.sleep(min(2, 0.1 * failures))
             alive[_fork(work, number)] = number, time.monotonic()
     finally:
         signal.alarm(0)
-        for sig,does in before.items(): signal.signal(sig, does)
+        for sig, does in before.items():
+            signal.signal(sig, does)
         gc.unfreeze()
-    if failures > 3*n: raise AerecError('the workers cannot start: what they said is above')
+    if failures > 3 * n:
+        raise AerecError("the workers cannot start: what they said is above")
+
 
 def _signal(pid, sig) -> None:
-    try: os.kill(pid, sig)
-    except ProcessLookupError: pass
+    try:
+        os.kill(pid, sig)
+    except ProcessLookupError:
+        pass
 
-def _fork(work, number:int) -> int:
+
+def _fork(work, number: int) -> int:
     "A child that works, and that is gone when its parent is."
     parent, pid = os.getpid(), os.fork()
-    if pid: return pid
+    if pid:
+        return pid
     code = 1
     try:
-        if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG: nobody holds the port when the parent was killed
-        for sig in (signal.SIGTERM, signal.SIGINT): signal.signal(sig, signal.SIG_DFL)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(
+                1, signal.SIGKILL
+            )  # PR_SET_PDEATHSIG: nobody holds the port when the parent was killed
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sig, signal.SIG_DFL)
         if os.getppid() == parent:
             work(number)
             code = 0
-    except KeyboardInterrupt: code = 0 # Ctrl-C, after everything was finished
-    except AerecError as e: print(f'error: {e}', file=sys.stderr, flush=True)
-    except BaseException: traceback.print_exc()
+    except KeyboardInterrupt:
+        code = 0  # Ctrl-C, after everything was finished
+    except AerecError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+    except BaseException:
+        traceback.print_exc()
     finally:
-        sys.stdout.flush(); sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 # %% ../nbs/05a_serving.ipynb #3d5e9e44
-def main(argv:list=None # words after the program's name; None: of the command line
-        ) -> None:
+def main(
+    argv: list = None,  # words after the program's name; None: of the command line
+) -> None:
     "`python -m aerec_nb.serving`: serve a bundle, or what an alias points to; or make an API key."
-    parser = argparse.ArgumentParser(prog='python -m aerec_nb.serving', description='Serve a bundle over HTTP.')
+    parser = argparse.ArgumentParser(prog="python -m aerec_nb.serving", description="Serve a bundle over HTTP.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--bundle', type=Path, help='folder of a bundle')
-    what.add_argument('--alias', help='dev, stage, live or test: serve what it points to, and follow it')
-    what.add_argument('--new-key', metavar='ROLES', help='make an API key with these roles (read, feedback, admin, joined by +) and print it with its digest')
-    parser.add_argument('--env', help='dev, stage, live or test; default: as configured')
-    parser.add_argument('--host', help='address to listen on; default: as configured')
-    parser.add_argument('--port', type=int, help='port to listen on, 0 for any free one; default: as configured')
-    parser.add_argument('--workers', type=int, help='processes that answer; default: as configured')
-    parser.add_argument('--events', help='URL of the event log; default: as configured')
-    parser.add_argument('--allow-unauthenticated', action='store_true', help='listen on an address that other machines can reach although no keys are required')
-    parser.add_argument('--simulated', action='store_true', help='mark every event as simulated')
+    what.add_argument("--bundle", type=Path, help="folder of a bundle")
+    what.add_argument("--alias", help="dev, stage, live or test: serve what it points to, and follow it")
+    what.add_argument(
+        "--new-key",
+        metavar="ROLES",
+        help="make an API key with these roles (read, feedback, admin, joined by +) and print it with its digest",
+    )
+    parser.add_argument("--env", help="dev, stage, live or test; default: as configured")
+    parser.add_argument("--host", help="address to listen on; default: as configured")
+    parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one; default: as configured")
+    parser.add_argument("--workers", type=int, help="processes that answer; default: as configured")
+    parser.add_argument("--events", help="URL of the event log; default: as configured")
+    parser.add_argument(
+        "--allow-unauthenticated",
+        action="store_true",
+        help="listen on an address that other machines can reach although no keys are required",
+    )
+    parser.add_argument("--simulated", action="store_true", help="mark every event as simulated")
     args = parser.parse_args(argv)
     try:
         if args.new_key:
             key, entry = new_api_key(args.new_key)
-            return print(f'for the client, shown this once:  {key}\nfor AEREC_SERVING__API_KEYS:      {entry}')
-        serve(args.bundle, load_settings(args.env, host=args.host, port=args.port, workers=args.workers, allow_unauthenticated=args.allow_unauthenticated or None), args.events, args.simulated, args.alias)
-    except AerecError as e: sys.exit(f'error: {e}')
+            return print(f"for the client, shown this once:  {key}\nfor AEREC_SERVING__API_KEYS:      {entry}")
+        serve(
+            args.bundle,
+            load_settings(
+                args.env,
+                host=args.host,
+                port=args.port,
+                workers=args.workers,
+                allow_unauthenticated=args.allow_unauthenticated or None,
+            ),
+            args.events,
+            args.simulated,
+            args.alias,
+        )
+    except AerecError as e:
+        sys.exit(f"error: {e}")
 
-if __name__ == '__main__' and Path(sys.argv[0]).name == 'serving.py': main() # not in a notebook
+
+if __name__ == "__main__" and Path(sys.argv[0]).name == "serving.py":
+    main()  # not in a notebook
 
 # %% ../nbs/05a_serving.ipynb #243364a2
 @contextmanager
-def service(bundle_folder:Path, # a bundle; None: what the alias points to
-            events:str, # URL of the event log
-            *, simulated:bool=True, # mark every event as simulated
-            env:str=None, # environment; None: as configured
-            variables:dict=None, # further environment variables
-            alias:str=None, # follow this alias of the registry
-            workers:int=None, # processes that answer; None: as configured
-            seconds:float=60 # how long it may take to get ready
-           ): # yields the running service: `.url`, `.process`
+def service(
+    bundle_folder: Path,  # a bundle; None: what the alias points to
+    events: str,  # URL of the event log
+    *,
+    simulated: bool = True,  # mark every event as simulated
+    env: str = None,  # environment; None: as configured
+    variables: dict = None,  # further environment variables
+    alias: str = None,  # follow this alias of the registry
+    workers: int = None,  # processes that answer; None: as configured
+    seconds: float = 60,  # how long it may take to get ready
+):  # yields the running service: `.url`, `.process`
     "Start the service on a free loopback port, wait until it is ready, and stop it in the end."
-    command = [sys.executable, '-c', 'from aerec_nb.serving import main; main()', *(['--alias', alias] if alias else ['--bundle', str(bundle_folder)]), '--host', '127.0.0.1', '--port', '0', '--events', events]
-    command += (['--env', env] if env else []) + (['--simulated'] if simulated else []) + (['--workers', str(workers)] if workers else [])
-    package = str(Path(__import__('aerec_nb').__file__).parent.parent)
-    own = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')])), **(variables or {})}
-    with tempfile.TemporaryFile('w+') as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **own}, stdin=subprocess.DEVNULL)
-        try: yield _Service(_wait_until_ready(process, said, seconds), process)
-        finally: _stop(process)
+    command = [
+        sys.executable,
+        "-c",
+        "from aerec_nb.serving import main; main()",
+        *(["--alias", alias] if alias else ["--bundle", str(bundle_folder)]),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--events",
+        events,
+    ]
+    command += (
+        (["--env", env] if env else [])
+        + (["--simulated"] if simulated else [])
+        + (["--workers", str(workers)] if workers else [])
+    )
+    package = str(Path(__import__("aerec_nb").__file__).parent.parent)
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+        **(variables or {}),
+    }
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **own}, stdin=subprocess.DEVNULL
+        )
+        try:
+            yield _Service(_wait_until_ready(process, said, seconds), process)
+        finally:
+            _stop(process)
+
 
 class _Service:
     "A running service."
-    def __init__(self, url, process): self.url, self.process = url, process
+
+    def __init__(self, url, process):
+        self.url, self.process = url, process
+
 
 def _said(said) -> str:
-    said.flush(); said.seek(0)
+    said.flush()
+    said.seek(0)
     return said.read()
 
-def _wait_until_ready(process, said, seconds:float) -> str: # its URL
-    end = time.monotonic()+seconds
+
+def _wait_until_ready(process, said, seconds: float) -> str:  # its URL
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if process.poll() is not None: raise AerecError(f'the service did not start: {(_said(said).strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")}')
-        found = re.search(r' on (http://\S+)', _said(said))
+        if process.poll() is not None:
+            raise AerecError(
+                f"the service did not start: {(_said(said).strip().splitlines() or ['it said nothing'])[-1].removeprefix('error: ')}"
+            )
+        found = re.search(r" on (http://\S+)", _said(said))
         if found:
             try:
-                if httpx.get(f'{found[1]}/health/ready', timeout=5, trust_env=False).status_code == 200: return found[1]
-            except httpx.TransportError: pass
-        time.sleep(.05)
-    raise AerecError(f'the service was not ready after {seconds:.0f} s')
+                if httpx.get(f"{found[1]}/health/ready", timeout=5, trust_env=False).status_code == 200:
+                    return found[1]
+            except httpx.TransportError:
+                pass
+        time.sleep(0.05)
+    raise AerecError(f"the service was not ready after {seconds:.0f} s")
 
-def _stop(process, seconds:float=MAX_WAIT+5) -> None:
+
+def _stop(process, seconds: float = MAX_WAIT + 5) -> None:
     "SIGTERM, and only if that is not enough SIGKILL."
-    if process.poll() is not None: return
+    if process.poll() is not None:
+        return
     process.send_signal(signal.SIGTERM)
-    try: process.wait(seconds)
+    try:
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
-        process.kill(); process.wait()
+        process.kill()
+        process.wait()
 
 # %% ../nbs/05a_serving.ipynb #88353915
-def drive_service(url:str, # of a running service
-                  user_ids:list, # known users
-                  item_ids:list, # items that histories are made of
-                  n_requests:int=200, # lists to ask for
-                  seed:int=42, # of everything that is random
-                  k:int=10, # length of the lists
-                  api_key:str=None, # where keys are needed
-                  weights=None # [len(item_ids)] how often an item is in a bare history; None: all alike
-                 ) -> tuple: # DataFrame (n, what, status, ms, fallback_used, at), list of answers (of each kind the first)
+def drive_service(
+    url: str,  # of a running service
+    user_ids: list,  # known users
+    item_ids: list,  # items that histories are made of
+    n_requests: int = 200,  # lists to ask for
+    seed: int = 42,  # of everything that is random
+    k: int = 10,  # length of the lists
+    api_key: str = None,  # where keys are needed
+    weights=None,  # [len(item_ids)] how often an item is in a bare history; None: all alike
+) -> tuple:  # DataFrame (n, what, status, ms, fallback_used, at), list of answers (of each kind the first)
     "Be `n_requests` visitors, one after the other, over real HTTP."
     rng, rows, answers = np.random.default_rng(seed), [], {}
-    p = None if weights is None or not np.sum(weights) else np.asarray(weights, float)/np.sum(weights)
-    headers = {'X-API-Key': api_key} if api_key else {}
+    p = None if weights is None or not np.sum(weights) else np.asarray(weights, float) / np.sum(weights)
+    headers = {"X-API-Key": api_key} if api_key else {}
     with httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False) as client:
+
         def timed(n, what, *args, **kw):
             started, at = time.perf_counter(), time.time()
             answer = client.request(*args, **kw)
-            rows.append({'n': n, 'what': what, 'status': answer.status_code, 'ms': 1000*(time.perf_counter()-started), 'at': at, 'fallback_used': False})
+            rows.append(
+                {
+                    "n": n,
+                    "what": what,
+                    "status": answer.status_code,
+                    "ms": 1000 * (time.perf_counter() - started),
+                    "at": at,
+                    "fallback_used": False,
+                }
+            )
             return answer
+
         for n in range(n_requests):
-            what = rng.choice(['known user', 'bare history', 'unknown user'], p=[.8, .15, .05])
-            user = user_ids[rng.integers(len(user_ids))] if what == 'known user' else f'stranger-{n}' if what == 'unknown user' else None
-            history = [item_ids[i] for i in rng.choice(len(item_ids), min(len(item_ids), int(rng.integers(1, 9))), p=p)] if user is None else None
-            if history is None: answer = timed(n, what, 'GET', f"/v1/recommend/{quote(str(user), safe='')}", params={'k': k})
-            else: answer = timed(n, what, 'POST', '/v1/recommend', json={'history': history, 'k': k})
-            if answer.status_code != 200: continue
+            what = rng.choice(["known user", "bare history", "unknown user"], p=[0.8, 0.15, 0.05])
+            user = (
+                user_ids[rng.integers(len(user_ids))]
+                if what == "known user"
+                else f"stranger-{n}"
+                if what == "unknown user"
+                else None
+            )
+            history = (
+                [item_ids[i] for i in rng.choice(len(item_ids), min(len(item_ids), int(rng.integers(1, 9))), p=p)]
+                if user is None
+                else None
+            )
+            if history is None:
+                answer = timed(n, what, "GET", f"/v1/recommend/{quote(str(user), safe='')}", params={"k": k})
+            else:
+                answer = timed(n, what, "POST", "/v1/recommend", json={"history": history, "k": k})
+            if answer.status_code != 200:
+                continue
             answer = answer.json()
-            rows[-1]['fallback_used'] = answer['fallback_used']
-            answers.setdefault(what, {'what': what, 'history': history, **answer})
-            events = simulated_reaction(answer['request_id'], user, [i['item_id'] for i in answer['items']], rng, time.time())
-            if events: timed(n, 'events', 'POST', '/v1/events', json=events)
-    return pd.DataFrame(rows, columns=['n', 'what', 'status', 'ms', 'at', 'fallback_used']), list(answers.values())
+            rows[-1]["fallback_used"] = answer["fallback_used"]
+            answers.setdefault(what, {"what": what, "history": history, **answer})
+            events = simulated_reaction(
+                answer["request_id"], user, [i["item_id"] for i in answer["items"]], rng, time.time()
+            )
+            if events:
+                timed(n, "events", "POST", "/v1/events", json=events)
+    return pd.DataFrame(rows, columns=["n", "what", "status", "ms", "at", "fallback_used"]), list(answers.values())
 
 # %% ../nbs/05a_serving.ipynb #d4be3154
-def latency_table(latencies:pd.DataFrame # from `drive_service`
-                 ) -> pd.DataFrame: # a row a kind of request
+def latency_table(
+    latencies: pd.DataFrame,  # from `drive_service`
+) -> pd.DataFrame:  # a row a kind of request
     "Percentiles of the time to answer, milliseconds."
-    def row(f): return pd.Series({'requests': len(f), 'failed': int((f.status >= 400).sum()), 'fallback': int(f.fallback_used.sum()),
-                                  **{f'p{q}': np.percentile(f.ms, q) for q in (50, 95, 99)}, 'max': f.ms.max()})
-    lists = latencies[latencies.what != 'events']
-    parts = {**{what: row(f) for what,f in latencies.groupby('what')}, **({'all lists': row(lists)} if len(lists) else {})}
-    order = [w for w in ('known user', 'bare history', 'unknown user', 'all lists', 'events') if w in parts]
-    return pd.DataFrame(parts).T.loc[order].astype({'requests': int, 'failed': int, 'fallback': int}).round(2)
+
+    def row(f):
+        return pd.Series(
+            {
+                "requests": len(f),
+                "failed": int((f.status >= 400).sum()),
+                "fallback": int(f.fallback_used.sum()),
+                **{f"p{q}": np.percentile(f.ms, q) for q in (50, 95, 99)},
+                "max": f.ms.max(),
+            }
+        )
+
+    lists = latencies[latencies.what != "events"]
+    parts = {
+        **{what: row(f) for what, f in latencies.groupby("what")},
+        **({"all lists": row(lists)} if len(lists) else {}),
+    }
+    order = [w for w in ("known user", "bare history", "unknown user", "all lists", "events") if w in parts]
+    return pd.DataFrame(parts).T.loc[order].astype({"requests": int, "failed": int, "fallback": int}).round(2)
 
 # %% ../nbs/05a_serving.ipynb #f6c781b2
-def _service_variables(settings, key_entry:str=None) -> dict:
+def _service_variables(settings, key_entry: str = None) -> dict:
     "The serving settings of a run, for the process that serves; with a key of its own where keys are needed."
     s = settings.serving
-    own = {f'AEREC_SERVING__{name.upper()}': str(getattr(s, name)).lower() for name in ('require_auth', 'max_k', 'queue_size', 'workers', 'timeout_s', 'max_concurrency', 'demo', 'liked_from', 'history_days')}
-    return own | {'AEREC_PLUGINS__TRUSTED': json.dumps(plugin_hashes(current_settings()))} | ({'AEREC_SERVING__API_KEYS': key_entry} if key_entry else {}) # the run may name plugins that no file names
+    own = {
+        f"AEREC_SERVING__{name.upper()}": str(getattr(s, name)).lower()
+        for name in (
+            "require_auth",
+            "max_k",
+            "queue_size",
+            "workers",
+            "timeout_s",
+            "max_concurrency",
+            "demo",
+            "liked_from",
+            "history_days",
+        )
+    }
+    return (
+        own
+        | {"AEREC_PLUGINS__TRUSTED": json.dumps(plugin_hashes(current_settings()))}
+        | ({"AEREC_SERVING__API_KEYS": key_entry} if key_entry else {})
+    )  # the run may name plugins that no file names
 
-def build_serving(run, # `Run` from `aerec_nb.runs`
-                  folder:Path # where to write events.parquet, latencies.parquet and answers.json
-                 ) -> dict: # key figures for the manifest
+
+def build_serving(
+    run,  # `Run` from `aerec_nb.runs`
+    folder: Path,  # where to write events.parquet, latencies.parquet and answers.json
+) -> dict:  # key figures for the manifest
     "Serve the bundle of the run to simulated visitors, and keep what happened."
-    bundle, s, k = run.need('packaging')/'bundle', run.settings, run.settings.validation.topk
+    bundle, s, k = run.need("packaging") / "bundle", run.settings, run.settings.validation.topk
     recommender = load_bundle(bundle)
-    key, entry = new_api_key('read+feedback') if s.serving.require_auth else (None, None) # of this service alone, for as long as it lives
-    with tempfile.TemporaryDirectory(prefix='aerec-serving-') as d:
-        with service(bundle, sqlite_url(Path(d)/'events.db'), env=s.env, variables=_service_variables(s, entry)) as running:
-            latencies, answers = drive_service(running.url, recommender.users, recommender.items, s.serving.n_requests, s.run.random_seed, min(k, s.serving.max_k),
-                                               key, weights=recommender.popularity)
-        events = EventLog(Path(d)/'events.db').read()
-    save_events(events, folder/'events.parquet')
-    write_parquet(folder/'latencies.parquet', latencies)
-    write_json(folder/'answers.json', answers)
-    lists = latencies[latencies.what != 'events']
-    return {'n_requests': len(lists), 'n_failed': int((lists.status >= 400).sum()), 'n_fallback': int(lists.fallback_used.sum()), 'n_events': len(events),
-            'n_clicks': int((events.kind == 'feedback').sum()), 'version': recommender.info['id'][:16]}
+    key, entry = (
+        new_api_key("read+feedback") if s.serving.require_auth else (None, None)
+    )  # of this service alone, for as long as it lives
+    with tempfile.TemporaryDirectory(prefix="aerec-serving-") as d:
+        with service(
+            bundle, sqlite_url(Path(d) / "events.db"), env=s.env, variables=_service_variables(s, entry)
+        ) as running:
+            latencies, answers = drive_service(
+                running.url,
+                recommender.users,
+                recommender.items,
+                s.serving.n_requests,
+                s.run.random_seed,
+                min(k, s.serving.max_k),
+                key,
+                weights=recommender.popularity,
+            )
+        events = EventLog(Path(d) / "events.db").read()
+    save_events(events, folder / "events.parquet")
+    write_parquet(folder / "latencies.parquet", latencies)
+    write_json(folder / "answers.json", answers)
+    lists = latencies[latencies.what != "events"]
+    return {
+        "n_requests": len(lists),
+        "n_failed": int((lists.status >= 400).sum()),
+        "n_fallback": int(lists.fallback_used.sum()),
+        "n_events": len(events),
+        "n_clicks": int((events.kind == "feedback").sum()),
+        "version": recommender.info["id"][:16],
+    }
 
 # %% ../nbs/05a_serving.ipynb #73b03695
-def describe_serving(run # `Run` from `aerec_nb.runs`, with the stage done
-                    ) -> str: # one paragraph
+def describe_serving(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+) -> str:  # one paragraph
     "What was served and what happened."
-    m = run.manifest('serving')['metrics']
-    return (f"Bundle {m['version']} served over HTTP to {m['n_requests']:,} simulated requests: {m['n_failed']} failed, {m['n_fallback']} were answered with popular items. "
-            f"The log has {m['n_events']:,} events, {m['n_clicks']:,} of them clicks, all marked simulated.")
+    m = run.manifest("serving")["metrics"]
+    return (
+        f"Bundle {m['version']} served over HTTP to {m['n_requests']:,} simulated requests: {m['n_failed']} failed, {m['n_fallback']} were answered with popular items. "
+        f"The log has {m['n_events']:,} events, {m['n_clicks']:,} of them clicks, all marked simulated."
+    )
 
-def answers_table(run, # `Run` from `aerec_nb.runs`, with the stage done
-                  n:int=5 # items of each list
-                 ) -> pd.DataFrame: # a row a place, a column a kind of visitor
+
+def answers_table(
+    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    n: int = 5,  # items of each list
+) -> pd.DataFrame:  # a row a place, a column a kind of visitor
     "The first answer to each kind of visitor, with titles."
-    def title(item): return item['title'] or str(item['item_id'])
-    def who(a): return f"{a['what']} {a['user_id']}" if a['user_id'] is not None else f"{a['what']} of {len(a['history'])}"
-    columns = {who(a): pd.Series([title(i) for i in a['items'][:n]]) for a in read_json(run.need('serving')/'answers.json')}
-    return pd.DataFrame(columns).rename(index=lambda i: i+1).fillna('')
+
+    def title(item):
+        return item["title"] or str(item["item_id"])
+
+    def who(a):
+        return f"{a['what']} {a['user_id']}" if a["user_id"] is not None else f"{a['what']} of {len(a['history'])}"
+
+    columns = {
+        who(a): pd.Series([title(i) for i in a["items"][:n]]) for a in read_json(run.need("serving") / "answers.json")
+    }
+    return pd.DataFrame(columns).rename(index=lambda i: i + 1).fillna("")
 
 # %% ../nbs/05a_serving.ipynb #2e04cb02
-def plot_latencies(latencies:pd.DataFrame # from `drive_service`
-                  ): # -> matplotlib Figure
+def plot_latencies(
+    latencies: pd.DataFrame,  # from `drive_service`
+):  # -> matplotlib Figure
     "How long answers take, by kind, and in the order they were asked for."
-    colors = {'known user': '#0072b2', 'bare history': '#e69f00', 'unknown user': '#009e73', 'events': '#cc79a7'}
-    lists = latencies[latencies.what != 'events']
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-    shown = lists.ms.clip(upper=lists.ms.quantile(.99))
-    bins = np.linspace(0, max(shown.max()*1.02, 1e-3), 30)
-    left.hist([shown[lists.what == w] for w in colors if (lists.what == w).any()], bins, stacked=True, color=[c for w,c in colors.items() if (lists.what == w).any()],
-              label=[w for w in colors if (lists.what == w).any()])
-    for q,style in ((50, '-'), (95, '--')):
-        left.axvline(np.percentile(lists.ms, q), color='black', ls=style, lw=1, label=f'p{q} {np.percentile(lists.ms, q):.1f} ms')
-    left.set(title='Time to answer a request for a list', xlabel='milliseconds (the slowest 1 % in the last bar)', ylabel='requests')
+    colors = {"known user": "#0072b2", "bare history": "#e69f00", "unknown user": "#009e73", "events": "#cc79a7"}
+    lists = latencies[latencies.what != "events"]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    shown = lists.ms.clip(upper=lists.ms.quantile(0.99))
+    bins = np.linspace(0, max(shown.max() * 1.02, 1e-3), 30)
+    left.hist(
+        [shown[lists.what == w] for w in colors if (lists.what == w).any()],
+        bins,
+        stacked=True,
+        color=[c for w, c in colors.items() if (lists.what == w).any()],
+        label=[w for w in colors if (lists.what == w).any()],
+    )
+    for q, style in ((50, "-"), (95, "--")):
+        left.axvline(
+            np.percentile(lists.ms, q), color="black", ls=style, lw=1, label=f"p{q} {np.percentile(lists.ms, q):.1f} ms"
+        )
+    left.set(
+        title="Time to answer a request for a list",
+        xlabel="milliseconds (the slowest 1 % in the last bar)",
+        ylabel="requests",
+    )
     left.legend(fontsize=8)
-    for w,c in colors.items():
+    for w, c in colors.items():
         of = latencies[latencies.what == w]
-        right.plot(of.n, of.ms, '.', ms=4, color=c, label=w)
-    right.set(title='In the order of asking', xlabel='visitor', ylabel='milliseconds', ylim=(0, 1.35*np.percentile(latencies.ms, 99.5)))
-    right.legend(fontsize=8, ncols=4, loc='upper center', columnspacing=.8, handletextpad=.1)
-    for ax in (left, right): ax.spines[['top', 'right']].set_visible(False)
+        right.plot(of.n, of.ms, ".", ms=4, color=c, label=w)
+    right.set(
+        title="In the order of asking",
+        xlabel="visitor",
+        ylabel="milliseconds",
+        ylim=(0, 1.35 * np.percentile(latencies.ms, 99.5)),
+    )
+    right.legend(fontsize=8, ncols=4, loc="upper center", columnspacing=0.8, handletextpad=0.1)
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig

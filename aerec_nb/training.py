@@ -25,123 +25,227 @@ from tqdm import tqdm
 
 from .configuration import AerecError, show_value
 from .model_preprocessing import Fold, ItemFeatures, Split
-from .modeling import AUTO, Blend, Model, configured_models, create_model, hyperparameters, mask_history, model_class, model_files, save_model, score_blocks, standardise, top_k
+from aerec_nb.modeling import (
+    AUTO,
+    Blend,
+    Model,
+    configured_models,
+    create_model,
+    hyperparameters,
+    mask_history,
+    model_class,
+    model_files,
+    save_model,
+    score_blocks,
+    standardise,
+    top_k,
+)
 from .neural_models import Diverged
-from .runs import alone, atomic_path, code_hash, mlflow_module, on_engine, peak_memory_mib, read_json, sha256_file, sha256_json, versions, write_json, write_parquet
+from aerec_nb.runs import (
+    alone,
+    atomic_path,
+    code_hash,
+    mlflow_module,
+    on_engine,
+    peak_memory_mib,
+    read_json,
+    sha256_file,
+    sha256_json,
+    versions,
+    write_json,
+    write_parquet,
+)
 from .validation import METRICS, evaluate
 
 # %% ../nbs/03_training.ipynb #f3a9ba34
 @dataclass
 class Progress:
     "How far training has come."
-    epoch: int = 0        # epochs that are done
-    batch: int = 0        # batches of the next epoch that are done
-    total: float = 0.     # their loss
-    best_epoch: int = 0   # epoch with the best metric; 0: none yet
-    best: float = -1.     # the metric then
-    finished: bool = False
-    history: list = field(default_factory=list) # a row an epoch: epoch, loss, lr, ndcg, recall
-    weights: dict = field(default=None, repr=False) # name -> array, of the best epoch
 
-    def take(self, row: dict,    # the epoch's row of the history
-             metric: str,        # what decides
-             model):
+    epoch: int = 0  # epochs that are done
+    batch: int = 0  # batches of the next epoch that are done
+    total: float = 0.0  # their loss
+    best_epoch: int = 0  # epoch with the best metric; 0: none yet
+    best: float = -1.0  # the metric then
+    finished: bool = False
+    history: list = field(default_factory=list)  # a row an epoch: epoch, loss, lr, ndcg, recall
+    weights: dict = field(default=None, repr=False)  # name -> array, of the best epoch
+
+    def take(
+        self,
+        row: dict,  # the epoch's row of the history
+        metric: str,  # what decides
+        model,
+    ):
         "An epoch is done; keep its weights if it is the best."
-        self.epoch,self.batch,self.total = row['epoch'], 0, 0.
+        self.epoch, self.batch, self.total = row["epoch"], 0, 0.0
         self.history.append(row)
-        if row[metric] > self.best: self.best,self.best_epoch,self.weights = row[metric], row['epoch'], model.weights()
+        if row[metric] > self.best:
+            self.best, self.best_epoch, self.weights = row[metric], row["epoch"], model.weights()
 
 # %% ../nbs/03_training.ipynb #1f28956a
 class Checkpoints:
     "Training kept in a folder, so that a killed one goes on where it was."
-    def __init__(self,
-        folder: Path,       # made when the first checkpoint is written
-        fingerprint: str,   # of model, settings, data and code
-        every_s: float = 60, # seconds between checkpoints; 0: after every batch
-    ):
-        self.folder,self.fingerprint,self.every_s,self.last = Path(folder), fingerprint, every_s, time.monotonic()
 
-    def due(self) -> bool: return time.monotonic() - self.last >= self.every_s
+    def __init__(
+        self,
+        folder: Path,  # made when the first checkpoint is written
+        fingerprint: str,  # of model, settings, data and code
+        every_s: float = 60,  # seconds between checkpoints; 0: after every batch
+    ):
+        self.folder, self.fingerprint, self.every_s, self.last = Path(folder), fingerprint, every_s, time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last >= self.every_s
 
     def save(self, model, progress: Progress):
         "Write a checkpoint whole or not at all; weights that are not numbers are never written."
-        arrays = model.checkpoint() | {f'best.{k}': v for k,v in (progress.weights or {}).items()}
-        if not all(np.isfinite(a).all() for k,a in arrays.items() if k.startswith('net.')): return
-        if getattr(model, 'share', None) is not None and model.share.rank: return # one of several processes keeps what is the same in all
+        arrays = model.checkpoint() | {f"best.{k}": v for k, v in (progress.weights or {}).items()}
+        if not all(np.isfinite(a).all() for k, a in arrays.items() if k.startswith("net.")):
+            return
+        if getattr(model, "share", None) is not None and model.share.rank:
+            return  # one of several processes keeps what is the same in all
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f'{progress.epoch}-{progress.batch}{"-end" if progress.finished else ""}.safetensors'
-        with atomic_path(self.folder/name) as path: path.write_bytes(save({k: np.ascontiguousarray(v) for k,v in sorted(arrays.items())}))
-        about = {k: v for k,v in vars(progress).items() if k != 'weights'}
-        write_json(self.folder/'checkpoint.json', dict(format=1, fingerprint=self.fingerprint, file=name, sha256=sha256_file(self.folder/name), progress=about))
-        for left in self.folder.glob('*safetensors*'): # what came before, and what a killed process left half written
-            if left.name != name: left.unlink(missing_ok=True)
+        name = f"{progress.epoch}-{progress.batch}{'-end' if progress.finished else ''}.safetensors"
+        with atomic_path(self.folder / name) as path:
+            path.write_bytes(save({k: np.ascontiguousarray(v) for k, v in sorted(arrays.items())}))
+        about = {k: v for k, v in vars(progress).items() if k != "weights"}
+        write_json(
+            self.folder / "checkpoint.json",
+            dict(
+                format=1,
+                fingerprint=self.fingerprint,
+                file=name,
+                sha256=sha256_file(self.folder / name),
+                progress=about,
+            ),
+        )
+        for left in self.folder.glob("*safetensors*"):  # what came before, and what a killed process left half written
+            if left.name != name:
+                left.unlink(missing_ok=True)
         self.last = time.monotonic()
 
-    def load(self, model) -> Progress: # where to go on; the beginning where there is nothing to go on with
+    def load(self, model) -> Progress:  # where to go on; the beginning where there is nothing to go on with
         "Put a prepared model back to its checkpoint."
-        if not (self.folder/'checkpoint.json').exists(): return Progress()
-        about = read_json(self.folder/'checkpoint.json')
-        if about['fingerprint'] != self.fingerprint:
-            print(f'{model.name}: the checkpoint in {show_value(self.folder)} is of other settings, data or code; training begins anew')
+        if not (self.folder / "checkpoint.json").exists():
             return Progress()
-        if not (path := self.folder/about['file']).exists() or sha256_file(path) != about['sha256']:
-            raise AerecError(f'{show_value(path)}: the checkpoint is damaged; delete the folder to train from the beginning')
+        about = read_json(self.folder / "checkpoint.json")
+        if about["fingerprint"] != self.fingerprint:
+            print(
+                f"{model.name}: the checkpoint in {show_value(self.folder)} is of other settings, data or code; training begins anew"
+            )
+            return Progress()
+        if not (path := self.folder / about["file"]).exists() or sha256_file(path) != about["sha256"]:
+            raise AerecError(
+                f"{show_value(path)}: the checkpoint is damaged; delete the folder to train from the beginning"
+            )
         arrays = load_file(path)
-        model.restore({k: v for k,v in arrays.items() if not k.startswith('best.')})
-        return Progress(**about['progress'], weights={k.removeprefix('best.'): v for k,v in arrays.items() if k.startswith('best.')} or None)
+        model.restore({k: v for k, v in arrays.items() if not k.startswith("best.")})
+        return Progress(
+            **about["progress"],
+            weights={k.removeprefix("best."): v for k, v in arrays.items() if k.startswith("best.")} or None,
+        )
 
     def where(self) -> str:
         "The last good one, for an error message."
-        if not (self.folder/'checkpoint.json').exists(): return 'there was no checkpoint yet'
-        p = read_json(self.folder/'checkpoint.json')['progress']
-        return f"the last good checkpoint is {show_value(self.folder)} (epoch {p['epoch']+1}, batch {p['batch']})" if p['batch'] else f"the last good checkpoint is {show_value(self.folder)} (after epoch {p['epoch']})"
+        if not (self.folder / "checkpoint.json").exists():
+            return "there was no checkpoint yet"
+        p = read_json(self.folder / "checkpoint.json")["progress"]
+        return (
+            f"the last good checkpoint is {show_value(self.folder)} (epoch {p['epoch'] + 1}, batch {p['batch']})"
+            if p["batch"]
+            else f"the last good checkpoint is {show_value(self.folder)} (after epoch {p['epoch']})"
+        )
 
 # %% ../nbs/03_training.ipynb #04fbfb55
 def default_patience(model, split):
     "Fifteen epochs; where an epoch has few steps, as many as give sixty: with two steps an epoch a net can stand still for longer than fifteen."
-    steps = math.ceil(split.train.shape[0]/model.hyperparameters.get('batch_size', 1))
-    return max(15, math.ceil(60/steps))
+    steps = math.ceil(split.train.shape[0] / model.hyperparameters.get("batch_size", 1))
+    return max(15, math.ceil(60 / steps))
 
 # %% ../nbs/03_training.ipynb #a2327f35
-def train(model,                  # not yet fitted, from `create_model`
-          split: Split,           # learns from `split.train`, is watched on `split.valid`
-          num_epoch: int = None,  # most epochs; None: the model's own `num_epoch`
-          patience: int = None,   # epochs without improvement before it stops; None: 15, on small data as many as give 60 steps
-          topk: int = 10,         # length of the lists that validation looks at
-          progress: bool = True,  # show a bar
-          metric: str = 'ndcg',   # what decides the best epoch: ndcg, or another of the accuracies of `evaluate`
-          item_features = None,   # [n_items, n_features] CSR for models that use them
-          max_valid_users: int = 10_000, # users that validation looks at; more are sampled
-          checkpoints: Path = None, # folder to keep checkpoints in, and to go on from; None: none are kept
-          checkpoint_s: float = 60, # seconds between checkpoints; 0: after every batch
-          after_epoch = None,     # called with the epoch's row of the history
-          budget_s: float = None, # seconds after which no further epoch begins; None: no limit
-          fit = None,             # how closed forms are fitted: function(model, histories, item_features); None: `model.fit`
-         ) -> pd.DataFrame: # a row an epoch: epoch, loss, lr, ndcg, recall and the metric, best
+def train(
+    model,  # not yet fitted, from `create_model`
+    split: Split,  # learns from `split.train`, is watched on `split.valid`
+    num_epoch: int = None,  # most epochs; None: the model's own `num_epoch`
+    patience: int = None,  # epochs without improvement before it stops; None: 15, on small data as many as give 60 steps
+    topk: int = 10,  # length of the lists that validation looks at
+    progress: bool = True,  # show a bar
+    metric: str = "ndcg",  # what decides the best epoch: ndcg, or another of the accuracies of `evaluate`
+    item_features=None,  # [n_items, n_features] CSR for models that use them
+    max_valid_users: int = 10_000,  # users that validation looks at; more are sampled
+    checkpoints: Path = None,  # folder to keep checkpoints in, and to go on from; None: none are kept
+    checkpoint_s: float = 60,  # seconds between checkpoints; 0: after every batch
+    after_epoch=None,  # called with the epoch's row of the history
+    budget_s: float = None,  # seconds after which no further epoch begins; None: no limit
+    fit=None,  # how closed forms are fitted: function(model, histories, item_features); None: `model.fit`
+) -> pd.DataFrame:  # a row an epoch: epoch, loss, lr, ndcg, recall and the metric, best
     "Train a model in place, watching validation; it ends with the weights of its best epoch."
-    if metric not in METRICS: raise AerecError(f"valid_metric = {metric!r}: valid ones are {', '.join(METRICS)}")
-    if not hasattr(model, 'train_epoch'): return _solve(model, split, topk, metric, item_features, max_valid_users, fit or type(model).fit)
-    if split.valid is None: raise AerecError('the split has no valid fold to watch: train before the split is refitted, or call model.fit(train)')
-    num_epoch,patience,fold = num_epoch or model.num_epoch, patience or default_patience(model, split), some_users(split.valid, max_valid_users)
+    if metric not in METRICS:
+        raise AerecError(f"valid_metric = {metric!r}: valid ones are {', '.join(METRICS)}")
+    if not hasattr(model, "train_epoch"):
+        return _solve(model, split, topk, metric, item_features, max_valid_users, fit or type(model).fit)
+    if split.valid is None:
+        raise AerecError(
+            "the split has no valid fold to watch: train before the split is refitted, or call model.fit(train)"
+        )
+    num_epoch, patience, fold = (
+        num_epoch or model.num_epoch,
+        patience or default_patience(model, split),
+        some_users(split.valid, max_valid_users),
+    )
     rows = model.prepare(split.train, item_features)
-    keep = Checkpoints(checkpoints, _fingerprint(model, split, item_features, num_epoch, patience, topk, metric, max_valid_users), checkpoint_s) if checkpoints else None
+    keep = (
+        Checkpoints(
+            checkpoints,
+            _fingerprint(model, split, item_features, num_epoch, patience, topk, metric, max_valid_users),
+            checkpoint_s,
+        )
+        if checkpoints
+        else None
+    )
     at = keep.load(model) if keep else Progress()
     same_place(model, at)
     until = math.inf if budget_s is None else time.monotonic() + budget_s
-    def in_time(): return not at.epoch or time.monotonic() < until
+
+    def in_time():
+        return not at.epoch or time.monotonic() < until
+
     with _bar(model, rows, num_epoch, at, progress) as bar:
+
         def after_batch(epoch, batch, total):
-            at.batch,at.total = batch, total
+            at.batch, at.total = batch, total
             bar.update()
-            if keep and keep.due(): keep.save(model, at)
+            if keep and keep.due():
+                keep.save(model, at)
+
         while at.epoch < num_epoch and at.epoch - at.best_epoch < patience and not at.finished and in_time():
-            try: loss = model.train_epoch(rows, at.epoch+1, at.batch, at.total, after_batch)
-            except Diverged as e: raise Diverged(f"{e}; {keep.where() if keep else 'no checkpoints were kept'}") from None
-            at.take({'epoch': at.epoch+1, 'loss': loss, 'lr': model.lr_in(at.epoch+1), **_watched(model, fold, topk, dict.fromkeys(('ndcg', 'recall', metric)))}, metric, model)
-            bar.set_postfix_str(f'loss {loss:.4g}, {metric} {at.history[-1][metric]:.4f}, best {at.best:.4f} in epoch {at.best_epoch}', refresh=False)
-            if after_epoch: after_epoch(at.history[-1])
-    at.finished,model.best_epoch = at.finished or at.epoch >= num_epoch or at.epoch - at.best_epoch >= patience, at.best_epoch
-    if keep: keep.save(model, at)
+            try:
+                loss = model.train_epoch(rows, at.epoch + 1, at.batch, at.total, after_batch)
+            except Diverged as e:
+                raise Diverged(f"{e}; {keep.where() if keep else 'no checkpoints were kept'}") from None
+            at.take(
+                {
+                    "epoch": at.epoch + 1,
+                    "loss": loss,
+                    "lr": model.lr_in(at.epoch + 1),
+                    **_watched(model, fold, topk, dict.fromkeys(("ndcg", "recall", metric))),
+                },
+                metric,
+                model,
+            )
+            bar.set_postfix_str(
+                f"loss {loss:.4g}, {metric} {at.history[-1][metric]:.4f}, best {at.best:.4f} in epoch {at.best_epoch}",
+                refresh=False,
+            )
+            if after_epoch:
+                after_epoch(at.history[-1])
+    at.finished, model.best_epoch = (
+        at.finished or at.epoch >= num_epoch or at.epoch - at.best_epoch >= patience,
+        at.best_epoch,
+    )
+    if keep:
+        keep.save(model, at)
     model.load_weights(at.weights)
     return _table(at.history, at.best_epoch)
 
@@ -151,196 +255,367 @@ def _table(history, best_epoch):
     table = pd.DataFrame(history)
     return table.assign(best=table.epoch == best_epoch)
 
+
 def _solve(model, split, topk, metric, item_features, max_valid_users, fit):
     "Closed-form models: one row, no loss."
     fit(model, split.train, item_features)
     model.best_epoch = 1
-    found = model.evaluation = evaluate(model, some_users(split.valid, max_valid_users), topk) if split.valid is not None else None
-    return _table([{'epoch': 1, 'loss': np.nan, 'lr': np.nan, **{m: found.mean(m) if found else np.nan for m in dict.fromkeys(('ndcg', 'recall', metric))}}], 1)
+    found = model.evaluation = (
+        evaluate(model, some_users(split.valid, max_valid_users), topk) if split.valid is not None else None
+    )
+    return _table(
+        [
+            {
+                "epoch": 1,
+                "loss": np.nan,
+                "lr": np.nan,
+                **{m: found.mean(m) if found else np.nan for m in dict.fromkeys(("ndcg", "recall", metric))},
+            }
+        ],
+        1,
+    )
+
 
 def _watched(model, fold, topk, names):
     "Means over the users of a fold; where several processes train, each has some of them."
-    share = getattr(model, 'share', None)
+    share = getattr(model, "share", None)
     if share is None:
         found = evaluate(model, fold, topk)
         return {m: found.mean(m) for m in names}
     found = evaluate(model, fold, topk).metrics if len(fold) else {m: np.zeros(0) for m in names}
     sums = torch.tensor([len(fold), *(found[m].sum() for m in names)], dtype=torch.float64)
     share.add(sums)
-    return {m: float(total/sums[0]) for m,total in zip(names, sums[1:])}
+    return {m: float(total / sums[0]) for m, total in zip(names, sums[1:])}
+
 
 def same_place(model, at):
     "Several processes must go on from one place."
-    share = getattr(model, 'share', None)
-    if share is None: return
-    sums = torch.tensor([1., at.epoch, at.batch, at.epoch**2, at.batch**2], dtype=torch.float64)
+    share = getattr(model, "share", None)
+    if share is None:
+        return
+    sums = torch.tensor([1.0, at.epoch, at.batch, at.epoch**2, at.batch**2], dtype=torch.float64)
     share.add(sums)
-    if not torch.equal(sums, sums[0]*torch.tensor([1., at.epoch, at.batch, at.epoch**2, at.batch**2], dtype=torch.float64)):
-        raise AerecError('the processes that train together found different checkpoints: keep the run on storage that all of them see')
+    if not torch.equal(
+        sums, sums[0] * torch.tensor([1.0, at.epoch, at.batch, at.epoch**2, at.batch**2], dtype=torch.float64)
+    ):
+        raise AerecError(
+            "the processes that train together found different checkpoints: keep the run on storage that all of them see"
+        )
+
 
 def some_users(fold: Fold, n: int, seed: int = 0) -> Fold:
     "At most `n` users of a fold, always the same ones."
-    if len(fold) <= n: return fold
+    if len(fold) <= n:
+        return fold
     rows = np.sort(np.random.default_rng(seed).choice(len(fold), n, replace=False))
-    return replace(fold, users=fold.users[rows], input=fold.input[rows], target=fold.target[rows], n_targets=fold.n_targets[rows])
+    return replace(
+        fold, users=fold.users[rows], input=fold.input[rows], target=fold.target[rows], n_targets=fold.n_targets[rows]
+    )
+
 
 def _bar(model, rows, num_epoch, at, show):
     "A text bar over the batches of all epochs, with what is left at most."
     n = model.n_batches(rows)
-    layout = '{desc} |{bar:20}| {percentage:.0f} % of ' + f'{num_epoch} epochs' + ', {elapsed} so far, {remaining} left at most{postfix}'
-    return tqdm(total=num_epoch*n, initial=at.epoch*n + at.batch, desc=model.name, bar_format=layout, file=sys.stdout, mininterval=1, disable=not show)
+    layout = (
+        "{desc} |{bar:20}| {percentage:.0f} % of "
+        + f"{num_epoch} epochs"
+        + ", {elapsed} so far, {remaining} left at most{postfix}"
+    )
+    return tqdm(
+        total=num_epoch * n,
+        initial=at.epoch * n + at.batch,
+        desc=model.name,
+        bar_format=layout,
+        file=sys.stdout,
+        mininterval=1,
+        disable=not show,
+    )
+
 
 def _fingerprint(model, split, item_features, *settings):
     "What a checkpoint must have been made from to be gone on with."
-    return sha256_json([model.name, model.hyperparameters, split.fingerprint, features_hash(item_features), settings, code_hash('aerec_nb.training')])
+    return sha256_json(
+        [
+            model.name,
+            model.hyperparameters,
+            split.fingerprint,
+            features_hash(item_features),
+            settings,
+            code_hash("aerec_nb.training"),
+        ]
+    )
 
-def features_hash(item_features # CSR, or None
-                 ): # -> [sha256, shape], or None
+
+def features_hash(
+    item_features,  # CSR, or None
+):  # -> [sha256, shape], or None
     "What tells item features from others."
-    return None if item_features is None else [sha256_json([a.tobytes().hex() for a in (item_features.data, item_features.indices, item_features.indptr)]), list(item_features.shape)]
+    return (
+        None
+        if item_features is None
+        else [
+            sha256_json([a.tobytes().hex() for a in (item_features.data, item_features.indices, item_features.indptr)]),
+            list(item_features.shape),
+        ]
+    )
 
 # %% ../nbs/03_training.ipynb #c3a786af
 @dataclass
 class Tuning:
     "What a search for hyperparameters found."
-    name: str             # the model
-    hyperparameters: dict # all of the best one's
-    value: float          # its validation metric; the mean, where there are several splits
-    best_epoch: int       # the epoch with that metric, 1 for closed forms; the median, where there are several splits
+
+    name: str  # the model
+    hyperparameters: dict  # all of the best one's
+    value: float  # its validation metric; the mean, where there are several splits
+    best_epoch: int  # the epoch with that metric, 1 for closed forms; the median, where there are several splits
     trials: pd.DataFrame  # a row a trial: number, state, value, seconds, best_epoch, and what was tried
-    models: list = field(repr=False, default=None) # the best one as fitted, one a split; None where an earlier process fitted it
-    per_user: list = field(repr=False, default=()) # of each trial of a closed form, its metric for every validation user of every split
+    models: list = field(
+        repr=False, default=None
+    )  # the best one as fitted, one a split; None where an earlier process fitted it
+    per_user: list = field(
+        repr=False, default=()
+    )  # of each trial of a closed form, its metric for every validation user of every split
 
 # %% ../nbs/03_training.ipynb #88f2eee7
 def _optuna():
     "Optuna, without a line for each trial."
-    with warnings.catch_warnings(): # about progress bars in notebooks, which are not shown
-        warnings.simplefilter('ignore')
+    with warnings.catch_warnings():  # about progress bars in notebooks, which are not shown
+        warnings.simplefilter("ignore")
         import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     return optuna
+
 
 def _suggest(trial, space):
     "A value for each hyperparameter of the space."
+
     def one(name, low, high, scale):
-        whole = scale == 'int' or isinstance(low, int) and isinstance(high, int)
-        return trial.suggest_int(name, low, high, log=scale == 'log') if whole else trial.suggest_float(name, low, high, log=scale == 'log')
-    return {name: one(name, *limits) for name,limits in space.items()}
+        whole = scale == "int" or isinstance(low, int) and isinstance(high, int)
+        return (
+            trial.suggest_int(name, low, high, log=scale == "log")
+            if whole
+            else trial.suggest_float(name, low, high, log=scale == "log")
+        )
+
+    return {name: one(name, *limits) for name, limits in space.items()}
+
 
 def _study(name, space, storage, fingerprint):
     "The study, with trials that a killed process left put in line again."
     optuna = _optuna()
-    if storage: Path(storage).parent.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(study_name=f'{name} {fingerprint[:16]}', direction='maximize', load_if_exists=True, storage=f'sqlite:///{storage}' if storage else None,
-                                pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=5))
+    if storage:
+        Path(storage).parent.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        study_name=f"{name} {fingerprint[:16]}",
+        direction="maximize",
+        load_if_exists=True,
+        storage=f"sqlite:///{storage}" if storage else None,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=5),
+    )
     for left in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
         study.tell(left.number, state=optuna.trial.TrialState.FAIL)
-        if set(left.params) == set(space): study.enqueue_trial(left.params, user_attrs=dict(again=True))
+        if set(left.params) == set(space):
+            study.enqueue_trial(left.params, user_attrs=dict(again=True))
     return study
+
 
 def _trials_table(study, space):
     "Trials as people read them."
-    rows = [dict(number=t.number, state=t.state.name.lower(), value=t.value if t.value is not None else np.nan, seconds=t.duration.total_seconds() if t.duration else np.nan,
-                 best_epoch=t.user_attrs.get('best_epoch'), **{k: t.params.get(k) for k in space}, why=t.user_attrs.get('why', '')) for t in study.get_trials(deepcopy=False)]
-    return pd.DataFrame([r for r in rows if r['state'] in ('complete', 'pruned', 'fail')])
+    rows = [
+        dict(
+            number=t.number,
+            state=t.state.name.lower(),
+            value=t.value if t.value is not None else np.nan,
+            seconds=t.duration.total_seconds() if t.duration else np.nan,
+            best_epoch=t.user_attrs.get("best_epoch"),
+            **{k: t.params.get(k) for k in space},
+            why=t.user_attrs.get("why", ""),
+        )
+        for t in study.get_trials(deepcopy=False)
+    ]
+    return pd.DataFrame([r for r in rows if r["state"] in ("complete", "pruned", "fail")])
 
 # %% ../nbs/03_training.ipynb #30556b95
-def tune(name: str,              # model, one of `model_names()`
-         split,                  # `Split`, or several: then the mean over them decides
-         n_trials: int = 30,     # trials, with those that `storage` has already
-         budget_s: float = None, # seconds; no trial is begun that would not end in time, and the epochs end with them; None: no limit
-         topk: int = 10,         # length of the lists that validation looks at
-         metric: str = 'ndcg',   # what decides: ndcg, or another of the accuracies of `evaluate`
-         space: dict = None,     # hyperparameter -> (low, high, 'log', 'linear' or 'int'); None: the model's own `tune_space`
-         first: list = (),       # hyperparameters to try first, in place of the defaults
-         storage: Path = None,   # SQLite file that keeps the trials; None: they are not kept
-         random_seed: int = 42,  # of what is tried, and of the model where it has one
-         progress: bool = True,  # show a bar
-         max_valid_users: int = 10_000,  # users that validation looks at; more are sampled
-         max_memory_gib: float = None,   # what a model may use, GiB; None: 80 % of what is free
-         item_features = None,   # [n_items, n_features] CSR for models that use them
-         device: str = 'cpu',    # torch device of gradient-trained models
-         patience: int = None,   # epochs without improvement before a training stops; None: 15, on small data as many as give 60 steps
-         **fixed                 # hyperparameters that are not searched
-        ) -> Tuning:
+def tune(
+    name: str,  # model, one of `model_names()`
+    split,  # `Split`, or several: then the mean over them decides
+    n_trials: int = 30,  # trials, with those that `storage` has already
+    budget_s: float = None,  # seconds; no trial is begun that would not end in time, and the epochs end with them; None: no limit
+    topk: int = 10,  # length of the lists that validation looks at
+    metric: str = "ndcg",  # what decides: ndcg, or another of the accuracies of `evaluate`
+    space: dict = None,  # hyperparameter -> (low, high, 'log', 'linear' or 'int'); None: the model's own `tune_space`
+    first: list = (),  # hyperparameters to try first, in place of the defaults
+    storage: Path = None,  # SQLite file that keeps the trials; None: they are not kept
+    random_seed: int = 42,  # of what is tried, and of the model where it has one
+    progress: bool = True,  # show a bar
+    max_valid_users: int = 10_000,  # users that validation looks at; more are sampled
+    max_memory_gib: float = None,  # what a model may use, GiB; None: 80 % of what is free
+    item_features=None,  # [n_items, n_features] CSR for models that use them
+    device: str = "cpu",  # torch device of gradient-trained models
+    patience: int = None,  # epochs without improvement before a training stops; None: 15, on small data as many as give 60 steps
+    **fixed,  # hyperparameters that are not searched
+) -> Tuning:
     "Search for a model's best hyperparameters on validation; raises `AerecError` if no trial can be fitted."
-    space,defaults = {k: v for k,v in (model_class(name).tune_space if space is None else space).items() if k not in fixed}, hyperparameters(name)
-    if 'random_seed' in defaults: fixed['random_seed'] = random_seed
-    if not space and n_trials > 1: raise AerecError(f"model '{name}' says of no hyperparameter where to look: give ranges as space")
+    space, defaults = (
+        {k: v for k, v in (model_class(name).tune_space if space is None else space).items() if k not in fixed},
+        hyperparameters(name),
+    )
+    if "random_seed" in defaults:
+        fixed["random_seed"] = random_seed
+    if not space and n_trials > 1:
+        raise AerecError(f"model '{name}' says of no hyperparameter where to look: give ranges as space")
     splits = list(split) if isinstance(split, (list, tuple)) else [split]
-    optuna,clock = _optuna(), time.monotonic()
-    study = _study(name, space, storage, sha256_json([name, fixed, space, [s.fingerprint for s in splits], topk, metric, max_valid_users]))
+    optuna, clock = _optuna(), time.monotonic()
+    study = _study(
+        name,
+        space,
+        storage,
+        sha256_json([name, fixed, space, [s.fingerprint for s in splits], topk, metric, max_valid_users]),
+    )
     if not study.trials:
-        for hp in first or [{}]: study.enqueue_trial({k: v for k,v in {**defaults, **hp}.items() if k in space})
-    def left(): return math.inf if budget_s is None else budget_s - (time.monotonic()-clock)
-    def n_done(): return len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED]))
-    found,seconds,failures,per_user = None, [], [], []
-    with tqdm(total=n_trials, initial=min(n_trials, n_done()), desc=f'tuning {name}', file=sys.stdout, mininterval=1, disable=not progress, bar_format='{desc} |{bar:20}| {n} of {total} trials, {elapsed}{postfix}') as bar:
-        while n_done() < n_trials and len(failures) < max(3, n_trials) and not (seconds and left() < np.median(seconds[-5:])):
-            study.sampler = optuna.samplers.TPESampler(seed=random_seed+n_done(), multivariate=True, n_startup_trials=max(8, len(first)+2)) # what comes next follows from what is done
+        for hp in first or [{}]:
+            study.enqueue_trial({k: v for k, v in {**defaults, **hp}.items() if k in space})
+
+    def left():
+        return math.inf if budget_s is None else budget_s - (time.monotonic() - clock)
+
+    def n_done():
+        return len(
+            study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED])
+        )
+
+    found, seconds, failures, per_user = None, [], [], []
+    with tqdm(
+        total=n_trials,
+        initial=min(n_trials, n_done()),
+        desc=f"tuning {name}",
+        file=sys.stdout,
+        mininterval=1,
+        disable=not progress,
+        bar_format="{desc} |{bar:20}| {n} of {total} trials, {elapsed}{postfix}",
+    ) as bar:
+        while (
+            n_done() < n_trials
+            and len(failures) < max(3, n_trials)
+            and not (seconds and left() < np.median(seconds[-5:]))
+        ):
+            study.sampler = optuna.samplers.TPESampler(
+                seed=random_seed + n_done(), multivariate=True, n_startup_trials=max(8, len(first) + 2)
+            )  # what comes next follows from what is done
             trial = study.ask()
-            hp,began = {**fixed, **_suggest(trial, space)}, time.monotonic()
-            try: tried = _try(name, hp, splits, trial, left, topk, metric, max_valid_users, max_memory_gib, item_features, device, patience)
-            except optuna.TrialPruned: study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            hp, began = {**fixed, **_suggest(trial, space)}, time.monotonic()
+            try:
+                tried = _try(
+                    name,
+                    hp,
+                    splits,
+                    trial,
+                    left,
+                    topk,
+                    metric,
+                    max_valid_users,
+                    max_memory_gib,
+                    item_features,
+                    device,
+                    patience,
+                )
+            except optuna.TrialPruned:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             except AerecError as e:
-                failures.append(str(e)); trial.set_user_attr('why', str(e))
+                failures.append(str(e))
+                trial.set_user_attr("why", str(e))
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
                 study.tell(trial, tried.value)
-                seconds.append(time.monotonic()-began)
+                seconds.append(time.monotonic() - began)
                 per_user += tried.per_user
-                if found is None or tried.value > found.value: found = tried
-            bar.n = min(n_trials, n_done()); bar.set_postfix_str(f'best {metric} {found.value:.4f}' if found else '')
-    if not [t for t in study.get_trials(deepcopy=False) if t.value is not None]: raise AerecError(failures[-1] if failures else f'{name}: no trial ended in time; raise budget_s')
-    if found is None or study.best_value > found.value: # an earlier process found it
+                if found is None or tried.value > found.value:
+                    found = tried
+            bar.n = min(n_trials, n_done())
+            bar.set_postfix_str(f"best {metric} {found.value:.4f}" if found else "")
+    if not [t for t in study.get_trials(deepcopy=False) if t.value is not None]:
+        raise AerecError(failures[-1] if failures else f"{name}: no trial ended in time; raise budget_s")
+    if found is None or study.best_value > found.value:  # an earlier process found it
         best = study.best_trial
-        found = Tuning(name, best.user_attrs['hyperparameters'], best.value, best.user_attrs['best_epoch'], None)
-    found.trials,found.per_user = _trials_table(study, space), per_user
+        found = Tuning(name, best.user_attrs["hyperparameters"], best.value, best.user_attrs["best_epoch"], None)
+    found.trials, found.per_user = _trials_table(study, space), per_user
     return found
 
 # %% ../nbs/03_training.ipynb #c3c7cb20
 def _try(name, hp, splits, trial, left, topk, metric, max_valid_users, max_memory_gib, item_features, device, patience):
     "One trial: the model trained on every split."
-    optuna,models,values = _optuna(), [], []
-    for i,split in enumerate(splits):
+    optuna, models, values = _optuna(), [], []
+    for i, split in enumerate(splits):
         model = create_model(name, **hp).to(device)
         model.max_memory_gib = max_memory_gib
+
         def after_epoch(row):
-            if i or len(trial.params) == 0: return # epochs of the first split are compared
-            trial.report(row[metric], int(row['epoch']))
-            if trial.should_prune(): raise optuna.TrialPruned
-        seconds = left()/(len(splits)-i)
-        history = train(model, split, patience=patience, topk=topk, progress=False, metric=metric, item_features=item_features, max_valid_users=max_valid_users, after_epoch=after_epoch,
-                        budget_s=None if seconds == math.inf else max(0, seconds))
-        models.append(model); values.append(history[metric].max())
-    solved = [m.evaluation.metrics[metric] for m in models] if not hasattr(models[0], 'train_epoch') else None
-    found = Tuning(name, models[0].hyperparameters, float(np.mean(values)), int(np.median([m.best_epoch for m in models])), None, models, [np.concatenate(solved)] if solved else [])
-    trial.set_user_attr('hyperparameters', found.hyperparameters); trial.set_user_attr('best_epoch', found.best_epoch)
+            if i or len(trial.params) == 0:
+                return  # epochs of the first split are compared
+            trial.report(row[metric], int(row["epoch"]))
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        seconds = left() / (len(splits) - i)
+        history = train(
+            model,
+            split,
+            patience=patience,
+            topk=topk,
+            progress=False,
+            metric=metric,
+            item_features=item_features,
+            max_valid_users=max_valid_users,
+            after_epoch=after_epoch,
+            budget_s=None if seconds == math.inf else max(0, seconds),
+        )
+        models.append(model)
+        values.append(history[metric].max())
+    solved = [m.evaluation.metrics[metric] for m in models] if not hasattr(models[0], "train_epoch") else None
+    found = Tuning(
+        name,
+        models[0].hyperparameters,
+        float(np.mean(values)),
+        int(np.median([m.best_epoch for m in models])),
+        None,
+        models,
+        [np.concatenate(solved)] if solved else [],
+    )
+    trial.set_user_attr("hyperparameters", found.hyperparameters)
+    trial.set_user_attr("best_epoch", found.best_epoch)
     return found
 
 # %% ../nbs/03_training.ipynb #aff2c951
-def plot_tuning(name: str,             # the model
-                trials: pd.DataFrame,  # of its `Tuning`
-                metric: str = 'ndcg',  # what decided
-               ): # -> matplotlib Figure
+def plot_tuning(
+    name: str,  # the model
+    trials: pd.DataFrame,  # of its `Tuning`
+    metric: str = "ndcg",  # what decided
+):  # -> matplotlib Figure
     "What was reached, trial by trial, and against each hyperparameter."
-    t = trials[trials.state == 'complete']
-    knobs = [k for k in t.columns if k not in ('number', 'state', 'value', 'seconds', 'best_epoch', 'why')][:5]
-    fig,axes = plt.subplots(1, 1+len(knobs), figsize=(2.6*(1+len(knobs)), 2.9), layout='constrained', sharey=True, squeeze=False)
+    t = trials[trials.state == "complete"]
+    knobs = [k for k in t.columns if k not in ("number", "state", "value", "seconds", "best_epoch", "why")][:5]
+    fig, axes = plt.subplots(
+        1, 1 + len(knobs), figsize=(2.6 * (1 + len(knobs)), 2.9), layout="constrained", sharey=True, squeeze=False
+    )
     axes = axes[0]
-    axes[0].plot(t.number+1, t.value, 'o', ms=4, color='#56B4E9')
-    axes[0].step(t.number+1, t.value.cummax(), where='post', color='#0072B2', label='best so far')
-    axes[0].set(xlabel='trial', ylabel=f'{metric.upper()} on validation'); axes[0].legend(frameon=False, fontsize=8)
+    axes[0].plot(t.number + 1, t.value, "o", ms=4, color="#56B4E9")
+    axes[0].step(t.number + 1, t.value.cummax(), where="post", color="#0072B2", label="best so far")
+    axes[0].set(xlabel="trial", ylabel=f"{metric.upper()} on validation")
+    axes[0].legend(frameon=False, fontsize=8)
     best = t.loc[t.value.idxmax()]
-    for ax,knob in zip(axes[1:], knobs):
-        ax.plot(t[knob].astype(float), t.value, 'o', ms=4, color='#56B4E9')
-        ax.plot(float(best[knob]), best.value, 'o', ms=9, mfc='none', color='#D55E00')
+    for ax, knob in zip(axes[1:], knobs):
+        ax.plot(t[knob].astype(float), t.value, "o", ms=4, color="#56B4E9")
+        ax.plot(float(best[knob]), best.value, "o", ms=9, mfc="none", color="#D55E00")
         limits = model_class(name).tune_space.get(knob)
-        if limits and limits[2] == 'log': ax.set_xscale('log')
+        if limits and limits[2] == "log":
+            ax.set_xscale("log")
         ax.set_xlabel(knob)
-    for ax in axes: ax.spines[['top', 'right']].set_visible(False)
-    fig.suptitle(f'{name}: {len(t)} trials; the best has ' + ', '.join(f'{k} {best[k]:.3g}' for k in knobs), fontsize=10)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(
+        f"{name}: {len(t)} trials; the best has " + ", ".join(f"{k} {best[k]:.3g}" for k in knobs), fontsize=10
+    )
     plt.close(fig)
     return fig
 
@@ -348,526 +623,980 @@ def plot_tuning(name: str,             # the model
 @dataclass
 class Shortlists:
     "The items that some model ranks high for a person, with every model's opinion of them: what a blend is chosen on."
-    scores: np.ndarray    # float32 [n_models, n, width], standardised; very low where a list is shorter
-    hits: np.ndarray      # bool [n, width]
-    n_targets: np.ndarray # [n] held-out items
-    owners: np.ndarray    # [n] ids: who stands in several splits is one person
 
-    def __getitem__(self, rows): return Shortlists(self.scores[:, rows], self.hits[rows], self.n_targets[rows], self.owners[rows])
+    scores: np.ndarray  # float32 [n_models, n, width], standardised; very low where a list is shorter
+    hits: np.ndarray  # bool [n, width]
+    n_targets: np.ndarray  # [n] held-out items
+    owners: np.ndarray  # [n] ids: who stands in several splits is one person
+
+    def __getitem__(self, rows):
+        return Shortlists(self.scores[:, rows], self.hits[rows], self.n_targets[rows], self.owners[rows])
 
     @classmethod
-    def of(cls, models: list, # fitted, on one vocabulary
-           fold: Fold,
-           depth: int = 100,  # items taken of each model
-          ): # -> Shortlists
+    def of(
+        cls,
+        models: list,  # fitted, on one vocabulary
+        fold: Fold,
+        depth: int = 100,  # items taken of each model
+    ):  # -> Shortlists
         "The best items of every model together."
+
         def blocks(m):
-            for rows,scores in score_blocks(m, fold.input): yield rows, mask_history(standardise(scores, fold.input[rows]), fold.input[rows])
-        items = np.sort(np.concatenate([np.concatenate([top_k(s, depth)[0] for _,s in blocks(m)]) for m in models], 1), 1)
+            for rows, scores in score_blocks(m, fold.input):
+                yield rows, mask_history(standardise(scores, fold.input[rows]), fold.input[rows])
+
+        items = np.sort(
+            np.concatenate([np.concatenate([top_k(s, depth)[0] for _, s in blocks(m)]) for m in models], 1), 1
+        )
         n_items = fold.target.shape[1]
         items[:, 1:][items[:, 1:] == items[:, :-1]] = n_items
-        items.sort(1)                                # by index, as ties are settled; what came twice goes to the end
-        items = items[:, :max(1, (items < n_items).sum(1).max())]
+        items.sort(1)  # by index, as ties are settled; what came twice goes to the end
+        items = items[:, : max(1, (items < n_items).sum(1).max())]
         items[items == n_items] = -1
         scores = np.empty((len(models), *items.shape), np.float32)
-        for i,m in enumerate(models):
-            for rows,s in blocks(m): scores[i, rows] = np.take_along_axis(s, np.maximum(items[rows], 0), 1)
+        for i, m in enumerate(models):
+            for rows, s in blocks(m):
+                scores[i, rows] = np.take_along_axis(s, np.maximum(items[rows], 0), 1)
         scores[:, items < 0] = _LOW
         scores[~np.isfinite(scores)] = _LOW
-        held_out = np.repeat(np.arange(len(fold), dtype=np.int64), np.diff(fold.target.indptr))*n_items + fold.target.indices
-        return cls(scores, np.isin(np.arange(len(fold), dtype=np.int64)[:, None]*n_items + items, held_out) & (items >= 0), fold.n_targets, fold.users)
+        held_out = (
+            np.repeat(np.arange(len(fold), dtype=np.int64), np.diff(fold.target.indptr)) * n_items + fold.target.indices
+        )
+        return cls(
+            scores,
+            np.isin(np.arange(len(fold), dtype=np.int64)[:, None] * n_items + items, held_out) & (items >= 0),
+            fold.n_targets,
+            fold.users,
+        )
 
     @classmethod
-    def together(cls, parts: list # of Shortlists of the same models
-                ): # -> Shortlists
+    def together(
+        cls,
+        parts: list,  # of Shortlists of the same models
+    ):  # -> Shortlists
         "Those of several folds, one after another."
         width = max(p.hits.shape[1] for p in parts)
-        def pad(a, value): return np.pad(a, [(0, 0)]*(a.ndim-1) + [(0, width-a.shape[-1])], constant_values=value)
-        return cls(np.concatenate([pad(p.scores, _LOW) for p in parts], 1), np.concatenate([pad(p.hits, False) for p in parts]),
-                   np.concatenate([p.n_targets for p in parts]), np.concatenate([p.owners for p in parts]))
 
-    def ndcg(self, weights: np.ndarray, # [n_models]
-             k: int                     # length of the lists
-            ) -> np.ndarray: # float64 [n]
+        def pad(a, value):
+            return np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])], constant_values=value)
+
+        return cls(
+            np.concatenate([pad(p.scores, _LOW) for p in parts], 1),
+            np.concatenate([pad(p.hits, False) for p in parts]),
+            np.concatenate([p.n_targets for p in parts]),
+            np.concatenate([p.owners for p in parts]),
+        )
+
+    def ndcg(
+        self,
+        weights: np.ndarray,  # [n_models]
+        k: int,  # length of the lists
+    ) -> np.ndarray:  # float64 [n]
         "NDCG of a blend for every person, as `evaluate` would find it."
         total = np.tensordot(np.asarray(weights, np.float32), self.scores, 1)
-        top,_ = top_k(total, k)
-        discount = 1/np.log2(np.arange(2, top.shape[1]+2))
-        ideal = np.cumsum(1/np.log2(np.arange(2, k+2)))[np.minimum(self.n_targets, k)-1]
-        return (np.take_along_axis(self.hits, top, 1)*discount).sum(1)/ideal
+        top, _ = top_k(total, k)
+        discount = 1 / np.log2(np.arange(2, top.shape[1] + 2))
+        ideal = np.cumsum(1 / np.log2(np.arange(2, k + 2)))[np.minimum(self.n_targets, k) - 1]
+        return (np.take_along_axis(self.hits, top, 1) * discount).sum(1) / ideal
 
-_LOW = np.float32(-1e6) # below any standardised score
+
+_LOW = np.float32(-1e6)  # below any standardised score
 
 # %% ../nbs/03_training.ipynb #35b4b1c8
-def blend_weights(lists: Shortlists,
-                  k: int,              # length of the lists
-                  n_rounds: int = 10,  # models added to a bag's ensemble, one after another, any model as often as it helps
-                  n_bags: int = 20,    # each of half of the models and half of the people
-                  random_seed: int = 42, # of the bags
-                 ) -> np.ndarray: # float64 [n_models], their sum is 1; weights below a twentieth are left out
+def blend_weights(
+    lists: Shortlists,
+    k: int,  # length of the lists
+    n_rounds: int = 10,  # models added to a bag's ensemble, one after another, any model as often as it helps
+    n_bags: int = 20,  # each of half of the models and half of the people
+    random_seed: int = 42,  # of the bags
+) -> np.ndarray:  # float64 [n_models], their sum is 1; weights below a twentieth are left out
     "Weights by bagged greedy selection with replacement (Caruana et al. 2004)."
-    n_models,people,random,total = len(lists.scores), np.unique(lists.owners), np.random.default_rng(random_seed), np.zeros(len(lists.scores))
+    n_models, people, random, total = (
+        len(lists.scores),
+        np.unique(lists.owners),
+        np.random.default_rng(random_seed),
+        np.zeros(len(lists.scores)),
+    )
     for _ in range(n_bags):
-        models = random.permutation(n_models)[:max(min(2, n_models), -(-n_models//2))]
+        models = random.permutation(n_models)[: max(min(2, n_models), -(-n_models // 2))]
         total += _greedy(lists[np.isin(lists.owners, random.permutation(people)[::2])], models, k, n_rounds)
-    total[total < .05*total.sum()] = 0
-    return total/total.sum()
+    total[total < 0.05 * total.sum()] = 0
+    return total / total.sum()
+
 
 def _greedy(lists, models, k, n_rounds):
     "The weights with which a greedy ensemble did best on its way."
-    counts,best,kept = np.zeros(len(lists.scores)), -1., None
+    counts, best, kept = np.zeros(len(lists.scores)), -1.0, None
     for _ in range(n_rounds):
-        tried = [lists.ndcg((counts + np.eye(len(counts))[i])/(counts.sum()+1), k).mean() for i in models]
+        tried = [lists.ndcg((counts + np.eye(len(counts))[i]) / (counts.sum() + 1), k).mean() for i in models]
         counts[models[int(np.argmax(tried))]] += 1
-        if max(tried) > best: best,kept = max(tried), counts.copy()
-    return kept/kept.sum()
+        if max(tried) > best:
+            best, kept = max(tried), counts.copy()
+    return kept / kept.sum()
 
-def blend_gain(lists: Shortlists,
-               k: int,               # length of the lists
-               n_halvings: int = 5,  # ways to halve the people
-               random_seed: int = 42, # of the halvings
-              ) -> tuple: # (NDCG, its standard error over people)
+
+def blend_gain(
+    lists: Shortlists,
+    k: int,  # length of the lists
+    n_halvings: int = 5,  # ways to halve the people
+    random_seed: int = 42,  # of the halvings
+) -> tuple:  # (NDCG, its standard error over people)
     "How much better a blend is than the best single model, for people that neither was chosen on."
-    singles,people,random,total = np.array([lists.ndcg(w, k) for w in np.eye(len(lists.scores))]), np.unique(lists.owners), np.random.default_rng(random_seed), np.zeros(len(lists.hits))
+    singles, people, random, total = (
+        np.array([lists.ndcg(w, k) for w in np.eye(len(lists.scores))]),
+        np.unique(lists.owners),
+        np.random.default_rng(random_seed),
+        np.zeros(len(lists.hits)),
+    )
     for n in range(n_halvings):
         half = np.isin(lists.owners, random.permutation(people)[::2])
-        for chosen,asked in ((half, ~half), (~half, half)):
-            total[asked] += lists[asked].ndcg(blend_weights(lists[chosen], k, n_bags=10, random_seed=random_seed+n), k) - singles[singles[:, chosen].mean(1).argmax()][asked]
-    gains = pd.Series(total/n_halvings).groupby(lists.owners).mean() # a person, however often asked, is one
-    return float(gains.mean()), float(gains.std()/np.sqrt(len(gains)))
+        for chosen, asked in ((half, ~half), (~half, half)):
+            total[asked] += (
+                lists[asked].ndcg(blend_weights(lists[chosen], k, n_bags=10, random_seed=random_seed + n), k)
+                - singles[singles[:, chosen].mean(1).argmax()][asked]
+            )
+    gains = pd.Series(total / n_halvings).groupby(lists.owners).mean()  # a person, however often asked, is one
+    return float(gains.mean()), float(gains.std() / np.sqrt(len(gains)))
 
 # %% ../nbs/03_training.ipynb #981d6c7a
-def search_gain(simple: list,       # of a metric [n] for every person, a trial each
-                wide: list,         # the same of the search with more knobs
-                owners: np.ndarray, # [n] ids: who stands in several splits is one person
-                n_halvings: int = 20, # ways to halve the people
-                random_seed: int = 42, # of the halvings
-               ) -> float: # in the metric
+def search_gain(
+    simple: list,  # of a metric [n] for every person, a trial each
+    wide: list,  # the same of the search with more knobs
+    owners: np.ndarray,  # [n] ids: who stands in several splits is one person
+    n_halvings: int = 20,  # ways to halve the people
+    random_seed: int = 42,  # of the halvings
+) -> float:  # in the metric
     "How much better the best of a wide search is than the best of a simple one, for people that neither was chosen on."
-    people,random,gains,searches = np.unique(owners), np.random.default_rng(random_seed), [], (np.array(simple), np.array(wide))
+    people, random, gains, searches = (
+        np.unique(owners),
+        np.random.default_rng(random_seed),
+        [],
+        (np.array(simple), np.array(wide)),
+    )
     for _ in range(n_halvings):
         half = np.isin(owners, random.permutation(people)[::2])
-        for chosen,asked in ((half, ~half), (~half, half)):
-            simple_best,wide_best = (s[s[:, chosen].mean(1).argmax()][asked].mean() for s in searches)
-            gains.append(wide_best-simple_best)
+        for chosen, asked in ((half, ~half), (~half, half)):
+            simple_best, wide_best = (s[s[:, chosen].mean(1).argmax()][asked].mean() for s in searches)
+            gains.append(wide_best - simple_best)
     return float(np.mean(gains))
 
 # %% ../nbs/03_training.ipynb #ed25131c
-def machine_speed() -> float: # planner's operations a second
+def machine_speed() -> float:  # planner's operations a second
     "How fast this machine is now, by solving a small system twice."
-    n_users,n_items = 3000, 1500
+    n_users, n_items = 3000, 1500
     random = np.random.default_rng(0)
-    X = sparse.csr_matrix((np.ones(60_000, np.float32), (random.integers(0, n_users, 60_000), random.integers(0, n_items, 60_000))), shape=(n_users, n_items))
+    X = sparse.csr_matrix(
+        (np.ones(60_000, np.float32), (random.integers(0, n_users, 60_000), random.integers(0, n_items, 60_000))),
+        shape=(n_users, n_items),
+    )
     seconds = []
     for _ in range(2):
         clock = time.perf_counter()
-        create_model('ease', form='primal').fit(X)
-        seconds.append(time.perf_counter()-clock)
-    return create_model('ease', form='primal').cost(n_users, n_items, X.nnz)[2]/min(seconds)
+        create_model("ease", form="primal").fit(X)
+        seconds.append(time.perf_counter() - clock)
+    return create_model("ease", form="primal").cost(n_users, n_items, X.nnz)[2] / min(seconds)
 
-def closed_form_items(n_users: int, n_items: int, nnz: int, # of the data
-                      operations: float, # that a fit may take
-                     ) -> int: # the most items; 0: not even a hundred
+
+def closed_form_items(
+    n_users: int,
+    n_items: int,
+    nnz: int,  # of the data
+    operations: float,  # that a fit may take
+) -> int:  # the most items; 0: not even a hundred
     "How many items a closed form may take, the most popular ones."
     sizes = np.unique(np.append(np.geomspace(min(100, n_items), n_items, 50).astype(int), n_items))
-    fit = [n for n in sizes.tolist() if create_model('rdlae').cost(n_users, n, nnz)[2] <= operations]
+    fit = [n for n in sizes.tolist() if create_model("rdlae").cost(n_users, n, nnz)[2] <= operations]
     return max(fit, default=0)
 
 # %% ../nbs/03_training.ipynb #bc05e813
-def net_settings(n_users: int # that learn
-                ) -> dict: # hyperparameters
+def net_settings(
+    n_users: int,  # that learn
+) -> dict:  # hyperparameters
     "Settings of a net by the size of the data: some twenty steps an epoch and eight hundred in all, over which the learning rate falls; weight decay as a prior, whose part in a mean over users falls with their number."
-    batch_size = int(np.clip(n_users//20, 32, 500))
-    n_epochs = max(40, -(-800//-(-n_users//batch_size)))
-    return dict(batch_size=batch_size, lr=.005, num_epoch=n_epochs, cosine_epochs=n_epochs, weight_decay=float(np.clip(6/n_users, 1e-6, .03)))
+    batch_size = int(np.clip(n_users // 20, 32, 500))
+    n_epochs = max(40, -(-800 // -(-n_users // batch_size)))
+    return dict(
+        batch_size=batch_size,
+        lr=0.005,
+        num_epoch=n_epochs,
+        cosine_epochs=n_epochs,
+        weight_decay=float(np.clip(6 / n_users, 1e-6, 0.03)),
+    )
 
 # %% ../nbs/03_training.ipynb #8b3cd26a
 class _Search:
     "What `auto` knows while it looks: the splits it decides on, the time, and what it found."
-    def __init__(self, split, budget_s, topk, metric, max_memory_gib, item_features, random_seed, progress, max_valid_users):
-        self.began,self.budget_s,self.topk,self.metric,self.progress,self.found,self.skipped = time.monotonic(), budget_s, topk, metric, progress, [], []
-        redrawn = split.kind not in ('strong', 'temporal')
-        max_valid_users = min(max_valid_users, max(500, 30_000_000//split.train.shape[1])) # ranking a large catalogue takes longer than fitting a small model
-        n_folds = int(np.clip(2000//max(1, len(split.valid)), 1, 3)) if split.seeds and redrawn else 1
-        self.splits = [split.redraw_valid(seed=random_seed+i) for i in range(n_folds)]
-        self.options = dict(topk=topk, metric=metric, max_memory_gib=max_memory_gib, item_features=item_features, random_seed=random_seed, max_valid_users=max_valid_users, patience=15, progress=False)
-        self.folds = [some_users(s.valid, max_valid_users) for s in self.splits]
-        self.n_users,self.n_items = self.splits[0].train.shape
-        self.nnz = self.splits[0].train.nnz
-        self.speed = machine_speed()/n_folds
 
-    def left(self): return self.budget_s - (time.monotonic()-self.began)
+    def __init__(
+        self, split, budget_s, topk, metric, max_memory_gib, item_features, random_seed, progress, max_valid_users
+    ):
+        self.began, self.budget_s, self.topk, self.metric, self.progress, self.found, self.skipped = (
+            time.monotonic(),
+            budget_s,
+            topk,
+            metric,
+            progress,
+            [],
+            [],
+        )
+        redrawn = split.kind not in ("strong", "temporal")
+        max_valid_users = min(
+            max_valid_users, max(500, 30_000_000 // split.train.shape[1])
+        )  # ranking a large catalogue takes longer than fitting a small model
+        n_folds = int(np.clip(2000 // max(1, len(split.valid)), 1, 3)) if split.seeds and redrawn else 1
+        self.splits = [split.redraw_valid(seed=random_seed + i) for i in range(n_folds)]
+        self.options = dict(
+            topk=topk,
+            metric=metric,
+            max_memory_gib=max_memory_gib,
+            item_features=item_features,
+            random_seed=random_seed,
+            max_valid_users=max_valid_users,
+            patience=15,
+            progress=False,
+        )
+        self.folds = [some_users(s.valid, max_valid_users) for s in self.splits]
+        self.n_users, self.n_items = self.splits[0].train.shape
+        self.nnz = self.splits[0].train.nnz
+        self.speed = machine_speed() / n_folds
+
+    def left(self):
+        return self.budget_s - (time.monotonic() - self.began)
 
     def say(self, text):
-        if self.progress: print(f'{time.monotonic()-self.began:6.0f} s  {text}', flush=True)
+        if self.progress:
+            print(f"{time.monotonic() - self.began:6.0f} s  {text}", flush=True)
 
     def skip(self, name, why):
         self.skipped.append(dict(model=name, why=why))
-        self.say(f'{name}: left out, {why}')
+        self.say(f"{name}: left out, {why}")
 
     def look(self, name, n_trials, share, space=None, first=(), label=None, **fixed):
         "Tune a model within a share of the budget; None if it cannot be fitted."
-        try: found = tune(name, self.splits, n_trials, max(0, min(share*self.budget_s, self.left())), space=space, first=first, **self.options, **fixed)
-        except AerecError as e: return self.skip(label or name, str(e))
+        try:
+            found = tune(
+                name,
+                self.splits,
+                n_trials,
+                max(0, min(share * self.budget_s, self.left())),
+                space=space,
+                first=first,
+                **self.options,
+                **fixed,
+            )
+        except AerecError as e:
+            return self.skip(label or name, str(e))
         self.found.append(found)
-        tried = ', '.join(f'{k} {found.hyperparameters[k]:.3g}' for k in (model_class(name).tune_space if space is None else space))
-        self.say(f"{label or name}: {self.metric} {found.value:.4f} in {len(found.trials)} {'trial' if len(found.trials) == 1 else 'trials'}" + (f' ({tried})' if tried else ''))
+        tried = ", ".join(
+            f"{k} {found.hyperparameters[k]:.3g}" for k in (model_class(name).tune_space if space is None else space)
+        )
+        self.say(
+            f"{label or name}: {self.metric} {found.value:.4f} in {len(found.trials)} {'trial' if len(found.trials) == 1 else 'trials'}"
+            + (f" ({tried})" if tried else "")
+        )
         return found
 
     def epoch_seconds(self, name, hp):
         "What an epoch takes on all splits, by doing one; None, and why, if there is no time or memory even for that."
         first = create_model(name, **hp | dict(num_epoch=1, cosine_epochs=0))
-        first.max_memory_gib = self.options['max_memory_gib']
-        if first.cost(self.n_users, self.n_items, self.nnz)[2] > .1*max(0, self.left())*self.speed: return self.skip(name, 'there is no time for its epochs')
+        first.max_memory_gib = self.options["max_memory_gib"]
+        if first.cost(self.n_users, self.n_items, self.nnz)[2] > 0.1 * max(0, self.left()) * self.speed:
+            return self.skip(name, "there is no time for its epochs")
         clock = time.perf_counter()
-        try: first.fit(self.splits[0].train, self.options['item_features'])
-        except AerecError as e: return self.skip(name, str(e))
-        return (time.perf_counter()-clock)*len(self.splits)
+        try:
+            first.fit(self.splits[0].train, self.options["item_features"])
+        except AerecError as e:
+            return self.skip(name, str(e))
+        return (time.perf_counter() - clock) * len(self.splits)
 
 # %% ../nbs/03_training.ipynb #99362921
 def _look_at_references(search):
-    search.look('popularity', 1, .02, space={})
-    for similarity,space in (('bm25', dict(n_neighbors=(20, 400, 'log'), b=(0., .8, 'linear'))), ('cosine', dict(n_neighbors=(20, 400, 'log'), shrink=(0., 100., 'linear')))):
-        operations = create_model('item_knn').cost(search.n_users, search.n_items, search.nnz)[2]
-        if operations > .05*search.budget_s*search.speed: search.skip(f'item_knn ({similarity})', 'it would take more than a twentieth of the time')
-        else: search.look('item_knn', 6, .03, space, label=f'item_knn ({similarity})', similarity=similarity)
+    search.look("popularity", 1, 0.02, space={})
+    for similarity, space in (
+        ("bm25", dict(n_neighbors=(20, 400, "log"), b=(0.0, 0.8, "linear"))),
+        ("cosine", dict(n_neighbors=(20, 400, "log"), shrink=(0.0, 100.0, "linear"))),
+    ):
+        operations = create_model("item_knn").cost(search.n_users, search.n_items, search.nnz)[2]
+        if operations > 0.05 * search.budget_s * search.speed:
+            search.skip(f"item_knn ({similarity})", "it would take more than a twentieth of the time")
+        else:
+            search.look("item_knn", 6, 0.03, space, label=f"item_knn ({similarity})", similarity=similarity)
+
 
 def _look_at_closed_forms(search):
     "EASE, and around what is best there the family with all knobs; the search on fewer items if there are very many, what it finds on as many as there is time for."
-    small,large = (closed_form_items(search.n_users, search.n_items, search.nnz, share*search.budget_s*search.speed) for share in (.25/40, .08))
-    if not small: return search.skip('closed forms', 'even a hundred items would take too long')
+    small, large = (
+        closed_form_items(search.n_users, search.n_items, search.nnz, share * search.budget_s * search.speed)
+        for share in (0.25 / 40, 0.08)
+    )
+    if not small:
+        return search.skip("closed forms", "even a hundred items would take too long")
     searched = {} if small >= search.n_items else dict(max_items=small)
-    ease = search.look('ease', 10, .06, **searched)
-    if ease is None: return
-    lam = ease.hyperparameters['lam']
-    first = [dict(lam=lam, dropout=.05, xi=0.), dict(lam=max(1., lam/4), dropout=.3, xi=0.), dict(lam=max(1., lam/20), dropout=.5, xi=.3), dict(lam=max(1., lam/4), dropout=.4, xi=.3, user_power=.3, item_power=.1)]
-    found = [ease, search.look('rdlae', 50, .22, first=first, **searched)]
+    ease = search.look("ease", 10, 0.06, **searched)
+    if ease is None:
+        return
+    lam = ease.hyperparameters["lam"]
+    first = [
+        dict(lam=lam, dropout=0.05, xi=0.0),
+        dict(lam=max(1.0, lam / 4), dropout=0.3, xi=0.0),
+        dict(lam=max(1.0, lam / 20), dropout=0.5, xi=0.3),
+        dict(lam=max(1.0, lam / 4), dropout=0.4, xi=0.3, user_power=0.3, item_power=0.1),
+    ]
+    found = [ease, search.look("rdlae", 50, 0.22, first=first, **searched)]
     if found[1] is not None:
         gain = search_gain(ease.per_user, found[1].per_user, np.concatenate([f.users for f in search.folds]))
         if gain <= 0:
             search.found.remove(found.pop())
-            search.skip('rdlae', f'its search does not pay for people that it was not chosen on ({gain:+.4f} against ease)')
-    if not searched or large <= small: return
-    for f in found: # with more items, as found
-        if f is None: continue
+            search.skip(
+                "rdlae", f"its search does not pay for people that it was not chosen on ({gain:+.4f} against ease)"
+            )
+    if not searched or large <= small:
+        return
+    for f in found:  # with more items, as found
+        if f is None:
+            continue
         search.found.remove(f)
         hp = f.hyperparameters | dict(max_items=None if large >= search.n_items else large)
-        search.look(f.name, 1, .2, space={}, label=f'{f.name} with {large:,} items', **hp)
+        search.look(f.name, 1, 0.2, space={}, label=f"{f.name} with {large:,} items", **hp)
+
 
 def _look_at_factors(search):
-    if importlib.util.find_spec('implicit') is None: return search.skip('ials', 'the package implicit is not installed')
-    operations = create_model('ials').cost(search.n_users, search.n_items, search.nnz)[2]
-    if operations > .15*search.budget_s*search.speed: return search.skip('ials', 'it would take too long')
-    search.look('ials', 12, .15, space=dict(regularization=(.1, 200., 'log'), alpha=(.3, 30., 'log')), first=[{}, dict(regularization=10., alpha=1.)])
+    if importlib.util.find_spec("implicit") is None:
+        return search.skip("ials", "the package implicit is not installed")
+    operations = create_model("ials").cost(search.n_users, search.n_items, search.nnz)[2]
+    if operations > 0.15 * search.budget_s * search.speed:
+        return search.skip("ials", "it would take too long")
+    search.look(
+        "ials",
+        12,
+        0.15,
+        space=dict(regularization=(0.1, 200.0, "log"), alpha=(0.3, 30.0, "log")),
+        first=[{}, dict(regularization=10.0, alpha=1.0)],
+    )
+
 
 def _look_at_nets(search):
     "Nets that have time to learn; else ELSA, whose cost does not grow with people x items."
-    rule,n_nets = net_settings(search.n_users), 0
-    for name,hp in (('mult_dae', rule), ('recvae', rule | dict(hidden_dim=200 if search.n_users < 2_000 else 600, lr=.001, weight_decay=0., cosine_epochs=30, num_epoch=30)), ('mult_vae', rule | dict(lr=.003, weight_decay=rule['weight_decay']/2, linear_decoder=True, anneal_steps=0, beta=.05))):
-        share,seconds = .4*search.left()/search.budget_s, search.epoch_seconds(name, hp) # what is learned has to be learned again in the end
-        if seconds is None: continue
-        if seconds*hp['num_epoch'] > share*search.budget_s: search.skip(name, 'there is no time for its epochs')
-        else: n_nets += search.look(name, 1, share, space={}, **hp) is not None
-    if n_nets: return
-    hp,share = dict(rank=128, batch_size=int(np.clip(search.n_users//50, 64, 2048))), .3*search.left()/search.budget_s
-    if create_model('elsa', **hp, num_epoch=5).cost(search.n_users, search.n_items, search.nnz)[2] > share*search.budget_s*search.speed: return search.skip('elsa', 'there is no time for five epochs')
-    search.look('elsa', 1, share, space={}, num_epoch=50, **hp)
+    rule, n_nets = net_settings(search.n_users), 0
+    for name, hp in (
+        ("mult_dae", rule),
+        (
+            "recvae",
+            rule
+            | dict(
+                hidden_dim=200 if search.n_users < 2_000 else 600,
+                lr=0.001,
+                weight_decay=0.0,
+                cosine_epochs=30,
+                num_epoch=30,
+            ),
+        ),
+        (
+            "mult_vae",
+            rule
+            | dict(lr=0.003, weight_decay=rule["weight_decay"] / 2, linear_decoder=True, anneal_steps=0, beta=0.05),
+        ),
+    ):
+        share, seconds = (
+            0.4 * search.left() / search.budget_s,
+            search.epoch_seconds(name, hp),
+        )  # what is learned has to be learned again in the end
+        if seconds is None:
+            continue
+        if seconds * hp["num_epoch"] > share * search.budget_s:
+            search.skip(name, "there is no time for its epochs")
+        else:
+            n_nets += search.look(name, 1, share, space={}, **hp) is not None
+    if n_nets:
+        return
+    hp, share = (
+        dict(rank=128, batch_size=int(np.clip(search.n_users // 50, 64, 2048))),
+        0.3 * search.left() / search.budget_s,
+    )
+    if (
+        create_model("elsa", **hp, num_epoch=5).cost(search.n_users, search.n_items, search.nnz)[2]
+        > share * search.budget_s * search.speed
+    ):
+        return search.skip("elsa", "there is no time for five epochs")
+    search.look("elsa", 1, share, space={}, num_epoch=50, **hp)
 
 # %% ../nbs/03_training.ipynb #6d0ec5a0
-def auto(split: Split,            # chosen on validation, drawn anew where its own is far from test; test is not looked at
-         budget_s: float = 600,   # seconds for everything, the last fit included
-         topk: int = 10,          # length of the lists that count
-         metric: str = 'ndcg',    # what decides between settings of a model; between models it is NDCG
-         max_memory_gib: float = None, # what a model may use, GiB; None: 80 % of what is free
-         item_features = None,    # [n_items, n_features] CSR over `split.items`, for models that use them
-         random_seed: int = 42,   # of draws, searches and bags
-         refit: bool = True,      # learn from validation's targets too once all is decided, on the items of train; False: only from `split.train`
-         max_valid_users: int = 3_000, # users that validation looks at, of a catalogue above 10,000 items fewer; more are sampled
-         progress: bool = True,   # say what is done
-        ) -> Model: # fitted, on the items of `split.train`; `candidates` is a table of what was tried, `why` says why this one
+def auto(
+    split: Split,  # chosen on validation, drawn anew where its own is far from test; test is not looked at
+    budget_s: float = 600,  # seconds for everything, the last fit included
+    topk: int = 10,  # length of the lists that count
+    metric: str = "ndcg",  # what decides between settings of a model; between models it is NDCG
+    max_memory_gib: float = None,  # what a model may use, GiB; None: 80 % of what is free
+    item_features=None,  # [n_items, n_features] CSR over `split.items`, for models that use them
+    random_seed: int = 42,  # of draws, searches and bags
+    refit: bool = True,  # learn from validation's targets too once all is decided, on the items of train; False: only from `split.train`
+    max_valid_users: int = 3_000,  # users that validation looks at, of a catalogue above 10,000 items fewer; more are sampled
+    progress: bool = True,  # say what is done
+) -> Model:  # fitted, on the items of `split.train`; `candidates` is a table of what was tried, `why` says why this one
     "Find, tune, choose and blend models by validation within a time budget."
-    if split.valid is None: raise AerecError('the split has no valid fold to choose on: give auto the split before it is refitted')
-    search = _Search(split, budget_s, topk, metric, max_memory_gib, item_features, random_seed, progress, max_valid_users)
-    for look in (_look_at_references, _look_at_closed_forms, _look_at_factors, _look_at_nets): look(search)
-    if not search.found: raise AerecError('no model could be fitted: ' + '; '.join(f"{s['model']}: {s['why']}" for s in search.skipped))
-    found,lists = search.found, Shortlists.together([Shortlists.of([f.models[i] for f in search.found], fold, max(100, 2*topk)) for i,fold in enumerate(search.folds)])
-    singles,(gain,gain_se) = np.array([lists.ndcg(w, topk).mean() for w in np.eye(len(found))]), blend_gain(lists, topk, random_seed=random_seed)
-    pays = gain > gain_se/2 # a blend takes its time with every request: that it gains must be more likely than not by a margin
-    weights = _affordable(blend_weights(lists, topk, random_seed=random_seed), found, search) if pays else np.eye(len(found))[singles.argmax()]
+    if split.valid is None:
+        raise AerecError("the split has no valid fold to choose on: give auto the split before it is refitted")
+    search = _Search(
+        split, budget_s, topk, metric, max_memory_gib, item_features, random_seed, progress, max_valid_users
+    )
+    for look in (_look_at_references, _look_at_closed_forms, _look_at_factors, _look_at_nets):
+        look(search)
+    if not search.found:
+        raise AerecError("no model could be fitted: " + "; ".join(f"{s['model']}: {s['why']}" for s in search.skipped))
+    found, lists = (
+        search.found,
+        Shortlists.together(
+            [
+                Shortlists.of([f.models[i] for f in search.found], fold, max(100, 2 * topk))
+                for i, fold in enumerate(search.folds)
+            ]
+        ),
+    )
+    singles, (gain, gain_se) = (
+        np.array([lists.ndcg(w, topk).mean() for w in np.eye(len(found))]),
+        blend_gain(lists, topk, random_seed=random_seed),
+    )
+    pays = (
+        gain > gain_se / 2
+    )  # a blend takes its time with every request: that it gains must be more likely than not by a margin
+    weights = (
+        _affordable(blend_weights(lists, topk, random_seed=random_seed), found, search)
+        if pays
+        else np.eye(len(found))[singles.argmax()]
+    )
     blended = lists.ndcg(weights, topk).mean()
     best = found[int(singles.argmax())].name
-    why = (f'a blend is better than {best} alone by {gain:.4f} ± {gain_se:.4f} NDCG@{topk} for people that it was not chosen on' if (weights > 0).sum() > 1 else
-           f'{best} has the best NDCG@{topk} on validation, {singles.max():.4f}' + ('' if pays else f'; a blend would gain {gain:.4f} ± {gain_se:.4f} for people that it was not chosen on, too little to be sure') if weights[singles.argmax()] else
-           'it is what there is time to fit again')
+    why = (
+        f"a blend is better than {best} alone by {gain:.4f} ± {gain_se:.4f} NDCG@{topk} for people that it was not chosen on"
+        if (weights > 0).sum() > 1
+        else f"{best} has the best NDCG@{topk} on validation, {singles.max():.4f}"
+        + (
+            ""
+            if pays
+            else f"; a blend would gain {gain:.4f} ± {gain_se:.4f} for people that it was not chosen on, too little to be sure"
+        )
+        if weights[singles.argmax()]
+        else "it is what there is time to fit again"
+    )
     search.say(why)
     model = _fit_again(split, found, weights, refit, max_memory_gib, item_features)
-    order = np.argsort(-singles, kind='stable')
-    model.candidates = pd.DataFrame([dict(model=found[i].name, ndcg=singles[i], weight=weights[i], trials=len(found[i].trials), seconds=found[i].trials.seconds.sum(), hyperparameters=found[i].hyperparameters) for i in order]
-                                    + [dict(model=s['model'], ndcg=np.nan, weight=0., trials=0, seconds=np.nan, hyperparameters=s['why']) for s in search.skipped])
-    model.why,model.valid_ndcg = why, float(blended)
-    search.say('fitted ' + ' + '.join(f'{w:.2f} {f.name}' for f,w in zip(found, weights) if w))
+    order = np.argsort(-singles, kind="stable")
+    model.candidates = pd.DataFrame(
+        [
+            dict(
+                model=found[i].name,
+                ndcg=singles[i],
+                weight=weights[i],
+                trials=len(found[i].trials),
+                seconds=found[i].trials.seconds.sum(),
+                hyperparameters=found[i].hyperparameters,
+            )
+            for i in order
+        ]
+        + [
+            dict(model=s["model"], ndcg=np.nan, weight=0.0, trials=0, seconds=np.nan, hyperparameters=s["why"])
+            for s in search.skipped
+        ]
+    )
+    model.why, model.valid_ndcg = why, float(blended)
+    search.say("fitted " + " + ".join(f"{w:.2f} {f.name}" for f, w in zip(found, weights) if w))
     return model
+
 
 def _affordable(weights, found, search):
     "The weights without those members that there is no time to fit again."
-    seconds = np.array([f.trials.seconds[f.trials.value.idxmax()]/len(search.splits) for f in found])
-    while (weights > 0).sum() > 1 and (seconds*(weights > 0)).sum() > search.left():
+    seconds = np.array([f.trials.seconds[f.trials.value.idxmax()] / len(search.splits) for f in found])
+    while (weights > 0).sum() > 1 and (seconds * (weights > 0)).sum() > search.left():
         weights = weights.copy()
-        weights[np.where(weights > 0, weights/np.maximum(seconds, 1e-3), np.inf).argmin()] = 0 # least weight for its time
+        weights[np.where(weights > 0, weights / np.maximum(seconds, 1e-3), np.inf).argmin()] = (
+            0  # least weight for its time
+        )
         weights /= weights.sum()
     return weights
 
+
 def _epochs_again(found):
     "The best epoch; where the learning rate falls, the whole way down, unless the best came before half of it."
-    schedule = found.hyperparameters['cosine_epochs']
-    return max(found.best_epoch, schedule) if 2*found.best_epoch >= schedule else found.best_epoch
+    schedule = found.hyperparameters["cosine_epochs"]
+    return max(found.best_epoch, schedule) if 2 * found.best_epoch >= schedule else found.best_epoch
+
 
 def _fit_again(split, found, weights, refit, max_memory_gib, item_features):
     "The chosen models on all that they may learn from."
-    chosen = [(f,w) for f,w in zip(found, weights) if w]
-    rows,models = split.train_and_valid if refit else split.train, []
-    for f,_ in chosen:
-        model = create_model(f.name, **f.hyperparameters | (dict(num_epoch=_epochs_again(f)) if 'num_epoch' in f.hyperparameters else {}))
+    chosen = [(f, w) for f, w in zip(found, weights) if w]
+    rows, models = split.train_and_valid if refit else split.train, []
+    for f, _ in chosen:
+        model = create_model(
+            f.name, **f.hyperparameters | (dict(num_epoch=_epochs_again(f)) if "num_epoch" in f.hyperparameters else {})
+        )
         model.max_memory_gib = max_memory_gib
-        models.append(f.models[0] if split.kind == 'strong' and 'num_epoch' not in f.hyperparameters else model.fit(rows, item_features))
-    return models[0] if len(models) == 1 else Blend.of(models, [float(w) for _,w in chosen])
+        models.append(
+            f.models[0]
+            if split.kind == "strong" and "num_epoch" not in f.hyperparameters
+            else model.fit(rows, item_features)
+        )
+    return models[0] if len(models) == 1 else Blend.of(models, [float(w) for _, w in chosen])
 
 # %% ../nbs/03_training.ipynb #0cbac564
-def plot_history(histories: dict, # model -> what `train` returned
-                 topk: int = 10,  # length of the lists
-                 metric: str = 'ndcg', # what decided the best epochs
-                ): # -> matplotlib Figure
+def plot_history(
+    histories: dict,  # model -> what `train` returned
+    topk: int = 10,  # length of the lists
+    metric: str = "ndcg",  # what decided the best epochs
+):  # -> matplotlib Figure
     "Loss and validation metric by epoch; models that are solved at once are horizontal lines."
-    gradient = {name: h for name,h in histories.items() if len(h) > 1 or h.loss.notna().any()}
-    fig,axes = plt.subplots(1, 2, figsize=(9.5, 3.1), layout='constrained')
-    colors = dict(zip(histories, ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#666666']*(1+len(histories)//7)))
-    for name,h in histories.items():
+    gradient = {name: h for name, h in histories.items() if len(h) > 1 or h.loss.notna().any()}
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.1), layout="constrained")
+    colors = dict(
+        zip(
+            histories,
+            ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#666666"] * (1 + len(histories) // 7),
+        )
+    )
+    for name, h in histories.items():
         if name not in gradient:
-            axes[1].axhline(h[metric].iloc[0], color=colors[name], ls='--', lw=1.2, label=f'{name} (at once)')
+            axes[1].axhline(h[metric].iloc[0], color=colors[name], ls="--", lw=1.2, label=f"{name} (at once)")
             continue
-        marker = '.' if len(h) > 1 else 'o'
-        loss = h.loss/h.loss.iloc[0] if len(gradient) > 1 else h.loss # losses of different models have different scales
+        marker = "." if len(h) > 1 else "o"
+        loss = (
+            h.loss / h.loss.iloc[0] if len(gradient) > 1 else h.loss
+        )  # losses of different models have different scales
         axes[0].plot(h.epoch, loss, color=colors[name], marker=marker, label=name)
         axes[1].plot(h.epoch, h[metric], color=colors[name], marker=marker, label=name)
         best = h[h.best].iloc[0]
-        axes[0].plot(best.epoch, loss[h.best].iloc[0], 'o', ms=9, mfc='none', color=colors[name])
-        axes[1].plot(best.epoch, best[metric], 'o', ms=9, mfc='none', color=colors[name], label=f'best epoch: {best.epoch:.0f}')
-    axes[0].set(title='Loss in training', xlabel='epoch', ylabel='loss, relative to the first epoch' if len(gradient) > 1 else 'mean loss of a user')
-    axes[1].set(title='Validation, after each epoch', xlabel='epoch', ylabel=f'{metric.upper()}@{topk}', ylim=(0, 1.1*max(1e-9, *(h[metric].max() for h in histories.values()))))
+        axes[0].plot(best.epoch, loss[h.best].iloc[0], "o", ms=9, mfc="none", color=colors[name])
+        axes[1].plot(
+            best.epoch, best[metric], "o", ms=9, mfc="none", color=colors[name], label=f"best epoch: {best.epoch:.0f}"
+        )
+    axes[0].set(
+        title="Loss in training",
+        xlabel="epoch",
+        ylabel="loss, relative to the first epoch" if len(gradient) > 1 else "mean loss of a user",
+    )
+    axes[1].set(
+        title="Validation, after each epoch",
+        xlabel="epoch",
+        ylabel=f"{metric.upper()}@{topk}",
+        ylim=(0, 1.1 * max(1e-9, *(h[metric].max() for h in histories.values()))),
+    )
     if not gradient:
-        axes[0].text(.5, .5, 'solved at once: no epochs', ha='center', va='center', transform=axes[0].transAxes, color='#666666')
-        for ax in axes: ax.set_xticks([])
+        axes[0].text(
+            0.5,
+            0.5,
+            "solved at once: no epochs",
+            ha="center",
+            va="center",
+            transform=axes[0].transAxes,
+            color="#666666",
+        )
+        for ax in axes:
+            ax.set_xticks([])
     else:
-        for ax in axes: ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[1].legend(fontsize=8, loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False)
-    for ax in axes: ax.spines[['top', 'right']].set_visible(False)
+        for ax in axes:
+            ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
 
 # %% ../nbs/03_training.ipynb #f9eec94c
 def _mlflow_client(uri: str, seconds: int = 10):
     "MLflow's client of a SQLite file or a server."
-    for name,value in (('MAX_RETRIES', 2), ('TIMEOUT', seconds)): os.environ.setdefault(f'MLFLOW_HTTP_REQUEST_{name}', str(value))
-    return mlflow_module('mlflow.tracking').MlflowClient(tracking_uri=uri, registry_uri=uri)
+    for name, value in (("MAX_RETRIES", 2), ("TIMEOUT", seconds)):
+        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", str(value))
+    return mlflow_module("mlflow.tracking").MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 # %% ../nbs/03_training.ipynb #1ac2ecc6
 class ExperimentLog:
     "Trainings as runs of one MLflow experiment."
-    def __init__(self,
-        uri: str,             # sqlite:////folder/registry.db, or a server's address
-        artifacts: Path = None, # folder for pictures; None: the server keeps them
-        name: str = 'aerec',  # of the experiment
+
+    def __init__(
+        self,
+        uri: str,  # sqlite:////folder/registry.db, or a server's address
+        artifacts: Path = None,  # folder for pictures; None: the server keeps them
+        name: str = "aerec",  # of the experiment
     ):
-        self.uri,self.run_id = uri, None
-        file = Path(uri.removeprefix('sqlite:///')) if uri.startswith('sqlite:///') else None
+        self.uri, self.run_id = uri, None
+        file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
         try:
             with alone(file) if file else nullcontext():
                 self._client = _mlflow_client(uri)
                 known = self._client.get_experiment_by_name(name)
-                self.experiment_id = known.experiment_id if known else self._client.create_experiment(name, artifacts.absolute().as_uri() if artifacts else None)
-        except AerecError: raise
-        except Exception as e: raise AerecError(f"training.tracking_uri {show_value(uri)}: MLflow cannot open it: {(str(e) or type(e).__name__).splitlines()[0]}; set it to off to train without a log") from None
+                self.experiment_id = (
+                    known.experiment_id
+                    if known
+                    else self._client.create_experiment(name, artifacts.absolute().as_uri() if artifacts else None)
+                )
+        except AerecError:
+            raise
+        except Exception as e:
+            raise AerecError(
+                f"training.tracking_uri {show_value(uri)}: MLflow cannot open it: {(str(e) or type(e).__name__).splitlines()[0]}; set it to off to train without a log"
+            ) from None
 
     @classmethod
-    def from_settings(cls, settings # sections training and paths are read
-                     ): # -> ExperimentLog, or None where it is off
+    def from_settings(
+        cls,
+        settings,  # sections training and paths are read
+    ):  # -> ExperimentLog, or None where it is off
         "The log of the settings."
-        uri,var = settings.training.tracking_uri, Path(settings.paths.var_dir)
-        if uri == 'off': return None
-        return cls(uri or f"sqlite:///{var/'registry.db'}", None if uri and not uri.startswith('sqlite') else var/'experiments')
+        uri, var = settings.training.tracking_uri, Path(settings.paths.var_dir)
+        if uri == "off":
+            return None
+        return cls(
+            uri or f"sqlite:///{var / 'registry.db'}",
+            None if uri and not uri.startswith("sqlite") else var / "experiments",
+        )
 
     def _tell(self, what, *args, **kwargs):
         "Call MLflow; say once if it fails, and leave it alone from then on."
-        if self._client is None: return None
-        try: return getattr(self._client, what)(*args, **kwargs)
+        if self._client is None:
+            return None
+        try:
+            return getattr(self._client, what)(*args, **kwargs)
         except Exception as e:
-            print(f'experiment log {show_value(self.uri)}: {(str(e) or type(e).__name__).splitlines()[0]}; training goes on without it')
+            print(
+                f"experiment log {show_value(self.uri)}: {(str(e) or type(e).__name__).splitlines()[0]}; training goes on without it"
+            )
             self._client = None
 
 # %% ../nbs/03_training.ipynb #609131e7
 @patch
-def begin(self: ExperimentLog,
-    model,               # its name and hyperparameters are kept
-    tags: dict,          # whatever else tells this training from others
-    kept: Path = None,   # file that remembers the run of a training that may be killed; None: a new run
+def begin(
+    self: ExperimentLog,
+    model,  # its name and hyperparameters are kept
+    tags: dict,  # whatever else tells this training from others
+    kept: Path = None,  # file that remembers the run of a training that may be killed; None: a new run
 ):
     "Begin a run, or go on with the one of a killed training."
     known = read_json(kept) if kept and kept.exists() else None
     if known:
-        self.run_id = known['run_id']
-        self._tell('update_run', self.run_id, status='RUNNING')
+        self.run_id = known["run_id"]
+        self._tell("update_run", self.run_id, status="RUNNING")
         return
-    run = self._tell('create_run', self.experiment_id, run_name=f"{model.name} {tags.get('aerec.run', '')}".strip(), tags={k: str(v) for k,v in tags.items()})
-    if run is None: return
+    run = self._tell(
+        "create_run",
+        self.experiment_id,
+        run_name=f"{model.name} {tags.get('aerec.run', '')}".strip(),
+        tags={k: str(v) for k, v in tags.items()},
+    )
+    if run is None:
+        return
     self.run_id = run.info.run_id
-    for k,v in {'model': model.name, **model.hyperparameters}.items(): self._tell('log_param', self.run_id, k, v)
+    for k, v in {"model": model.name, **model.hyperparameters}.items():
+        self._tell("log_param", self.run_id, k, v)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, dict(run_id=self.run_id))
 
+
 @patch
-def epoch(self: ExperimentLog, row: dict # of the history
-         ):
+def epoch(
+    self: ExperimentLog,
+    row: dict,  # of the history
+):
     "The metrics of an epoch."
-    self._metrics({k: v for k,v in row.items() if k != 'epoch'}, int(row['epoch']))
+    self._metrics({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
+
 
 @patch
 def _metrics(self: ExperimentLog, values: dict, step: int):
-    entities = mlflow_module('mlflow.entities')
-    self._tell('log_batch', self.run_id, metrics=[entities.Metric(k, float(v), int(time.time()*1000), step) for k,v in values.items() if np.isfinite(v)])
+    entities = mlflow_module("mlflow.entities")
+    self._tell(
+        "log_batch",
+        self.run_id,
+        metrics=[
+            entities.Metric(k, float(v), int(time.time() * 1000), step) for k, v in values.items() if np.isfinite(v)
+        ],
+    )
+
 
 @patch
 def fail(self: ExperimentLog):
     "The training stopped on an error."
-    self._tell('set_terminated', self.run_id, status='FAILED')
+    self._tell("set_terminated", self.run_id, status="FAILED")
+
 
 @patch
-def end(self: ExperimentLog,
-    history: pd.DataFrame, # what `train` returned
-    values: dict,          # figures of the whole training
-    figure = None,         # matplotlib figure of the curves
+def end(
+    self: ExperimentLog,
+    history: pd.DataFrame,  # what `train` returned
+    values: dict,  # figures of the whole training
+    figure=None,  # matplotlib figure of the curves
 ):
     "What came of it; epochs that a kill kept out of the log are added."
-    logged = {m.step for m in self._tell('get_metric_history', self.run_id, 'ndcg') or ()}
-    for row in history.drop(columns='best').to_dict('records'):
-        if row['epoch'] not in logged: self.epoch(row)
+    logged = {m.step for m in self._tell("get_metric_history", self.run_id, "ndcg") or ()}
+    for row in history.drop(columns="best").to_dict("records"):
+        if row["epoch"] not in logged:
+            self.epoch(row)
     self._metrics(values, int(history.epoch.iloc[-1]))
-    if figure is not None: self._tell('log_figure', self.run_id, figure, 'curves.png')
-    self._tell('set_terminated', self.run_id)
+    if figure is not None:
+        self._tell("log_figure", self.run_id, figure, "curves.png")
+    self._tell("set_terminated", self.run_id)
 
 # %% ../nbs/03_training.ipynb #ffd2f4ff
-def item_features_of(run,   # `Run` from `aerec_nb.runs`
-                     split: Split, # whose items are meant
-                    ) -> sparse.csr_matrix: # [n_items, n_features]
+def item_features_of(
+    run,  # `Run` from `aerec_nb.runs`
+    split: Split,  # whose items are meant
+) -> sparse.csr_matrix:  # [n_items, n_features]
     "What the items' table says of the items of a split; raises `AerecError` where there is none."
-    folder = run.need('model_preprocessing')/'features'
-    if not folder.exists(): raise AerecError('use_item_features: these data say nothing of their items; bring items.csv or movies.csv, or leave use_item_features out')
+    folder = run.need("model_preprocessing") / "features"
+    if not folder.exists():
+        raise AerecError(
+            "use_item_features: these data say nothing of their items; bring items.csv or movies.csv, or leave use_item_features out"
+        )
     return ItemFeatures.load(folder).over(split.items).matrix
 
 # %% ../nbs/03_training.ipynb #76771823
-def build_training(run,         # `Run` from `aerec_nb.runs`
-                   folder: Path # where to write a folder for each model, and summary.json
-                  ) -> dict: # key figures for the manifest
+def build_training(
+    run,  # `Run` from `aerec_nb.runs`
+    folder: Path,  # where to write a folder for each model, and summary.json
+) -> dict:  # key figures for the manifest
     "Train the models that compete, one after another, and keep each with its history; tune first what shall be tuned."
-    split,s = Split.load(run.need('model_preprocessing')/'split'), run.settings
+    split, s = Split.load(run.need("model_preprocessing") / "split"), run.settings
     log = ExperimentLog.from_settings(s)
     features = item_features_of(run, split) if s.model.use_item_features else None
-    summary,measured = [], {}
+    summary, measured = [], {}
     for m in configured_models(s, run.overrides):
-        if m['name'] in measured:
+        if m["name"] in measured:
             print(f"{m['name']}: auto has taken this model, with settings of its own; it is not trained a second time")
             continue
         clock = time.perf_counter()
-        model,history,why = _searched(run, folder, split, features) if m['name'] == AUTO else _trained(run, folder, split, m, log, features)
-        save_model(model, folder/model.name)
-        write_parquet(folder/model.name/'history.parquet', history)
+        model, history, why = (
+            _searched(run, folder, split, features)
+            if m["name"] == AUTO
+            else _trained(run, folder, split, m, log, features)
+        )
+        save_model(model, folder / model.name)
+        write_parquet(folder / model.name / "history.parquet", history)
         found = evaluate(model, split, s.validation.topk)
-        summary.append(dict(name=model.name, hyperparameters=model.hyperparameters, best_epoch=model.best_epoch, n_epochs=len(history), valid_ndcg=found.mean(), valid_se=found.se(), k=found.k,
-                            metric=s.training.valid_metric, item_features=features is not None, why=why))
-        measured[model.name] = dict(seconds=round(time.perf_counter()-clock, 3), peak_memory_mib=round(peak_memory_mib(), 1))
+        summary.append(
+            dict(
+                name=model.name,
+                hyperparameters=model.hyperparameters,
+                best_epoch=model.best_epoch,
+                n_epochs=len(history),
+                valid_ndcg=found.mean(),
+                valid_se=found.se(),
+                k=found.k,
+                metric=s.training.valid_metric,
+                item_features=features is not None,
+                why=why,
+            )
+        )
+        measured[model.name] = dict(
+            seconds=round(time.perf_counter() - clock, 3), peak_memory_mib=round(peak_memory_mib(), 1)
+        )
         if log:
-            if m['name'] == AUTO: log.begin(model, _about(run, split))
-            log.end(history, dict(best_epoch=model.best_epoch, best_valid_ndcg=found.mean(), **measured[model.name]), plot_history({model.name: history}, found.k, s.training.valid_metric))
-    write_json(folder/'summary.json', summary)
-    write_json(folder/'measured.json', measured)
-    lr = {m['name']: m['hyperparameters']['lr'] for m in summary if 'lr' in m['hyperparameters']}
-    return dict(models=[m['name'] for m in summary], valid_ndcg={m['name']: m['valid_ndcg'] for m in summary}, best_epoch={m['name']: m['best_epoch'] for m in summary}, lr=lr)
+            if m["name"] == AUTO:
+                log.begin(model, _about(run, split))
+            log.end(
+                history,
+                dict(best_epoch=model.best_epoch, best_valid_ndcg=found.mean(), **measured[model.name]),
+                plot_history({model.name: history}, found.k, s.training.valid_metric),
+            )
+    write_json(folder / "summary.json", summary)
+    write_json(folder / "measured.json", measured)
+    lr = {m["name"]: m["hyperparameters"]["lr"] for m in summary if "lr" in m["hyperparameters"]}
+    return dict(
+        models=[m["name"] for m in summary],
+        valid_ndcg={m["name"]: m["valid_ndcg"] for m in summary},
+        best_epoch={m["name"]: m["best_epoch"] for m in summary},
+        lr=lr,
+    )
+
 
 def _trained(run, folder, split, m, log, features):
     "One of the models as configured, tuned before if that is wanted; its history, and what tuning did."
-    s,kept = run.settings, run.unfinished('training')/m['name']
-    hp,why = m['hyperparameters'], ''
-    space = {k: v for k,v in model_class(m['name']).tune_space.items() if k not in m['given']}
+    s, kept = run.settings, run.unfinished("training") / m["name"]
+    hp, why = m["hyperparameters"], ""
+    space = {k: v for k, v in model_class(m["name"]).tune_space.items() if k not in m["given"]}
     if s.training.tune_trials and space:
-        tuning = tune(m['name'], split, s.training.tune_trials, None, s.validation.topk, s.training.valid_metric, space, storage=kept/'tuning.db', random_seed=s.run.random_seed,
-                      max_valid_users=s.training.max_valid_users, max_memory_gib=s.model.max_memory_gib, item_features=features, device=s.training.device, patience=s.training.patience,
-                      **{k: v for k,v in hp.items() if k not in space and k != 'random_seed'})
-        (folder/m['name']).mkdir(parents=True, exist_ok=True)
-        write_parquet(folder/m['name']/'trials.parquet', tuning.trials)
-        hp,why = tuning.hyperparameters, f"best of {(tuning.trials.state != 'fail').sum()} trials"
-    model = create_model(m['name'], **hp).to(s.training.device)
+        tuning = tune(
+            m["name"],
+            split,
+            s.training.tune_trials,
+            None,
+            s.validation.topk,
+            s.training.valid_metric,
+            space,
+            storage=kept / "tuning.db",
+            random_seed=s.run.random_seed,
+            max_valid_users=s.training.max_valid_users,
+            max_memory_gib=s.model.max_memory_gib,
+            item_features=features,
+            device=s.training.device,
+            patience=s.training.patience,
+            **{k: v for k, v in hp.items() if k not in space and k != "random_seed"},
+        )
+        (folder / m["name"]).mkdir(parents=True, exist_ok=True)
+        write_parquet(folder / m["name"] / "trials.parquet", tuning.trials)
+        hp, why = tuning.hyperparameters, f"best of {(tuning.trials.state != 'fail').sum()} trials"
+    model = create_model(m["name"], **hp).to(s.training.device)
     model.max_memory_gib = s.model.max_memory_gib
-    if log: log.begin(model, _about(run, split), kept/'mlflow.json')
-    try: history = on_engine(s, train)(model, split, patience=s.training.patience, topk=s.validation.topk, metric=s.training.valid_metric, max_valid_users=s.training.max_valid_users, item_features=features,
-                         checkpoints=kept, checkpoint_s=s.training.checkpoint_s, after_epoch=log and log.epoch)
+    if log:
+        log.begin(model, _about(run, split), kept / "mlflow.json")
+    try:
+        history = on_engine(s, train)(
+            model,
+            split,
+            patience=s.training.patience,
+            topk=s.validation.topk,
+            metric=s.training.valid_metric,
+            max_valid_users=s.training.max_valid_users,
+            item_features=features,
+            checkpoints=kept,
+            checkpoint_s=s.training.checkpoint_s,
+            after_epoch=log and log.epoch,
+        )
     except AerecError:
-        if log: log.fail()
+        if log:
+            log.fail()
         raise
     return model, history, why
+
 
 def _searched(run, folder, split, features):
     "What `auto` finds, on the rows of train alone; validation refits it as any other."
     s = run.settings
-    model = auto(split, s.training.budget_s, s.validation.topk, s.training.valid_metric, s.model.max_memory_gib, features, s.run.random_seed, refit=False)
-    model.best_epoch = model.hyperparameters.get('num_epoch', 1)
-    write_parquet(folder/'auto.parquet', model.candidates.assign(hyperparameters=[h if isinstance(h, str) else ', '.join(f'{k} {v}' for k,v in h.items()) for h in model.candidates.hyperparameters]))
+    model = auto(
+        split,
+        s.training.budget_s,
+        s.validation.topk,
+        s.training.valid_metric,
+        s.model.max_memory_gib,
+        features,
+        s.run.random_seed,
+        refit=False,
+    )
+    model.best_epoch = model.hyperparameters.get("num_epoch", 1)
+    write_parquet(
+        folder / "auto.parquet",
+        model.candidates.assign(
+            hyperparameters=[
+                h if isinstance(h, str) else ", ".join(f"{k} {v}" for k, v in h.items())
+                for h in model.candidates.hyperparameters
+            ]
+        ),
+    )
     found = evaluate(model, some_users(split.valid, s.training.max_valid_users), s.validation.topk)
-    return model, _table([{'epoch': model.best_epoch, 'loss': np.nan, 'lr': np.nan, **{k: found.mean(k) for k in dict.fromkeys(('ndcg', 'recall', s.training.valid_metric))}}], model.best_epoch), model.why
+    return (
+        model,
+        _table(
+            [
+                {
+                    "epoch": model.best_epoch,
+                    "loss": np.nan,
+                    "lr": np.nan,
+                    **{k: found.mean(k) for k in dict.fromkeys(("ndcg", "recall", s.training.valid_metric))},
+                }
+            ],
+            model.best_epoch,
+        ),
+        model.why,
+    )
+
 
 def _about(run, split):
     "What tells a training in the log from others: its run, its data, its versions."
-    users,items = split.train.shape
-    return {'aerec.run': run.name, 'data.split': split.kind, 'data.fingerprint': split.fingerprint, 'data.users': users, 'data.items': items, 'data.interactions': split.train.nnz,
-            'seed': run.settings.run.random_seed, **{f'version.{k}': v for k,v in versions().items()}}
+    users, items = split.train.shape
+    return {
+        "aerec.run": run.name,
+        "data.split": split.kind,
+        "data.fingerprint": split.fingerprint,
+        "data.users": users,
+        "data.items": items,
+        "data.interactions": split.train.nnz,
+        "seed": run.settings.run.random_seed,
+        **{f"version.{k}": v for k, v in versions().items()},
+    }
 
 # %% ../nbs/03_training.ipynb #85edfaf9
-def describe_training(folder: Path # what `build_training` wrote
-                     ) -> pd.DataFrame: # a row a model
+def describe_training(
+    folder: Path,  # what `build_training` wrote
+) -> pd.DataFrame:  # a row a model
     "What each model was trained with and what came of it."
     folder = Path(folder)
-    measured = read_json(folder/'measured.json')
+    measured = read_json(folder / "measured.json")
+
     def row(m):
-        closed = 'num_epoch' not in m['hyperparameters']
-        return {'model': m['name'], f"valid NDCG@{m['k']}": f"{m['valid_ndcg']:.4f} ± {m['valid_se']:.4f}", 'best epoch': '-' if closed else f"{m['best_epoch']} of {m['n_epochs']}",
-                'seconds': round(measured[m['name']]['seconds'], 2), 'peak memory of the process, MiB': round(measured[m['name']]['peak_memory_mib'])}
-    return pd.DataFrame([row(m) for m in read_json(folder/'summary.json')]).set_index('model')
+        closed = "num_epoch" not in m["hyperparameters"]
+        return {
+            "model": m["name"],
+            f"valid NDCG@{m['k']}": f"{m['valid_ndcg']:.4f} ± {m['valid_se']:.4f}",
+            "best epoch": "-" if closed else f"{m['best_epoch']} of {m['n_epochs']}",
+            "seconds": round(measured[m["name"]]["seconds"], 2),
+            "peak memory of the process, MiB": round(measured[m["name"]]["peak_memory_mib"]),
+        }
+
+    return pd.DataFrame([row(m) for m in read_json(folder / "summary.json")]).set_index("model")
+
 
 def _shown(value):
     "A hyperparameter as people read it; members of a blend by name."
-    if isinstance(value, list): return ', '.join(_shown(v['name'] if isinstance(v, dict) else v) for v in value)
-    return f'{value:g}' if isinstance(value, float) else str(value)
+    if isinstance(value, list):
+        return ", ".join(_shown(v["name"] if isinstance(v, dict) else v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
-def hyperparameter_table(folder: Path # what `build_training` wrote
-                        ) -> pd.DataFrame: # a row a hyperparameter, a column a model
+
+def hyperparameter_table(
+    folder: Path,  # what `build_training` wrote
+) -> pd.DataFrame:  # a row a hyperparameter, a column a model
     "The settings that every model was trained with."
-    table = pd.DataFrame({m['name']: pd.Series({k: _shown(v) for k,v in m['hyperparameters'].items()}, dtype=object) for m in read_json(Path(folder)/'summary.json')})
-    return table.fillna('-')
+    table = pd.DataFrame(
+        {
+            m["name"]: pd.Series({k: _shown(v) for k, v in m["hyperparameters"].items()}, dtype=object)
+            for m in read_json(Path(folder) / "summary.json")
+        }
+    )
+    return table.fillna("-")
 
-def describe_search(folder: Path # what `build_training` wrote
-                   ) -> pd.DataFrame: # a row a candidate of `auto` and a row a trial of the tuned models, best first; None where nothing was searched
+
+def describe_search(
+    folder: Path,  # what `build_training` wrote
+) -> (
+    pd.DataFrame
+):  # a row a candidate of `auto` and a row a trial of the tuned models, best first; None where nothing was searched
     "What was tried to find models and hyperparameters."
-    folder,tables = Path(folder), []
-    if (folder/'auto.parquet').exists():
-        t = pd.read_parquet(folder/'auto.parquet')
-        tables.append(pd.DataFrame({'searched by': 'auto', 'model': t.model, 'NDCG on validation': t.ndcg, 'weight in the blend': t.weight, 'seconds': t.seconds, 'hyperparameters': t.hyperparameters}))
-    for path in sorted(folder.glob('*/trials.parquet')):
-        t = pd.read_parquet(path).sort_values('value', ascending=False).head(10)
-        knobs = [c for c in t.columns if c not in ('number', 'state', 'value', 'seconds', 'best_epoch', 'why')]
-        shown = [', '.join(f'{k} {v:.3g}' for k,v in zip(knobs, row)) for row in t[knobs].itertuples(index=False)]
-        tables.append(pd.DataFrame({'searched by': 'tune', 'model': path.parent.name, 'NDCG on validation': t.value, 'weight in the blend': np.nan, 'seconds': t.seconds, 'hyperparameters': shown}))
+    folder, tables = Path(folder), []
+    if (folder / "auto.parquet").exists():
+        t = pd.read_parquet(folder / "auto.parquet")
+        tables.append(
+            pd.DataFrame(
+                {
+                    "searched by": "auto",
+                    "model": t.model,
+                    "NDCG on validation": t.ndcg,
+                    "weight in the blend": t.weight,
+                    "seconds": t.seconds,
+                    "hyperparameters": t.hyperparameters,
+                }
+            )
+        )
+    for path in sorted(folder.glob("*/trials.parquet")):
+        t = pd.read_parquet(path).sort_values("value", ascending=False).head(10)
+        knobs = [c for c in t.columns if c not in ("number", "state", "value", "seconds", "best_epoch", "why")]
+        shown = [", ".join(f"{k} {v:.3g}" for k, v in zip(knobs, row)) for row in t[knobs].itertuples(index=False)]
+        tables.append(
+            pd.DataFrame(
+                {
+                    "searched by": "tune",
+                    "model": path.parent.name,
+                    "NDCG on validation": t.value,
+                    "weight in the blend": np.nan,
+                    "seconds": t.seconds,
+                    "hyperparameters": shown,
+                }
+            )
+        )
     return pd.concat(tables, ignore_index=True).round(4) if tables else None
 
-def read_histories(folder: Path # what `build_training` wrote
-                  ) -> dict: # model -> history
+
+def read_histories(
+    folder: Path,  # what `build_training` wrote
+) -> dict:  # model -> history
     "The history of every model."
-    return {m['name']: pd.read_parquet(Path(folder)/m['name']/'history.parquet') for m in read_json(Path(folder)/'summary.json')}
+    return {
+        m["name"]: pd.read_parquet(Path(folder) / m["name"] / "history.parquet")
+        for m in read_json(Path(folder) / "summary.json")
+    }

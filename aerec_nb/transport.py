@@ -19,192 +19,288 @@ from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse
 from starlette.routing import Match, Route
-from uvicorn.protocols.http.h11_impl import H11Protocol # public: uvicorn's option http takes a protocol class, and this is its own for h11
+from uvicorn.protocols.http.h11_impl import (
+    H11Protocol,
+)  # public: uvicorn's option http takes a protocol class, and this is its own for h11
 from .configuration import AerecError
 
 # %% ../nbs/05b_transport.ipynb #031dfd49
-LOCAL_HOSTS = ('localhost', '127.0.0.1', '[::1]')
-_HOST_HEADER = re.compile(r'(\[[0-9a-f:.]+\]|[^\s:\[\]/@]+)(?::\d*)?')
-_HOST_PATTERN = re.compile(r'\*|\[[0-9a-f:.]+\]|(?:\*\.)?[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?')
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+_HOST_HEADER = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:\[\]/@]+)(?::\d*)?")
+_HOST_PATTERN = re.compile(r"\*|\[[0-9a-f:.]+\]|(?:\*\.)?[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?")
+
 
 @functools.lru_cache(1024)
-def _host_name(header:bytes) -> str: # empty: none
+def _host_name(header: bytes) -> str:  # empty: none
     "Return the host of a Host header, without its port."
-    found = _HOST_HEADER.fullmatch(header.decode('latin-1').strip().lower())
-    return found[1].rstrip('.') if found else ''
+    found = _HOST_HEADER.fullmatch(header.decode("latin-1").strip().lower())
+    return found[1].rstrip(".") if found else ""
+
 
 class AllowedHosts:
     "The hosts that a service answers for."
-    def __init__(self, patterns:list|None # host names, '*.example.org' for all names below one, '*' or None for any
-                ):
+
+    def __init__(
+        self,
+        patterns: list | None,  # host names, '*.example.org' for all names below one, '*' or None for any
+    ):
         self.any = patterns is None
         self.names = set()
         self.endings = ()
-        for pattern in patterns or []: self._add(pattern)
+        for pattern in patterns or []:
+            self._add(pattern)
 
-    def _add(self, pattern:str) -> None:
+    def _add(self, pattern: str) -> None:
         "Check one pattern and keep it."
-        name = pattern.strip().lower().rstrip('.')
-        if ':' in name and not name.startswith('['): name = f'[{name}]' # an IPv6 address
+        name = pattern.strip().lower().rstrip(".")
+        if ":" in name and not name.startswith("["):
+            name = f"[{name}]"  # an IPv6 address
         if not _HOST_PATTERN.fullmatch(name):
-            raise AerecError(f"serving.allowed_hosts: {pattern!r} is not a host name; write example.org or *.example.org, without scheme and port")
-        if name == '*': self.any = True
-        elif name.startswith('*.'): self.endings += (name[1:],)
-        else: self.names.add(name)
+            raise AerecError(
+                f"serving.allowed_hosts: {pattern!r} is not a host name; write example.org or *.example.org, without scheme and port"
+            )
+        if name == "*":
+            self.any = True
+        elif name.startswith("*."):
+            self.endings += (name[1:],)
+        else:
+            self.names.add(name)
 
-    def allows(self, header:bytes|None # value of the Host header; None: there is none
-              ) -> bool:
+    def allows(
+        self,
+        header: bytes | None,  # value of the Host header; None: there is none
+    ) -> bool:
         "Is this host answered? The port does not matter."
-        if self.any: return True
-        host = _host_name(header or b'')
+        if self.any:
+            return True
+        host = _host_name(header or b"")
         return host in self.names or host.endswith(self.endings)
 
-def allowed_hosts(settings # from `load_settings`
-                 ) -> AllowedHosts:
+
+def allowed_hosts(
+    settings,  # from `load_settings`
+) -> AllowedHosts:
     "Return the hosts to answer for; raises `AerecError` for what is not a host name."
     s = settings.serving
-    if s.allowed_hosts: return AllowedHosts(s.allowed_hosts)
-    if settings.env not in ('stage', 'live'): return AllowedHosts(None)
+    if s.allowed_hosts:
+        return AllowedHosts(s.allowed_hosts)
+    if settings.env not in ("stage", "live"):
+        return AllowedHosts(None)
     return AllowedHosts([s.host, *LOCAL_HOSTS])
 
 # %% ../nbs/05b_transport.ipynb #e1039036
-def is_loopback(host:str # address or name to listen on
-               ) -> bool:
+def is_loopback(
+    host: str,  # address or name to listen on
+) -> bool:
     "Can only this machine reach the address? Raises `AerecError` for a name that is not known here."
-    try: found = {info[4][0] for info in socket.getaddrinfo(host or '0.0.0.0', None)}
-    except OSError as e: raise AerecError(f'serving.host: {host!r} is not an address of this machine ({e.strerror or e}); 127.0.0.1 is for this machine alone') from None
-    addresses = [ipaddress.ip_address(address.partition('%')[0]) for address in found]
-    return all((getattr(a, 'ipv4_mapped', None) or a).is_loopback for a in addresses)
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host or "0.0.0.0", None)}
+    except OSError as e:
+        raise AerecError(
+            f"serving.host: {host!r} is not an address of this machine ({e.strerror or e}); 127.0.0.1 is for this machine alone"
+        ) from None
+    addresses = [ipaddress.ip_address(address.partition("%")[0]) for address in found]
+    return all((getattr(a, "ipv4_mapped", None) or a).is_loopback for a in addresses)
 
-def check_exposure(settings # from `load_settings`
-                  ) -> None:
+
+def check_exposure(
+    settings,  # from `load_settings`
+) -> None:
     "Raise `AerecError` where other machines could use the service without a key."
     s = settings.serving
-    if s.require_auth or s.allow_unauthenticated or is_loopback(s.host): return
-    raise AerecError(f"serving.host is {s.host or 'any address'}, which other machines can reach, and no keys are required: set AEREC_SERVING__REQUIRE_AUTH=true and AEREC_SERVING__API_KEYS, "
-                     'or say --allow-unauthenticated')
+    if s.require_auth or s.allow_unauthenticated or is_loopback(s.host):
+        return
+    raise AerecError(
+        f"serving.host is {s.host or 'any address'}, which other machines can reach, and no keys are required: set AEREC_SERVING__REQUIRE_AUTH=true and AEREC_SERVING__API_KEYS, "
+        "or say --allow-unauthenticated"
+    )
 
 # %% ../nbs/05b_transport.ipynb #ccfafb8e
-def proxy_options(settings # from `load_settings`
-                 ) -> dict: # options of `uvicorn.Config`
+def proxy_options(
+    settings,  # from `load_settings`
+) -> dict:  # options of `uvicorn.Config`
     "Say which proxies' headers are used; raises `AerecError` for what is not an address."
     proxies = settings.serving.trusted_proxies
     for proxy in proxies:
-        try: ipaddress.ip_network(proxy, strict=False)
-        except ValueError: raise AerecError(f"serving.trusted_proxies: {proxy!r} is neither an IP address nor a network such as 10.0.0.0/8") from None
-    return {'proxy_headers': bool(proxies), 'forwarded_allow_ips': list(proxies)}
+        try:
+            ipaddress.ip_network(proxy, strict=False)
+        except ValueError:
+            raise AerecError(
+                f"serving.trusted_proxies: {proxy!r} is neither an IP address nor a network such as 10.0.0.0/8"
+            ) from None
+    return {"proxy_headers": bool(proxies), "forwarded_allow_ips": list(proxies)}
+
 
 @functools.lru_cache(4096)
-def client_network(host:str # address of a client
-                  ) -> str:
+def client_network(
+    host: str,  # address of a client
+) -> str:
     "Return what a client is counted by: its IPv4 address, or the /64 network of its IPv6 address."
-    try: address = ipaddress.ip_address(host.partition('%')[0])
-    except ValueError: return host # a Unix socket, or a test client
-    if address.version == 4: return str(address)
-    if address.ipv4_mapped: return str(address.ipv4_mapped)
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host  # a Unix socket, or a test client
+    if address.version == 4:
+        return str(address)
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 # %% ../nbs/05b_transport.ipynb #489f6b25
 class RouteTable:
     "The routes of an app, to be asked before the app is."
-    def __init__(self, routes # of the app; those that are added later count too
-                ):
+
+    def __init__(
+        self,
+        routes,  # of the app; those that are added later count too
+    ):
         self._routes, self._table = routes, []
 
-    def match(self, scope:dict # of the request
-             ): # -> the route that takes path and method; None: the app will answer 404 or 405
+    def match(
+        self,
+        scope: dict,  # of the request
+    ):  # -> the route that takes path and method; None: the app will answer 404 or 405
         "Find the route of a request, as the app's router will."
-        if len(self._table) != len(self._routes): self._table = [_entry(route) for route in self._routes]
-        path = scope['path'].removeprefix(scope.get('root_path', ''))
-        for methods,matches,route in self._table:
-            if methods is None: found = route.matches(scope)[0] is Match.FULL
-            else: found = scope['method'] in methods and matches(path)
-            if found: return route
+        if len(self._table) != len(self._routes):
+            self._table = [_entry(route) for route in self._routes]
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        for methods, matches, route in self._table:
+            if methods is None:
+                found = route.matches(scope)[0] is Match.FULL
+            else:
+                found = scope["method"] in methods and matches(path)
+            if found:
+                return route
         return None
 
-def _entry(route) -> tuple: # methods, function(path), route
+
+def _entry(route) -> tuple:  # methods, function(path), route
     "Prepare a route: that of one endpoint is asked quickly, anything else (a mounted app, a router) is asked itself."
     return (route.methods, route.path_regex.match, route) if isinstance(route, Route) else (None, None, route)
 
-def takes_json(route # from `RouteTable`
-              ) -> bool:
-    "Does the endpoint of a route take a JSON body?"
-    return getattr(route, 'body_field', None) is not None # where FastAPI keeps the body that it found in the endpoint's signature
 
-def reads_body(route # from `RouteTable`
-              ) -> bool:
+def takes_json(
+    route,  # from `RouteTable`
+) -> bool:
+    "Does the endpoint of a route take a JSON body?"
+    return (
+        getattr(route, "body_field", None) is not None
+    )  # where FastAPI keeps the body that it found in the endpoint's signature
+
+
+def reads_body(
+    route,  # from `RouteTable`
+) -> bool:
     "May a body be read for a route? A mounted app may read any."
     return route is not None and (takes_json(route) or not isinstance(route, Route))
 
-def has_body(headers:dict # names in lower case -> values, both bytes
-            ) -> bool:
+
+def has_body(
+    headers: dict,  # names in lower case -> values, both bytes
+) -> bool:
     "Does a body follow the head?"
-    return headers.get(b'content-length', b'0') != b'0' or b'transfer-encoding' in headers
+    return headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
 
 # %% ../nbs/05b_transport.ipynb #f3ab00c5
-SECURITY_HEADERS = ((b'x-content-type-options', b'nosniff'), (b'referrer-policy', b'no-referrer'), (b'x-frame-options', b'DENY'),
-                    (b'content-security-policy', b"default-src 'none'; frame-ancestors 'none'"), (b'cache-control', b'no-store'))
-_SECURITY_NAMES = frozenset(name for name,_ in SECURITY_HEADERS)
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cache-control", b"no-store"),
+)
+_SECURITY_NAMES = frozenset(name for name, _ in SECURITY_HEADERS)
 
-def add_security_headers(headers # pairs of bytes, names in lower case
-                        ) -> list: # pairs
+
+def add_security_headers(
+    headers,  # pairs of bytes, names in lower case
+) -> list:  # pairs
     "Add the security headers that an answer does not have yet."
-    present = {name for name,_ in headers}
-    missing = SECURITY_HEADERS if present.isdisjoint(_SECURITY_NAMES) else [pair for pair in SECURITY_HEADERS if pair[0] not in present]
+    present = {name for name, _ in headers}
+    missing = (
+        SECURITY_HEADERS
+        if present.isdisjoint(_SECURITY_NAMES)
+        else [pair for pair in SECURITY_HEADERS if pair[0] not in present]
+    )
     return [*headers, *missing]
 
-def _hash_source(text:str) -> str:
+
+def _hash_source(text: str) -> str:
     "Return the source expression that allows one inline script or style."
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
-def page_policy(html:str, # one of our own pages, with inline <script> and <style> elements that have no attributes
-                own_files:bool=False # does the page load scripts and styles of this service?
-               ) -> str: # value of Content-Security-Policy
+
+def page_policy(
+    html: str,  # one of our own pages, with inline <script> and <style> elements that have no attributes
+    own_files: bool = False,  # does the page load scripts and styles of this service?
+) -> str:  # value of Content-Security-Policy
     "Return a policy under which only the page's own scripts and styles run, and only this service is asked."
     own = ["'self'"] if own_files else []
-    scripts = [*own, *(_hash_source(text) for text in re.findall(r'<script>(.*?)</script>', html, re.DOTALL))]
-    styles = [*own, *(_hash_source(text) for text in re.findall(r'<style>(.*?)</style>', html, re.DOTALL))]
-    return (f"default-src 'none'; script-src {' '.join(scripts)}; style-src {' '.join(styles)}; connect-src 'self'; img-src data:; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    scripts = [*own, *(_hash_source(text) for text in re.findall(r"<script>(.*?)</script>", html, re.DOTALL))]
+    styles = [*own, *(_hash_source(text) for text in re.findall(r"<style>(.*?)</style>", html, re.DOTALL))]
+    return (
+        f"default-src 'none'; script-src {' '.join(scripts)}; style-src {' '.join(styles)}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 # %% ../nbs/05b_transport.ipynb #d61b5cda
-_SWAGGER = {'swagger-ui-bundle.js': 'text/javascript', 'swagger-ui.css': 'text/css'}
+_SWAGGER = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 
-def add_docs(app:FastAPI # made with docs_url=None, so that its own page, which needs a CDN, is not there
-            ) -> None:
+
+def add_docs(
+    app: FastAPI,  # made with docs_url=None, so that its own page, which needs a CDN, is not there
+) -> None:
     "Add the page /docs, a description of every request to read and to try."
-    folder = files('fastapi_offline')/'static' # the package only offers to build the whole app; we want its files
-    page = get_swagger_ui_html(openapi_url='openapi.json', title=f'{app.title}: requests', swagger_js_url='docs/swagger-ui-bundle.js', swagger_css_url='docs/swagger-ui.css',
-                               swagger_favicon_url='data:,', swagger_ui_parameters={'validatorUrl': None}).body.decode()
-    policy = {'Content-Security-Policy': page_policy(page, own_files=True)}
+    folder = files("fastapi_offline") / "static"  # the package only offers to build the whole app; we want its files
+    page = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title=f"{app.title}: requests",
+        swagger_js_url="docs/swagger-ui-bundle.js",
+        swagger_css_url="docs/swagger-ui.css",
+        swagger_favicon_url="data:,",
+        swagger_ui_parameters={"validatorUrl": None},
+    ).body.decode()
+    policy = {"Content-Security-Policy": page_policy(page, own_files=True)}
 
-    @app.get('/docs', include_in_schema=False)
-    async def docs(): return HTMLResponse(page, headers=policy)
+    @app.get("/docs", include_in_schema=False)
+    async def docs():
+        return HTMLResponse(page, headers=policy)
 
     def add_file(name, kind):
-        @app.get(f'/docs/{name}', include_in_schema=False)
-        async def swagger_file(): return FileResponse(str(folder/name), media_type=kind, headers={'Cache-Control': 'max-age=86400'}) # in small pieces: a slow reader holds no copy of the whole
-    for name,kind in _SWAGGER.items(): add_file(name, kind)
+        @app.get(f"/docs/{name}", include_in_schema=False)
+        async def swagger_file():
+            return FileResponse(
+                str(folder / name), media_type=kind, headers={"Cache-Control": "max-age=86400"}
+            )  # in small pieces: a slow reader holds no copy of the whole
+
+    for name, kind in _SWAGGER.items():
+        add_file(name, kind)
 
 # %% ../nbs/05b_transport.ipynb #649305a8
 class Throttle:
     "Let one message of each cause through in an interval, and count the others."
-    def __init__(self, interval:float=60., # seconds
-                 max_causes:int=200, # causes that are told apart within an interval
-                 clock=time.monotonic # function() -> seconds
-                ):
+
+    def __init__(
+        self,
+        interval: float = 60.0,  # seconds
+        max_causes: int = 200,  # causes that are told apart within an interval
+        clock=time.monotonic,  # function() -> seconds
+    ):
         self.interval, self.max_causes, self.clock = interval, max_causes, clock
-        self._known = {} # cause -> [time of the message that passed, messages held back since then]
+        self._known = {}  # cause -> [time of the message that passed, messages held back since then]
         self._lock = threading.Lock()
 
-    def admit(self, cause # hashable
-             ) -> int|None: # messages of the cause held back since the last that passed; None: hold this one back too
+    def admit(
+        self,
+        cause,  # hashable
+    ) -> int | None:  # messages of the cause held back since the last that passed; None: hold this one back too
         "Decide about a message."
         now = self.clock()
         with self._lock:
-            if cause not in self._known and len(self._known) >= self.max_causes: cause = self._replaced(cause, now)
-            passed, held = self._known.get(cause, (-float('inf'), 0))
+            if cause not in self._known and len(self._known) >= self.max_causes:
+                cause = self._replaced(cause, now)
+            passed, held = self._known.get(cause, (-float("inf"), 0))
             if now - passed < self.interval:
                 self._known[cause][1] += 1
                 return None
@@ -213,65 +309,83 @@ class Throttle:
 
     def _replaced(self, cause, now):
         "Forget a cause that is quiet; where all are busy, new causes share one place."
-        quiet = [known for known,(passed, held) in self._known.items() if now - passed >= self.interval and not held]
-        if not quiet: return 'other'
-        for known in quiet: del self._known[known]
+        quiet = [known for known, (passed, held) in self._known.items() if now - passed >= self.interval and not held]
+        if not quiet:
+            return "other"
+        for known in quiet:
+            del self._known[known]
         return cause
 
-    def held_back(self) -> list: # pairs: cause, messages
+    def held_back(self) -> list:  # pairs: cause, messages
         "Return the counts whose interval is over, and begin them again."
         now = self.clock()
         with self._lock:
-            due = [(cause, held) for cause,(passed, held) in self._known.items() if held and now - passed >= self.interval]
-            for cause,_ in due: self._known[cause] = [now, 0]
+            due = [
+                (cause, held) for cause, (passed, held) in self._known.items() if held and now - passed >= self.interval
+            ]
+            for cause, _ in due:
+                self._known[cause] = [now, 0]
         return due
 
 # %% ../nbs/05b_transport.ipynb #171f10d7
 class ThrottleFilter(logging.Filter):
     "Let one record of each kind through in an interval."
-    def __init__(self, throttle:Throttle):
+
+    def __init__(self, throttle: Throttle):
         super().__init__()
         self.throttle = throttle
 
     def filter(self, record) -> bool:
         "Hold a record back, or add how many were held back before it."
         text = record.getMessage()
-        kind = re.sub(r'\d+', '#', text.partition('\n')[0])[:200] # without numbers of sockets, tasks and ports
+        kind = re.sub(r"\d+", "#", text.partition("\n")[0])[:200]  # without numbers of sockets, tasks and ports
         held = self.throttle.admit((record.name, kind))
-        if held: record.msg, record.args = f'{text} (and {held} more like it before)', None
+        if held:
+            record.msg, record.args = f"{text} (and {held} more like it before)", None
         return held is not None
 
 # %% ../nbs/05b_transport.ipynb #59768e88
-MAX_UNFINISHED = 16*2**20 # bytes of all heads of a worker that have not arrived completely
-MIN_READ_RATE = 4096 # bytes a second that a client must take of its answer, after the first `head_timeout_s` seconds
-LINGER_S = 2. # seconds in which a refused body is thrown away
+MAX_UNFINISHED = 16 * 2**20  # bytes of all heads of a worker that have not arrived completely
+MIN_READ_RATE = 4096  # bytes a second that a client must take of its answer, after the first `head_timeout_s` seconds
+LINGER_S = 2.0  # seconds in which a refused body is thrown away
+
 
 class Closed(StrEnum):
     "Why a connection was closed by the worker."
-    HEAD_TIMEOUT = 'head_timeout'
-    HEAD_BYTES = 'head_bytes'
-    EVICTED = 'evicted'
-    FULL = 'full'
-    SLOW_READER = 'slow_reader'
 
-CLOSED_TEXTS = {Closed.HEAD_TIMEOUT: 'a connection was closed: the head of its request did not arrive in time', Closed.HEAD_BYTES: 'a connection was closed: too many bytes of unfinished requests',
-                Closed.EVICTED: 'a connection that waited for a request was closed for a new one: serving.max_connections are open', Closed.FULL: 'a connection was not taken: all serving.max_connections are being answered',
-                Closed.SLOW_READER: 'a connection was closed: its client does not read the answer'}
+    HEAD_TIMEOUT = "head_timeout"
+    HEAD_BYTES = "head_bytes"
+    EVICTED = "evicted"
+    FULL = "full"
+    SLOW_READER = "slow_reader"
+
+
+CLOSED_TEXTS = {
+    Closed.HEAD_TIMEOUT: "a connection was closed: the head of its request did not arrive in time",
+    Closed.HEAD_BYTES: "a connection was closed: too many bytes of unfinished requests",
+    Closed.EVICTED: "a connection that waited for a request was closed for a new one: serving.max_connections are open",
+    Closed.FULL: "a connection was not taken: all serving.max_connections are being answered",
+    Closed.SLOW_READER: "a connection was closed: its client does not read the answer",
+}
+
 
 class Connections:
     "The open connections of one worker, and the limits on them."
-    def __init__(self, max_connections:int, # open at the same time
-                 head_timeout_s:float, # seconds in which the head of a request must arrive
-                 report=lambda why: None, # function(Closed), called for every connection that is closed
-                 each_sweep=lambda: None, # function(), called about once a second while connections are open
-                 clock=time.monotonic # function() -> seconds
-                ):
+
+    def __init__(
+        self,
+        max_connections: int,  # open at the same time
+        head_timeout_s: float,  # seconds in which the head of a request must arrive
+        report=lambda why: None,  # function(Closed), called for every connection that is closed
+        each_sweep=lambda: None,  # function(), called about once a second while connections are open
+        clock=time.monotonic,  # function() -> seconds
+    ):
         self.max_connections, self.head_timeout_s = max_connections, head_timeout_s
         self.report, self.each_sweep, self.clock = report, each_sweep, clock
         self.open = set()
-        self.waiting = {} # connection -> time since which its head is awaited, the longest first
-        self.lingering = {} # connection -> time at which it is closed
-        self.unfinished = 0 # bytes of all heads that have not arrived completely
+        self.waiting = {}  # connection -> time since which its head is awaited, the longest first
+        self.lingering = {}  # connection -> time at which it is closed
+        self.unfinished = 0  # bytes of all heads that have not arrived completely
         self._timer = None
 
     def opened(self, connection) -> None:
@@ -281,7 +395,8 @@ class Connections:
             return connection.drop()
         self.open.add(connection)
         self.await_head(connection)
-        if self._timer is None: self._start_timer()
+        if self._timer is None:
+            self._start_timer()
 
     def closed(self, connection) -> None:
         "Forget a connection."
@@ -292,7 +407,7 @@ class Connections:
 
     def await_head(self, connection) -> None:
         "Begin to wait for the head of a request."
-        self.waiting.pop(connection, None) # to the end
+        self.waiting.pop(connection, None)  # to the end
         self.waiting[connection] = self.clock()
 
     def answering(self, connection) -> None:
@@ -306,7 +421,7 @@ class Connections:
         self.set_head_bytes(connection, 0)
         self.lingering[connection] = self.clock() + LINGER_S
 
-    def set_head_bytes(self, connection, n:int) -> None:
+    def set_head_bytes(self, connection, n: int) -> None:
         "Note how many bytes of an unfinished head a connection holds."
         self.unfinished += n - connection.head_bytes
         connection.head_bytes = n
@@ -316,70 +431,91 @@ class Connections:
     def sweep(self) -> None:
         "Close what has taken too long."
         now = self.clock()
-        for connection,since in list(self.waiting.items()):
-            if now - since < self.head_timeout_s: break
-            if connection.unsent(): self.await_head(connection) # it still takes the answer before
-            else: self._drop(connection, Closed.HEAD_TIMEOUT)
-        for connection,end in list(self.lingering.items()):
-            if now >= end: self._drop(connection)
+        for connection, since in list(self.waiting.items()):
+            if now - since < self.head_timeout_s:
+                break
+            if connection.unsent():
+                self.await_head(connection)  # it still takes the answer before
+            else:
+                self._drop(connection, Closed.HEAD_TIMEOUT)
+        for connection, end in list(self.lingering.items()):
+            if now >= end:
+                self._drop(connection)
         for connection in list(self.open):
-            if connection.reads_too_slowly(now, self.head_timeout_s): self._drop(connection, Closed.SLOW_READER)
+            if connection.reads_too_slowly(now, self.head_timeout_s):
+                self._drop(connection, Closed.SLOW_READER)
         self.each_sweep()
 
-    def _make_room(self) -> bool: # False: all are being answered
+    def _make_room(self) -> bool:  # False: all are being answered
         "Close the connection that is missed least."
         lingering = next(iter(self.lingering), None)
         if lingering is not None:
             self._drop(lingering)
             return True
         longest = next((connection for connection in self.waiting if not connection.unsent()), None)
-        if longest is None: return False
+        if longest is None:
+            return False
         self._drop(longest, Closed.EVICTED)
         return True
 
-    def _drop(self, connection, why:Closed|None=None) -> None:
+    def _drop(self, connection, why: Closed | None = None) -> None:
         self.closed(connection)
         connection.drop()
-        if why: self.report(why)
+        if why:
+            self.report(why)
 
     def _start_timer(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(min(1., self.head_timeout_s/4), self._on_timer)
+        self._timer = asyncio.get_running_loop().call_later(min(1.0, self.head_timeout_s / 4), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
         self.sweep()
-        if self.open: self._start_timer()
+        if self.open:
+            self._start_timer()
 
 # %% ../nbs/05b_transport.ipynb #edc4fe06
 RESERVED_FILES = 128
-ACCEPT_AT_ONCE = 16 # connections that asyncio takes before it handles them
-BACKLOG = 2048 # connections that wait in the kernel
+ACCEPT_AT_ONCE = 16  # connections that asyncio takes before it handles them
+BACKLOG = 2048  # connections that wait in the kernel
 
-def connection_cap(max_connections:int # wanted
-                  ) -> int: # possible
+
+def connection_cap(
+    max_connections: int,  # wanted
+) -> int:  # possible
     "Return how many connections this process can have; raises `AerecError` if the limit on open files leaves none."
-    used = len(os.listdir('/dev/fd'))
+    used = len(os.listdir("/dev/fd"))
     needed = max_connections + used + RESERVED_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed: return max_connections
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return max_connections
     raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    try: resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, raised), hard))
-    except (ValueError, OSError): raised = soft # not allowed here
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, raised), hard))
+    except (ValueError, OSError):
+        raised = soft  # not allowed here
     cap = max(soft, raised) - used - RESERVED_FILES
-    if cap < 1: raise AerecError(f'{soft} open files are allowed, too few for a service: raise the limit (ulimit -n) to {needed}')
+    if cap < 1:
+        raise AerecError(
+            f"{soft} open files are allowed, too few for a service: raise the limit (ulimit -n) to {needed}"
+        )
     return min(max_connections, cap)
 
 # %% ../nbs/05b_transport.ipynb #0d5816c1
 class WatchedTransport:
     "A transport that counts what is written, and that lingers where it is closed before the body was read."
-    def __init__(self, transport:asyncio.Transport, connection):
+
+    def __init__(self, transport: asyncio.Transport, connection):
         self._transport, self._connection = transport, connection
         self.written, self.lingering = 0, False
-        self.pause_reading, self.resume_reading = transport.pause_reading, transport.resume_reading # of every request: found without __getattr__
+        self.pause_reading, self.resume_reading = (
+            transport.pause_reading,
+            transport.resume_reading,
+        )  # of every request: found without __getattr__
 
-    def __getattr__(self, name): return getattr(self._transport, name)
+    def __getattr__(self, name):
+        return getattr(self._transport, name)
 
-    def write(self, data:bytes) -> None:
+    def write(self, data: bytes) -> None:
         "Send bytes."
         self.written += len(data)
         self._transport.write(data)
@@ -390,14 +526,17 @@ class WatchedTransport:
 
     def close(self) -> None:
         "Close; where a body is still on its way, send the answer and the end of it first."
-        if self.is_closing(): return
-        if not self._connection.has_unread_body(): return self._transport.close()
+        if self.is_closing():
+            return
+        if not self._connection.has_unread_body():
+            return self._transport.close()
         self.lingering = True
         self._connection.limits.linger(self._connection)
         try:
             self._transport.write_eof()
-            self._transport.resume_reading() # the protocol may have paused it
-        except OSError: self._transport.abort() # the client is gone
+            self._transport.resume_reading()  # the protocol may have paused it
+        except OSError:
+            self._transport.abort()  # the client is gone
 
     def release(self) -> None:
         "Let the connection go: without this cycle its buffers are freed at once, not when the garbage is collected."
@@ -405,13 +544,16 @@ class WatchedTransport:
 
     def drop(self) -> None:
         "Close at once, whatever was not sent."
-        if self._transport.get_write_buffer_size(): self._transport.abort()
-        else: self._transport.close()
+        if self._transport.get_write_buffer_size():
+            self._transport.abort()
+        else:
+            self._transport.close()
 
 # %% ../nbs/05b_transport.ipynb #f1cb0e07
 class LimitedConnection:
     "Mixin for a protocol class of uvicorn: keeps `Connections` informed."
-    def __init__(self, *args, limits:Connections, **kwargs):
+
+    def __init__(self, *args, limits: Connections, **kwargs):
         super().__init__(*args, **kwargs)
         self.limits = limits
         self.head_bytes = 0
@@ -428,18 +570,23 @@ class LimitedConnection:
         self.limits.closed(self)
         self.transport.release()
 
-    def data_received(self, data:bytes) -> None:
+    def data_received(self, data: bytes) -> None:
         "Hand bytes to the parser, unless the request was refused."
-        if self.transport.lingering: return
+        if self.transport.lingering:
+            return
         super().data_received(data)
-        if self.transport.is_closing(): return
-        if self.is_answering(): self.limits.answering(self)
-        else: self.limits.set_head_bytes(self, self.unparsed_bytes())
+        if self.transport.is_closing():
+            return
+        if self.is_answering():
+            self.limits.answering(self)
+        else:
+            self.limits.set_head_bytes(self, self.unparsed_bytes())
 
     def on_response_complete(self) -> None:
         "Wait for the next head, unless it is there already."
         super().on_response_complete()
-        if self.transport.is_closing() or self.is_answering(): return
+        if self.transport.is_closing() or self.is_answering():
+            return
         self.limits.await_head(self)
         self.limits.set_head_bytes(self, self.unparsed_bytes())
 
@@ -459,43 +606,51 @@ class LimitedConnection:
         "Return how many bytes wait for the client to read them."
         return self.transport.get_write_buffer_size()
 
-    def reads_too_slowly(self, now:float, grace:float) -> bool:
+    def reads_too_slowly(self, now: float, grace: float) -> bool:
         "Has the client taken fewer bytes of its answer than it must?"
         unsent = self.unsent()
         if not unsent:
             self._slow_since = None
             return False
         taken = self.transport.written - unsent
-        if self._slow_since is None: self._slow_since, self._taken_before = now, taken
-        return taken - self._taken_before < MIN_READ_RATE*(now - self._slow_since - grace)
+        if self._slow_since is None:
+            self._slow_since, self._taken_before = now, taken
+        return taken - self._taken_before < MIN_READ_RATE * (now - self._slow_since - grace)
 
     def drop(self) -> None:
         "Close the connection at once."
         self.transport.drop()
 
 # %% ../nbs/05b_transport.ipynb #29285848
-MAX_HEADERS = 100 # header lines of a request
-_END_OF_HEAD = re.compile(rb'\n\r?\n')
+MAX_HEADERS = 100  # header lines of a request
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
+
 
 class BoundedH11(h11.Connection):
     "An HTTP/1.1 parser that refuses a head of too many lines before it reads them."
-    unparsed = 0 # bytes of a head that has not arrived completely
+
+    unparsed = 0  # bytes of a head that has not arrived completely
 
     def next_event(self):
         "Return the next event; raises `h11.RemoteProtocolError`."
         waits = self.their_state is h11.IDLE
-        if waits: self._count_lines(self.trailing_data[0])
+        if waits:
+            self._count_lines(self.trailing_data[0])
         event = super().next_event()
         self.unparsed = len(self.trailing_data[0]) if waits and event is h11.NEED_DATA else 0
         return event
 
-    def _count_lines(self, data:bytes) -> None:
-        if data.count(b'\n') <= MAX_HEADERS+1: return
+    def _count_lines(self, data: bytes) -> None:
+        if data.count(b"\n") <= MAX_HEADERS + 1:
+            return
         end = _END_OF_HEAD.search(data)
-        if data.count(b'\n', 0, end.end() if end else len(data)) > MAX_HEADERS+2: raise h11.RemoteProtocolError(f'more than {MAX_HEADERS} headers', error_status_hint=431)
+        if data.count(b"\n", 0, end.end() if end else len(data)) > MAX_HEADERS + 2:
+            raise h11.RemoteProtocolError(f"more than {MAX_HEADERS} headers", error_status_hint=431)
+
 
 class LimitedH11Protocol(LimitedConnection, H11Protocol):
     "uvicorn's protocol for h11, with limits."
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.conn = BoundedH11(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_event_size)
@@ -504,46 +659,78 @@ class LimitedH11Protocol(LimitedConnection, H11Protocol):
         "Return the bytes of a head that has not arrived completely."
         return self.conn.unparsed
 
-    def send_400_response(self, msg:str) -> None:
+    def send_400_response(self, msg: str) -> None:
         "Answer what is not HTTP; what is broken in the middle of an answer is cut off."
-        if self.is_answering(): self.cycle.disconnected = True # its answer is not wanted any more: the body is broken
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE): return self.transport.abort()
-        headers = add_security_headers([(b'content-type', b'text/plain; charset=utf-8'), (b'connection', b'close')])
-        events = (h11.Response(status_code=400, headers=headers, reason=b'Bad Request'), h11.Data(data=msg.encode('ascii')), h11.EndOfMessage())
-        for event in events: self.transport.write(self.conn.send(event))
+        if self.is_answering():
+            self.cycle.disconnected = True  # its answer is not wanted any more: the body is broken
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return self.transport.abort()
+        headers = add_security_headers([(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")])
+        events = (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=msg.encode("ascii")),
+            h11.EndOfMessage(),
+        )
+        for event in events:
+            self.transport.write(self.conn.send(event))
         self.transport.close()
 
 # %% ../nbs/05b_transport.ipynb #3abe6f7d
 class _Server(uvicorn.Server):
     "uvicorn's server on a socket that workers share, with a long queue in the kernel."
+
     async def startup(self, sockets=None) -> None:
         "Start to listen."
         await super().startup(sockets=sockets)
-        for sock in sockets: sock.listen(BACKLOG) # asyncio uses one number for the kernel's queue and for how many it accepts at once: the first should be large, the second small
+        for sock in sockets:
+            sock.listen(
+                BACKLOG
+            )  # asyncio uses one number for the kernel's queue and for how many it accepts at once: the first should be large, the second small
 
-def run_server(app, # ASGI
-               sock:socket.socket, # bound
-               settings, # from `load_settings`
-               max_head:int, # bytes of address and headers
-               stop_within:int, # seconds in which a stopping server finishes what it has
-               count, # function(Closed), called for every connection that is closed
-               log # function(what, **fields), writes a line
-              ) -> None:
+
+def run_server(
+    app,  # ASGI
+    sock: socket.socket,  # bound
+    settings,  # from `load_settings`
+    max_head: int,  # bytes of address and headers
+    stop_within: int,  # seconds in which a stopping server finishes what it has
+    count,  # function(Closed), called for every connection that is closed
+    log,  # function(what, **fields), writes a line
+) -> None:
     "Serve an app until told to stop."
     s, throttle = settings.serving, Throttle()
     cap = connection_cap(s.max_connections)
-    if cap < s.max_connections: log('warning', text='the limit on open files (ulimit -n) leaves fewer connections than serving.max_connections', connections=cap, wanted=s.max_connections)
+    if cap < s.max_connections:
+        log(
+            "warning",
+            text="the limit on open files (ulimit -n) leaves fewer connections than serving.max_connections",
+            connections=cap,
+            wanted=s.max_connections,
+        )
 
     def report(why):
         count(why)
         held = throttle.admit(why)
-        if held is not None: log('warning', text=CLOSED_TEXTS[why], why=why, more_before=held)
+        if held is not None:
+            log("warning", text=CLOSED_TEXTS[why], why=why, more_before=held)
 
     def log_held_back():
-        for cause,held in throttle.held_back(): log('warning', text='the same was held back from the log', why=cause, times=held)
+        for cause, held in throttle.held_back():
+            log("warning", text="the same was held back from the log", why=cause, times=held)
 
     limits = Connections(cap, s.head_timeout_s, report, log_held_back)
-    config = uvicorn.Config(app, http=functools.partial(LimitedH11Protocol, limits=limits), ws='none', h11_max_incomplete_event_size=max_head, backlog=ACCEPT_AT_ONCE, log_level='warning',
-                            access_log=False, server_header=False, timeout_graceful_shutdown=stop_within, **proxy_options(settings))
-    for name in ('asyncio', 'uvicorn.error'): logging.getLogger(name).addFilter(ThrottleFilter(throttle))
+    config = uvicorn.Config(
+        app,
+        http=functools.partial(LimitedH11Protocol, limits=limits),
+        ws="none",
+        h11_max_incomplete_event_size=max_head,
+        backlog=ACCEPT_AT_ONCE,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=stop_within,
+        **proxy_options(settings),
+    )
+    for name in ("asyncio", "uvicorn.error"):
+        logging.getLogger(name).addFilter(ThrottleFilter(throttle))
     _Server(config).run(sockets=[sock])

@@ -34,484 +34,750 @@ from .neural_models import LectureAutoEncoder
 from .runs import alone, measured, on_engine, read_json, write_json, write_parquet
 
 # %% ../nbs/03a_validation.ipynb #f73afcda
-def get_ndcg(pred_list: list, # ranked items, best first
-             true_list: list, # held-out items
-             k: int = None,   # where the list is cut; None: its length
-            ) -> float: # 0 to 1
+def get_ndcg(
+    pred_list: list,  # ranked items, best first
+    true_list: list,  # held-out items
+    k: int = None,  # where the list is cut; None: its length
+) -> float:  # 0 to 1
     "Normalised discounted cumulative gain of one list."
     k = k or len(pred_list)
-    gain = sum(1/np.log2(rank+2) for rank,item in enumerate(pred_list[:k]) if item in set(true_list))
-    return float(gain/sum(1/np.log2(rank+2) for rank in range(min(k, len(set(true_list))))))
+    gain = sum(1 / np.log2(rank + 2) for rank, item in enumerate(pred_list[:k]) if item in set(true_list))
+    return float(gain / sum(1 / np.log2(rank + 2) for rank in range(min(k, len(set(true_list))))))
 
-def get_hit(pred_list: list, # ranked items, best first
-            true_list: list, # held-out items
-            k: int = None,   # where the list is cut; None: its length
-           ) -> float: # 0 to 1
+
+def get_hit(
+    pred_list: list,  # ranked items, best first
+    true_list: list,  # held-out items
+    k: int = None,  # where the list is cut; None: its length
+) -> float:  # 0 to 1
     "Share of the held-out items that are in the list, as the lecture counts it."
-    return len(set(pred_list[:k]) & set(true_list))/len(set(true_list))
+    return len(set(pred_list[:k]) & set(true_list)) / len(set(true_list))
 
 # %% ../nbs/03a_validation.ipynb #947eccbf
-METRICS = ('ndcg', 'recall', 'hit', 'hit_rate', 'precision', 'map', 'mrr')
+METRICS = ("ndcg", "recall", "hit", "hit_rate", "precision", "map", "mrr")
+
 
 def _hits(top, target):
     "Which places of the lists hold a target; bool, the shape of top."
-    n,n_items = top.shape[0], target.shape[1]
-    if not target.nnz or not top.size: return np.zeros(top.shape, bool)
+    n, n_items = top.shape[0], target.shape[1]
+    if not target.nnz or not top.size:
+        return np.zeros(top.shape, bool)
     target.sort_indices()
-    keys = np.repeat(np.arange(n, dtype=np.int64)*n_items, np.diff(target.indptr)) + target.indices
-    asked = np.arange(n, dtype=np.int64)[:, None]*n_items + top
-    return (keys[np.minimum(np.searchsorted(keys, asked), len(keys)-1)] == asked) & (top >= 0)
+    keys = np.repeat(np.arange(n, dtype=np.int64) * n_items, np.diff(target.indptr)) + target.indices
+    asked = np.arange(n, dtype=np.int64)[:, None] * n_items + top
+    return (keys[np.minimum(np.searchsorted(keys, asked), len(keys) - 1)] == asked) & (top >= 0)
+
 
 def _at(k, default):
     "The lengths to cut at, as a tuple of ints."
     ks = tuple(int(v) for v in np.atleast_1d(default if k is None else k))
-    if not ks or min(ks) < 1: raise AerecError(f'k = {k}: a list has at least one item')
+    if not ks or min(ks) < 1:
+        raise AerecError(f"k = {k}: a list has at least one item")
     return ks
 
+
 def ranking_metrics(
-    top: np.ndarray,           # [n, k] item indices, best first; -1 where a list is shorter
-    target: sparse.csr_matrix, # [n, n_items] held-out items
-    n_targets: np.ndarray = None, # [n] held-out items of each user, also those outside the columns; None: those in `target`
-    k: tuple = None,           # where the lists are cut, one length or several; None: their length, and plain names
-) -> dict: # metric, or metric@k where k is given -> float64 [n]
+    top: np.ndarray,  # [n, k] item indices, best first; -1 where a list is shorter
+    target: sparse.csr_matrix,  # [n, n_items] held-out items
+    n_targets: np.ndarray = None,  # [n] held-out items of each user, also those outside the columns; None: those in `target`
+    k: tuple = None,  # where the lists are cut, one length or several; None: their length, and plain names
+) -> dict:  # metric, or metric@k where k is given -> float64 [n]
     "The accuracy of every user's list."
     n_targets = np.diff(target.indptr) if n_targets is None else np.asarray(n_targets)
-    if len(n_targets) and n_targets.min() < 1: raise AerecError(f'row {int(n_targets.argmin())} has no held-out item: leave such users out, as evaluate does')
-    ks,hits,found = _at(k, max(1, top.shape[1])), _hits(top, target), {}
-    place = np.arange(1, top.shape[1]+1)
+    if len(n_targets) and n_targets.min() < 1:
+        raise AerecError(f"row {int(n_targets.argmin())} has no held-out item: leave such users out, as evaluate does")
+    ks, hits, found = _at(k, max(1, top.shape[1])), _hits(top, target), {}
+    place = np.arange(1, top.shape[1] + 1)
     n_hits = hits.cumsum(1, dtype=np.int32)
-    gain,precisions = (hits/np.log2(place+1)).cumsum(1), np.where(hits, n_hits/place, 0).cumsum(1)
-    first = np.where(hits.any(1), hits.argmax(1)+1, np.inf) if top.shape[1] else np.full(len(top), np.inf)
-    ideal = np.cumsum(1/np.log2(np.arange(2, max(ks)+2)))
+    gain, precisions = (hits / np.log2(place + 1)).cumsum(1), np.where(hits, n_hits / place, 0).cumsum(1)
+    first = np.where(hits.any(1), hits.argmax(1) + 1, np.inf) if top.shape[1] else np.full(len(top), np.inf)
+    ideal = np.cumsum(1 / np.log2(np.arange(2, max(ks) + 2)))
     for cut in ks:
-        def last(sums): return sums[:, min(cut, sums.shape[1])-1] if sums.shape[1] else np.zeros(len(sums))
-        reachable,n_found = np.minimum(n_targets, cut), last(n_hits)
-        values = dict(ndcg=last(gain)/ideal[reachable-1], recall=n_found/reachable, hit=n_found/n_targets, hit_rate=(n_found > 0).astype(np.float64),
-                      precision=n_found/cut, map=last(precisions)/reachable, mrr=np.where(first <= cut, 1/first, 0.))
-        found |= {name if k is None else f'{name}@{cut}': v for name,v in values.items()}
+
+        def last(sums):
+            return sums[:, min(cut, sums.shape[1]) - 1] if sums.shape[1] else np.zeros(len(sums))
+
+        reachable, n_found = np.minimum(n_targets, cut), last(n_hits)
+        values = dict(
+            ndcg=last(gain) / ideal[reachable - 1],
+            recall=n_found / reachable,
+            hit=n_found / n_targets,
+            hit_rate=(n_found > 0).astype(np.float64),
+            precision=n_found / cut,
+            map=last(precisions) / reachable,
+            mrr=np.where(first <= cut, 1 / first, 0.0),
+        )
+        found |= {name if k is None else f"{name}@{cut}": v for name, v in values.items()}
     return found
 
 # %% ../nbs/03a_validation.ipynb #5e230516
-LIST_METRICS = ('novelty', 'popularity', 'long_tail', 'diversity')
+LIST_METRICS = ("novelty", "popularity", "long_tail", "diversity")
 
-def gini(exposure: np.ndarray # [n_items] how often each item was shown, zeros too
-        ) -> float: # 0: all alike; 1: all for one item
+
+def gini(
+    exposure: np.ndarray,  # [n_items] how often each item was shown, zeros too
+) -> float:  # 0: all alike; 1: all for one item
     "Gini coefficient of the exposure."
-    x,n = np.sort(np.asarray(exposure, np.float64)), len(exposure)
-    return float((2*np.arange(1, n+1) - n - 1) @ x/(n*x.sum())) if x.sum() > 0 else float('nan')
+    x, n = np.sort(np.asarray(exposure, np.float64)), len(exposure)
+    return float((2 * np.arange(1, n + 1) - n - 1) @ x / (n * x.sum())) if x.sum() > 0 else float("nan")
 
-def long_tail(counts: np.ndarray,  # [n_items] training users of each item
-              head: float = .8,    # share of the interactions that the head holds
-             ) -> np.ndarray: # bool [n_items]
+
+def long_tail(
+    counts: np.ndarray,  # [n_items] training users of each item
+    head: float = 0.8,  # share of the interactions that the head holds
+) -> np.ndarray:  # bool [n_items]
     "Items outside the head, the fewest items that hold `head` of the interactions."
-    order = np.argsort(-counts, kind='stable')
+    order = np.argsort(-counts, kind="stable")
     before = np.cumsum(counts[order]) - counts[order]
     tail = np.empty(len(counts), bool)
-    tail[order] = before >= head*counts.sum()
+    tail[order] = before >= head * counts.sum()
     return tail
+
 
 def _unit_rows(features):
     "Rows of length 1, those without features empty."
     norms = np.sqrt(np.asarray(features.multiply(features).sum(1)).ravel())
-    return sparse.diags(1/np.where(norms > 0, norms, 1)).dot(features).tocsr().astype(np.float32)
+    return sparse.diags(1 / np.where(norms > 0, norms, 1)).dot(features).tocsr().astype(np.float32)
 
 # %% ../nbs/03a_validation.ipynb #2e92c0fb
 def list_metrics(
-    top: np.ndarray,       # [n, k] item indices, best first; -1 where a list is shorter
+    top: np.ndarray,  # [n, k] item indices, best first; -1 where a list is shorter
     counts: np.ndarray = None,  # [n_items] training users of each item; None: no novelty, popularity and long tail
-    n_users: int = None,   # training users
-    features: sparse.csr_matrix = None, # [n_items, n_features]; None: no diversity
-    k: tuple = None,       # where the lists are cut, one length or several; None: their length, and plain names
-) -> dict: # metric, or metric@k where k is given -> float64 [n], NaN where a list has no such value
+    n_users: int = None,  # training users
+    features: sparse.csr_matrix = None,  # [n_items, n_features]; None: no diversity
+    k: tuple = None,  # where the lists are cut, one length or several; None: their length, and plain names
+) -> dict:  # metric, or metric@k where k is given -> float64 [n], NaN where a list has no such value
     "Novelty, popularity, long tail and diversity of every user's list."
-    found,shown = {}, top >= 0
+    found, shown = {}, top >= 0
     length = np.maximum(1, shown.cumsum(1))
-    def means(values): # over the first items of each list, for each length
-        return np.where(shown.any(1)[:, None], np.where(shown, values[top], 0).cumsum(1)/length, np.nan)
+
+    def means(values):  # over the first items of each list, for each length
+        return np.where(shown.any(1)[:, None], np.where(shown, values[top], 0).cumsum(1) / length, np.nan)
+
     whole = {}
     if counts is not None:
-        whole = dict(novelty=means(np.log2(n_users/np.maximum(1, counts))), popularity=means(counts.astype(np.float64)), long_tail=means(long_tail(counts).astype(np.float64)))
+        whole = dict(
+            novelty=means(np.log2(n_users / np.maximum(1, counts))),
+            popularity=means(counts.astype(np.float64)),
+            long_tail=means(long_tail(counts).astype(np.float64)),
+        )
     unit = None if features is None else _unit_rows(features)
     for cut in _at(k, max(1, top.shape[1])):
-        values = {name: v[:, min(cut, top.shape[1])-1] for name,v in whole.items()}
-        if unit is not None and cut > 1: values['diversity'] = _diversity(top[:, :cut], unit)
-        found |= {name if k is None else f'{name}@{cut}': v for name,v in values.items()}
+        values = {name: v[:, min(cut, top.shape[1]) - 1] for name, v in whole.items()}
+        if unit is not None and cut > 1:
+            values["diversity"] = _diversity(top[:, :cut], unit)
+        found |= {name if k is None else f"{name}@{cut}": v for name, v in values.items()}
     return found
+
 
 def _diversity(top, unit):
     "Mean of 1 - cosine over the pairs of a list: from the length of the sum of its unit vectors, never pair by pair."
     counted = (top >= 0) & (np.diff(unit.indptr) > 0)[top]
     n = counted.sum(1)
-    lists = sparse.csr_matrix((np.ones(n.sum(), np.float32), top[counted], np.append(0, np.cumsum(n))), shape=(len(top), unit.shape[0]))
+    lists = sparse.csr_matrix(
+        (np.ones(n.sum(), np.float32), top[counted], np.append(0, np.cumsum(n))), shape=(len(top), unit.shape[0])
+    )
     total = lists @ unit
-    cosines = (np.asarray(total.multiply(total).sum(1)).ravel() - n)/np.maximum(1, n*(n-1))
-    return np.where(n > 1, 1-cosines, np.nan)
+    cosines = (np.asarray(total.multiply(total).sum(1)).ravel() - n) / np.maximum(1, n * (n - 1))
+    return np.where(n > 1, 1 - cosines, np.nan)
 
 # %% ../nbs/03a_validation.ipynb #27323c1d
 class _ByMetric(dict):
     "metric@k -> values; a metric without a length means the first length."
-    def __init__(self, values, k): super().__init__(values); self.k = k
+
+    def __init__(self, values, k):
+        super().__init__(values)
+        self.k = k
+
     def __missing__(self, name):
-        if '@' not in name and f'{name}@{self.k}' in self: return self[f'{name}@{self.k}']
+        if "@" not in name and f"{name}@{self.k}" in self:
+            return self[f"{name}@{self.k}"]
         raise AerecError(f"no metric {name!r} here: there are {', '.join(self)}")
+
 
 @dataclass(eq=False, repr=False)
 class Evaluation:
     "What a model did for every user of a fold; `mean` and `se` sum it up."
-    model: str             # its name
-    on: str                # valid or test
-    k: int                 # length of the lists where none is named: the first of `ks`
-    users: np.ndarray      # ids
-    metrics: dict          # metric@k -> float64, a value a user; NaN where a list has no such value
-    catalogue: dict = field(default_factory=dict) # coverage@k and gini@k, of all lists together
-    top: np.ndarray = None # int32 [n, longest k] the lists themselves, -1 where one is shorter; None: not kept
-    fold: Fold = None      # what was asked
-    counts: np.ndarray = None # [n_items] training users of each item
-    n_users: int = None    # training users
-    features: sparse.csr_matrix = None # [n_items, n_features] what diversity was measured on
-    n_without_target: int = 0 # users left out for lack of a held-out item
-    n_unknown_targets: int = 0 # held-out items that the model cannot know: misses
-    n_short: int = 0       # lists with fewer than the longest k items
-    seed: int = None       # of the split: what tells repetitions apart
-    reading: int = None    # which reading of these test rows it was; None: not by `final_test`
+
+    model: str  # its name
+    on: str  # valid or test
+    k: int  # length of the lists where none is named: the first of `ks`
+    users: np.ndarray  # ids
+    metrics: dict  # metric@k -> float64, a value a user; NaN where a list has no such value
+    catalogue: dict = field(default_factory=dict)  # coverage@k and gini@k, of all lists together
+    top: np.ndarray = None  # int32 [n, longest k] the lists themselves, -1 where one is shorter; None: not kept
+    fold: Fold = None  # what was asked
+    counts: np.ndarray = None  # [n_items] training users of each item
+    n_users: int = None  # training users
+    features: sparse.csr_matrix = None  # [n_items, n_features] what diversity was measured on
+    n_without_target: int = 0  # users left out for lack of a held-out item
+    n_unknown_targets: int = 0  # held-out items that the model cannot know: misses
+    n_short: int = 0  # lists with fewer than the longest k items
+    seed: int = None  # of the split: what tells repetitions apart
+    reading: int = None  # which reading of these test rows it was; None: not by `final_test`
 
     def __post_init__(self):
-        self.metrics,self.catalogue = (_ByMetric({m if '@' in m else f'{m}@{self.k}': v for m,v in given.items()}, self.k) for given in (self.metrics, self.catalogue))
+        self.metrics, self.catalogue = (
+            _ByMetric({m if "@" in m else f"{m}@{self.k}": v for m, v in given.items()}, self.k)
+            for given in (self.metrics, self.catalogue)
+        )
+
     @property
-    def ks(self): return tuple(dict.fromkeys(int(m.split('@')[1]) for m in self.metrics))
+    def ks(self):
+        return tuple(dict.fromkeys(int(m.split("@")[1]) for m in self.metrics))
+
     @property
-    def coverage(self): return self.catalogue['coverage']
+    def coverage(self):
+        return self.catalogue["coverage"]
 
 # %% ../nbs/03a_validation.ipynb #4efa58c8
 @patch
-def mean(self: Evaluation, metric: str = 'ndcg' # ndcg, or ndcg@20
-        ) -> float:
+def mean(
+    self: Evaluation,
+    metric: str = "ndcg",  # ndcg, or ndcg@20
+) -> float:
     "Over the users; of coverage and gini, the value itself."
-    if metric.split('@')[0] in ('coverage', 'gini'): return float(self.catalogue[metric])
+    if metric.split("@")[0] in ("coverage", "gini"):
+        return float(self.catalogue[metric])
     values = self.metrics[metric]
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float('nan')
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
 
 @patch
-def se(self: Evaluation, metric: str = 'ndcg' # ndcg, or ndcg@20
-      ) -> float:
+def se(
+    self: Evaluation,
+    metric: str = "ndcg",  # ndcg, or ndcg@20
+) -> float:
     "Standard error of the mean over users."
     values = self.metrics[metric]
     values = values[~np.isnan(values)]
-    return float(values.std()/np.sqrt(len(values))) if len(values) else float('nan')
+    return float(values.std() / np.sqrt(len(values))) if len(values) else float("nan")
+
 
 @patch
-def table(self: Evaluation # -> a row a metric, a column a length
-         ) -> pd.DataFrame:
+def table(
+    self: Evaluation,  # -> a row a metric, a column a length
+) -> pd.DataFrame:
     "Every figure with its standard error."
-    names = list(dict.fromkeys(m.split('@')[0] for m in (*self.metrics, *self.catalogue)))
+    names = list(dict.fromkeys(m.split("@")[0] for m in (*self.metrics, *self.catalogue)))
+
     def text(name, k):
-        m = f'{name}@{k}'
-        if m in self.catalogue: return f'{self.catalogue[m]:.4g}'
-        if m not in self.metrics or np.isnan(self.mean(m)): return '-'
-        return f'{self.mean(m):.4f} ± {self.se(m):.4f}' if name in METRICS else f'{self.mean(m):.3g} ± {self.se(m):.2g}'
-    return pd.DataFrame({f'@{k}': [text(name, k) for name in names] for k in self.ks}, index=names)
+        m = f"{name}@{k}"
+        if m in self.catalogue:
+            return f"{self.catalogue[m]:.4g}"
+        if m not in self.metrics or np.isnan(self.mean(m)):
+            return "-"
+        return f"{self.mean(m):.4f} ± {self.se(m):.4f}" if name in METRICS else f"{self.mean(m):.3g} ± {self.se(m):.2g}"
+
+    return pd.DataFrame({f"@{k}": [text(name, k) for name in names] for k in self.ks}, index=names)
+
 
 @patch
-def summary(self: Evaluation # -> metric -> text, at the first length
-           ) -> pd.Series:
+def summary(
+    self: Evaluation,  # -> metric -> text, at the first length
+) -> pd.Series:
     "One row for a table of models."
-    t = self.table()[f'@{self.k}']
-    return pd.Series(t.values, index=[f'{m}@{self.k}' for m in t.index], name=self.model)
+    t = self.table()[f"@{self.k}"]
+    return pd.Series(t.values, index=[f"{m}@{self.k}" for m in t.index], name=self.model)
+
 
 @patch
-def per_user(self: Evaluation # -> model, on, user_id and a column a metric
-            ) -> pd.DataFrame:
+def per_user(
+    self: Evaluation,  # -> model, on, user_id and a column a metric
+) -> pd.DataFrame:
     "A row a user."
     return pd.DataFrame(dict(model=self.model, on=self.on, user_id=self.users, **self.metrics))
 
+
 @patch
 def __repr__(self: Evaluation):
-    said = [] if self.reading is None else [f'reading {self.reading} of these test rows']
-    said += [f'{n:,} {what}' for n,what in ((self.n_without_target, 'users without a target left out'), (self.n_unknown_targets, 'held-out items that it cannot know count as misses'),
-                                            (self.n_short, f'lists shorter than {max(self.ks)}')) if n]
-    figures = ', '.join(f'{m} {self.mean(m):.4f} ± {self.se(m):.4f}' for m in (f'{name}@{k}' for k in self.ks for name in ('ndcg', 'recall', 'hit_rate')) if m in self.metrics)
-    return f'Evaluation({self.model} on {self.on}, {len(self.users):,} users: {figures}' + ''.join(f'; {s}' for s in said) + ')'
+    said = [] if self.reading is None else [f"reading {self.reading} of these test rows"]
+    said += [
+        f"{n:,} {what}"
+        for n, what in (
+            (self.n_without_target, "users without a target left out"),
+            (self.n_unknown_targets, "held-out items that it cannot know count as misses"),
+            (self.n_short, f"lists shorter than {max(self.ks)}"),
+        )
+        if n
+    ]
+    figures = ", ".join(
+        f"{m} {self.mean(m):.4f} ± {self.se(m):.4f}"
+        for m in (f"{name}@{k}" for k in self.ks for name in ("ndcg", "recall", "hit_rate"))
+        if m in self.metrics
+    )
+    return (
+        f"Evaluation({self.model} on {self.on}, {len(self.users):,} users: {figures}"
+        + "".join(f"; {s}" for s in said)
+        + ")"
+    )
+
 
 @patch
-def _repr_html_(self: Evaluation): return f'<p>{self!r}</p>'.replace('Evaluation(', '', 1).replace(')</p>', '</p>') + self.table().to_html()
+def _repr_html_(self: Evaluation):
+    return f"<p>{self!r}</p>".replace("Evaluation(", "", 1).replace(")</p>", "</p>") + self.table().to_html()
 
 # %% ../nbs/03a_validation.ipynb #acad8c7e
-def rank(model,         # fitted, or float scores [n, n_items] of the fold's users
-         fold: Fold,    # histories in `input`
-         k: int = 10,   # length of the lists
-         block_size: int = None, # users at a time; None: as many as give 64 MiB of scores
-        ) -> np.ndarray: # int32 [n, k], best first, histories masked; -1 where fewer than k items are left
+def rank(
+    model,  # fitted, or float scores [n, n_items] of the fold's users
+    fold: Fold,  # histories in `input`
+    k: int = 10,  # length of the lists
+    block_size: int = None,  # users at a time; None: as many as give 64 MiB of scores
+) -> np.ndarray:  # int32 [n, k], best first, histories masked; -1 where fewer than k items are left
     "The ranked lists of a fold, a block of users at a time; a score of -inf takes an item out. Raises `AerecError` where a score is not a number."
     given = np.asarray(model) if isinstance(model, (np.ndarray, list)) else None
-    name = 'scores' if given is not None else model.name or type(model).__name__
-    n,n_items = fold.input.shape
-    if given is not None and given.shape != (n, n_items): raise AerecError(f'scores of shape {given.shape}: this fold asks for {(n, n_items)}, a row a user and a column an item')
-    step = block_size or (block_rows(n_items) if given is None else max(1, 2**19//n_items)) # given scores are copied: as many as stay in the cache
+    name = "scores" if given is not None else model.name or type(model).__name__
+    n, n_items = fold.input.shape
+    if given is not None and given.shape != (n, n_items):
+        raise AerecError(
+            f"scores of shape {given.shape}: this fold asks for {(n, n_items)}, a row a user and a column an item"
+        )
+    step = block_size or (
+        block_rows(n_items) if given is None else max(1, 2**19 // n_items)
+    )  # given scores are copied: as many as stay in the cache
     lists = np.full((n, k), -1, np.int32)
     for start in range(0, n, step):
-        rows = slice(start, min(start+step, n))
+        rows = slice(start, min(start + step, n))
         scores = given[rows].copy() if given is not None else model.score(fold.input[rows])
-        first = scores.max(1, initial=-np.inf) # a NaN anywhere in a row makes this NaN
-        if (wrong := np.isnan(first) | np.isposinf(first)).any(): raise AerecError(f'{name}: a score is not a number for user {fold.users[rows][wrong].tolist()[0]!r}')
-        best,values = top_k(mask_history(scores, fold.input[rows]), k)
-        lists[rows, :best.shape[1]] = np.where(np.isneginf(values), -1, best)
+        first = scores.max(1, initial=-np.inf)  # a NaN anywhere in a row makes this NaN
+        if (wrong := np.isnan(first) | np.isposinf(first)).any():
+            raise AerecError(f"{name}: a score is not a number for user {fold.users[rows][wrong].tolist()[0]!r}")
+        best, values = top_k(mask_history(scores, fold.input[rows]), k)
+        lists[rows, : best.shape[1]] = np.where(np.isneginf(values), -1, best)
     return lists
 
 # %% ../nbs/03a_validation.ipynb #12b89fc6
 def _chosen_fold(split, on):
     fold = getattr(split, on)
-    if fold is None: raise AerecError(f'the split has no {on} fold: it was refitted; evaluate on test')
-    learned = split.train if on == 'valid' else split.train_and_valid
+    if fold is None:
+        raise AerecError(f"the split has no {on} fold: it was refitted; evaluate on test")
+    learned = split.train if on == "valid" else split.train_and_valid
     return fold, np.bincount(learned.indices, minlength=learned.shape[1]), learned.shape[0]
+
 
 def _with_targets(fold):
     "The fold without users that have no held-out item; they are counted."
     asked = np.flatnonzero(np.asarray(fold.n_targets) > 0)
-    if len(asked) == len(fold.n_targets): return fold
-    if not len(asked): raise AerecError('nobody in this fold has a held-out item: there is nothing to evaluate on')
-    return replace(fold, users=fold.users[asked], input=fold.input[asked], target=fold.target[asked], n_targets=np.asarray(fold.n_targets)[asked],
-                   n_without_target=fold.n_without_target + len(fold.n_targets) - len(asked))
+    if len(asked) == len(fold.n_targets):
+        return fold
+    if not len(asked):
+        raise AerecError("nobody in this fold has a held-out item: there is nothing to evaluate on")
+    return replace(
+        fold,
+        users=fold.users[asked],
+        input=fold.input[asked],
+        target=fold.target[asked],
+        n_targets=np.asarray(fold.n_targets)[asked],
+        n_without_target=fold.n_without_target + len(fold.n_targets) - len(asked),
+    )
 
-def evaluation(name: str,       # of the model
-               top: np.ndarray, # int [n, longest k] item indices, best first; -1 where a list is shorter
-               fold: Fold,      # what was asked; every user has a held-out item
-               on: str = 'valid', # valid or test
-               k: tuple = None, # where the lists are cut; None: their length
-               **known,         # counts, n_users, features, seed: fields of `Evaluation`
-              ) -> Evaluation:
+
+def evaluation(
+    name: str,  # of the model
+    top: np.ndarray,  # int [n, longest k] item indices, best first; -1 where a list is shorter
+    fold: Fold,  # what was asked; every user has a held-out item
+    on: str = "valid",  # valid or test
+    k: tuple = None,  # where the lists are cut; None: their length
+    **known,  # counts, n_users, features, seed: fields of `Evaluation`
+) -> Evaluation:
     "Every metric of given lists."
     ks = _at(k, max(1, top.shape[1]))
-    counts,features,n_items = known.get('counts'), known.get('features'), fold.input.shape[1]
-    metrics = ranking_metrics(top, fold.target, fold.n_targets, ks) | list_metrics(top, counts, known.get('n_users'), features, ks)
+    counts, features, n_items = known.get("counts"), known.get("features"), fold.input.shape[1]
+    metrics = ranking_metrics(top, fold.target, fold.n_targets, ks) | list_metrics(
+        top, counts, known.get("n_users"), features, ks
+    )
     catalogue = {}
     for cut in ks:
         shown = np.bincount(top[:, :cut][top[:, :cut] >= 0], minlength=n_items)
-        catalogue |= {f'coverage@{cut}': float((shown > 0).mean()), f'gini@{cut}': gini(shown)}
-    return Evaluation(name, on, ks[0], fold.users, metrics, catalogue, top.astype(np.int32, copy=False), fold, n_without_target=fold.n_without_target,
-                      n_unknown_targets=int(fold.n_targets.sum())-fold.target.nnz, n_short=int((top[:, :max(ks)] < 0).any(1).sum()), **known)
+        catalogue |= {f"coverage@{cut}": float((shown > 0).mean()), f"gini@{cut}": gini(shown)}
+    return Evaluation(
+        name,
+        on,
+        ks[0],
+        fold.users,
+        metrics,
+        catalogue,
+        top.astype(np.int32, copy=False),
+        fold,
+        n_without_target=fold.n_without_target,
+        n_unknown_targets=int(fold.n_targets.sum()) - fold.target.nnz,
+        n_short=int((top[:, : max(ks)] < 0).any(1).sum()),
+        **known,
+    )
 
-def evaluate(model,              # fitted, or float scores [n, n_items] of the fold's users
-             fold,               # a `Split` whose fold `on` is meant, or a `Fold`
-             k: int = 10,        # length of the lists, or several: (10, 20, 100)
-             on: str = 'valid',  # valid or test
-             block_size: int = None, # users at a time; None: as many as give 64 MiB of scores
-             item_features = None,   # `ItemFeatures`, or CSR over the vocabulary: what diversity is measured on; None: no diversity
-             name: str = None,       # what to call it; None: the model's own name
-            ) -> Evaluation: # novelty, popularity and long tail only where a `Split` says what the model learned from
+
+def evaluate(
+    model,  # fitted, or float scores [n, n_items] of the fold's users
+    fold,  # a `Split` whose fold `on` is meant, or a `Fold`
+    k: int = 10,  # length of the lists, or several: (10, 20, 100)
+    on: str = "valid",  # valid or test
+    block_size: int = None,  # users at a time; None: as many as give 64 MiB of scores
+    item_features=None,  # `ItemFeatures`, or CSR over the vocabulary: what diversity is measured on; None: no diversity
+    name: str = None,  # what to call it; None: the model's own name
+) -> Evaluation:  # novelty, popularity and long tail only where a `Split` says what the model learned from
     "Rank all items for every user of a fold, histories masked, and compare with what was held out."
-    if on not in ('valid', 'test'): raise AerecError(f'on = {on!r}: it must be valid or test')
-    ks,split = _at(k, 10), fold if hasattr(fold, 'part') else None
-    counts,n_users = None, None
-    if split is not None: fold,counts,n_users = _chosen_fold(split, on)
-    if given := isinstance(model, (np.ndarray, list)): model = np.asarray(model)[np.asarray(fold.n_targets) > 0] if len(model) == len(fold.n_targets) else model
+    if on not in ("valid", "test"):
+        raise AerecError(f"on = {on!r}: it must be valid or test")
+    ks, split = _at(k, 10), fold if hasattr(fold, "part") else None
+    counts, n_users = None, None
+    if split is not None:
+        fold, counts, n_users = _chosen_fold(split, on)
+    if given := isinstance(model, (np.ndarray, list)):
+        model = np.asarray(model)[np.asarray(fold.n_targets) > 0] if len(model) == len(fold.n_targets) else model
     fold = _with_targets(fold)
-    features = item_features.over(split.items).matrix if hasattr(item_features, 'over') and split is not None else getattr(item_features, 'matrix', item_features)
-    return evaluation(name or ('scores' if given else model.name or type(model).__name__), rank(model, fold, max(ks), block_size), fold, on, ks,
-                      counts=counts, n_users=n_users, features=features, seed=None if split is None else split.seed)
+    features = (
+        item_features.over(split.items).matrix
+        if hasattr(item_features, "over") and split is not None
+        else getattr(item_features, "matrix", item_features)
+    )
+    return evaluation(
+        name or ("scores" if given else model.name or type(model).__name__),
+        rank(model, fold, max(ks), block_size),
+        fold,
+        on,
+        ks,
+        counts=counts,
+        n_users=n_users,
+        features=features,
+        seed=None if split is None else split.seed,
+    )
 
 # %% ../nbs/03a_validation.ipynb #e67ff5f3
-def bounds(train: sparse.csr_matrix, # what popularity is counted on
-           fold: Fold,
-           k: int = 10,              # length of the lists, or several
-           on: str = 'valid',        # valid or test
-           features: sparse.csr_matrix = None, # [n_items, n_features] what diversity is measured on; None: no diversity
-           seed: int = None,         # of the split
-          ) -> dict: # random, popularity, oracle -> Evaluation
+def bounds(
+    train: sparse.csr_matrix,  # what popularity is counted on
+    fold: Fold,
+    k: int = 10,  # length of the lists, or several
+    on: str = "valid",  # valid or test
+    features: sparse.csr_matrix = None,  # [n_items, n_features] what diversity is measured on; None: no diversity
+    seed: int = None,  # of the split
+) -> dict:  # random, popularity, oracle -> Evaluation
     "What any model should lie between."
     counts = np.bincount(train.indices, minlength=train.shape[1])
-    return _bounds(_with_targets(fold), _at(k, 10), on, dict(counts=counts, n_users=train.shape[0], features=features, seed=seed))
+    return _bounds(
+        _with_targets(fold), _at(k, 10), on, dict(counts=counts, n_users=train.shape[0], features=features, seed=seed)
+    )
+
 
 def _bounds(fold, ks, on, known):
     "The same from what an `Evaluation` keeps."
-    counts = known['counts']
+    counts = known["counts"]
     counts = np.bincount(fold.input.indices, minlength=fold.input.shape[1]) if counts is None else counts
-    popular = Popularity.from_state(dict(n_items=np.array([len(counts)]), share=(counts/max(1, counts.max())).astype(np.float32)))
+    popular = Popularity.from_state(
+        dict(n_items=np.array([len(counts)]), share=(counts / max(1, counts.max())).astype(np.float32))
+    )
     oracle = np.full((len(fold), max(ks)), -1, np.int32)
-    for i,items in enumerate(np.split(fold.target.indices, fold.target.indptr[1:-1])): oracle[i, :len(items)] = items[:max(ks)]
-    return dict(random=_random_bound(fold, ks, on, known), popularity=evaluation('popularity', rank(popular, fold, max(ks)), fold, on, ks, **known),
-                oracle=evaluation('oracle', oracle, fold, on, ks, **known))
+    for i, items in enumerate(np.split(fold.target.indices, fold.target.indptr[1:-1])):
+        oracle[i, : len(items)] = items[: max(ks)]
+    return dict(
+        random=_random_bound(fold, ks, on, known),
+        popularity=evaluation("popularity", rank(popular, fold, max(ks)), fold, on, ks, **known),
+        oracle=evaluation("oracle", oracle, fold, on, ks, **known),
+    )
 
 # %% ../nbs/03a_validation.ipynb #24a96242
 def _random_bound(fold, ks, on, known):
     "The expectation of every metric over all rankings."
-    n,n_items = fold.input.shape
-    liked,free = np.diff(fold.target.indptr), np.maximum(1, n_items - np.diff(fold.input.indptr))
-    place = np.arange(1, max(ks)+1)
+    n, n_items = fold.input.shape
+    liked, free = np.diff(fold.target.indptr), np.maximum(1, n_items - np.diff(fold.input.indptr))
+    place = np.arange(1, max(ks) + 1)
     possible = place <= free[:, None]
-    hit = np.where(possible, (liked/free)[:, None], 0)                    # that a given place holds a target
-    another = np.maximum(0, liked-1)[:, None]/np.maximum(1, free-1)[:, None] # and, where one does, that another does as well
-    none_yet = np.cumprod(np.clip(1 - liked[:, None]/np.maximum(1, free[:, None]-place+1), 0, 1), axis=1)
-    gain,precisions = (hit/np.log2(place+1)).cumsum(1), (hit*(1+(place-1)*another)/place).cumsum(1)
-    first = ((np.hstack([np.ones((n, 1)), none_yet[:, :-1]]) - none_yet)/place).cumsum(1)
-    ideal,metrics,catalogue = np.cumsum(1/np.log2(place+1)), {}, {}
+    hit = np.where(possible, (liked / free)[:, None], 0)  # that a given place holds a target
+    another = (
+        np.maximum(0, liked - 1)[:, None] / np.maximum(1, free - 1)[:, None]
+    )  # and, where one does, that another does as well
+    none_yet = np.cumprod(np.clip(1 - liked[:, None] / np.maximum(1, free[:, None] - place + 1), 0, 1), axis=1)
+    gain, precisions = (hit / np.log2(place + 1)).cumsum(1), (hit * (1 + (place - 1) * another) / place).cumsum(1)
+    first = ((np.hstack([np.ones((n, 1)), none_yet[:, :-1]]) - none_yet) / place).cumsum(1)
+    ideal, metrics, catalogue = np.cumsum(1 / np.log2(place + 1)), {}, {}
     lists = _random_lists(fold, known)
     for cut in ks:
-        reachable,found = np.minimum(fold.n_targets, cut), hit[:, :cut].sum(1)
-        values = dict(ndcg=gain[:, cut-1]/ideal[reachable-1], recall=found/reachable, hit=found/fold.n_targets, hit_rate=1-none_yet[:, cut-1], precision=found/cut,
-                      map=precisions[:, cut-1]/reachable, mrr=first[:, cut-1]) | {m: v for m,v in lists.items() if m != 'diversity' or cut > 1}
-        chance = np.minimum(1, cut/free)                                  # that a given item is in the list
-        exposure = np.full(n_items, chance.sum()) - np.bincount(fold.input.indices, np.repeat(chance, np.diff(fold.input.indptr)), minlength=n_items)
-        unseen = np.full(n_items, np.log1p(-np.minimum(chance, 1-1e-12)).sum()) - np.bincount(
-            fold.input.indices, np.repeat(np.log1p(-np.minimum(chance, 1-1e-12)), np.diff(fold.input.indptr)), minlength=n_items)
-        metrics |= {f'{m}@{cut}': v for m,v in values.items()}
-        catalogue |= {f'coverage@{cut}': float((1-np.exp(unseen)).mean()), f'gini@{cut}': gini(exposure)}
-    return Evaluation('random', on, ks[0], fold.users, metrics, catalogue, None, fold, n_without_target=fold.n_without_target, **known)
+        reachable, found = np.minimum(fold.n_targets, cut), hit[:, :cut].sum(1)
+        values = dict(
+            ndcg=gain[:, cut - 1] / ideal[reachable - 1],
+            recall=found / reachable,
+            hit=found / fold.n_targets,
+            hit_rate=1 - none_yet[:, cut - 1],
+            precision=found / cut,
+            map=precisions[:, cut - 1] / reachable,
+            mrr=first[:, cut - 1],
+        ) | {m: v for m, v in lists.items() if m != "diversity" or cut > 1}
+        chance = np.minimum(1, cut / free)  # that a given item is in the list
+        exposure = np.full(n_items, chance.sum()) - np.bincount(
+            fold.input.indices, np.repeat(chance, np.diff(fold.input.indptr)), minlength=n_items
+        )
+        unseen = np.full(n_items, np.log1p(-np.minimum(chance, 1 - 1e-12)).sum()) - np.bincount(
+            fold.input.indices,
+            np.repeat(np.log1p(-np.minimum(chance, 1 - 1e-12)), np.diff(fold.input.indptr)),
+            minlength=n_items,
+        )
+        metrics |= {f"{m}@{cut}": v for m, v in values.items()}
+        catalogue |= {f"coverage@{cut}": float((1 - np.exp(unseen)).mean()), f"gini@{cut}": gini(exposure)}
+    return Evaluation(
+        "random", on, ks[0], fold.users, metrics, catalogue, None, fold, n_without_target=fold.n_without_target, **known
+    )
+
 
 def _random_lists(fold, known):
     "Expected novelty, popularity, long tail and diversity of a list drawn from what a history leaves."
-    n,n_items = fold.input.shape
+    n, n_items = fold.input.shape
     seen = sparse.csr_matrix((np.ones(fold.input.nnz), fold.input.indices, fold.input.indptr), shape=(n, n_items))
-    free,counts,features,found = np.maximum(1, n_items - np.diff(fold.input.indptr)), known['counts'], known['features'], {}
+    free, counts, features, found = (
+        np.maximum(1, n_items - np.diff(fold.input.indptr)),
+        known["counts"],
+        known["features"],
+        {},
+    )
     if counts is not None:
-        of_items = dict(novelty=np.log2(known['n_users']/np.maximum(1, counts)), popularity=counts.astype(np.float64), long_tail=long_tail(counts).astype(np.float64))
-        found = {name: (v.sum() - seen @ v)/free for name,v in of_items.items()}
+        of_items = dict(
+            novelty=np.log2(known["n_users"] / np.maximum(1, counts)),
+            popularity=counts.astype(np.float64),
+            long_tail=long_tail(counts).astype(np.float64),
+        )
+        found = {name: (v.sum() - seen @ v) / free for name, v in of_items.items()}
     if features is not None:
-        unit,has = _unit_rows(features).astype(np.float64), (np.diff(features.indptr) > 0).astype(np.float64)
-        total,theirs,left = np.asarray(unit.sum(0)).ravel(), seen @ unit, has.sum() - seen @ has
-        squares = total @ total - 2*(theirs @ total) + np.asarray(theirs.multiply(theirs).sum(1)).ravel()
-        found['diversity'] = np.where(left > 1, 1 - (squares-left)/np.maximum(1, left*(left-1)), np.nan)
+        unit, has = _unit_rows(features).astype(np.float64), (np.diff(features.indptr) > 0).astype(np.float64)
+        total, theirs, left = np.asarray(unit.sum(0)).ravel(), seen @ unit, has.sum() - seen @ has
+        squares = total @ total - 2 * (theirs @ total) + np.asarray(theirs.multiply(theirs).sum(1)).ravel()
+        found["diversity"] = np.where(left > 1, 1 - (squares - left) / np.maximum(1, left * (left - 1)), np.nan)
     return found
 
 # %% ../nbs/03a_validation.ipynb #ee2a1f14
 def _by_model(evaluations):
     "Evaluations of each model in the order given; every model on the same users, repetition by repetition."
     groups = {}
-    for e in evaluations: groups.setdefault(e.model, []).append(e)
-    (first,ours),*others = groups.items()
-    for name,theirs in others:
-        if len(theirs) != len(ours): raise AerecError(f'{name} was evaluated {len(theirs)} times and {first} {len(ours)} times: give every model the same splits and seeds')
-        for a,b in zip(ours, theirs):
-            if not np.array_equal(a.users, b.users) or a.on != b.on: raise AerecError(f'{name} and {first} were evaluated on different users: evaluate both on one fold')
+    for e in evaluations:
+        groups.setdefault(e.model, []).append(e)
+    (first, ours), *others = groups.items()
+    for name, theirs in others:
+        if len(theirs) != len(ours):
+            raise AerecError(
+                f"{name} was evaluated {len(theirs)} times and {first} {len(ours)} times: give every model the same splits and seeds"
+            )
+        for a, b in zip(ours, theirs):
+            if not np.array_equal(a.users, b.users) or a.on != b.on:
+                raise AerecError(f"{name} and {first} were evaluated on different users: evaluate both on one fold")
     return groups
+
 
 def _differences(ours, theirs, metric, people):
     "Sum of a person's differences over the repetitions, and how many there are, both [n_people]."
-    total,n = np.zeros(len(people)), np.zeros(len(people))
-    for a,b in zip(ours, theirs):
+    total, n = np.zeros(len(people)), np.zeros(len(people))
+    for a, b in zip(ours, theirs):
         d = a.metrics[metric] - b.metrics[metric]
         at = people.get_indexer(pd.Index(a.users))[~np.isnan(d)]
-        np.add.at(total, at, d[~np.isnan(d)]); np.add.at(n, at, 1)
-    return total,n
+        np.add.at(total, at, d[~np.isnan(d)])
+        np.add.at(n, at, 1)
+    return total, n
 
-def holm(p: np.ndarray # of several tests
-        ) -> np.ndarray: # corrected, in the same order
+
+def holm(
+    p: np.ndarray,  # of several tests
+) -> np.ndarray:  # corrected, in the same order
     "Holm's step-down correction: below .05 for none of the true hypotheses in 95 % of all tables."
     p = np.asarray(p, np.float64)
     order = np.argsort(p)
-    made = np.maximum.accumulate(p[order]*np.arange(len(p), 0, -1))
-    corrected = np.empty(len(p)); corrected[order] = np.minimum(1, made)
+    made = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, made)
     return corrected
 
 # %% ../nbs/03a_validation.ipynb #f3f68c75
 def _paired(pairs, metric, n_bootstrap, seed):
     "Difference, 95 % interval and p of pairs of groups of evaluations."
     people = pd.Index(np.unique(np.concatenate([e.users for e in pairs[0][0]])))
-    both = [_differences(a, b, metric, people) for a,b in pairs]
-    total,n = (np.array(v) for v in zip(*both))
-    mean = total.sum(1)/np.maximum(1, n.sum(1))
-    left = total - mean[:, None]*n
-    size,df = len(people), max(1, len(people)-1)
-    error = np.sqrt((left**2).sum(1)*size/df)/np.maximum(1, n.sum(1))
-    with np.errstate(divide='ignore', invalid='ignore'): t = np.where(error > 1e-15*np.maximum(1, abs(mean)), abs(mean)/error, np.where(abs(mean) > 0, np.inf, 0))
-    random,draws = np.random.default_rng(seed), []
-    for start in range(0, n_bootstrap, step := max(1, 2**24//size)):
-        counts = random.multinomial(size, np.full(size, 1/size), size=min(step, n_bootstrap-start)).astype(np.float64)
-        draws.append(counts @ total.T/np.maximum(1, counts @ n.T))
-    low,high = np.percentile(np.concatenate(draws), [2.5, 97.5], axis=0)
-    return mean, low, high, 2*stats.t.sf(t, df)
+    both = [_differences(a, b, metric, people) for a, b in pairs]
+    total, n = (np.array(v) for v in zip(*both))
+    mean = total.sum(1) / np.maximum(1, n.sum(1))
+    left = total - mean[:, None] * n
+    size, df = len(people), max(1, len(people) - 1)
+    error = np.sqrt((left**2).sum(1) * size / df) / np.maximum(1, n.sum(1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(error > 1e-15 * np.maximum(1, abs(mean)), abs(mean) / error, np.where(abs(mean) > 0, np.inf, 0))
+    random, draws = np.random.default_rng(seed), []
+    for start in range(0, n_bootstrap, step := max(1, 2**24 // size)):
+        counts = random.multinomial(size, np.full(size, 1 / size), size=min(step, n_bootstrap - start)).astype(
+            np.float64
+        )
+        draws.append(counts @ total.T / np.maximum(1, counts @ n.T))
+    low, high = np.percentile(np.concatenate(draws), [2.5, 97.5], axis=0)
+    return mean, low, high, 2 * stats.t.sf(t, df)
+
 
 def _verdict(better, worse, low, p, corrected, n_pairs, n_people):
-    if corrected < .05: return f'{better} is better' + (f', also after correction for {n_pairs} comparisons' if n_pairs > 1 else '')
-    if low > 0 or p < .05: return f'{better} may be better: alone it would count, among {n_pairs} comparisons it does not'
-    return f'no difference that {n_people:,} people can show'
+    if corrected < 0.05:
+        return f"{better} is better" + (f", also after correction for {n_pairs} comparisons" if n_pairs > 1 else "")
+    if low > 0 or p < 0.05:
+        return f"{better} may be better: alone it would count, among {n_pairs} comparisons it does not"
+    return f"no difference that {n_people:,} people can show"
 
-def compare(evaluations: list,      # of `Evaluation` on the same users; several of one name are repetitions (splits, seeds), in the same order for every model
-            metric: str = 'ndcg',   # any that they have, as ndcg or ndcg@20
-            n_bootstrap: int = 1000, # resamples
-            seed: int = 42,         # of the resampling
-           ) -> pd.DataFrame: # a row a pair, models first, bounds last: better, worse, difference, low, high (95 %), p, p_holm, verdict
+
+def compare(
+    evaluations: list,  # of `Evaluation` on the same users; several of one name are repetitions (splits, seeds), in the same order for every model
+    metric: str = "ndcg",  # any that they have, as ndcg or ndcg@20
+    n_bootstrap: int = 1000,  # resamples
+    seed: int = 42,  # of the resampling
+) -> (
+    pd.DataFrame
+):  # a row a pair, models first, bounds last: better, worse, difference, low, high (95 %), p, p_holm, verdict
     "Paired differences between every two models, between each of them and popularity, and between the best and what is random or perfect."
     groups = _by_model(evaluations)
     ends = {}
     for e in next(iter(groups.values())):
-        if e.fold is None: continue
-        for name,end in _bounds(e.fold, e.ks, e.on, dict(counts=e.counts, n_users=e.n_users, features=e.features, seed=e.seed)).items():
-            if name not in groups: ends.setdefault(name, []).append(end)
+        if e.fold is None:
+            continue
+        for name, end in _bounds(
+            e.fold, e.ks, e.on, dict(counts=e.counts, n_users=e.n_users, features=e.features, seed=e.seed)
+        ).items():
+            if name not in groups:
+                ends.setdefault(name, []).append(end)
     every = groups | ends
-    level = {name: float(np.mean([e.mean(metric) for e in group])) for name,group in every.items()}
-    models,last = (sorted(names, key=lambda m: -level[m]) for names in (groups, ends))
-    pairs = list(combinations(models, 2)) + [tuple(sorted((m, end), key=lambda x: -level[x])) for end in last for m in (models if end == 'popularity' else models[:1])]
-    if not pairs: return pd.DataFrame(columns=['better', 'worse', 'difference', 'low', 'high', 'p', 'p_holm', 'verdict'])
-    mean,low,high,p = _paired([(every[a], every[b]) for a,b in pairs], metric, n_bootstrap, seed)
-    corrected,n_people = holm(p), len(np.unique(np.concatenate([e.users for e in groups[models[0]]])))
-    return pd.DataFrame(dict(better=[a for a,_ in pairs], worse=[b for _,b in pairs], difference=mean, low=low, high=high, p=p, p_holm=corrected,
-                             verdict=[_verdict(a, b, *v, len(pairs), n_people) for (a,b),*v in zip(pairs, low, p, corrected)]))
+    level = {name: float(np.mean([e.mean(metric) for e in group])) for name, group in every.items()}
+    models, last = (sorted(names, key=lambda m: -level[m]) for names in (groups, ends))
+    pairs = list(combinations(models, 2)) + [
+        tuple(sorted((m, end), key=lambda x: -level[x]))
+        for end in last
+        for m in (models if end == "popularity" else models[:1])
+    ]
+    if not pairs:
+        return pd.DataFrame(columns=["better", "worse", "difference", "low", "high", "p", "p_holm", "verdict"])
+    mean, low, high, p = _paired([(every[a], every[b]) for a, b in pairs], metric, n_bootstrap, seed)
+    corrected, n_people = holm(p), len(np.unique(np.concatenate([e.users for e in groups[models[0]]])))
+    return pd.DataFrame(
+        dict(
+            better=[a for a, _ in pairs],
+            worse=[b for _, b in pairs],
+            difference=mean,
+            low=low,
+            high=high,
+            p=p,
+            p_holm=corrected,
+            verdict=[_verdict(a, b, *v, len(pairs), n_people) for (a, b), *v in zip(pairs, low, p, corrected)],
+        )
+    )
 
 # %% ../nbs/03a_validation.ipynb #4baba357
-def _parts(values, n=4, unit=''):
+def _parts(values, n=4, unit=""):
     "Groups of nearly equal size and what they are called."
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, n+1)))
-    code = np.clip(np.searchsorted(edges, values, side='right')-1, 0, max(0, len(edges)-2))
-    def named(c): v = values[code == c]; return f'{v.min():,.0f}{unit}' if v.min() == v.max() else f'{v.min():,.0f} to {v.max():,.0f}{unit}'
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, n + 1)))
+    code = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(0, len(edges) - 2))
+
+    def named(c):
+        v = values[code == c]
+        return f"{v.min():,.0f}{unit}" if v.min() == v.max() else f"{v.min():,.0f} to {v.max():,.0f}{unit}"
+
     return code, {c: named(c) for c in np.unique(code)}
 
-def item_buckets(counts: np.ndarray # [n_items] training users of each item
-                ) -> tuple: # (code int [n_items], names): 0 head, 1 middle, 2 tail, 3 cold
+
+def item_buckets(
+    counts: np.ndarray,  # [n_items] training users of each item
+) -> tuple:  # (code int [n_items], names): 0 head, 1 middle, 2 tail, 3 cold
     "Items in three equal parts of the interactions, and those without any."
-    order = np.argsort(-counts, kind='stable')
-    before,code = np.cumsum(counts[order]) - counts[order], np.empty(len(counts), int)
-    code[order] = np.minimum(2, 3*before//max(1, counts.sum()))
+    order = np.argsort(-counts, kind="stable")
+    before, code = np.cumsum(counts[order]) - counts[order], np.empty(len(counts), int)
+    code[order] = np.minimum(2, 3 * before // max(1, counts.sum()))
     code[counts == 0] = 3
-    return code, {c: f"{name} ({(code == c).sum():,} items)" for c,name in enumerate(('head', 'middle', 'tail', 'cold')) if c < 3 or (code == 3).any()}
+    return code, {
+        c: f"{name} ({(code == c).sum():,} items)"
+        for c, name in enumerate(("head", "middle", "tail", "cold"))
+        if c < 3 or (code == 3).any()
+    }
+
 
 def _last_times(split, users, on):
     "When each user was last active before what is asked, seconds; None without times."
     inter = split.interactions
-    if inter.times is None: return None
-    seen = np.isin(split.part, [TRAIN] if on == 'valid' else [TRAIN, VALID]) if split.kind != 'strong' else ~np.isin(split.part, [VALID, TEST])
+    if inter.times is None:
+        return None
+    seen = (
+        np.isin(split.part, [TRAIN] if on == "valid" else [TRAIN, VALID])
+        if split.kind != "strong"
+        else ~np.isin(split.part, [VALID, TEST])
+    )
     last = np.zeros(inter.n_users, np.int64)
     np.maximum.at(last, inter.rows[seen], inter.times[seen].astype(np.int64))
     return last[pd.Index(inter.users).get_indexer(pd.Index(users))]
 
+
 def _target_slices(e, on_targets, k):
     "Per user the share of found targets in each bucket of items, NaN where there is none; the last bucket has those that no model can know."
-    code,names = on_targets
+    code, names = on_targets
     found = np.zeros(e.fold.target.nnz, bool)
     hits = _hits(e.top[:, :k], e.fold.target)
-    at = sparse.csr_matrix((np.arange(1, e.fold.target.nnz+1), e.fold.target.indices, e.fold.target.indptr), shape=e.fold.target.shape)
-    r,c = np.nonzero(hits)
-    found[np.asarray(at[r, e.top[r, c]]).ravel()-1] = True
+    at = sparse.csr_matrix(
+        (np.arange(1, e.fold.target.nnz + 1), e.fold.target.indices, e.fold.target.indptr), shape=e.fold.target.shape
+    )
+    r, c = np.nonzero(hits)
+    found[np.asarray(at[r, e.top[r, c]]).ravel() - 1] = True
     user = np.repeat(np.arange(len(e.users)), np.diff(e.fold.target.indptr))
-    for c,name in names.items():
+    for c, name in names.items():
         mine = code[e.fold.target.indices] == c
-        n = np.bincount(user[mine], minlength=len(e.users)) + (e.fold.n_targets - np.diff(e.fold.target.indptr) if c == 3 else 0)
-        yield name, np.where(n > 0, np.bincount(user[mine & found], minlength=len(e.users))/np.maximum(1, n), np.nan)
+        n = np.bincount(user[mine], minlength=len(e.users)) + (
+            e.fold.n_targets - np.diff(e.fold.target.indptr) if c == 3 else 0
+        )
+        yield name, np.where(n > 0, np.bincount(user[mine & found], minlength=len(e.users)) / np.maximum(1, n), np.nan)
 
 # %% ../nbs/03a_validation.ipynb #ed4f4f6a
-def slices(evaluations: list,     # of `Evaluation`, models on the same users
-           split: Split = None,   # whose times tell who was last active when; None: not by activity
-           metric: str = 'ndcg',  # of the people's slices; among items it is hit
-          ) -> pd.DataFrame: # by, part, n (people in it), model, metric, value, se
+def slices(
+    evaluations: list,  # of `Evaluation`, models on the same users
+    split: Split = None,  # whose times tell who was last active when; None: not by activity
+    metric: str = "ndcg",  # of the people's slices; among items it is hit
+) -> pd.DataFrame:  # by, part, n (people in it), model, metric, value, se
     "Each model's figures inside groups of people and of items."
-    first,made = evaluations[0], []
+    first, made = evaluations[0], []
     _by_model(evaluations)
-    groups = {'history length': _parts(np.diff(first.fold.input.indptr), unit=' items')}
+    groups = {"history length": _parts(np.diff(first.fold.input.indptr), unit=" items")}
     times = None if split is None else _last_times(split, first.users, first.on)
     if times is not None and times.min() < times.max():
-        code,_ = _parts(times, 3)
-        def days(form): return {c: '{} to {}'.format(*(datetime.fromtimestamp(int(v), timezone.utc).strftime(form) for v in (times[code == c].min(), times[code == c].max()))) for c in np.unique(code)}
-        day = days('%Y-%m-%d') if len(set(days('%Y-%m-%d').values())) == len(np.unique(code)) else days('%Y-%m-%d %H:%M:%S')
-        groups['last active'] = code,day
+        code, _ = _parts(times, 3)
+
+        def days(form):
+            return {
+                c: "{} to {}".format(
+                    *(
+                        datetime.fromtimestamp(int(v), timezone.utc).strftime(form)
+                        for v in (times[code == c].min(), times[code == c].max())
+                    )
+                )
+                for c in np.unique(code)
+            }
+
+        day = (
+            days("%Y-%m-%d")
+            if len(set(days("%Y-%m-%d").values())) == len(np.unique(code))
+            else days("%Y-%m-%d %H:%M:%S")
+        )
+        groups["last active"] = code, day
+
     def row(by, part, e, name, values):
         values = values[~np.isnan(values)]
-        return dict(by=by, part=part, n=len(values), model=e.model, metric=name, value=values.mean(), se=values.std()/np.sqrt(len(values)))
-    for by,(code,names) in groups.items():
-        made += [row(by, names[c], e, metric if '@' in metric else f'{metric}@{e.k}', e.metrics[metric][code == c]) for c in names for e in evaluations]
+        return dict(
+            by=by,
+            part=part,
+            n=len(values),
+            model=e.model,
+            metric=name,
+            value=values.mean(),
+            se=values.std() / np.sqrt(len(values)),
+        )
+
+    for by, (code, names) in groups.items():
+        made += [
+            row(by, names[c], e, metric if "@" in metric else f"{metric}@{e.k}", e.metrics[metric][code == c])
+            for c in names
+            for e in evaluations
+        ]
     if first.counts is not None:
-        code,names = item_buckets(first.counts)
-        if (unknown := first.n_unknown_targets) or 3 in names: names[3] = f'cold ({(code == 3).sum():,} items; {unknown:,} targets unknown)' if unknown else names[3]
-        found = [row('item popularity', part, e, f'hit@{e.k}', v) for e in evaluations if e.top is not None for part,v in _target_slices(e, (code, names), e.k) if not np.isnan(v).all()]
-        made += sorted(found, key=lambda r: list(names.values()).index(r['part']))
+        code, names = item_buckets(first.counts)
+        if (unknown := first.n_unknown_targets) or 3 in names:
+            names[3] = f"cold ({(code == 3).sum():,} items; {unknown:,} targets unknown)" if unknown else names[3]
+        found = [
+            row("item popularity", part, e, f"hit@{e.k}", v)
+            for e in evaluations
+            if e.top is not None
+            for part, v in _target_slices(e, (code, names), e.k)
+            if not np.isnan(v).all()
+        ]
+        made += sorted(found, key=lambda r: list(names.values()).index(r["part"]))
     return pd.DataFrame(made)
 
 # %% ../nbs/03a_validation.ipynb #0684f762
@@ -519,449 +785,852 @@ def _ids_and_entries(split, learned_from, on):
     "Ids of all rows, and (row, column, time) of what was learned, over the split's users and items; ids that it does not have come behind."
     inter = split.interactions
     if learned_from is None:
-        parts = [TRAIN] if on == 'valid' or split.kind == 'strong' else [TRAIN, VALID]
+        parts = [TRAIN] if on == "valid" or split.kind == "strong" else [TRAIN, VALID]
         keep = np.isin(split.part, parts)
-        return inter.users, inter.rows[keep], inter.matrix.indices[keep], None if inter.times is None else inter.times[keep], inter.n_items
+        return (
+            inter.users,
+            inter.rows[keep],
+            inter.matrix.indices[keep],
+            None if inter.times is None else inter.times[keep],
+            inter.n_items,
+        )
     if sparse.issparse(learned_from):
         m = learned_from.tocsr()
-        users,items = {split.train.shape: (split.users, split.items), inter.matrix.shape: (inter.users, inter.items)}.get(m.shape, (None, None))
-        if users is None: raise AerecError(f'learned_from has shape {m.shape}: it must be {split.train.shape} as the split\'s train, {inter.matrix.shape} as all interactions, or a frame with user_id and item_id')
-        learned_from = pd.DataFrame(dict(user_id=users[np.repeat(np.arange(m.shape[0]), np.diff(m.indptr))], item_id=items[m.indices]))
-    if missing := {'user_id', 'item_id'} - set(learned_from.columns): raise AerecError(f"learned_from has no column {', '.join(sorted(missing))}: it must say which user had which item")
-    (r,users),(c,items) = ((i.get_indexer(f), i) for i,f in ((pd.Index(inter.users), learned_from.user_id), (pd.Index(inter.items), learned_from.item_id)))
-    more,ids = pd.factorize(learned_from.user_id[r < 0])
+        users, items = {
+            split.train.shape: (split.users, split.items),
+            inter.matrix.shape: (inter.users, inter.items),
+        }.get(m.shape, (None, None))
+        if users is None:
+            raise AerecError(
+                f"learned_from has shape {m.shape}: it must be {split.train.shape} as the split's train, {inter.matrix.shape} as all interactions, or a frame with user_id and item_id"
+            )
+        learned_from = pd.DataFrame(
+            dict(user_id=users[np.repeat(np.arange(m.shape[0]), np.diff(m.indptr))], item_id=items[m.indices])
+        )
+    if missing := {"user_id", "item_id"} - set(learned_from.columns):
+        raise AerecError(
+            f"learned_from has no column {', '.join(sorted(missing))}: it must say which user had which item"
+        )
+    (r, users), (c, items) = (
+        (i.get_indexer(f), i)
+        for i, f in ((pd.Index(inter.users), learned_from.user_id), (pd.Index(inter.items), learned_from.item_id))
+    )
+    more, ids = pd.factorize(learned_from.user_id[r < 0])
     r[r < 0] = more + len(users)
-    new,_ = pd.factorize(learned_from.item_id[c < 0])
+    new, _ = pd.factorize(learned_from.item_id[c < 0])
     c[c < 0] = new + len(items)
-    times = learned_from.timestamp.to_numpy() if 'timestamp' in learned_from else _known_times(inter, r, c)
-    return np.concatenate([inter.users, np.asarray(ids, inter.users.dtype if inter.users.dtype != object else object)]) if len(ids) else inter.users, r, c, times, max(inter.n_items, int(c.max(initial=-1))+1)
+    times = learned_from.timestamp.to_numpy() if "timestamp" in learned_from else _known_times(inter, r, c)
+    return (
+        np.concatenate([inter.users, np.asarray(ids, inter.users.dtype if inter.users.dtype != object else object)])
+        if len(ids)
+        else inter.users,
+        r,
+        c,
+        times,
+        max(inter.n_items, int(c.max(initial=-1)) + 1),
+    )
+
 
 def _known_times(inter, r, c):
     "Times of entries as the split's own interactions have them; the earliest possible where they do not have the entry."
-    if inter.times is None: return None
-    ours,asked = (a.astype(np.int64)*(inter.n_items+1) + np.minimum(b, inter.n_items) for a,b in ((inter.rows, inter.matrix.indices), (r, c)))
+    if inter.times is None:
+        return None
+    ours, asked = (
+        a.astype(np.int64) * (inter.n_items + 1) + np.minimum(b, inter.n_items)
+        for a, b in ((inter.rows, inter.matrix.indices), (r, c))
+    )
     order = np.argsort(ours)
-    at = np.minimum(np.searchsorted(ours[order], asked), len(ours)-1)
+    at = np.minimum(np.searchsorted(ours[order], asked), len(ours) - 1)
     return np.where(ours[order][at] == asked, inter.times[order][at], np.iinfo(np.int64).min)
+
 
 def _asked(split, fold, on, shape):
     "Histories and targets that are asked, over all ids and items."
-    inter,columns = split.interactions, np.flatnonzero(split._columns >= 0)
-    def matrix(r, c): return sparse.csr_matrix((np.ones(len(r), np.float32), (r, c)), shape=shape)
+    inter, columns = split.interactions, np.flatnonzero(split._columns >= 0)
+
+    def matrix(r, c):
+        return sparse.csr_matrix((np.ones(len(r), np.float32), (r, c)), shape=shape)
+
     if fold is not None:
         at = pd.Index(inter.users).get_indexer(pd.Index(fold.users))
-        if (at < 0).any(): raise AerecError(f'fold: user {fold.users[at < 0].tolist()[0]!r} is not in the split')
-        return [matrix(at[np.repeat(np.arange(len(at)), np.diff(m.indptr))], columns[m.indices]) for m in (fold.input, fold.target)]
-    own,fold = {'valid': VALID, 'test': TEST}[on], getattr(split, on)
+        if (at < 0).any():
+            raise AerecError(f"fold: user {fold.users[at < 0].tolist()[0]!r} is not in the split")
+        return [
+            matrix(at[np.repeat(np.arange(len(at)), np.diff(m.indptr))], columns[m.indices])
+            for m in (fold.input, fold.target)
+        ]
+    own, fold = {"valid": VALID, "test": TEST}[on], getattr(split, on)
     at = pd.Index(inter.users).get_indexer(pd.Index(fold.users))
     target = (split.part == own) & np.isin(inter.rows, at)
-    return matrix(at[np.repeat(np.arange(len(at)), np.diff(fold.input.indptr))], columns[fold.input.indices]), matrix(inter.rows[target], inter.matrix.indices[target])
+    return matrix(at[np.repeat(np.arange(len(at)), np.diff(fold.input.indptr))], columns[fold.input.indices]), matrix(
+        inter.rows[target], inter.matrix.indices[target]
+    )
 
 # %% ../nbs/03a_validation.ipynb #bed5be7e
-def twins(rows: sparse.csr_matrix,  # [n, n_items] sets of items
-          ids: np.ndarray,          # [n] whose; rows of one id are no twins
-          least: float = .8,        # overlap: items in common over items of either
-          min_items: int = 5,       # in common, at least
-          seed: int = 0,            # of the random numbers
-         ) -> np.ndarray: # int [n_pairs, 2] row numbers
+def twins(
+    rows: sparse.csr_matrix,  # [n, n_items] sets of items
+    ids: np.ndarray,  # [n] whose; rows of one id are no twins
+    least: float = 0.8,  # overlap: items in common over items of either
+    min_items: int = 5,  # in common, at least
+    seed: int = 0,  # of the random numbers
+) -> np.ndarray:  # int [n_pairs, 2] row numbers
     "Rows of different ids that are too much alike for chance: two such rows among all these would come about once in a million times."
-    n,n_items = rows.shape
-    share = np.bincount(rows.indices, minlength=n_items)/max(1, n)
-    bits = sparse.csr_matrix((-np.log2(np.maximum(share, 1e-12))[rows.indices], rows.indices, rows.indptr), shape=rows.shape)
-    needed = 2*np.log2(max(2, n)) + 20
+    n, n_items = rows.shape
+    share = np.bincount(rows.indices, minlength=n_items) / max(1, n)
+    bits = sparse.csr_matrix(
+        (-np.log2(np.maximum(share, 1e-12))[rows.indices], rows.indices, rows.indptr), shape=rows.shape
+    )
+    needed = 2 * np.log2(max(2, n)) + 20
     worth = np.flatnonzero((np.asarray(bits.sum(1)).ravel() >= needed) & (np.diff(rows.indptr) >= min_items))
-    if len(worth) < 2: return np.empty((0, 2), int)
-    kept,random,candidates = rows[worth], np.random.default_rng(seed), []
+    if len(worth) < 2:
+        return np.empty((0, 2), int)
+    kept, random, candidates = rows[worth], np.random.default_rng(seed), []
     for _ in range(12):
         key = np.zeros(len(worth), np.uint64)
         for _ in range(4):
             marks = random.integers(0, 2**62, n_items, dtype=np.uint64)
-            key = key*np.uint64(0x9E3779B97F4A7C15) + np.minimum.reduceat(marks[kept.indices], kept.indptr[:-1])
-        order = np.argsort(key, kind='stable')
+            key = key * np.uint64(0x9E3779B97F4A7C15) + np.minimum.reduceat(marks[kept.indices], kept.indptr[:-1])
+        order = np.argsort(key, kind="stable")
         same = np.flatnonzero(key[order][1:] == key[order][:-1])
-        candidates.append(np.sort(np.stack([order[same], order[same+1]], 1), axis=1))
-    a,b = worth[np.unique(np.concatenate(candidates), axis=0).T]
-    a,b = a[ids[a] != ids[b]], b[ids[a] != ids[b]]
-    if not len(a): return np.empty((0, 2), int)
+        candidates.append(np.sort(np.stack([order[same], order[same + 1]], 1), axis=1))
+    a, b = worth[np.unique(np.concatenate(candidates), axis=0).T]
+    a, b = a[ids[a] != ids[b]], b[ids[a] != ids[b]]
+    if not len(a):
+        return np.empty((0, 2), int)
     sets = sparse.csr_matrix((np.ones(rows.nnz, np.float32), rows.indices, rows.indptr), shape=rows.shape)
     common = np.asarray(sets[a].multiply(sets[b]).sum(1)).ravel()
     shared_bits = np.asarray(bits[a].multiply(sets[b]).sum(1)).ravel()
     length = np.diff(rows.indptr)
-    alike = (common >= least*(length[a]+length[b]-common)) & (common >= min_items) & (shared_bits >= needed)
+    alike = (common >= least * (length[a] + length[b] - common)) & (common >= min_items) & (shared_bits >= needed)
     return np.stack([a[alike], b[alike]], 1)
 
 # %% ../nbs/03a_validation.ipynb #0bb49026
 def _determined(values, counts):
     "Is a figure an item the same wherever the count is the same?"
-    order = np.argsort(counts, kind='stable')
+    order = np.argsort(counts, kind="stable")
     starts = np.flatnonzero(np.append(True, np.diff(counts[order]) > 0))
     spread = np.maximum.reduceat(values[order], starts) - np.minimum.reduceat(values[order], starts)
-    return bool(spread.max() <= 1e-5*max(abs(values).max(), 1e-30))
+    return bool(spread.max() <= 1e-5 * max(abs(values).max(), 1e-30))
+
 
 def _told(split, on, statistics):
     "Names of the statistics that the held-out rows have gone into, with the number of items that this changed."
-    inter,columns,strong = split.interactions, np.flatnonzero(split._columns >= 0), split.kind == 'strong'
-    target = VALID if on == 'valid' else TEST
-    honest = [[TRAIN]] if on == 'valid' or strong else [[TRAIN], [TRAIN, VALID]]
+    inter, columns, strong = split.interactions, np.flatnonzero(split._columns >= 0), split.kind == "strong"
+    target = VALID if on == "valid" else TEST
+    honest = [[TRAIN]] if on == "valid" or strong else [[TRAIN], [TRAIN, VALID]]
     peeping = [[TRAIN, target], [TRAIN, VALID, TEST], [0, 1, 2, 3, 4, 5]]
+
     def counts(parts, weighted):
         keep = np.isin(split.part, parts)
-        return np.bincount(inter.matrix.indices[keep], inter.matrix.data[keep] if weighted else None, minlength=inter.n_items).astype(np.float64)
-    for name,values in statistics.items():
+        return np.bincount(
+            inter.matrix.indices[keep], inter.matrix.data[keep] if weighted else None, minlength=inter.n_items
+        ).astype(np.float64)
+
+    for name, values in statistics.items():
         values = np.asarray(values, np.float64).ravel()
-        if len(values) not in (inter.n_items, len(columns)): raise AerecError(f'statistic {name!r} has {len(values):,} values: it must have one an item, {len(columns):,} of train or {inter.n_items:,} of all')
+        if len(values) not in (inter.n_items, len(columns)):
+            raise AerecError(
+                f"statistic {name!r} has {len(values):,} values: it must have one an item, {len(columns):,} of train or {inter.n_items:,} of all"
+            )
         over = columns if len(values) == len(columns) else np.arange(inter.n_items)
         for weighted in (False, True):
-            if any(_determined(values, counts(p, weighted)[over]) for p in honest): break
+            if any(_determined(values, counts(p, weighted)[over]) for p in honest):
+                break
             told = [p for p in peeping if _determined(values, counts(p, weighted)[over])]
-            if told: yield name, int((counts(told[0], weighted) != counts(honest[-1], weighted))[over].sum()); break
+            if told:
+                yield name, int((counts(told[0], weighted) != counts(honest[-1], weighted))[over].sum())
+                break
 
 # %% ../nbs/03a_validation.ipynb #67980e11
 def audit_leaks(
-    split: Split,             # what was to be learned and asked
-    learned_from = None,      # what the model really learned from: a frame with user_id and item_id, or CSR laid out as the split's; None: the split's own train
-    fold: Fold = None,        # what it is really asked; None: the split's own folds
+    split: Split,  # what was to be learned and asked
+    learned_from=None,  # what the model really learned from: a frame with user_id and item_id, or CSR laid out as the split's; None: the split's own train
+    fold: Fold = None,  # what it is really asked; None: the split's own folds
     statistics: dict = None,  # name -> a value an item that was computed beforehand: popularity, normalisers
-    model = None,             # fitted: its own values an item are statistics too
-    on: str = None,           # valid or test; None: both
-    min_items: int = 5,       # shorter overlaps of two ids are not asked about
-) -> pd.DataFrame: # columns fold, check, leaks, example, note; no leak: 0 and an empty example
+    model=None,  # fitted: its own values an item are statistics too
+    on: str = None,  # valid or test; None: both
+    min_items: int = 5,  # shorter overlaps of two ids are not asked about
+) -> pd.DataFrame:  # columns fold, check, leaks, example, note; no leak: 0 and an empty example
     "Find what a model knew and could not have known. Raises `AerecError` for what does not belong to the split."
-    asked = [on] if on else [name for name in ('valid', 'test') if getattr(split, name) is not None]
-    own = {} if model is None else {f'{model.name}.{k}': v for k,v in model.state().items() if v.ndim == 1 and v.dtype.kind == 'f' and len(v) in (len(split.items), split.interactions.n_items)}
-    return pd.concat([_audit(split, name, learned_from, fold, (statistics or {}) | own, min_items) for name in asked], ignore_index=True)
+    asked = [on] if on else [name for name in ("valid", "test") if getattr(split, name) is not None]
+    own = (
+        {}
+        if model is None
+        else {
+            f"{model.name}.{k}": v
+            for k, v in model.state().items()
+            if v.ndim == 1 and v.dtype.kind == "f" and len(v) in (len(split.items), split.interactions.n_items)
+        }
+    )
+    return pd.concat(
+        [_audit(split, name, learned_from, fold, (statistics or {}) | own, min_items) for name in asked],
+        ignore_index=True,
+    )
+
 
 def _audit(split, on, learned_from, fold, statistics, min_items):
     "The five questions about one fold."
-    ids,r,c,times,n_items = _ids_and_entries(split, learned_from, on)
-    shape,inter = (len(ids), n_items), split.interactions
+    ids, r, c, times, n_items = _ids_and_entries(split, learned_from, on)
+    shape, inter = (len(ids), n_items), split.interactions
     learned = sparse.csr_matrix((np.ones(len(r), np.float32), (r, c)), shape=shape)
-    history,target = _asked(split, fold, on, shape)
-    everything = (sparse.csr_matrix((np.ones(inter.nnz, np.float32), inter.matrix.indices, np.append(inter.matrix.indptr, np.full(len(ids)-inter.n_users, inter.nnz))), shape=shape) + learned).tocsr()
+    history, target = _asked(split, fold, on, shape)
+    everything = (
+        sparse.csr_matrix(
+            (
+                np.ones(inter.nnz, np.float32),
+                inter.matrix.indices,
+                np.append(inter.matrix.indptr, np.full(len(ids) - inter.n_users, inter.nnz)),
+            ),
+            shape=shape,
+        )
+        + learned
+    ).tocsr()
     whose = np.append(np.arange(len(ids)), np.flatnonzero(asks := np.diff(target.indptr) > 0))
-    both = twins(sparse.vstack([everything, (history+target)[asks]], format='csr'), whose, min_items=min_items)
+    both = twins(sparse.vstack([everything, (history + target)[asks]], format="csr"), whose, min_items=min_items)
     both = np.unique(np.sort(whose[both], axis=1), axis=0) if len(both) else both
     both = both[asks[both].any(1)]
-    def named(row): return repr(ids[row:row+1].tolist()[0])
-    def users(matrix): return np.flatnonzero(np.diff(matrix.tocsr().indptr))
-    def row(check, found, example, note=''): return dict(fold=on, check=check, leaks=len(found), example=example(found[0]) if len(found) else '', note=note)
-    later,note = _later(split, on, r, times, history, target)
+
+    def named(row):
+        return repr(ids[row : row + 1].tolist()[0])
+
+    def users(matrix):
+        return np.flatnonzero(np.diff(matrix.tocsr().indptr))
+
+    def row(check, found, example, note=""):
+        return dict(fold=on, check=check, leaks=len(found), example=example(found[0]) if len(found) else "", note=note)
+
+    later, note = _later(split, on, r, times, history, target)
     told = list(_told(split, on, statistics))
-    return pd.DataFrame([
-        row("a user's targets are in what was learned from", users(learned.multiply(target)), lambda i: f'user {named(i)}'),
-        row("a user's targets are in the user's own history", users(history.multiply(target)), lambda i: f'user {named(i)}'),
-        row('one person under two ids', both, lambda p: f'users {named(p[0])} and {named(p[1])}'),
-        row('the future was known', later, lambda i: f'user {named(i)}', note),
-        row('a statistic was computed on held-out rows', told, lambda t: f'{t[0]}, {t[1]:,} items', '' if statistics else 'no statistics were given')])
+    return pd.DataFrame(
+        [
+            row(
+                "a user's targets are in what was learned from",
+                users(learned.multiply(target)),
+                lambda i: f"user {named(i)}",
+            ),
+            row(
+                "a user's targets are in the user's own history",
+                users(history.multiply(target)),
+                lambda i: f"user {named(i)}",
+            ),
+            row("one person under two ids", both, lambda p: f"users {named(p[0])} and {named(p[1])}"),
+            row("the future was known", later, lambda i: f"user {named(i)}", note),
+            row(
+                "a statistic was computed on held-out rows",
+                told,
+                lambda t: f"{t[0]}, {t[1]:,} items",
+                "" if statistics else "no statistics were given",
+            ),
+        ]
+    )
+
 
 def _later(split, on, r, times, history, target):
     "Users of whom something was learned or shown that is later than the split promises, and what the split does not promise."
     inter = split.interactions
-    if inter.times is None or times is None: return [], 'the data have no times'
-    entry = sparse.csr_matrix((np.arange(1, inter.nnz+1), inter.matrix.indices, inter.matrix.indptr), shape=inter.matrix.shape)
+    if inter.times is None or times is None:
+        return [], "the data have no times"
+    entry = sparse.csr_matrix(
+        (np.arange(1, inter.nnz + 1), inter.matrix.indices, inter.matrix.indptr), shape=inter.matrix.shape
+    )
+
     def when(m):
-        m = m[:inter.n_users, :inter.n_items]
+        m = m[: inter.n_users, : inter.n_items]
         at = np.asarray(entry[np.repeat(np.arange(m.shape[0]), np.diff(m.indptr)), m.indices]).ravel()
-        return np.repeat(np.arange(m.shape[0]), np.diff(m.indptr))[at > 0], inter.times[at[at > 0]-1]
-    (u,shown),(v,wanted) = when(history), when(target)
-    if split.kind == 'temporal':
-        cut = split.cuts[0 if on == 'valid' else 1]
-        return np.unique(np.append(r[times >= cut], u[shown >= cut])), ''
-    limit = np.full(int(max(r.max(initial=0)+1, inter.n_users)), np.iinfo(np.int64).max)
+        return np.repeat(np.arange(m.shape[0]), np.diff(m.indptr))[at > 0], inter.times[at[at > 0] - 1]
+
+    (u, shown), (v, wanted) = when(history), when(target)
+    if split.kind == "temporal":
+        cut = split.cuts[0 if on == "valid" else 1]
+        return np.unique(np.append(r[times >= cut], u[shown >= cut])), ""
+    limit = np.full(int(max(r.max(initial=0) + 1, inter.n_users)), np.iinfo(np.int64).max)
     np.minimum.at(limit, v, wanted)
     late = np.unique(np.append(r[times > limit[r]], u[shown > limit[u]]))
-    others = f'{np.mean(times > np.median(wanted)):.0%} of what was learned, of other users, is later than the median target; only temporal forbids that' if len(wanted) else ''
-    if split.kind == 'leave_last': return late, others
-    return [], f'{split.kind} knows no time: of {len(late):,} users something later than a target was learned or shown'
+    others = (
+        f"{np.mean(times > np.median(wanted)):.0%} of what was learned, of other users, is later than the median target; only temporal forbids that"
+        if len(wanted)
+        else ""
+    )
+    if split.kind == "leave_last":
+        return late, others
+    return [], f"{split.kind} knows no time: of {len(late):,} users something later than a target was learned or shown"
 
 # %% ../nbs/03a_validation.ipynb #37e87f23
-def choose(evaluations: list,     # of `Evaluation` on valid
-           metric: str = 'ndcg',  # to choose by
-           n_bootstrap: int = 1000, # resamples behind the sentence
-           seed: int = 42,        # of the resampling
-          ) -> tuple: # (name, why)
+def choose(
+    evaluations: list,  # of `Evaluation` on valid
+    metric: str = "ndcg",  # to choose by
+    n_bootstrap: int = 1000,  # resamples behind the sentence
+    seed: int = 42,  # of the resampling
+) -> tuple:  # (name, why)
     "The best model on validation, and why."
-    if any(e.on != 'valid' for e in evaluations): raise AerecError('a model is chosen on validation; these figures are from test')
+    if any(e.on != "valid" for e in evaluations):
+        raise AerecError("a model is chosen on validation; these figures are from test")
     best = max(evaluations, key=lambda e: e.mean(metric))
-    why = f'{best.model} has the best {metric.upper()}@{best.k} on validation, {best.mean(metric):.4f} ± {best.se(metric):.4f}'
+    why = f"{best.model} has the best {metric.upper()}@{best.k} on validation, {best.mean(metric):.4f} ± {best.se(metric):.4f}"
     others = sorted((e for e in evaluations if e is not best), key=lambda e: -e.mean(metric))
-    if not others: return best.model, why + '; it was the only one'
-    (difference,),(low,),(high,),_ = _paired([([best], [others[0]])], metric, n_bootstrap, seed)
-    sure = 'more than chance' if low > 0 else 'which may be chance'
-    return best.model, f'{why}; {others[0].model} comes next, {difference:.4f} behind (95 % interval {low:.4f} to {high:.4f}), {sure}'
+    if not others:
+        return best.model, why + "; it was the only one"
+    (difference,), (low,), (high,), _ = _paired([([best], [others[0]])], metric, n_bootstrap, seed)
+    sure = "more than chance" if low > 0 else "which may be chance"
+    return (
+        best.model,
+        f"{why}; {others[0].model} comes next, {difference:.4f} behind (95 % interval {low:.4f} to {high:.4f}), {sure}",
+    )
 
 # %% ../nbs/03a_validation.ipynb #353b1d94
-def held_out_key(split: Split # -> sha256, hexadecimal
-             ) -> str:
+def held_out_key(
+    split: Split,  # -> sha256, hexadecimal
+) -> str:
     "What tells one set of held-out test rows from another: who, and which items, however the rest was split."
     inter = split.interactions
     at = split.part == TEST
     h = hashlib.sha256(split.kind.encode())
-    for ids,codes in ((inter.users, inter.rows[at]), (inter.items, inter.matrix.indices[at])): h.update('\0'.join(map(repr, ids[codes].tolist())).encode())
+    for ids, codes in ((inter.users, inter.rows[at]), (inter.items, inter.matrix.indices[at])):
+        h.update("\0".join(map(repr, ids[codes].tolist())).encode())
     return h.hexdigest()
 
-def readings_of_test(log: Path,   # JSON lines that `final_test` writes
-                  split: Split,
-                 ) -> list: # of dict: when, run, models, k; oldest first
+
+def readings_of_test(
+    log: Path,  # JSON lines that `final_test` writes
+    split: Split,
+) -> list:  # of dict: when, run, models, k; oldest first
     "Who has read these test rows."
-    rows,log = held_out_key(split), Path(log)
-    if not log.exists(): return []
-    return [r for line in log.read_text().splitlines() if (r := _reading(line)) is not None and r['rows'] == rows]
+    rows, log = held_out_key(split), Path(log)
+    if not log.exists():
+        return []
+    return [r for line in log.read_text().splitlines() if (r := _reading(line)) is not None and r["rows"] == rows]
+
 
 def _reading(line):
     "A line of the log; None for one that a kill left half written."
-    try: return json.loads(line)
-    except ValueError: return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
-def final_test(models,        # fitted on train and valid, one after another: a list, or a generator that fits each when its turn comes
-               split: Split,
-               log: Path,     # JSON lines, appended to: who has read which test rows
-               k: int = 10,   # length of the lists, or several
-               names: list = None, # of the models, for the log; None: as the models say
-               run: str = '', # who reads
-               item_features = None, # what diversity is measured on; None: no diversity
-              ) -> list: # of `Evaluation`, whose `reading` counts the readings of these rows
+
+def final_test(
+    models,  # fitted on train and valid, one after another: a list, or a generator that fits each when its turn comes
+    split: Split,
+    log: Path,  # JSON lines, appended to: who has read which test rows
+    k: int = 10,  # length of the lists, or several
+    names: list = None,  # of the models, for the log; None: as the models say
+    run: str = "",  # who reads
+    item_features=None,  # what diversity is measured on; None: no diversity
+) -> list:  # of `Evaluation`, whose `reading` counts the readings of these rows
     "Read test, and write down that it was read."
-    log,ks = Path(log), _at(k, 10)
-    if names is None: models = list(models); names = [m.name for m in models]
-    line = json.dumps(dict(rows=held_out_key(split), when=datetime.now(timezone.utc).isoformat(timespec='seconds'), run=run, models=list(names), k=list(ks)))
+    log, ks = Path(log), _at(k, 10)
+    if names is None:
+        models = list(models)
+        names = [m.name for m in models]
+    line = json.dumps(
+        dict(
+            rows=held_out_key(split),
+            when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            run=run,
+            models=list(names),
+            k=list(ks),
+        )
+    )
     with alone(log):
         reading = len(readings_of_test(log, split)) + 1
-        broken = log.exists() and log.stat().st_size and log.read_bytes()[-1:] != b'\n'
-        with open(log, 'a') as f: f.write(('\n' if broken else '') + line + '\n'); f.flush(); os.fsync(f.fileno())
-    return [replace(evaluate(m, split, ks, 'test', item_features=item_features), reading=reading) for m in models]
+        broken = log.exists() and log.stat().st_size and log.read_bytes()[-1:] != b"\n"
+        with open(log, "a") as f:
+            f.write(("\n" if broken else "") + line + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+    return [replace(evaluate(m, split, ks, "test", item_features=item_features), reading=reading) for m in models]
 
-def say_reading(readings: list # from `readings_of_test`
-               ) -> str: # one sentence
+
+def say_reading(
+    readings: list,  # from `readings_of_test`
+) -> str:  # one sentence
     "How often test has been read, and what follows."
-    if len(readings) < 2: return 'These test rows were read for the first time.'
+    if len(readings) < 2:
+        return "These test rows were read for the first time."
     before = readings[:-1]
-    return (f"These test rows have been read {len(readings)} times, first on {before[0]['when'][:10]} by {before[0]['run'] or 'hand'}: whatever was changed since then with an eye on "
-            'those figures flatters these. For a clean test, split with another seed or newer data.')
+    return (
+        f"These test rows have been read {len(readings)} times, first on {before[0]['when'][:10]} by {before[0]['run'] or 'hand'}: whatever was changed since then with an eye on "
+        "those figures flatters these. For a clean test, split with another seed or newer data."
+    )
 
 # %% ../nbs/03a_validation.ipynb #43dc8cc7
-def lecture_replay(ratings: pd.DataFrame,     # user_id, item_id; every row counts, whatever its rating
-                   n_held_out: int = 10,      # items a user
-                   k: int = 10,               # length of the lists
-                   seed: int = 42,            # of the split, as in the lecture
-                   model_seed: int = 0,       # of the net
-                  ) -> pd.DataFrame: # a row a way of counting: honest, ndcg, ndcg_se, hit, hit_se
+def lecture_replay(
+    ratings: pd.DataFrame,  # user_id, item_id; every row counts, whatever its rating
+    n_held_out: int = 10,  # items a user
+    k: int = 10,  # length of the lists
+    seed: int = 42,  # of the split, as in the lecture
+    model_seed: int = 0,  # of the net
+) -> pd.DataFrame:  # a row a way of counting: honest, ndcg, ndcg_se, hit, hit_se
     "The lecture's result as the lecture computes it, and what is left when it is computed honestly."
-    inter = Interactions.from_frame(ratings[['user_id', 'item_id']])
-    split = split_interactions(inter, 'lecture', n_held_out, seed=seed)
-    everything,is_test = inter.matrix, split.part == TEST
-    def only(keep): m = everything.copy(); m.data = keep.astype(np.float32); m.eliminate_zeros(); return m
-    train,target = only(~is_test), only(is_test)
+    inter = Interactions.from_frame(ratings[["user_id", "item_id"]])
+    split = split_interactions(inter, "lecture", n_held_out, seed=seed)
+    everything, is_test = inter.matrix, split.part == TEST
+
+    def only(keep):
+        m = everything.copy()
+        m.data = keep.astype(np.float32)
+        m.eliminate_zeros()
+        return m
+
+    train, target = only(~is_test), only(is_test)
     asked = np.flatnonzero(np.diff(target.indptr))
-    fold = Fold(inter.users[asked], train[asked], target[asked], np.diff(target[asked].indptr), inter.n_users-len(asked))
-    def autoencoder(rows): return LectureAutoEncoder(hidden_dim=256, lr=.05, batch_size=32, num_epoch=10, random_seed=model_seed).fit(rows)
+    fold = Fold(
+        inter.users[asked], train[asked], target[asked], np.diff(target[asked].indptr), inter.n_users - len(asked)
+    )
+
+    def autoencoder(rows):
+        return LectureAutoEncoder(hidden_dim=256, lr=0.05, batch_size=32, num_epoch=10, random_seed=model_seed).fit(
+            rows
+        )
+
     leaky = rank(autoencoder(everything), fold, k)
-    ways = [("autoencoder, trained on the held-out items too, list worst-first: the lecture's way", False, leaky[:, ::-1]),
-            ('the same, list best-first', False, leaky),
-            ('the same training without the held-out items', True, rank(autoencoder(train), fold, k)),
-            ('popularity', True, rank(Popularity().fit(train), fold, k)),
-            ('EASE, lam 200', True, rank(EASE(200.).fit(train), fold, k))]
+    ways = [
+        ("autoencoder, trained on the held-out items too, list worst-first: the lecture's way", False, leaky[:, ::-1]),
+        ("the same, list best-first", False, leaky),
+        ("the same training without the held-out items", True, rank(autoencoder(train), fold, k)),
+        ("popularity", True, rank(Popularity().fit(train), fold, k)),
+        ("EASE, lam 200", True, rank(EASE(200.0).fit(train), fold, k)),
+    ]
+
     def row(way, honest, top):
-        m,root = ranking_metrics(top, fold.target), np.sqrt(len(asked))
-        return dict(way=way, honest=honest, ndcg=m['ndcg'].mean(), ndcg_se=m['ndcg'].std()/root, hit=m['hit'].mean(), hit_se=m['hit'].std()/root)
+        m, root = ranking_metrics(top, fold.target), np.sqrt(len(asked))
+        return dict(
+            way=way,
+            honest=honest,
+            ndcg=m["ndcg"].mean(),
+            ndcg_se=m["ndcg"].std() / root,
+            hit=m["hit"].mean(),
+            hit_se=m["hit"].std() / root,
+        )
+
     return pd.DataFrame([row(*way) for way in ways])
 
 # %% ../nbs/03a_validation.ipynb #2a05da24
-def replay_allowed(ratings: pd.DataFrame, # user_id, item_id
-                   n_held_out: int = 10,  # items a user
-                  ) -> bool:
+def replay_allowed(
+    ratings: pd.DataFrame,  # user_id, item_id
+    n_held_out: int = 10,  # items a user
+) -> bool:
     "Do the data allow the replay, and are they small enough to do it aside?"
-    per_user = ratings.groupby('user_id').size()
-    return bool((per_user > n_held_out).mean() >= .5 and len(ratings) <= 300_000 and per_user.size*ratings.item_id.nunique() <= 20_000_000)
+    per_user = ratings.groupby("user_id").size()
+    return bool(
+        (per_user > n_held_out).mean() >= 0.5
+        and len(ratings) <= 300_000
+        and per_user.size * ratings.item_id.nunique() <= 20_000_000
+    )
 
 # %% ../nbs/03a_validation.ipynb #1ad2664b
-def plot_replay(table: pd.DataFrame # from `lecture_replay`
-               ): # -> matplotlib Figure
+def plot_replay(
+    table: pd.DataFrame,  # from `lecture_replay`
+):  # -> matplotlib Figure
     "The lecture's figure beside honest ones."
     t = table[::-1].reset_index(drop=True)
-    fig,axes = plt.subplots(1, 2, figsize=(9, 2.9), layout='constrained', sharey=True)
-    names = t.way.str.replace(', list worst', ',\nlist worst').str.replace('the same training without', 'the same training,\nwithout')
-    for ax,metric in zip(axes, ('ndcg', 'hit')):
-        bars = ax.barh(names, t[metric], xerr=t[f'{metric}_se'], color=np.where(t.honest, '#0072b2', '#d55e00'), height=.62, error_kw=dict(lw=1, ecolor='#333333'))
-        ax.bar_label(bars, [f'{v:.3f}' for v in t[metric]], padding=4, fontsize=8)
-        ax.set(xlabel=f'{metric.upper()}@10', xlim=(0, 1.25*(t[metric]+t[f'{metric}_se']).max()))
-        ax.tick_params(axis='y', labelsize=8)
-        ax.spines[['top', 'right']].set_visible(False)
-    fig.suptitle("The lecture's leak shown as a leak (orange: trained on the held-out items; bars: ± 1 standard error)", fontsize=10)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 2.9), layout="constrained", sharey=True)
+    names = t.way.str.replace(", list worst", ",\nlist worst").str.replace(
+        "the same training without", "the same training,\nwithout"
+    )
+    for ax, metric in zip(axes, ("ndcg", "hit")):
+        bars = ax.barh(
+            names,
+            t[metric],
+            xerr=t[f"{metric}_se"],
+            color=np.where(t.honest, "#0072b2", "#d55e00"),
+            height=0.62,
+            error_kw=dict(lw=1, ecolor="#333333"),
+        )
+        ax.bar_label(bars, [f"{v:.3f}" for v in t[metric]], padding=4, fontsize=8)
+        ax.set(xlabel=f"{metric.upper()}@10", xlim=(0, 1.25 * (t[metric] + t[f"{metric}_se"]).max()))
+        ax.tick_params(axis="y", labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(
+        "The lecture's leak shown as a leak (orange: trained on the held-out items; bars: ± 1 standard error)",
+        fontsize=10,
+    )
     plt.close(fig)
     return fig
 
 # %% ../nbs/03a_validation.ipynb #6794390c
-def leaderboard(valid: list,   # of `Evaluation` on valid
-                test: list,    # of `Evaluation` on test, same models in the same order
-                params: dict,  # model -> numbers in its state
-                ends: tuple = (), # of (valid, test) `Evaluation` pairs of bounds
-               ) -> pd.DataFrame: # best on validation first, bounds last
+def leaderboard(
+    valid: list,  # of `Evaluation` on valid
+    test: list,  # of `Evaluation` on test, same models in the same order
+    params: dict,  # model -> numbers in its state
+    ends: tuple = (),  # of (valid, test) `Evaluation` pairs of bounds
+) -> pd.DataFrame:  # best on validation first, bounds last
     "Every model's figures with standard errors, between bounds."
+
     def row(v, t, bound):
-        figures = {f'{m.replace("@", "_at_")}{end}': f(m) for m in t.metrics for end,f in (('', t.mean), ('_se', t.se))} | {m.replace('@', '_at_'): x for m,x in t.catalogue.items()}
-        return dict(model=v.model, bound=bound, valid_ndcg=v.mean(), valid_se=v.se(), test_ndcg=t.mean(), test_se=t.se(), recall=t.mean('recall'), recall_se=t.se('recall'),
-                    hit=t.mean('hit'), hit_rate=t.mean('hit_rate'), coverage=t.coverage, gini=t.mean('gini'), params=params.get(v.model, 0), **figures)
+        figures = {
+            f"{m.replace('@', '_at_')}{end}": f(m) for m in t.metrics for end, f in (("", t.mean), ("_se", t.se))
+        } | {m.replace("@", "_at_"): x for m, x in t.catalogue.items()}
+        return dict(
+            model=v.model,
+            bound=bound,
+            valid_ndcg=v.mean(),
+            valid_se=v.se(),
+            test_ndcg=t.mean(),
+            test_se=t.se(),
+            recall=t.mean("recall"),
+            recall_se=t.se("recall"),
+            hit=t.mean("hit"),
+            hit_rate=t.mean("hit_rate"),
+            coverage=t.coverage,
+            gini=t.mean("gini"),
+            params=params.get(v.model, 0),
+            **figures,
+        )
+
     ordered = sorted(zip(valid, test), key=lambda pair: -pair[0].mean())
-    return pd.DataFrame([row(v, t, False) for v,t in ordered] + [row(v, t, True) for v,t in ends])
+    return pd.DataFrame([row(v, t, False) for v, t in ordered] + [row(v, t, True) for v, t in ends])
 
 # %% ../nbs/03a_validation.ipynb #6ff3ab7a
 def _refit_all(split, trained, features, device, costs, keep, fit=fit_model):
     "Each model fitted on train and validation, when its turn comes; what it cost is noted, and the pick is kept."
-    for name,m in trained.items():
-        hp = m['hyperparameters'] | ({'num_epoch': m['best_epoch']} if 'num_epoch' in m['hyperparameters'] else {})
-        model,seconds,memory = measured(lambda: fit(create_model(name, **hp).to(device), split.train, features))
-        costs[name] = dict(params=sum(a.size for a in model.state().values()), seconds=round(seconds, 3), memory_mib=round(memory, 1))
+    for name, m in trained.items():
+        hp = m["hyperparameters"] | ({"num_epoch": m["best_epoch"]} if "num_epoch" in m["hyperparameters"] else {})
+        model, seconds, memory = measured(lambda: fit(create_model(name, **hp).to(device), split.train, features))
+        costs[name] = dict(
+            params=sum(a.size for a in model.state().values()), seconds=round(seconds, 3), memory_mib=round(memory, 1)
+        )
         keep(name, model)
         yield model
 
+
 def _audited(split, refit):
     "The audit of what is learned from and asked; whoever's targets are known is refused."
-    leaks = pd.concat([audit_leaks(s, on=on, statistics=dict(popularity=np.bincount(s.train.indices, minlength=s.train.shape[1]))) for s,on in ((split, 'valid'), (refit, 'test'))], ignore_index=True)
-    certain = leaks[leaks.check.str.startswith("a user's targets") | (leaks.check == 'the future was known')]
-    if certain.leaks.any(): raise AerecError(f"the split leaks: {'; '.join(certain[certain.leaks > 0].check)}; nothing measured on it would be true")
+    leaks = pd.concat(
+        [
+            audit_leaks(s, on=on, statistics=dict(popularity=np.bincount(s.train.indices, minlength=s.train.shape[1])))
+            for s, on in ((split, "valid"), (refit, "test"))
+        ],
+        ignore_index=True,
+    )
+    certain = leaks[leaks.check.str.startswith("a user's targets") | (leaks.check == "the future was known")]
+    if certain.leaks.any():
+        raise AerecError(
+            f"the split leaks: {'; '.join(certain[certain.leaks > 0].check)}; nothing measured on it would be true"
+        )
     return leaks
 
-def build_validation(run,          # `Run` from `aerec_nb.runs`
-                     folder: Path, # where to write the leaderboard, the choice and the refitted pick
-                    ) -> dict: # key figures for the manifest
+
+def build_validation(
+    run,  # `Run` from `aerec_nb.runs`
+    folder: Path,  # where to write the leaderboard, the choice and the refitted pick
+) -> dict:  # key figures for the manifest
     "Choose on validation, refit everything on train and validation, read test once."
     s = run.settings
-    n_bootstrap,seed,device = s.validation.n_bootstrap, s.run.random_seed, s.training.device
+    n_bootstrap, seed, device = s.validation.n_bootstrap, s.run.random_seed, s.training.device
     ks = tuple(dict.fromkeys((s.validation.topk, *s.validation.report_k)))
-    data,training = run.need('model_preprocessing'), run.need('training')
-    split,trained = Split.load(data/'split'), {m['name']: m for m in read_json(training/'summary.json')}
-    known = ItemFeatures.load(data/'features') if (data/'features').exists() else None
+    data, training = run.need("model_preprocessing"), run.need("training")
+    split, trained = Split.load(data / "split"), {m["name"]: m for m in read_json(training / "summary.json")}
+    known = ItemFeatures.load(data / "features") if (data / "features").exists() else None
     refit = split.refit()
     leaks = _audited(split, refit)
-    valid = [evaluate(load_model(training/name, device), split, ks, 'valid', item_features=known) for name in trained]
-    pick,why = choose(valid, n_bootstrap=n_bootstrap, seed=seed)
-    features = known.over(refit.items).matrix if any(m['item_features'] for m in trained.values()) else None
-    costs,log = {}, Path(s.paths.var_dir)/'test_readings.jsonl'
+    valid = [evaluate(load_model(training / name, device), split, ks, "valid", item_features=known) for name in trained]
+    pick, why = choose(valid, n_bootstrap=n_bootstrap, seed=seed)
+    features = known.over(refit.items).matrix if any(m["item_features"] for m in trained.values()) else None
+    costs, log = {}, Path(s.paths.var_dir) / "test_readings.jsonl"
+
     def keep(name, model):
-        if name == pick: save_model(model, folder/'model')
-    test = final_test(_refit_all(refit, trained, features, device, costs, keep, on_engine(s, fit_model)), refit, log, ks, list(trained), run.name, known)
+        if name == pick:
+            save_model(model, folder / "model")
+
+    test = final_test(
+        _refit_all(refit, trained, features, device, costs, keep, on_engine(s, fit_model)),
+        refit,
+        log,
+        ks,
+        list(trained),
+        run.name,
+        known,
+    )
     readings = readings_of_test(log, refit)
-    on_valid,on_test = (bounds(t, f, ks, on, None if known is None else known.over(items).matrix, split.seed)
-                        for t,f,on,items in ((split.train, split.valid, 'valid', split.items), (refit.train, refit.test, 'test', refit.items)))
-    write_parquet(folder/'leaderboard.parquet', leaderboard(valid, test, {m: c['params'] for m,c in costs.items()}, [(on_valid[b], on_test[b]) for b in on_valid if b not in trained]))
-    write_parquet(folder/'per_user.parquet', pd.concat([e.per_user() for e in (*valid, *test)], ignore_index=True))
-    write_parquet(folder/'comparison.parquet', compare(test, n_bootstrap=n_bootstrap, seed=seed))
-    write_parquet(folder/'slices.parquet', slices(test, refit))
-    write_json(folder/'leaks.json', leaks.to_dict('records'))
-    write_json(folder/'measured.json', dict(costs=costs, readings=readings)) # what differs from one time to the next
-    chosen_v,chosen_t = (next(e for e in found if e.model == pick) for found in (valid, test))
-    choice = dict(model=pick, hyperparameters=read_json(folder/'model'/'model.json')['hyperparameters'], why=why, metric='ndcg', k=ks[0], ks=list(ks), chosen_on='valid',
-                  valid=chosen_v.mean(), valid_se=chosen_v.se(), test=chosen_t.mean(), test_se=chosen_t.se(), test_read=True, n_test_reads=len(test), split=split.kind,
-                  n_users_valid=len(split.valid), n_users_test=len(refit.test), n_train_users=refit.train.shape[0], n_items=refit.train.shape[1])
-    write_json(folder/'choice.json', choice)
+    on_valid, on_test = (
+        bounds(t, f, ks, on, None if known is None else known.over(items).matrix, split.seed)
+        for t, f, on, items in (
+            (split.train, split.valid, "valid", split.items),
+            (refit.train, refit.test, "test", refit.items),
+        )
+    )
+    write_parquet(
+        folder / "leaderboard.parquet",
+        leaderboard(
+            valid,
+            test,
+            {m: c["params"] for m, c in costs.items()},
+            [(on_valid[b], on_test[b]) for b in on_valid if b not in trained],
+        ),
+    )
+    write_parquet(folder / "per_user.parquet", pd.concat([e.per_user() for e in (*valid, *test)], ignore_index=True))
+    write_parquet(folder / "comparison.parquet", compare(test, n_bootstrap=n_bootstrap, seed=seed))
+    write_parquet(folder / "slices.parquet", slices(test, refit))
+    write_json(folder / "leaks.json", leaks.to_dict("records"))
+    write_json(folder / "measured.json", dict(costs=costs, readings=readings))  # what differs from one time to the next
+    chosen_v, chosen_t = (next(e for e in found if e.model == pick) for found in (valid, test))
+    choice = dict(
+        model=pick,
+        hyperparameters=read_json(folder / "model" / "model.json")["hyperparameters"],
+        why=why,
+        metric="ndcg",
+        k=ks[0],
+        ks=list(ks),
+        chosen_on="valid",
+        valid=chosen_v.mean(),
+        valid_se=chosen_v.se(),
+        test=chosen_t.mean(),
+        test_se=chosen_t.se(),
+        test_read=True,
+        n_test_reads=len(test),
+        split=split.kind,
+        n_users_valid=len(split.valid),
+        n_users_test=len(refit.test),
+        n_train_users=refit.train.shape[0],
+        n_items=refit.train.shape[1],
+    )
+    write_json(folder / "choice.json", choice)
     _replay(run, folder)
-    return dict(model=pick, ndcg_valid=choice['valid'], ndcg_test=choice['test'], ndcg_test_se=choice['test_se'], n_test_reads=len(test), leaks=int(leaks.leaks.sum()))
+    return dict(
+        model=pick,
+        ndcg_valid=choice["valid"],
+        ndcg_test=choice["test"],
+        ndcg_test_se=choice["test_se"],
+        n_test_reads=len(test),
+        leaks=int(leaks.leaks.sum()),
+    )
+
 
 def _replay(run, folder):
     "The lecture's replay, where wanted and possible."
     wanted = run.settings.validation.lecture_replay
-    if wanted == 'off': return
-    ratings = pd.read_parquet(run.need('data_import')/'ratings.parquet', columns=['user_id', 'item_id'])
-    if wanted == 'on' or replay_allowed(ratings): write_parquet(folder/'lecture_replay.parquet', lecture_replay(ratings))
+    if wanted == "off":
+        return
+    ratings = pd.read_parquet(run.need("data_import") / "ratings.parquet", columns=["user_id", "item_id"])
+    if wanted == "on" or replay_allowed(ratings):
+        write_parquet(folder / "lecture_replay.parquet", lecture_replay(ratings))
 
 # %% ../nbs/03a_validation.ipynb #7497812b
 def _board(folder):
     "The leaderboard with what each model cost, and the choice."
     folder = Path(folder)
-    board,costs = pd.read_parquet(folder/'leaderboard.parquet').set_index('model'), read_json(folder/'measured.json')['costs']
-    return board.assign(**{c: [costs.get(m, {}).get(c, np.nan) for m in board.index] for c in ('seconds', 'memory_mib')}), read_json(folder/'choice.json')
+    board, costs = (
+        pd.read_parquet(folder / "leaderboard.parquet").set_index("model"),
+        read_json(folder / "measured.json")["costs"],
+    )
+    return board.assign(
+        **{c: [costs.get(m, {}).get(c, np.nan) for m in board.index] for c in ("seconds", "memory_mib")}
+    ), read_json(folder / "choice.json")
 
-def describe_leaderboard(folder: Path # what `build_validation` wrote
-                        ) -> pd.DataFrame: # best on validation first, bounds last
+
+def describe_leaderboard(
+    folder: Path,  # what `build_validation` wrote
+) -> pd.DataFrame:  # best on validation first, bounds last
     "The leaderboard as people read it."
-    board,choice = _board(folder)
-    def pm(value, se): return [f'{v:.4f} ± {s:.4f}' for v,s in zip(board[value], board[se])]
-    def number(column, form): return [form.format(v) if np.isfinite(v) else '-' for v in board[column]]
-    k = choice['k']
-    table = pd.DataFrame({f'valid NDCG@{k}': pm('valid_ndcg', 'valid_se'), f'test NDCG@{k}': pm('test_ndcg', 'test_se'), f'test recall@{k}': pm('recall', 'recall_se'),
-                          f'HIT@{k}': number('hit', '{:.4f}'), 'coverage': number('coverage', '{:.1%}'), 'Gini': number('gini', '{:.3f}'), 'novelty, bits': number(f'novelty_at_{k}', '{:.2f}'),
-                          **({'diversity': number(f'diversity_at_{k}', '{:.3f}')} if f'diversity_at_{k}' in board else {}),
-                          'numbers kept': board.params.map('{:,}'.format).where(~board.bound, '-'), 'seconds to fit': number('seconds', '{:.2f}'), 'memory, MiB': number('memory_mib', '{:,.0f}')}, index=board.index)
-    return table.rename(index=lambda m: f'{m} (chosen)' if m == choice['model'] else f'{m} (bound)' if board.bound[m] else m)
+    board, choice = _board(folder)
 
-def describe_lengths(folder: Path # what `build_validation` wrote
-                    ) -> pd.DataFrame: # models x metric@k on test, bounds last
+    def pm(value, se):
+        return [f"{v:.4f} ± {s:.4f}" for v, s in zip(board[value], board[se])]
+
+    def number(column, form):
+        return [form.format(v) if np.isfinite(v) else "-" for v in board[column]]
+
+    k = choice["k"]
+    table = pd.DataFrame(
+        {
+            f"valid NDCG@{k}": pm("valid_ndcg", "valid_se"),
+            f"test NDCG@{k}": pm("test_ndcg", "test_se"),
+            f"test recall@{k}": pm("recall", "recall_se"),
+            f"HIT@{k}": number("hit", "{:.4f}"),
+            "coverage": number("coverage", "{:.1%}"),
+            "Gini": number("gini", "{:.3f}"),
+            "novelty, bits": number(f"novelty_at_{k}", "{:.2f}"),
+            **({"diversity": number(f"diversity_at_{k}", "{:.3f}")} if f"diversity_at_{k}" in board else {}),
+            "numbers kept": board.params.map("{:,}".format).where(~board.bound, "-"),
+            "seconds to fit": number("seconds", "{:.2f}"),
+            "memory, MiB": number("memory_mib", "{:,.0f}"),
+        },
+        index=board.index,
+    )
+    return table.rename(
+        index=lambda m: f"{m} (chosen)" if m == choice["model"] else f"{m} (bound)" if board.bound[m] else m
+    )
+
+
+def describe_lengths(
+    folder: Path,  # what `build_validation` wrote
+) -> pd.DataFrame:  # models x metric@k on test, bounds last
     "Accuracy at every length that was asked for."
-    board,choice = _board(folder)
-    return pd.DataFrame({f'{m}@{k}': board[f'{m}_at_{k}'] for k in choice['ks'] for m in ('ndcg', 'recall', 'map', 'mrr', 'precision', 'hit_rate')}).round(4)
+    board, choice = _board(folder)
+    return pd.DataFrame(
+        {
+            f"{m}@{k}": board[f"{m}_at_{k}"]
+            for k in choice["ks"]
+            for m in ("ndcg", "recall", "map", "mrr", "precision", "hit_rate")
+        }
+    ).round(4)
 
-def describe_comparison(folder: Path # what `build_validation` wrote
-                       ) -> pd.DataFrame: # models first, bounds last
+
+def describe_comparison(
+    folder: Path,  # what `build_validation` wrote
+) -> pd.DataFrame:  # models first, bounds last
     "Which differences on test mean something, in words."
-    t = pd.read_parquet(Path(folder)/'comparison.parquet')
-    return pd.DataFrame({'better': t.better, 'worse': t.worse, 'difference': t.difference.map('{:.4f}'.format), '95 % interval': [f'{a:.4f} to {b:.4f}' for a,b in zip(t.low, t.high)],
-                         'p, corrected': t.p_holm.map(lambda p: '< .001' if p < .001 else f'{p:.3f}'), 'in words': t.verdict})
+    t = pd.read_parquet(Path(folder) / "comparison.parquet")
+    return pd.DataFrame(
+        {
+            "better": t.better,
+            "worse": t.worse,
+            "difference": t.difference.map("{:.4f}".format),
+            "95 % interval": [f"{a:.4f} to {b:.4f}" for a, b in zip(t.low, t.high)],
+            "p, corrected": t.p_holm.map(lambda p: "< .001" if p < 0.001 else f"{p:.3f}"),
+            "in words": t.verdict,
+        }
+    )
 
-def say_which(folder: Path # what `build_validation` wrote
-             ) -> str: # a few sentences
+
+def say_which(
+    folder: Path,  # what `build_validation` wrote
+) -> str:  # a few sentences
     "Which model to ship, and why, with what it costs."
-    (board,choice),pairs = _board(folder), pd.read_parquet(Path(folder)/'comparison.parquet')
-    pick,row = choice['model'], board.loc[choice['model']]
+    (board, choice), pairs = _board(folder), pd.read_parquet(Path(folder) / "comparison.parquet")
+    pick, row = choice["model"], board.loc[choice["model"]]
     models = set(board.index[~board.bound])
-    equals = [a if b == pick else b for a,b,p in zip(pairs.better, pairs.worse, pairs.p_holm) if pick in (a, b) and {a, b} <= models and p >= .05]
+    equals = [
+        a if b == pick else b
+        for a, b, p in zip(pairs.better, pairs.worse, pairs.p_holm)
+        if pick in (a, b) and {a, b} <= models and p >= 0.05
+    ]
     said = f"Ship {pick}: {choice['why']}. On test it has {row.test_ndcg:.4f} ± {row.test_se:.4f}, covers {row.coverage:.1%} of the catalogue and fits in {row.seconds:.2f} s and {row.memory_mib:,.0f} MiB."
     cheaper = [m for m in equals if board.seconds[m] < row.seconds]
-    if equals: said += f" On test nothing tells it from {', '.join(equals)}" + (f"; of these {', '.join(cheaper)} {'fits' if len(cheaper) == 1 else 'fit'} faster." if cheaper else '.')
+    if equals:
+        said += f" On test nothing tells it from {', '.join(equals)}" + (
+            f"; of these {', '.join(cheaper)} {'fits' if len(cheaper) == 1 else 'fit'} faster." if cheaper else "."
+        )
     return said
 
 # %% ../nbs/03a_validation.ipynb #3c8e9908
-PALETTE = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#d55e00', '#56b4e9', '#666666', '#000000')
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#666666", "#000000")
 
-def plot_leaderboard(folder: Path # what `build_validation` wrote
-                    ): # -> matplotlib Figure
+
+def plot_leaderboard(
+    folder: Path,  # what `build_validation` wrote
+):  # -> matplotlib Figure
     "Forest plot: NDCG of every model on validation and on test between bounds, and on test its difference to the pick, all with 95 % intervals."
-    (board,choice),pairs = _board(folder), pd.read_parquet(Path(folder)/'comparison.parquet')
-    models,ends,pick = board[~board.bound][::-1], board[board.bound], choice['model']
-    fig,(ax,diff) = plt.subplots(1, 2, figsize=(10, 1.9+.45*len(models)), layout='constrained', sharey=True, width_ratios=[3, 2])
+    (board, choice), pairs = _board(folder), pd.read_parquet(Path(folder) / "comparison.parquet")
+    models, ends, pick = board[~board.bound][::-1], board[board.bound], choice["model"]
+    fig, (ax, diff) = plt.subplots(
+        1, 2, figsize=(10, 1.9 + 0.45 * len(models)), layout="constrained", sharey=True, width_ratios=[3, 2]
+    )
     y = np.arange(len(models))
-    ax.errorbar(models.valid_ndcg, y+.14, xerr=1.96*models.valid_se, fmt='o', color='#e69f00', capsize=3, label=f"validation ({choice['n_users_valid']:,} users): chosen by this")
-    ax.errorbar(models.test_ndcg, y-.14, xerr=1.96*models.test_se, fmt='s', color='#0072b2', capsize=3, label=f"test ({choice['n_users_test']:,} users)")
-    for end,style in (('random', ':'), ('popularity', '--')):
-        if end in ends.index: ax.axvline(ends.test_ndcg[end], color='#888888', ls=style, lw=1, label=f'{end} on test')
-    ax.set_yticks(y, [f'{m} (chosen)' if m == pick else m for m in models.index])
-    ax.set(xlabel=f"NDCG@{choice['k']} (an oracle would reach {board.test_ndcg['oracle']:.3f} on test)", xlim=(0, None), ylim=(-.6, len(models)-.4), title='how good')
-    for i,m in enumerate(models.index):
+    ax.errorbar(
+        models.valid_ndcg,
+        y + 0.14,
+        xerr=1.96 * models.valid_se,
+        fmt="o",
+        color="#e69f00",
+        capsize=3,
+        label=f"validation ({choice['n_users_valid']:,} users): chosen by this",
+    )
+    ax.errorbar(
+        models.test_ndcg,
+        y - 0.14,
+        xerr=1.96 * models.test_se,
+        fmt="s",
+        color="#0072b2",
+        capsize=3,
+        label=f"test ({choice['n_users_test']:,} users)",
+    )
+    for end, style in (("random", ":"), ("popularity", "--")):
+        if end in ends.index:
+            ax.axvline(ends.test_ndcg[end], color="#888888", ls=style, lw=1, label=f"{end} on test")
+    ax.set_yticks(y, [f"{m} (chosen)" if m == pick else m for m in models.index])
+    ax.set(
+        xlabel=f"NDCG@{choice['k']} (an oracle would reach {board.test_ndcg['oracle']:.3f} on test)",
+        xlim=(0, None),
+        ylim=(-0.6, len(models) - 0.4),
+        title="how good",
+    )
+    for i, m in enumerate(models.index):
         d = pairs[((pairs.better == m) & (pairs.worse == pick)) | ((pairs.better == pick) & (pairs.worse == m))]
-        if m == pick or not len(d): continue
-        d,sign = d.iloc[0], 1 if d.iloc[0].better == m else -1
-        low,high = sorted((sign*d.low, sign*d.high))
-        diff.errorbar(sign*d.difference, i, xerr=[[sign*d.difference-low], [high-sign*d.difference]], fmt='D', color='#d55e00' if d.p_holm < .05 else '#888888', capsize=3)
-    diff.axvline(0, color='#333333', lw=1)
-    diff.set(xlabel=f'difference to {pick} on test, person by person', title='how sure (grey: may be chance)')
+        if m == pick or not len(d):
+            continue
+        d, sign = d.iloc[0], 1 if d.iloc[0].better == m else -1
+        low, high = sorted((sign * d.low, sign * d.high))
+        diff.errorbar(
+            sign * d.difference,
+            i,
+            xerr=[[sign * d.difference - low], [high - sign * d.difference]],
+            fmt="D",
+            color="#d55e00" if d.p_holm < 0.05 else "#888888",
+            capsize=3,
+        )
+    diff.axvline(0, color="#333333", lw=1)
+    diff.set(xlabel=f"difference to {pick} on test, person by person", title="how sure (grey: may be chance)")
     for a in (ax, diff):
-        a.spines[['top', 'right']].set_visible(False)
-        a.grid(axis='x', color='#eeeeee'); a.set_axisbelow(True)
-    fig.legend(*ax.get_legend_handles_labels(), fontsize=8, loc='outside lower center', ncols=4, frameon=False)
-    fig.suptitle(f'{pick} was chosen on validation (bars: 95 % intervals)', fontsize=11)
+        a.spines[["top", "right"]].set_visible(False)
+        a.grid(axis="x", color="#eeeeee")
+        a.set_axisbelow(True)
+    fig.legend(*ax.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4, frameon=False)
+    fig.suptitle(f"{pick} was chosen on validation (bars: 95 % intervals)", fontsize=11)
     plt.close(fig)
     return fig
 
-def plot_tradeoffs(folder: Path # what `build_validation` wrote
-                  ): # -> matplotlib Figure
+
+def plot_tradeoffs(
+    folder: Path,  # what `build_validation` wrote
+):  # -> matplotlib Figure
     "Accuracy against coverage, and by history length and item popularity, on test."
-    (board,choice),parts = _board(folder), pd.read_parquet(Path(folder)/'slices.parquet')
-    models,k = board[~board.bound], choice['k']
-    color = {m: PALETTE[i % len(PALETTE)] for i,m in enumerate(models.index)}
-    fig,axes = plt.subplots(1, 3, figsize=(12, 3.9), layout='constrained')
-    for m,row in models.iterrows():
-        axes[0].errorbar(100*row.coverage, row.test_ndcg, yerr=1.96*row.test_se, fmt='*' if m == choice['model'] else 'o', ms=11 if m == choice['model'] else 6, color=color[m], capsize=3)
-    axes[0].set(xlabel='coverage: % of the catalogue that somebody is shown', ylabel=f'test NDCG@{k}', ylim=(0, None), xlim=(0, None), title='accuracy and coverage (star: chosen)')
-    for ax,by,label in ((axes[1], 'history length', f'NDCG@{k}'), (axes[2], 'item popularity', f'share of the targets found in {k}')):
+    (board, choice), parts = _board(folder), pd.read_parquet(Path(folder) / "slices.parquet")
+    models, k = board[~board.bound], choice["k"]
+    color = {m: PALETTE[i % len(PALETTE)] for i, m in enumerate(models.index)}
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
+    for m, row in models.iterrows():
+        axes[0].errorbar(
+            100 * row.coverage,
+            row.test_ndcg,
+            yerr=1.96 * row.test_se,
+            fmt="*" if m == choice["model"] else "o",
+            ms=11 if m == choice["model"] else 6,
+            color=color[m],
+            capsize=3,
+        )
+    axes[0].set(
+        xlabel="coverage: % of the catalogue that somebody is shown",
+        ylabel=f"test NDCG@{k}",
+        ylim=(0, None),
+        xlim=(0, None),
+        title="accuracy and coverage (star: chosen)",
+    )
+    for ax, by, label in (
+        (axes[1], "history length", f"NDCG@{k}"),
+        (axes[2], "item popularity", f"share of the targets found in {k}"),
+    ):
         these = parts[parts.by == by]
         names = these.part.drop_duplicates().tolist()
-        for i,m in enumerate(models.index):
-            mine = these[these.model == m].set_index('part').reindex(names)
-            ax.errorbar(np.arange(len(names))+.08*(i-(len(models)-1)/2), mine.value, yerr=1.96*mine.se, fmt='o-', ms=4, lw=1, color=color[m], capsize=2, label=m)
-        n = these.drop_duplicates('part').set_index('part').n
-        ax.set_xticks(range(len(names)), [f"{p.replace(' (', chr(10)+'(').replace('; ', ';'+chr(10)).replace(' to ', ' to'+chr(10))}\n{n[p]:,} users" for p in names], fontsize=7)
-        ax.set(ylabel=label, ylim=(0, None), title=f'by {by}')
-    for ax in axes: ax.spines[['top', 'right']].set_visible(False); ax.grid(axis='y', color='#eeeeee'); ax.set_axisbelow(True)
-    fig.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc='outside lower center', ncols=8, frameon=False)
+        for i, m in enumerate(models.index):
+            mine = these[these.model == m].set_index("part").reindex(names)
+            ax.errorbar(
+                np.arange(len(names)) + 0.08 * (i - (len(models) - 1) / 2),
+                mine.value,
+                yerr=1.96 * mine.se,
+                fmt="o-",
+                ms=4,
+                lw=1,
+                color=color[m],
+                capsize=2,
+                label=m,
+            )
+        n = these.drop_duplicates("part").set_index("part").n
+        ax.set_xticks(
+            range(len(names)),
+            [
+                f"{p.replace(' (', chr(10) + '(').replace('; ', ';' + chr(10)).replace(' to ', ' to' + chr(10))}\n{n[p]:,} users"
+                for p in names
+            ],
+            fontsize=7,
+        )
+        ax.set(ylabel=label, ylim=(0, None), title=f"by {by}")
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="#eeeeee")
+        ax.set_axisbelow(True)
+    fig.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=8, frameon=False)
     plt.close(fig)
     return fig

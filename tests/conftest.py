@@ -1,28 +1,32 @@
 "What the tests share: the project, its virtual environment, and a scratch copy of what git tracks."
+
 import os, pwd, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.parse, uuid
 from pathlib import Path
 import pytest
 
-os.environ['OMP_NUM_THREADS'] = '1' # before anything loads torch: as many tests run at once as there are processors, and threads that wait for one another take the processors from the others
-os.environ.pop('PYTHONDONTWRITEBYTECODE', None) # hundreds of processes import the package: it is compiled once
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before anything loads torch: as many tests run at once as there are processors, and threads that wait for one another take the processors from the others
+)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes import the package: it is compiled once
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 
-def tracked(pattern='*'):
+def tracked(pattern="*"):
     "Files that git tracks; everything where there is no git. An executed copy that papermill left in nbs/ is none of ours."
-    listed = subprocess.run(['git', 'ls-files', '-z', '--', pattern], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode == 0: return sorted(ROOT/name for name in listed.stdout.split('\0') if name and (ROOT/name).exists())
+    listed = subprocess.run(["git", "ls-files", "-z", "--", pattern], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return sorted(ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).exists())
     return sorted(p for p in ROOT.glob(pattern) if p.is_file())
 
 
 @pytest.fixture
 def project(tmp_path):
     "A copy of the project to write in."
-    copy = tmp_path/'project'
+    copy = tmp_path / "project"
     for path in tracked():
-        target = copy/path.relative_to(ROOT)
+        target = copy / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
     return copy
@@ -30,29 +34,48 @@ def project(tmp_path):
 
 def variables(folder):
     "Variables for a child process: the environment `test`, stores of its own in `folder`, one thread, no variables of the caller's."
-    kept = {k: v for k, v in os.environ.items() if not k.startswith('AEREC_') and k not in ('IN_TEST', 'MPLBACKEND')}
-    return {**kept, 'AEREC_ENV': 'test', 'AEREC_RUNS_DIR': str(folder/'runs'), 'AEREC_PATHS__VAR_DIR': str(folder/'var'),
-            'OMP_NUM_THREADS': '1', 'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}'}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("AEREC_") and k not in ("IN_TEST", "MPLBACKEND")}
+    return {
+        **kept,
+        "AEREC_ENV": "test",
+        "AEREC_RUNS_DIR": str(folder / "runs"),
+        "AEREC_PATHS__VAR_DIR": str(folder / "var"),
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
 
 
 @pytest.fixture
-def environ(tmp_path): return variables(tmp_path)
+def environ(tmp_path):
+    return variables(tmp_path)
 
 
 def run(*command, env, cwd, timeout=280):
     "Run a command and return it with its output as text; again where a port that its kernel was told to take was gone."
     for _ in range(3):
-        done = subprocess.run([str(c) for c in command], env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
-        if 'Kernel died before replying to kernel_info' not in done.stderr: break # papermill and nbconvert: no cell has run
+        done = subprocess.run(
+            [str(c) for c in command], env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout
+        )
+        if "Kernel died before replying to kernel_info" not in done.stderr:
+            break  # papermill and nbconvert: no cell has run
     return done
 
 
 # Groups and tests that take longest, longest first, so that at the end no worker waits for one that has just begun a long one; the others follow in their order.
-LONGEST = ['stages', 'finished', 'short', 'ray', 'test_data_of_another_shape_runs_through', 'test_notebook', 'cold', 'mlflow']
+LONGEST = [
+    "stages",
+    "finished",
+    "short",
+    "ray",
+    "test_data_of_another_shape_runs_through",
+    "test_notebook",
+    "cold",
+    "mlflow",
+]
 
 
 def place(item):
-    group = item.get_closest_marker('xdist_group')
+    group = item.get_closest_marker("xdist_group")
     name = group.args[0] if group else item.originalname
     return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
@@ -60,57 +83,113 @@ def place(item):
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     "Tests of one xdist_group go to one worker. xdist 3.8 appends the group to `_nodeid`, which pytest 9.2 no longer reads: without this a group's costly fixture is made by every worker."
-    if not config.getoption('loadgroup', False): return
-    items.sort(key=place) # keeps the order of equals
+    if not config.getoption("loadgroup", False):
+        return
+    items.sort(key=place)  # keeps the order of equals
     for item in items:
-        group = item.get_closest_marker('xdist_group')
-        if group and not item.nodeid.endswith(f'@{group.args[0]}'): item._id = type(item._id).parse(f'{item.nodeid}@{group.args[0]}')
+        group = item.get_closest_marker("xdist_group")
+        if group and not item.nodeid.endswith(f"@{group.args[0]}"):
+            item._id = type(item._id).parse(f"{item.nodeid}@{group.args[0]}")
 
 
 # --- a PostgreSQL of our own --------------------------------------------------------------------------------------------------------------------------
 
+
 def postgres_program(name):
     "Where a program of PostgreSQL is, or None; Debian keeps the server's outside the search path."
-    return shutil.which(name) or next((str(p) for p in sorted(Path('/usr/lib/postgresql').glob(f'*/bin/{name}'), reverse=True)), None)
+    return shutil.which(name) or next(
+        (str(p) for p in sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), reverse=True)), None
+    )
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope="session")
 def postgres_url():
     "The URL (with a password) of an empty database of a private PostgreSQL, on a free loopback port, in a temporary folder; one a worker: mark tests with xdist_group('postgres')."
-    if not postgres_program('initdb'): pytest.skip('no PostgreSQL here (Debian: apt-get install postgresql)')
-    password, folder = 'p@ss:w/rd s3cret', Path(tempfile.mkdtemp(prefix='aerec_nb-postgres-'))
+    if not postgres_program("initdb"):
+        pytest.skip("no PostgreSQL here (Debian: apt-get install postgresql)")
+    password, folder = "p@ss:w/rd s3cret", Path(tempfile.mkdtemp(prefix="aerec_nb-postgres-"))
     server = None
     try:
         as_user = {}
-        if os.geteuid() == 0: # the server refuses root
-            user = next(pwd.getpwnam(name) for name in ('postgres', 'nobody') if any(u.pw_name == name for u in pwd.getpwall()))
+        if os.geteuid() == 0:  # the server refuses root
+            user = next(
+                pwd.getpwnam(name) for name in ("postgres", "nobody") if any(u.pw_name == name for u in pwd.getpwall())
+            )
             as_user = dict(user=user.pw_uid, group=user.pw_gid, extra_groups=[])
             os.chown(folder, user.pw_uid, user.pw_gid)
-        (folder/'password').write_text(password); (folder/'password').chmod(0o644)
-        made = subprocess.run([postgres_program('initdb'), '-D', folder/'data', '-U', 'aerec', '-A', 'scram-sha-256', '--pwfile', folder/'password', '-E', 'UTF8', '--locale', 'C', '--no-sync'],
-                              cwd=folder, capture_output=True, text=True, **as_user)
+        (folder / "password").write_text(password)
+        (folder / "password").chmod(0o644)
+        made = subprocess.run(
+            [
+                postgres_program("initdb"),
+                "-D",
+                folder / "data",
+                "-U",
+                "aerec",
+                "-A",
+                "scram-sha-256",
+                "--pwfile",
+                folder / "password",
+                "-E",
+                "UTF8",
+                "--locale",
+                "C",
+                "--no-sync",
+            ],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            **as_user,
+        )
         assert made.returncode == 0, made.stdout + made.stderr
-        with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-        with open(folder/'log', 'w') as log:
-            server = subprocess.Popen([postgres_program('postgres'), '-D', folder/'data', '-h', '127.0.0.1', '-p', str(port), '-c', 'unix_socket_directories=', '-c', 'fsync=off', '-c', 'shared_buffers=32MB'],
-                                      cwd=folder, stdout=log, stderr=log, **as_user)
-        url = f'postgresql://aerec:{urllib.parse.quote(password, safe="")}@127.0.0.1:{port}/postgres'
-        _wait_for_postgres(url, server, folder/'log')
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        with open(folder / "log", "w") as log:
+            server = subprocess.Popen(
+                [
+                    postgres_program("postgres"),
+                    "-D",
+                    folder / "data",
+                    "-h",
+                    "127.0.0.1",
+                    "-p",
+                    str(port),
+                    "-c",
+                    "unix_socket_directories=",
+                    "-c",
+                    "fsync=off",
+                    "-c",
+                    "shared_buffers=32MB",
+                ],
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                **as_user,
+            )
+        url = f"postgresql://aerec:{urllib.parse.quote(password, safe='')}@127.0.0.1:{port}/postgres"
+        _wait_for_postgres(url, server, folder / "log")
         yield url
     finally:
         if server is not None and server.poll() is None:
-            server.send_signal(signal.SIGINT) # fast shutdown: open connections are ended
-            try: server.wait(20)
-            except subprocess.TimeoutExpired: server.kill(); server.wait()
+            server.send_signal(signal.SIGINT)  # fast shutdown: open connections are ended
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_for_postgres(url, server, log, seconds=60):
     import psycopg
-    for _ in range(seconds*10):
+
+    for _ in range(seconds * 10):
         assert server.poll() is None, log.read_text()
-        try: return psycopg.connect(url, connect_timeout=5).close()
-        except psycopg.OperationalError: time.sleep(.1)
+        try:
+            return psycopg.connect(url, connect_timeout=5).close()
+        except psycopg.OperationalError:
+            time.sleep(0.1)
     raise AssertionError(log.read_text())
 
 
@@ -118,7 +197,10 @@ def _wait_for_postgres(url, server, log, seconds=60):
 def fresh_database(postgres_url):
     "The URL of a database that only this test uses."
     import psycopg
-    name = f't{uuid.uuid4().hex}'
-    with psycopg.connect(postgres_url, autocommit=True) as c: c.execute(f'CREATE DATABASE {name}')
-    yield f'{postgres_url.rpartition("/")[0]}/{name}'
-    with psycopg.connect(postgres_url, autocommit=True) as c: c.execute(f'DROP DATABASE {name} WITH (FORCE)')
+
+    name = f"t{uuid.uuid4().hex}"
+    with psycopg.connect(postgres_url, autocommit=True) as c:
+        c.execute(f"CREATE DATABASE {name}")
+    yield f"{postgres_url.rpartition('/')[0]}/{name}"
+    with psycopg.connect(postgres_url, autocommit=True) as c:
+        c.execute(f"DROP DATABASE {name} WITH (FORCE)")

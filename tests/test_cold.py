@@ -1,4 +1,5 @@
 "Items that nobody has met: recommended by their features, on MovieLens latest-small with a tenth of its items made cold, and nothing lost on the others."
+
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from scipy import sparse
@@ -8,46 +9,64 @@ from aerec_nb.configuration import AerecError
 from aerec_nb.model_preprocessing import item_features, split_interactions
 from aerec_nb.modeling import create_model, load_model, save_model
 
-DATA = ROOT.parent/'shared'/'data'/'ml-latest-small'
-pytestmark = pytest.mark.xdist_group('cold')
-NETS = dict(autoencoder=dict(hidden_dim=12), mult_dae=dict(hidden_dim=12), mult_vae=dict(hidden_dim=12, latent_dim=6, anneal_steps=20), recvae=dict(hidden_dim=12, latent_dim=6), elsa=dict(rank=8))
+DATA = ROOT.parent / "shared" / "data" / "ml-latest-small"
+pytestmark = pytest.mark.xdist_group("cold")
+NETS = dict(
+    autoencoder=dict(hidden_dim=12),
+    mult_dae=dict(hidden_dim=12),
+    mult_vae=dict(hidden_dim=12, latent_dim=6, anneal_steps=20),
+    recvae=dict(hidden_dim=12, latent_dim=6),
+    elsa=dict(rank=8),
+)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def data():
     "The lecture's split, a tenth of the items taken out of every history, features of all of them from genres, year and tags."
-    if not (DATA/'movies.csv').exists(): pytest.skip('ml-latest-small is not in ../shared/data')
-    ratings, movies, tags = (pd.read_csv(DATA/f'{name}.csv').rename(columns=dict(userId='user_id', movieId='item_id')) for name in ('ratings', 'movies', 'tags'))
-    split = split_interactions(ratings, 'lecture', 10, seed=42)
+    if not (DATA / "movies.csv").exists():
+        pytest.skip("ml-latest-small is not in ../shared/data")
+    ratings, movies, tags = (
+        pd.read_csv(DATA / f"{name}.csv").rename(columns=dict(userId="user_id", movieId="item_id"))
+        for name in ("ratings", "movies", "tags")
+    )
+    split = split_interactions(ratings, "lecture", 10, seed=42)
     fold, n_items = split.test, len(split.items)
     cold = np.zeros(n_items, bool)
-    cold[np.random.default_rng(1).choice(n_items, n_items//10, replace=False)] = True
+    cold[np.random.default_rng(1).choice(n_items, n_items // 10, replace=False)] = True
+
     def only(matrix, columns):
         kept = sparse.csr_matrix(matrix @ sparse.diags(columns.astype(np.float32)), dtype=np.float32)
         kept.eliminate_zeros()
         return kept
-    return SimpleNamespace(cold=cold, history=only(fold.input, ~cold), warm_targets=only(fold.target, ~cold), cold_targets=only(fold.input+fold.target, cold), targets=sparse.csr_matrix(fold.target),
-                           features=item_features(movies, split.items, tags=tags).matrix)
+
+    return SimpleNamespace(
+        cold=cold,
+        history=only(fold.input, ~cold),
+        warm_targets=only(fold.target, ~cold),
+        cold_targets=only(fold.input + fold.target, cold),
+        targets=sparse.csr_matrix(fold.target),
+        features=item_features(movies, split.items, tags=tags).matrix,
+    )
 
 
 def best(scores, k, seed=0):
     "Positions of the k best of each row. Ties fall at random: by item index they would fall on the popular, since ids are in order of first appearance."
     shuffled = np.random.default_rng(seed).permutation(scores.shape[1])
-    return shuffled[np.argsort(-scores[:, shuffled], 1, kind='stable')[:, :k]]
+    return shuffled[np.argsort(-scores[:, shuffled], 1, kind="stable")[:, :k]]
 
 
 def recall(scores, targets, k=20):
     "Mean recall@k of those who have a target, and what a random order would have."
     hits, n = np.take_along_axis(targets.toarray() > 0, best(scores, k), 1).sum(1), np.diff(targets.indptr)
     some, least = n > 0, np.minimum(k, np.maximum(n, 1))
-    return (hits/least)[some].mean(), (n*k/targets.shape[1]/least)[some].mean()
+    return (hits / least)[some].mean(), (n * k / targets.shape[1] / least)[some].mean()
 
 
 def ndcg(scores, targets, k=10):
     "NDCG@k of each who has a target."
     hits, n = np.take_along_axis(targets.toarray() > 0, best(scores, k), 1), np.diff(targets.indptr)
-    gains = 1/np.log2(np.arange(k)+2)
-    return (hits @ gains)[n > 0]/np.cumsum(gains)[np.minimum(k, n[n > 0])-1]
+    gains = 1 / np.log2(np.arange(k) + 2)
+    return (hits @ gains)[n > 0] / np.cumsum(gains)[np.minimum(k, n[n > 0]) - 1]
 
 
 def measure(data, model, features):
@@ -55,27 +74,48 @@ def measure(data, model, features):
     scores = model.fit(data.history, features).score(data.history)
     cold, chance = recall(scores[:, data.cold], data.cold_targets[:, data.cold])
     unseen = np.where(data.history.toarray() > 0, -np.inf, scores)
-    return SimpleNamespace(model=model, cold=cold, chance=chance, warm=ndcg(np.where(data.cold, -np.inf, unseen), data.warm_targets), every=ndcg(unseen, data.targets), cold_listed=data.cold[best(unseen, 20)].mean())
+    return SimpleNamespace(
+        model=model,
+        cold=cold,
+        chance=chance,
+        warm=ndcg(np.where(data.cold, -np.inf, unseen), data.warm_targets),
+        every=ndcg(unseen, data.targets),
+        cold_listed=data.cold[best(unseen, 20)].mean(),
+    )
 
 
 # Settings, and the models' defaults, were chosen on the validation fold of other splits with other items made cold.
-@pytest.mark.parametrize('name,hp', [('rlae', dict(lam=300., xi=.3)), ('mult_dae', dict(preset='small', lr=.003, num_epoch=40))])
+@pytest.mark.parametrize(
+    "name,hp", [("rlae", dict(lam=300.0, xi=0.3)), ("mult_dae", dict(preset="small", lr=0.003, num_epoch=40))]
+)
 def test_cold_items_are_found_and_the_others_not_lost(name, hp, data):
     with_features, without = (measure(data, create_model(name, **hp), features) for features in (data.features, None))
-    error = without.warm.std()/len(without.warm)**.5 # of the mean over users
-    found = (f'{name}: recall@20 among the cold {with_features.cold:.4f} (without features {without.cold:.4f}, by chance {with_features.chance:.4f}); warm NDCG@10 {with_features.warm.mean():.4f} '
-             f'(without {without.warm.mean():.4f}, standard error {error:.4f}); all targets {with_features.every.mean():.4f} (without {without.every.mean():.4f}); '
-             f'cold items in lists of 20: {with_features.cold_listed:.1%} (without {without.cold_listed:.1%})')
+    error = without.warm.std() / len(without.warm) ** 0.5  # of the mean over users
+    found = (
+        f"{name}: recall@20 among the cold {with_features.cold:.4f} (without features {without.cold:.4f}, by chance {with_features.chance:.4f}); warm NDCG@10 {with_features.warm.mean():.4f} "
+        f"(without {without.warm.mean():.4f}, standard error {error:.4f}); all targets {with_features.every.mean():.4f} (without {without.every.mean():.4f}); "
+        f"cold items in lists of 20: {with_features.cold_listed:.1%} (without {without.cold_listed:.1%})"
+    )
     print(found)
-    assert with_features.cold > 4*with_features.chance, found
-    assert with_features.cold > 2*without.cold, found
+    assert with_features.cold > 4 * with_features.chance, found
+    assert with_features.cold > 2 * without.cold, found
     assert with_features.warm.mean() > without.warm.mean() - error, found
-    assert with_features.every.mean() > without.every.mean() - 1.5*error, found # ranked among all items, every target: cold ones come at the price of warm ones
+    assert with_features.every.mean() > without.every.mean() - 1.5 * error, (
+        found
+    )  # ranked among all items, every target: cold ones come at the price of warm ones
     assert with_features.cold_listed > 0, found
-    own, rng = data.cold_targets, np.random.default_rng(0) # histories of cold items and nothing else
+    own, rng = data.cold_targets, np.random.default_rng(0)  # histories of cold items and nothing else
     strangers = own[rng.permutation(own.shape[0])]
-    told, misled = (ndcg(np.where(data.cold, -np.inf, np.where(data.history.toarray() > 0, -np.inf, with_features.model.score(h))), data.warm_targets).mean() for h in (own, strangers))
-    assert told > misled, f'{name}: NDCG@10 of the warm from own cold items alone {told:.4f}, from a stranger\'s {misled:.4f}'
+    told, misled = (
+        ndcg(
+            np.where(data.cold, -np.inf, np.where(data.history.toarray() > 0, -np.inf, with_features.model.score(h))),
+            data.warm_targets,
+        ).mean()
+        for h in (own, strangers)
+    )
+    assert told > misled, (
+        f"{name}: NDCG@10 of the warm from own cold items alone {told:.4f}, from a stranger's {misled:.4f}"
+    )
 
 
 def test_nothing_else_gives_the_cold_items_away(data):
@@ -83,51 +123,73 @@ def test_nothing_else_gives_the_cold_items_away(data):
     assert not data.history[:, data.cold].nnz and data.cold_targets.nnz > 5_000
     scores = np.random.default_rng(0).random((data.history.shape[0], data.cold.sum()))
     found, chance = recall(scores, data.cold_targets[:, data.cold])
-    assert abs(found-chance) < .01 and .02 < chance < .04
-    ease = create_model('ease').fit(data.history)
+    assert abs(found - chance) < 0.01 and 0.02 < chance < 0.04
+    ease = create_model("ease").fit(data.history)
     assert np.abs(ease.score(data.history[:50])[:, data.cold]).max() < 1e-5
 
 
-class Killed(Exception): "In place of a kill -9."
+class Killed(Exception):
+    "In place of a kill -9."
 
 
-@pytest.mark.parametrize('name,hp', NETS.items())
+@pytest.mark.parametrize("name,hp", NETS.items())
 def test_training_with_features_goes_on_to_the_last_bit_and_is_saved(name, hp, tmp_path, monkeypatch):
     "Interrupted after every few batches and taken up by a new model each time: the same history, scores and bytes as in one go; a saved model scores as the trained one."
     rng = np.random.default_rng(0)
-    users, items = np.nonzero(rng.random((120, 40)) < .3*np.linspace(1.6, .4, 40))
-    split = split_interactions(pd.DataFrame(dict(user_id=users, item_id=items)), 'holdout', seed=1)
-    features = sparse.csr_matrix(rng.random((len(split.items), 5)) < .3, dtype=np.float32)
+    users, items = np.nonzero(rng.random((120, 40)) < 0.3 * np.linspace(1.6, 0.4, 40))
+    split = split_interactions(pd.DataFrame(dict(user_id=users, item_id=items)), "holdout", seed=1)
+    features = sparse.csr_matrix(rng.random((len(split.items), 5)) < 0.3, dtype=np.float32)
+
     def trained(folder=None):
-        model = create_model(name, **hp, batch_size=32, num_epoch=4, lr=.01, clip_norm=1.)
-        return model, training.train(model, split, patience=99, progress=False, item_features=features, checkpoints=folder, checkpoint_s=0)
+        model = create_model(name, **hp, batch_size=32, num_epoch=4, lr=0.01, clip_norm=1.0)
+        return model, training.train(
+            model, split, patience=99, progress=False, item_features=features, checkpoints=folder, checkpoint_s=0
+        )
+
     whole, history = trained()
     saved, kills = training.Checkpoints.save, 0
+
     def save(self, *args):
         saved(self, *args)
         save.left -= 1
-        if not save.left: raise Killed
-    monkeypatch.setattr(training.Checkpoints, 'save', save)
+        if not save.left:
+            raise Killed
+
+    monkeypatch.setattr(training.Checkpoints, "save", save)
     while True:
         save.left = 5
-        try: resumed, again = trained(tmp_path/'kept')
-        except Killed: kills += 1; continue
+        try:
+            resumed, again = trained(tmp_path / "kept")
+        except Killed:
+            kills += 1
+            continue
         break
     assert kills >= 3
     pd.testing.assert_frame_equal(again, history, check_exact=True)
     assert {k: a.tobytes() for k, a in resumed.state().items()} == {k: a.tobytes() for k, a in whole.state().items()}
-    assert {k: a.tobytes() for k, a in resumed.checkpoint().items()} == {k: a.tobytes() for k, a in whole.checkpoint().items()}
-    save_model(whole, tmp_path/'saved')
-    assert np.array_equal(load_model(tmp_path/'saved').score(split.test.input), whole.score(split.test.input))
+    assert {k: a.tobytes() for k, a in resumed.checkpoint().items()} == {
+        k: a.tobytes() for k, a in whole.checkpoint().items()
+    }
+    save_model(whole, tmp_path / "saved")
+    assert np.array_equal(load_model(tmp_path / "saved").score(split.test.input), whole.score(split.test.input))
 
 
-@pytest.mark.parametrize('name,hp', NETS.items())
+@pytest.mark.parametrize("name,hp", NETS.items())
 def test_memory_of_features_is_asked_for_before_it_is_taken(name, hp):
-    X, F = (sparse.random(*shape, .05, 'csr', np.float32, np.random.default_rng(0)) for shape in ((60, 2_000), (2_000, 9_000)))
+    X, F = (
+        sparse.random(*shape, 0.05, "csr", np.float32, np.random.default_rng(0))
+        for shape in ((60, 2_000), (2_000, 9_000))
+    )
     plain, told = create_model(name, **hp, num_epoch=1), create_model(name, **hp, num_epoch=1)
-    n_bytes, more = plain.cost(*X.shape, X.nnz)[1], create_model(name, **hp, num_epoch=1).fit(X, F).cost(*X.shape, X.nnz)[1]
-    assert more > n_bytes + 16*9_000*next(v for k, v in hp.items() if k in ('hidden_dim', 'rank')) # weights, gradients and two moments of the features
-    plain.max_memory_gib = told.max_memory_gib = (n_bytes+more)/2/2**30 + .02
+    n_bytes, more = (
+        plain.cost(*X.shape, X.nnz)[1],
+        create_model(name, **hp, num_epoch=1).fit(X, F).cost(*X.shape, X.nnz)[1],
+    )
+    assert more > n_bytes + 16 * 9_000 * next(
+        v for k, v in hp.items() if k in ("hidden_dim", "rank")
+    )  # weights, gradients and two moments of the features
+    plain.max_memory_gib = told.max_memory_gib = (n_bytes + more) / 2 / 2**30 + 0.02
     assert plain.fit(X).n_items == 2_000
-    with pytest.raises(AerecError, match='would need'): told.fit(X, F)
+    with pytest.raises(AerecError, match="would need"):
+        told.fit(X, F)
     assert told.net is None

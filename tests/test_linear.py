@@ -1,4 +1,5 @@
 "Closed-form models and baselines: defined on every kind of data, the same in every block, no larger than foreseen."
+
 import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
@@ -8,32 +9,52 @@ from aerec_nb.configuration import AerecError
 from aerec_nb.linear_models import EASE, RDLAE, solve_path
 from aerec_nb.modeling import create_model, load_model, save_model
 
-LINEAR = ['ease', 'dlae', 'edlae', 'rlae', 'rdlae']
-DATA, REFERENCE = ROOT.parent/'shared'/'data', ROOT.parent/'shared'/'reference'
+LINEAR = ["ease", "dlae", "edlae", "rlae", "rdlae"]
+DATA, REFERENCE = ROOT.parent / "shared" / "data", ROOT.parent / "shared" / "reference"
 
 
 def skewed(n_users, n_items, nnz, seed=0):
     "Histories with a long tail."
     rng = np.random.default_rng(seed)
-    share = lambda n, power: (np.arange(n)+10.)**-power/((np.arange(n)+10.)**-power).sum()
-    X = sparse.csr_matrix((np.ones(nnz, np.float32), (rng.choice(n_users, nnz, p=share(n_users, .5)), rng.choice(n_items, nnz, p=share(n_items, .8)))), (n_users, n_items))
+    share = lambda n, power: (np.arange(n) + 10.0) ** -power / ((np.arange(n) + 10.0) ** -power).sum()
+    X = sparse.csr_matrix(
+        (
+            np.ones(nnz, np.float32),
+            (rng.choice(n_users, nnz, p=share(n_users, 0.5)), rng.choice(n_items, nnz, p=share(n_items, 0.8))),
+        ),
+        (n_users, n_items),
+    )
     X.sum_duplicates()
     X.data[:] = 1
     return X
 
 
 EXPLICIT_ZEROS = sparse.csr_matrix((np.zeros(3, np.float32), ([0, 1, 2], [0, 1, 1])), (3, 4))
-ODD = {'one user': sparse.csr_matrix(np.array([[1, 0, 1, 0]], np.float32)), 'one item': sparse.csr_matrix(np.ones((3, 1), np.float32)), 'one of each': sparse.csr_matrix(np.ones((1, 1), np.float32)),
-       'all ones': sparse.csr_matrix(np.ones((4, 6), np.float32)), 'zeros written out': EXPLICIT_ZEROS, 'a cold item, an empty user': sparse.csr_matrix(np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0]], np.float32)),
-       'one user, many items': sparse.csr_matrix(np.ones((1, 40), np.float32)), 'many users, one item': sparse.csr_matrix(np.ones((40, 1), np.float32))}
+ODD = {
+    "one user": sparse.csr_matrix(np.array([[1, 0, 1, 0]], np.float32)),
+    "one item": sparse.csr_matrix(np.ones((3, 1), np.float32)),
+    "one of each": sparse.csr_matrix(np.ones((1, 1), np.float32)),
+    "all ones": sparse.csr_matrix(np.ones((4, 6), np.float32)),
+    "zeros written out": EXPLICIT_ZEROS,
+    "a cold item, an empty user": sparse.csr_matrix(np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0]], np.float32)),
+    "one user, many items": sparse.csr_matrix(np.ones((1, 40), np.float32)),
+    "many users, one item": sparse.csr_matrix(np.ones((40, 1), np.float32)),
+}
 
 
-@pytest.mark.parametrize('name', [*LINEAR, 'popularity', 'item_knn', 'ials'])
+@pytest.mark.parametrize("name", [*LINEAR, "popularity", "item_knn", "ials"])
 def test_odd_data_have_defined_answers(name):
-    if name == 'ials': pytest.importorskip('implicit')
-    variants = [dict(form=form, **more) for form in ('primal', 'dual') for more in ({}, dict(user_power=.5, item_power=.3))] if name in LINEAR else [{}]
-    if name == 'item_knn': variants = [dict(similarity=s, n_neighbors=3, shrink=0, b=1.) for s in ('cosine', 'tfidf', 'bm25')]
-    if name == 'ials': variants = [dict(factors=3)]
+    if name == "ials":
+        pytest.importorskip("implicit")
+    variants = (
+        [dict(form=form, **more) for form in ("primal", "dual") for more in ({}, dict(user_power=0.5, item_power=0.3))]
+        if name in LINEAR
+        else [{}]
+    )
+    if name == "item_knn":
+        variants = [dict(similarity=s, n_neighbors=3, shrink=0, b=1.0) for s in ("cosine", "tfidf", "bm25")]
+    if name == "ials":
+        variants = [dict(factors=3)]
     for what, X in ODD.items():
         for hp in variants:
             model = create_model(name, **hp).fit(X)
@@ -43,70 +64,81 @@ def test_odd_data_have_defined_answers(name):
                 assert np.isfinite(scores).all(), (what, hp)
 
 
-@pytest.mark.parametrize('name', [*LINEAR, 'item_knn', 'ials'])
+@pytest.mark.parametrize("name", [*LINEAR, "item_knn", "ials"])
 def test_scores_do_not_depend_on_the_block(name, tmp_path):
-    if name == 'ials': pytest.importorskip('implicit')
+    if name == "ials":
+        pytest.importorskip("implicit")
     X = skewed(300, 700, 9_000)
-    for form in ('primal', 'dual') if name in LINEAR else [None]:
-        model = create_model(name, **(dict(form=form, lam=2., user_power=.4, item_power=.2) if form else {})).fit(X)
+    for form in ("primal", "dual") if name in LINEAR else [None]:
+        model = create_model(name, **(dict(form=form, lam=2.0, user_power=0.4, item_power=0.2) if form else {})).fit(X)
         whole = model.score(X)
         for size in (1, 7, 128):
-            parts = np.vstack([model.score(X[start:start+size]) for start in range(0, 300, size)])
-            assert (np.abs(parts-whole) <= 1e-5*np.abs(whole).max(1, keepdims=True)).all()
-        save_model(model, tmp_path/f'{name}-{form}')
-        assert np.array_equal(load_model(tmp_path/f'{name}-{form}').score(X), whole)
+            parts = np.vstack([model.score(X[start : start + size]) for start in range(0, 300, size)])
+            assert (np.abs(parts - whole) <= 1e-5 * np.abs(whole).max(1, keepdims=True)).all()
+        save_model(model, tmp_path / f"{name}-{form}")
+        assert np.array_equal(load_model(tmp_path / f"{name}-{form}").score(X), whole)
 
 
-@pytest.mark.parametrize('shape', [(200, 900), (900, 200)])
+@pytest.mark.parametrize("shape", [(200, 900), (900, 200)])
 def test_both_forms_agree_where_it_is_hard(shape):
     "A tiny lam, a heavy dropout, one user with everything: scores of both forms within 1e-4 of their size."
     X = skewed(*shape, 9_000).tolil()
     X[3] = 1
     X = X.tocsr().astype(np.float32)
     F = skewed(shape[1], 12, 2_000, 1)
-    for name, hp in dict(ease=dict(lam=.5), dlae=dict(lam=5., dropout=.8), edlae=dict(lam=1., dropout=.05), rlae=dict(lam=.5, xi=.9), rdlae=dict(lam=2., dropout=.3, xi=.2, user_power=.7, item_power=.3)).items():
-        primal, dual = (create_model(name, **hp, form=form).fit(X, F).score(X) for form in ('primal', 'dual'))
-        assert np.abs(primal-dual).max() <= 1e-4*np.abs(primal).max(), name
+    for name, hp in dict(
+        ease=dict(lam=0.5),
+        dlae=dict(lam=5.0, dropout=0.8),
+        edlae=dict(lam=1.0, dropout=0.05),
+        rlae=dict(lam=0.5, xi=0.9),
+        rdlae=dict(lam=2.0, dropout=0.3, xi=0.2, user_power=0.7, item_power=0.3),
+    ).items():
+        primal, dual = (create_model(name, **hp, form=form).fit(X, F).score(X) for form in ("primal", "dual"))
+        assert np.abs(primal - dual).max() <= 1e-4 * np.abs(primal).max(), name
 
 
-@pytest.mark.parametrize('shape', [(300, 120), (120, 300)])
+@pytest.mark.parametrize("shape", [(300, 120), (120, 300)])
 def test_heavy_counts_are_solved_in_double_precision(shape):
     "Plays in the thousands: float32 would lose everything; the answer is NumPy's in float64."
     X = skewed(*shape, 6_000)
     X.data = np.random.default_rng(0).integers(1, 5_000, X.nnz).astype(np.float32)
     dense = X.toarray().astype(np.float64)
-    C = np.linalg.inv(dense.T @ dense + 20*np.eye(shape[1]))
-    B = -C/np.diag(C)
+    C = np.linalg.inv(dense.T @ dense + 20 * np.eye(shape[1]))
+    B = -C / np.diag(C)
     np.fill_diagonal(B, 0)
     H = skewed(50, shape[1], 500, 2)
-    for form in ('auto', 'primal'): assert np.abs(EASE(20., form=form).fit(X).score(H) - H @ B).max() < 1e-5*np.abs(H @ B).max()
+    for form in ("auto", "primal"):
+        assert np.abs(EASE(20.0, form=form).fit(X).score(H) - H @ B).max() < 1e-5 * np.abs(H @ B).max()
     if shape[0] > shape[1]:
-        with pytest.raises(AerecError, match='would lose its digits'): EASE(20., form='dual').fit(X)
+        with pytest.raises(AerecError, match="would lose its digits"):
+            EASE(20.0, form="dual").fit(X)
 
 
 def test_the_dual_form_holds_nothing_of_items_by_items():
     X = skewed(60, 3_000, 4_000)
-    model = RDLAE(form='dual', item_power=.2).fit(X, skewed(3_000, 5, 6_000))
+    model = RDLAE(form="dual", item_power=0.2).fit(X, skewed(3_000, 5, 6_000))
     assert max(a.size for a in model.state().values()) < 20_000
-    assert max(a.size for m in solve_path(RDLAE(form='dual'), X, xi=[.1, .5]) for a in m.state().values()) < 20_000
+    assert max(a.size for m in solve_path(RDLAE(form="dual"), X, xi=[0.1, 0.5]) for a in m.state().values()) < 20_000
 
 
 def test_cold_items_are_recommended_by_their_features():
     "Two tastes, items of each with a feature of their own; a tenth of the items nobody has met."
     rng, taste = np.random.default_rng(0), np.arange(100) % 2
-    X = (rng.random((200, 100)) < np.where((np.arange(200) % 2)[:, None] == taste, .3, .03)).astype(np.float32)
+    X = (rng.random((200, 100)) < np.where((np.arange(200) % 2)[:, None] == taste, 0.3, 0.03)).astype(np.float32)
     cold = np.arange(90, 100)
     X[:, cold] = 0
     X, F = sparse.csr_matrix(X), sparse.csr_matrix(np.eye(2, dtype=np.float32)[taste])
     own = (np.arange(200) % 2)[:, None] == taste[cold]
     for name in LINEAR:
-        for form in ('primal', 'dual'):
+        for form in ("primal", "dual"):
             scores = create_model(name, form=form).fit(X, F).score(X)[:, cold]
-            assert (scores[own].mean() > scores[~own].mean()) and (np.where(own, scores, np.inf).min(1) > np.where(own, -np.inf, scores).max(1)).mean() > .9, (name, form)
+            assert (scores[own].mean() > scores[~own].mean()) and (
+                np.where(own, scores, np.inf).min(1) > np.where(own, -np.inf, scores).max(1)
+            ).mean() > 0.9, (name, form)
             assert np.allclose(create_model(name, form=form).fit(X).score(X)[:, cold], 0, atol=1e-7)
 
 
-MEASURE = '''
+MEASURE = """
 import ctypes, json, os, sys
 sys.path.insert(0, sys.argv[1])
 from test_linear import skewed
@@ -129,27 +161,50 @@ for case in json.loads(sys.argv[2]):
     os.wait()
     os.close(write)
     print(os.read(read, 1000).decode(), flush=True)
-'''
+"""
 
 
-@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='peak memory is read from Linux')
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux")
 def test_memory_is_what_was_foreseen(tmp_path):
-    cases = [('ease', dict(form='primal'), 2_000, 3_000, 200_000), ('ease', dict(form='primal'), 3_000, 4_500, 300_000), ('rdlae', dict(form='primal', keep_gram=True), 6_000, 3_000, 600_000),
-             ('ease', dict(form='dual'), 1_500, 8_000, 200_000), ('ease', dict(form='dual'), 2_500, 9_000, 300_000), ('rdlae', dict(form='dual'), 800, 30_000, 300_000),
-             ('popularity', {}, 6_000, 6_000, 300_000), ('item_knn', {}, 3_000, 5_000, 200_000)]
-    made = subprocess.run([sys.executable, '-c', MEASURE, str(Path(__file__).parent), json.dumps(cases)], env=variables(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    cases = [
+        ("ease", dict(form="primal"), 2_000, 3_000, 200_000),
+        ("ease", dict(form="primal"), 3_000, 4_500, 300_000),
+        ("rdlae", dict(form="primal", keep_gram=True), 6_000, 3_000, 600_000),
+        ("ease", dict(form="dual"), 1_500, 8_000, 200_000),
+        ("ease", dict(form="dual"), 2_500, 9_000, 300_000),
+        ("rdlae", dict(form="dual"), 800, 30_000, 300_000),
+        ("popularity", {}, 6_000, 6_000, 300_000),
+        ("item_knn", {}, 3_000, 5_000, 200_000),
+    ]
+    made = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(Path(__file__).parent), json.dumps(cases)],
+        env=variables(tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert made.returncode == 0, made.stderr
     for case, line in zip(cases, made.stdout.splitlines(), strict=True):
         measured, foreseen = json.loads(line)
-        assert .7 < measured/foreseen < 1.3, f'{case}: {measured/2**20:.0f} MiB, foreseen {foreseen/2**20:.0f} MiB'
+        assert 0.7 < measured / foreseen < 1.3, (
+            f"{case}: {measured / 2**20:.0f} MiB, foreseen {foreseen / 2**20:.0f} MiB"
+        )
 
 
-@pytest.mark.skipif(not (DATA/'ml-latest-small').exists() or not REFERENCE.exists(), reason='no shared data')
+@pytest.mark.skipif(not (DATA / "ml-latest-small").exists() or not REFERENCE.exists(), reason="no shared data")
 def test_quality_on_the_lecture_split():
     "NDCG@10 on the reference's split by its own evaluator, where EASE has .2154, RLAE .2169, BM25 .1770, popularity .0861 in the neighbours' libraries."
     sys.path.insert(0, str(REFERENCE))
-    try: import evaluator
-    finally: sys.path.remove(str(REFERENCE))
-    train, test = evaluator.seed_split(evaluator.load(DATA/'ml-latest-small'/'ratings.csv'))
-    for least, name, hp in [(.2114, 'ease', dict(lam=150)), (.2129, 'rlae', dict(lam=300, xi=.3)), (.2100, 'rdlae', {}), (.0821, 'popularity', {})]:
+    try:
+        import evaluator
+    finally:
+        sys.path.remove(str(REFERENCE))
+    train, test = evaluator.seed_split(evaluator.load(DATA / "ml-latest-small" / "ratings.csv"))
+    for least, name, hp in [
+        (0.2114, "ease", dict(lam=150)),
+        (0.2129, "rlae", dict(lam=300, xi=0.3)),
+        (0.2100, "rdlae", {}),
+        (0.0821, "popularity", {}),
+    ]:
         assert evaluator.evaluate(create_model(name, **hp).fit(train).score(train), train, test)[0] >= least, name

@@ -1,21 +1,55 @@
 "Every notebook that git tracks passes nbdev_test, whatever the reader has set; a stray executed copy is not a test."
+
 import pytest
 from conftest import BIN, ROOT, run, tracked
 
-NOTEBOOKS = [p for p in tracked('nbs/*.ipynb') if not {'benchmarks', 'tutorials'} & set(p.parts)]
+NOTEBOOKS = [p for p in tracked("nbs/*.ipynb") if not {"benchmarks", "tutorials"} & set(p.parts)]
 # Test cells run in every pipeline, with the settings of its project: none may lean on a default.
-SETTINGS = {'RULES__MIN_USER_INTERACTIONS': '4', 'RULES__K_CORE': '3', 'RULES__WEIGHT_BY_RATING': 'true', 'RULES__HALF_LIFE_DAYS': '400', 'RULES__USER_CAP': '200',
-            'SPLIT__SPLIT': 'holdout', 'SPLIT__HELDOUT_SHARE': '.2', 'SPLIT__SHORT_HISTORIES': 'drop', 'MODEL__MODELS': 'popularity,rdlae,elsa', 'MODEL__LAM': '99', 'MODEL__DROPOUT': '.3',
-            'TRAINING__LR': '.005', 'TRAINING__NUM_EPOCH': '2', 'TRAINING__BATCH_SIZE': '32', 'TRAINING__VALID_METRIC': 'recall', 'TRAINING__MAX_VALID_USERS': '50',
-            'VALIDATION__TOPK': '7', 'VALIDATION__REPORT_K': '[15]', 'VALIDATION__N_BOOTSTRAP': '150', 'VALIDATION__LECTURE_REPLAY': 'off', 'INFERENCE__N_CANDIDATES': '30',
-            'POSTPROCESSING__STEPS': 'exclude_seen,ban_list,mmr', 'POSTPROCESSING__BANNED_ITEMS': '[1,2]', 'PACKAGING__MODEL_NAME': 'other',
-            'SERVING__PORT': '8123', 'SERVING__MAX_K': '44', 'SERVING__N_REQUESTS': '60', 'SERVING__REQUIRE_AUTH': 'true', 'SERVING__API_KEYS': 'k1',
-            'MONITORING__WINDOW_HOURS': '5', 'MONITORING__MIN_COVERAGE': '.3', 'MONITORING__MAX_DRIFT': '.01', 'RUN__RANDOM_SEED': '7'}
+SETTINGS = {
+    "RULES__MIN_USER_INTERACTIONS": "4",
+    "RULES__K_CORE": "3",
+    "RULES__WEIGHT_BY_RATING": "true",
+    "RULES__HALF_LIFE_DAYS": "400",
+    "RULES__USER_CAP": "200",
+    "SPLIT__SPLIT": "holdout",
+    "SPLIT__HELDOUT_SHARE": ".2",
+    "SPLIT__SHORT_HISTORIES": "drop",
+    "MODEL__MODELS": "popularity,rdlae,elsa",
+    "MODEL__LAM": "99",
+    "MODEL__DROPOUT": ".3",
+    "TRAINING__LR": ".005",
+    "TRAINING__NUM_EPOCH": "2",
+    "TRAINING__BATCH_SIZE": "32",
+    "TRAINING__VALID_METRIC": "recall",
+    "TRAINING__MAX_VALID_USERS": "50",
+    "VALIDATION__TOPK": "7",
+    "VALIDATION__REPORT_K": "[15]",
+    "VALIDATION__N_BOOTSTRAP": "150",
+    "VALIDATION__LECTURE_REPLAY": "off",
+    "INFERENCE__N_CANDIDATES": "30",
+    "POSTPROCESSING__STEPS": "exclude_seen,ban_list,mmr",
+    "POSTPROCESSING__BANNED_ITEMS": "[1,2]",
+    "PACKAGING__MODEL_NAME": "other",
+    "SERVING__PORT": "8123",
+    "SERVING__MAX_K": "44",
+    "SERVING__N_REQUESTS": "60",
+    "SERVING__REQUIRE_AUTH": "true",
+    "SERVING__API_KEYS": "k1",
+    "MONITORING__WINDOW_HOURS": "5",
+    "MONITORING__MIN_COVERAGE": ".3",
+    "MONITORING__MAX_DRIFT": ".01",
+    "RUN__RANDOM_SEED": "7",
+}
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(path, environ):
-    environ.pop('AEREC_RUNS_DIR'); environ.pop('AEREC_PATHS__VAR_DIR'); environ.pop('AEREC_ENV')  # nbdev_test brings its own environment
-    if path.parent.name == 'nbs': environ.update((f'AEREC_{name}', value) for name, value in SETTINGS.items())  # a how-to page tells what comes of the defaults
-    done = run(BIN/'nbdev_test', '--path', path, '--n_workers', '0', env=environ, cwd=ROOT)
-    assert done.returncode == 0 and 'Success' in done.stdout, (done.stdout + done.stderr)[-6000:]
+    environ.pop("AEREC_RUNS_DIR")
+    environ.pop("AEREC_PATHS__VAR_DIR")
+    environ.pop("AEREC_ENV")  # nbdev_test brings its own environment
+    if path.parent.name == "nbs":
+        environ.update(
+            (f"AEREC_{name}", value) for name, value in SETTINGS.items()
+        )  # a how-to page tells what comes of the defaults
+    done = run(BIN / "nbdev_test", "--path", path, "--n_workers", "0", env=environ, cwd=ROOT)
+    assert done.returncode == 0 and "Success" in done.stdout, (done.stdout + done.stderr)[-6000:]

@@ -1,4 +1,5 @@
 "Bundles that lie, a registry that is killed, a real MLflow server, ONNX against the models, and the Dockerfile as plain commands. Loopback only."
+
 import hashlib, json, math, os, pwd, random, re, resource, shlex, shutil, signal, socket, sqlite3, stat, struct, subprocess, sys, tempfile, time, urllib.request, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
@@ -9,12 +10,28 @@ from aerec_nb.configuration import AerecError, PackagingSettings, default_settin
 from aerec_nb.inference import Recommender, Segments, with_cold_items
 from aerec_nb.linear_models import solve_path
 from aerec_nb.modeling import Blend, ColdItems, create_model, model_names
-from aerec_nb.packaging import LoadPolicy, Registry, _load_folder, bundle_id, export_onnx, key_id, load_bundle, new_signing_key, pack_zip, save_bundle, sign_bundle, unpack_zip, verify_bundle
+from aerec_nb.packaging import (
+    LoadPolicy,
+    Registry,
+    _load_folder,
+    bundle_id,
+    export_onnx,
+    key_id,
+    load_bundle,
+    new_signing_key,
+    pack_zip,
+    save_bundle,
+    sign_bundle,
+    unpack_zip,
+    verify_bundle,
+)
 from aerec_nb.postprocessing import Chain
 from conftest import BIN, ROOT, run, variables
 
-TRIALS = 10 if os.environ.get('STRESS') else 1  # `make stress` runs the fault trials in full, `make test` a tenth of them
-IN_CI = os.environ.get('CI', '').lower() in ('1', 'true')
+TRIALS = (
+    10 if os.environ.get("STRESS") else 1
+)  # `make stress` runs the fault trials in full, `make test` a tenth of them
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 PRIVATE, PUBLIC = new_signing_key()
 POLICY = PackagingSettings(bundle_keys=[PUBLIC])
 
@@ -22,176 +39,241 @@ POLICY = PackagingSettings(bundle_keys=[PUBLIC])
 def recommender(seed=0, **kw):
     "200 users, 60 items with genres, segments and negatives; another seed, other people."
     rng = np.random.default_rng(seed)
-    x = csr_matrix((rng.random((200, 60)) < .15*np.linspace(2, .3, 60)).astype(np.float32))
-    table = pd.DataFrame({'item_id': np.arange(60), 'title': [f'Film {n}' for n in range(60)], 'genres': np.resize(['Drama', 'Comedy|Drama', 'War'], 60)})
-    segments = Segments.of(x, np.arange(200), pd.DataFrame({'user_id': np.arange(200), 'country': np.resize(['KR', 'NZ'], 200)}))
-    return Recommender(create_model('ease', lam=10.).fit(x), np.arange(60), np.arange(200), x, chain=Chain(banned_items=[3]), item_table=table, segments=segments,
-                       times=np.arange(x.nnz), negatives=csr_matrix((np.ones(3, bool), ([0, 1, 2], [5, 6, 7])), shape=x.shape), **kw)
+    x = csr_matrix((rng.random((200, 60)) < 0.15 * np.linspace(2, 0.3, 60)).astype(np.float32))
+    table = pd.DataFrame(
+        {
+            "item_id": np.arange(60),
+            "title": [f"Film {n}" for n in range(60)],
+            "genres": np.resize(["Drama", "Comedy|Drama", "War"], 60),
+        }
+    )
+    segments = Segments.of(
+        x, np.arange(200), pd.DataFrame({"user_id": np.arange(200), "country": np.resize(["KR", "NZ"], 200)})
+    )
+    return Recommender(
+        create_model("ease", lam=10.0).fit(x),
+        np.arange(60),
+        np.arange(200),
+        x,
+        chain=Chain(banned_items=[3]),
+        item_table=table,
+        segments=segments,
+        times=np.arange(x.nnz),
+        negatives=csr_matrix((np.ones(3, bool), ([0, 1, 2], [5, 6, 7])), shape=x.shape),
+        **kw,
+    )
 
 
-@pytest.fixture(scope='module')
-def bundle(tmp_path_factory): return save_bundle(recommender(), tmp_path_factory.mktemp('bundles')/'b', {'name': 'films'})
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return save_bundle(recommender(), tmp_path_factory.mktemp("bundles") / "b", {"name": "films"})
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
     "Three signed bundles that differ, with headlines that compare."
-    folder = tmp_path_factory.mktemp('bundles')
-    card = lambda n: {'name': 'films', 'headline': {'metric': 'test NDCG@10', 'value': .2+n/1000, 'se': .01, 'data': 'd', 'split': 's'}}
-    return [save_bundle(recommender(n), folder/str(n), card(n), key=PRIVATE) for n in range(3)]
+    folder = tmp_path_factory.mktemp("bundles")
+    card = lambda n: {
+        "name": "films",
+        "headline": {"metric": "test NDCG@10", "value": 0.2 + n / 1000, "se": 0.01, "data": "d", "split": "s"},
+    }
+    return [save_bundle(recommender(n), folder / str(n), card(n), key=PRIVATE) for n in range(3)]
 
 
 # --- bundles ------------------------------------------------------------------------------------------------------------------------------------------
 
-def one_line(error): return '\n' not in str(error.value) and len(str(error.value)) < 600
+
+def one_line(error):
+    return "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
 def test_a_bundle_gives_back_what_it_was_given(bundle):
     r, back = recommender(), load_bundle(bundle)
     pd.testing.assert_frame_equal(back.recommend_batch(k=10), r.recommend_batch(k=10))
-    assert back.segments.names == ['country=KR', 'country=NZ'] and (back.segments.matrix != r.segments.matrix).nnz == 0 and back.segments.sizes.tolist() == [100, 100]
-    assert back.recommend(context={'country': 'NZ'}).item_ids == r.recommend(context={'country': 'NZ'}).item_ids
+    assert (
+        back.segments.names == ["country=KR", "country=NZ"]
+        and (back.segments.matrix != r.segments.matrix).nnz == 0
+        and back.segments.sizes.tolist() == [100, 100]
+    )
+    assert back.recommend(context={"country": "NZ"}).item_ids == r.recommend(context={"country": "NZ"}).item_ids
     assert (back.times == r.times).all() and (back.negatives != r.negatives).nnz == 0
-    assert not [p for p in bundle.iterdir() if p.suffix not in ('.json', '.md', '.parquet', '.safetensors', '.sha256')]
+    assert not [p for p in bundle.iterdir() if p.suffix not in (".json", ".md", ".parquet", ".safetensors", ".sha256")]
 
 
 def test_reference_figures_against_plain_python(bundle):
-    ref, r = load_bundle(bundle).info['reference'], recommender()
+    ref, r = load_bundle(bundle).info["reference"], recommender()
     lists = [r.recommend(user_id=u, k=10).item_ids for u in r.users]
     shown = [i for items in lists for i in items]
     users_of = np.bincount(r.histories.indices, minlength=60)
-    genres = [set(g.split('|')) for g in r.item_table.genres]
-    def likeness(a, b): return len(genres[a] & genres[b])/np.sqrt(len(genres[a])*len(genres[b]))
-    assert ref['coverage'] == len(set(shown))/60 and ref['n_users'] == 200 and ref['fallback_share'] == 0
-    assert ref['novelty'] == pytest.approx(np.mean([np.log2(200/users_of[i]) for i in shown]))
-    assert ref['diversity'] == pytest.approx(np.mean([np.mean([1-likeness(a, b) for n, a in enumerate(items) for b in items[:n]]) for items in lists]), rel=1e-5)
+    genres = [set(g.split("|")) for g in r.item_table.genres]
+
+    def likeness(a, b):
+        return len(genres[a] & genres[b]) / np.sqrt(len(genres[a]) * len(genres[b]))
+
+    assert ref["coverage"] == len(set(shown)) / 60 and ref["n_users"] == 200 and ref["fallback_share"] == 0
+    assert ref["novelty"] == pytest.approx(np.mean([np.log2(200 / users_of[i]) for i in shown]))
+    assert ref["diversity"] == pytest.approx(
+        np.mean([np.mean([1 - likeness(a, b) for n, a in enumerate(items) for b in items[:n]]) for items in lists]),
+        rel=1e-5,
+    )
     x = np.sort(np.bincount(shown, minlength=60))
-    assert ref['gini'] == pytest.approx(np.abs(x[:, None] - x[None]).sum()/(2*60*x.sum()))
-    scores = [i['score'] for u in r.users for i in r.recommend(user_id=u, k=10).items]
-    assert ref['score_quantiles']['0.5'] == pytest.approx(np.median(scores), rel=1e-5)
-    assert ref['history_length']['users'][4] == sum(8 <= n < 16 for n in np.diff(r.histories.indptr)) and sum(ref['item_popularity']['items']) == 60
-    assert ref['item_popularity']['shown'][5] == sum(16 <= users_of[i] < 32 for i in shown)
+    assert ref["gini"] == pytest.approx(np.abs(x[:, None] - x[None]).sum() / (2 * 60 * x.sum()))
+    scores = [i["score"] for u in r.users for i in r.recommend(user_id=u, k=10).items]
+    assert ref["score_quantiles"]["0.5"] == pytest.approx(np.median(scores), rel=1e-5)
+    assert (
+        ref["history_length"]["users"][4] == sum(8 <= n < 16 for n in np.diff(r.histories.indptr))
+        and sum(ref["item_popularity"]["items"]) == 60
+    )
+    assert ref["item_popularity"]["shown"][5] == sum(16 <= users_of[i] < 32 for i in shown)
 
 
 def test_no_flipped_byte_goes_unnoticed(bundle, tmp_path):
-    rng, copy = random.Random(0), Path(shutil.copytree(bundle, tmp_path/'b'))
-    for n in range(60*TRIALS):
+    rng, copy = random.Random(0), Path(shutil.copytree(bundle, tmp_path / "b"))
+    for n in range(60 * TRIALS):
         p = rng.choice(sorted(copy.iterdir()))
-        data = bytearray(p.read_bytes()); at = rng.randrange(len(data)); data[at] ^= 1 << rng.randrange(8)
-        kept = p.read_bytes(); p.write_bytes(data)
-        if p.name == 'manifest.sha256' and at >= 64: verify_bundle(copy) # after the sum only the file's name follows
+        data = bytearray(p.read_bytes())
+        at = rng.randrange(len(data))
+        data[at] ^= 1 << rng.randrange(8)
+        kept = p.read_bytes()
+        p.write_bytes(data)
+        if p.name == "manifest.sha256" and at >= 64:
+            verify_bundle(copy)  # after the sum only the file's name follows
         else:
-            with pytest.raises(AerecError) as e: verify_bundle(copy)
+            with pytest.raises(AerecError) as e:
+                verify_bundle(copy)
             assert p.name in str(e.value) and one_line(e)
         p.write_bytes(kept)
     assert verify_bundle(copy) == bundle_id(bundle)
 
 
 def test_a_zip_with_a_flipped_byte_is_refused_or_is_the_same_bundle(bundle, tmp_path):
-    rng, path = random.Random(1), pack_zip(bundle, tmp_path/'b.zip')
+    rng, path = random.Random(1), pack_zip(bundle, tmp_path / "b.zip")
     whole, refused = path.read_bytes(), 0
-    for n in range(40*TRIALS):
-        data = bytearray(whole); at = rng.randrange(len(data)) if n % 2 else len(data) - 1 - rng.randrange(1500) # every other one in the list of entries
+    for n in range(40 * TRIALS):
+        data = bytearray(whole)
+        at = (
+            rng.randrange(len(data)) if n % 2 else len(data) - 1 - rng.randrange(1500)
+        )  # every other one in the list of entries
         data[at] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
-        try: assert verify_bundle(path) == bundle_id(bundle)  # a time, or another field that says nothing
+        try:
+            assert verify_bundle(path) == bundle_id(bundle)  # a time, or another field that says nothing
         except AerecError as e:
             refused += 1
-            assert '\n' not in str(e)
+            assert "\n" not in str(e)
     assert refused > 20
 
 
-def add_member(path, name, data=b'x', mode=stat.S_IFREG | 0o644, compress=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, 'a') as z:
-        m = zipfile.ZipInfo(name); m.external_attr, m.compress_type = mode << 16, compress
+def add_member(path, name, data=b"x", mode=stat.S_IFREG | 0o644, compress=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "a") as z:
+        m = zipfile.ZipInfo(name)
+        m.external_attr, m.compress_type = mode << 16, compress
         z.writestr(m, data)
 
 
-def patch_last_entry(path, offset, value, form='<I'):
+def patch_last_entry(path, offset, value, form="<I"):
     "Change a field of the last entry of the list at the end of a zip."
     data = bytearray(path.read_bytes())
-    at = data.rindex(b'PK\x01\x02')
-    struct.pack_into(form, data, at+offset, value)
+    at = data.rindex(b"PK\x01\x02")
+    struct.pack_into(form, data, at + offset, value)
     path.write_bytes(data)
 
 
 @pytest.fixture
 def plain(tmp_path):
     "A zipped bundle without segments, so that there is a name to add."
-    r = recommender(); r.segments = None
-    return save_bundle(r, tmp_path/'plain.zip', k=5)
+    r = recommender()
+    r.segments = None
+    return save_bundle(r, tmp_path / "plain.zip", k=5)
 
 
 def refused(path, *said, **kw):
-    with pytest.raises(AerecError) as e: load_bundle(path, **kw)
+    with pytest.raises(AerecError) as e:
+        load_bundle(path, **kw)
     assert all(s in str(e.value) for s in said) and one_line(e), str(e.value)
 
 
 def test_zip_bombs(plain):
-    bomb = shutil.copy(plain, plain.with_name('bomb.zip'))
-    add_member(bomb, 'segments.parquet', b'\0'*2**27, compress=zipfile.ZIP_DEFLATED) # 128 MiB in 128 KiB
+    bomb = shutil.copy(plain, plain.with_name("bomb.zip"))
+    add_member(bomb, "segments.parquet", b"\0" * 2**27, compress=zipfile.ZIP_DEFLATED)  # 128 MiB in 128 KiB
     assert bomb.stat().st_size < 2**20
-    refused(bomb, 'its files have 128', 'packaging.bundle_limit_mib allows 64', limit_mib=64)
-    patch_last_entry(bomb, 24, 1000) # it states 1,000 bytes
-    refused(bomb, 'segments.parquet is larger than the 1,000 bytes it states', limit_mib=64)
-    patch_last_entry(bomb, 24, 2**27+5)
-    refused(bomb, 'segments.parquet is smaller than')
+    refused(bomb, "its files have 128", "packaging.bundle_limit_mib allows 64", limit_mib=64)
+    patch_last_entry(bomb, 24, 1000)  # it states 1,000 bytes
+    refused(bomb, "segments.parquet is larger than the 1,000 bytes it states", limit_mib=64)
+    patch_last_entry(bomb, 24, 2**27 + 5)
+    refused(bomb, "segments.parquet is smaller than")
 
 
 def test_text_that_is_too_long_is_not_read(plain, bundle, tmp_path):
-    long = Path(shutil.copytree(bundle, tmp_path/'long'))
-    with open(long/'golden.json', 'ab') as f: f.truncate(2**24+1)
-    refused(long, 'golden.json has 16.0 MiB, and may have 16')
-    with open(long/'manifest.json', 'ab') as f: f.truncate(2**24+1)
-    refused(long, 'manifest.json has 16.0 MiB')
+    long = Path(shutil.copytree(bundle, tmp_path / "long"))
+    with open(long / "golden.json", "ab") as f:
+        f.truncate(2**24 + 1)
+    refused(long, "golden.json has 16.0 MiB, and may have 16")
+    with open(long / "manifest.json", "ab") as f:
+        f.truncate(2**24 + 1)
+    refused(long, "manifest.json has 16.0 MiB")
 
 
 def test_members_that_a_bundle_has_not(plain):
-    for name, mode, said in (('segments.parquet', stat.S_IFLNK | 0o777, 'is a link'), ('segments.parquet', stat.S_IFIFO | 0o644, 'is no plain file'), ('../x', stat.S_IFREG, 'leads out of the folder'),
-                             ('/x', stat.S_IFREG, 'is an absolute path'), ('x/y', stat.S_IFREG, 'is in a folder'), ('run.py', stat.S_IFREG, 'does not belong to it'), ('SEGMENTS.parquet', 0, 'does not belong to it')):
-        bad = shutil.copy(plain, plain.with_name('bad.zip'))
+    for name, mode, said in (
+        ("segments.parquet", stat.S_IFLNK | 0o777, "is a link"),
+        ("segments.parquet", stat.S_IFIFO | 0o644, "is no plain file"),
+        ("../x", stat.S_IFREG, "leads out of the folder"),
+        ("/x", stat.S_IFREG, "is an absolute path"),
+        ("x/y", stat.S_IFREG, "is in a folder"),
+        ("run.py", stat.S_IFREG, "does not belong to it"),
+        ("SEGMENTS.parquet", 0, "does not belong to it"),
+    ):
+        bad = shutil.copy(plain, plain.with_name("bad.zip"))
         add_member(bad, name, mode=mode)
         refused(bad, repr(name), said)
-    with pytest.warns(UserWarning, match='Duplicate'): add_member(twice := shutil.copy(plain, plain.with_name('twice.zip')), 'chain.json')
+    with pytest.warns(UserWarning, match="Duplicate"):
+        add_member(twice := shutil.copy(plain, plain.with_name("twice.zip")), "chain.json")
     refused(twice, "'chain.json' is there twice")
-    add_member(secret := shutil.copy(plain, plain.with_name('secret.zip')), 'segments.parquet')
-    patch_last_entry(secret, 8, 1, '<H')
+    add_member(secret := shutil.copy(plain, plain.with_name("secret.zip")), "segments.parquet")
+    patch_last_entry(secret, 8, 1, "<H")
     refused(secret, "'segments.parquet' is encrypted")
-    plain.with_name('none.zip').write_bytes(b'PK'*100)
-    refused(plain.with_name('none.zip'), 'no zip that can be read')
-    assert not (plain.parent.parent/'x').exists() and not [p for p in plain.parent.iterdir() if p.name.startswith('.')]
+    plain.with_name("none.zip").write_bytes(b"PK" * 100)
+    refused(plain.with_name("none.zip"), "no zip that can be read")
+    assert not (plain.parent.parent / "x").exists() and not [
+        p for p in plain.parent.iterdir() if p.name.startswith(".")
+    ]
 
 
 def test_a_zip_that_others_made_is_read(bundle, tmp_path):
     "Packed with deflate, in another order."
-    with zipfile.ZipFile(tmp_path/'z.zip', 'w', zipfile.ZIP_DEFLATED) as z:
-        for p in sorted(bundle.iterdir(), reverse=True): z.write(p, p.name)
-    assert load_bundle(tmp_path/'z.zip').info['id'] == bundle_id(bundle)
+    with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        for p in sorted(bundle.iterdir(), reverse=True):
+            z.write(p, p.name)
+    assert load_bundle(tmp_path / "z.zip").info["id"] == bundle_id(bundle)
 
 
 # --- the registry -------------------------------------------------------------------------------------------------------------------------------------
 
-def registry_at(folder, policy=POLICY, **kw): return Registry(f"sqlite:///{folder/'registry.db'}", folder/'bundles', 'films', policy=policy, **kw)
+
+def registry_at(folder, policy=POLICY, **kw):
+    return Registry(f"sqlite:///{folder / 'registry.db'}", folder / "bundles", "films", policy=policy, **kw)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def empty(tmp_path_factory):
     "A registry's file as MLflow makes it, which takes seconds."
-    registry_at(folder := tmp_path_factory.mktemp('empty'))
-    return folder/'registry.db'
+    registry_at(folder := tmp_path_factory.mktemp("empty"))
+    return folder / "registry.db"
 
 
 @pytest.fixture
 def home(empty, tmp_path):
     "A folder with an empty registry."
-    shutil.copy(empty, tmp_path/'registry.db')
+    shutil.copy(empty, tmp_path / "registry.db")
     return tmp_path
 
 
 def in_child(work):
     "Run a function in a process of its own; -> its id."
     pid = os.fork()
-    if pid: return pid
+    if pid:
+        return pid
     try:
         work()
         os._exit(0)
@@ -202,122 +284,190 @@ def in_child(work):
 def check_whole(folder, before=None, after=None):
     "Everything that is registered verifies, the history ends where the alias points, nothing half made is in the way; -> what live is."
     r = registry_at(folder)
-    assert (r.verify().result == 'ok').all(), r.verify()
-    live, rows = r.current('live'), r._log.rows()
+    assert (r.verify().result == "ok").all(), r.verify()
+    live, rows = r.current("live"), r._log.rows()
     moves = r.history().query("alias == 'live' and action != 'refuse'")
-    assert r._stack('live')[-1] == live and int(moves.to.iloc[-1]) == live, moves
+    assert r._stack("live")[-1] == live and int(moves.to.iloc[-1]) == live, moves
     for p in r.bundles_dir.iterdir() if r.bundles_dir.exists() else ():
-        if not p.name.startswith('.'): assert verify_bundle(p)[:16] == p.name
-    assert not [x for x in r.gc().itertuples() if x.bundle in {v.tags['bundle'][:16] for v in r.versions()}]
-    if before is not None: assert live in (before, after), (live, [tuple(row) for row in rows])
+        if not p.name.startswith("."):
+            assert verify_bundle(p)[:16] == p.name
+    assert not [x for x in r.gc().itertuples() if x.bundle in {v.tags["bundle"][:16] for v in r.versions()}]
+    if before is not None:
+        assert live in (before, after), (live, [tuple(row) for row in rows])
     return live
 
 
 def test_killed_while_registering_and_promoting(bundles, home):
     "At random moments: the old state or the new one, and the next process goes on from there."
     rng, r = random.Random(2), registry_at(home)
-    began = time.perf_counter(); r.register(bundles[0]); r.promote(1, 'live', by='ann'); usual = time.perf_counter()-began
+    began = time.perf_counter()
+    r.register(bundles[0])
+    r.promote(1, "live", by="ann")
+    usual = time.perf_counter() - began
     live, deaths = 1, 0
-    for n in range(20*TRIALS):
+    for n in range(20 * TRIALS):
         target = bundles[n % 2 + 1]
+
         def work():
             mine = registry_at(home)
             version = mine.register(target)
-            mine.promote(version, 'live', by='bob', why=f'trial {n}')
+            mine.promote(version, "live", by="bob", why=f"trial {n}")
+
         child = in_child(work)
-        time.sleep(rng.random()*1.5*usual)
+        time.sleep(rng.random() * 1.5 * usual)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         deaths += os.WIFSIGNALED(status)
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-        known = {v.tags['bundle']: int(v.version) for v in registry_at(home).versions()}
+        known = {v.tags["bundle"]: int(v.version) for v in registry_at(home).versions()}
         live = check_whole(home, live, known.get(bundle_id(target)))
     assert deaths
     r = registry_at(home)
     r.gc(dry_run=False)
-    assert not [p for p in r.bundles_dir.iterdir() if p.name.startswith('.')]
-    assert r.promote(r.register(bundles[0]), 'live', by='ann').startswith('films: live is version 1')
+    assert not [p for p in r.bundles_dir.iterdir() if p.name.startswith(".")]
+    assert r.promote(r.register(bundles[0]), "live", by="ann").startswith("films: live is version 1")
 
 
-@pytest.mark.parametrize('where, when', [('rename', 'before'), ('rename', 'after'), ('create_model_version', 'before'), ('create_model_version', 'after'),
-                                         ('set_registered_model_alias', 'before'), ('set_registered_model_alias', 'after'), ('set_model_version_tag', 'before'), ('set_model_version_tag', 'after')])
+@pytest.mark.parametrize(
+    "where, when",
+    [
+        ("rename", "before"),
+        ("rename", "after"),
+        ("create_model_version", "before"),
+        ("create_model_version", "after"),
+        ("set_registered_model_alias", "before"),
+        ("set_registered_model_alias", "after"),
+        ("set_model_version_tag", "before"),
+        ("set_model_version_tag", "after"),
+    ],
+)
 def test_killed_at_the_worst_moment(bundles, home, where, when):
     "Right before and right after each step that others see."
     r = registry_at(home)
-    r.register(bundles[0]); r.promote(1, 'live', by='ann'); r.register(bundles[1]); r.promote(2, 'live', by='ann')
+    r.register(bundles[0])
+    r.promote(1, "live", by="ann")
+    r.register(bundles[1])
+    r.promote(2, "live", by="ann")
+
     def work():
         mine = registry_at(home)
-        holder, name = (os, where) if where == 'rename' else (mine._mlflow, where)
+        holder, name = (os, where) if where == "rename" else (mine._mlflow, where)
         do = getattr(holder, name)
+
         def deadly(*a, **kw):
-            if when == 'after': do(*a, **kw)
+            if when == "after":
+                do(*a, **kw)
             os.kill(os.getpid(), signal.SIGKILL)
+
         setattr(holder, name, deadly)
-        if where == 'set_model_version_tag': mine.archive(1, by='bob')
-        else: mine.promote(mine.register(bundles[2]), 'live', by='bob')
+        if where == "set_model_version_tag":
+            mine.archive(1, by="bob")
+        else:
+            mine.promote(mine.register(bundles[2]), "live", by="bob")
+
     _, status = os.waitpid(in_child(work), 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     live = check_whole(home, 2, 3)
     r = registry_at(home)
-    if where == 'set_registered_model_alias':
-        assert live == (2 if when == 'before' else 3)
-        assert r.history().action.tolist()[-1] == ('interrupted' if when == 'before' else 'promote')
-    if where == 'set_model_version_tag': assert ('archived' in r.versions()[0].tags) == (when == 'after') and r.history().action.tolist()[-1] == ('interrupted' if when == 'before' else 'archive')
+    if where == "set_registered_model_alias":
+        assert live == (2 if when == "before" else 3)
+        assert r.history().action.tolist()[-1] == ("interrupted" if when == "before" else "promote")
+    if where == "set_model_version_tag":
+        assert ("archived" in r.versions()[0].tags) == (when == "after") and r.history().action.tolist()[-1] == (
+            "interrupted" if when == "before" else "archive"
+        )
     else:
-        r.promote(r.register(bundles[2]), 'live', by='ann')
-        assert r.rollback('live', by='ann') == 'films: live is version 2 (was 3)' and r.rollback('live', by='ann') == 'films: live is version 1 (was 2)'
+        r.promote(r.register(bundles[2]), "live", by="ann")
+        assert (
+            r.rollback("live", by="ann") == "films: live is version 2 (was 3)"
+            and r.rollback("live", by="ann") == "films: live is version 1 (was 2)"
+        )
 
 
 def test_many_at_once(bundles, home):
     "Each bundle has one version, whoever comes first."
-    children = [in_child(lambda b=b: registry_at(home).register(b)) for b in bundles*2]
-    assert [os.waitpid(c, 0)[1] for c in children] == [0]*6
+    children = [in_child(lambda b=b: registry_at(home).register(b)) for b in bundles * 2]
+    assert [os.waitpid(c, 0)[1] for c in children] == [0] * 6
     assert sorted(int(v.version) for v in registry_at(home).versions()) == [1, 2, 3]
 
 
 def test_gates_decide(bundles, home):
     r = registry_at(home)
-    for b in bundles: r.register(b)
-    assert r.promote(3, 'live', by='ann').gates.result.tolist() == ['passed', 'not compared', 'passed', 'passed']
-    assert r.promote(1, 'live', by='ann').gates.result.tolist() == ['passed']*4 # .200 is within .202 - 1.96 x .01
-    tight = registry_at(home, policy=PackagingSettings(gate_size_mib=.001, gate_latency_ms=1e-9, bundle_keys=[PUBLIC]))
-    with pytest.raises(AerecError, match='version 2 may not become live: latency: .* ms a recommendation, asked is at most 1e-09 ms .*; size: .* MiB'): tight.promote(2, 'live', by='bob')
-    with pytest.raises(AerecError, match='live is never forced'): tight.promote(2, 'live', by='bob', why='now', force=True)
-    assert tight.promote(2, 'dev', by='bob').gates is None and r.current('live') == 1
+    for b in bundles:
+        r.register(b)
+    assert r.promote(3, "live", by="ann").gates.result.tolist() == ["passed", "not compared", "passed", "passed"]
+    assert r.promote(1, "live", by="ann").gates.result.tolist() == ["passed"] * 4  # .200 is within .202 - 1.96 x .01
+    tight = registry_at(home, policy=PackagingSettings(gate_size_mib=0.001, gate_latency_ms=1e-9, bundle_keys=[PUBLIC]))
+    with pytest.raises(
+        AerecError,
+        match="version 2 may not become live: latency: .* ms a recommendation, asked is at most 1e-09 ms .*; size: .* MiB",
+    ):
+        tight.promote(2, "live", by="bob")
+    with pytest.raises(AerecError, match="live is never forced"):
+        tight.promote(2, "live", by="bob", why="now", force=True)
+    assert tight.promote(2, "dev", by="bob").gates is None and r.current("live") == 1
     last = r.history().iloc[-2]
-    assert last.action == 'refuse' and 'latency: failed; size: failed' in last.gates and last.by == 'bob'
+    assert last.action == "refuse" and "latency: failed; size: failed" in last.gates and last.by == "bob"
     stored = r.resolve(2)
-    golden = json.loads((stored/'golden.json').read_text()); golden[0]['answer'][0][1] += 1; (stored/'golden.json').write_text(json.dumps(golden))
-    with pytest.raises(AerecError, match='golden.json was changed'): r.promote(2, 'live', by='ann')
+    golden = json.loads((stored / "golden.json").read_text())
+    golden[0]["answer"][0][1] += 1
+    (stored / "golden.json").write_text(json.dumps(golden))
+    with pytest.raises(AerecError, match="golden.json was changed"):
+        r.promote(2, "live", by="ann")
 
 
 def test_a_registry_of_before_goes_on(bundles, home):
     "Its history has no column for gates, and gets one; rows that are there stay."
-    r = registry_at(home); r.register(bundles[0]); r.promote(1, 'dev', by='ann'); del r
-    with sqlite3.connect(home/'registry.db') as db:
-        db.executescript('CREATE TABLE old AS SELECT * FROM aerec_alias_history; DROP TABLE aerec_alias_history; DROP TABLE aerec_alias_done; ALTER TABLE old DROP COLUMN gates; ALTER TABLE old RENAME TO aerec_alias_history;')
     r = registry_at(home)
-    assert r.history()[['action', 'alias', 'to', 'gates']].values.tolist() == [['promote', 'dev', 1, '']]
-    with pytest.raises(Exception, match='append-only'), sqlite3.connect(home/'registry.db') as db: db.execute("UPDATE aerec_alias_history SET why = 'x'")
+    r.register(bundles[0])
+    r.promote(1, "dev", by="ann")
+    del r
+    with sqlite3.connect(home / "registry.db") as db:
+        db.executescript(
+            "CREATE TABLE old AS SELECT * FROM aerec_alias_history; DROP TABLE aerec_alias_history; DROP TABLE aerec_alias_done; ALTER TABLE old DROP COLUMN gates; ALTER TABLE old RENAME TO aerec_alias_history;"
+        )
+    r = registry_at(home)
+    assert r.history()[["action", "alias", "to", "gates"]].values.tolist() == [["promote", "dev", 1, ""]]
+    with pytest.raises(Exception, match="append-only"), sqlite3.connect(home / "registry.db") as db:
+        db.execute("UPDATE aerec_alias_history SET why = 'x'")
 
 
 # --- a real MLflow server -----------------------------------------------------------------------------------------------------------------------------
 
-SERVER_PINS = ROOT/'tests'/'mlflow_server.txt'
+SERVER_PINS = ROOT / "tests" / "mlflow_server.txt"
 
 
 def server_environment():
     "An environment for the server alone, made once and kept beside the tests' own."
-    home = Path(sys.prefix)/'mlflow-server'
-    ready, wanted = home/'.ready', SERVER_PINS.read_text()
-    with FileLock(f'{home}.lock', timeout=600):
-        if ready.exists() and ready.read_text() == wanted: return home
+    home = Path(sys.prefix) / "mlflow-server"
+    ready, wanted = home / ".ready", SERVER_PINS.read_text()
+    with FileLock(f"{home}.lock", timeout=600):
+        if ready.exists() and ready.read_text() == wanted:
+            return home
         shutil.rmtree(home, ignore_errors=True)
-        subprocess.run([sys.executable, '-m', 'venv', home], check=True, timeout=120)
-        made = subprocess.run([home/'bin'/'python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--retries', '1', '--no-deps', '-r', SERVER_PINS], capture_output=True, text=True, timeout=600)
+        subprocess.run([sys.executable, "-m", "venv", home], check=True, timeout=120)
+        made = subprocess.run(
+            [
+                home / "bin" / "python",
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--retries",
+                "1",
+                "--no-deps",
+                "-r",
+                SERVER_PINS,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         if made.returncode:
-            reason = f'no MLflow server could be installed: {(made.stderr.strip().splitlines() or ["?"])[-1]}'
-            if IN_CI: pytest.fail(reason)
+            reason = f"no MLflow server could be installed: {(made.stderr.strip().splitlines() or ['?'])[-1]}"
+            if IN_CI:
+                pytest.fail(reason)
             pytest.skip(reason)
         ready.write_text(wanted)
     return home
@@ -325,75 +475,132 @@ def server_environment():
 
 def free_port():
     with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
+        s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def answers(url, seconds, process, log):
     "Wait until something answers with 200."
-    opener, until = urllib.request.build_opener(urllib.request.ProxyHandler({})), time.monotonic()+seconds
+    opener, until = urllib.request.build_opener(urllib.request.ProxyHandler({})), time.monotonic() + seconds
     while time.monotonic() < until:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
-            with opener.open(url, timeout=5) as a: return a.status == 200
-        except OSError: time.sleep(.2)
-    raise AssertionError(f'{url} does not answer: {log.read_text()[-3000:]}')
+            with opener.open(url, timeout=5) as a:
+                return a.status == 200
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"{url} does not answer: {log.read_text()[-3000:]}")
 
 
 def end(process):
     "End a process and its children."
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try: os.killpg(process.pid, number)
-        except ProcessLookupError: return
-        try: process.wait(10)
-        except subprocess.TimeoutExpired: continue
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            continue
     process.wait()
 
 
 @pytest.fixture
 def mlflow_server(tmp_path):
     "The address of a server on a free loopback port, with its own database and artifacts."
-    python, port, log = server_environment()/'bin'/'python', free_port(), tmp_path/'server.log'
-    (tmp_path/'server').mkdir()
-    command = [python, '-m', 'mlflow', 'server', '--host', '127.0.0.1', '--port', str(port), '--workers', '1', '--backend-store-uri', f"sqlite:///{tmp_path/'server'/'mlflow.db'}",
-               '--artifacts-destination', tmp_path/'server'/'artifacts']
-    env = {**variables(tmp_path), 'MLFLOW_DISABLE_TELEMETRY': 'true', 'DO_NOT_TRACK': 'true', 'MLFLOW_SERVER_ENABLE_JOB_EXECUTION': 'false', 'PATH': f'{python.parent}{os.pathsep}{os.environ["PATH"]}'}
-    with open(log, 'w') as out: server = subprocess.Popen([str(c) for c in command], env=env, cwd=tmp_path/'server', stdout=out, stderr=out, start_new_session=True)
+    python, port, log = server_environment() / "bin" / "python", free_port(), tmp_path / "server.log"
+    (tmp_path / "server").mkdir()
+    command = [
+        python,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path / 'server' / 'mlflow.db'}",
+        "--artifacts-destination",
+        tmp_path / "server" / "artifacts",
+    ]
+    env = {
+        **variables(tmp_path),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    with open(log, "w") as out:
+        server = subprocess.Popen(
+            [str(c) for c in command], env=env, cwd=tmp_path / "server", stdout=out, stderr=out, start_new_session=True
+        )
     try:
-        assert answers(f'http://127.0.0.1:{port}/health', 90, server, log)
-        yield f'http://127.0.0.1:{port}'
-    finally: end(server)
+        assert answers(f"http://127.0.0.1:{port}/health", 90, server, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        end(server)
 
 
-@pytest.mark.xdist_group('mlflow')
+@pytest.mark.xdist_group("mlflow")
 def test_a_real_mlflow_server_by_its_uri(mlflow_server, bundles, tmp_path, capfd):
     "Two machines, one server: what one registers the other finds, fetches, verifies and serves."
-    here, there = (Registry(mlflow_server, tmp_path/machine/'bundles', 'films', policy=POLICY) for machine in ('here', 'there'))
+    here, there = (
+        Registry(mlflow_server, tmp_path / machine / "bundles", "films", policy=POLICY) for machine in ("here", "there")
+    )
     assert [here.register(b) for b in bundles] == [1, 2, 3] and here.register(bundles[1]) == 2
-    assert here.promote(1, 'live', by='ann') == 'films: live is version 1' and here.promote(2, 'live', by='ann') == 'films: live is version 2 (was 1)'
-    assert here.rollback('live', by='bob') == 'films: live is version 1 (was 2)'
-    assert here.history().action.tolist() == ['promote', 'promote', 'rollback']
-    assert there.current('live') == 1 and not (tmp_path/'there'/'bundles').exists()
-    assert load_bundle(there.resolve('live')).info['id'] == bundle_id(bundles[0])
-    assert there.list().aliases.tolist() == ['live', '', ''] and there.list().value.tolist() == [.2, .201, .202]
-    assert there.promote(3, 'stage', by='eve').gates is not None and here.current('stage') == 3
-    here.promote(3, 'live', by='ann')
-    assert there.rollback('live', by='eve') == 'films: live is version 1 (was 3)' and Registry(mlflow_server, tmp_path/'here'/'bundles', 'films', policy=POLICY).current('live') == 1
-    assert here.history().equals(there.history()) and here.history().action.tolist() == ['promote', 'promote', 'rollback', 'promote', 'promote', 'rollback']
-    here.archive(2, by='ann', why='old')
-    with pytest.raises(AerecError, match='version 2 was archived'): there.resolve(2)
-    for n, sign in ((4, lambda b: here.sign(4, PRIVATE)), (5, lambda b: (sign_bundle(b, PRIVATE), here.register(b)))): # signed later: the other machine fetches it signed
-        unsigned = save_bundle(recommender(n), tmp_path/f'unsigned{n}')
+    assert (
+        here.promote(1, "live", by="ann") == "films: live is version 1"
+        and here.promote(2, "live", by="ann") == "films: live is version 2 (was 1)"
+    )
+    assert here.rollback("live", by="bob") == "films: live is version 1 (was 2)"
+    assert here.history().action.tolist() == ["promote", "promote", "rollback"]
+    assert there.current("live") == 1 and not (tmp_path / "there" / "bundles").exists()
+    assert load_bundle(there.resolve("live")).info["id"] == bundle_id(bundles[0])
+    assert there.list().aliases.tolist() == ["live", "", ""] and there.list().value.tolist() == [0.2, 0.201, 0.202]
+    assert there.promote(3, "stage", by="eve").gates is not None and here.current("stage") == 3
+    here.promote(3, "live", by="ann")
+    assert (
+        there.rollback("live", by="eve") == "films: live is version 1 (was 3)"
+        and Registry(mlflow_server, tmp_path / "here" / "bundles", "films", policy=POLICY).current("live") == 1
+    )
+    assert here.history().equals(there.history()) and here.history().action.tolist() == [
+        "promote",
+        "promote",
+        "rollback",
+        "promote",
+        "promote",
+        "rollback",
+    ]
+    here.archive(2, by="ann", why="old")
+    with pytest.raises(AerecError, match="version 2 was archived"):
+        there.resolve(2)
+    for n, sign in (
+        (4, lambda b: here.sign(4, PRIVATE)),
+        (5, lambda b: (sign_bundle(b, PRIVATE), here.register(b))),
+    ):  # signed later: the other machine fetches it signed
+        unsigned = save_bundle(recommender(n), tmp_path / f"unsigned{n}")
         assert here.register(unsigned) == n
-        with pytest.raises(AerecError, match='it is not signed'): here.promote(n, 'live', by='ann')
+        with pytest.raises(AerecError, match="it is not signed"):
+            here.promote(n, "live", by="ann")
         sign(unsigned)
-        assert load_bundle(there.resolve(n), settings=default_settings('live', bundle_keys=[PUBLIC])).info['id'] == bundle_id(unsigned)
-    for p in (tmp_path/'server'/'artifacts').rglob('*.zip'): p.write_bytes(pack_zip(bundles[0], tmp_path/'other.zip').read_bytes()) # somebody changes what the server keeps
-    shutil.rmtree(tmp_path/'there'/'bundles')
-    with pytest.raises(AerecError, match='version 3: the server has another bundle than was registered'): there.resolve(3)
+        assert load_bundle(there.resolve(n), settings=default_settings("live", bundle_keys=[PUBLIC])).info[
+            "id"
+        ] == bundle_id(unsigned)
+    for p in (tmp_path / "server" / "artifacts").rglob("*.zip"):
+        p.write_bytes(
+            pack_zip(bundles[0], tmp_path / "other.zip").read_bytes()
+        )  # somebody changes what the server keeps
+    shutil.rmtree(tmp_path / "there" / "bundles")
+    with pytest.raises(AerecError, match="version 3: the server has another bundle than was registered"):
+        there.resolve(3)
     said = capfd.readouterr()
-    assert not said.out and 'Downloading' not in said.err, said
-    with pytest.raises(AerecError, match='nothing answers there as an MLflow registry does'): Registry(f'{mlflow_server}/nothing', tmp_path/'x'/'bundles', 'films')
+    assert not said.out and "Downloading" not in said.err, said
+    with pytest.raises(AerecError, match="nothing answers there as an MLflow registry does"):
+        Registry(f"{mlflow_server}/nothing", tmp_path / "x" / "bundles", "films")
 
 
 # --- bundles that break later -------------------------------------------------------------------------------------------------------------------------
@@ -401,17 +608,17 @@ def test_a_real_mlflow_server_by_its_uri(mlflow_server, bundles, tmp_path, capfd
 
 def reseal(folder):
     "Make the hashes fit again, as any writer of the folder can."
-    manifest = json.loads((folder / 'manifest.json').read_text())
-    names = [p.name for p in folder.iterdir() if p.name not in ('manifest.json', 'manifest.sha256', 'signature.json')]
-    manifest['files'] = {
+    manifest = json.loads((folder / "manifest.json").read_text())
+    names = [p.name for p in folder.iterdir() if p.name not in ("manifest.json", "manifest.sha256", "signature.json")]
+    manifest["files"] = {
         name: {
-            'sha256': hashlib.sha256((folder / name).read_bytes()).hexdigest(),
-            'bytes': (folder / name).stat().st_size,
+            "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
+            "bytes": (folder / name).stat().st_size,
         }
         for name in names
     }
-    (folder / 'manifest.json').write_text(json.dumps(manifest))
-    (folder / 'manifest.sha256').write_text(hashlib.sha256((folder / 'manifest.json').read_bytes()).hexdigest())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.sha256").write_text(hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest())
 
 
 def document(name, change):
@@ -431,13 +638,13 @@ def arrays(name, change):
 
 def header(change):
     def mutate(folder):
-        path = folder / 'model.safetensors'
+        path = folder / "model.safetensors"
         raw = path.read_bytes()
-        n = struct.unpack('<Q', raw[:8])[0]
+        n = struct.unpack("<Q", raw[:8])[0]
         changed = json.dumps(
-            {k: v if k == '__metadata__' else {**v, **change} for k, v in json.loads(raw[8 : 8 + n]).items()}
+            {k: v if k == "__metadata__" else {**v, **change} for k, v in json.loads(raw[8 : 8 + n]).items()}
         ).encode()
-        path.write_bytes(struct.pack('<Q', len(changed)) + changed + raw[8 + n :])
+        path.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + n :])
 
     return mutate
 
@@ -470,245 +677,245 @@ def extra(**more):
 
 
 def hyper(**more):
-    return lambda d: {**d, 'hyperparameters': {**d['hyperparameters'], **more}}
+    return lambda d: {**d, "hyperparameters": {**d["hyperparameters"], **more}}
 
 
 GOLDEN, MODEL, HISTORIES, CHAIN, CARD, REFERENCE = (
-    'golden.json',
-    'model.safetensors',
-    'histories.safetensors',
-    'chain.json',
-    'card.json',
-    'reference.json',
+    "golden.json",
+    "model.safetensors",
+    "histories.safetensors",
+    "chain.json",
+    "card.json",
+    "reference.json",
 )
 MUTATIONS = {  # name -> (change, a part of the refusal; None: it loads, and every list is finite)
-    'golden answers altered': (
-        document(GOLDEN, lambda d: [{**g, 'answer': g['answer'][::-1]} for g in d]),
-        'is answered differently',
+    "golden answers altered": (
+        document(GOLDEN, lambda d: [{**g, "answer": g["answer"][::-1]} for g in d]),
+        "is answered differently",
     ),
-    'golden empty': (document(GOLDEN, lambda d: []), 'golden.json must have 1 to 1,000 requests'),
-    'model poisoned': (arrays(MODEL, lambda d: {**d, 'B': -d['B']}), 'is answered differently'),
-    'model poisoned, golden emptied': (
-        lambda b: (arrays(MODEL, lambda d: {**d, 'B': -d['B']})(b), document(GOLDEN, lambda d: [])(b)),
-        'golden.json must have',
+    "golden empty": (document(GOLDEN, lambda d: []), "golden.json must have 1 to 1,000 requests"),
+    "model poisoned": (arrays(MODEL, lambda d: {**d, "B": -d["B"]}), "is answered differently"),
+    "model poisoned, golden emptied": (
+        lambda b: (arrays(MODEL, lambda d: {**d, "B": -d["B"]})(b), document(GOLDEN, lambda d: [])(b)),
+        "golden.json must have",
     ),
-    'golden asks for very much': (
-        document(GOLDEN, lambda d: [{'request': {'history': [50], 'k': 10**9}, 'answer': []}]),
-        'k must be a whole number from 1 to 1000',
+    "golden asks for very much": (
+        document(GOLDEN, lambda d: [{"request": {"history": [50], "k": 10**9}, "answer": []}]),
+        "k must be a whole number from 1 to 1000",
     ),
-    'golden asks for long lists': (
-        document(GOLDEN, lambda d: [{'request': {'exclude': [1] * 100_001}, 'answer': []}]),
-        'more than 100,000 ids',
+    "golden asks for long lists": (
+        document(GOLDEN, lambda d: [{"request": {"exclude": [1] * 100_001}, "answer": []}]),
+        "more than 100,000 ids",
     ),
-    'golden with another argument': (
-        document(GOLDEN, lambda d: [{'request': {'evil': 1}, 'answer': []}]),
+    "golden with another argument": (
+        document(GOLDEN, lambda d: [{"request": {"evil": 1}, "answer": []}]),
         "no argument 'evil'",
     ),
-    'golden with a bad argument': (
-        document(GOLDEN, lambda d: [{'request': {'history': {'a': 1}}, 'answer': []}]),
-        'history must be a list',
+    "golden with a bad argument": (
+        document(GOLDEN, lambda d: [{"request": {"history": {"a": 1}}, "answer": []}]),
+        "history must be a list",
     ),
-    'golden is no list': (document(GOLDEN, lambda d: {'a': 1}), 'golden.json must have'),
-    'weights not numbers': (
-        arrays(MODEL, lambda d: {**d, 'B': d['B'] * np.float32('nan')}),
+    "golden is no list": (document(GOLDEN, lambda d: {"a": 1}), "golden.json must have"),
+    "weights not numbers": (
+        arrays(MODEL, lambda d: {**d, "B": d["B"] * np.float32("nan")}),
         "'B' has values that are not finite",
     ),
-    'a weight not a number': (arrays(MODEL, put('B', 5, np.nan)), "'B' has values that are not finite"),
-    'a weight infinite': (arrays(MODEL, put('B', 5, np.inf)), "'B' has values that are not finite"),
-    'a weight beyond reason': (arrays(MODEL, put('B', 5, 1e38)), 'beyond 1e+15'),
-    'weights float64': (
-        arrays(MODEL, lambda d: {k: v.astype(np.float64) if k == 'B' else v for k, v in d.items()}),
+    "a weight not a number": (arrays(MODEL, put("B", 5, np.nan)), "'B' has values that are not finite"),
+    "a weight infinite": (arrays(MODEL, put("B", 5, np.inf)), "'B' has values that are not finite"),
+    "a weight beyond reason": (arrays(MODEL, put("B", 5, 1e38)), "beyond 1e+15"),
+    "weights float64": (
+        arrays(MODEL, lambda d: {k: v.astype(np.float64) if k == "B" else v for k, v in d.items()}),
         None,
     ),
-    'weights int8': (
+    "weights int8": (
         arrays(MODEL, lambda d: {k: v.astype(np.int8) for k, v in d.items()}),
-        'is not of a type that is read here',
+        "is not of a type that is read here",
     ),
-    'weights flat': (arrays(MODEL, lambda d: {k: v.reshape(-1) for k, v in d.items()}), 'do not fit together'),
-    'weights too few': (arrays(MODEL, lambda d: {**d, 'B': np.ascontiguousarray(d['B'][:10])}), 'do not fit together'),
-    'weights too wide': (
-        arrays(MODEL, lambda d: {**d, 'B': np.pad(d['B'], ((0, 0), (0, 1)))}),
-        'a finite score for each item',
+    "weights flat": (arrays(MODEL, lambda d: {k: v.reshape(-1) for k, v in d.items()}), "do not fit together"),
+    "weights too few": (arrays(MODEL, lambda d: {**d, "B": np.ascontiguousarray(d["B"][:10])}), "do not fit together"),
+    "weights too wide": (
+        arrays(MODEL, lambda d: {**d, "B": np.pad(d["B"], ((0, 0), (0, 1)))}),
+        "a finite score for each item",
     ),
-    'a method as an array': (arrays(MODEL, extra(score=np.zeros(3, np.float32))), "EASE has no array 'score'"),
-    'items of the model': (arrays(MODEL, put('n_items', 0, 59)), 'its arrays are of 59 items'),
-    'history index beyond': (arrays(HISTORIES, put('indices', 30, 2**31 - 1)), 'an index is not within the 60 columns'),
-    'history index negative': (arrays(HISTORIES, put('indices', 30, -5)), 'an index is not within the 60 columns'),
-    'history indptr falls': (arrays(HISTORIES, put('indptr', 5, 2**30)), 'indptr must not fall'),
-    'history indptr negative': (arrays(HISTORIES, put('indptr', 5, -7)), 'indptr must not fall'),
-    'history indptr begins late': (arrays(HISTORIES, put('indptr', 0, 1)), 'must begin at 0'),
-    'history indptr empty': (arrays(HISTORIES, extra(indptr=np.zeros(0, np.int64))), 'lacks indptr'),
-    'history data not a number': (arrays(HISTORIES, put('data', 30, np.nan)), "'data' has values that are not finite"),
-    'history data large': (arrays(HISTORIES, put('data', 30, 1e12)), 'data must have a finite value'),
-    'history data too few': (
-        arrays(HISTORIES, lambda d: {**d, 'data': d['data'][:-1]}),
-        'data must have a finite value for each index',
+    "a method as an array": (arrays(MODEL, extra(score=np.zeros(3, np.float32))), "EASE has no array 'score'"),
+    "items of the model": (arrays(MODEL, put("n_items", 0, 59)), "its arrays are of 59 items"),
+    "history index beyond": (arrays(HISTORIES, put("indices", 30, 2**31 - 1)), "an index is not within the 60 columns"),
+    "history index negative": (arrays(HISTORIES, put("indices", 30, -5)), "an index is not within the 60 columns"),
+    "history indptr falls": (arrays(HISTORIES, put("indptr", 5, 2**30)), "indptr must not fall"),
+    "history indptr negative": (arrays(HISTORIES, put("indptr", 5, -7)), "indptr must not fall"),
+    "history indptr begins late": (arrays(HISTORIES, put("indptr", 0, 1)), "must begin at 0"),
+    "history indptr empty": (arrays(HISTORIES, extra(indptr=np.zeros(0, np.int64))), "lacks indptr"),
+    "history data not a number": (arrays(HISTORIES, put("data", 30, np.nan)), "'data' has values that are not finite"),
+    "history data large": (arrays(HISTORIES, put("data", 30, 1e12)), "data must have a finite value"),
+    "history data too few": (
+        arrays(HISTORIES, lambda d: {**d, "data": d["data"][:-1]}),
+        "data must have a finite value for each index",
     ),
-    'history duplicate index': (
-        arrays(HISTORIES, lambda d: put('indices', 1, d['indices'][0])(d)),
-        'sorted, each once',
+    "history duplicate index": (
+        arrays(HISTORIES, lambda d: put("indices", 1, d["indices"][0])(d)),
+        "sorted, each once",
     ),
-    'history of another type': (
-        arrays(HISTORIES, lambda d: {**d, 'indices': d['indices'].astype(np.int64)}),
-        'not of its type',
+    "history of another type": (
+        arrays(HISTORIES, lambda d: {**d, "indices": d["indices"].astype(np.int64)}),
+        "not of its type",
     ),
-    'history with more': (arrays(HISTORIES, extra(evil=np.zeros(1, np.float32))), "'evil' is not expected"),
-    'history without indices': (
-        arrays(HISTORIES, lambda d: {k: v for k, v in d.items() if k != 'indices'}),
-        'lacks indices',
+    "history with more": (arrays(HISTORIES, extra(evil=np.zeros(1, np.float32))), "'evil' is not expected"),
+    "history without indices": (
+        arrays(HISTORIES, lambda d: {k: v for k, v in d.items() if k != "indices"}),
+        "lacks indices",
     ),
-    'negatives index beyond': (
-        arrays(HISTORIES, put('negatives.indices', 1, 2**31 - 1)),
-        'negatives: an index is not within',
+    "negatives index beyond": (
+        arrays(HISTORIES, put("negatives.indices", 1, 2**31 - 1)),
+        "negatives: an index is not within",
     ),
-    'features index beyond': (
-        arrays(HISTORIES, put('features.indices', 1, 2**31 - 1)),
-        'features: an index is not within',
+    "features index beyond": (
+        arrays(HISTORIES, put("features.indices", 1, 2**31 - 1)),
+        "features: an index is not within",
     ),
-    'features of other items': (arrays(HISTORIES, put('features.shape', 0, 61)), 'features.shape must have the items'),
-    'features very wide': (arrays(HISTORIES, put('features.shape', 1, 2**40)), 'no more columns than values'),
-    'features data infinite': (
-        arrays(HISTORIES, put('features.data', 1, np.inf)),
+    "features of other items": (arrays(HISTORIES, put("features.shape", 0, 61)), "features.shape must have the items"),
+    "features very wide": (arrays(HISTORIES, put("features.shape", 1, 2**40)), "no more columns than values"),
+    "features data infinite": (
+        arrays(HISTORIES, put("features.data", 1, np.inf)),
         "'features.data' has values that are not finite",
     ),
-    'features data large': (arrays(HISTORIES, put('features.data', 1, 1e12)), 'features.data must have a finite value'),
-    'times too few': (arrays(HISTORIES, lambda d: {**d, 'times': d['times'][:-1]}), 'times must have'),
-    'times beyond reason': (arrays(HISTORIES, put('times', 3, 2**62)), 'times must have'),
-    'popularity not a number': (
-        arrays(HISTORIES, put('popularity', 3, np.nan)),
+    "features data large": (arrays(HISTORIES, put("features.data", 1, 1e12)), "features.data must have a finite value"),
+    "times too few": (arrays(HISTORIES, lambda d: {**d, "times": d["times"][:-1]}), "times must have"),
+    "times beyond reason": (arrays(HISTORIES, put("times", 3, 2**62)), "times must have"),
+    "popularity not a number": (
+        arrays(HISTORIES, put("popularity", 3, np.nan)),
         "'popularity' has values that are not finite",
     ),
-    'popularity negative': (arrays(HISTORIES, put('popularity', 3, -1)), 'popularity must have a number of at least 0'),
-    'popularity too short': (
-        arrays(HISTORIES, lambda d: {**d, 'popularity': d['popularity'][:-1]}),
-        'popularity must have a number of at least 0 for each item',
+    "popularity negative": (arrays(HISTORIES, put("popularity", 3, -1)), "popularity must have a number of at least 0"),
+    "popularity too short": (
+        arrays(HISTORIES, lambda d: {**d, "popularity": d["popularity"][:-1]}),
+        "popularity must have a number of at least 0 for each item",
     ),
-    'safetensors huge shape': (header({'shape': [2**40, 2**20]}), 'has a shape that its bytes do not fill'),
-    'safetensors place beyond': (header({'data_offsets': [0, 2**50]}), 'has no shape and place'),
-    'safetensors overlapping': (header({'data_offsets': [0, 4], 'shape': [1], 'dtype': 'F32'}), 'gaps or overlaps'),
-    'safetensors other type': (header({'dtype': 'F8_E4M3'}), 'is not of a type that is read here'),
-    'safetensors long header': (content(MODEL, lambda b: b'\xff' * 8 + b[8:]), 'is no safetensors file'),
-    'safetensors cut': (content(MODEL, lambda b: b[:300]), 'model.safetensors'),
-    'safetensors empty': (content(MODEL, lambda b: b''), 'is no safetensors file'),
-    'items cut': (content('items.parquet', lambda b: b[:-100]), 'items.parquet is no table'),
-    'items garbage': (content('items.parquet', lambda b: b'PAR1' + b'x' * 1000 + b'PAR1'), 'items.parquet is no table'),
-    'items one fewer': (table('items.parquet', lambda t: t.iloc[:-1]), 'items.parquet has 59 rows instead of 60'),
-    'items id twice': (
-        table('items.parquet', lambda t: t.assign(item_id=[0, *t.item_id[:-1]])),
-        'an id is there twice',
+    "safetensors huge shape": (header({"shape": [2**40, 2**20]}), "has a shape that its bytes do not fill"),
+    "safetensors place beyond": (header({"data_offsets": [0, 2**50]}), "has no shape and place"),
+    "safetensors overlapping": (header({"data_offsets": [0, 4], "shape": [1], "dtype": "F32"}), "gaps or overlaps"),
+    "safetensors other type": (header({"dtype": "F8_E4M3"}), "is not of a type that is read here"),
+    "safetensors long header": (content(MODEL, lambda b: b"\xff" * 8 + b[8:]), "is no safetensors file"),
+    "safetensors cut": (content(MODEL, lambda b: b[:300]), "model.safetensors"),
+    "safetensors empty": (content(MODEL, lambda b: b""), "is no safetensors file"),
+    "items cut": (content("items.parquet", lambda b: b[:-100]), "items.parquet is no table"),
+    "items garbage": (content("items.parquet", lambda b: b"PAR1" + b"x" * 1000 + b"PAR1"), "items.parquet is no table"),
+    "items one fewer": (table("items.parquet", lambda t: t.iloc[:-1]), "items.parquet has 59 rows instead of 60"),
+    "items id twice": (
+        table("items.parquet", lambda t: t.assign(item_id=[0, *t.item_id[:-1]])),
+        "an id is there twice",
     ),
-    'items id missing': (
-        table('items.parquet', lambda t: t.assign(item_id=[None, *map(str, t.item_id[1:])])),
-        'none of them missing',
+    "items id missing": (
+        table("items.parquet", lambda t: t.assign(item_id=[None, *map(str, t.item_id[1:])])),
+        "none of them missing",
     ),
-    'items id float': (
-        table('items.parquet', lambda t: t.assign(item_id=t.item_id + 0.5)),
-        'ids must be whole numbers or texts',
+    "items id float": (
+        table("items.parquet", lambda t: t.assign(item_id=t.item_id + 0.5)),
+        "ids must be whole numbers or texts",
     ),
-    'items without id': (
-        table('items.parquet', lambda t: t.drop(columns='item_id')),
-        'items.parquet must have item_id',
+    "items without id": (
+        table("items.parquet", lambda t: t.drop(columns="item_id")),
+        "items.parquet must have item_id",
     ),
-    'items with lists': (
-        table('items.parquet', lambda t: t.assign(tags=[['a']] * 60)),
+    "items with lists": (
+        table("items.parquet", lambda t: t.assign(tags=[["a"]] * 60)),
         "column 'tags' is of the type list",
     ),
-    'items infinite': (
-        table('items.parquet', lambda t: t.assign(price=np.inf)),
+    "items infinite": (
+        table("items.parquet", lambda t: t.assign(price=np.inf)),
         "column 'price' has an infinite number",
     ),
-    'items column popularity': (table('items.parquet', lambda t: t.assign(popularity=np.nan)), None),
-    'items with a bomb of text': (
-        table('items.parquet', lambda t: t.assign(title='x' * 10**7)),
-        'far more text than its file has bytes',
+    "items column popularity": (table("items.parquet", lambda t: t.assign(popularity=np.nan)), None),
+    "items with a bomb of text": (
+        table("items.parquet", lambda t: t.assign(title="x" * 10**7)),
+        "far more text than its file has bytes",
     ),
-    'items with many columns': (
-        table('items.parquet', lambda t: t.assign(**{f'c{n}': 1 for n in range(1001)})),
-        'too many columns',
+    "items with many columns": (
+        table("items.parquet", lambda t: t.assign(**{f"c{n}": 1 for n in range(1001)})),
+        "too many columns",
     ),
-    'titles html': (table('items.parquet', lambda t: t.assign(title='<img src=x onerror=alert(1)>')), None),
-    'users id is a list': (table('users.parquet', lambda t: t.assign(user_id=[[1]] * len(t))), 'of the type list'),
-    'users one more': (
-        table('users.parquet', lambda t: pd.DataFrame({'user_id': range(len(t) + 1)})),
-        'users.parquet has 201 rows instead of 200',
+    "titles html": (table("items.parquet", lambda t: t.assign(title="<img src=x onerror=alert(1)>")), None),
+    "users id is a list": (table("users.parquet", lambda t: t.assign(user_id=[[1]] * len(t))), "of the type list"),
+    "users one more": (
+        table("users.parquet", lambda t: pd.DataFrame({"user_id": range(len(t) + 1)})),
+        "users.parquet has 201 rows instead of 200",
     ),
-    'users without id': (
-        table('users.parquet', lambda t: t.rename(columns={'user_id': 'id'})),
-        'users.parquet must have user_id',
+    "users without id": (
+        table("users.parquet", lambda t: t.rename(columns={"user_id": "id"})),
+        "users.parquet must have user_id",
     ),
-    'segments with a gap': (table('segments.parquet', lambda t: t.assign(segment=None)), 'and no gaps'),
-    'segments not named': (table('segments.parquet', lambda t: t.assign(segment='KR')), 'a column of the wrong type'),
-    'segments item beyond': (
-        table('segments.parquet', lambda t: t.assign(item=t.item + 1)),
-        'a number that is out of range',
+    "segments with a gap": (table("segments.parquet", lambda t: t.assign(segment=None)), "and no gaps"),
+    "segments not named": (table("segments.parquet", lambda t: t.assign(segment="KR")), "a column of the wrong type"),
+    "segments item beyond": (
+        table("segments.parquet", lambda t: t.assign(item=t.item + 1)),
+        "a number that is out of range",
     ),
-    'segments twice': (table('segments.parquet', lambda t: pd.concat([t, t])), 'one row for the size of each segment'),
-    'segments many': (
-        table('segments.parquet', lambda t: t.iloc[np.zeros(10**6, int)]),
-        'segments.parquet has 1,000,000 rows',
+    "segments twice": (table("segments.parquet", lambda t: pd.concat([t, t])), "one row for the size of each segment"),
+    "segments many": (
+        table("segments.parquet", lambda t: t.iloc[np.zeros(10**6, int)]),
+        "segments.parquet has 1,000,000 rows",
     ),
-    'chain steps no list': (document(CHAIN, extra(steps='exclude_seen')), 'steps must be a list'),
-    'chain without steps': (document(CHAIN, extra(steps=[], banned_items=[])), 'is answered differently'),
-    'chain option beyond': (
-        document(CHAIN, lambda d: {**d, 'steps': [*d['steps'], 'mmr'], 'options': {'mmr': {'diversity': 5}}}),
-        'mmr.diversity = 5',
+    "chain steps no list": (document(CHAIN, extra(steps="exclude_seen")), "steps must be a list"),
+    "chain without steps": (document(CHAIN, extra(steps=[], banned_items=[])), "is answered differently"),
+    "chain option beyond": (
+        document(CHAIN, lambda d: {**d, "steps": [*d["steps"], "mmr"], "options": {"mmr": {"diversity": 5}}}),
+        "mmr.diversity = 5",
     ),
-    'chain option of no step': (document(CHAIN, extra(options={'mmr': {}})), 'steps does not name mmr'),
-    'chain seed': (document(CHAIN, extra(seed=1.5)), 'seed must be a whole number'),
-    'chain unknown step': (document(CHAIN, extra(steps=['exclude_seen', 'ban_list', 'evil'])), "the step 'evil'"),
-    'model unknown': (document('model.json', extra(name='evil')), "unknown model 'evil'"),
-    'model of the system': (document('model.json', extra(name='os:system')), 'os is part of Python and no plugin'),
-    'model with more': (document('model.json', hyper(evil=1)), "unexpected keyword argument 'evil'"),
-    'model with bad values': (document('model.json', hyper(lam='x')), "lam = 'x'"),
-    'model other items': (document('model.json', extra(n_items=59)), 'an index is not within the 59 columns'),
-    'model very many items': (document('model.json', extra(n_items=10**12)), 'no more than the files can hold'),
-    'model is no table': (document('model.json', lambda d: [1]), 'model.json must have the number of items'),
-    'model.json deep': (
-        content('model.json', lambda b: b'[' * 100_000 + b']' * 100_000),
-        'model.json is no JSON document (RecursionError',
+    "chain option of no step": (document(CHAIN, extra(options={"mmr": {}})), "steps does not name mmr"),
+    "chain seed": (document(CHAIN, extra(seed=1.5)), "seed must be a whole number"),
+    "chain unknown step": (document(CHAIN, extra(steps=["exclude_seen", "ban_list", "evil"])), "the step 'evil'"),
+    "model unknown": (document("model.json", extra(name="evil")), "unknown model 'evil'"),
+    "model of the system": (document("model.json", extra(name="os:system")), "os is part of Python and no plugin"),
+    "model with more": (document("model.json", hyper(evil=1)), "unexpected keyword argument 'evil'"),
+    "model with bad values": (document("model.json", hyper(lam="x")), "lam = 'x'"),
+    "model other items": (document("model.json", extra(n_items=59)), "an index is not within the 59 columns"),
+    "model very many items": (document("model.json", extra(n_items=10**12)), "no more than the files can hold"),
+    "model is no table": (document("model.json", lambda d: [1]), "model.json must have the number of items"),
+    "model.json deep": (
+        content("model.json", lambda b: b"[" * 100_000 + b"]" * 100_000),
+        "model.json is no JSON document (RecursionError",
     ),
-    'card deep': (
-        content(CARD, lambda b: b'{"a":' * 50_000 + b'1' + b'}' * 50_000),
-        'card.json is no JSON document (RecursionError',
+    "card deep": (
+        content(CARD, lambda b: b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
+        "card.json is no JSON document (RecursionError",
     ),
-    'card nested': (content(CARD, lambda b: b'{"a":' * 100 + b'1' + b'}' * 100), 'nested more than 32 deep'),
-    'card a list': (content(CARD, lambda b: b'[1]'), 'card.json is no card'),
-    'card no text': (content('card.md', lambda b: b'\xff'), 'card.md is no text'),
-    'card not a number': (content(CARD, lambda b: b'{"packed": NaN}'), 'NaN is no number'),
-    'card name an object': (document(CARD, extra(name={'a': 1})), 'name must be a line of text'),
-    'card name html': (document(CARD, extra(name='<img src=x onerror=alert(1)>')), None),
-    'card headline': (document(CARD, extra(headline={'metric': 'x'})), 'headline must have a metric'),
-    'versions a list': (content('versions.json', lambda b: b'[1]'), 'versions.json must have'),
-    'reference without figures': (content(REFERENCE, lambda b: b'{}'), 'reference.json must have n_users and k'),
-    'reference without bins': (document(REFERENCE, extra(history_length=[])), 'history_length must have rising edges'),
+    "card nested": (content(CARD, lambda b: b'{"a":' * 100 + b"1" + b"}" * 100), "nested more than 32 deep"),
+    "card a list": (content(CARD, lambda b: b"[1]"), "card.json is no card"),
+    "card no text": (content("card.md", lambda b: b"\xff"), "card.md is no text"),
+    "card not a number": (content(CARD, lambda b: b'{"packed": NaN}'), "NaN is no number"),
+    "card name an object": (document(CARD, extra(name={"a": 1})), "name must be a line of text"),
+    "card name html": (document(CARD, extra(name="<img src=x onerror=alert(1)>")), None),
+    "card headline": (document(CARD, extra(headline={"metric": "x"})), "headline must have a metric"),
+    "versions a list": (content("versions.json", lambda b: b"[1]"), "versions.json must have"),
+    "reference without figures": (content(REFERENCE, lambda b: b"{}"), "reference.json must have n_users and k"),
+    "reference without bins": (document(REFERENCE, extra(history_length=[])), "history_length must have rising edges"),
 }
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def rich(tmp_path_factory):
     "A bundle with everything that a bundle can have."
     features = csr_matrix((np.random.default_rng(0).random((60, 5)) < 0.4).astype(np.float32))
-    return save_bundle(recommender(features=features), tmp_path_factory.mktemp('bundles') / 'rich', k=5)
+    return save_bundle(recommender(features=features), tmp_path_factory.mktemp("bundles") / "rich", k=5)
 
 
-@pytest.mark.parametrize('name', MUTATIONS)
+@pytest.mark.parametrize("name", MUTATIONS)
 def test_a_bundle_that_is_sealed_again_is_refused_in_one_line_or_works(name, rich, tmp_path):
     change, said = MUTATIONS[name]
-    folder = Path(shutil.copytree(rich, tmp_path / 'b'))
+    folder = Path(shutil.copytree(rich, tmp_path / "b"))
     change(folder)
     reseal(folder)
     if said:
         return refused(folder, said)
     r = load_bundle(folder)
-    assert all(math.isfinite(item['score']) for user in r.users for item in r.recommend(user, k=10))
+    assert all(math.isfinite(item["score"]) for user in r.users for item in r.recommend(user, k=10))
 
 
 def test_a_net_is_not_allocated_before_its_arrays_were_looked_at(tmp_path):
     x = recommender().histories
-    folder = save_bundle(Recommender(create_model('elsa', rank=4, num_epoch=1).fit(x), np.arange(60)), tmp_path / 'b')
-    document('model.json', hyper(rank=10**11))(folder)
+    folder = save_bundle(Recommender(create_model("elsa", rank=4, num_epoch=1).fit(x), np.arange(60)), tmp_path / "b")
+    document("model.json", hyper(rank=10**11))(folder)
     reseal(folder)
-    refused(folder, 'its hyperparameters ask for 6,000,000,000,000 weights, and its arrays have 2')
+    refused(folder, "its hyperparameters ask for 6,000,000,000,000 weights, and its arrays have 2")
 
 
 def test_files_that_are_no_files(bundle, tmp_path):
@@ -717,53 +924,53 @@ def test_files_that_are_no_files(bundle, tmp_path):
     try:
         for name in sorted(p.name for p in bundle.iterdir()):
             for kind, said in (
-                (lambda p: p.symlink_to(bundle / p.name), 'is a link'),
-                (os.mkfifo, 'is no plain file'),
-                (Path.mkdir, 'is no plain file'),
+                (lambda p: p.symlink_to(bundle / p.name), "is a link"),
+                (os.mkfifo, "is no plain file"),
+                (Path.mkdir, "is no plain file"),
             ):
-                folder = Path(shutil.copytree(bundle, tmp_path / f'{name}-{said}', dirs_exist_ok=True))
+                folder = Path(shutil.copytree(bundle, tmp_path / f"{name}-{said}", dirs_exist_ok=True))
                 (folder / name).unlink()
                 kind(folder / name)
-                refused(folder, f'{name} {said}')
+                refused(folder, f"{name} {said}")
                 shutil.rmtree(folder)
         for make in (os.mkfifo, Path.touch):
-            make(tmp_path / 'x')
-            refused(tmp_path / 'x', 'x')
-            (tmp_path / 'x').unlink()
+            make(tmp_path / "x")
+            refused(tmp_path / "x", "x")
+            (tmp_path / "x").unlink()
     finally:
         signal.alarm(0)
 
 
 def test_a_file_that_becomes_a_link_or_changes_while_it_is_read(bundle, tmp_path, monkeypatch):
-    "What is parsed is what was hashed: nothing is read a second time, and a link that takes a file's place is not "
+    "What is parsed is what was hashed: nothing is read a second time, and a link that takes a file's place is not"
     "followed."
     from aerec_nb import packaging
 
-    folder, expected = Path(shutil.copytree(bundle, tmp_path / 'b')), load_bundle(bundle).recommend(1, k=5).item_ids
+    folder, expected = Path(shutil.copytree(bundle, tmp_path / "b")), load_bundle(bundle).recommend(1, k=5).item_ids
     real = packaging._Files.contents
 
     def contents(self, name, *args):
         found = real(self, name, *args)
-        (folder / name).write_bytes(b'garbage')  # as soon as it was read
+        (folder / name).write_bytes(b"garbage")  # as soon as it was read
         return found
 
-    monkeypatch.setattr(packaging._Files, 'contents', contents)
+    monkeypatch.setattr(packaging._Files, "contents", contents)
     assert load_bundle(folder).recommend(1, k=5).item_ids == expected
     monkeypatch.undo()
-    refused(folder, 'was changed')
-    folder = Path(shutil.copytree(bundle, tmp_path / 'c'))
+    refused(folder, "was changed")
+    folder = Path(shutil.copytree(bundle, tmp_path / "c"))
 
     def swapped(self, name, *args):
         (folder / name).unlink()
         (folder / name).symlink_to(bundle / name)
         return real(self, name, *args)
 
-    monkeypatch.setattr(packaging._Files, 'contents', swapped)
-    refused(folder, 'is a link')
+    monkeypatch.setattr(packaging._Files, "contents", swapped)
+    refused(folder, "is a link")
 
 
 def test_columns_of_the_items_are_the_same_after_packing(tmp_path):
-    "A column popularity, no column genres, ids of histories in any order: the lists are the same; new items keep the "
+    "A column popularity, no column genres, ids of histories in any order: the lists are the same; new items keep the"
     "column as well."
     rng = np.random.default_rng(3)
     x = csr_matrix((rng.random((30, 12)) < 0.4).astype(np.float32))
@@ -772,14 +979,14 @@ def test_columns_of_the_items_are_the_same_after_packing(tmp_path):
         shape=x.shape,
     )
     table = pd.DataFrame(
-        {'item_id': np.arange(12), 'popularity': np.arange(12.0), 'year': pd.array([1990, None] * 6, 'Int64')}
+        {"item_id": np.arange(12), "popularity": np.arange(12.0), "year": pd.array([1990, None] * 6, "Int64")}
     )
     chain = Chain(
-        ['exclude_seen', 'ban_list', 'filter', 'mmr'],
-        options={'filter': {'where': {'all': [{'popularity': {'ge': 3}}]}}, 'mmr': {'diversity': 0.5}},
+        ["exclude_seen", "ban_list", "filter", "mmr"],
+        options={"filter": {"where": {"all": [{"popularity": {"ge": 3}}]}}, "mmr": {"diversity": 0.5}},
     )
     r = Recommender(
-        create_model('ease').fit(x),
+        create_model("ease").fit(x),
         np.arange(12),
         np.arange(30),
         shuffled,
@@ -788,7 +995,7 @@ def test_columns_of_the_items_are_the_same_after_packing(tmp_path):
         times=np.arange(x.nnz),
         features=x[:12].T.tocsr()[:, :8],
     )
-    back = load_bundle(save_bundle(r, tmp_path / 'b', k=4))
+    back = load_bundle(save_bundle(r, tmp_path / "b", k=4))
     for user in r.users:
         assert back.recommend(user, k=4, now=0.0).items == r.recommend(user, k=4, now=0.0).items
 
@@ -803,31 +1010,31 @@ def test_columns_of_the_items_are_the_same_after_packing(tmp_path):
         }
 
     assert times_of(back) == times_of(r)
-    more = with_cold_items(r, pd.DataFrame({'item_id': [99], 'popularity': [5.0], 'year': [1990]}))
-    assert 99 in more.catalogue.index.ids and more.catalogue.numbers('popularity')[-1] == 5
+    more = with_cold_items(r, pd.DataFrame({"item_id": [99], "popularity": [5.0], "year": [1990]}))
+    assert 99 in more.catalogue.index.ids and more.catalogue.numbers("popularity")[-1] == 5
 
 
 def test_what_cannot_be_packed_says_so_and_leaves_nothing(tmp_path):
     x = recommender().histories
     twice = csr_matrix((np.ones(3, np.float32), [1, 1, 2], [0, 3]), shape=(1, 60))
     for r, why in (
-        (Recommender(create_model('ease').fit(x), np.arange(60) + 0.5), 'ids must be whole numbers or texts'),
-        (Recommender(create_model('ease').fit(x), np.arange(60), ['u'], twice), 'sorted, each once'),
+        (Recommender(create_model("ease").fit(x), np.arange(60) + 0.5), "ids must be whole numbers or texts"),
+        (Recommender(create_model("ease").fit(x), np.arange(60), ["u"], twice), "sorted, each once"),
         (
             Recommender(
-                create_model('ease').fit(x),
+                create_model("ease").fit(x),
                 np.arange(60),
-                item_table=pd.DataFrame({'item_id': np.arange(60), 'price': np.inf}),
+                item_table=pd.DataFrame({"item_id": np.arange(60), "price": np.inf}),
             ),
             "column 'price' has an infinite number",
         ),
     ):
         with pytest.raises(AerecError, match=why) as e:
-            save_bundle(r, tmp_path / 'b')
+            save_bundle(r, tmp_path / "b")
         assert one_line(e) and not [*tmp_path.iterdir()]
     r = recommender()
     r.recent = object()  # of a running service: it is not packed
-    assert load_bundle(save_bundle(r, tmp_path / 'b')).n_users == 200
+    assert load_bundle(save_bundle(r, tmp_path / "b")).n_users == 200
 
 
 # --- code that a bundle names -------------------------------------------------------------------------------------------------------------------------
@@ -849,182 +1056,182 @@ class Flat(Model):
         return np.zeros(history.shape, np.float32)
 """
 BAD_NAMES = [
-    'drop/evil:x',
-    '.drop.evil:x',
-    '..evil:x',
-    '/srv/evil:x',
-    'C:\\evil:x',
-    'evil.py:x',
-    'evil',
-    'evil:x',
-    'drop.evil:x',
-    'os:system',
-    'this:x',
-    'antigravity:x',
-    'xml.dom.minidom:parse',
-    'aerec_nb.modeling:Blend',
-    'numpy:array',
-    'evil:x:y',
-    'evil:',
-    ':x',
-    '',
-    'еvil:x',
-    'evіl:x',
-    'evil\0:x',
-    'evil:x\n',
-    ' evil:x',
-    'evil :x',
-    'e' * 10**5,
-    'e.' * 10**4 + 'x:y',
-    '__main__:x',
-    'Ease',
-    'ease ',
+    "drop/evil:x",
+    ".drop.evil:x",
+    "..evil:x",
+    "/srv/evil:x",
+    "C:\\evil:x",
+    "evil.py:x",
+    "evil",
+    "evil:x",
+    "drop.evil:x",
+    "os:system",
+    "this:x",
+    "antigravity:x",
+    "xml.dom.minidom:parse",
+    "aerec_nb.modeling:Blend",
+    "numpy:array",
+    "evil:x:y",
+    "evil:",
+    ":x",
+    "",
+    "еvil:x",
+    "evіl:x",
+    "evil\0:x",
+    "evil:x\n",
+    " evil:x",
+    "evil :x",
+    "e" * 10**5,
+    "e." * 10**4 + "x:y",
+    "__main__:x",
+    "Ease",
+    "ease ",
     None,
     7,
-    ['evil:x'],
-    {'name': 'evil:x'},
+    ["evil:x"],
+    {"name": "evil:x"},
 ]
 PLACES = {  # where a name can stand in a bundle
-    'step': ('chain.json', lambda d, name: {**d, 'steps': [*d['steps'], name]}),
-    'option': (
-        'chain.json',
-        lambda d, name: {**d, 'options': {name if isinstance(name, str) else json.dumps(name): {}}},
+    "step": ("chain.json", lambda d, name: {**d, "steps": [*d["steps"], name]}),
+    "option": (
+        "chain.json",
+        lambda d, name: {**d, "options": {name if isinstance(name, str) else json.dumps(name): {}}},
     ),
-    'option value': (
-        'chain.json',
+    "option value": (
+        "chain.json",
         lambda d, name: {
             **d,
-            'steps': [*d['steps'], 'mmr'],
-            'options': {'mmr': {'of': name if name is not None else 'evil:x'}},
+            "steps": [*d["steps"], "mmr"],
+            "options": {"mmr": {"of": name if name is not None else "evil:x"}},
         },
     ),
-    'model': ('model.json', lambda d, name: {**d, 'name': name}),
-    'member': ('model.json', lambda d, name: {**d, 'name': 'blend', 'hyperparameters': {'members': [name]}}),
-    'named member': (
-        'model.json',
-        lambda d, name: {**d, 'name': 'blend', 'hyperparameters': {'members': [{'name': name}]}},
+    "model": ("model.json", lambda d, name: {**d, "name": name}),
+    "member": ("model.json", lambda d, name: {**d, "name": "blend", "hyperparameters": {"members": [name]}}),
+    "named member": (
+        "model.json",
+        lambda d, name: {**d, "name": "blend", "hyperparameters": {"members": [{"name": name}]}},
     ),
-    'member of a member': (
-        'model.json',
+    "member of a member": (
+        "model.json",
         lambda d, name: {
             **d,
-            'name': 'blend',
-            'hyperparameters': {'members': [{'name': 'cold_items', 'hyperparameters': {'member': {'name': name}}}]},
+            "name": "blend",
+            "hyperparameters": {"members": [{"name": "cold_items", "hyperparameters": {"member": {"name": name}}}]},
         },
     ),
-    'cold items': ('model.json', lambda d, name: {**d, 'name': 'cold_items', 'hyperparameters': {'member': name}}),
+    "cold items": ("model.json", lambda d, name: {**d, "name": "cold_items", "hyperparameters": {"member": name}}),
 }
 
 
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
-    "A project with a plugin that nothing names, and the same file where it does not belong; each leaves a mark when "
+    "A project with a plugin that nothing names, and the same file where it does not belong; each leaves a mark when"
     "it is run."
-    (tmp_path / 'shop' / 'drop').mkdir(parents=True)
-    for path in ('evil.py', 'drop/evil.py'):
-        (tmp_path / 'shop' / path).write_text(STEPS)
-    shutil.copy(tmp_path / 'shop' / 'evil.py', tmp_path / 'evil.py')
-    monkeypatch.setenv('AEREC_PROJECT', str(tmp_path / 'shop'))
-    monkeypatch.chdir(tmp_path / 'shop')
-    return tmp_path / 'shop'
+    (tmp_path / "shop" / "drop").mkdir(parents=True)
+    for path in ("evil.py", "drop/evil.py"):
+        (tmp_path / "shop" / path).write_text(STEPS)
+    shutil.copy(tmp_path / "shop" / "evil.py", tmp_path / "evil.py")
+    monkeypatch.setenv("AEREC_PROJECT", str(tmp_path / "shop"))
+    monkeypatch.chdir(tmp_path / "shop")
+    return tmp_path / "shop"
 
 
-@pytest.mark.parametrize('place', PLACES)
+@pytest.mark.parametrize("place", PLACES)
 def test_no_name_in_a_bundle_runs_code(place, rich, shop, tmp_path):
     "Neither is anything imported; what is not refused by its pattern is refused because nothing lists or names it."
     name, change = PLACES[place]
-    folder, kept = Path(shutil.copytree(rich, tmp_path / 'b')), (rich / name).read_text()
+    folder, kept = Path(shutil.copytree(rich, tmp_path / "b")), (rich / name).read_text()
     before = set(sys.modules)
     for bad in BAD_NAMES:
         (folder / name).write_text(json.dumps(change(json.loads(kept), bad)))
         reseal(folder)
         refused(folder)
-    assert not [*tmp_path.rglob('*.ran')]
-    assert not {'this', 'antigravity', '_aerec_own_evil', '_aerec_own_os', 'xml.dom.minidom'} & (
+    assert not [*tmp_path.rglob("*.ran")]
+    assert not {"this", "antigravity", "_aerec_own_evil", "_aerec_own_os", "xml.dom.minidom"} & (
         set(sys.modules) - before
     )
 
 
 def test_a_plugin_is_run_where_the_operator_lists_or_names_it(shop, tmp_path):
-    "The same bundle: refused with the line that would allow it, taken with it, refused again once the file has "
+    "The same bundle: refused with the line that would allow it, taken with it, refused again once the file has"
     "changed."
     x = recommender().histories
     r = Recommender(
-        create_model('evil:Flat').fit(x),
+        create_model("evil:Flat").fit(x),
         np.arange(60),
         np.arange(200),
         x,
-        chain=Chain(['exclude_seen', 'ban_list', 'evil:even']),
+        chain=Chain(["exclude_seen", "ban_list", "evil:even"]),
     )
-    folder = save_bundle(r, tmp_path / 'b')
-    (shop / 'evil.ran').unlink()
-    sha = hashlib.sha256((shop / 'evil.py').read_bytes()).hexdigest()
-    for env in ('dev', 'test', 'stage', 'live'):
+    folder = save_bundle(r, tmp_path / "b")
+    (shop / "evil.ran").unlink()
+    sha = hashlib.sha256((shop / "evil.py").read_bytes()).hexdigest()
+    for env in ("dev", "test", "stage", "live"):
         refused(
             folder,
             f'write "evil:Flat" = "{sha}" under [plugins.trusted] in config/{env}.toml',
             settings=default_settings(env, require_signature=False),
         )
-    for env in ('stage', 'live'):
+    for env in ("stage", "live"):
         refused(
             folder,
             'write "evil:Flat"',
-            settings=default_settings(env, require_signature=False, steps=['evil:even'], models=['evil:Flat']),
+            settings=default_settings(env, require_signature=False, steps=["evil:even"], models=["evil:Flat"]),
         )
-    assert not (shop / 'evil.ran').exists()
-    trusted = {'evil:Flat': sha, 'evil:even': sha}
+    assert not (shop / "evil.ran").exists()
+    trusted = {"evil:Flat": sha, "evil:even": sha}
     for settings in (
-        default_settings('dev', steps=['evil:even'], models=['evil:Flat']),
-        default_settings('dev', trusted=trusted),
-        default_settings('live', trusted=trusted, require_signature=False),
+        default_settings("dev", steps=["evil:even"], models=["evil:Flat"]),
+        default_settings("dev", trusted=trusted),
+        default_settings("live", trusted=trusted, require_signature=False),
     ):
         back = load_bundle(folder, settings=settings)
         assert {i % 2 for i in back.recommend(1, k=5).item_ids} == {0}
-    (shop / 'config').mkdir()
-    (shop / 'config' / 'dev.toml').write_text(
-        '[plugins.trusted]\n' + ''.join(f'"{name}" = "{sha}"\n' for name in trusted)
+    (shop / "config").mkdir()
+    (shop / "config" / "dev.toml").write_text(
+        "[plugins.trusted]\n" + "".join(f'"{name}" = "{sha}"\n' for name in trusted)
     )
     assert load_bundle(folder).recommend(1, k=5).item_ids == back.recommend(1, k=5).item_ids
     (
         back.chain.bind(back.catalogue),
         back.chain.with_bans([3]),
     )  # as a service does while it runs: the file is not read again
-    (shop / 'evil.ran').unlink()
-    (shop / 'evil.py').write_text(STEPS + '# changed')
+    (shop / "evil.ran").unlink()
+    (shop / "evil.py").write_text(STEPS + "# changed")
     assert back.chain.with_bans([3]).bind(back.catalogue).banned_items == [3]
-    refused(folder, 'evil.py has another sha256 than plugins.trusted lists')
-    assert not (shop / 'evil.ran').exists()
+    refused(folder, "evil.py has another sha256 than plugins.trusted lists")
+    assert not (shop / "evil.ran").exists()
 
 
 def test_the_bytes_that_are_hashed_are_the_bytes_that_run(shop, monkeypatch):
     "A file that changes right after it was read is not read again."
     from aerec_nb.configuration import own_object, using_settings
 
-    good, real, path, reads = (shop / 'evil.py').read_bytes(), Path.read_bytes, shop / 'evil.py', []
+    good, real, path, reads = (shop / "evil.py").read_bytes(), Path.read_bytes, shop / "evil.py", []
 
     def read_bytes(self):
         data = real(self)
         if self == path:
             reads.append(self)
-            path.write_text('1/0')
+            path.write_text("1/0")
         return data
 
-    monkeypatch.setattr(Path, 'read_bytes', read_bytes)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
     with using_settings(
-        default_settings('live', trusted={'evil:even': hashlib.sha256(good).hexdigest()}), from_bundle=True
+        default_settings("live", trusted={"evil:even": hashlib.sha256(good).hexdigest()}), from_bundle=True
     ):
-        assert callable(own_object('evil:even', 'x'))
+        assert callable(own_object("evil:even", "x"))
     assert reads == [path]
     path.unlink()
     path.write_bytes(good)
     monkeypatch.setattr(
-        Path, 'read_bytes', lambda self: (_ for _ in ()).throw(PermissionError(13, 'Permission denied'))
+        Path, "read_bytes", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
     )
     with (
-        using_settings(default_settings('dev')),
-        pytest.raises(AerecError, match='evil.py cannot be read: Permission denied'),
+        using_settings(default_settings("dev")),
+        pytest.raises(AerecError, match="evil.py cannot be read: Permission denied"),
     ):
-        own_object('evil:even', 'x')
+        own_object("evil:even", "x")
 
 
 # --- signatures ---------------------------------------------------------------------------------------------------------------------------------------
@@ -1032,16 +1239,16 @@ def test_the_bytes_that_are_hashed_are_the_bytes_that_run(shop, monkeypatch):
 
 def poisoned(folder, key=None):
     "Other weights with answers made for them: what an attacker who can write the folder makes."
-    arrays(MODEL, lambda d: {**d, 'B': d['B'] + 50 * np.eye(1, 60, 7, dtype=np.float32)})(folder)
-    (folder / 'golden.json').write_text(json.dumps([{'request': {'history': [1], 'k': 2}, 'answer': []}]))
+    arrays(MODEL, lambda d: {**d, "B": d["B"] + 50 * np.eye(1, 60, 7, dtype=np.float32)})(folder)
+    (folder / "golden.json").write_text(json.dumps([{"request": {"history": [1], "k": 2}, "answer": []}]))
     reseal(folder)
     r = _load_folder(folder, folder, LoadPolicy()).recommender
-    (folder / 'golden.json').write_text(
+    (folder / "golden.json").write_text(
         json.dumps(
             [
                 {
-                    'request': {'history': [1], 'k': 2},
-                    'answer': [[i['item_id'], i['score']] for i in r.recommend(history=[1], k=2)],
+                    "request": {"history": [1], "k": 2},
+                    "answer": [[i["item_id"], i["score"]] for i in r.recommend(history=[1], k=2)],
                 }
             ]
         )
@@ -1054,73 +1261,73 @@ def poisoned(folder, key=None):
 
 def test_a_signature_finds_what_hashes_do_not(bundles, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = poisoned(Path(shutil.copytree(bundles[0], tmp_path / 'b')))
-    assert load_bundle(folder).recommend(history=[1], k=1).item_ids == [7], 'without a key that is what is promised'
-    monkeypatch.setenv('AEREC_BUNDLE_KEYS', PUBLIC)
-    refused(folder, f'its signature is not one of the key {key_id(PUBLIC)} on these files')
+    folder = poisoned(Path(shutil.copytree(bundles[0], tmp_path / "b")))
+    assert load_bundle(folder).recommend(history=[1], k=1).item_ids == [7], "without a key that is what is promised"
+    monkeypatch.setenv("AEREC_BUNDLE_KEYS", PUBLIC)
+    refused(folder, f"its signature is not one of the key {key_id(PUBLIC)} on these files")
     theirs, their_public = new_signing_key()
     sign_bundle(folder, theirs)
     refused(folder, f"signed by the key '{key_id(their_public)}', which packaging.bundle_keys does not list")
-    (folder / 'signature.json').unlink()
-    assert load_bundle(folder), 'dev does not ask for one'
+    (folder / "signature.json").unlink()
+    assert load_bundle(folder), "dev does not ask for one"
     for settings in (
-        default_settings('live', bundle_keys=[PUBLIC]),
-        default_settings('dev', bundle_keys=[PUBLIC], require_signature=True),
+        default_settings("live", bundle_keys=[PUBLIC]),
+        default_settings("dev", bundle_keys=[PUBLIC], require_signature=True),
     ):
-        refused(folder, 'it is not signed', settings=settings)
+        refused(folder, "it is not signed", settings=settings)
     assert (
-        load_bundle(bundles[0]).info['id']
-        == load_bundle(bundles[0], settings=default_settings('live', bundle_keys=[PUBLIC])).info['id']
+        load_bundle(bundles[0]).info["id"]
+        == load_bundle(bundles[0], settings=default_settings("live", bundle_keys=[PUBLIC])).info["id"]
     )
 
 
 def test_the_signature_is_checked_before_anything_else_is_read(bundles, tmp_path, monkeypatch):
     from aerec_nb import packaging
 
-    folder = poisoned(Path(shutil.copytree(bundles[0], tmp_path / 'b')))
-    monkeypatch.setattr(packaging._Files, 'contents', lambda *a: pytest.fail('a file was read'))
-    refused(folder, 'its signature is not one of the key', settings=default_settings('live', bundle_keys=[PUBLIC]))
+    folder = poisoned(Path(shutil.copytree(bundles[0], tmp_path / "b")))
+    monkeypatch.setattr(packaging._Files, "contents", lambda *a: pytest.fail("a file was read"))
+    refused(folder, "its signature is not one of the key", settings=default_settings("live", bundle_keys=[PUBLIC]))
 
 
 def test_a_signature_survives_what_is_done_with_bundles(bundles, home):
-    "Packed, unpacked, registered as a folder and as a zip, shown, verified, promoted, rolled back; a copy that was "
+    "Packed, unpacked, registered as a folder and as a zip, shown, verified, promoted, rolled back; a copy that was"
     "kept unsigned gets it."
-    zipped, live = pack_zip(bundles[0], home / 'b.zip'), default_settings('live', bundle_keys=[PUBLIC])
-    (home / 'unpacked').mkdir()
-    unpack_zip(zipped, home / 'unpacked')
-    for path in (zipped, home / 'unpacked'):
-        assert load_bundle(path, settings=live).info['id'] == bundle_id(bundles[0])
-    unsigned = Path(shutil.copytree(bundles[1], home / 'unsigned'))
-    (unsigned / 'signature.json').unlink()
+    zipped, live = pack_zip(bundles[0], home / "b.zip"), default_settings("live", bundle_keys=[PUBLIC])
+    (home / "unpacked").mkdir()
+    unpack_zip(zipped, home / "unpacked")
+    for path in (zipped, home / "unpacked"):
+        assert load_bundle(path, settings=live).info["id"] == bundle_id(bundles[0])
+    unsigned = Path(shutil.copytree(bundles[1], home / "unsigned"))
+    (unsigned / "signature.json").unlink()
     r = registry_at(home)
     assert [r.register(b) for b in (zipped, unsigned)] == [1, 2]
-    assert not (r.resolve(2) / 'signature.json').exists()
-    assert r.promote(1, 'live', by='ann') == 'films: live is version 1'
+    assert not (r.resolve(2) / "signature.json").exists()
+    assert r.promote(1, "live", by="ann") == "films: live is version 1"
     for refuse in (r.promote, r.check_gates):
-        with pytest.raises(AerecError, match='it is not signed'):
-            refuse(2, 'live')
-    assert r.current('live') == 1 and r.promote(2, 'dev', by='ann') and r.register(bundles[1]) == 2
+        with pytest.raises(AerecError, match="it is not signed"):
+            refuse(2, "live")
+    assert r.current("live") == 1 and r.promote(2, "dev", by="ann") and r.register(bundles[1]) == 2
     assert (
-        r.promote(2, 'live', by='ann') == 'films: live is version 2 (was 1)'
-        and (r.verify().result == 'ok').all()
+        r.promote(2, "live", by="ann") == "films: live is version 2 (was 1)"
+        and (r.verify().result == "ok").all()
         and len(r.show(2))
         and len(r.diff(1, 2))
     )
-    assert r.rollback('live', by='ann') == 'films: live is version 1 (was 2)'
+    assert r.rollback("live", by="ann") == "films: live is version 1 (was 2)"
     for version in (1, 2):
         assert load_bundle(r.resolve(version), settings=live)
     sign_bundle(unsigned, theirs := new_signing_key()[0])
     careless = registry_at(home, policy=PackagingSettings())
     assert careless.register(unsigned) == 2 and load_bundle(r.resolve(2), settings=live), (
-        'a signature that was not verified does not take the place of another'
+        "a signature that was not verified does not take the place of another"
     )
     r.sign(2, theirs)
-    with pytest.raises(AerecError, match='which packaging.bundle_keys does not list'):
-        r.promote(2, 'live', by='ann')
-    (r.resolve(1) / 'signature.json').unlink()
-    assert r.current('live') == 1
-    with pytest.raises(AerecError, match='it is not signed'):
-        r.promote(1, 'live', by='ann')
+    with pytest.raises(AerecError, match="which packaging.bundle_keys does not list"):
+        r.promote(2, "live", by="ann")
+    (r.resolve(1) / "signature.json").unlink()
+    assert r.current("live") == 1
+    with pytest.raises(AerecError, match="it is not signed"):
+        r.promote(1, "live", by="ann")
 
 
 def test_what_is_registered_is_what_is_loaded(bundles, home, monkeypatch):
@@ -1139,11 +1346,11 @@ def test_what_is_registered_is_what_is_loaded(bundles, home, monkeypatch):
             shutil.copytree(other, folder)
         return folder
 
-    monkeypatch.setattr(Registry, 'resolve', resolve)
-    with pytest.raises(AerecError, match='is not the bundle that was registered'):
-        r.promote(1, 'dev', by='ann')
+    monkeypatch.setattr(Registry, "resolve", resolve)
+    with pytest.raises(AerecError, match="is not the bundle that was registered"):
+        r.promote(1, "dev", by="ann")
     monkeypatch.undo()
-    with pytest.raises(AerecError, match='another bundle is kept there, whose identity begins alike'):
+    with pytest.raises(AerecError, match="another bundle is kept there, whose identity begins alike"):
         r.register(bundles[0])
 
 
@@ -1152,35 +1359,35 @@ def test_a_bundle_that_answers_differently_is_neither_written_nor_promoted(bundl
 
     r = registry_at(home)
     r.register(bundles[0])
-    monkeypatch.setattr(packaging, 'same_answer', lambda *a: False)
-    with pytest.raises(AerecError, match='version 1: the golden request .* is answered differently'):
-        r.promote(1, 'dev', by='ann')
-    assert 'answered differently' in r.verify().result[0] and r.check_gates(1, 'live').result[0] == 'failed'
-    with pytest.raises(AerecError, match='the golden request .* is answered differently'):
-        save_bundle(recommender(), home / 'b')
-    assert not (home / 'b').exists() and not [p for p in home.iterdir() if p.name.startswith('.b')]
+    monkeypatch.setattr(packaging, "same_answer", lambda *a: False)
+    with pytest.raises(AerecError, match="version 1: the golden request .* is answered differently"):
+        r.promote(1, "dev", by="ann")
+    assert "answered differently" in r.verify().result[0] and r.check_gates(1, "live").result[0] == "failed"
+    with pytest.raises(AerecError, match="the golden request .* is answered differently"):
+        save_bundle(recommender(), home / "b")
+    assert not (home / "b").exists() and not [p for p in home.iterdir() if p.name.startswith(".b")]
 
 
 def test_a_server_that_is_not_there(bundles, tmp_path, monkeypatch):
     from types import SimpleNamespace
     from aerec_nb import packaging
 
-    monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
-    registry = SimpleNamespace(uri=f'http://ann:s3cret@127.0.0.1:{free_port()}', name='films')
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    registry = SimpleNamespace(uri=f"http://ann:s3cret@127.0.0.1:{free_port()}", name="films")
     for use, why in (
-        (lambda: packaging._upload(registry, bundles[0], 'x' * 64), 'the server does not take the bundle'),
+        (lambda: packaging._upload(registry, bundles[0], "x" * 64), "the server does not take the bundle"),
         (
-            lambda: packaging._download(registry, SimpleNamespace(run_id='r', version='1'), 'x' * 64),
-            'does not give its bundle',
+            lambda: packaging._download(registry, SimpleNamespace(run_id="r", version="1"), "x" * 64),
+            "does not give its bundle",
         ),
         (
-            lambda: packaging._upload_again(registry, SimpleNamespace(run_id='r'), bundles[0]),
-            'the server does not take the bundle',
+            lambda: packaging._upload_again(registry, SimpleNamespace(run_id="r"), bundles[0]),
+            "the server does not take the bundle",
         ),
     ):
         with pytest.raises(AerecError, match=why) as e:
             use()
-        assert one_line(e) and 's3cret' not in str(e.value)
+        assert one_line(e) and "s3cret" not in str(e.value)
 
 
 # --- full disks and missing rights --------------------------------------------------------------------------------------------------------------------
@@ -1193,7 +1400,7 @@ def in_strange_conditions(work, n_bytes=None, user=None):
     if not pid:
         code = 1
         try:
-            sys.stdout = open(theirs, 'w')
+            sys.stdout = open(theirs, "w")
             if n_bytes is not None:
                 resource.setrlimit(
                     resource.RLIMIT_FSIZE, (n_bytes, n_bytes)
@@ -1205,7 +1412,7 @@ def in_strange_conditions(work, n_bytes=None, user=None):
             work()
             code = 0
         except BaseException as e:
-            print(f'{type(e).__name__}: {e}')
+            print(f"{type(e).__name__}: {e}")
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -1220,72 +1427,72 @@ def tried(*actions):
     def work():
         for action in actions:
             try:
-                print('done', action())
+                print("done", action())
             except AerecError as e:
-                print(str(e) if '\n' not in str(e) else 'SEVERAL LINES')
+                print(str(e) if "\n" not in str(e) else "SEVERAL LINES")
 
     return work
 
 
 def test_a_full_disk(bundles, home, tmp_path):
-    "No file may have more than 8 KiB (RLIMIT_FSIZE, which needs no rights): one line each, and nothing half written "
+    "No file may have more than 8 KiB (RLIMIT_FSIZE, which needs no rights): one line each, and nothing half written"
     "is left."
     r, registry = recommender(), registry_at(home)
     registry.register(bundles[0])
-    (home / 'full').mkdir()
+    (home / "full").mkdir()
 
     def lists():
-        return r.recommend_batch(k=50, folder=home / 'full' / 'lists')
+        return r.recommend_batch(k=50, folder=home / "full" / "lists")
 
     said = in_strange_conditions(
         tried(
-            lambda: save_bundle(r, home / 'full' / 'b'),
-            lambda: save_bundle(r, home / 'full' / 'b.zip'),
-            lambda: pack_zip(bundles[0], home / 'full' / 'c.zip'),
+            lambda: save_bundle(r, home / "full" / "b"),
+            lambda: save_bundle(r, home / "full" / "b.zip"),
+            lambda: pack_zip(bundles[0], home / "full" / "c.zip"),
             lambda: registry.register(bundles[1]),
-            lambda: registry.promote(1, 'dev', by='ann'),
+            lambda: registry.promote(1, "dev", by="ann"),
             lists,
-            lambda: Registry(f"sqlite:///{home / 'full' / 'new.db'}", home / 'x', 'films'),
+            lambda: Registry(f"sqlite:///{home / 'full' / 'new.db'}", home / "x", "films"),
             lambda: len(registry.list()),
         ),
         n_bytes=8192,
     )
     assert len(said) == 8, said
-    assert all('larger than this process may write; raise the limit' in line for line in said[:3]), said
-    assert 'File too large; free space there' in said[3], said
+    assert all("larger than this process may write; raise the limit" in line for line in said[:3]), said
+    assert "File too large; free space there" in said[3], said
     assert (
-        all(line.startswith(f'packaging.registry_uri sqlite:///{home}') for line in (said[4], said[6]))
-        and 'the lists cannot be written (' in said[5]
-        and said[7] == 'done 1'
+        all(line.startswith(f"packaging.registry_uri sqlite:///{home}") for line in (said[4], said[6]))
+        and "the lists cannot be written (" in said[5]
+        and said[7] == "done 1"
     ), said
     assert not [
-        p.name for p in (home / 'full').rglob('*') if p.suffix not in ('.lock', '.db', '.json') and p.name != 'lists'
-    ] and not [p for p in (home / 'bundles').iterdir() if p.name.startswith('.')]
+        p.name for p in (home / "full").rglob("*") if p.suffix not in (".lock", ".db", ".json") and p.name != "lists"
+    ] and not [p for p in (home / "bundles").iterdir() if p.name.startswith(".")]
     assert registry.register(bundles[1]) == 2
 
 
 def test_a_registry_that_cannot_be_used(home, tmp_path):
     "Garbage, nothing, a folder: refused in one line, and left as it is."
     for name, make, why in (
-        ('garbage', lambda p: p.write_bytes(b'garbage' * 1000), 'it is no SQLite database; restore it from a backup'),
-        ('empty', Path.touch, 'it is empty; restore it'),
-        ('folder', Path.mkdir, 'it is no file'),
+        ("garbage", lambda p: p.write_bytes(b"garbage" * 1000), "it is no SQLite database; restore it from a backup"),
+        ("empty", Path.touch, "it is empty; restore it"),
+        ("folder", Path.mkdir, "it is no file"),
         (
-            'page',
-            lambda p: p.write_bytes((home / 'registry.db').read_bytes()[:100] + b'x' * 100_000),
-            'MLflow cannot open it',
+            "page",
+            lambda p: p.write_bytes((home / "registry.db").read_bytes()[:100] + b"x" * 100_000),
+            "MLflow cannot open it",
         ),
     ):
-        path = tmp_path / f'{name}.db'
+        path = tmp_path / f"{name}.db"
         make(path)
         before = path.read_bytes() if path.is_file() else None
         with pytest.raises(AerecError, match=why) as e:
-            Registry(f'sqlite:///{path}', tmp_path / 'x', 'films')
+            Registry(f"sqlite:///{path}", tmp_path / "x", "films")
         assert one_line(e) and (path.read_bytes() if path.is_file() else None) == before
     r = registry_at(home)
-    (home / 'registry.db').write_bytes(b'garbage' * 10_000)  # while it is used
-    for ask in (r.list, r.history, r.versions, lambda: r.resolve('live'), lambda: r.promote(1, 'dev')):
-        with pytest.raises(AerecError, match='packaging.registry_uri') as e:
+    (home / "registry.db").write_bytes(b"garbage" * 10_000)  # while it is used
+    for ask in (r.list, r.history, r.versions, lambda: r.resolve("live"), lambda: r.promote(1, "dev")):
+        with pytest.raises(AerecError, match="packaging.registry_uri") as e:
             ask()
         assert one_line(e)
 
@@ -1295,160 +1502,234 @@ def test_missing_rights(bundles, empty):
     with tempfile.TemporaryDirectory() as d:
         home = Path(d)
         home.chmod(0o755)
-        shutil.copy(empty, home / 'registry.db')
+        shutil.copy(empty, home / "registry.db")
         r = registry_at(home)
         r.register(bundles[0])
-        shutil.copytree(bundles[0], home / 'b')
-        (home / 'b' / 'model.json').chmod(0)
-        shutil.copytree(bundles[0], home / 'shut')
-        (home / 'shut').chmod(0)
-        user = pwd.getpwnam('nobody') if os.geteuid() == 0 else None
+        shutil.copytree(bundles[0], home / "b")
+        (home / "b" / "model.json").chmod(0)
+        shutil.copytree(bundles[0], home / "shut")
+        (home / "shut").chmod(0)
+        user = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
         if user is None:
-            for p in (home, home / 'registry.db', home / 'bundles'):
+            for p in (home, home / "registry.db", home / "bundles"):
                 p.chmod(0o555 if p.is_dir() else 0o444)
         said = in_strange_conditions(
             tried(
-                lambda: load_bundle(home / 'shut' / 'b'),
-                lambda: save_bundle(recommender(), home / 'new'),
-                lambda: pack_zip(bundles[0], home / 'new.zip'),
-                lambda: load_bundle(home / 'b'),
-                lambda: load_bundle(home / 'shut'),
+                lambda: load_bundle(home / "shut" / "b"),
+                lambda: save_bundle(recommender(), home / "new"),
+                lambda: pack_zip(bundles[0], home / "new.zip"),
+                lambda: load_bundle(home / "b"),
+                lambda: load_bundle(home / "shut"),
                 lambda: registry_at(home),
-                lambda: r.promote(1, 'dev', by='ann'),
-                lambda: recommender().recommend_batch(folder=home / 'lists'),
+                lambda: r.promote(1, "dev", by="ann"),
+                lambda: recommender().recommend_batch(folder=home / "lists"),
             ),
             user=user,
         )
-        assert len(said) == 8 and not [line for line in said if line.startswith('done') or 'SEVERAL' in line], said
+        assert len(said) == 8 and not [line for line in said if line.startswith("done") or "SEVERAL" in line], said
         assert (
-            'Permission denied; choose a folder that you may use' in said[1]
-            and 'model.json cannot be read: Permission denied' in said[3]
-            and all('permission denied' in said[n].lower() for n in (0, 4, 5))
+            "Permission denied; choose a folder that you may use" in said[1]
+            and "model.json cannot be read: Permission denied" in said[3]
+            and all("permission denied" in said[n].lower() for n in (0, 4, 5))
         ), said
-        for p in (home, home / 'bundles', home / 'shut'):
+        for p in (home, home / "bundles", home / "shut"):
             p.chmod(0o755)
 
 
 # --- ONNX ---------------------------------------------------------------------------------------------------------------------------------------------
 
+
 def fitted_models():
     "Every model that has a graph, in every form it can take."
     rng = np.random.default_rng(0)
-    x = csr_matrix((rng.random((120, 50)) < .15).astype(np.float32)); x.data[:] = rng.random(x.nnz)+.5
-    features = csr_matrix((rng.random((50, 6)) < .3).astype(np.float32))
-    few = {n: {'num_epoch': 2} for n in ('autoencoder', 'mult_dae', 'mult_vae', 'recvae', 'elsa')}
-    made = {n: create_model(n, **few.get(n, {})).fit(x) for n in model_names() if n not in ('blend', 'ials')}
-    made |= {'ease dual': create_model('ease', form='dual').fit(x), 'rdlae dual': create_model('rdlae', form='dual', user_power=.3, item_power=.2).fit(x),
-             'ease head': create_model('ease', max_items=20).fit(x), 'ease head dual': create_model('ease', max_items=20, form='dual').fit(x),
-             'ease features': create_model('ease').fit(x, features), 'mult_dae features': create_model('mult_dae', num_epoch=2).fit(x, features),
-             'mult_vae linear': create_model('mult_vae', linear_decoder=True, num_epoch=2).fit(x)}
-    made |= {f'path {n}': m for n, m in enumerate(solve_path(create_model('rdlae', form='dual'), x, lam=[10., 100.]))}
-    made['blend'] = Blend.of([made['ease'], made['mult_dae'], made['popularity']], [1, .5, .2])
-    likes = csr_matrix(np.vstack([features.toarray(), rng.random((4, 6)) < .4, np.zeros((1, 6))]).astype(np.float32))
-    made['cold items'] = ColdItems.of(made['ease'], likes)
-    made['blend of cold items'] = Blend.of([made['cold items'], made['cold items']], [1, -2])
+    x = csr_matrix((rng.random((120, 50)) < 0.15).astype(np.float32))
+    x.data[:] = rng.random(x.nnz) + 0.5
+    features = csr_matrix((rng.random((50, 6)) < 0.3).astype(np.float32))
+    few = {n: {"num_epoch": 2} for n in ("autoencoder", "mult_dae", "mult_vae", "recvae", "elsa")}
+    made = {n: create_model(n, **few.get(n, {})).fit(x) for n in model_names() if n not in ("blend", "ials")}
+    made |= {
+        "ease dual": create_model("ease", form="dual").fit(x),
+        "rdlae dual": create_model("rdlae", form="dual", user_power=0.3, item_power=0.2).fit(x),
+        "ease head": create_model("ease", max_items=20).fit(x),
+        "ease head dual": create_model("ease", max_items=20, form="dual").fit(x),
+        "ease features": create_model("ease").fit(x, features),
+        "mult_dae features": create_model("mult_dae", num_epoch=2).fit(x, features),
+        "mult_vae linear": create_model("mult_vae", linear_decoder=True, num_epoch=2).fit(x),
+    }
+    made |= {f"path {n}": m for n, m in enumerate(solve_path(create_model("rdlae", form="dual"), x, lam=[10.0, 100.0]))}
+    made["blend"] = Blend.of([made["ease"], made["mult_dae"], made["popularity"]], [1, 0.5, 0.2])
+    likes = csr_matrix(np.vstack([features.toarray(), rng.random((4, 6)) < 0.4, np.zeros((1, 6))]).astype(np.float32))
+    made["cold items"] = ColdItems.of(made["ease"], likes)
+    made["blend of cold items"] = Blend.of([made["cold items"], made["cold items"]], [1, -2])
     return made
 
 
 def test_onnx_gives_the_scores_of_the_model(tmp_path):
     "For one history, for many, and for an empty one, to a ten-thousandth of the largest score."
-    onnxruntime, rng = pytest.importorskip('onnxruntime'), np.random.default_rng(1)
+    onnxruntime, rng = pytest.importorskip("onnxruntime"), np.random.default_rng(1)
     for name, m in fitted_models().items():
-        history = (rng.random((9, m.n_items)) < .2)*(rng.random((9, m.n_items))+.5)
+        history = (rng.random((9, m.n_items)) < 0.2) * (rng.random((9, m.n_items)) + 0.5)
         history[0] = 0
-        session = onnxruntime.InferenceSession(str(export_onnx(m, tmp_path/'m.onnx')), providers=['CPUExecutionProvider'])
+        session = onnxruntime.InferenceSession(
+            str(export_onnx(m, tmp_path / "m.onnx")), providers=["CPUExecutionProvider"]
+        )
         for rows in (history, history[3:4]):
             want = m.score(csr_matrix(rows.astype(np.float32)))
-            got, = session.run(['scores'], {'history': rows.astype(np.float32)})
-            assert got.dtype == np.float32 and np.abs(got-want).max() <= 1e-4*np.abs(want).max(), name
+            (got,) = session.run(["scores"], {"history": rows.astype(np.float32)})
+            assert got.dtype == np.float32 and np.abs(got - want).max() <= 1e-4 * np.abs(want).max(), name
 
 
 def test_onnx_from_a_bundle_ranks_as_it_does(bundle, tmp_path):
-    onnxruntime = pytest.importorskip('onnxruntime')
+    onnxruntime = pytest.importorskip("onnxruntime")
     r = load_bundle(bundle)
-    scores, = onnxruntime.InferenceSession(str(export_onnx(r, tmp_path/'m.onnx')), providers=['CPUExecutionProvider']).run(None, {'history': r.histories[:20].toarray()})
+    (scores,) = onnxruntime.InferenceSession(
+        str(export_onnx(r, tmp_path / "m.onnx")), providers=["CPUExecutionProvider"]
+    ).run(None, {"history": r.histories[:20].toarray()})
     for user in range(20):
         scores[user][[3, *r.histories[user].indices, *r.negatives[user].indices]] = -np.inf
-        assert np.argsort(-scores[user], kind='stable')[:10].tolist() == r.recommend(user, k=10).item_ids
+        assert np.argsort(-scores[user], kind="stable")[:10].tolist() == r.recommend(user, k=10).item_ids
 
 
 def test_onnx_says_what_it_cannot_do(tmp_path, monkeypatch):
     x = csr_matrix(np.eye(5, dtype=np.float32)[[0, 1, 2, 3, 4, 0]] + np.eye(5, dtype=np.float32)[[1, 2, 3, 4, 0, 2]])
-    with pytest.raises(AerecError, match="the model 'ials' has no graph"): export_onnx(create_model('ials', factors=2, iterations=1).fit(x), tmp_path/'m.onnx')
-    monkeypatch.setitem(sys.modules, 'onnx', None)
-    with pytest.raises(AerecError, match=r"needs the extra onnx, which is not installed: pip install 'aerec_nb\[onnx\]'"): export_onnx(create_model('ease').fit(x), tmp_path/'m.onnx')
+    with pytest.raises(AerecError, match="the model 'ials' has no graph"):
+        export_onnx(create_model("ials", factors=2, iterations=1).fit(x), tmp_path / "m.onnx")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(
+        AerecError, match=r"needs the extra onnx, which is not installed: pip install 'aerec_nb\[onnx\]'"
+    ):
+        export_onnx(create_model("ease").fit(x), tmp_path / "m.onnx")
     assert not [*tmp_path.iterdir()]
 
 
 # --- the container ------------------------------------------------------------------------------------------------------------------------------------
 
+
 def instructions(text):
     "A Dockerfile as (instruction, argument) pairs."
-    lines = re.sub(r'\\\n\s*', ' ', '\n'.join(line for line in text.splitlines() if not line.startswith('#'))).splitlines()
+    lines = re.sub(
+        r"\\\n\s*", " ", "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    ).splitlines()
     return [tuple(line.split(None, 1)) for line in lines if line.strip()]
 
 
 def test_the_dockerfile_is_of_two_stages_and_ends_without_rights():
-    text = (ROOT/'Dockerfile').read_text()
+    text = (ROOT / "Dockerfile").read_text()
     steps = instructions(text)
-    assert [k for k, _ in steps].count('FROM') == 2 and all(a.startswith('python:3.11-slim') for k, a in steps if k == 'FROM')
-    last = steps[max(n for n, (k, _) in enumerate(steps) if k == 'FROM'):]
-    assert [a for k, a in last if k == 'USER'] == ['aerec'] and [a for k, a in last if k == 'COPY' and '--from=build' in a]
-    assert any(k == 'HEALTHCHECK' and '/health/ready' in a for k, a in last) and last[-1][0] == 'CMD'
-    assert not re.search(r'index-url\s+\S*//|https?://(?!127\.0\.0\.1)', text), 'no host of a registry'
-    ignored = (ROOT/'.dockerignore').read_text().splitlines()
-    assert '*' in ignored
-    for k, a in steps: # what is copied is let in
-        if k == 'COPY' and '--from' not in a:
-            for name in a.split()[:-1]: assert any(line.startswith(f'!{name}') for line in ignored) and (ROOT/name).exists(), name
+    assert [k for k, _ in steps].count("FROM") == 2 and all(
+        a.startswith("python:3.11-slim") for k, a in steps if k == "FROM"
+    )
+    last = steps[max(n for n, (k, _) in enumerate(steps) if k == "FROM") :]
+    assert [a for k, a in last if k == "USER"] == ["aerec"] and [
+        a for k, a in last if k == "COPY" and "--from=build" in a
+    ]
+    assert any(k == "HEALTHCHECK" and "/health/ready" in a for k, a in last) and last[-1][0] == "CMD"
+    assert not re.search(r"index-url\s+\S*//|https?://(?!127\.0\.0\.1)", text), "no host of a registry"
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in ignored
+    for k, a in steps:  # what is copied is let in
+        if k == "COPY" and "--from" not in a:
+            for name in a.split()[:-1]:
+                assert any(line.startswith(f"!{name}") for line in ignored) and (ROOT / name).exists(), name
 
 
 def test_the_dockerfile_as_plain_commands(bundle, tmp_path):
     "Its steps one after another in temporary folders, packages borrowed from this environment; its command then serves a bundle. What needs root (useradd) is left out."
-    places = {'/src': tmp_path/'src', '/opt/venv': tmp_path/'venv', '/app': tmp_path/'app', '/data': tmp_path/'data'}
+    places = {
+        "/src": tmp_path / "src",
+        "/opt/venv": tmp_path / "venv",
+        "/app": tmp_path / "app",
+        "/data": tmp_path / "data",
+    }
     port = free_port()
+
     def here(text):
-        for place, folder in places.items(): text = re.sub(rf'(?<![\w.]){place}(?![\w])', str(folder), text)
-        return text.replace('0.0.0.0', '127.0.0.1').replace('8000', str(port))
-    for folder in places.values(): folder.mkdir() if folder.name != 'venv' else None
-    env = {k: v for k, v in os.environ.items() if not k.startswith('AEREC_') and k not in ('IN_TEST', 'VIRTUAL_ENV', 'PYTHONPATH')}
+        for place, folder in places.items():
+            text = re.sub(rf"(?<![\w.]){place}(?![\w])", str(folder), text)
+        return text.replace("0.0.0.0", "127.0.0.1").replace("8000", str(port))
+
+    for folder in places.values():
+        folder.mkdir() if folder.name != "venv" else None
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("AEREC_") and k not in ("IN_TEST", "VIRTUAL_ENV", "PYTHONPATH")
+    }
     folder, stage, command, health = None, 0, None, None
-    for k, a in instructions((ROOT/'Dockerfile').read_text()):
-        if k == 'FROM': stage += 1
-        elif k == 'WORKDIR': folder = Path(here(a))
-        elif k == 'ARG': env.setdefault(*a.replace('"', '').split('=', 1))
-        elif k == 'COPY' and '--from' not in a:
+    for k, a in instructions((ROOT / "Dockerfile").read_text()):
+        if k == "FROM":
+            stage += 1
+        elif k == "WORKDIR":
+            folder = Path(here(a))
+        elif k == "ARG":
+            env.setdefault(*a.replace('"', "").split("=", 1))
+        elif k == "COPY" and "--from" not in a:
             for name in a.split()[:-1]:
-                if (ROOT/name).is_dir(): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns('__pycache__'))
-                else: shutil.copy(ROOT/name, folder)
-        elif k == 'RUN' and 'useradd' not in a:
-            done = subprocess.run(['sh', '-ec', here(a.replace('python -m venv', f'{sys.executable} -m venv'))], cwd=folder, env={**env, 'PIP_DISABLE_PIP_VERSION_CHECK': '1'}, capture_output=True, text=True, timeout=240)
+                if (ROOT / name).is_dir():
+                    shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(ROOT / name, folder)
+        elif k == "RUN" and "useradd" not in a:
+            done = subprocess.run(
+                ["sh", "-ec", here(a.replace("python -m venv", f"{sys.executable} -m venv"))],
+                cwd=folder,
+                env={**env, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+                capture_output=True,
+                text=True,
+                timeout=240,
+            )
             assert done.returncode == 0, (a, done.stdout[-2000:], done.stderr[-2000:])
-            if '-m venv' in a: # packages that are here already need not be fetched again
-                lib = next((tmp_path/'venv').glob('lib/python*/site-packages'))
-                (lib/'borrowed.pth').write_text(str(next(Path(sys.prefix).glob('lib/python*/site-packages')))+'\n')
-        elif k == 'ENV':
-            for pair in shlex.split(a): name, value = pair.split('=', 1); env[name] = here(value).replace('$PATH', env['PATH'])
-        elif k == 'HEALTHCHECK': health = json.loads(here(a[a.index('['):]))
-        elif k == 'CMD': command = json.loads(here(a))
-    assert stage == 2 and env['AEREC_ENV'] == 'live'
-    where = run('python', '-c', 'import aerec_nb; print(aerec_nb.__file__)', env=env, cwd=tmp_path/'app')
-    assert str(tmp_path/'venv') in where.stdout, where
-    key = 'a-key-that-is-long-enough-to-be-one'
-    bundle, env['AEREC_BUNDLE_KEYS'] = shutil.copytree(bundle, tmp_path/'signed'), PUBLIC
+            if "-m venv" in a:  # packages that are here already need not be fetched again
+                lib = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+                (lib / "borrowed.pth").write_text(str(next(Path(sys.prefix).glob("lib/python*/site-packages"))) + "\n")
+        elif k == "ENV":
+            for pair in shlex.split(a):
+                name, value = pair.split("=", 1)
+                env[name] = here(value).replace("$PATH", env["PATH"])
+        elif k == "HEALTHCHECK":
+            health = json.loads(here(a[a.index("[") :]))
+        elif k == "CMD":
+            command = json.loads(here(a))
+    assert stage == 2 and env["AEREC_ENV"] == "live"
+    where = run("python", "-c", "import aerec_nb; print(aerec_nb.__file__)", env=env, cwd=tmp_path / "app")
+    assert str(tmp_path / "venv") in where.stdout, where
+    key = "a-key-that-is-long-enough-to-be-one"
+    bundle, env["AEREC_BUNDLE_KEYS"] = shutil.copytree(bundle, tmp_path / "signed"), PUBLIC
     sign_bundle(bundle, PRIVATE)
-    env['AEREC_SERVING__API_KEYS'] = f'read:sha256:{hashlib.sha256(key.encode()).hexdigest()}'
-    script = ("import sys; from aerec_nb.configuration import load_settings; from aerec_nb.packaging import Registry; r = Registry.from_settings(load_settings()); "
-              "print(r.promote(r.register(sys.argv[1]), 'live', by='release-manager', why='first'))")
-    moved = run('python', '-c', script, bundle, env=env, cwd=tmp_path/'app')
-    assert moved.stdout.strip() == 'aerec: live is version 1', moved
-    log = tmp_path/'served.log'
-    with open(log, 'w') as out: served = subprocess.Popen([str(tmp_path/'venv'/'bin'/command[0]), *command[1:]], env=env, cwd=tmp_path/'app', stdout=out, stderr=out, start_new_session=True)
+    env["AEREC_SERVING__API_KEYS"] = f"read:sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+    script = (
+        "import sys; from aerec_nb.configuration import load_settings; from aerec_nb.packaging import Registry; r = Registry.from_settings(load_settings()); "
+        "print(r.promote(r.register(sys.argv[1]), 'live', by='release-manager', why='first'))"
+    )
+    moved = run("python", "-c", script, bundle, env=env, cwd=tmp_path / "app")
+    assert moved.stdout.strip() == "aerec: live is version 1", moved
+    log = tmp_path / "served.log"
+    with open(log, "w") as out:
+        served = subprocess.Popen(
+            [str(tmp_path / "venv" / "bin" / command[0]), *command[1:]],
+            env=env,
+            cwd=tmp_path / "app",
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
     try:
-        assert answers(f'http://127.0.0.1:{port}/health/ready', 60, served, log)
-        assert subprocess.run([str(tmp_path/'venv'/'bin'/health[0]), *health[1:]], env=env, timeout=60).returncode == 0
-        ask = urllib.request.Request(f'http://127.0.0.1:{port}/v1/recommend/7', headers={'X-API-Key': key})
-        assert len(json.load(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(ask, timeout=10))['items']) == 10
-    finally: end(served)
-    assert subprocess.run([str(tmp_path/'venv'/'bin'/health[0]), *health[1:]], env=env, timeout=60, capture_output=True).returncode != 0
-    assert (tmp_path/'data'/'registry.db').exists() and (tmp_path/'data'/'events.db').exists()
+        assert answers(f"http://127.0.0.1:{port}/health/ready", 60, served, log)
+        assert (
+            subprocess.run([str(tmp_path / "venv" / "bin" / health[0]), *health[1:]], env=env, timeout=60).returncode
+            == 0
+        )
+        ask = urllib.request.Request(f"http://127.0.0.1:{port}/v1/recommend/7", headers={"X-API-Key": key})
+        assert (
+            len(json.load(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(ask, timeout=10))["items"])
+            == 10
+        )
+    finally:
+        end(served)
+    assert (
+        subprocess.run(
+            [str(tmp_path / "venv" / "bin" / health[0]), *health[1:]], env=env, timeout=60, capture_output=True
+        ).returncode
+        != 0
+    )
+    assert (tmp_path / "data" / "registry.db").exists() and (tmp_path / "data" / "events.db").exists()

@@ -1,4 +1,5 @@
 "The chain under random requests: what may not be shown never is, k items wherever k are eligible; ban lists that change; steps of one's own."
+
 import itertools, os, time
 import numpy as np, pandas as pd, pytest, sqlalchemy as sa
 from hypothesis import given, settings, strategies as st
@@ -11,46 +12,114 @@ from aerec_nb.limits import Deadline, DeadlineExceeded
 from aerec_nb.postprocessing import BanList, Catalogue, Chain, IdIndex, Request, ban_list, check_chain, filter_items
 from scipy.sparse import csr_matrix
 
-N, STRESS = 60, bool(os.environ.get('STRESS'))
-GENRES = ['A', 'B', 'A|B', 'C', 'B|C', '']
-TABLE = pd.DataFrame(dict(item_id=[f'i{n}' for n in range(N)], genres=[GENRES[n % 6] or None for n in range(N)], year=[1950+n for n in range(N)],
-                          available_from=[None if n % 4 else 100.*n for n in range(N)], available_until=[None if n % 5 else 5000.+n for n in range(N)]))
+N, STRESS = 60, bool(os.environ.get("STRESS"))
+GENRES = ["A", "B", "A|B", "C", "B|C", ""]
+TABLE = pd.DataFrame(
+    dict(
+        item_id=[f"i{n}" for n in range(N)],
+        genres=[GENRES[n % 6] or None for n in range(N)],
+        year=[1950 + n for n in range(N)],
+        available_from=[None if n % 4 else 100.0 * n for n in range(N)],
+        available_until=[None if n % 5 else 5000.0 + n for n in range(N)],
+    )
+)
 CATALOGUE = Catalogue(IdIndex(TABLE.item_id), TABLE, np.arange(N))
-FILTERS = [None, {'any': [{'genres': ['A', 'C']}]}, {'all': [{'year': {'ge': 1980}}]}, {'none': [{'genres': 'B'}], 'all': [{'year': {'lt': 2005}}]}]
-OPTIONS = dict(mmr={'pool': 12}, calibrate={'pool': 9}, min_score={'least': 2}, max_per_category={'most': 4}, freshness={'pool': 15}, temper_popularity={'pool': 15},
-               boost={'rules': [{'items': ['i3', 'i40'], 'factor': 3}]}, pins={'places': {1: 'i7', 3: 'i8'}}, promote={'where': {'all': [{'genres': 'C'}]}, 'places': [2]}, explore={'slots': [2, 5], 'pool': 6})
-REMOVING, RANKING, CUTTING, PLACING = ['exclude_seen', 'ban_list', 'available'], ['mmr', 'calibrate', 'freshness', 'temper_popularity', 'boost'], ['min_score', 'max_per_category'], ['pins', 'promote']
-numbers = st.lists(st.integers(0, N-1), max_size=25, unique=True)
+FILTERS = [
+    None,
+    {"any": [{"genres": ["A", "C"]}]},
+    {"all": [{"year": {"ge": 1980}}]},
+    {"none": [{"genres": "B"}], "all": [{"year": {"lt": 2005}}]},
+]
+OPTIONS = dict(
+    mmr={"pool": 12},
+    calibrate={"pool": 9},
+    min_score={"least": 2},
+    max_per_category={"most": 4},
+    freshness={"pool": 15},
+    temper_popularity={"pool": 15},
+    boost={"rules": [{"items": ["i3", "i40"], "factor": 3}]},
+    pins={"places": {1: "i7", 3: "i8"}},
+    promote={"where": {"all": [{"genres": "C"}]}, "places": [2]},
+    explore={"slots": [2, 5], "pool": 6},
+)
+REMOVING, RANKING, CUTTING, PLACING = (
+    ["exclude_seen", "ban_list", "available"],
+    ["mmr", "calibrate", "freshness", "temper_popularity", "boost"],
+    ["min_score", "max_per_category"],
+    ["pins", "promote"],
+)
+numbers = st.lists(st.integers(0, N - 1), max_size=25, unique=True)
 
 
 @st.composite
 def asked(draw, cutting=True):
     "A chain in any order, a request and scores."
-    some = draw(st.lists(st.sampled_from(RANKING + (CUTTING if cutting else [])), max_size=3, unique=True)) + draw(st.lists(st.sampled_from(PLACING), max_size=2, unique=True))
-    steps = draw(st.permutations(REMOVING + some)) + draw(st.sampled_from([[], ['explore']]))
-    chain = Chain(steps, [f'i{n}' for n in draw(numbers)], CATALOGUE, {s: OPTIONS[s] for s in steps if s in OPTIONS}, seed=1)
-    request = Request(k=draw(st.integers(1, 30)), history=np.array(draw(numbers), int), disliked=np.array(draw(numbers), int), now=float(draw(st.integers(0, 6000))), user=draw(st.integers(0, 9)),
-                      exclude=np.array(draw(numbers), int), candidates=draw(st.none() | numbers.map(lambda l: np.array(l, int))), filter=draw(st.sampled_from(FILTERS)),
-                      pins=draw(st.lists(st.sampled_from([f'i{n}' for n in range(N)] + ['unknown']), max_size=3)), diversity=draw(st.sampled_from([None, 0, .5])), exclude_seen=draw(st.booleans()))
+    some = draw(st.lists(st.sampled_from(RANKING + (CUTTING if cutting else [])), max_size=3, unique=True)) + draw(
+        st.lists(st.sampled_from(PLACING), max_size=2, unique=True)
+    )
+    steps = draw(st.permutations(REMOVING + some)) + draw(st.sampled_from([[], ["explore"]]))
+    chain = Chain(
+        steps, [f"i{n}" for n in draw(numbers)], CATALOGUE, {s: OPTIONS[s] for s in steps if s in OPTIONS}, seed=1
+    )
+    request = Request(
+        k=draw(st.integers(1, 30)),
+        history=np.array(draw(numbers), int),
+        disliked=np.array(draw(numbers), int),
+        now=float(draw(st.integers(0, 6000))),
+        user=draw(st.integers(0, 9)),
+        exclude=np.array(draw(numbers), int),
+        candidates=draw(st.none() | numbers.map(lambda l: np.array(l, int))),
+        filter=draw(st.sampled_from(FILTERS)),
+        pins=draw(st.lists(st.sampled_from([f"i{n}" for n in range(N)] + ["unknown"]), max_size=3)),
+        diversity=draw(st.sampled_from([None, 0, 0.5])),
+        exclude_seen=draw(st.booleans()),
+    )
     return chain, request, np.array(draw(st.lists(st.integers(0, 9), min_size=N, max_size=N)), np.float32)
 
 
 def eligible(chain, r):
     "Numbers of what may be shown, said once more in plain Python."
     banned, seen = set(chain.banned_items), {*r.history.tolist(), *r.disliked.tolist()}
+
     def may(n):
         row = TABLE.iloc[n]
         early, late = row.available_from > r.now, row.available_until <= r.now
-        genres = (row.genres or '').split('|') if isinstance(row.genres, str) else []
-        passes = {0: True, 1: bool({'A', 'C'} & set(genres)), 2: row.year >= 1980, 3: 'B' not in genres and row.year < 2005}[FILTERS.index(r.filter)]
-        return row.item_id not in banned and not (r.exclude_seen and n in seen) and not early and not late and passes and n not in r.exclude and (r.candidates is None or n in r.candidates)
+        genres = (row.genres or "").split("|") if isinstance(row.genres, str) else []
+        passes = {
+            0: True,
+            1: bool({"A", "C"} & set(genres)),
+            2: row.year >= 1980,
+            3: "B" not in genres and row.year < 2005,
+        }[FILTERS.index(r.filter)]
+        return (
+            row.item_id not in banned
+            and not (r.exclude_seen and n in seen)
+            and not early
+            and not late
+            and passes
+            and n not in r.exclude
+            and (r.candidates is None or n in r.candidates)
+        )
+
     return {n for n in range(N) if may(n)}
 
 
 # ---------------------------------------------------------------- filters that a client writes
-ODD = pd.DataFrame({'item_id': range(40), 'title': [f'Title number {n}' for n in range(40)], 'genres': [GENRES[n % 6] or None for n in range(40)], 'year': [1950+n for n in range(40)],
-                    'price': [np.nan, np.inf, -np.inf, 1e300, 2.5]*8, 'huge': [2.**80, 1., 2., np.nan]*10, 'date': pd.to_datetime(['2020-01-31', None, '1677-09-22', '2262-04-11']*10), 'flag': [True, False]*20,
-                    'text_date': ['2020-01-31', None]*20, 'mixed': [1, 'one', None, 2.5]*10, 'none': [None]*40})
+ODD = pd.DataFrame(
+    {
+        "item_id": range(40),
+        "title": [f"Title number {n}" for n in range(40)],
+        "genres": [GENRES[n % 6] or None for n in range(40)],
+        "year": [1950 + n for n in range(40)],
+        "price": [np.nan, np.inf, -np.inf, 1e300, 2.5] * 8,
+        "huge": [2.0**80, 1.0, 2.0, np.nan] * 10,
+        "date": pd.to_datetime(["2020-01-31", None, "1677-09-22", "2262-04-11"] * 10),
+        "flag": [True, False] * 20,
+        "text_date": ["2020-01-31", None] * 20,
+        "mixed": [1, "one", None, 2.5] * 10,
+        "none": [None] * 40,
+    }
+)
 ODD_CATALOGUE = Catalogue(IdIndex(ODD.item_id), ODD, np.arange(40))
 JSON = st.recursive(
     st.none()
@@ -58,12 +127,12 @@ JSON = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=12)
-    | st.sampled_from(['\ud800', '\0', 'now', '1' * 41, '9999999-01-01', 10**400, -1e308])
+    | st.sampled_from(["\ud800", "\0", "now", "1" * 41, "9999999-01-01", 10**400, -1e308])
     | st.builds(lambda: 10**5000),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.text(max_size=4) | st.sampled_from(['any', 'all', 'none', 'genres', 'year', 'item_id', 'ge', 'lt']),
+            st.text(max_size=4) | st.sampled_from(["any", "all", "none", "genres", "year", "item_id", "ge", "lt"]),
             inner,
             max_size=4,
         )
@@ -71,16 +140,16 @@ JSON = st.recursive(
     max_leaves=12,
 )
 WANTED = JSON | st.dictionaries(
-    st.sampled_from(['ge', 'gt', 'le', 'lt']),
+    st.sampled_from(["ge", "gt", "le", "lt"]),
     JSON | st.dates().map(str) | st.datetimes().map(str),
     min_size=1,
     max_size=4,
 )
 CONDITION = st.dictionaries(
-    st.sampled_from([*TABLE.columns, *ODD.columns, 'genre']) | st.text(max_size=4), WANTED, min_size=1, max_size=3
+    st.sampled_from([*TABLE.columns, *ODD.columns, "genre"]) | st.text(max_size=4), WANTED, min_size=1, max_size=3
 )
 FILTER = JSON | st.dictionaries(
-    st.sampled_from(['any', 'all', 'none']), st.lists(CONDITION, min_size=1, max_size=3), min_size=1
+    st.sampled_from(["any", "all", "none"]), st.lists(CONDITION, min_size=1, max_size=3), min_size=1
 )
 
 
@@ -94,36 +163,36 @@ def test_any_filter_gives_a_mask_or_an_error_of_one_line(spec, catalogue):
         said = unknown
     except AerecError as e:
         said = [str(e)]
-    assert all(len(s) < 500 and '\n' not in s and s.encode() for s in said)
+    assert all(len(s) < 500 and "\n" not in s and s.encode() for s in said)
     assert time.perf_counter() - begin < 2
 
 
 def test_large_filters_cost_no_more_than_they_may():
     "Thousands of misspelt titles of a large catalogue: one suggestion, and no comparison of each with each."
     titles = [
-        f'{a} {b} {n}'
+        f"{a} {b} {n}"
         for n in range(2000)
-        for a in ('Star', 'Moon', 'Sea', 'Dark', 'Gold')
-        for b in ('Wars', 'Light', 'Song', 'River', 'Night')
+        for a in ("Star", "Moon", "Sea", "Dark", "Gold")
+        for b in ("Wars", "Light", "Song", "River", "Night")
     ]
     large = Catalogue(IdIndex(range(len(titles))), pd.DataFrame(dict(item_id=range(len(titles)), title=titles)))
-    large.categories('title')
+    large.categories("title")
     begin = time.perf_counter()
     passed, unknown = filter_items(
-        large, {'any': [{'title': [f'Stor Wars {m} {n}' for n in range(1000)]} for m in range(10)]}
+        large, {"any": [{"title": [f"Stor Wars {m} {n}" for n in range(1000)]} for m in range(10)]}
     )
     assert (
         not passed.any()
-        and unknown[3] == '9,997 more values that no item has'
-        and sum('did you mean' in u for u in unknown) == 1
+        and unknown[3] == "9,997 more values that no item has"
+        and sum("did you mean" in u for u in unknown) == 1
     )
-    passed, unknown = filter_items(large, {'any': [{'title': titles[n::50]} for n in range(10)]})
+    passed, unknown = filter_items(large, {"any": [{"title": titles[n::50]} for n in range(10)]})
     assert passed.sum() == 10_000 and not unknown
     assert time.perf_counter() - begin < 2
     for spec, why in (
-        ({'any': [{'title': titles[:1001]}]}, '1,000 values in one condition'),
-        ({'none': [{'title': 'x'}] * 101}, '100 conditions'),
-        ({'all': [{'title': ['x' * 1001]}]}, 'must be a value'),
+        ({"any": [{"title": titles[:1001]}]}, "1,000 values in one condition"),
+        ({"none": [{"title": "x"}] * 101}, "100 conditions"),
+        ({"all": [{"title": ["x" * 1001]}]}, "must be a value"),
     ):
         with pytest.raises(AerecError, match=why):
             filter_items(large, spec)
@@ -147,11 +216,16 @@ def test_a_part_of_the_catalogue_gives_the_list_of_the_whole(case):
     part = chain.run(scores, request)
     request.explain = True
     whole = chain.run(scores, request)
-    assert part.items.tolist() == whole.items.tolist() and part.propensities.tolist() == whole.propensities.tolist() and part.warnings == whole.warnings
-    for item in range(N): # whatever was taken out, the trail says where
+    assert (
+        part.items.tolist() == whole.items.tolist()
+        and part.propensities.tolist() == whole.propensities.tolist()
+        and part.warnings == whole.warnings
+    )
+    for item in range(N):  # whatever was taken out, the trail says where
         trail = whole.trail(item)
-        assert trail[0]['what'] == 'candidate' or trail[0]['what'] == 'removed'
-        if item in whole.items.tolist(): assert trail[-1]['place_after'] == whole.items.tolist().index(item) + 1
+        assert trail[0]["what"] == "candidate" or trail[0]["what"] == "removed"
+        if item in whole.items.tolist():
+            assert trail[-1]["place_after"] == whole.items.tolist().index(item) + 1
 
 
 @settings(max_examples=2000 if STRESS else 120, deadline=None)
@@ -159,101 +233,130 @@ def test_a_part_of_the_catalogue_gives_the_list_of_the_whole(case):
 def test_pins_keep_their_place_or_it_is_said_why_not(case):
     chain, request, scores = case
     done, may = chain.run(scores, request), eligible(chain, request)
-    wanted = dict(enumerate(request.pins, 1)) if request.pins else OPTIONS['pins']['places'] if 'pins' in chain.steps else {}
+    wanted = (
+        dict(enumerate(request.pins, 1)) if request.pins else OPTIONS["pins"]["places"] if "pins" in chain.steps else {}
+    )
     for place, id in wanted.items():
-        number = int(id[1:]) if id != 'unknown' else -1
-        refused = any(w.startswith(f'pin {id!r} at place {place} is not shown') for w in done.warnings)
-        if number not in may: assert refused and number not in done.items
-        elif not refused and len(done) >= place: assert done.items[place-1] == number and done.sources[place-1] == 'pin'
+        number = int(id[1:]) if id != "unknown" else -1
+        refused = any(w.startswith(f"pin {id!r} at place {place} is not shown") for w in done.warnings)
+        if number not in may:
+            assert refused and number not in done.items
+        elif not refused and len(done) >= place:
+            assert done.items[place - 1] == number and done.sources[place - 1] == "pin"
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=12, max_size=12), st.integers(1, 4))
 def test_maximum_per_category_against_plain_python(scores, most):
     few = Catalogue(IdIndex(range(12)), TABLE[:12].assign(item_id=range(12)))
-    done = Chain(['max_per_category'], index=few, options={'max_per_category': {'most': most}}).run(np.array(scores, np.float32), Request(k=12))
+    done = Chain(["max_per_category"], index=few, options={"max_per_category": {"most": most}}).run(
+        np.array(scores, np.float32), Request(k=12)
+    )
     kept, shown = [], {}
     for n in sorted(range(12), key=lambda n: (-scores[n], n)):
-        genres = TABLE.genres[n].split('|') if isinstance(TABLE.genres[n], str) else []
+        genres = TABLE.genres[n].split("|") if isinstance(TABLE.genres[n], str) else []
         if all(shown.get(g, 0) < most for g in genres):
             kept.append(n)
-            for g in genres: shown[g] = shown.get(g, 0) + 1
+            for g in genres:
+                shown[g] = shown.get(g, 0) + 1
     assert done.items.tolist() == kept
 
 
 def test_propensities_are_those_of_many_draws():
-    chain = Chain(['explore'], index=CATALOGUE, options={'explore': {'slots': [1, 3], 'epsilon': .7, 'temperature': .4, 'pool': 6}}, seed=5)
+    chain = Chain(
+        ["explore"],
+        index=CATALOGUE,
+        options={"explore": {"slots": [1, 3], "epsilon": 0.7, "temperature": 0.4, "pool": 6}},
+        seed=5,
+    )
     scores, counts, told, draws = np.linspace(1, 0, N).astype(np.float32), {}, {}, 6000
     for draw in range(draws):
-        done = chain.run(scores, Request(k=4, user='ann', draw=draw))
+        done = chain.run(scores, Request(k=4, user="ann", draw=draw))
         for place in (1, 3):
-            key = place, int(done.items[place-1])
-            counts[key], told[key] = counts.get(key, 0) + 1, done.propensities[place-1]
+            key = place, int(done.items[place - 1])
+            counts[key], told[key] = counts.get(key, 0) + 1, done.propensities[place - 1]
     # by enumeration: candidates 4 to 9 are dealt to the slots, three cards each, weights exp(r/T) with r from 1 to 0 over the six
     for n, place in enumerate((1, 3)):
-        cards = [4+n, 6+n, 8+n]
-        weight = {c: np.exp((1-(c-4)/5)/.4) for c in cards}
-        exact = {c: .7*weight[c]/sum(weight.values()) for c in cards} | {place-1: .3}
+        cards = [4 + n, 6 + n, 8 + n]
+        weight = {c: np.exp((1 - (c - 4) / 5) / 0.4) for c in cards}
+        exact = {c: 0.7 * weight[c] / sum(weight.values()) for c in cards} | {place - 1: 0.3}
         assert {i for p, i in told if p == place} == set(exact)
         for item, p in exact.items():
             assert told[place, item] == pytest.approx(p, rel=1e-4)
-            assert abs(counts[place, item]/draws - p) < 5*np.sqrt(p*(1-p)/draws)
+            assert abs(counts[place, item] / draws - p) < 5 * np.sqrt(p * (1 - p) / draws)
 
 
 def recommender(**kw):
-    x = csr_matrix((np.random.default_rng(0).random((40, N)) < .2).astype(np.float32))
-    return Recommender(create_model('ease', lam=5.).fit(x), TABLE.item_id.tolist(), [f'u{n}' for n in range(40)], x, item_table=TABLE, **kw)
+    x = csr_matrix((np.random.default_rng(0).random((40, N)) < 0.2).astype(np.float32))
+    return Recommender(
+        create_model("ease", lam=5.0).fit(x),
+        TABLE.item_id.tolist(),
+        [f"u{n}" for n in range(40)],
+        x,
+        item_table=TABLE,
+        **kw,
+    )
 
 
 def test_a_running_recommender_follows_ban_file_and_table(tmp_path, caplog):
-    caplog.set_level('WARNING', logger='aerec_nb') # the test environment says errors only
-    file, url = tmp_path/'bans.txt', f'sqlite:///{tmp_path}/bans.db'
-    file.write_text('# none\n')
+    caplog.set_level("WARNING", logger="aerec_nb")  # the test environment says errors only
+    file, url = tmp_path / "bans.txt", f"sqlite:///{tmp_path}/bans.db"
+    file.write_text("# none\n")
     engine = sa.create_engine(url)
-    with engine.begin() as c: c.execute(sa.text('create table bans (item_id text)'))
-    found = ban_list(load_settings('test', ban_file=str(file), ban_url=url, ban_refresh_s=0.))
+    with engine.begin() as c:
+        c.execute(sa.text("create table bans (item_id text)"))
+    found = ban_list(load_settings("test", ban_file=str(file), ban_url=url, ban_refresh_s=0.0))
     r = recommender(chain=Chain().with_bans(found))
-    first, second, third = r.recommend('u1', k=3).item_ids
-    file.write_text(f'{first} # recalled\n')
-    assert r.recommend('u1', k=2).item_ids == [second, third]
-    with engine.begin() as c: c.execute(sa.text('insert into bans values (:id)'), dict(id=second))
+    first, second, third = r.recommend("u1", k=3).item_ids
+    file.write_text(f"{first} # recalled\n")
+    assert r.recommend("u1", k=2).item_ids == [second, third]
+    with engine.begin() as c:
+        c.execute(sa.text("insert into bans values (:id)"), dict(id=second))
     found.refresh(wait_s=9)
-    assert r.recommend('u1', k=1).item_ids == [third]
-    with engine.begin() as c: c.execute(sa.text('drop table bans'))
+    assert r.recommend("u1", k=1).item_ids == [third]
+    with engine.begin() as c:
+        c.execute(sa.text("drop table bans"))
     file.unlink()
     found.refresh(wait_s=9)
-    assert r.recommend('u1', k=1).item_ids == [third] and found.error and 'the last known list is kept' in caplog.text
-    file.write_text('# none\n')
-    with engine.begin() as c: c.execute(sa.text('create table bans (item_id text)'))
+    assert r.recommend("u1", k=1).item_ids == [third] and found.error and "the last known list is kept" in caplog.text
+    file.write_text("# none\n")
+    with engine.begin() as c:
+        c.execute(sa.text("create table bans (item_id text)"))
     found.refresh(wait_s=9)
-    assert r.recommend('u1', k=3).item_ids == [first, second, third]
+    assert r.recommend("u1", k=3).item_ids == [first, second, third]
     engine.dispose()
 
 
 def test_a_blocklist_that_cannot_be_read_stops_recommendations_where_configured(tmp_path):
-    file = tmp_path/'bans.txt'
-    file.write_text('7\n')
-    r = recommender(chain=Chain().with_bans(ban_list(load_settings('test', ban_file=str(file), on_blocklist_error='refuse'))))
-    assert len(r.recommend('u1', k=3).item_ids) == 3
+    file = tmp_path / "bans.txt"
+    file.write_text("7\n")
+    r = recommender(
+        chain=Chain().with_bans(ban_list(load_settings("test", ban_file=str(file), on_blocklist_error="refuse")))
+    )
+    assert len(r.recommend("u1", k=3).item_ids) == 3
     file.unlink()
-    with pytest.raises(BlocklistUnavailable, match='nothing is recommended until'): r.recommend('u1', k=3)
-    file.write_text('8\n')
-    assert len(r.recommend('u1', k=3).item_ids) == 3
+    with pytest.raises(BlocklistUnavailable, match="nothing is recommended until"):
+        r.recommend("u1", k=3)
+    file.write_text("8\n")
+    assert len(r.recommend("u1", k=3).item_ids) == 3
 
 
 def test_a_table_is_asked_again_only_when_it_is_old_enough(tmp_path):
-    url = f'sqlite:///{tmp_path}/bans.db'
+    url = f"sqlite:///{tmp_path}/bans.db"
     engine = sa.create_engine(url)
-    with engine.begin() as c: c.execute(sa.text('create table bans (item_id integer)'))
+    with engine.begin() as c:
+        c.execute(sa.text("create table bans (item_id integer)"))
     slow = BanList(url=url, refresh_s=1000)
-    with engine.begin() as c: c.execute(sa.text('insert into bans values (1)'))
+    with engine.begin() as c:
+        c.execute(sa.text("insert into bans values (1)"))
     assert (slow.refresh(), slow.ids) == (False, [])
     engine.dispose()
 
 
 def test_passwords_of_a_ban_database_are_masked():
-    with pytest.raises(AerecError) as e: BanList(url='postgresql+psycopg://ann:s3cret@127.0.0.1:1/shop')
-    assert 's3cret' not in str(e.value) and 'postprocessing.ban_url' in str(e.value) and '\n' not in str(e.value)
+    with pytest.raises(AerecError) as e:
+        BanList(url="postgresql+psycopg://ann:s3cret@127.0.0.1:1/shop")
+    assert "s3cret" not in str(e.value) and "postprocessing.ban_url" in str(e.value) and "\n" not in str(e.value)
 
 
 MINE = """
@@ -270,103 +373,191 @@ def backwards(candidates, request, *, twice: bool = False):
     return candidates if twice else candidates.take(np.arange(len(candidates))[::-1])
 """
 
+
 def test_steps_of_a_file_of_the_project(tmp_path, monkeypatch):
-    (tmp_path/'my_steps.py').write_text(MINE)
-    monkeypatch.setenv('AEREC_PROJECT', str(tmp_path))
-    check_chain(load_settings('test', steps=['my_steps:even_only', 'ban_list', 'my_steps:backwards'], step_options={'my_steps:backwards': {'twice': False}}), elsewhere=True)
-    chain = Chain(['my_steps:even_only', 'my_steps:backwards'], index=CATALOGUE)
+    (tmp_path / "my_steps.py").write_text(MINE)
+    monkeypatch.setenv("AEREC_PROJECT", str(tmp_path))
+    check_chain(
+        load_settings(
+            "test",
+            steps=["my_steps:even_only", "ban_list", "my_steps:backwards"],
+            step_options={"my_steps:backwards": {"twice": False}},
+        ),
+        elsewhere=True,
+    )
+    chain = Chain(["my_steps:even_only", "my_steps:backwards"], index=CATALOGUE)
     assert chain.run(np.linspace(1, 0, N), Request(k=6)).items.tolist() == [6, 4, 2, 0, 8, 10]
-    for wrong, why in ((dict(steps=['my_steps:odd_only']), "registers no step 'odd_only'"), (dict(steps=['my_steps:backwards'], options={'my_steps:backwards': {'twce': 1}}), "no parameter 'twce'")):
-        with pytest.raises(AerecError, match=why): Chain(**wrong)
-    (tmp_path/'my_steps.py').write_text('1/0')
-    with pytest.raises(AerecError, match='my_steps.py cannot be run: ZeroDivisionError'): Chain(['my_steps:even_only'])
+    for wrong, why in (
+        (dict(steps=["my_steps:odd_only"]), "registers no step 'odd_only'"),
+        (dict(steps=["my_steps:backwards"], options={"my_steps:backwards": {"twce": 1}}), "no parameter 'twce'"),
+    ):
+        with pytest.raises(AerecError, match=why):
+            Chain(**wrong)
+    (tmp_path / "my_steps.py").write_text("1/0")
+    with pytest.raises(AerecError, match="my_steps.py cannot be run: ZeroDivisionError"):
+        Chain(["my_steps:even_only"])
 
 
 def test_seen_items_come_back_after_a_while():
     x = csr_matrix(np.ones((1, 4), np.float32))
-    r = Recommender(create_model('popularity').fit(x), list('abcd'), ['u'], x, chain=Chain(options={'exclude_seen': {'days': 30}}), times=np.array([0, 10, 20, 50])*86400)
-    assert r.recommend('u', k=9, now=60*86400.).item_ids == ['a', 'b', 'c']
-    assert r.recommend('u', k=9, history=['a'], now=45*86400.).item_ids == ['b'], 'a is in the request, so it is of today'
-    assert r.recommend_batch(['u'], k=9).item_id.tolist() == list('abcd'), 'half a century later'
+    r = Recommender(
+        create_model("popularity").fit(x),
+        list("abcd"),
+        ["u"],
+        x,
+        chain=Chain(options={"exclude_seen": {"days": 30}}),
+        times=np.array([0, 10, 20, 50]) * 86400,
+    )
+    assert r.recommend("u", k=9, now=60 * 86400.0).item_ids == ["a", "b", "c"]
+    assert r.recommend("u", k=9, history=["a"], now=45 * 86400.0).item_ids == ["b"], (
+        "a is in the request, so it is of today"
+    )
+    assert r.recommend_batch(["u"], k=9).item_id.tolist() == list("abcd"), "half a century later"
 
 
 def test_a_bundle_keeps_the_whole_chain(tmp_path):
     from aerec_nb.packaging import load_bundle, save_bundle
-    steps = ['exclude_seen', 'ban_list', 'available', 'freshness', 'mmr', 'explore']
-    r = recommender(chain=Chain(steps, ['i3'], None, {'mmr': {'diversity': .4, 'of': 'features'}, 'explore': {'slots': [2], 'pool': 10}}, 7), times=None, features=csr_matrix(np.eye(N, 5, dtype=np.float32)))
-    back = load_bundle(save_bundle(r, tmp_path/'b', k=4))
+
+    steps = ["exclude_seen", "ban_list", "available", "freshness", "mmr", "explore"]
+    r = recommender(
+        chain=Chain(
+            steps, ["i3"], None, {"mmr": {"diversity": 0.4, "of": "features"}, "explore": {"slots": [2], "pool": 10}}, 7
+        ),
+        times=None,
+        features=csr_matrix(np.eye(N, 5, dtype=np.float32)),
+    )
+    back = load_bundle(save_bundle(r, tmp_path / "b", k=4))
     assert back.chain.spec == r.chain.spec
-    for n in range(5): assert back.recommend(f'u{n}', k=6, now=3000.).items == r.recommend(f'u{n}', k=6, now=3000.).items
-    drawn = r.recommend('u0', k=6, now=3000.).items[1]
-    assert drawn['source'] == 'explore' and drawn['propensity'] == pytest.approx(.1)
+    for n in range(5):
+        assert back.recommend(f"u{n}", k=6, now=3000.0).items == r.recommend(f"u{n}", k=6, now=3000.0).items
+    drawn = r.recommend("u0", k=6, now=3000.0).items[1]
+    assert drawn["source"] == "explore" and drawn["propensity"] == pytest.approx(0.1)
 
 
 def test_wrong_options_are_refused_by_the_stage_before_anything_runs(environ, tmp_path):
-    environ['AEREC_POSTPROCESSING__STEP_OPTIONS'] = '{"mmr": {"diversity": 7}}'
-    environ['AEREC_POSTPROCESSING__STEPS'] = 'exclude_seen,ban_list,mmr'
-    done = run(BIN/'papermill', '--no-progress-bar', ROOT/'nbs'/'04a_postprocessing.ipynb', tmp_path/'out.ipynb', env=environ, cwd=tmp_path)
-    assert done.returncode != 0 and 'postprocessing.step_options: mmr.diversity = 7: Input should be less than or equal to 1' in done.stderr
-    assert not os.path.exists(environ['AEREC_RUNS_DIR']) or not os.listdir(environ['AEREC_RUNS_DIR'])
+    environ["AEREC_POSTPROCESSING__STEP_OPTIONS"] = '{"mmr": {"diversity": 7}}'
+    environ["AEREC_POSTPROCESSING__STEPS"] = "exclude_seen,ban_list,mmr"
+    done = run(
+        BIN / "papermill",
+        "--no-progress-bar",
+        ROOT / "nbs" / "04a_postprocessing.ipynb",
+        tmp_path / "out.ipynb",
+        env=environ,
+        cwd=tmp_path,
+    )
+    assert (
+        done.returncode != 0
+        and "postprocessing.step_options: mmr.diversity = 7: Input should be less than or equal to 1" in done.stderr
+    )
+    assert not os.path.exists(environ["AEREC_RUNS_DIR"]) or not os.listdir(environ["AEREC_RUNS_DIR"])
 
 
 # ---------------------------------------------------------------- ends of ranges, titles and deadlines of filters
-TIMES = ['9999999-01-01', 'now', 'today', '9'*4000, '1600-01-01', '2020-13-01', '0001-01-01', '2020', '20200131', '2020-01-31T25:00', '2020-01-31T10:00+99:00', '1e999', 'NaT', '', '\ud800', '٣٠٢٠-01-01', '2020-W01-1', '0'*39]
-NUMBERS = [float('inf'), -float('inf'), float('nan'), 1e999, 10**400, -10**400, 2**63, -2**63, 2**64, 1e308, -0., 5e-324]
+TIMES = [
+    "9999999-01-01",
+    "now",
+    "today",
+    "9" * 4000,
+    "1600-01-01",
+    "2020-13-01",
+    "0001-01-01",
+    "2020",
+    "20200131",
+    "2020-01-31T25:00",
+    "2020-01-31T10:00+99:00",
+    "1e999",
+    "NaT",
+    "",
+    "\ud800",
+    "٣٠٢٠-01-01",
+    "2020-W01-1",
+    "0" * 39,
+]
+NUMBERS = [
+    float("inf"),
+    -float("inf"),
+    float("nan"),
+    1e999,
+    10**400,
+    -(10**400),
+    2**63,
+    -(2**63),
+    2**64,
+    1e308,
+    -0.0,
+    5e-324,
+]
 
 
-@pytest.mark.parametrize('column', ODD.columns)
+@pytest.mark.parametrize("column", ODD.columns)
 def test_any_end_of_a_range_is_answered_or_refused(column):
-    for op, end in itertools.product(('ge', 'lt'), TIMES + NUMBERS):
+    for op, end in itertools.product(("ge", "lt"), TIMES + NUMBERS):
         try:
-            filter_items(ODD_CATALOGUE, {'all': [{column: {op: end}}]})
+            filter_items(ODD_CATALOGUE, {"all": [{column: {op: end}}]})
         except AerecError:
             pass
 
 
 def test_dates_beyond_nanoseconds_and_words_for_dates():
-    items = lambda **r: np.count_nonzero(filter_items(ODD_CATALOGUE, {'all': [{'date': r}]})[0])
-    assert items(ge='1600-01-01') == 30 and items(ge='2020-01-31') == 20 and items(lt='9999-12-31') == 30
-    for wrong in ('now', 'today', 'NaT', '9999999-01-01', '9'*4000):
+    items = lambda **r: np.count_nonzero(filter_items(ODD_CATALOGUE, {"all": [{"date": r}]})[0])
+    assert items(ge="1600-01-01") == 30 and items(ge="2020-01-31") == 20 and items(lt="9999-12-31") == 30
+    for wrong in ("now", "today", "NaT", "9999999-01-01", "9" * 4000):
         with pytest.raises(AerecError):
             items(ge=wrong)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def large():
     "50,000 items with as many titles."
     n = 50_000
-    table = pd.DataFrame({'item_id': range(n), 'title': [f'Star Wars {i} ({1900+i % 100})' for i in range(n)], 'genres': [GENRES[i % 5] for i in range(n)], 'year': [1900+i % 100 for i in range(n)]})
+    table = pd.DataFrame(
+        {
+            "item_id": range(n),
+            "title": [f"Star Wars {i} ({1900 + i % 100})" for i in range(n)],
+            "genres": [GENRES[i % 5] for i in range(n)],
+            "year": [1900 + i % 100 for i in range(n)],
+        }
+    )
     catalogue = Catalogue(IdIndex(table.item_id), table, np.arange(n))
-    catalogue.categories('title')
+    catalogue.categories("title")
     return catalogue
 
 
 def seconds(call):
     "The shortest of three times: other programs may run beside the tests."
+
     def once():
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
+
     return min(once() for _ in range(3))
 
 
-@pytest.mark.parametrize('n', [1, 50, 1000, 3000, 20_000])
+@pytest.mark.parametrize("n", [1, 50, 1000, 3000, 20_000])
 def test_misspelt_titles_take_no_time(large, n):
     def ask():
         try:
-            return filter_items(large, {'any': [{'title': [f'Stor Wars {n} {i}' for i in range(n)]}]})
+            return filter_items(large, {"any": [{"title": [f"Stor Wars {n} {i}" for i in range(n)]}]})
         except AerecError as e:
-            assert n > 1000 and 'at most 1,000 values' in str(e)
-    assert seconds(ask) < .2
+            assert n > 1000 and "at most 1,000 values" in str(e)
+
+    assert seconds(ask) < 0.2
 
 
 def test_misspelt_titles_get_one_suggestion(large):
-    _, unknown = filter_items(large, {'any': [{'title': ['Stor Wars 7 (1907)', *map(str, range(900))]}]})
-    assert len(unknown) == 4 and 'did you mean' in unknown[0] and not any('did you mean' in u for u in unknown[1:]) and unknown[3] == '898 more values that no item has'
+    _, unknown = filter_items(large, {"any": [{"title": ["Stor Wars 7 (1907)", *map(str, range(900))]}]})
+    assert (
+        len(unknown) == 4
+        and "did you mean" in unknown[0]
+        and not any("did you mean" in u for u in unknown[1:])
+        and unknown[3] == "898 more values that no item has"
+    )
 
 
 class Counted(Deadline):
     "A deadline that is over at its n-th check."
+
     def __init__(self, n):
         super().__init__(60)
         self.left = n
@@ -378,7 +569,14 @@ class Counted(Deadline):
         super().check()
 
 
-@pytest.mark.parametrize('name, options, n_checks', [('mmr', {'diversity': .5, 'pool': None}, 50), ('calibrate', {'pool': 2000}, 50), ('max_per_category', {'most': 10**6}, 3)])
+@pytest.mark.parametrize(
+    "name, options, n_checks",
+    [
+        ("mmr", {"diversity": 0.5, "pool": None}, 50),
+        ("calibrate", {"pool": 2000}, 50),
+        ("max_per_category", {"most": 10**6}, 3),
+    ],
+)
 def test_a_step_looks_at_the_deadline_while_it_works(large, name, options, n_checks):
     chain = Chain([name], index=large, options={name: options})
     request = Request(k=1000, history=np.arange(100), weights=np.ones(100), deadline=Counted(10**9))
@@ -391,16 +589,16 @@ def test_a_step_looks_at_the_deadline_while_it_works(large, name, options, n_che
 
 def test_a_filter_looks_at_the_deadline_between_conditions(large):
     with pytest.raises(DeadlineExceeded):
-        filter_items(large, {'any': [{'title': 'x'}]*3}, Counted(3))
+        filter_items(large, {"any": [{"title": "x"}] * 3}, Counted(3))
 
 
 def test_a_filter_of_a_chain_is_refused_by_its_deadline_as_such(large):
-    request = Request(filter={'any': [{'year': 1901}]}, deadline=Counted(2))
+    request = Request(filter={"any": [{"year": 1901}]}, deadline=Counted(2))
     with pytest.raises(DeadlineExceeded) as e:
         Chain([], index=large).run(np.zeros(large.n, np.float32), request)
-    assert not str(e.value).startswith('filter: ')
+    assert not str(e.value).startswith("filter: ")
 
 
 def test_truth_values_are_no_dates():
-    with pytest.raises(AerecError, match='has no dates, but True and False'):
-        ODD_CATALOGUE.moments('flag')
+    with pytest.raises(AerecError, match="has no dates, but True and False"):
+        ODD_CATALOGUE.moments("flag")

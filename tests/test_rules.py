@@ -1,4 +1,5 @@
 "Business rules against a slow construction in plain Python; what is refused, and when; what a dry run leaves behind; explicit negatives down to the list."
+
 import json, math
 from collections import Counter
 import nbformat, numpy as np, pandas as pd, pytest
@@ -13,126 +14,222 @@ from aerec_nb.packaging import load_bundle, save_bundle
 from aerec_nb.runs import open_run
 from conftest import BIN, ROOT, run
 
-quick = settings(max_examples=80, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-REAL = ROOT.parent/'shared'/'data'/'ml-latest-small'
+quick = settings(
+    max_examples=80,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+REAL = ROOT.parent / "shared" / "data" / "ml-latest-small"
 
 # --- the rules once more, a row at a time ---
 
-def slow_deduplicate(rows, deduplicate='last'):
-    if deduplicate == 'off': return rows
+
+def slow_deduplicate(rows, deduplicate="last"):
+    if deduplicate == "off":
+        return rows
     pairs = {}
-    for r in rows: pairs.setdefault((r['user'], r['item']), []).append(r)
+    for r in rows:
+        pairs.setdefault((r["user"], r["item"]), []).append(r)
     stay = {}
     for same in pairs.values():
-        same = sorted(same, key=lambda r: (r.get('time', 0), r['row']))
-        chosen = same[0] if deduplicate == 'first' else same[-1]
-        if len(same) > 1 and deduplicate in ('max', 'mean', 'sum'):
-            how = {'max': max, 'sum': sum, 'mean': lambda v: sum(v)/len(v)}[deduplicate]
-            chosen = {**chosen, **{c: how([r[c] for r in same]) for c in (['rating'] if 'rating' in chosen else [c for c in ('count', 'weight') if c in chosen])}}
-        stay[chosen['row']] = chosen
-    return [stay[r['row']] for r in rows if r['row'] in stay]
+        same = sorted(same, key=lambda r: (r.get("time", 0), r["row"]))
+        chosen = same[0] if deduplicate == "first" else same[-1]
+        if len(same) > 1 and deduplicate in ("max", "mean", "sum"):
+            how = {"max": max, "sum": sum, "mean": lambda v: sum(v) / len(v)}[deduplicate]
+            chosen = {
+                **chosen,
+                **{
+                    c: how([r[c] for r in same])
+                    for c in (["rating"] if "rating" in chosen else [c for c in ("count", "weight") if c in chosen])
+                },
+            }
+        stay[chosen["row"]] = chosen
+    return [stay[r["row"]] for r in rows if r["row"] in stay]
 
-def slow_bots(rows, bot_interactions=None, bot_hours=24., bot_policy='drop'):
-    if bot_interactions is None: return rows
+
+def slow_bots(rows, bot_interactions=None, bot_hours=24.0, bot_policy="drop"):
+    if bot_interactions is None:
+        return rows
     gone, bots = set(), set()
     for r in rows:
-        earlier = [o for o in rows if o['user'] == r['user'] and (o['time'], o['row']) < (r['time'], r['row']) and r['time']-o['time'] < 3600*bot_hours]
-        if len(earlier) >= bot_interactions: gone.add(r['row']); bots.add(r['user'])
-    return [r for r in rows if (r['user'] not in bots if bot_policy == 'drop' else r['row'] not in gone)]
+        earlier = [
+            o
+            for o in rows
+            if o["user"] == r["user"]
+            and (o["time"], o["row"]) < (r["time"], r["row"])
+            and r["time"] - o["time"] < 3600 * bot_hours
+        ]
+        if len(earlier) >= bot_interactions:
+            gone.add(r["row"])
+            bots.add(r["user"])
+    return [r for r in rows if (r["user"] not in bots if bot_policy == "drop" else r["row"] not in gone)]
 
-def slow_cap(rows, user_cap=None, user_cap_keep='latest'):
-    if user_cap is None: return rows
+
+def slow_cap(rows, user_cap=None, user_cap_keep="latest"):
+    if user_cap is None:
+        return rows
     stay = set()
-    for user in {r['user'] for r in rows}:
-        own = sorted((r for r in rows if r['user'] == user), key=lambda r: (r.get('time', 0), r['row']))
-        stay |= {r['row'] for r in (own[-user_cap:] if user_cap_keep == 'latest' else own[:user_cap])}
-    return [r for r in rows if r['row'] in stay]
+    for user in {r["user"] for r in rows}:
+        own = sorted((r for r in rows if r["user"] == user), key=lambda r: (r.get("time", 0), r["row"]))
+        stay |= {r["row"] for r in (own[-user_cap:] if user_cap_keep == "latest" else own[:user_cap])}
+    return [r for r in rows if r["row"] in stay]
 
-def slow_minimum(of): return lambda rows, **knob: [r for r in rows if sum(o[of] == r[of] for o in rows) >= next(iter(knob.values()), 1)]
+
+def slow_minimum(of):
+    return lambda rows, **knob: [r for r in rows if sum(o[of] == r[of] for o in rows) >= next(iter(knob.values()), 1)]
+
 
 def slow_core(rows, k_core=None, k_core_users=None, k_core_items=None):
-    while True: # one row at a time, the last that has too few
-        poor = [r for r in rows if sum(o['user'] == r['user'] for o in rows) < (k_core_users or k_core or 1) or sum(o['item'] == r['item'] for o in rows) < (k_core_items or k_core or 1)]
-        if not poor: return rows
-        rows = [r for r in rows if r['row'] != poor[-1]['row']]
+    while True:  # one row at a time, the last that has too few
+        poor = [
+            r
+            for r in rows
+            if sum(o["user"] == r["user"] for o in rows) < (k_core_users or k_core or 1)
+            or sum(o["item"] == r["item"] for o in rows) < (k_core_items or k_core or 1)
+        ]
+        if not poor:
+            return rows
+        rows = [r for r in rows if r["row"] != poor[-1]["row"]]
 
-def slow_threshold(rows, positive_threshold='auto', scale=None):
-    if scale is None or positive_threshold == 'off': return rows
-    least = positive_threshold if positive_threshold != 'auto' else 3 if 4 < scale[1] <= 5 else .6*scale[1]
-    return [r for r in rows if r['rating'] >= least]
+
+def slow_threshold(rows, positive_threshold="auto", scale=None):
+    if scale is None or positive_threshold == "off":
+        return rows
+    least = positive_threshold if positive_threshold != "auto" else 3 if 4 < scale[1] <= 5 else 0.6 * scale[1]
+    return [r for r in rows if r["rating"] >= least]
+
 
 def slow_window(rows, time_from=None, time_to=None):
-    return [r for r in rows if (time_from is None or r['time'] >= time_from) and (time_to is None or r['time'] < time_to)]
+    return [
+        r for r in rows if (time_from is None or r["time"] >= time_from) and (time_to is None or r["time"] < time_to)
+    ]
+
 
 def slow_rating_weight(rows, weight_by_rating=False, scale=None):
-    return [{**r, 'weight': r['weight']*r['rating']/scale[1]} for r in rows] if weight_by_rating else rows
+    return [{**r, "weight": r["weight"] * r["rating"] / scale[1]} for r in rows] if weight_by_rating else rows
+
 
 def slow_decay(rows, half_life_days=None):
-    if half_life_days is None or not rows: return rows
-    last = max(r['time'] for r in rows)
-    return [{**r, 'weight': max(r['weight']*2**((r['time']-last)/86400/half_life_days), float(np.finfo(np.float32).tiny))} for r in rows]
+    if half_life_days is None or not rows:
+        return rows
+    last = max(r["time"] for r in rows)
+    return [
+        {
+            **r,
+            "weight": max(
+                r["weight"] * 2 ** ((r["time"] - last) / 86400 / half_life_days), float(np.finfo(np.float32).tiny)
+            ),
+        }
+        for r in rows
+    ]
 
-SLOW = dict(deduplicate=slow_deduplicate, bots=slow_bots, user_cap=slow_cap, min_user_interactions=slow_minimum('user'), min_item_interactions=slow_minimum('item'), k_core=slow_core,
-            positive_threshold=slow_threshold, time_window=slow_window, weight_by_rating=slow_rating_weight, time_decay=slow_decay,
-            excluded_users=lambda rows, excluded_users=(): [r for r in rows if str(r['user']) not in map(str, excluded_users)],
-            excluded_items=lambda rows, excluded_items=(): [r for r in rows if str(r['item']) not in map(str, excluded_items)],
-            positive_count=lambda rows, positive_count=0: [r for r in rows if r['count'] > positive_count] if rows and 'count' in rows[0] else rows)
+
+SLOW = dict(
+    deduplicate=slow_deduplicate,
+    bots=slow_bots,
+    user_cap=slow_cap,
+    min_user_interactions=slow_minimum("user"),
+    min_item_interactions=slow_minimum("item"),
+    k_core=slow_core,
+    positive_threshold=slow_threshold,
+    time_window=slow_window,
+    weight_by_rating=slow_rating_weight,
+    time_decay=slow_decay,
+    excluded_users=lambda rows, excluded_users=(): [r for r in rows if str(r["user"]) not in map(str, excluded_users)],
+    excluded_items=lambda rows, excluded_items=(): [r for r in rows if str(r["item"]) not in map(str, excluded_items)],
+    positive_count=lambda rows, positive_count=0: (
+        [r for r in rows if r["count"] > positive_count] if rows and "count" in rows[0] else rows
+    ),
+)
+
 
 def slow_run(frame, knobs):
     "Rows that are left, and the rule of each that is not."
-    names = dict(user_id='user', item_id='item', timestamp='time')
-    rows = [{**{names.get(k, k): v for k, v in r.items()}, 'row': n, 'weight': r.get('count', 1.)} for n, r in enumerate(frame.to_dict('records'))]
-    scale, gone = (frame.rating.min(), frame.rating.max()) if 'rating' in frame else None, {}
-    for name in knobs.get('rules', RULE_KNOBS):
-        given = {k: v for k, v in knobs.items() if k in RULE_KNOBS[name]} | ({'scale': scale} if name in ('positive_threshold', 'weight_by_rating') else {})
+    names = dict(user_id="user", item_id="item", timestamp="time")
+    rows = [
+        {**{names.get(k, k): v for k, v in r.items()}, "row": n, "weight": r.get("count", 1.0)}
+        for n, r in enumerate(frame.to_dict("records"))
+    ]
+    scale, gone = (frame.rating.min(), frame.rating.max()) if "rating" in frame else None, {}
+    for name in knobs.get("rules", RULE_KNOBS):
+        given = {k: v for k, v in knobs.items() if k in RULE_KNOBS[name]} | (
+            {"scale": scale} if name in ("positive_threshold", "weight_by_rating") else {}
+        )
         left = SLOW[name](rows, **given)
-        gone |= {row: name for row in {r['row'] for r in rows} - {r['row'] for r in left}}
+        gone |= {row: name for row in {r["row"] for r in rows} - {r["row"] for r in left}}
         rows = left
     return rows, gone
+
 
 # --- made-up ratings and settings ---
 
 HOURS = [0, 1, 4, 8, 20, 24, 25, 28, 48, 60, 64]
-GROUPS = [dict(deduplicate=['first', 'max', 'mean', 'sum', 'off']), dict(excluded_users=[[10], ['10', 99], [11, '12']]), dict(excluded_items=[[20], ['20', '21', 'x']]),
-          dict(user_cap=[1, 2, 4], user_cap_keep=['latest', 'first']), dict(min_user_interactions=[2, 4]), dict(min_item_interactions=[2, 4]), dict(k_core=[2, 3]),
-          dict(k_core_users=[2, 3], k_core_items=[2, 3])]
-RATED = [dict(positive_threshold=['off', 3.]), dict(weight_by_rating=[True])]
-COUNTED = [dict(positive_count=[0., 1.])]
-TIMED = [dict(bot_interactions=[1, 2, 3], bot_hours=[4., 24.], bot_policy=['drop', 'cap']), dict(half_life_days=[.5, 30.]), dict(time_from=[0, 3600*4], time_to=[3600*28, 3600*60])]
+GROUPS = [
+    dict(deduplicate=["first", "max", "mean", "sum", "off"]),
+    dict(excluded_users=[[10], ["10", 99], [11, "12"]]),
+    dict(excluded_items=[[20], ["20", "21", "x"]]),
+    dict(user_cap=[1, 2, 4], user_cap_keep=["latest", "first"]),
+    dict(min_user_interactions=[2, 4]),
+    dict(min_item_interactions=[2, 4]),
+    dict(k_core=[2, 3]),
+    dict(k_core_users=[2, 3], k_core_items=[2, 3]),
+]
+RATED = [dict(positive_threshold=["off", 3.0]), dict(weight_by_rating=[True])]
+COUNTED = [dict(positive_count=[0.0, 1.0])]
+TIMED = [
+    dict(bot_interactions=[1, 2, 3], bot_hours=[4.0, 24.0], bot_policy=["drop", "cap"]),
+    dict(half_life_days=[0.5, 30.0]),
+    dict(time_from=[0, 3600 * 4], time_to=[3600 * 28, 3600 * 60]),
+]
+
 
 @st.composite
-def frames(draw, values=('rating', 'count', None), times=None):
+def frames(draw, values=("rating", "count", None), times=None):
     n = draw(st.integers(4, 30))
     column = lambda options: draw(st.lists(st.sampled_from(options), min_size=n, max_size=n))
     frame = pd.DataFrame(dict(user_id=column([10, 11, 12]), item_id=column([20, 21, 22, 23, 24])))
     value = draw(st.sampled_from(values))
-    if value: frame[value] = [1., 5., *(float(v) for v in column([1, 2, 3, 4, 5] if value == 'rating' else [0, 1, 2, 7])[2:])]
-    if draw(st.booleans()) if times is None else times: frame['timestamp'] = [3600*h for h in column(HOURS)]
+    if value:
+        frame[value] = [
+            1.0,
+            5.0,
+            *(float(v) for v in column([1, 2, 3, 4, 5] if value == "rating" else [0, 1, 2, 7])[2:]),
+        ]
+    if draw(st.booleans()) if times is None else times:
+        frame["timestamp"] = [3600 * h for h in column(HOURS)]
     return frame
+
 
 @st.composite
 def knobs_for(draw, frame, first=None):
     "A few rules that act, in their usual order or in another; `first` is among them."
-    groups = GROUPS + RATED*('rating' in frame) + TIMED*('timestamp' in frame) + COUNTED*('count' in frame)
-    chosen = draw(st.lists(st.sampled_from(groups), min_size=first is None, max_size=2, unique_by=lambda g: next(iter(g)))) + [first or {}]
+    groups = GROUPS + RATED * ("rating" in frame) + TIMED * ("timestamp" in frame) + COUNTED * ("count" in frame)
+    chosen = draw(
+        st.lists(st.sampled_from(groups), min_size=first is None, max_size=2, unique_by=lambda g: next(iter(g)))
+    ) + [first or {}]
     knobs = {name: draw(st.sampled_from(options)) for group in chosen for name, options in group.items()}
-    if 'k_core' in knobs: knobs = {k: v for k, v in knobs.items() if k not in ('k_core_users', 'k_core_items')}
-    if max(knobs.get(k, 1) for k in ('min_user_interactions', 'k_core', 'k_core_users')) > knobs.get('user_cap', 9): knobs['user_cap'] = 4
-    return knobs | ({'rules': draw(st.permutations(list(RULE_KNOBS)))} if draw(st.booleans()) else {})
+    if "k_core" in knobs:
+        knobs = {k: v for k, v in knobs.items() if k not in ("k_core_users", "k_core_items")}
+    if max(knobs.get(k, 1) for k in ("min_user_interactions", "k_core", "k_core_users")) > knobs.get("user_cap", 9):
+        knobs["user_cap"] = 4
+    return knobs | ({"rules": draw(st.permutations(list(RULE_KNOBS)))} if draw(st.booleans()) else {})
+
 
 def attempt(frame, knobs):
     "The result, or None where the rules leave nothing."
-    try: return run_rules(frame, knobs)
+    try:
+        return run_rules(frame, knobs)
     except AerecError as e:
-        assert 'the rules leave no interactions' in str(e) and '\n' not in str(e), e
+        assert "the rules leave no interactions" in str(e) and "\n" not in str(e), e
         return None
 
 
-@pytest.mark.parametrize('group', GROUPS + RATED + COUNTED + TIMED, ids=lambda g: next(iter(g)))
+@pytest.mark.parametrize("group", GROUPS + RATED + COUNTED + TIMED, ids=lambda g: next(iter(g)))
 @settings(quick, max_examples=30)
 @given(st.data())
 def test_rules_do_what_the_slow_ones_do(group, data):
-    values = ['rating'] if group in RATED else ['count'] if group in COUNTED else ['rating', 'count', None]
+    values = ["rating"] if group in RATED else ["count"] if group in COUNTED else ["rating", "count", None]
     frame = data.draw(frames(values, True if group in TIMED else None))
     knobs = data.draw(knobs_for(frame, group))
     left, gone = slow_run(frame, knobs)
@@ -142,19 +239,22 @@ def test_rules_do_what_the_slow_ones_do(group, data):
         assert not left and report.kept.iloc[-1] == 0
         return
     made = result.interactions
-    assert made.user_id.tolist() == [r['user'] for r in left] and made.item_id.tolist() == [r['item'] for r in left]
-    np.testing.assert_allclose(made.weight, np.float32([r['weight'] for r in left]), rtol=1e-5)
-    if 'timestamp' in frame: assert made.timestamp.tolist() == [r['time'] for r in left]
+    assert made.user_id.tolist() == [r["user"] for r in left] and made.item_id.tolist() == [r["item"] for r in left]
+    np.testing.assert_allclose(made.weight, np.float32([r["weight"] for r in left]), rtol=1e-5)
+    if "timestamp" in frame:
+        assert made.timestamp.tolist() == [r["time"] for r in left]
     assert dict(zip(result.dropped.row, result.dropped.rule.astype(str))) == gone
     counts = Counter(gone.values())
     assert {r.rule: r.dropped for r in report[1:].itertuples() if r.dropped} == counts
     assert (report.kept + report.dropped == report.rows_before).all() and report.kept.iloc[-1] == len(made)
-    assert (report.users.iloc[-1], report['items'].iloc[-1]) == (made.user_id.nunique(), made.item_id.nunique())
+    assert (report.users.iloc[-1], report["items"].iloc[-1]) == (made.user_id.nunique(), made.item_id.nunique())
     assert report.equals(result.report)
-    assert result.dropped.row.is_unique and len(result.dropped) + len(made) == len(frame) # every row is an interaction, or dropped once
+    assert result.dropped.row.is_unique and len(result.dropped) + len(made) == len(
+        frame
+    )  # every row is an interaction, or dropped once
     pairs = lambda f: Counter(zip(f.user_id, f.item_id))
     assert pairs(frame.iloc[result.dropped.row]) == pairs(result.dropped)
-    low = {(frame.user_id[r], frame.item_id[r]) for r, rule in gone.items() if rule == 'positive_threshold'}
+    low = {(frame.user_id[r], frame.item_id[r]) for r, rule in gone.items() if rule == "positive_threshold"}
     negatives = {(u, i) for u, i in low if u in set(made.user_id)} - set(zip(made.user_id, made.item_id))
     assert pairs(result.negatives) == dict.fromkeys(negatives, 1)
 
@@ -164,25 +264,41 @@ def test_rules_do_what_the_slow_ones_do(group, data):
 def test_categorical_ids_give_the_same(data):
     frame = data.draw(frames())
     knobs = data.draw(knobs_for(frame))
-    if data.draw(st.booleans()): frame = frame.assign(user_id=frame.user_id.astype(str), item_id='i' + frame.item_id.astype(str))
+    if data.draw(st.booleans()):
+        frame = frame.assign(user_id=frame.user_id.astype(str), item_id="i" + frame.item_id.astype(str))
     both = []
-    for f in (frame, frame.assign(**{c: pd.Categorical(frame[c], categories=[*dict.fromkeys(frame[c])][::-1]) for c in ('user_id', 'item_id')})):
+    for f in (
+        frame,
+        frame.assign(
+            **{c: pd.Categorical(frame[c], categories=[*dict.fromkeys(frame[c])][::-1]) for c in ("user_id", "item_id")}
+        ),
+    ):
         result = attempt(f, knobs)
-        both.append(None if result is None else [part.astype({c: frame[c].dtype for c in ('user_id', 'item_id')} if 'user_id' in part else {}) for part in vars(result).values()])
-    if both[0] is None: assert both[1] is None
+        both.append(
+            None
+            if result is None
+            else [
+                part.astype({c: frame[c].dtype for c in ("user_id", "item_id")} if "user_id" in part else {})
+                for part in vars(result).values()
+            ]
+        )
+    if both[0] is None:
+        assert both[1] is None
     else:
-        for plain, categorical in zip(*both): pd.testing.assert_frame_equal(plain, categorical)
+        for plain, categorical in zip(*both):
+            pd.testing.assert_frame_equal(plain, categorical)
 
 
 @quick
 @given(frames(), st.sampled_from([dict(k_core=2), dict(k_core_users=2, k_core_items=3)]), st.integers(0, 9))
 def test_k_core_is_idempotent_and_knows_no_order(frame, knobs, seed):
-    knobs = dict(rules=['k_core'], **knobs)
+    knobs = dict(rules=["k_core"], **knobs)
     first = attempt(frame, knobs)
-    if first is None: return
+    if first is None:
+        return
     again = run_rules(first.interactions, knobs)
     pd.testing.assert_frame_equal(again.interactions, first.interactions)
-    assert again.report.note.iloc[-1] == '0 rounds'
+    assert again.report.note.iloc[-1] == "0 rounds"
     shuffled = run_rules(frame.sample(frac=1, random_state=seed), knobs).interactions
     pairs = lambda f: Counter(zip(f.user_id, f.item_id))
     assert pairs(shuffled) == pairs(first.interactions)
@@ -191,185 +307,315 @@ def test_k_core_is_idempotent_and_knows_no_order(frame, knobs, seed):
 @quick
 @given(st.data())
 def test_rules_that_look_at_one_row_commute(data):
-    frame = data.draw(frames(values=['rating'], times=True))
-    knobs = dict(excluded_users=[10], excluded_items=[20, 21], time_from=3600*10, time_to=3600*70, positive_threshold=float(frame.rating.median()))
-    rules = ['excluded_users', 'excluded_items', 'time_window', 'positive_threshold']
+    frame = data.draw(frames(values=["rating"], times=True))
+    knobs = dict(
+        excluded_users=[10],
+        excluded_items=[20, 21],
+        time_from=3600 * 10,
+        time_to=3600 * 70,
+        positive_threshold=float(frame.rating.median()),
+    )
+    rules = ["excluded_users", "excluded_items", "time_window", "positive_threshold"]
     one, other = (attempt(frame, dict(knobs, rules=order)) for order in (rules, data.draw(st.permutations(rules))))
     assert (one is None) == (other is None)
-    if one is not None: pd.testing.assert_frame_equal(one.interactions, other.interactions)
+    if one is not None:
+        pd.testing.assert_frame_equal(one.interactions, other.interactions)
 
 
 def test_longer_histories_with_many_ties_in_time():
     random = np.random.default_rng(1)
-    frame = pd.DataFrame(dict(user_id=random.integers(3, size=300), item_id=np.arange(300) % 250, rating=random.integers(1, 6, 300).astype(float), timestamp=3600*random.integers(0, 40, 300)))
-    for rule, knobs in dict(user_cap=dict(user_cap=40), bots=dict(bot_interactions=5, bot_hours=2., bot_policy='cap'), deduplicate=dict(deduplicate='first', user_cap=40, user_cap_keep='first')).items():
+    frame = pd.DataFrame(
+        dict(
+            user_id=random.integers(3, size=300),
+            item_id=np.arange(300) % 250,
+            rating=random.integers(1, 6, 300).astype(float),
+            timestamp=3600 * random.integers(0, 40, 300),
+        )
+    )
+    for rule, knobs in dict(
+        user_cap=dict(user_cap=40),
+        bots=dict(bot_interactions=5, bot_hours=2.0, bot_policy="cap"),
+        deduplicate=dict(deduplicate="first", user_cap=40, user_cap_keep="first"),
+    ).items():
         result, (left, gone) = run_rules(frame, knobs), slow_run(frame, knobs)
         assert dict(zip(result.dropped.row, result.dropped.rule.astype(str))) == gone and rule in gone.values()
 
 
 def test_a_capped_window_never_has_more_and_weights_never_vanish():
     random = np.random.default_rng(0)
-    frame = pd.DataFrame(dict(user_id=random.integers(5, size=400), item_id=np.arange(400), timestamp=random.integers(0, 10**6, 400)))
-    left = apply_rules(frame, dict(bot_interactions=3, bot_hours=10, bot_policy='cap', half_life_days=1e-4))[0]
-    for _, times in left.groupby('user_id').timestamp:
-        assert max(((times >= t) & (times < t+36000)).sum() for t in times) <= 3
+    frame = pd.DataFrame(
+        dict(user_id=random.integers(5, size=400), item_id=np.arange(400), timestamp=random.integers(0, 10**6, 400))
+    )
+    left = apply_rules(frame, dict(bot_interactions=3, bot_hours=10, bot_policy="cap", half_life_days=1e-4))[0]
+    for _, times in left.groupby("user_id").timestamp:
+        assert max(((times >= t) & (times < t + 36000)).sum() for t in times) <= 3
     assert 0 < len(left) < 400 and (left.weight > 0).all() and left.weight.max() == 1
 
 
-@pytest.mark.skipif(not REAL.exists(), reason='MovieLens is not beside the checkout')
+@pytest.mark.skipif(not REAL.exists(), reason="MovieLens is not beside the checkout")
 def test_the_lectures_rule_on_the_lectures_data():
     ratings = data_import.load_ratings(REAL)
     result = run_rules(ratings)
-    assert round(result.report.kept_share.iloc[-1], 6) == .810851 and result.report.rule.tolist() == ['ratings', 'positive_threshold']
+    assert round(result.report.kept_share.iloc[-1], 6) == 0.810851 and result.report.rule.tolist() == [
+        "ratings",
+        "positive_threshold",
+    ]
     expected = ratings[ratings.rating >= 3]
-    assert result.interactions[['user_id', 'item_id', 'timestamp']].equals(expected[['user_id', 'item_id', 'timestamp']].reset_index(drop=True)) and (result.interactions.weight == 1).all()
+    assert (
+        result.interactions[["user_id", "item_id", "timestamp"]].equals(
+            expected[["user_id", "item_id", "timestamp"]].reset_index(drop=True)
+        )
+        and (result.interactions.weight == 1).all()
+    )
     assert len(result.negatives) == len(result.dropped) - (~ratings.user_id.isin(expected.user_id)).sum()
+
 
 # --- what is refused, and when ---
 
-BAD = [(dict(rules=['positive_threshold', 'no_reruns']), "rules.rules names 'no_reruns'"), (dict(rules=['my_rules:missing']), 'my_rules.py has no function or class missing'),
-       (dict(rules=['other:rule']), 'no file other.py'), (dict(rules=['broken:rule']), 'broken.py cannot be run: SyntaxError'), (dict(positive_threshold=5.5), 'outside the scale'),
-       (dict(excluded_users_file='none.txt'), 'none.txt: No such file'), (dict(excluded_users_file='empty.txt'), 'empty.txt: there is no id in it'),
-       (dict(excluded_items_file='latin.txt'), 'latin.txt, line 2: not UTF-8'), (dict(excluded_items_file='odd.csv'), 'odd.csv, line 3: no item_id'),
-       (dict(rules=['my_rules:every_other'], rule_options={'my_rules:every_other': {'stepp': 2}}), 'has no option stepp; it has step'),
-       (dict(time_from='2020-01-02', time_to='2020-01-01'), 'not after time_from'), (dict(time_to='soon'), 'this is no time'), (dict(k_core=0), 'greater than or equal to 1'),
-       (dict(half_life_days=0), 'greater than 0'), (dict(k_core=2, k_core_items=3), 'k_core = 2'), (dict(user_cap=2, min_user_interactions=3), 'user_cap = 2'),
-       (dict(rules=['k_core'], min_item_interactions=3), 'does not name min_item_interactions')]
+BAD = [
+    (dict(rules=["positive_threshold", "no_reruns"]), "rules.rules names 'no_reruns'"),
+    (dict(rules=["my_rules:missing"]), "my_rules.py has no function or class missing"),
+    (dict(rules=["other:rule"]), "no file other.py"),
+    (dict(rules=["broken:rule"]), "broken.py cannot be run: SyntaxError"),
+    (dict(positive_threshold=5.5), "outside the scale"),
+    (dict(excluded_users_file="none.txt"), "none.txt: No such file"),
+    (dict(excluded_users_file="empty.txt"), "empty.txt: there is no id in it"),
+    (dict(excluded_items_file="latin.txt"), "latin.txt, line 2: not UTF-8"),
+    (dict(excluded_items_file="odd.csv"), "odd.csv, line 3: no item_id"),
+    (
+        dict(rules=["my_rules:every_other"], rule_options={"my_rules:every_other": {"stepp": 2}}),
+        "has no option stepp; it has step",
+    ),
+    (dict(time_from="2020-01-02", time_to="2020-01-01"), "not after time_from"),
+    (dict(time_to="soon"), "this is no time"),
+    (dict(k_core=0), "greater than or equal to 1"),
+    (dict(half_life_days=0), "greater than 0"),
+    (dict(k_core=2, k_core_items=3), "k_core = 2"),
+    (dict(user_cap=2, min_user_interactions=3), "user_cap = 2"),
+    (dict(rules=["k_core"], min_item_interactions=3), "does not name min_item_interactions"),
+]
 
 
 @pytest.fixture
 def own_project(tmp_path, monkeypatch):
     "A project of somebody's own: a rule in a file, and list files of every bad kind."
-    (tmp_path/'my_rules.py').write_text('def every_other(ratings, step=2):\n    return [n % step == 0 for n in range(len(ratings))]\n')
-    (tmp_path/'broken.py').write_text('def rule(ratings):\n    return ratings.\n')
-    (tmp_path/'empty.txt').write_text('# nobody\n')
-    (tmp_path/'latin.txt').write_bytes(b'7\nJos\xe9\n')
-    (tmp_path/'odd.csv').write_text('why,movieId\nspoiler,7\nstaff,\n')
-    for name in ('AEREC_RUNS_DIR', 'AEREC_ENV', 'IN_TEST'): monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv('AEREC_PROJECT', str(tmp_path))
+    (tmp_path / "my_rules.py").write_text(
+        "def every_other(ratings, step=2):\n    return [n % step == 0 for n in range(len(ratings))]\n"
+    )
+    (tmp_path / "broken.py").write_text("def rule(ratings):\n    return ratings.\n")
+    (tmp_path / "empty.txt").write_text("# nobody\n")
+    (tmp_path / "latin.txt").write_bytes(b"7\nJos\xe9\n")
+    (tmp_path / "odd.csv").write_text("why,movieId\nspoiler,7\nstaff,\n")
+    for name in ("AEREC_RUNS_DIR", "AEREC_ENV", "IN_TEST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AEREC_PROJECT", str(tmp_path))
     return tmp_path
 
 
-@pytest.mark.parametrize('knobs, why', BAD, ids=lambda v: v[:30] if isinstance(v, str) else '')
+@pytest.mark.parametrize("knobs, why", BAD, ids=lambda v: v[:30] if isinstance(v, str) else "")
 def test_bad_settings_are_refused_before_data_are_read(knobs, why, own_project, monkeypatch):
-    monkeypatch.setattr(data_import, 'build_data_import', lambda run, folder: pytest.fail('data were read'))
-    monkeypatch.setattr(data_import, 'source_files', lambda settings: pytest.fail('data were looked at'))
-    for begin in ('execute', 'ensure'):
-        with pytest.raises(AerecError) as e: getattr(open_run(env='test', source='sample', runs_dir=str(own_project/'runs'), **knobs), begin)('business_preprocessing')
-        assert why in str(e.value) and '\n' not in str(e.value), e.value
-    assert not (own_project/'runs').exists()
+    monkeypatch.setattr(data_import, "build_data_import", lambda run, folder: pytest.fail("data were read"))
+    monkeypatch.setattr(data_import, "source_files", lambda settings: pytest.fail("data were looked at"))
+    for begin in ("execute", "ensure"):
+        with pytest.raises(AerecError) as e:
+            getattr(open_run(env="test", source="sample", runs_dir=str(own_project / "runs"), **knobs), begin)(
+                "business_preprocessing"
+            )
+        assert why in str(e.value) and "\n" not in str(e.value), e.value
+    assert not (own_project / "runs").exists()
 
 
 def test_a_threshold_off_a_scale_that_only_the_data_know(own_project, monkeypatch):
-    (own_project/'ratings.csv').write_text('user,item,rating\n' + ''.join(f'{u},{i},{(u+i)%10+1}\n' for u in range(6) for i in range(6)))
-    begin = lambda **kw: open_run(env='test', source=str(own_project/'ratings.csv'), runs_dir=str(own_project/'runs'), **kw)
-    begin().ensure('data_import')
-    monkeypatch.setattr(pd, 'read_parquet', lambda *a, **kw: pytest.fail('ratings were read'))
-    for knobs, why in ((dict(positive_threshold=11), 'outside the scale of these ratings (1 to 10)'), (dict(half_life_days=3), 'half_life_days needs times')):
-        with pytest.raises(AerecError, match=why.replace('(', r'\(').replace(')', r'\)')): begin(**knobs).execute('business_preprocessing')
-    assert len(list((own_project/'runs').iterdir())) == 1
+    (own_project / "ratings.csv").write_text(
+        "user,item,rating\n" + "".join(f"{u},{i},{(u + i) % 10 + 1}\n" for u in range(6) for i in range(6))
+    )
+    begin = lambda **kw: open_run(
+        env="test", source=str(own_project / "ratings.csv"), runs_dir=str(own_project / "runs"), **kw
+    )
+    begin().ensure("data_import")
+    monkeypatch.setattr(pd, "read_parquet", lambda *a, **kw: pytest.fail("ratings were read"))
+    for knobs, why in (
+        (dict(positive_threshold=11), "outside the scale of these ratings (1 to 10)"),
+        (dict(half_life_days=3), "half_life_days needs times"),
+    ):
+        with pytest.raises(AerecError, match=why.replace("(", r"\(").replace(")", r"\)")):
+            begin(**knobs).execute("business_preprocessing")
+    assert len(list((own_project / "runs").iterdir())) == 1
 
 
 def test_a_rule_of_ones_own_file_and_a_list_are_part_of_the_fingerprint(own_project):
-    (own_project/'abuse.txt').write_text('1\n')
-    knobs = dict(rules=['excluded_users', 'positive_threshold', 'my_rules:every_other'], rule_options={'my_rules:every_other': {'step': 3}}, excluded_users_file='abuse.txt')
+    (own_project / "abuse.txt").write_text("1\n")
+    knobs = dict(
+        rules=["excluded_users", "positive_threshold", "my_rules:every_other"],
+        rule_options={"my_rules:every_other": {"step": 3}},
+        excluded_users_file="abuse.txt",
+    )
+
     def kept():
-        opened = open_run(env='test', source='sample', runs_dir=str(own_project/'runs'), **knobs)
+        opened = open_run(env="test", source="sample", runs_dir=str(own_project / "runs"), **knobs)
         opened.quiet = True
-        report = pd.read_parquet(opened.ensure('business_preprocessing')/'waterfall.parquet').set_index('rule')
-        dropped = pd.read_parquet(opened.folder/'business_preprocessing'/'dropped.parquet')
+        report = pd.read_parquet(opened.ensure("business_preprocessing") / "waterfall.parquet").set_index("rule")
+        dropped = pd.read_parquet(opened.folder / "business_preprocessing" / "dropped.parquet")
         assert dropped.rule.value_counts().to_dict() == report.dropped[1:].to_dict()
-        return report.kept.tolist(), opened.fingerprint('business_preprocessing')
+        return report.kept.tolist(), opened.fingerprint("business_preprocessing")
+
     (a, first), (b, again) = kept(), kept()
-    assert (a, first) == (b, again) and a[-1] == math.ceil(a[-2]/3)
-    (own_project/'my_rules.py').write_text('def every_other(ratings, step=2):\n    return [n % (2*step) == 0 for n in range(len(ratings))]\n')
+    assert (a, first) == (b, again) and a[-1] == math.ceil(a[-2] / 3)
+    (own_project / "my_rules.py").write_text(
+        "def every_other(ratings, step=2):\n    return [n % (2*step) == 0 for n in range(len(ratings))]\n"
+    )
     (c, changed) = kept()
-    assert changed != first and c[-1] == math.ceil(a[-2]/6)
-    (own_project/'abuse.txt').write_text('1\n2\n')
+    assert changed != first and c[-1] == math.ceil(a[-2] / 6)
+    (own_project / "abuse.txt").write_text("1\n2\n")
     (d, listed) = kept()
     assert listed not in (first, changed) and d[1] < c[1]
 
 
-@pytest.mark.parametrize('rule, why', [
-    (lambda r: [True], 'returned a mask of 1 values for 3 rows'), (lambda r: pd.concat([r, r]), 'returned rows that it was not given'), (lambda r: r.nothing, 'failed: AttributeError'),
-    (lambda r: None, 'returned NoneType'), (lambda r: r.assign(user_id=1), 'another user_id'), (lambda r: r.assign(weight=-1.), 'not above 0'), (lambda r: r.rating, 'returned float64 values'),
-    (lambda r: r.drop(columns='rating'), 'without the column rating'), (lambda r: r[1:].reset_index(drop=True), 'another'), (lambda r: 1/0, 'failed: ZeroDivisionError')])
+@pytest.mark.parametrize(
+    "rule, why",
+    [
+        (lambda r: [True], "returned a mask of 1 values for 3 rows"),
+        (lambda r: pd.concat([r, r]), "returned rows that it was not given"),
+        (lambda r: r.nothing, "failed: AttributeError"),
+        (lambda r: None, "returned NoneType"),
+        (lambda r: r.assign(user_id=1), "another user_id"),
+        (lambda r: r.assign(weight=-1.0), "not above 0"),
+        (lambda r: r.rating, "returned float64 values"),
+        (lambda r: r.drop(columns="rating"), "without the column rating"),
+        (lambda r: r[1:].reset_index(drop=True), "another"),
+        (lambda r: 1 / 0, "failed: ZeroDivisionError"),
+    ],
+)
 def test_a_rule_that_misbehaves_is_named(rule, why, monkeypatch):
-    monkeypatch.setattr('aerec_nb.business_preprocessing.RULES', dict(RULES)) # what is registered here is gone afterwards
+    monkeypatch.setattr(
+        "aerec_nb.business_preprocessing.RULES", dict(RULES)
+    )  # what is registered here is gone afterwards
     from aerec_nb import business_preprocessing
-    business_preprocessing.register_rule('mine')(rule)
-    frame = pd.DataFrame(dict(user_id=['a', 'b', 'c'], item_id=['x', 'y', 'z'], rating=[1., 2., 3.]))
-    with pytest.raises(AerecError) as e: apply_rules(frame, dict(rules=['mine']))
-    assert 'rule mine' in str(e.value) and why in str(e.value) and '\n' not in str(e.value)
-    assert list(frame) == ['user_id', 'item_id', 'rating']
+
+    business_preprocessing.register_rule("mine")(rule)
+    frame = pd.DataFrame(dict(user_id=["a", "b", "c"], item_id=["x", "y", "z"], rating=[1.0, 2.0, 3.0]))
+    with pytest.raises(AerecError) as e:
+        apply_rules(frame, dict(rules=["mine"]))
+    assert "rule mine" in str(e.value) and why in str(e.value) and "\n" not in str(e.value)
+    assert list(frame) == ["user_id", "item_id", "rating"]
 
 
 def test_a_rule_that_is_known_here_only_is_refused_for_a_pipeline(monkeypatch, tmp_path):
-    monkeypatch.setattr('aerec_nb.business_preprocessing.RULES', dict(RULES))
+    monkeypatch.setattr("aerec_nb.business_preprocessing.RULES", dict(RULES))
     from aerec_nb.pipeline import run_pipeline
-    register_rule('mine')(lambda ratings: ratings.user_id > 0)
-    with pytest.raises(AerecError, match="'mine', which is registered in this process only.*module:function"): run_pipeline(env='test', runs_dir=str(tmp_path/'runs'), rules=['mine'])
-    assert not (tmp_path/'runs').exists()
+
+    register_rule("mine")(lambda ratings: ratings.user_id > 0)
+    with pytest.raises(AerecError, match="'mine', which is registered in this process only.*module:function"):
+        run_pipeline(env="test", runs_dir=str(tmp_path / "runs"), rules=["mine"])
+    assert not (tmp_path / "runs").exists()
+
 
 # --- through the notebook ---
 
-def papermill(*options, env, cwd): return run(BIN/'papermill', '--no-progress-bar', ROOT/'nbs'/'01a_business_preprocessing.ipynb', cwd/'out.ipynb', *options, env=env, cwd=cwd)
+
+def papermill(*options, env, cwd):
+    return run(
+        BIN / "papermill",
+        "--no-progress-bar",
+        ROOT / "nbs" / "01a_business_preprocessing.ipynb",
+        cwd / "out.ipynb",
+        *options,
+        env=env,
+        cwd=cwd,
+    )
 
 
 def test_the_notebook_refuses_in_one_line(environ, tmp_path):
-    done = papermill('-p', 'excluded_users_file', str(tmp_path/'nobody.txt'), env=environ, cwd=tmp_path)
-    said = [line for line in done.stderr.splitlines() if line.startswith('AerecError')]
-    assert done.returncode != 0 and said == [f'AerecError: rules.excluded_users_file {tmp_path}/nobody.txt: No such file or directory; correct the path, or leave the setting out'], done.stderr
-    assert not (tmp_path/'runs').exists()
+    done = papermill("-p", "excluded_users_file", str(tmp_path / "nobody.txt"), env=environ, cwd=tmp_path)
+    said = [line for line in done.stderr.splitlines() if line.startswith("AerecError")]
+    assert done.returncode != 0 and said == [
+        f"AerecError: rules.excluded_users_file {tmp_path}/nobody.txt: No such file or directory; correct the path, or leave the setting out"
+    ], done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_dry_run_shows_the_waterfall_and_writes_nothing(environ, tmp_path):
-    done = papermill('-p', 'dry_run', 'True', '-p', 'min_item_interactions', '5', '-y', '{rules: [positive_threshold, min_item_interactions]}', env=environ, cwd=tmp_path)
+    done = papermill(
+        "-p",
+        "dry_run",
+        "True",
+        "-p",
+        "min_item_interactions",
+        "5",
+        "-y",
+        "{rules: [positive_threshold, min_item_interactions]}",
+        env=environ,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    outputs = [o for c in nbformat.read(tmp_path/'out.ipynb', 4).cells for o in c.get('outputs', [])]
+    outputs = [o for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", [])]
     shown = json.dumps(outputs)
-    assert 'would be interactions' in shown and 'this was a dry run, nothing is written' in shown and 'min_item_interactions' in shown
-    assert sum('image/png' in o.get('data', {}) for o in outputs) >= 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['out.ipynb']
+    assert (
+        "would be interactions" in shown
+        and "this was a dry run, nothing is written" in shown
+        and "min_item_interactions" in shown
+    )
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.ipynb"]
+
 
 # --- explicit negatives, down to the list ---
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def disliking():
     "A recommender of sixty users, half of whose items are rated too low."
     random = np.random.default_rng(3)
-    ratings = pd.DataFrame([(f'u{u}', i, float(random.integers(1, 6))) for u in range(60) for i in random.choice(40, 14, replace=False)], columns=['user_id', 'item_id', 'rating'])
+    ratings = pd.DataFrame(
+        [(f"u{u}", i, float(random.integers(1, 6))) for u in range(60) for i in random.choice(40, 14, replace=False)],
+        columns=["user_id", "item_id", "rating"],
+    )
     result = run_rules(ratings, dict(positive_threshold=4))
     users, items = result.interactions.user_id.unique(), result.interactions.item_id.unique()
     history = csr_matrix(pair_matrix(result.interactions, users, items), dtype=np.float32)
-    return Recommender(create_model('ease', lam=5.).fit(history), items, users, history, negatives=pair_matrix(result.negatives, users, items)), ratings
+    return Recommender(
+        create_model("ease", lam=5.0).fit(history),
+        items,
+        users,
+        history,
+        negatives=pair_matrix(result.negatives, users, items),
+    ), ratings
 
 
 def test_nobody_is_recommended_what_they_rated_too_low(disliking, tmp_path):
     r, ratings = disliking
-    low = set(zip(*ratings[ratings.rating < 4][['user_id', 'item_id']].to_numpy().T))
-    for recommender in (r, load_bundle(save_bundle(r, tmp_path/'bundle'))):
+    low = set(zip(*ratings[ratings.rating < 4][["user_id", "item_id"]].to_numpy().T))
+    for recommender in (r, load_bundle(save_bundle(r, tmp_path / "bundle"))):
         lists = recommender.recommend_batch(k=40)
-        assert not set(zip(lists.user_id, lists.item_id)) & low and len(lists) == recommender.n_users*recommender.n_items - r.histories.nnz - r.negatives.nnz
-        for user in r.users[:8]: assert recommender.recommend(user, k=40).item_ids == lists[lists.user_id == user].item_id.tolist()
+        assert (
+            not set(zip(lists.user_id, lists.item_id)) & low
+            and len(lists) == recommender.n_users * recommender.n_items - r.histories.nnz - r.negatives.nnz
+        )
+        for user in r.users[:8]:
+            assert recommender.recommend(user, k=40).item_ids == lists[lists.user_id == user].item_id.tolist()
         everything = recommender.recommend_batch(k=40, exclude_seen=False)
-        assert len(everything) == recommender.n_users*recommender.n_items and set(zip(everything.user_id, everything.item_id)) & low
+        assert (
+            len(everything) == recommender.n_users * recommender.n_items
+            and set(zip(everything.user_id, everything.item_id)) & low
+        )
     lists_without = Recommender(r.model, r.items, r.users, r.histories).recommend_batch(k=5)
-    assert set(zip(lists_without.user_id, lists_without.item_id)) & low, 'or this test would show nothing'
+    assert set(zip(lists_without.user_id, lists_without.item_id)) & low, "or this test would show nothing"
 
 
 def test_a_run_hands_its_negatives_down_to_the_recommender(environ, tmp_path, monkeypatch):
     for name, value in environ.items():
-        if name.startswith('AEREC_'): monkeypatch.setenv(name, value)
+        if name.startswith("AEREC_"):
+            monkeypatch.setenv(name, value)
     from aerec_nb.inference import load_recommender
-    opened = open_run(env='test', source='sample', models=['popularity'], model='popularity', max_users=60)
+
+    opened = open_run(env="test", source="sample", models=["popularity"], model="popularity", max_users=60)
     opened.quiet = True
-    opened.ensure('inference')
+    opened.ensure("inference")
     r = load_recommender(opened)
-    negatives = pd.read_parquet(opened.need('business_preprocessing')/'negatives.parquet')
+    negatives = pd.read_parquet(opened.need("business_preprocessing") / "negatives.parquet")
     known = negatives[negatives.item_id.isin(r.items)]
     assert r.negatives.nnz == len(known) > 0
-    candidates = pd.read_parquet(opened.need('inference')/'candidates.parquet').merge(known)
+    candidates = pd.read_parquet(opened.need("inference") / "candidates.parquet").merge(known)
     assert len(candidates) and candidates.seen.all()
     lists = r.recommend_batch(k=50)
     assert not len(lists.merge(known))

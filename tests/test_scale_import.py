@@ -1,4 +1,5 @@
 "Import and rules on Ray: the same as in one process, whatever the pieces and shards, and whatever happens to workers."
+
 import io, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
@@ -6,23 +7,47 @@ import numpy as np
 import pandas as pd
 import pytest
 
-pytest.importorskip('ray')
-psutil = pytest.importorskip('psutil')
+pytest.importorskip("ray")
+psutil = pytest.importorskip("psutil")
 
 from aerec_nb import business_preprocessing as bp, data_import as di, scale
 from aerec_nb.configuration import AerecError, ScaleSettings, load_settings
 from aerec_nb.model_preprocessing import Interactions
 from conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group('ray')
-SCALE = ScaleSettings(engine='ray', n_workers=2, object_store_gib=.5)
-ML_1M = ROOT.parent/'shared'/'data'/'ml-1m'/'ratings.csv.gz'
-ALL_RULES = dict(rules=['deduplicate', 'excluded_users', 'excluded_items', 'time_window', 'bots', 'positive_threshold', 'positive_count', 'user_cap', 'min_user_interactions', 'min_item_interactions',
-                        'k_core', 'weight_by_rating', 'time_decay'], excluded_users=['1', '99999'], excluded_items=['1', 'x'], time_from='2000-05-01', bot_interactions=800, user_cap=300,
-                 min_user_interactions=3, min_item_interactions=5, k_core=10, weight_by_rating=True, half_life_days=100)
+pytestmark = pytest.mark.xdist_group("ray")
+SCALE = ScaleSettings(engine="ray", n_workers=2, object_store_gib=0.5)
+ML_1M = ROOT.parent / "shared" / "data" / "ml-1m" / "ratings.csv.gz"
+ALL_RULES = dict(
+    rules=[
+        "deduplicate",
+        "excluded_users",
+        "excluded_items",
+        "time_window",
+        "bots",
+        "positive_threshold",
+        "positive_count",
+        "user_cap",
+        "min_user_interactions",
+        "min_item_interactions",
+        "k_core",
+        "weight_by_rating",
+        "time_decay",
+    ],
+    excluded_users=["1", "99999"],
+    excluded_items=["1", "x"],
+    time_from="2000-05-01",
+    bot_interactions=800,
+    user_cap=300,
+    min_user_interactions=3,
+    min_item_interactions=5,
+    k_core=10,
+    weight_by_rating=True,
+    half_life_days=100,
+)
 
 
-@pytest.fixture(scope='module', autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def engine():
     scale.start_engine(SCALE)
     yield
@@ -30,38 +55,45 @@ def engine():
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch): monkeypatch.setattr(scale, 'PIECE_BYTES', 2**22)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(scale, "PIECE_BYTES", 2**22)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def table():
     "A million ratings, or the sample; times are made up, since the stored set has none."
     rng = np.random.default_rng(0)
-    if ML_1M.is_file(): table = pd.read_csv(ML_1M)
-    else: table = pd.read_csv(io.BytesIO(di._sample_files()['ratings.csv']))
-    return table.assign(timestamp=956703932 + rng.integers(0, 3*10**7, len(table))//50*50)
+    if ML_1M.is_file():
+        table = pd.read_csv(ML_1M)
+    else:
+        table = pd.read_csv(io.BytesIO(di._sample_files()["ratings.csv"]))
+    return table.assign(timestamp=956703932 + rng.integers(0, 3 * 10**7, len(table)) // 50 * 50)
 
 
-def found(path): return di._locate(str(path), load_settings(), [Path.cwd()])
+def found(path):
+    return di._locate(str(path), load_settings(), [Path.cwd()])
 
 
-def shards_of(table, folder, n=5, kind='parquet'):
+def shards_of(table, folder, n=5, kind="parquet"):
     folder.mkdir()
     for i, part in enumerate(np.array_split(np.arange(len(table)), n)):
-        path, rows = folder/f'part-{i}.{kind}', table.iloc[part]
-        rows.to_parquet(path) if kind == 'parquet' else rows.to_csv(path, index=False)
-    return folder if kind == 'parquet' else f'{folder}/*.csv'
+        path, rows = folder / f"part-{i}.{kind}", table.iloc[part]
+        rows.to_parquet(path) if kind == "parquet" else rows.to_csv(path, index=False)
+    return folder if kind == "parquet" else f"{folder}/*.csv"
 
 
 def same_checked(local, ours):
     pd.testing.assert_frame_equal(local.ratings, ours.ratings)
     pd.testing.assert_frame_equal(local.bad, ours.bad)
-    for k in ('used', 'why', 'n_later', 'n_duplicates', 'n_rows', 'encoding'): assert getattr(local, k) == getattr(ours, k), k
+    for k in ("used", "why", "n_later", "n_duplicates", "n_rows", "encoding"):
+        assert getattr(local, k) == getattr(ours, k), k
     assert list(local.unused) == list(ours.unused)
 
 
 def same_interactions(want, got):
-    pairs = [(k, getattr(want, k), getattr(got, k)) for k in ('users', 'items', 'times', 'position')] + [(k, getattr(want.matrix, k), getattr(got.matrix, k)) for k in ('data', 'indices', 'indptr')]
+    pairs = [(k, getattr(want, k), getattr(got, k)) for k in ("users", "items", "times", "position")] + [
+        (k, getattr(want.matrix, k), getattr(got.matrix, k)) for k in ("data", "indices", "indptr")
+    ]
     for name, a, b in pairs:
         assert (a is None) == (b is None), name
         if a is not None:
@@ -69,101 +101,137 @@ def same_interactions(want, got):
             np.testing.assert_array_equal(a, b, name)
 
 
-def local_interactions(source, rules=None, **options): return Interactions.from_frame(bp.apply_rules(di.check_source(source, **options).ratings, rules)[0])
+def local_interactions(source, rules=None, **options):
+    return Interactions.from_frame(bp.apply_rules(di.check_source(source, **options).ratings, rules)[0])
 
 
 def same_result(a, b):
-    for name in ('interactions', 'dropped', 'negatives'): pd.testing.assert_frame_equal(getattr(a, name), getattr(b, name))
+    for name in ("interactions", "dropped", "negatives"):
+        pd.testing.assert_frame_equal(getattr(a, name), getattr(b, name))
     pd.testing.assert_frame_equal(a.report, b.report, rtol=1e-12)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def sources(table, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('sources')
-    table.to_csv(folder/'ratings.csv', index=False)
-    return dict(one=found(folder/'ratings.csv'), csv=found(shards_of(table, folder/'csv', kind='csv')), parquet=found(shards_of(table, folder/'parquet')))
+    folder = tmp_path_factory.mktemp("sources")
+    table.to_csv(folder / "ratings.csv", index=False)
+    return dict(
+        one=found(folder / "ratings.csv"),
+        csv=found(shards_of(table, folder / "csv", kind="csv")),
+        parquet=found(shards_of(table, folder / "parquet")),
+    )
 
 
-@pytest.mark.parametrize('kind', ['one', 'csv', 'parquet'])
+@pytest.mark.parametrize("kind", ["one", "csv", "parquet"])
 def test_checked_as_in_one_process(sources, kind):
-    if kind == 'one' and ML_1M.is_file(): assert len(scale.pieces_of(sources[kind])) > 2
+    if kind == "one" and ML_1M.is_file():
+        assert len(scale.pieces_of(sources[kind])) > 2
     same_checked(di.check_source(sources[kind]), scale.check_source(sources[kind], scale=SCALE))
 
 
 def test_large_sources_have_categories(sources):
-    same_checked(di.check_source(sources['one'], large_mb=1), scale.check_source(sources['one'], large_mb=1, scale=SCALE))
+    same_checked(
+        di.check_source(sources["one"], large_mb=1), scale.check_source(sources["one"], large_mb=1, scale=SCALE)
+    )
 
 
-@pytest.mark.parametrize('n', [1, 3, 8])
+@pytest.mark.parametrize("n", [1, 3, 8])
 def test_rules_and_shards(sources, table, tmp_path, n):
-    ratings = di.check_source(sources['one']).ratings
+    ratings = di.check_source(sources["one"]).ratings
     same_result(bp.run_rules(ratings, ALL_RULES), scale.run_rules(ratings, ALL_RULES, n_shards=n, scale=SCALE))
-    kind = {1: 'parquet', 3: 'csv', 8: 'one'}[n]
-    made = scale.import_shards(sources[kind], tmp_path/'all', ALL_RULES, n, scale=SCALE)
+    kind = {1: "parquet", 3: "csv", 8: "one"}[n]
+    made = scale.import_shards(sources[kind], tmp_path / "all", ALL_RULES, n, scale=SCALE)
     same_interactions(local_interactions(sources[kind], ALL_RULES), made.gather())
-    made = scale.import_shards(sources[kind], tmp_path/'defaults', None, n, scale=SCALE)
+    made = scale.import_shards(sources[kind], tmp_path / "defaults", None, n, scale=SCALE)
     same_interactions(local_interactions(sources[kind]), made.gather())
-    assert made.n_shards == n and made.rows(0)[0] == 0 and made.rows(n-1)[1] == made.n_users
-    assert all(made.read(i).shape == (made.rows(i)[1]-made.rows(i)[0], made.n_items) for i in range(n))
-    assert {'phase', 'node', 'pid', 'rows', 'seconds', 'peak_mib'} <= set(made.figures)
+    assert made.n_shards == n and made.rows(0)[0] == 0 and made.rows(n - 1)[1] == made.n_users
+    assert all(made.read(i).shape == (made.rows(i)[1] - made.rows(i)[0], made.n_items) for i in range(n))
+    assert {"phase", "node", "pid", "rows", "seconds", "peak_mib"} <= set(made.figures)
 
 
-SMALL = pd.DataFrame(dict(user_id=[5, 5, 2, 2, 7, 9, 5, 2, 7, 7, 9, 1], item_id=[1, 2, 1, 3, 1, 2, 1, 1, 4, 1, 2, 3], rating=[5., 4, 3, 5, 4, 2, 1, 4, 5, 3, 5, 4], timestamp=[9, 8, 7, 6, 5, 4, 3, 2, 1, 10, 11, 12]))
+SMALL = pd.DataFrame(
+    dict(
+        user_id=[5, 5, 2, 2, 7, 9, 5, 2, 7, 7, 9, 1],
+        item_id=[1, 2, 1, 3, 1, 2, 1, 1, 4, 1, 2, 3],
+        rating=[5.0, 4, 3, 5, 4, 2, 1, 4, 5, 3, 5, 4],
+        timestamp=[9, 8, 7, 6, 5, 4, 3, 2, 1, 10, 11, 12],
+    )
+)
 
 
-@pytest.mark.parametrize('rule', ['last', 'first', 'mean', 'sum', 'raise'])
+@pytest.mark.parametrize("rule", ["last", "first", "mean", "sum", "raise"])
 def test_duplicates_across_shards(tmp_path, rule):
-    source = found(shards_of(SMALL, tmp_path/'parts', 4))
+    source = found(shards_of(SMALL, tmp_path / "parts", 4))
     outcomes = []
-    for check in (lambda: di.check_source(source, on_duplicate=rule), lambda: scale.check_source(source, on_duplicate=rule, scale=SCALE)):
-        try: outcomes.append(check())
-        except AerecError as e: outcomes.append(str(e))
-    if rule == 'raise':
-        with pytest.raises(AerecError) as e: scale.import_shards(source, tmp_path/'out', n_shards=2, on_duplicate=rule, scale=SCALE)
+    for check in (
+        lambda: di.check_source(source, on_duplicate=rule),
+        lambda: scale.check_source(source, on_duplicate=rule, scale=SCALE),
+    ):
+        try:
+            outcomes.append(check())
+        except AerecError as e:
+            outcomes.append(str(e))
+    if rule == "raise":
+        with pytest.raises(AerecError) as e:
+            scale.import_shards(source, tmp_path / "out", n_shards=2, on_duplicate=rule, scale=SCALE)
         assert outcomes[0] == outcomes[1] == str(e.value)
         return
     same_checked(*outcomes)
-    same_interactions(local_interactions(source, on_duplicate=rule), scale.import_shards(source, tmp_path/'out', n_shards=2, on_duplicate=rule, scale=SCALE).gather())
+    same_interactions(
+        local_interactions(source, on_duplicate=rule),
+        scale.import_shards(source, tmp_path / "out", n_shards=2, on_duplicate=rule, scale=SCALE).gather(),
+    )
 
 
 def test_events_are_counted(tmp_path):
-    source = found(shards_of(SMALL[['user_id', 'item_id']], tmp_path/'parts', 4))
-    same_checked(di.check_source(source, on_duplicate='sum'), scale.check_source(source, on_duplicate='sum', scale=SCALE))
-    same_interactions(local_interactions(source, on_duplicate='sum'), scale.import_shards(source, tmp_path/'out', n_shards=3, on_duplicate='sum', scale=SCALE).gather())
+    source = found(shards_of(SMALL[["user_id", "item_id"]], tmp_path / "parts", 4))
+    same_checked(
+        di.check_source(source, on_duplicate="sum"), scale.check_source(source, on_duplicate="sum", scale=SCALE)
+    )
+    same_interactions(
+        local_interactions(source, on_duplicate="sum"),
+        scale.import_shards(source, tmp_path / "out", n_shards=3, on_duplicate="sum", scale=SCALE).gather(),
+    )
 
 
 def test_text_ids_in_one_shard(tmp_path):
     table = SMALL.astype(dict(user_id=str))
-    table.loc[8, 'user_id'] = 'somebody'
-    source = found(shards_of(table, tmp_path/'parts', 4, 'csv'))
+    table.loc[8, "user_id"] = "somebody"
+    source = found(shards_of(table, tmp_path / "parts", 4, "csv"))
     same_checked(di.check_source(source), scale.check_source(source, scale=SCALE))
-    same_interactions(local_interactions(source), scale.import_shards(source, tmp_path/'out', n_shards=2, scale=SCALE).gather())
+    same_interactions(
+        local_interactions(source), scale.import_shards(source, tmp_path / "out", n_shards=2, scale=SCALE).gather()
+    )
 
 
 def test_bad_rows(tmp_path):
     table = SMALL.astype(str)
-    table.loc[7, 'rating'], table.loc[4, 'user_id'] = 'nonsense', ''
-    source = found(shards_of(table, tmp_path/'parts', 4, 'csv'))
-    with pytest.raises(AerecError) as local: di.check_source(source)
-    with pytest.raises(AerecError) as ours: scale.check_source(source, scale=SCALE)
-    assert str(local.value) == str(ours.value) and 'row 5' in str(ours.value)
-    same_checked(di.check_source(source, on_bad='quarantine'), scale.check_source(source, on_bad='quarantine', scale=SCALE))
-    made = scale.import_shards(source, tmp_path/'out', n_shards=2, on_bad='quarantine', scale=SCALE)
-    same_interactions(local_interactions(source, on_bad='quarantine'), made.gather())
-    assert len(pd.read_parquet(tmp_path/'out'/'quarantine.parquet')) == 2
+    table.loc[7, "rating"], table.loc[4, "user_id"] = "nonsense", ""
+    source = found(shards_of(table, tmp_path / "parts", 4, "csv"))
+    with pytest.raises(AerecError) as local:
+        di.check_source(source)
+    with pytest.raises(AerecError) as ours:
+        scale.check_source(source, scale=SCALE)
+    assert str(local.value) == str(ours.value) and "row 5" in str(ours.value)
+    same_checked(
+        di.check_source(source, on_bad="quarantine"), scale.check_source(source, on_bad="quarantine", scale=SCALE)
+    )
+    made = scale.import_shards(source, tmp_path / "out", n_shards=2, on_bad="quarantine", scale=SCALE)
+    same_interactions(local_interactions(source, on_bad="quarantine"), made.gather())
+    assert len(pd.read_parquet(tmp_path / "out" / "quarantine.parquet")) == 2
 
 
 @pytest.mark.parametrize(
-    'text, options, said',
+    "text, options, said",
     [
-        ('user_id,item_id\n', {}, 'the table has no rows'),
-        ('user_id,item_id\n1,2\n', dict(on_bad='skip'), "no rule 'skip' for bad rows: choose raise"),
-        ('user_id,item_id\n1,2\n', dict(on_duplicate='newest'), "no rule 'newest' for duplicates: choose last"),
+        ("user_id,item_id\n", {}, "the table has no rows"),
+        ("user_id,item_id\n1,2\n", dict(on_bad="skip"), "no rule 'skip' for bad rows: choose raise"),
+        ("user_id,item_id\n1,2\n", dict(on_duplicate="newest"), "no rule 'newest' for duplicates: choose last"),
     ],
 )
 def test_tables_and_options_that_both_ways_refuse(tmp_path, text, options, said):
-    (tmp_path / 'ratings.csv').write_text(text)
-    source = found(tmp_path / 'ratings.csv')
+    (tmp_path / "ratings.csv").write_text(text)
+    source = found(tmp_path / "ratings.csv")
     with pytest.raises(AerecError, match=said) as local:
         di.check_source(source, **options)
     with pytest.raises(AerecError) as ours:
@@ -171,172 +239,231 @@ def test_tables_and_options_that_both_ways_refuse(tmp_path, text, options, said)
     assert str(local.value) == str(ours.value)
 
 
-@pytest.mark.parametrize('count, said', [(3e38, '^weight is not a number in 1 rows'), (0, '^no interactions: the table is empty')])
+@pytest.mark.parametrize(
+    "count, said", [(3e38, "^weight is not a number in 1 rows"), (0, "^no interactions: the table is empty")]
+)
 def test_counts_that_are_no_weights(tmp_path, count, said):
     "The sum of the counts of a pair is no float32, or each is 0."
-    (tmp_path / 'ratings.csv').write_text(f'user_id,item_id,count\n1,2,{count}\n1,2,{count}\n')
-    source = found(tmp_path / 'ratings.csv')
-    rules = dict(rules=['deduplicate'])
+    (tmp_path / "ratings.csv").write_text(f"user_id,item_id,count\n1,2,{count}\n1,2,{count}\n")
+    source = found(tmp_path / "ratings.csv")
+    rules = dict(rules=["deduplicate"])
     with pytest.raises(AerecError, match=said):
-        local_interactions(source, rules, on_duplicate='sum')
+        local_interactions(source, rules, on_duplicate="sum")
     with pytest.raises(AerecError, match=said):
-        scale.import_shards(source, tmp_path / 'out', rules, n_shards=1, on_duplicate='sum', scale=SCALE)
+        scale.import_shards(source, tmp_path / "out", rules, n_shards=1, on_duplicate="sum", scale=SCALE)
 
 
 def test_bad_line_in_a_cut_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(scale, 'PIECE_BYTES', 200)
-    lines = ['user_id,item_id,rating'] + [f'{i},{i % 7},4' for i in range(200)]
-    lines[150] = '149,3,4,5,6'
-    (tmp_path/'ratings.csv').write_text('\n'.join(lines))
-    source = found(tmp_path/'ratings.csv')
+    monkeypatch.setattr(scale, "PIECE_BYTES", 200)
+    lines = ["user_id,item_id,rating"] + [f"{i},{i % 7},4" for i in range(200)]
+    lines[150] = "149,3,4,5,6"
+    (tmp_path / "ratings.csv").write_text("\n".join(lines))
+    source = found(tmp_path / "ratings.csv")
     assert len(scale.pieces_of(source, size=200)) > 5
-    with pytest.raises(AerecError) as local: di.check_source(source)
-    with pytest.raises(AerecError) as ours: scale.check_source(source, scale=SCALE)
-    assert str(local.value) == str(ours.value) and 'line 151' in str(ours.value)
-    same_checked(di.check_source(source, on_bad='quarantine'), scale.check_source(source, on_bad='quarantine', scale=SCALE))
+    with pytest.raises(AerecError) as local:
+        di.check_source(source)
+    with pytest.raises(AerecError) as ours:
+        scale.check_source(source, scale=SCALE)
+    assert str(local.value) == str(ours.value) and "line 151" in str(ours.value)
+    same_checked(
+        di.check_source(source, on_bad="quarantine"), scale.check_source(source, on_bad="quarantine", scale=SCALE)
+    )
 
 
 def test_encoding_of_a_cut_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(scale, 'PIECE_BYTES', 2**17)
-    text = 'user_id,item_id\n' + ''.join(f'{i},abcdefgh\n' for i in range(30_000)) + '1,café\n'
-    (tmp_path/'ratings.csv').write_bytes(text.encode('cp1252'))
-    source = found(tmp_path/'ratings.csv')
+    monkeypatch.setattr(scale, "PIECE_BYTES", 2**17)
+    text = "user_id,item_id\n" + "".join(f"{i},abcdefgh\n" for i in range(30_000)) + "1,café\n"
+    (tmp_path / "ratings.csv").write_bytes(text.encode("cp1252"))
+    source = found(tmp_path / "ratings.csv")
     same_checked(di.check_source(source), scale.check_source(source, scale=SCALE))
-    for options in ({}, dict(encoding='utf-8')):
-        if not options: (tmp_path/'ratings.csv').write_bytes((text + '2,ééé\n').encode() + b'3,\xff\n')
-        with pytest.raises(AerecError) as local: di.check_source(source, **options)
-        with pytest.raises(AerecError) as ours: scale.check_source(source, scale=SCALE, **options)
+    for options in ({}, dict(encoding="utf-8")):
+        if not options:
+            (tmp_path / "ratings.csv").write_bytes((text + "2,ééé\n").encode() + b"3,\xff\n")
+        with pytest.raises(AerecError) as local:
+            di.check_source(source, **options)
+        with pytest.raises(AerecError) as ours:
+            scale.check_source(source, scale=SCALE, **options)
         assert str(local.value) == str(ours.value)
 
 
 def test_as_of(tmp_path):
-    source = found(shards_of(SMALL, tmp_path/'parts', 4))
+    source = found(shards_of(SMALL, tmp_path / "parts", 4))
     same_checked(di.check_source(source, as_of=6), scale.check_source(source, as_of=6, scale=SCALE))
-    with pytest.raises(AerecError) as local: di.check_source(source, as_of=0)
-    with pytest.raises(AerecError) as ours: scale.check_source(source, as_of=0, scale=SCALE)
+    with pytest.raises(AerecError) as local:
+        di.check_source(source, as_of=0)
+    with pytest.raises(AerecError) as ours:
+        scale.check_source(source, as_of=0, scale=SCALE)
     assert str(local.value) == str(ours.value)
 
 
 def test_rules_of_ones_own():
     seen = []
     try:
-        @bp.register_rule('no_thirds')
+
+        @bp.register_rule("no_thirds")
         def no_thirds(ratings):
             seen.append(len(ratings))
             return np.arange(len(ratings)) % 3 != 0
-        @bp.register_rule('two_each', per_user=True)
-        def two_each(ratings): return ratings.groupby('user_id', observed=True).cumcount() < 2
-        rules = dict(rules=['positive_threshold', 'no_thirds', 'two_each'], positive_threshold=4)
-        ratings = di.check_ratings(SMALL, 'small').ratings
-        same_result(bp.run_rules(ratings, rules), scale.run_rules(ratings, rules, n_shards=3, scale=SCALE))
-        assert seen[0] == seen[1] # all rows in one place
 
-        @bp.register_rule('of_numbers', per_user=True)
+        @bp.register_rule("two_each", per_user=True)
+        def two_each(ratings):
+            return ratings.groupby("user_id", observed=True).cumcount() < 2
+
+        rules = dict(rules=["positive_threshold", "no_thirds", "two_each"], positive_threshold=4)
+        ratings = di.check_ratings(SMALL, "small").ratings
+        same_result(bp.run_rules(ratings, rules), scale.run_rules(ratings, rules, n_shards=3, scale=SCALE))
+        assert seen[0] == seen[1]  # all rows in one place
+
+        @bp.register_rule("of_numbers", per_user=True)
         def of_numbers(ratings):
             return np.ones(len(ratings), int)
 
-        rules = dict(rules=['of_numbers'])
-        with pytest.raises(AerecError, match='^rule of_numbers returned int64 values; a mask has True or False') as local:
+        rules = dict(rules=["of_numbers"])
+        with pytest.raises(
+            AerecError, match="^rule of_numbers returned int64 values; a mask has True or False"
+        ) as local:
             bp.run_rules(ratings, rules)
         with pytest.raises(AerecError) as ours:
             scale.run_rules(ratings, rules, n_shards=3, scale=SCALE)
         assert str(local.value) == str(ours.value)
     finally:
-        for name in ('no_thirds', 'two_each', 'of_numbers'): bp.RULES.pop(name, None)
+        for name in ("no_thirds", "two_each", "of_numbers"):
+            bp.RULES.pop(name, None)
 
 
 def test_rules_that_leave_nothing():
-    ratings = di.check_ratings(SMALL, 'small').ratings
-    for rules in (dict(positive_threshold=5, min_user_interactions=50), dict(k_core=50), dict(rules=['weight_by_rating'], weight_by_rating=True)):
-        frame = ratings.assign(rating=ratings.rating-3) if 'weight_by_rating' in rules else ratings
-        with pytest.raises(AerecError) as local: bp.run_rules(frame, rules)
-        with pytest.raises(AerecError) as ours: scale.run_rules(frame, rules, n_shards=3, scale=SCALE)
+    ratings = di.check_ratings(SMALL, "small").ratings
+    for rules in (
+        dict(positive_threshold=5, min_user_interactions=50),
+        dict(k_core=50),
+        dict(rules=["weight_by_rating"], weight_by_rating=True),
+    ):
+        frame = ratings.assign(rating=ratings.rating - 3) if "weight_by_rating" in rules else ratings
+        with pytest.raises(AerecError) as local:
+            bp.run_rules(frame, rules)
+        with pytest.raises(AerecError) as ours:
+            scale.run_rules(frame, rules, n_shards=3, scale=SCALE)
         assert str(local.value) == str(ours.value)
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path):
-    source = found(shards_of(SMALL, tmp_path/'parts', 4))
-    whole = (tmp_path/'parts'/'part-2.parquet').read_bytes()
-    damaged = bytearray(whole); damaged[10:60] = bytes(50)
-    for broken in (whole[:len(whole)//2], bytes(damaged)):
-        (tmp_path/'parts'/'part-2.parquet').write_bytes(broken)
-        for do in (lambda: scale.check_source(source, scale=SCALE), lambda: scale.import_shards(source, tmp_path/'out', scale=SCALE)):
-            with pytest.raises(AerecError, match=r'part-2\.parquet: cannot be read as Parquet .*fetch or write it again') as e: do()
-            assert '\n' not in str(e.value)
-    texts = found(shards_of(SMALL, tmp_path/'texts', 3, 'csv'))
-    (tmp_path/'texts'/'part-1.csv').write_text('who,what\n1,2\n')
-    with pytest.raises(AerecError, match='the parts are not of one table.*part-1.csv'): scale.check_source(texts, scale=SCALE)
-    (tmp_path/'texts'/'part-1.csv').write_bytes(b'user_id,item_id,rating,timestamp\n1,\x9d,3,4\n')
-    with pytest.raises(AerecError, match='part-1.csv, line 2: byte 0x9d') as e: scale.check_source(texts, scale=SCALE)
-    elsewhere = di.Source('events', 'a log', SimpleLog())
-    with pytest.raises(AerecError, match='the engine reads files, and this source is in none; write it to Parquet'): scale.check_source(elsewhere, scale=SCALE)
+    source = found(shards_of(SMALL, tmp_path / "parts", 4))
+    whole = (tmp_path / "parts" / "part-2.parquet").read_bytes()
+    damaged = bytearray(whole)
+    damaged[10:60] = bytes(50)
+    for broken in (whole[: len(whole) // 2], bytes(damaged)):
+        (tmp_path / "parts" / "part-2.parquet").write_bytes(broken)
+        for do in (
+            lambda: scale.check_source(source, scale=SCALE),
+            lambda: scale.import_shards(source, tmp_path / "out", scale=SCALE),
+        ):
+            with pytest.raises(
+                AerecError, match=r"part-2\.parquet: cannot be read as Parquet .*fetch or write it again"
+            ) as e:
+                do()
+            assert "\n" not in str(e.value)
+    texts = found(shards_of(SMALL, tmp_path / "texts", 3, "csv"))
+    (tmp_path / "texts" / "part-1.csv").write_text("who,what\n1,2\n")
+    with pytest.raises(AerecError, match="the parts are not of one table.*part-1.csv"):
+        scale.check_source(texts, scale=SCALE)
+    (tmp_path / "texts" / "part-1.csv").write_bytes(b"user_id,item_id,rating,timestamp\n1,\x9d,3,4\n")
+    with pytest.raises(AerecError, match="part-1.csv, line 2: byte 0x9d") as e:
+        scale.check_source(texts, scale=SCALE)
+    elsewhere = di.Source("events", "a log", SimpleLog())
+    with pytest.raises(AerecError, match="the engine reads files, and this source is in none; write it to Parquet"):
+        scale.check_source(elsewhere, scale=SCALE)
 
 
-class SimpleLog: name = 'events'
+class SimpleLog:
+    name = "events"
 
 
 def test_a_damaged_shard_is_named_and_made_again(tmp_path):
-    source = found(shards_of(SMALL, tmp_path/'parts', 4))
-    made = scale.import_shards(source, tmp_path/'out', n_shards=3, scale=SCALE)
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path/'out').glob('shard-*.safetensors')}
-    same_interactions(made.gather(), scale.import_shards(source, tmp_path/'out', n_shards=3, scale=SCALE).gather())
-    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path/'out').glob('shard-*.safetensors')}
-    path = tmp_path/'out'/made.manifest['shards'][1]['file']
-    data = bytearray(path.read_bytes()); data[-1] ^= 1; path.write_bytes(data)
-    with pytest.raises(AerecError, match=f'{path.name}: damaged'): made.read(1)
-    again = scale.import_shards(source, tmp_path/'out', n_shards=3, scale=SCALE)
+    source = found(shards_of(SMALL, tmp_path / "parts", 4))
+    made = scale.import_shards(source, tmp_path / "out", n_shards=3, scale=SCALE)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard-*.safetensors")}
+    same_interactions(made.gather(), scale.import_shards(source, tmp_path / "out", n_shards=3, scale=SCALE).gather())
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard-*.safetensors")}
+    path = tmp_path / "out" / made.manifest["shards"][1]["file"]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(AerecError, match=f"{path.name}: damaged"):
+        made.read(1)
+    again = scale.import_shards(source, tmp_path / "out", n_shards=3, scale=SCALE)
     same_interactions(local_interactions(source), again.gather())
-    now = {p.name: p.stat().st_mtime_ns for p in (tmp_path/'out').glob('shard-*.safetensors')}
+    now = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard-*.safetensors")}
     assert [name for name in before if before[name] != now[name]] == [path.name]
 
 
 def workers():
     "Processes of Ray's workers that are at something."
     found = []
-    for p in psutil.process_iter(['cmdline']):
+    for p in psutil.process_iter(["cmdline"]):
         try:
-            if (p.info['cmdline'] or [''])[0].startswith('ray::') and 'IDLE' not in p.info['cmdline'][0] and 'Agent' not in p.info['cmdline'][0] and any(a.pid == os.getpid() for a in p.parents()): found.append(p)
-        except psutil.Error: pass
+            if (
+                (p.info["cmdline"] or [""])[0].startswith("ray::")
+                and "IDLE" not in p.info["cmdline"][0]
+                and "Agent" not in p.info["cmdline"][0]
+                and any(a.pid == os.getpid() for a in p.parents())
+            ):
+                found.append(p)
+        except psutil.Error:
+            pass
     return found
 
 
-@pytest.mark.parametrize('after', np.linspace(.1, 3, 10 if os.environ.get('STRESS') else 1).tolist())
+@pytest.mark.parametrize("after", np.linspace(0.1, 3, 10 if os.environ.get("STRESS") else 1).tolist())
 def test_a_killed_worker_is_replaced(sources, tmp_path, after):
     killed = []
+
     def kill():
         time.sleep(after)
-        until = time.monotonic()+20
+        until = time.monotonic() + 20
         while not killed and time.monotonic() < until:
             for p in workers()[:1]:
-                try: p.send_signal(signal.SIGKILL); killed.append(p.pid)
-                except psutil.Error: pass
-            time.sleep(.01)
-    killer = threading.Thread(target=kill); killer.start()
-    made = scale.import_shards(sources['one'], tmp_path/'out', ALL_RULES, 4, scale=SCALE)
+                try:
+                    p.send_signal(signal.SIGKILL)
+                    killed.append(p.pid)
+                except psutil.Error:
+                    pass
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    made = scale.import_shards(sources["one"], tmp_path / "out", ALL_RULES, 4, scale=SCALE)
     killer.join()
     assert killed
-    same_interactions(local_interactions(sources['one'], ALL_RULES), made.gather())
+    same_interactions(local_interactions(sources["one"], ALL_RULES), made.gather())
 
 
 def test_a_killed_import_goes_on(sources, tmp_path):
     "The process that asked for the import dies when the first shard is there."
-    code = f'''
+    code = f"""
 import os, signal, threading, time
 from pathlib import Path
 from aerec_nb import data_import as di, scale
 from aerec_nb.configuration import ScaleSettings, load_settings
 def watch():
-    while not list(Path({str(tmp_path/'out')!r}).glob('shard-*.json')): time.sleep(.002)
+    while not list(Path({str(tmp_path / "out")!r}).glob('shard-*.json')): time.sleep(.002)
     os.kill(os.getpid(), signal.SIGKILL)
 threading.Thread(target=watch, daemon=True).start()
-scale.import_shards(di._locate({str(sources['one'].ratings)!r}, load_settings(), [Path.cwd()]), {str(tmp_path/'out')!r}, None, 24, scale=ScaleSettings(engine='ray', object_store_gib=.5))
-'''
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, cwd=ROOT, env={k: v for k, v in os.environ.items() if k != 'RAY_ADDRESS'})
+scale.import_shards(di._locate({str(sources["one"].ratings)!r}, load_settings(), [Path.cwd()]), {str(tmp_path / "out")!r}, None, 24, scale=ScaleSettings(engine='ray', object_store_gib=.5))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     time.sleep(1)
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path/'out').glob('shard-*.json')}
-    assert before and not (tmp_path/'out'/'manifest.json').exists()
-    with pytest.raises(AerecError, match='begin it again, and it goes on'): scale.Shards.open(tmp_path/'out')
-    made = scale.import_shards(sources['one'], tmp_path/'out', None, 24, scale=SCALE)
-    same_interactions(local_interactions(sources['one']), made.gather())
-    assert before == {name: (tmp_path/'out'/name).stat().st_mtime_ns for name in before}
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard-*.json")}
+    assert before and not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(AerecError, match="begin it again, and it goes on"):
+        scale.Shards.open(tmp_path / "out")
+    made = scale.import_shards(sources["one"], tmp_path / "out", None, 24, scale=SCALE)
+    same_interactions(local_interactions(sources["one"]), made.gather())
+    assert before == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before}

@@ -1,4 +1,5 @@
 "Splits cannot leak: properties over random frames, slow constructions written independently, and the neighbours' own matrices."
+
 import subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
@@ -6,55 +7,88 @@ from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from scipy import sparse
 from conftest import ROOT
 from aerec_nb.configuration import AerecError
-from aerec_nb.model_preprocessing import (LEFT_OUT, SPLITS, TEST, TEST_INPUT, TRAIN, VALID, VALID_INPUT, AEDataSet, Interactions, ItemFeatures, Split, batches,
-                                          split_interactions)
+from aerec_nb.model_preprocessing import (
+    LEFT_OUT,
+    SPLITS,
+    TEST,
+    TEST_INPUT,
+    TRAIN,
+    VALID,
+    VALID_INPUT,
+    AEDataSet,
+    Interactions,
+    ItemFeatures,
+    Split,
+    batches,
+    split_interactions,
+)
 
-SHARED = ROOT.parent/'shared'
-TIMED = ('leave_last', 'temporal')
+SHARED = ROOT.parent / "shared"
+TIMED = ("leave_last", "temporal")
 quick = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 # ---- random frames ----
+
 
 @st.composite
 def frames(draw, times=None, unique_times=False):
     "A small frame: repeated pairs, integers, texts or categories for ids, with or without weights and times."
     n = draw(st.integers(60, 160))
-    random = np.random.default_rng(draw(st.integers(0, 2**32-1)))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     users, items = draw(st.integers(4, 14)), draw(st.integers(8, 30))
-    frame = pd.DataFrame(dict(user_id=random.integers(users, size=n)*7+3, item_id=(random.random(n)**2*items).astype(int)*5))
-    if draw(st.booleans()): frame['weight'] = random.integers(1, 5, n).astype(float)
-    if draw(st.booleans()) if times is None else times: frame['timestamp'] = random.permutation(n)*3 if unique_times else random.integers(draw(st.sampled_from([12, 1000])), size=n)
-    if unique_times: frame = frame.drop_duplicates(['user_id', 'item_id'])
-    kind = draw(st.sampled_from(['int', 'text', 'category']))
-    if kind != 'int': frame = frame.assign(user_id='u' + frame.user_id.astype(str), item_id=frame.item_id.astype(str))
-    return frame.astype(dict(user_id='category', item_id='category')) if kind == 'category' else frame
+    frame = pd.DataFrame(
+        dict(user_id=random.integers(users, size=n) * 7 + 3, item_id=(random.random(n) ** 2 * items).astype(int) * 5)
+    )
+    if draw(st.booleans()):
+        frame["weight"] = random.integers(1, 5, n).astype(float)
+    if draw(st.booleans()) if times is None else times:
+        frame["timestamp"] = (
+            random.permutation(n) * 3 if unique_times else random.integers(draw(st.sampled_from([12, 1000])), size=n)
+        )
+    if unique_times:
+        frame = frame.drop_duplicates(["user_id", "item_id"])
+    kind = draw(st.sampled_from(["int", "text", "category"]))
+    if kind != "int":
+        frame = frame.assign(user_id="u" + frame.user_id.astype(str), item_id=frame.item_id.astype(str))
+    return frame.astype(dict(user_id="category", item_id="category")) if kind == "category" else frame
+
 
 @st.composite
 def rules(draw, frame, kinds=SPLITS):
     "A kind of split for a frame, and arguments for it."
-    kind = draw(st.sampled_from([k for k in kinds if 'timestamp' in frame or k not in TIMED]))
+    kind = draw(st.sampled_from([k for k in kinds if "timestamp" in frame or k not in TIMED]))
     kw = dict(seed=draw(st.integers(0, 1000)))
-    if kind == 'lecture' or kind in ('holdout', 'leave_last') and draw(st.booleans()): kw['valid_sample_size'] = draw(st.integers(1, 4))
-    elif kind in ('holdout', 'leave_last', 'temporal'): kw['heldout_share'] = draw(st.sampled_from([.05, .1, .25, .45]))
-    if kind == 'strong': kw['n_heldout_users'] = draw(st.integers(1, 2))
-    if kind not in ('temporal', 'strong'): kw['short_histories'] = draw(st.sampled_from(['train', 'drop']))
+    if kind == "lecture" or kind in ("holdout", "leave_last") and draw(st.booleans()):
+        kw["valid_sample_size"] = draw(st.integers(1, 4))
+    elif kind in ("holdout", "leave_last", "temporal"):
+        kw["heldout_share"] = draw(st.sampled_from([0.05, 0.1, 0.25, 0.45]))
+    if kind == "strong":
+        kw["n_heldout_users"] = draw(st.integers(1, 2))
+    if kind not in ("temporal", "strong"):
+        kw["short_histories"] = draw(st.sampled_from(["train", "drop"]))
     return kind, kw
+
 
 def made(data, **kw):
     "A frame, a rule and its split; frames that the rule refuses are passed over."
-    frame = data.draw(frames(**{k: v for k, v in kw.items() if k != 'kinds'}))
-    kind, arguments = data.draw(rules(frame, kw.get('kinds', SPLITS)))
-    try: return frame, kind, arguments, split_interactions(frame, kind, **arguments)
+    frame = data.draw(frames(**{k: v for k, v in kw.items() if k != "kinds"}))
+    kind, arguments = data.draw(rules(frame, kw.get("kinds", SPLITS)))
+    try:
+        return frame, kind, arguments, split_interactions(frame, kind, **arguments)
     except AerecError as e:
-        assert '\n' not in str(e)
+        assert "\n" not in str(e)
         assume(False)
+
 
 def pairs(split, *parts):
     "Pairs of ids that play some parts."
     x, of = split.interactions, np.isin(split.part, parts)
     return set(zip(x.users[x.rows[of]].tolist(), x.items[x.matrix.indices[of]].tolist()))
 
-def named(users, items, matrix): return set(zip(np.asarray(users)[matrix.nonzero()[0]].tolist(), np.asarray(items)[matrix.nonzero()[1]].tolist()))
+
+def named(users, items, matrix):
+    return set(zip(np.asarray(users)[matrix.nonzero()[0]].tolist(), np.asarray(items)[matrix.nonzero()[1]].tolist()))
+
 
 def last_rows(frame):
     "Each pair's last row: pair -> its place in the frame."
@@ -62,6 +96,7 @@ def last_rows(frame):
 
 
 # ---- what must hold for every split ----
+
 
 @quick
 @given(st.data())
@@ -71,10 +106,13 @@ def test_every_interaction_plays_one_part_and_none_is_invented(data):
     assert sum(map(len, everything)) == len(split.part) == len(last_rows(frame))
     assert set().union(*everything) == set(last_rows(frame))
     x = split.interactions
-    for u, i, w, p in zip(x.users[x.rows].tolist(), x.items[x.matrix.indices].tolist(), x.matrix.data.tolist(), x.position.tolist()):
-        assert p == last_rows(frame)[u, i] and w == (frame.weight.iloc[p] if 'weight' in frame else 1)
+    for u, i, w, p in zip(
+        x.users[x.rows].tolist(), x.items[x.matrix.indices].tolist(), x.matrix.data.tolist(), x.position.tolist()
+    ):
+        assert p == last_rows(frame)[u, i] and w == (frame.weight.iloc[p] if "weight" in frame else 1)
         assert x.times is None or x.times[np.flatnonzero(x.position == p)[0]] == frame.timestamp.iloc[p]
-    if kind != 'strong': assert not (pairs(split, VALID_INPUT, TEST_INPUT))
+    if kind != "strong":
+        assert not (pairs(split, VALID_INPUT, TEST_INPUT))
 
 
 @quick
@@ -84,9 +122,15 @@ def test_no_target_leaks(data):
     for s in (split, split.refit()):
         train = named(s.users, s.items, s.train)
         assert train == pairs(s, TRAIN)
-        assert set(s.items.tolist()) == {i for _, i in train} and set(s.users.tolist()) == {u for u, _ in train}, 'vocabulary is of train alone'
-        for fold, target, inputs in ((s.valid, VALID, (VALID_INPUT,) if kind == 'strong' else (TRAIN,)), (s.test, TEST, (TEST_INPUT,) if kind == 'strong' else (TRAIN, VALID))):
-            if fold is None: continue
+        assert set(s.items.tolist()) == {i for _, i in train} and set(s.users.tolist()) == {u for u, _ in train}, (
+            "vocabulary is of train alone"
+        )
+        for fold, target, inputs in (
+            (s.valid, VALID, (VALID_INPUT,) if kind == "strong" else (TRAIN,)),
+            (s.test, TEST, (TEST_INPUT,) if kind == "strong" else (TRAIN, VALID)),
+        ):
+            if fold is None:
+                continue
             seen, asked = named(fold.users, s.items, fold.input), named(fold.users, s.items, fold.target)
             known, with_history = set(s.items.tolist()), set(fold.users.tolist())
             assert not asked & seen and not asked & train and not pairs(s, target) & train
@@ -98,12 +142,20 @@ def test_no_target_leaks(data):
             # who is not asked is counted
             cold = {u for u in held_out.index} - {u for u, i in pairs(s, *inputs) if i in known}
             idle = {u for u, _ in pairs(s, *inputs)} - set(held_out.index)
-            assert (fold.n_without_history, fold.n_without_target, fold.n_left_out) == (len(cold), len(idle), int(held_out[list(cold)].sum()))
+            assert (fold.n_without_history, fold.n_without_target, fold.n_left_out) == (
+                len(cold),
+                len(idle),
+                int(held_out[list(cold)].sum()),
+            )
             assert with_history == set(held_out.index) - cold
-            if kind == 'strong': assert not with_history & set(s.users.tolist())
-        table = s.report().set_index('part')
-        assert table.interactions['test'] == s.test.n_targets.sum() and table.unknown_targets['test'] == s.test.n_targets.sum()-s.test.target.nnz
-        assert ('left out' in table.index) == (s.part == LEFT_OUT).any()
+            if kind == "strong":
+                assert not with_history & set(s.users.tolist())
+        table = s.report().set_index("part")
+        assert (
+            table.interactions["test"] == s.test.n_targets.sum()
+            and table.unknown_targets["test"] == s.test.n_targets.sum() - s.test.target.nnz
+        )
+        assert ("left out" in table.index) == (s.part == LEFT_OUT).any()
 
 
 @quick
@@ -111,7 +163,9 @@ def test_no_target_leaks(data):
 def test_refit_moves_exactly_the_targets_of_validation(data):
     _, kind, _, split = made(data)
     refit = split.refit()
-    if kind == 'strong': assert refit is split; return
+    if kind == "strong":
+        assert refit is split
+        return
     assert refit.valid is None and pairs(refit, TEST) == pairs(split, TEST)
     assert pairs(refit, TRAIN) == pairs(split, TRAIN) | pairs(split, VALID)
     assert pairs(refit, LEFT_OUT) == pairs(split, LEFT_OUT)
@@ -123,18 +177,20 @@ def test_refit_moves_exactly_the_targets_of_validation(data):
 def test_same_seed_same_split_and_kept_as_it_was(data):
     frame, kind, arguments, split = made(data)
     assert split_interactions(frame.copy(), kind, **arguments).fingerprint == split.fingerprint
-    with __import__('tempfile').TemporaryDirectory() as d:
+    with __import__("tempfile").TemporaryDirectory() as d:
         split.save(d)
         back = Split.load(d)
     assert back.fingerprint == split.fingerprint and repr(back) == repr(split) and back.report().equals(split.report())
     assert back.interactions.users.tolist() == split.interactions.users.tolist()
-    assert all((getattr(back.test, m) != getattr(split.test, m)).nnz == 0 for m in ('input', 'target'))
+    assert all((getattr(back.test, m) != getattr(split.test, m)).nnz == 0 for m in ("input", "target"))
 
 
-@pytest.mark.parametrize('kind', SPLITS)
+@pytest.mark.parametrize("kind", SPLITS)
 def test_another_seed_is_another_split_where_anything_is_drawn(kind):
     random = np.random.default_rng(0)
-    frame = pd.DataFrame(dict(user_id=random.integers(50, size=3000), item_id=random.integers(100, size=3000), timestamp=np.arange(3000))).drop_duplicates(['user_id', 'item_id'])
+    frame = pd.DataFrame(
+        dict(user_id=random.integers(50, size=3000), item_id=random.integers(100, size=3000), timestamp=np.arange(3000))
+    ).drop_duplicates(["user_id", "item_id"])
     parts = [pairs(split_interactions(frame, kind, seed=seed), TEST) for seed in (1, 2, 1)]
     assert parts[0] == parts[2] and (parts[0] == parts[1]) == (kind in TIMED)
 
@@ -142,21 +198,21 @@ def test_another_seed_is_another_split_where_anything_is_drawn(kind):
 @quick
 @given(st.data())
 def test_in_time_nothing_is_learned_from_the_future(data):
-    frame, _, arguments, split = made(data, times=True, kinds=('temporal',))
+    frame, _, arguments, split = made(data, times=True, kinds=("temporal",))
     times, (valid, test) = split.interactions.times, split.cuts
     of = lambda part: times[split.part == part]
     assert of(TRAIN).max() < valid <= of(VALID).min() and of(VALID).max() < test <= of(TEST).min()
-    n = max(1, int(arguments['heldout_share']*len(times)))
-    assert (split.part == TEST).sum() >= n and (times > test).sum() < n, 'the share, and the rest of its first second'
+    n = max(1, int(arguments["heldout_share"] * len(times)))
+    assert (split.part == TEST).sum() >= n and (times > test).sum() < n, "the share, and the rest of its first second"
     assert (split.part == VALID).sum() >= n and ((times > valid) & (times < test)).sum() < n
-    again = split_interactions(frame, 'temporal', cut_time=int(test), valid_cut_time=int(valid))
+    again = split_interactions(frame, "temporal", cut_time=int(test), valid_cut_time=int(valid))
     assert (again.part == split.part).all() and again.cuts == split.cuts
 
 
 @quick
 @given(st.data())
 def test_leave_last_takes_the_latest_of_each_user(data):
-    frame, _, _, split = made(data, times=True, kinds=('leave_last',))
+    frame, _, _, split = made(data, times=True, kinds=("leave_last",))
     x = split.interactions
     for user in range(x.n_users):
         of = np.flatnonzero(x.rows == user)
@@ -164,7 +220,7 @@ def test_leave_last_takes_the_latest_of_each_user(data):
         rank = np.select([in_time == VALID, in_time == TEST], [1, 2], 0)
         assert (np.diff(rank) >= 0).all()
         n_test, n_valid = (in_time == TEST).sum(), (in_time == VALID).sum()
-        assert n_test == n_valid and (n_test >= 1) == (len(of) >= 3) and n_test+n_valid < max(1, len(of))
+        assert n_test == n_valid and (n_test >= 1) == (len(of) >= 3) and n_test + n_valid < max(1, len(of))
 
 
 @quick
@@ -172,10 +228,12 @@ def test_leave_last_takes_the_latest_of_each_user(data):
 def test_the_order_of_the_file_does_not_matter_where_times_decide(data):
     frame, kind, arguments, split = made(data, times=True, unique_times=True, kinds=TIMED)
     other = split_interactions(frame.sample(frac=1, random_state=data.draw(st.integers(0, 99))), kind, **arguments)
-    for part in (TRAIN, VALID, TEST, LEFT_OUT): assert pairs(other, part) == pairs(split, part)
+    for part in (TRAIN, VALID, TEST, LEFT_OUT):
+        assert pairs(other, part) == pairs(split, part)
 
 
 # ---- slow constructions, after the rules' own words ----
+
 
 def slow_lecture(frame, n, seed):
     "Test pairs by the lecture's loop over users in order of first appearance."
@@ -183,7 +241,8 @@ def slow_lecture(frame, n, seed):
     held_out = set()
     for user in frame.user_id.drop_duplicates().tolist():
         items = np.array(frame[frame.user_id == user].item_id.tolist(), dtype=object)
-        if len(items) > n: held_out |= {(user, i) for i in np.random.choice(items, n, replace=False)}
+        if len(items) > n:
+            held_out |= {(user, i) for i in np.random.choice(items, n, replace=False)}
     return held_out
 
 
@@ -192,7 +251,7 @@ def slow_strong(frame, n_heldout, seed):
     users = sorted(set(frame.user_id.tolist()))
     np.random.seed(seed)
     users = [users[k] for k in np.random.permutation(len(users))]
-    train, valid, test = users[:-2*n_heldout], users[-2*n_heldout:-n_heldout], users[-n_heldout:]
+    train, valid, test = users[: -2 * n_heldout], users[-2 * n_heldout : -n_heldout], users[-n_heldout:]
     rows = list(zip(frame.user_id.tolist(), frame.item_id.tolist()))
     learned = {(u, i) for u, i in rows if u in train}
     known = {i for _, i in learned}
@@ -202,7 +261,11 @@ def slow_strong(frame, n_heldout, seed):
         seen, target = set(), set()
         for user in sorted(held_out):
             items = [i for u, i in rows if u == user and i in known]
-            drawn = set(np.random.choice(len(items), size=int(.2*len(items)), replace=False).tolist()) if len(items) >= 5 else set()
+            drawn = (
+                set(np.random.choice(len(items), size=int(0.2 * len(items)), replace=False).tolist())
+                if len(items) >= 5
+                else set()
+            )
             seen |= {(user, i) for k, i in enumerate(items) if k not in drawn}
             target |= {(user, i) for k, i in enumerate(items) if k in drawn}
         folds.append((seen, target))
@@ -211,8 +274,8 @@ def slow_strong(frame, n_heldout, seed):
 
 def once(frame):
     "One row a pair, the last, without categories."
-    frame = frame.astype({c: object for c in ('user_id', 'item_id')}) if frame.user_id.dtype == 'category' else frame
-    return frame[~frame.duplicated(['user_id', 'item_id'], keep='last')]
+    frame = frame.astype({c: object for c in ("user_id", "item_id")}) if frame.user_id.dtype == "category" else frame
+    return frame[~frame.duplicated(["user_id", "item_id"], keep="last")]
 
 
 @quick
@@ -221,14 +284,24 @@ def test_lecture_holds_out_what_the_lecture_holds_out(data):
     # of a repeated pair the last row stays, at its place; users and items keep their numbers by the first
     frame = once(data.draw(frames()))
     n, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 999))
-    try: split = split_interactions(frame, 'lecture', valid_sample_size=n, seed=seed)
-    except AerecError: assume(False)
+    try:
+        split = split_interactions(frame, "lecture", valid_sample_size=n, seed=seed)
+    except AerecError:
+        assume(False)
     tested = slow_lecture(frame, n, seed)
     rest = frame[[p not in tested for p in zip(frame.user_id, frame.item_id)]]
-    assert pairs(split, TEST) == tested and split.seeds == dict(test=seed, valid=seed+1)
-    order = frame.user_id.drop_duplicates().tolist() # a user whom test took wholly does not exist: test leaves at least one item
+    assert pairs(split, TEST) == tested and split.seeds == dict(test=seed, valid=seed + 1)
+    order = (
+        frame.user_id.drop_duplicates().tolist()
+    )  # a user whom test took wholly does not exist: test leaves at least one item
     assert order == rest.user_id.drop_duplicates().tolist() or set(order) == set(rest.user_id)
-    assert pairs(split, VALID) == slow_lecture(rest.assign(user_id=pd.Categorical(rest.user_id, order)).sort_values('user_id', kind='stable').assign(user_id=lambda f: f.user_id.astype(object)), n, seed+1)
+    assert pairs(split, VALID) == slow_lecture(
+        rest.assign(user_id=pd.Categorical(rest.user_id, order))
+        .sort_values("user_id", kind="stable")
+        .assign(user_id=lambda f: f.user_id.astype(object)),
+        n,
+        seed + 1,
+    )
     ae = AEDataSet(frame)
     ae.train_valid_split(valid_sample_size=n, seed=seed)
     assert {(ae.idx2user[u], ae.idx2item[i]) for u, v in ae.valid_dict.items() for i in v} == tested
@@ -239,76 +312,121 @@ def test_lecture_holds_out_what_the_lecture_holds_out(data):
 def test_strong_is_the_one_of_liang(data):
     frame = once(data.draw(frames()))
     n, seed = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 999))
-    try: split = split_interactions(frame, 'strong', n_heldout_users=n, seed=seed)
-    except AerecError: assume(False)
+    try:
+        split = split_interactions(frame, "strong", n_heldout_users=n, seed=seed)
+    except AerecError:
+        assume(False)
     train, (valid_in, valid_out), (test_in, test_out) = slow_strong(frame, n, seed)
     assert pairs(split, TRAIN) == train
-    assert (pairs(split, VALID_INPUT), pairs(split, VALID), pairs(split, TEST_INPUT), pairs(split, TEST)) == (valid_in, valid_out, test_in, test_out)
+    assert (pairs(split, VALID_INPUT), pairs(split, VALID), pairs(split, TEST_INPUT), pairs(split, TEST)) == (
+        valid_in,
+        valid_out,
+        test_in,
+        test_out,
+    )
 
 
 # ---- the neighbours' own matrices ----
 
-if (SHARED/'reference'/'splits.py').exists() and (SHARED/'data'/'ml-1m'/'ratings.csv.gz').exists():
-    pytestmark_reference = pytest.mark.xdist_group('reference')
+if (SHARED / "reference" / "splits.py").exists() and (SHARED / "data" / "ml-1m" / "ratings.csv.gz").exists():
+    pytestmark_reference = pytest.mark.xdist_group("reference")
 
-    @pytest.fixture(scope='module')
+    @pytest.fixture(scope="module")
     def reference(tmp_path_factory):
-        folder = tmp_path_factory.mktemp('reference')
-        done = subprocess.run([sys.executable, SHARED/'reference'/'splits.py', folder], capture_output=True, text=True, timeout=120)
+        folder = tmp_path_factory.mktemp("reference")
+        done = subprocess.run(
+            [sys.executable, SHARED / "reference" / "splits.py", folder], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr[-2000:]
-        return lambda name: sparse.load_npz(folder/f'{name}.npz') if not name.endswith('ids') else np.load(folder/f'{name}.npz')
+        return lambda name: (
+            sparse.load_npz(folder / f"{name}.npz") if not name.endswith("ids") else np.load(folder / f"{name}.npz")
+        )
 
     def read(name):
-        frame = pd.read_csv(SHARED/'data'/name, usecols=['userId', 'movieId', 'rating']).rename(columns=dict(userId='user_id', movieId='item_id'))
-        return frame.assign(size=frame.groupby('user_id').item_id.transform('size'))
+        frame = pd.read_csv(SHARED / "data" / name, usecols=["userId", "movieId", "rating"]).rename(
+            columns=dict(userId="user_id", movieId="item_id")
+        )
+        return frame.assign(size=frame.groupby("user_id").item_id.transform("size"))
 
-    def same(a, b): return a.shape == b.shape and (a != b).nnz == 0
+    def same(a, b):
+        return a.shape == b.shape and (a != b).nnz == 0
 
     @pytestmark_reference
-    @pytest.mark.parametrize('name, n', [('P1', 10), ('P1b', 5)])
+    @pytest.mark.parametrize("name, n", [("P1", 10), ("P1b", 5)])
     def test_lecture_gives_the_matrices_of_the_reference(reference, name, n):
-        frame = read('ml-latest-small/ratings.csv')
-        if name == 'P1b':
+        frame = read("ml-latest-small/ratings.csv")
+        if name == "P1b":
             frame = frame[frame.rating >= 3]
-            frame = frame[frame.groupby('user_id').item_id.transform('size') >= 15]
-        split = split_interactions(frame[['user_id', 'item_id']], 'lecture', valid_sample_size=n)
-        x, ids, train, test = split.interactions, reference(f'{name}_ids'), reference(f'{name}_train'), reference(f'{name}_test')
-        assert (x.users == ids['users']).all() and (x.items == ids['items']).all()
-        only = lambda *parts: sparse.csr_matrix((np.isin(split.part, parts).astype(np.float32), x.matrix.indices, x.matrix.indptr), x.matrix.shape)
+            frame = frame[frame.groupby("user_id").item_id.transform("size") >= 15]
+        split = split_interactions(frame[["user_id", "item_id"]], "lecture", valid_sample_size=n)
+        x, ids, train, test = (
+            split.interactions,
+            reference(f"{name}_ids"),
+            reference(f"{name}_train"),
+            reference(f"{name}_test"),
+        )
+        assert (x.users == ids["users"]).all() and (x.items == ids["items"]).all()
+        only = lambda *parts: sparse.csr_matrix(
+            (np.isin(split.part, parts).astype(np.float32), x.matrix.indices, x.matrix.indptr), x.matrix.shape
+        )
         assert same(only(TEST), test) and same(only(TRAIN, VALID), train)
         refit, known = split.refit(), np.asarray(train.sum(0)).ravel() > 0
-        assert same(refit.train, train[:, known]) and same(refit.test.input, train[:, known]) and same(refit.test.target, test[:, known])
-        assert (refit.test.n_targets == n).all() and refit.test.n_targets.sum()-refit.test.target.nnz == test[:, ~known].nnz
+        assert (
+            same(refit.train, train[:, known])
+            and same(refit.test.input, train[:, known])
+            and same(refit.test.target, test[:, known])
+        )
+        assert (refit.test.n_targets == n).all() and refit.test.n_targets.sum() - refit.test.target.nnz == test[
+            :, ~known
+        ].nnz
 
     @pytestmark_reference
     def test_strong_gives_the_matrices_of_the_reference(reference):
-        frame = read('ml-1m/ratings.csv.gz')
+        frame = read("ml-1m/ratings.csv.gz")
         frame = frame[frame.rating >= 4]
-        frame = frame[frame.groupby('user_id').item_id.transform('size') >= 5]
-        split = split_interactions(frame[['user_id', 'item_id']], 'strong', n_heldout_users=500, seed=98765)
-        ids = reference('P3_ids')
-        assert (split.users == ids['train']).all() and (split.items == ids['items']).all()
-        assert (split.valid.users == np.sort(ids['val'])).all() and (split.test.users == np.sort(ids['test'])).all()
-        for ours, theirs in ((split.train, 'train'), (split.valid.input, 'val_in'), (split.valid.target, 'val_out'), (split.test.input, 'test_in'), (split.test.target, 'test_out')):
-            assert same(ours, reference(f'P3_{theirs}')), theirs
+        frame = frame[frame.groupby("user_id").item_id.transform("size") >= 5]
+        split = split_interactions(frame[["user_id", "item_id"]], "strong", n_heldout_users=500, seed=98765)
+        ids = reference("P3_ids")
+        assert (split.users == ids["train"]).all() and (split.items == ids["items"]).all()
+        assert (split.valid.users == np.sort(ids["val"])).all() and (split.test.users == np.sort(ids["test"])).all()
+        for ours, theirs in (
+            (split.train, "train"),
+            (split.valid.input, "val_in"),
+            (split.valid.target, "val_out"),
+            (split.test.input, "test_in"),
+            (split.test.target, "test_out"),
+        ):
+            assert same(ours, reference(f"P3_{theirs}")), theirs
 
 
 # ---- matrices, vocabularies, batches ----
+
 
 @quick
 @given(frames(), st.integers(0, 2**31))
 def test_vocabularies_grow_without_moving(frame, seed):
     random = np.random.default_rng(seed)
-    first = frame.iloc[:random.integers(1, len(frame))]
+    first = frame.iloc[: random.integers(1, len(frame))]
     old = Interactions.from_frame(first)
     new = Interactions.from_frame(frame, users=old.users, items=old.items)
-    assert new.users[:old.n_users].tolist() == old.users.tolist() and new.items[:old.n_items].tolist() == old.items.tolist()
+    assert (
+        new.users[: old.n_users].tolist() == old.users.tolist()
+        and new.items[: old.n_items].tolist() == old.items.tolist()
+    )
     plain = Interactions.from_frame(frame)
-    assert named(new.users, new.items, new.matrix) == named(plain.users, plain.items, plain.matrix) == set(last_rows(frame))
-    assert new.users.tolist() == plain.users.tolist() and new.items.tolist() == plain.items.tolist(), 'a beginning of the file is the beginning of its vocabulary'
+    assert (
+        named(new.users, new.items, new.matrix)
+        == named(plain.users, plain.items, plain.matrix)
+        == set(last_rows(frame))
+    )
+    assert new.users.tolist() == plain.users.tolist() and new.items.tolist() == plain.items.tolist(), (
+        "a beginning of the file is the beginning of its vocabulary"
+    )
     assert sorted(map(repr, new.users.tolist())) == sorted(map(repr, plain.users.tolist()))
     shifted = Interactions.from_frame(first, users=plain.users[::-1], items=plain.items[::-1])
-    assert shifted.users.tolist() == plain.users[::-1].tolist() and named(shifted.users, shifted.items, shifted.matrix) == set(last_rows(first))
+    assert shifted.users.tolist() == plain.users[::-1].tolist() and named(
+        shifted.users, shifted.items, shifted.matrix
+    ) == set(last_rows(first))
 
 
 @quick
@@ -316,45 +434,75 @@ def test_vocabularies_grow_without_moving(frame, seed):
 def test_batches_are_the_rows(frame, batch_size, shuffle, seed):
     m = Interactions.from_frame(frame).matrix
     got = list(batches(m, batch_size, shuffle, seed))
-    rows = [(i[a:b].tolist(), w[a:b].tolist()) for i, o, w in got for a, b in zip(o.tolist(), [*o.tolist()[1:], len(i)])]
+    rows = [
+        (i[a:b].tolist(), w[a:b].tolist()) for i, o, w in got for a, b in zip(o.tolist(), [*o.tolist()[1:], len(i)])
+    ]
     order = np.random.default_rng(seed).permutation(m.shape[0]) if shuffle else range(m.shape[0])
-    assert rows == [(m.indices[m.indptr[r]:m.indptr[r+1]].tolist(), m.data[m.indptr[r]:m.indptr[r+1]].tolist()) for r in order]
-    assert [len(o) for _, o, _ in got] == [min(batch_size, m.shape[0]-s) for s in range(0, m.shape[0], batch_size)]
+    assert rows == [
+        (m.indices[m.indptr[r] : m.indptr[r + 1]].tolist(), m.data[m.indptr[r] : m.indptr[r + 1]].tolist())
+        for r in order
+    ]
+    assert [len(o) for _, o, _ in got] == [min(batch_size, m.shape[0] - s) for s in range(0, m.shape[0], batch_size)]
 
 
 # ---- a temporal split through the process ----
+
 
 def test_temporal_split_is_evaluated_and_audited():
     from aerec_nb.data_import import load_ratings
     from aerec_nb.modeling import create_model
     from aerec_nb.validation import METRICS, audit_leaks, bounds, evaluate
-    split = split_interactions(load_ratings('sample'), 'temporal')
-    for s, on in ((split, 'valid'), (split.refit(), 'test')):
-        model = create_model('ease', lam=50.).fit(s.train)
+
+    split = split_interactions(load_ratings("sample"), "temporal")
+    for s, on in ((split, "valid"), (split.refit(), "test")):
+        model = create_model("ease", lam=50.0).fit(s.train)
         found, ends = evaluate(model, s, 10, on), bounds(s.train, getattr(s, on), 10, on)
         assert all(np.isfinite(v := found.metrics[m]).all() and (v >= 0).all() and (v <= 1).all() for m in METRICS)
-        assert ends['random'].mean() < found.mean() < ends['oracle'].mean() <= 1
+        assert ends["random"].mean() < found.mean() < ends["oracle"].mean() <= 1
         assert not audit_leaks(s, model=model, on=on).leaks.any()
 
 
 def test_stage_makes_the_split_and_the_features_that_are_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv('IN_TEST', '1')
+    monkeypatch.setenv("IN_TEST", "1")
     from aerec_nb.data_import import load_items, load_ratings
     from aerec_nb.runs import open_run
-    runs, items, times = dict(env='test', runs_dir=str(tmp_path/'runs')), load_items('sample'), load_ratings('sample').timestamp
-    tags = tmp_path/'tags.csv'
-    cut = int(times.quantile(.8))
-    pd.DataFrame(dict(userId=1, movieId=items.item_id.iloc[[0, 0, 1, 1]], tag=['slow', 'late', 'Slow', 'late'], timestamp=[0, 2**31, 0, 2**31])).to_csv(tags, index=False)
-    run = open_run(**runs, split='temporal', cut_time=str(cut), tags_file=str(tags), max_categories=3)
+
+    runs, items, times = (
+        dict(env="test", runs_dir=str(tmp_path / "runs")),
+        load_items("sample"),
+        load_ratings("sample").timestamp,
+    )
+    tags = tmp_path / "tags.csv"
+    cut = int(times.quantile(0.8))
+    pd.DataFrame(
+        dict(
+            userId=1,
+            movieId=items.item_id.iloc[[0, 0, 1, 1]],
+            tag=["slow", "late", "Slow", "late"],
+            timestamp=[0, 2**31, 0, 2**31],
+        )
+    ).to_csv(tags, index=False)
+    run = open_run(**runs, split="temporal", cut_time=str(cut), tags_file=str(tags), max_categories=3)
     run.quiet = True
-    stage = run.execute('model_preprocessing')
-    split, features = Split.load(stage/'split'), ItemFeatures.load(stage/'features')
-    assert split.kind == 'temporal' and split.cuts[1] == cut and split.interactions.times[split.part == TRAIN].max() < split.cuts[0]
-    assert set(features.items.tolist()) == set(items.item_id) | set(split.interactions.items.tolist()), 'cold items have features, too'
-    assert 'tag=slow' in features.names and 'tag=late' not in features.names, 'tags of the future are not known'
-    assert sum(n.startswith('genres=') for n in features.names) == 4 and 'genres=other' in features.names
+    stage = run.execute("model_preprocessing")
+    split, features = Split.load(stage / "split"), ItemFeatures.load(stage / "features")
+    assert (
+        split.kind == "temporal"
+        and split.cuts[1] == cut
+        and split.interactions.times[split.part == TRAIN].max() < split.cuts[0]
+    )
+    assert set(features.items.tolist()) == set(items.item_id) | set(split.interactions.items.tolist()), (
+        "cold items have features, too"
+    )
+    assert "tag=slow" in features.names and "tag=late" not in features.names, "tags of the future are not known"
+    assert sum(n.startswith("genres=") for n in features.names) == 4 and "genres=other" in features.names
     assert features.over(split.items).matrix.shape[0] == split.train.shape[1]
-    assert pd.read_parquet(stage/'report.parquet').set_index('part').users_without_history['test'] == split.test.n_without_history
-    assert run.manifest('model_preprocessing')['settings']['split.cut_time']['value'] == str(cut)
-    with pytest.raises(AerecError, match='no such file'): open_run(**runs, tags_file='nowhere.csv').execute('model_preprocessing')
-    with pytest.raises(AerecError, match='must lie behind the first interaction'): open_run(**runs, split='temporal', cut_time='1900-01-01').execute('model_preprocessing')
+    assert (
+        pd.read_parquet(stage / "report.parquet").set_index("part").users_without_history["test"]
+        == split.test.n_without_history
+    )
+    assert run.manifest("model_preprocessing")["settings"]["split.cut_time"]["value"] == str(cut)
+    with pytest.raises(AerecError, match="no such file"):
+        open_run(**runs, tags_file="nowhere.csv").execute("model_preprocessing")
+    with pytest.raises(AerecError, match="must lie behind the first interaction"):
+        open_run(**runs, split="temporal", cut_time="1900-01-01").execute("model_preprocessing")

@@ -1,4 +1,5 @@
 "Training as a process: kill -9 at random moments and go on, to the last bit; the experiment log in MLflow."
+
 import json, os, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import pytest
@@ -6,10 +7,10 @@ from aerec_nb.configuration import AerecError
 from aerec_nb.training import ExperimentLog
 from conftest import run
 
-TRIALS = 10 if os.environ.get('STRESS') else 1  # `make stress` kills ten times as often
+TRIALS = 10 if os.environ.get("STRESS") else 1  # `make stress` kills ten times as often
 
 # One process imports everything and forks: each attempt costs what it trains, not what Python imports. It computes nothing itself, so forking is safe.
-KILLED = textwrap.dedent('''
+KILLED = textwrap.dedent("""
     import json, os, random, signal, sys, time
     from pathlib import Path
     import numpy as np, pandas as pd
@@ -44,55 +45,79 @@ KILLED = textwrap.dedent('''
     same = (folder/'resumed').read_bytes() == (folder/'whole').read_bytes() == (folder/'timed').read_bytes()
     print(json.dumps(dict(killed=sum(os.WIFSIGNALED(k) for k in killed), failed=[k for k in killed if k and not os.WIFSIGNALED(k)], same=same,
                           left=sorted(p.suffix for p in (folder/'kept').iterdir()))))
-''')
+""")
 
 
-@pytest.mark.parametrize('name,hp', [('mult_vae', dict(hidden_dim=24, latent_dim=8, batch_size=50, num_epoch=6, anneal_steps=20)),
-                                     ('recvae', dict(hidden_dim=16, latent_dim=6, batch_size=100, num_epoch=3, cosine_epochs=3, clip_norm=1.))])
+@pytest.mark.parametrize(
+    "name,hp",
+    [
+        ("mult_vae", dict(hidden_dim=24, latent_dim=8, batch_size=50, num_epoch=6, anneal_steps=20)),
+        ("recvae", dict(hidden_dim=16, latent_dim=6, batch_size=100, num_epoch=3, cosine_epochs=3, clip_norm=1.0)),
+    ],
+)
 def test_killed_at_any_moment_training_goes_on_to_the_last_bit(name, hp, tmp_path, environ):
     for trial in range(TRIALS):
-        folder = tmp_path/str(trial)
+        folder = tmp_path / str(trial)
         folder.mkdir()
-        done = run(sys.executable, '-c', KILLED, folder, name, json.dumps(hp), trial, 4, env=environ, cwd=tmp_path)
+        done = run(sys.executable, "-c", KILLED, folder, name, json.dumps(hp), trial, 4, env=environ, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         found = json.loads(done.stdout.splitlines()[-1])
-        assert found['same'] and not found['failed'] and found['killed'] >= 2, found
-        assert found['left'] == ['.json', '.safetensors'], found
+        assert found["same"] and not found["failed"] and found["killed"] >= 2, found
+        assert found["left"] == [".json", ".safetensors"], found
 
 
 STAGE = "from aerec_nb.runs import open_run; r = open_run('r', env='test', model='mult_dae', hidden_dim=8, batch_size=16, num_epoch=40, patience=40, checkpoint_s=0); "
 
 
 def test_a_killed_stage_goes_on_in_its_run_and_in_its_log(environ, tmp_path):
-    environ['AEREC_TRAINING__TRACKING_URI'] = f"sqlite:///{tmp_path}/var/registry.db"
-    def python(do): return [sys.executable, '-c', STAGE + do]
-    assert (done := run(*python("r.ensure('modeling')"), env=environ, cwd=tmp_path)).returncode == 0, done.stderr[-3000:]
-    kept = Path(environ['AEREC_RUNS_DIR'])/'r'/'.training'/'mult_dae'/'checkpoint.json'
-    for reach in (1, 10)[:1 if TRIALS == 1 else 2]:
-        process = subprocess.Popen(python("r.execute('training')"), env=environ, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    environ["AEREC_TRAINING__TRACKING_URI"] = f"sqlite:///{tmp_path}/var/registry.db"
+
+    def python(do):
+        return [sys.executable, "-c", STAGE + do]
+
+    assert (done := run(*python("r.ensure('modeling')"), env=environ, cwd=tmp_path)).returncode == 0, done.stderr[
+        -3000:
+    ]
+    kept = Path(environ["AEREC_RUNS_DIR"]) / "r" / ".training" / "mult_dae" / "checkpoint.json"
+    for reach in (1, 10)[: 1 if TRIALS == 1 else 2]:
+        process = subprocess.Popen(
+            python("r.execute('training')"),
+            env=environ,
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         for _ in range(1200):
-            if process.poll() is not None: pytest.fail(f'ended before it was killed: {process.stderr.read()[-3000:]}')
-            if kept.exists() and json.loads(kept.read_text())['progress']['epoch'] >= reach: break
-            time.sleep(.05)
+            if process.poll() is not None:
+                pytest.fail(f"ended before it was killed: {process.stderr.read()[-3000:]}")
+            if kept.exists() and json.loads(kept.read_text())["progress"]["epoch"] >= reach:
+                break
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert kept.exists()
     both = "import json; print(json.dumps([json.loads((r.execute('training')/'manifest.json').read_text())['outputs'] for _ in range(2)])); "
-    look = ("from mlflow.tracking import MlflowClient; import os; c = MlflowClient(os.environ['AEREC_TRAINING__TRACKING_URI']); e = c.get_experiment_by_name('aerec'); "
-            "print(json.dumps([[t.info.status, t.data.params['hidden_dim'], t.data.tags['data.fingerprint'][:4], [m.step for m in c.get_metric_history(t.info.run_id, 'ndcg')], "
-            "[a.path for a in c.list_artifacts(t.info.run_id)]] for t in c.search_runs([e.experiment_id], order_by=['attributes.start_time'])]))")
-    done = run(*python(both + look), env=environ, cwd=tmp_path)  # goes on to the end; then once more from the beginning, uninterrupted
+    look = (
+        "from mlflow.tracking import MlflowClient; import os; c = MlflowClient(os.environ['AEREC_TRAINING__TRACKING_URI']); e = c.get_experiment_by_name('aerec'); "
+        "print(json.dumps([[t.info.status, t.data.params['hidden_dim'], t.data.tags['data.fingerprint'][:4], [m.step for m in c.get_metric_history(t.info.run_id, 'ndcg')], "
+        "[a.path for a in c.list_artifacts(t.info.run_id)]] for t in c.search_runs([e.experiment_id], order_by=['attributes.start_time'])]))"
+    )
+    done = run(
+        *python(both + look), env=environ, cwd=tmp_path
+    )  # goes on to the end; then once more from the beginning, uninterrupted
     assert done.returncode == 0, done.stderr[-3000:]
-    outputs, logged = (json.loads(line) for line in done.stdout.splitlines() if line.startswith('[['  ) or line.startswith('[{'))
-    assert outputs[0] == outputs[1] and 'mult_dae/model.safetensors' in outputs[0]
+    outputs, logged = (
+        json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[") or line.startswith("[{")
+    )
+    assert outputs[0] == outputs[1] and "mult_dae/model.safetensors" in outputs[0]
     assert not kept.parent.parent.exists()
     assert len(logged) == 2, logged  # the killed training is one run of the log, not two
     for status, width, fingerprint, steps, pictures in logged:
-        assert (status, width, sorted(steps), pictures) == ('FINISHED', '8', list(range(1, 41)), ['curves.png']), logged
+        assert (status, width, sorted(steps), pictures) == ("FINISHED", "8", list(range(1, 41)), ["curves.png"]), logged
 
 
 def test_an_experiment_log_that_is_no_database(tmp_path):
-    (path := tmp_path / 'registry.db').write_bytes(b'no database' * 100)
-    with pytest.raises(AerecError, match='^training.tracking_uri sqlite:.*: MLflow cannot open it: .*; set it to off'):
-        ExperimentLog(f'sqlite:///{path}')
-    assert path.read_bytes() == b'no database' * 100
+    (path := tmp_path / "registry.db").write_bytes(b"no database" * 100)
+    with pytest.raises(AerecError, match="^training.tracking_uri sqlite:.*: MLflow cannot open it: .*; set it to off"):
+        ExperimentLog(f"sqlite:///{path}")
+    assert path.read_bytes() == b"no database" * 100

@@ -45,13 +45,13 @@ def instrument(source, module, log):
     marks = []
     for key, node in raises(source, module):
         touch = f', __import__("io").open({str(log / key)!r}, "w").close())[0]'
-        marks.append((node.exc.lineno, node.exc.col_offset, b'('))
+        marks.append((node.exc.lineno, node.exc.col_offset, b"("))
         marks.append((node.exc.end_lineno, node.exc.end_col_offset, touch.encode()))
 
     for line, column, mark in sorted(marks, reverse=True):
         text = lines[line - 1]
         lines[line - 1] = text[:column] + mark + text[column:]
-    return b''.join(lines).decode()
+    return b"".join(lines).decode()
 
 
 def copy_project(copy, log):
@@ -61,39 +61,39 @@ def copy_project(copy, log):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
 
-    for path in (copy / 'aerec_nb').glob('*.py'):
+    for path in (copy / "aerec_nb").glob("*.py"):
         path.write_text(instrument(path.read_text(), path.stem, log))
-    for path in (copy / 'nbs').rglob('*.ipynb'):
+    for path in (copy / "nbs").rglob("*.ipynb"):
         notebook = json.loads(path.read_text())
-        cells = [cell for cell in notebook['cells'] if cell['cell_type'] == 'code']
-        module = re.search(r'#\| default_exp (\w+)', '\n'.join(''.join(cell['source']) for cell in cells))
+        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        module = re.search(r"#\| default_exp (\w+)", "\n".join("".join(cell["source"]) for cell in cells))
         for cell in cells if module else []:
-            source = ''.join(cell['source'])
-            if not re.search(r'^\s*[%!]', source, re.M):
-                cell['source'] = instrument(source, module[1], log).splitlines(keepends=True)
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n')
+            source = "".join(cell["source"])
+            if not re.search(r"^\s*[%!]", source, re.M):
+                cell["source"] = instrument(source, module[1], log).splitlines(keepends=True)
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 
-    subprocess.run(['git', 'init', '-q'], cwd=copy, check=True)
-    subprocess.run(['git', 'add', '-A'], cwd=copy, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    subprocess.run(["git", "add", "-A"], cwd=copy, check=True)
 
 
 def main():
     "Run tests in a copy; print the raises that were not reached and return 1 if there are any."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--modules', help='names of modules, with commas; default: all')
-    parser.add_argument('--log', type=Path, help='folder that keeps what was reached, for several runs')
-    parser.add_argument('--tests', nargs=argparse.REMAINDER, default=[], help='what follows goes to tests/run.py')
+    parser.add_argument("--modules", help="names of modules, with commas; default: all")
+    parser.add_argument("--log", type=Path, help="folder that keeps what was reached, for several runs")
+    parser.add_argument("--tests", nargs=argparse.REMAINDER, default=[], help="what follows goes to tests/run.py")
     options = parser.parse_args()
 
-    scratch = Path(tempfile.mkdtemp(prefix='aerec_nb-raises-'))
-    log = (options.log or scratch / 'log').resolve()
+    scratch = Path(tempfile.mkdtemp(prefix="aerec_nb-raises-"))
+    log = (options.log or scratch / "log").resolve()
     log.mkdir(parents=True, exist_ok=True)
     log.chmod(0o777)
     try:
-        copy_project(scratch / 'copy', log)
-        env = {**os.environ, 'PYTHONPATH': str(scratch / 'copy')}
-        subprocess.run([sys.executable, 'tests/run.py', *options.tests], cwd=scratch / 'copy', env=env, check=False)
-        return report(options.modules.split(',') if options.modules else None, log)
+        copy_project(scratch / "copy", log)
+        env = {**os.environ, "PYTHONPATH": str(scratch / "copy")}
+        subprocess.run([sys.executable, "tests/run.py", *options.tests], cwd=scratch / "copy", env=env, check=False)
+        return report(options.modules.split(",") if options.modules else None, log)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -102,17 +102,17 @@ def report(modules, log):
     "Print each raise that has no file in `log` as file:line: text, then the counts."
     n_all = 0
     n_unreached = 0
-    for path in sorted((ROOT / 'aerec_nb').glob('*.py')):
+    for path in sorted((ROOT / "aerec_nb").glob("*.py")):
         if modules and path.stem not in modules:
             continue
         for key, node in raises(path.read_text(), path.stem):
             n_all += 1
             if not (log / key).exists():
                 n_unreached += 1
-                print(f'{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}')
-    print(f'{n_all} raises, {n_unreached} not reached')
+                print(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    print(f"{n_all} raises, {n_unreached} not reached")
     return 1 if n_unreached else 0
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     sys.exit(main())
