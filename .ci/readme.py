@@ -1,7 +1,9 @@
 "Makes README.md from nbs/index.ipynb: markdown and shown code, without hidden cells and directive lines. `--print` writes to standard output."
 
-import re, sys
+import re
+import sys
 from pathlib import Path
+
 import nbformat
 from nbconvert import MarkdownExporter
 

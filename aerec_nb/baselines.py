@@ -59,7 +59,7 @@ class ItemKNN(Model):
     "Nearest items by shrunk cosine, tf-idf or BM25 (Sarwar et al. 2001)."
 
     name, fitted = "item_knn", ("S",)
-    tune_space = dict(n_neighbors=(10, 400, "int"), shrink=(0.0, 100.0, "linear"), b=(0.0, 0.8, "linear"))
+    tune_space = {"n_neighbors": (10, 400, "int"), "shrink": (0.0, 100.0, "linear"), "b": (0.0, 0.8, "linear")}
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class IALS(Model):
     "Matrix factorisation of implicit feedback by alternating least squares (Hu et al. 2008), fitted by `implicit`."
 
     name, fitted = "ials", ("Y",)
-    tune_space = dict(factors=(16, 256, "int"), regularization=(0.1, 200.0, "log"), alpha=(0.3, 30.0, "log"))
+    tune_space = {"factors": (16, 256, "int"), "regularization": (0.1, 200.0, "log"), "alpha": (0.3, 30.0, "log")}
 
     def __init__(
         self,

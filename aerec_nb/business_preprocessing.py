@@ -11,9 +11,12 @@ __all__ = ['OFF', 'RULES', 'SCALES', 'Verdict', 'register_rule', 'codes_of', 'se
            'preview_stage', 'describe_preview', 'is_on']
 
 # %% ../nbs/01a_business_preprocessing.ipynb #0b09c015
-import importlib.util, inspect, re, tempfile
+import importlib.util
+import inspect
+import re
+import tempfile
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -147,7 +150,7 @@ def _seconds(moment):
 def _day(seconds):
     "Seconds as people read them: the day, and the time where it is not midnight."
     return (
-        datetime.fromtimestamp(float(seconds), timezone.utc)
+        datetime.fromtimestamp(float(seconds), UTC)
         .isoformat(" ", "seconds")
         .removesuffix("+00:00")
         .removesuffix(" 00:00:00")
@@ -530,7 +533,7 @@ def _as_rules(rules):
         raise AerecError(f"rules: {e.errors()[0]['loc'][0]}: {e.errors()[0]['msg']}") from None
 
 
-_LISTS = dict(excluded_users="user_id", excluded_items="item_id")
+_LISTS = {"excluded_users": "user_id", "excluded_items": "item_id"}
 
 
 def _knobs(rules):
@@ -578,10 +581,14 @@ def check_source(
     "Refuse rules that such data cannot satisfy; raises `AerecError`."
     if "positive_threshold" in rules.rules:
         _threshold(rules.positive_threshold, source["feedback"], source["scale"])
-    needs = dict(
-        time_from="times", time_to="times", bot_interactions="times", half_life_days="times", weight_by_rating="ratings"
-    )
-    there = dict(times=source["has_times"], ratings=source["feedback"] == "explicit")
+    needs = {
+        "time_from": "times",
+        "time_to": "times",
+        "bot_interactions": "times",
+        "half_life_days": "times",
+        "weight_by_rating": "ratings",
+    }
+    there = {"times": source["has_times"], "ratings": source["feedback"] == "explicit"}
     for knob, what in needs.items():
         if getattr(rules, knob) and not there[what]:
             raise AerecError(
@@ -595,9 +602,9 @@ def check_rules(
 ) -> None:
     "Refuse unknown rules, wrong options, list files that cannot be read, and a threshold off a scale that is known; raises `AerecError`."
     rules = settings.rules
-    _steps(rules, _knobs(rules) | dict(scale=None), elsewhere)
+    _steps(rules, _knobs(rules) | {"scale": None}, elsewhere)
     if settings.data.source in SCALES and settings.data.on_duplicate != "sum":
-        check_source(rules, dict(feedback="explicit", scale=SCALES[settings.data.source], has_times=True))
+        check_source(rules, {"feedback": "explicit", "scale": SCALES[settings.data.source], "has_times": True})
 
 # %% ../nbs/01a_business_preprocessing.ipynb #2fa48c54
 def rule_files(
@@ -648,7 +655,7 @@ class _Step:
 
 def _walk(ratings, rules, scale):
     "Apply one rule after the other and yield what each leaves; rules that are off are passed over."
-    steps = _steps(rules, _knobs(rules) | dict(scale=scale))
+    steps = _steps(rules, _knobs(rules) | {"scale": scale})
     left = ratings.reset_index(drop=True)
     left = left.assign(
         weight=(
@@ -705,7 +712,7 @@ def _check_frame(ratings, rules):
         if n := int(ratings[column].isna().sum()):
             raise AerecError(f"{column} is missing in {n:,} rows: fill it or drop them")
     scale = (float(ratings.rating.min()), float(ratings.rating.max())) if "rating" in ratings else None
-    check_source(rules, dict(feedback=feedback_of(ratings), scale=scale, has_times="timestamp" in ratings))
+    check_source(rules, {"feedback": feedback_of(ratings), "scale": scale, "has_times": "timestamp" in ratings})
     return scale
 
 # %% ../nbs/01a_business_preprocessing.ipynb #8b9fa780
@@ -717,7 +724,7 @@ def _cascade(ratings, rules, tolerant=False):
     for step in _walk(ratings, rules, scale):
         rows = step.left.index.to_numpy()
         now = (
-            dict(rows=len(rows), users=_distinct(users, rows), items=_distinct(items, rows))
+            {"rows": len(rows), "users": _distinct(users, rows), "items": _distinct(items, rows)}
             if len(step.dropped) or not report
             else before
         )
@@ -897,15 +904,15 @@ def build_business_preprocessing(
         if "positive_threshold" in rules.rules
         else None
     )
-    write_json(folder / "rules.json", rules.model_dump(mode="json") | dict(threshold=threshold))
-    return dict(
-        interactions=len(result.interactions),
-        kept_share=len(result.interactions) / len(ratings),
-        users=int(last.users),
-        items=int(last["items"]),
-        negatives=len(result.negatives),
-        mean_weight=last.mean_weight,
-    )
+    write_json(folder / "rules.json", rules.model_dump(mode="json") | {"threshold": threshold})
+    return {
+        "interactions": len(result.interactions),
+        "kept_share": len(result.interactions) / len(ratings),
+        "users": int(last.users),
+        "items": int(last["items"]),
+        "negatives": len(result.negatives),
+        "mean_weight": last.mean_weight,
+    }
 
 
 def _imported(folder, rules):

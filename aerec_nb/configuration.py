@@ -13,14 +13,31 @@ __all__ = ['RULE_KNOBS', 'SECTIONS', 'KNOBS', 'AerecError', 'check_parameters', 
            'plot_sources', 'build_configuration']
 
 # %% ../nbs/00_configuration.ipynb #b5430cfd
-import ast, atexit, base64, binascii, codecs, difflib, hashlib, importlib.util, json, os, re, shutil, sys, tempfile, tomllib, types
-from configparser import ConfigParser, Error as ConfigError
+import ast
+import atexit
+import base64
+import binascii
+import codecs
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import tomllib
+import types
+from configparser import ConfigParser
+from configparser import Error as ConfigError
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime, timezone
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from pydantic import (
@@ -466,12 +483,12 @@ def _moment(value: Any) -> str | None:
     if seconds is not None and (re.fullmatch(r"(19|20)\d{6}", text) or not abs(seconds) < 1e11):
         raise PydanticCustomError("moment", "give a date as 2020-01-31, or seconds since 1970")
     try:
-        found = datetime.fromisoformat(text) if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
+        found = datetime.fromisoformat(text) if seconds is None else datetime.fromtimestamp(seconds, UTC)
     except (ValueError, OverflowError, OSError):
         raise PydanticCustomError(
             "moment", "this is no time: give 2020-01-31, 2020-01-31T12:00+01:00, or seconds since 1970"
         ) from None
-    return (found.replace(tzinfo=timezone.utc) if found.tzinfo is None else found.astimezone(timezone.utc)).isoformat()
+    return (found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)).isoformat()
 
 
 def _as_options(value: Any) -> Any:

@@ -14,29 +14,55 @@ __all__ = ['NAMES', 'ON_DUPLICATE', 'ON_BAD', 'CONTRACT', 'VERSION', 'GENRES', '
            'build_data_import', 'quarantine_table', 'plot_quarantine']
 
 # %% ../nbs/01_data_import.ipynb #abbd7005
-import bz2, codecs, csv, gzip, io, lzma, os, re, shutil, subprocess, sys, tempfile, threading, time, urllib.request, zipfile, zlib
+import base64
+import bz2
+import codecs
+import csv
+import difflib
+import errno
+import gzip
+import http.client
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import date, datetime
+from decimal import Decimal
 from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
-import base64, difflib, errno, http.client, itertools, json, stat, urllib.error, urllib.parse, uuid
-from datetime import date, datetime
-from decimal import Decimal
 
 import duckdb
 import matplotlib.pyplot as plt
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 import numpy as np
 import pandas as pd
 import pandera.pandas as pa
-import pyarrow, pyarrow.csv
+import pyarrow
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 import sqlalchemy as sa
 from filelock import FileLock
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from tqdm import tqdm
 
 from .configuration import AerecError, Settings, hide_secrets, is_database, load_settings, project_dir
@@ -362,6 +388,7 @@ def _undecodable(path, encoding):
             except UnicodeDecodeError as e:
                 return line + e.object[: e.start].count(b"\n"), e.object[e.start]
             line += piece.count(b"\n")
+    return None
 
 # %% ../nbs/01_data_import.ipynb #c92c8eaf
 def _read_table(path, positions, encoding=None):
@@ -376,23 +403,147 @@ def _read_table(path, positions, encoding=None):
     )
 
 # %% ../nbs/01_data_import.ipynb #d91bb57d
-NAMES = dict(
-    user_id="user_id user uid user_name user_key customer_id customer member_id visitor_id account_id reviewer_id profile_id subscriber_id "
-    "viewer_id listener_id reader_id client_id shopper_id buyer_id person_id consumer_id".split(),
-    item_id="item_id item iid item_key movie_id movie film_id product_id product book_id isbn article_id asin parent_asin track_id song_id "
-    "artist_id album_id business_id sku content_id show_id series_id video_id game_id app_id anime_id joke_id recipe_id news_id "
-    "restaurant_id place_id venue_id poi_id gmap_id course_id job_id post_id page_id offer_id object_id entity_id".split(),
-    rating="rating ratings score stars star_rating user_rating user_score book_rating movie_rating overall overall_rating rate grade".split(),
-    count="count counts plays play_count n_plays listen_count listens times_played clicks n_clicks click_count views n_views view_count "
-    "quantity qty purchases purchase_count hours hours_played playtime weight interaction_count n_interactions".split(),
-    timestamp="timestamp timestamps time ts unix_review_time unix_time unix_timestamp epoch event_time event_timestamp timestamp_ms datetime "
-    "date rated_at created_at occurred_at rating_time rating_date review_time review_date listened_at played_at purchased_at "
-    "purchase_date order_date".split(),
-    ingested_at="ingested_at ingestion_time ingestion_timestamp ingest_time".split(),
-    event_id=["event_id"],
-    title="title name movie_title item_name product_name book_title track_name song_name".split(),
-    genres="genres genre category categories class".split(),
-)
+NAMES = {
+    "user_id": [
+        "user_id",
+        "user",
+        "uid",
+        "user_name",
+        "user_key",
+        "customer_id",
+        "customer",
+        "member_id",
+        "visitor_id",
+        "account_id",
+        "reviewer_id",
+        "profile_id",
+        "subscriber_id",
+        "viewer_id",
+        "listener_id",
+        "reader_id",
+        "client_id",
+        "shopper_id",
+        "buyer_id",
+        "person_id",
+        "consumer_id",
+    ],
+    "item_id": [
+        "item_id",
+        "item",
+        "iid",
+        "item_key",
+        "movie_id",
+        "movie",
+        "film_id",
+        "product_id",
+        "product",
+        "book_id",
+        "isbn",
+        "article_id",
+        "asin",
+        "parent_asin",
+        "track_id",
+        "song_id",
+        "artist_id",
+        "album_id",
+        "business_id",
+        "sku",
+        "content_id",
+        "show_id",
+        "series_id",
+        "video_id",
+        "game_id",
+        "app_id",
+        "anime_id",
+        "joke_id",
+        "recipe_id",
+        "news_id",
+        "restaurant_id",
+        "place_id",
+        "venue_id",
+        "poi_id",
+        "gmap_id",
+        "course_id",
+        "job_id",
+        "post_id",
+        "page_id",
+        "offer_id",
+        "object_id",
+        "entity_id",
+    ],
+    "rating": [
+        "rating",
+        "ratings",
+        "score",
+        "stars",
+        "star_rating",
+        "user_rating",
+        "user_score",
+        "book_rating",
+        "movie_rating",
+        "overall",
+        "overall_rating",
+        "rate",
+        "grade",
+    ],
+    "count": [
+        "count",
+        "counts",
+        "plays",
+        "play_count",
+        "n_plays",
+        "listen_count",
+        "listens",
+        "times_played",
+        "clicks",
+        "n_clicks",
+        "click_count",
+        "views",
+        "n_views",
+        "view_count",
+        "quantity",
+        "qty",
+        "purchases",
+        "purchase_count",
+        "hours",
+        "hours_played",
+        "playtime",
+        "weight",
+        "interaction_count",
+        "n_interactions",
+    ],
+    "timestamp": [
+        "timestamp",
+        "timestamps",
+        "time",
+        "ts",
+        "unix_review_time",
+        "unix_time",
+        "unix_timestamp",
+        "epoch",
+        "event_time",
+        "event_timestamp",
+        "timestamp_ms",
+        "datetime",
+        "date",
+        "rated_at",
+        "created_at",
+        "occurred_at",
+        "rating_time",
+        "rating_date",
+        "review_time",
+        "review_date",
+        "listened_at",
+        "played_at",
+        "purchased_at",
+        "purchase_date",
+        "order_date",
+    ],
+    "ingested_at": ["ingested_at", "ingestion_time", "ingestion_timestamp", "ingest_time"],
+    "event_id": ["event_id"],
+    "title": ["title", "name", "movie_title", "item_name", "product_name", "book_title", "track_name", "song_name"],
+    "genres": ["genres", "genre", "category", "categories", "class"],
+}
 
 
 def _shown(header):
@@ -445,21 +596,21 @@ def _numpy(s):
     return s.astype("str") if s.dtype == object and pd.api.types.infer_dtype(s) == "string" else s
 
 
-_NO_IDS = dict(
-    boolean="true or false",
-    datetime64="times",
-    datetime="times",
-    date="dates",
-    timedelta="time spans",
-    complex="complex numbers",
-    int="whole numbers",
-    float="fractions",
-    str="texts",
-    bool="true or false",
-    list="lists",
-    ndarray="lists",
-    dict="dicts",
-)
+_NO_IDS = {
+    "boolean": "true or false",
+    "datetime64": "times",
+    "datetime": "times",
+    "date": "dates",
+    "timedelta": "time spans",
+    "complex": "complex numbers",
+    "int": "whole numbers",
+    "float": "fractions",
+    "str": "texts",
+    "bool": "true or false",
+    "list": "lists",
+    "ndarray": "lists",
+    "dict": "dicts",
+}
 
 
 def _ids(s, where, own):
@@ -605,16 +756,16 @@ def _one_per_pair(df, on_duplicate, where):
 
 # %% ../nbs/01_data_import.ipynb #fab70d2d
 _LATEST_TIME = 7_258_118_400  # 2200-01-01
-_CHECKS = dict(
-    rating=[pa.Check(lambda s: s.abs() <= np.finfo(np.float32).max, error="is not finite")],
-    count=[
+_CHECKS = {
+    "rating": [pa.Check(lambda s: s.abs() <= np.finfo(np.float32).max, error="is not finite")],
+    "count": [
         pa.Check(lambda s: s.abs() <= np.finfo(np.float32).max, error="is not finite"),
         pa.Check.ge(0, error="is a negative count"),
     ],
-    timestamp=[pa.Check.in_range(0, _LATEST_TIME, error="lies before 1970 or after 2200")],
-    ingested_at=[pa.Check.in_range(0, _LATEST_TIME, error="lies before 1970 or after 2200")],
-)
-_TYPES = dict(rating=float, count=float, timestamp="int64")
+    "timestamp": [pa.Check.in_range(0, _LATEST_TIME, error="lies before 1970 or after 2200")],
+    "ingested_at": [pa.Check.in_range(0, _LATEST_TIME, error="lies before 1970 or after 2200")],
+}
+_TYPES = {"rating": float, "count": float, "timestamp": "int64"}
 
 
 def ratings_schema(
@@ -634,9 +785,15 @@ def ratings_schema(
 # %% ../nbs/01_data_import.ipynb #045b9268
 ON_BAD = ("raise", "quarantine")
 
-_MAKE = dict(
-    user_id=_ids, item_id=_ids, rating=_numbers, count=_numbers, timestamp=_seconds, ingested_at=_seconds, event_id=_ids
-)
+_MAKE = {
+    "user_id": _ids,
+    "item_id": _ids,
+    "rating": _numbers,
+    "count": _numbers,
+    "timestamp": _seconds,
+    "ingested_at": _seconds,
+    "event_id": _ids,
+}
 _NO = {_ids: "is no id", _numbers: "is not a number", _seconds: "is no time"}
 _NOTHING = ("", "na", "n/a", "nan", "null", "none", "\\n")
 
@@ -671,7 +828,7 @@ def _problems(raw, typed, found):
             for c in typed
         }
     )
-    cases = pd.DataFrame(dict(index=[], column=[], check=[]))
+    cases = pd.DataFrame({"index": [], "column": [], "check": []})
     try:
         schema.validate(typed, lazy=True, inplace=True)
     except pa.errors.SchemaErrors as e:
@@ -680,9 +837,12 @@ def _problems(raw, typed, found):
     cases = cases[~cases["index"].isin(lines.index)]  # a line out of step has no columns to judge
     parts = [
         pd.DataFrame(
-            dict(
-                row=lines.index + 1, column="", reason=lines.str.split(": ").str[0], value=lines.str.split(": ").str[-1]
-            )
+            {
+                "row": lines.index + 1,
+                "column": "",
+                "reason": lines.str.split(": ").str[0],
+                "value": lines.str.split(": ").str[-1],
+            }
         )
     ]
     for (column, check), some in cases.groupby(["column", "check"], sort=False):
@@ -694,7 +854,9 @@ def _problems(raw, typed, found):
             {"not_nullable": _NO[_MAKE[column]], "field_uniqueness": "comes a second time"}.get(check, check),
         )
         parts.append(
-            pd.DataFrame(dict(row=values.index + 1, column=str(found[column]), reason=reason, value=_as_text(values)))
+            pd.DataFrame(
+                {"row": values.index + 1, "column": str(found[column]), "reason": reason, "value": _as_text(values)}
+            )
         )
     return pd.concat(parts, ignore_index=True).sort_values("row", kind="stable", ignore_index=True)
 
@@ -751,7 +913,9 @@ def _set_aside(problems, raw):
         .apply(lambda s: pd.Series(_as_text(s), dtype="str"))
     )
     was.columns = [f"{c} (raw)" if c in ("row", "column", "reason", "value") else str(c) for c in was.columns]
-    return pd.concat([problems.astype(dict(row=np.int64, column="str", reason="str", value="str")), was], axis=1)
+    return pd.concat(
+        [problems.astype({"row": np.int64, "column": "str", "reason": "str", "value": "str"}), was], axis=1
+    )
 
 # %% ../nbs/01_data_import.ipynb #627fb407
 def moment(
@@ -940,20 +1104,20 @@ def _genres(s, where, own):
     return s.str.replace(" ", "|") if own.endswith(":token_seq") else s
 
 
-_TIDY = dict(item_id=_ids, title=_titles, genres=_genres)
+_TIDY = {"item_id": _ids, "title": _titles, "genres": _genres}
 
 # %% ../nbs/01_data_import.ipynb #8bf5699c
 CONTRACT, VERSION = b"aerec_nb.contract", b"1"
 _ID, _TIME = ("int64", "string", "uuid"), ("timestamp[us, tz=UTC]",)
-_HANDOVER = dict(  # column -> types, required, meaning
-    user_id=(_ID, True, "who"),
-    item_id=(_ID, True, "what"),
-    rating=(("double",), False, "how well it was liked, any finite number; a table has ratings, counts, or neither"),
-    count=(("double",), False, "how often or how much, 0 or more"),
-    timestamp=(_TIME, False, "when it happened, 1970 to 2200"),
-    ingested_at=(_TIME, False, "when the row arrived: with `as_of`, rows that arrived later do not count"),
-    event_id=(_ID, False, "names the event: an event that was delivered twice is found"),
-)
+_HANDOVER = {  # column -> types, required, meaning
+    "user_id": (_ID, True, "who"),
+    "item_id": (_ID, True, "what"),
+    "rating": (("double",), False, "how well it was liked, any finite number; a table has ratings, counts, or neither"),
+    "count": (("double",), False, "how often or how much, 0 or more"),
+    "timestamp": (_TIME, False, "when it happened, 1970 to 2200"),
+    "ingested_at": (_TIME, False, "when the row arrived: with `as_of`, rows that arrived later do not count"),
+    "event_id": (_ID, False, "names the event: an event that was delivered twice is found"),
+}
 
 
 def handover_contract() -> pd.DataFrame:  # one row a column
@@ -974,7 +1138,7 @@ def handover_schema(
     event_id: str = "string",  # the same
 ) -> pyarrow.Schema:  # stamped with the version: what is written with it declares the contract
     "The contract as a schema to write with."
-    ids = dict(user_id=user_id, item_id=item_id, event_id=event_id)
+    ids = {"user_id": user_id, "item_id": item_id, "event_id": event_id}
     kind = lambda c: ids.get(c) or _HANDOVER[c][0][0]
     types = {
         "int64": pyarrow.int64(),
@@ -1080,19 +1244,109 @@ def write_handover(
 
 # %% ../nbs/01_data_import.ipynb #58d3b7b9
 GENRES = tuple(
-    "Action Adventure Animation Comedy Crime Documentary Drama Fantasy Horror Musical Mystery Romance Sci-Fi Thriller "
-    "War Western".split()
+    [
+        "Action",
+        "Adventure",
+        "Animation",
+        "Comedy",
+        "Crime",
+        "Documentary",
+        "Drama",
+        "Fantasy",
+        "Horror",
+        "Musical",
+        "Mystery",
+        "Romance",
+        "Sci-Fi",
+        "Thriller",
+        "War",
+        "Western",
+    ]
 )
-_FIRST = (
-    "Amber Bitter Blue Borrowed Broken Burning Clever Crimson Distant Electric Endless Final Forgotten Frozen Gentle Golden "
-    "Hidden Hollow Iron Last Little Lonely Lost Midnight Northern Paper Quiet Restless Second Secret Silent Silver Slow "
-    "Stolen Sudden Summer Velvet Wandering Wild Winter"
-).split()
-_SECOND = (
-    "Album Anchor Bargain Bridge Captain Carnival Choir Circus City Compass Empire Express Fountain Garden Ghost Harbor "
-    "Highway Hotel House Island Journey Kingdom Lantern Letters Lighthouse Machine Mirror Mountain Orchard Orchestra Promise "
-    "Railway River Satellite Shadow Station Stranger Theatre Voyage Witness"
-).split()
+_FIRST = [
+    "Amber",
+    "Bitter",
+    "Blue",
+    "Borrowed",
+    "Broken",
+    "Burning",
+    "Clever",
+    "Crimson",
+    "Distant",
+    "Electric",
+    "Endless",
+    "Final",
+    "Forgotten",
+    "Frozen",
+    "Gentle",
+    "Golden",
+    "Hidden",
+    "Hollow",
+    "Iron",
+    "Last",
+    "Little",
+    "Lonely",
+    "Lost",
+    "Midnight",
+    "Northern",
+    "Paper",
+    "Quiet",
+    "Restless",
+    "Second",
+    "Secret",
+    "Silent",
+    "Silver",
+    "Slow",
+    "Stolen",
+    "Sudden",
+    "Summer",
+    "Velvet",
+    "Wandering",
+    "Wild",
+    "Winter",
+]
+_SECOND = [
+    "Album",
+    "Anchor",
+    "Bargain",
+    "Bridge",
+    "Captain",
+    "Carnival",
+    "Choir",
+    "Circus",
+    "City",
+    "Compass",
+    "Empire",
+    "Express",
+    "Fountain",
+    "Garden",
+    "Ghost",
+    "Harbor",
+    "Highway",
+    "Hotel",
+    "House",
+    "Island",
+    "Journey",
+    "Kingdom",
+    "Lantern",
+    "Letters",
+    "Lighthouse",
+    "Machine",
+    "Mirror",
+    "Mountain",
+    "Orchard",
+    "Orchestra",
+    "Promise",
+    "Railway",
+    "River",
+    "Satellite",
+    "Shadow",
+    "Station",
+    "Stranger",
+    "Theatre",
+    "Voyage",
+    "Witness",
+]
 
 
 def generate_sample(
@@ -1134,14 +1388,16 @@ def generate_sample(
         )
         times = start + np.cumsum(pauses).astype(int)
         order = np.argsort(-appeal[u, seen] + 1.5 * random.standard_normal(len(seen)), kind="stable")
-        rows.append(pd.DataFrame(dict(userId=u + 1, movieId=seen[order] + 1, rating=rating[order], timestamp=times)))
+        rows.append(
+            pd.DataFrame({"userId": u + 1, "movieId": seen[order] + 1, "rating": rating[order], "timestamp": times})
+        )
     ratings = pd.concat(rows).sort_values(["userId", "movieId"], kind="stable", ignore_index=True)
     names = [f"{a} {b}" for a in _FIRST for b in _SECOND]
     names += [f"The {name}" for name in names]
     titles = [f"{names[i]} ({y})" for i, y in zip(random.permutation(len(names)), year)]
     n_genres = 1 + (random.random((n_items, 1)) > [0.35, 0.8]).sum(1)
     genres = ["|".join(GENRES[g] for g in sorted(niche_genres[k][:n])) for k, n in zip(niche, n_genres)]
-    return ratings, pd.DataFrame(dict(movieId=np.arange(1, n_items + 1), title=titles, genres=genres))
+    return ratings, pd.DataFrame({"movieId": np.arange(1, n_items + 1), "title": titles, "genres": genres})
 
 # %% ../nbs/01_data_import.ipynb #05667963
 @lru_cache(maxsize=1)
@@ -1160,9 +1416,10 @@ def write_sample(
         (Path(folder) / name).write_bytes(content)
 
 # %% ../nbs/01_data_import.ipynb #9178b377
-POSITIONS = dict(
-    ratings=("user_id", "item_id", "rating", "timestamp"), items=("item_id", "title", "genres")
-)  # of files without a header
+POSITIONS = {
+    "ratings": ("user_id", "item_id", "rating", "timestamp"),
+    "items": ("item_id", "title", "genres"),
+}  # of files without a header
 
 
 @dataclass
@@ -1176,7 +1433,7 @@ class Source:
     why: str = ""  # why the sources before it were not used; '' if there were none
 
     def tables(self):
-        return {k: v for k, v in dict(ratings=self.ratings, items=self.items).items() if v is not None}
+        return {k: v for k, v in {"ratings": self.ratings, "items": self.items}.items() if v is not None}
 
     def read(self, which, **options):  # options: of reading text
         "The table of ratings or of items as it is (text files: as text), and its name for errors."
@@ -1208,10 +1465,27 @@ class Source:
         return [n for t in self.tables().values() for n in getattr(t, "notes", [])]  # what was left out in reading
 
 # %% ../nbs/01_data_import.ipynb #cd76bc5e
-_GENRES_100K = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical Mystery Romance "
-    "Sci-Fi Thriller War Western"
-).split()
+_GENRES_100K = [
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+]
 
 
 def _read_u_item(path):
@@ -1225,7 +1499,7 @@ def _read_u_item(path):
         )
     flags = table.iloc[:, 6:].to_numpy() == "1"  # without `unknown`
     genres = ["|".join(np.array(_GENRES_100K[1:])[row]) or "(no genres listed)" for row in flags]
-    return pd.DataFrame(dict(item_id=table[0], title=table[1], genres=genres))
+    return pd.DataFrame({"item_id": table[0], "title": table[1], "genres": genres})
 
 
 def _read_file(path, which, options):
@@ -1234,7 +1508,7 @@ def _read_file(path, which, options):
 # %% ../nbs/01_data_import.ipynb #cae0eff8
 _TEXT = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item")
 _ENDINGS = (".parquet", *(ending + packed for ending in _TEXT for packed in ("", ".gz", ".zst", ".bz2", ".xz")))
-_STEMS = dict(ratings=("ratings", "interactions", "events", "plays"), items=("movies", "items"))
+_STEMS = {"ratings": ("ratings", "interactions", "events", "plays"), "items": ("movies", "items")}
 
 
 def _stem(path):
@@ -1254,7 +1528,7 @@ def _table_in(folder, which):
                 return p
             if _stem(p) == stem and (parts := _parquet_in(p)):
                 return Parts(p.name, parts, p)
-    suffix, name = dict(ratings=(".inter", "u.data"), items=(".item", "u.item"))[which]
+    suffix, name = {"ratings": (".inter", "u.data"), "items": (".item", "u.item")}[which]
     return next(
         (p for p in there if p.is_file() and (p.name == name or p.suffix == suffix and p.name != "u.item")), None
     )
@@ -1625,10 +1899,10 @@ class _Part:
         tag = answer.headers.get("ETag", "")
         write_json(
             self.note,
-            dict(
-                url=sha256_bytes(url.encode()),
-                mark=answer.headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag,
-            ),
+            {
+                "url": sha256_bytes(url.encode()),
+                "mark": answer.headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag,
+            },
         )
         self.path.touch()
 
@@ -1671,6 +1945,7 @@ def _continue(url, part, timeout, has_checksum, progress):
         if mark is None or answer.status != 206:
             part.begin(url, answer)
         _receive(answer, part, timeout, progress)
+    return None
 
 
 def _receive(answer, part, timeout, progress):
@@ -1888,7 +2163,7 @@ def _try_fetch(folder, title, fetch, timeout, insist=False):
             return why  # of this machine and not of the source: the next try may find it mended
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            write_json(cache / "attempts.json", _attempts(cache) | {title: dict(time=time.time(), why=why)})
+            write_json(cache / "attempts.json", _attempts(cache) | {title: {"time": time.time(), "why": why}})
         except OSError:
             pass
         return why
@@ -1965,15 +2240,15 @@ def _not_asked(title, cache):
     )
 
 # %% ../nbs/01_data_import.ipynb #bae0c3eb
-_DRIVERS = dict(
-    postgresql="psycopg[binary]",
-    mysql="pymysql",
-    mariadb="pymysql",
-    mssql="pyodbc",
-    oracle="oracledb",
-    duckdb="duckdb-engine",
-    snowflake="snowflake-sqlalchemy",
-)
+_DRIVERS = {
+    "postgresql": "psycopg[binary]",
+    "mysql": "pymysql",
+    "mariadb": "pymysql",
+    "mssql": "pyodbc",
+    "oracle": "oracledb",
+    "duckdb": "duckdb-engine",
+    "snowflake": "snowflake-sqlalchemy",
+}
 
 
 @dataclass
@@ -2037,7 +2312,7 @@ class Database:
             text = text.replace(secret, "***")
         return text[:500] + (
             "; is it running, and is the address right?"
-            if isinstance(error, sa.exc.OperationalError) and not self.url.get_backend_name() == "sqlite"
+            if isinstance(error, sa.exc.OperationalError) and self.url.get_backend_name() != "sqlite"
             else ""
         )
 
@@ -2226,13 +2501,13 @@ def feedback_ratings(
         kept &= ~is_so
     found = events[kept]
     ratings = pd.DataFrame(
-        dict(user_id=found.user_id, item_id=found.item_id, rating=worth[kept], timestamp=found.time)
+        {"user_id": found.user_id, "item_id": found.item_id, "rating": worth[kept], "timestamp": found.time}
     ).reset_index(drop=True)
     used = {event_values[k] for k in kind[kept].unique()}
     if ratings.rating.eq(1).all():
         ratings = ratings.drop(columns="rating")
     elif "value" not in used:
-        ratings = ratings.rename(columns=dict(rating="count"))
+        ratings = ratings.rename(columns={"rating": "count"})
     return ratings, left_out
 
 # %% ../nbs/01_data_import.ipynb #8f619faf
@@ -2654,9 +2929,12 @@ class _Stumbled(Exception):
 def _duckdb(folder):
     "A connection that takes no more than a part of the memory, leaves nothing behind and fetches nothing."
     con = duckdb.connect(
-        config=dict(
-            memory_limit="1GB", threads=_n_threads(), temp_directory=str(folder), autoinstall_known_extensions=False
-        )
+        config={
+            "memory_limit": "1GB",
+            "threads": _n_threads(),
+            "temp_directory": str(folder),
+            "autoinstall_known_extensions": False,
+        }
     )
     try:
         con.execute("set enable_progress_bar = false")  # or it would write to what others read
@@ -2789,20 +3067,20 @@ class _TextFile:
         if self.packed != "none":
             _check_whole(self.path)
         l, quote = self.layout, "''" if self.layout.sep == "::" else quoted('"')
-        options = dict(
-            delim=quoted(l.sep),
-            quote=quote,
-            escape=quote,
-            nullstr="''",
-            comment="''",
-            skip=l.skip,
-            header="false",
-            auto_detect="false",
-            compression=quoted(self.packed),
-            columns="{"
+        options = {
+            "delim": quoted(l.sep),
+            "quote": quote,
+            "escape": quote,
+            "nullstr": "''",
+            "comment": "''",
+            "skip": l.skip,
+            "header": "false",
+            "auto_detect": "false",
+            "compression": quoted(self.packed),
+            "columns": "{"
             + ", ".join(f"'c{i}': '{types.get(c, ('VARCHAR', None))[0]}'" for i, c in enumerate(l.names))
             + "}",
-        )
+        }
         name = quoted(re.sub(r"([*?\[])", r"[\1]", str(self.path)))  # a name is no pattern
         query = f"select {', '.join(f'c{l.names.index(c)}' for c in columns)} from read_csv({name}, {', '.join(f'{k}={v}' for k, v in options.items())})"
         with tempfile.TemporaryDirectory(prefix="aerec_nb-") as folder, _duckdb(folder) as con:
@@ -3004,7 +3282,7 @@ class _Large:
 
     def nothing_bad(self):
         return _set_aside(
-            pd.DataFrame(dict(row=[], column=[], reason=[], value=[])),
+            pd.DataFrame({"row": [], "column": [], "reason": [], "value": []}),
             pd.DataFrame({c: pd.Series(dtype="str") for c in self.header}),
         )
 
@@ -3375,11 +3653,11 @@ def _concentration(amounts):
     "Gini, and the part of everything that the largest 1 %, 10 % ... have (of fewer than one, a part of the largest)."
     total = np.append(0, np.cumsum(np.sort(amounts)[::-1])) / amounts.sum()
     top = np.interp(np.array(_PERCENT) / 100 * len(amounts), np.arange(len(total)), total)
-    return dict(
-        gini=_gini(amounts),
-        half=int(np.searchsorted(total, 0.5)),
-        top={f"{p:g}": float(v) for p, v in zip(_PERCENT, top)},
-    )
+    return {
+        "gini": _gini(amounts),
+        "half": int(np.searchsorted(total, 0.5)),
+        "top": {f"{p:g}": float(v) for p, v in zip(_PERCENT, top)},
+    }
 
 # %% ../nbs/01_data_import.ipynb #55c5e958
 def _amounts_histogram(amounts):
@@ -3444,7 +3722,7 @@ def _activity(user, item, n_users, n_items, timestamp):
     name, starts = _periods(int(timestamp.min()), int(timestamp.max()))
     per_hour = np.bincount(hours)
     period = np.searchsorted(starts // _HOUR - start, np.arange(len(per_hour)), "right") - 1
-    first = dict(users=_first_seen(user, n_users, hours), items=_first_seen(item, n_items, hours))
+    first = {"users": _first_seen(user, n_users, hours), "items": _first_seen(item, n_items, hours)}
     label = lambda seconds: str(
         np.datetime64(int(seconds), "s").astype(f"datetime64[{'h' if name == 'hour' else 'D'}]")
     )
@@ -3457,16 +3735,16 @@ def _activity(user, item, n_users, n_items, timestamp):
     cut = int(np.searchsorted(np.cumsum(per_hour), 0.9 * len(hours), "right"))
     late = hours >= cut
     if late.mean() > 0.5:
-        return dict(activity=activity)  # nearly all of it in one hour: no last tenth
-    there = {k: np.count_nonzero(np.bincount(codes[late])) for k, codes in dict(users=user, items=item).items()}
-    return dict(
-        activity=activity,
-        late=dict(
+        return {"activity": activity}  # nearly all of it in one hour: no last tenth
+    there = {k: np.count_nonzero(np.bincount(codes[late])) for k, codes in {"users": user, "items": item}.items()}
+    return {
+        "activity": activity,
+        "late": dict(
             since=label((cut + start) * _HOUR),
             share=float(late.mean()),
             **{f"new_{k}": float((first[k] >= cut).sum() / n) for k, n in there.items()},
         ),
-    )
+    }
 
 # %% ../nbs/01_data_import.ipynb #969edf92
 _POPULAR = 2000  # items whose popularity is kept, so that two data sets can be compared item by item
@@ -3500,16 +3778,16 @@ def _rating_facts(user, per_user, rating):
     square = np.bincount(user, weights=(rating - rating.mean()) ** 2, minlength=len(per_user))[seen] / per_user[seen]
     spread = np.sqrt(np.maximum(0, square - (mean - rating.mean()) ** 2))
     user_step = _grid_step(values.index[0], values.index[-1])
-    by_user = dict(
-        mean=_quartiles(mean),
-        spread=_quartiles(spread),
-        one_value=float((spread < 1e-9 * max(1, abs(rating.max()))).mean()),
-        step=user_step,
-        means=_grid_histogram(mean, user_step),
-    )
+    by_user = {
+        "mean": _quartiles(mean),
+        "spread": _quartiles(spread),
+        "one_value": float((spread < 1e-9 * max(1, abs(rating.max()))).mean()),
+        "step": user_step,
+        "means": _grid_histogram(mean, user_step),
+    }
     return (
-        dict(rating_shares=shares) if few else dict(rating_histogram=_grid_histogram(rating, step), rating_step=step)
-    ) | dict(mean_rating=float(rating.mean()), rating_by_user=by_user)
+        {"rating_shares": shares} if few else {"rating_histogram": _grid_histogram(rating, step), "rating_step": step}
+    ) | {"mean_rating": float(rating.mean()), "rating_by_user": by_user}
 
 
 def ratings_facts(
@@ -3520,33 +3798,33 @@ def ratings_facts(
     (user, users), (item, items) = _codes(ratings.user_id), _codes(ratings.item_id)
     all_users, all_items = np.bincount(user, minlength=len(users)), np.bincount(item, minlength=len(items))
     per_user, per_item = all_users[all_users > 0], all_items[all_items > 0]
-    facts = dict(
-        feedback=feedback_of(ratings),
-        users=len(per_user),
-        items=len(per_item),
-        interactions=len(ratings),
-        sparsity=1 - len(ratings) / (len(per_user) * len(per_item)),
-        per_user=_quartiles(per_user),
-        per_item=_quartiles(per_item),
-        user_concentration=_concentration(per_user),
-        item_concentration=_concentration(per_item),
-        user_histogram=_amounts_histogram(per_user),
-        item_histogram=_amounts_histogram(per_item),
-        cold=dict(
-            below=_COLD,
-            users=float((per_user < _COLD).mean()),
-            items=float((per_item < _COLD).mean()),
-            interactions_of_items=float(per_item[per_item < _COLD].sum() / len(ratings)),
-        ),
-    )
+    facts = {
+        "feedback": feedback_of(ratings),
+        "users": len(per_user),
+        "items": len(per_item),
+        "interactions": len(ratings),
+        "sparsity": 1 - len(ratings) / (len(per_user) * len(per_item)),
+        "per_user": _quartiles(per_user),
+        "per_item": _quartiles(per_item),
+        "user_concentration": _concentration(per_user),
+        "item_concentration": _concentration(per_item),
+        "user_histogram": _amounts_histogram(per_user),
+        "item_histogram": _amounts_histogram(per_item),
+        "cold": {
+            "below": _COLD,
+            "users": float((per_user < _COLD).mean()),
+            "items": float((per_item < _COLD).mean()),
+            "interactions_of_items": float(per_item[per_item < _COLD].sum() / len(ratings)),
+        },
+    }
     top = np.argsort(-all_items, kind="stable")[: min(_POPULAR, len(per_item))]
-    facts["popular"] = dict(items=_plain_ids(items[top]), interactions=all_items[top].tolist())
+    facts["popular"] = {"items": _plain_ids(items[top]), "interactions": all_items[top].tolist()}
     if n_duplicates is not None:
         facts["duplicates"] = n_duplicates
     if "rating" in ratings:
         facts |= _rating_facts(user, all_users, ratings.rating)
     if "count" in ratings:
-        facts |= dict(counts=_quartiles(ratings["count"]), count_histogram=_amounts_histogram(ratings["count"]))
+        facts |= {"counts": _quartiles(ratings["count"]), "count_histogram": _amounts_histogram(ratings["count"])}
     if "timestamp" in ratings:
         facts["times"] = [
             str(pd.Timestamp(t, unit="s").date()) for t in (ratings.timestamp.min(), ratings.timestamp.max())
@@ -3594,7 +3872,7 @@ def facts_table(
         )
     if "duplicates" in f:
         rows["duplicated rows settled"] = f"{f['duplicates']:,}"
-    return pd.DataFrame(dict(value=rows)).rename_axis(f"{f['feedback']} feedback")
+    return pd.DataFrame({"value": rows}).rename_axis(f"{f['feedback']} feedback")
 
 
 def describe_ratings(
@@ -3868,7 +4146,7 @@ def ratings_distances(
 ) -> pd.DataFrame:  # a row a distribution that both have: bins, js (0 to 1), psi
     "How far the distributions of two data sets are apart."
     rows = [
-        dict(distribution=name, bins=len(bins), js=js_distance(p, q), psi=psi(p, q))
+        {"distribution": name, "bins": len(bins), "js": js_distance(p, q), "psi": psi(p, q)}
         for name, (bins, p, q) in _distributions(old, new).items()
     ]
     return pd.DataFrame(rows).set_index("distribution")
@@ -3938,11 +4216,11 @@ def describe_source(
     "Which source it was, why this one, and what kind of feedback it holds: the first line that the stage says."
     s = read_json(Path(folder) / "source.json")
     why = read_json(Path(folder) / "measured.json")["why"]
-    kind = dict(
-        explicit="explicit ratings",
-        counts="counts, which become weights",
-        unary="no ratings: every row is an interaction",
-    )[s["feedback"]]
+    kind = {
+        "explicit": "explicit ratings",
+        "counts": "counts, which become weights",
+        "unary": "no ratings: every row is an interaction",
+    }[s["feedback"]]
     said = [
         f"Data: {s['description']}{f' ({why})' if why else ''}",
         f"{kind} ({s['feedback_why']}), {'with' if s['has_times'] else 'without'} times",
@@ -4034,7 +4312,7 @@ def build_data_import(
         ),
     )
     write_json(folder / "description.json", facts)
-    write_json(folder / "measured.json", dict(why=source.why))
+    write_json(folder / "measured.json", {"why": source.why})
     return dict(
         source=source.name,
         n_duplicates=checked.n_duplicates,
@@ -4052,7 +4330,7 @@ def quarantine_table(
         column=kinds.column.replace("", "(line)"),
         first_rows=kinds.first_rows.map(_list),
         example=kinds.example.fillna(""),
-    ).rename(columns=dict(first_rows="first rows"))
+    ).rename(columns={"first_rows": "first rows"})
 
 
 def plot_quarantine(

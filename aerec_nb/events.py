@@ -10,12 +10,24 @@ __all__ = ['KINDS', 'COLUMNS', 'MAX_ID', 'MIN_TIME', 'MAX_CLOCK_LEAD_S', 'KEY_FI
            'events_frame', 'anchored_url', 'events_url', 'save_events', 'load_events', 'simulated_reaction']
 
 # %% ../nbs/00b_events.ipynb #6ad74732
-import errno, hashlib, json, logging, math, os, secrets, socket, sqlite3, threading, time, uuid
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import secrets
+import socket
+import sqlite3
+import threading
+import time
+import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryFile
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -24,6 +36,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable, DropTable
+
 from .configuration import AerecError, hide_secrets, project_dir
 
 # %% ../nbs/00b_events.ipynb #e7124788
@@ -848,7 +861,7 @@ def _open(self: EventLog) -> None:
 def _use_write_ahead_log(self: EventLog) -> None:
     "Set the journal of a SQLite file; the file remembers it."
     if self.path is None:
-        return
+        return None
     until = time.monotonic() + self.statement_timeout_s
     while True:  # SQLite itself does not wait here for the transactions of others
         try:

@@ -10,11 +10,17 @@ __all__ = ['PRIOR', 'MAX_ID_TEXT', 'MAX_USERS', 'UnknownUser', 'Recommendations'
            'Explorer', 'explorer']
 
 # %% ../nbs/04_inference.ipynb #d13a59be
-import html, math, os, threading, time, uuid
+import html
+import math
+import os
+import threading
+import time
+import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -22,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 from scipy.sparse import csr_matrix, hstack
+
 from .configuration import AerecError, project_dir
 from .limits import Deadline, DeadlineExceeded, did_you_mean, preview
 from .model_preprocessing import Split, item_features
@@ -632,25 +639,25 @@ def recommend(
     deadline: Deadline = None,  # raise `DeadlineExceeded` when the time is over; None: it may take any time
 ) -> Recommendations:  # k items unless fewer are eligible
     "The best k items for one user, or for a history without one."
-    given = dict(
-        user_id=user_id,
-        history=history,
-        k=k,
-        exclude_seen=exclude_seen,
-        exclude=exclude,
-        fallback=fallback,
-        candidates=candidates,
-        filter=filter,
-        pins=pins,
-        diversity=diversity,
-        max_per_category=max_per_category,
-        min_score=min_score,
-        explain=explain,
-        context=context,
-        now=now,
-        draw=draw,
-        deadline=deadline,
-    )
+    given = {
+        "user_id": user_id,
+        "history": history,
+        "k": k,
+        "exclude_seen": exclude_seen,
+        "exclude": exclude,
+        "fallback": fallback,
+        "candidates": candidates,
+        "filter": filter,
+        "pins": pins,
+        "diversity": diversity,
+        "max_per_category": max_per_category,
+        "min_score": min_score,
+        "explain": explain,
+        "context": context,
+        "now": now,
+        "draw": draw,
+        "deadline": deadline,
+    }
     asked = _understand(self, given)
     return _answered(self, asked, _scores_of(self, asked))
 
@@ -706,25 +713,25 @@ def _arguments(request: dict) -> dict:
     return request
 
 # %% ../nbs/04_inference.ipynb #4a310aed
-_DEFAULTS = dict(
-    user_id=None,
-    history=None,
-    k=10,
-    exclude_seen=True,
-    exclude=(),
-    fallback="popular",
-    candidates=None,
-    filter=None,
-    pins=(),
-    diversity=None,
-    max_per_category=None,
-    min_score=None,
-    explain=False,
-    context=None,
-    now=None,
-    draw=0,
-    deadline=None,
-)
+_DEFAULTS = {
+    "user_id": None,
+    "history": None,
+    "k": 10,
+    "exclude_seen": True,
+    "exclude": (),
+    "fallback": "popular",
+    "candidates": None,
+    "filter": None,
+    "pins": (),
+    "diversity": None,
+    "max_per_category": None,
+    "min_score": None,
+    "explain": False,
+    "context": None,
+    "now": None,
+    "draw": 0,
+    "deadline": None,
+}
 _ARGUMENTS = set(_DEFAULTS)
 
 

@@ -139,7 +139,7 @@ class LinearAutoEncoder(Model):
             raise AerecError(f"form = {form!r}: it must be auto, primal or dual")
         if not isinstance(keep_gram, bool):
             raise AerecError(f"keep_gram = {keep_gram!r}: it must be True or False")
-        high = dict(dropout=1, xi=1)
+        high = {"dropout": 1, "xi": 1}
         super().__init__(
             **{k: check_value(k, v, 0, high.get(k, np.inf), open=k == "lam") for k, v in hp.items()},
             form=form,
@@ -385,6 +385,7 @@ def _weigh(self: LinearAutoEncoder, system, inverse, diagonal, strength):
         inverse *= popular.astype(inverse.dtype)[:, None]
     np.fill_diagonal(inverse, 0)
     self.B = inverse.astype(np.float32, copy=False)
+    return None
 
 
 @patch
@@ -456,7 +457,7 @@ def _costs(self: LinearAutoEncoder, n_users, n_items, nnz):
         8 * n_users**2 + 24 * nnz + 24 * n_items + 2 * block(n_users, n_items),
         0.8 * n_users**3 + 2 * product(n_users, n_items) + 8 * nnz * n_users + 1.6 * n_users**3 + 4 * nnz * n_users,
     )
-    return dict(primal=primal, dual=dual)
+    return {"primal": primal, "dual": dual}
 
 
 @patch
@@ -489,9 +490,7 @@ class EASE(LinearAutoEncoder):
     "Embarrassingly shallow autoencoder (Steck 2019): no item explains itself."
 
     name = "ease"
-    tune_space = dict(
-        lam=(10.0, 5000.0, "log")
-    )  # hyperparameter -> (low, high, scale): where to look for better values
+    tune_space = {"lam": (10.0, 5000.0, "log")}  # hyperparameter -> (low, high, scale): where to look for better values
 
     def __init__(
         self,
@@ -518,7 +517,7 @@ class DLAE(LinearAutoEncoder):
     "Denoising linear autoencoder (Steck 2020): learns to rebuild what dropout took away."
 
     name, xi = "dlae", 1.0
-    tune_space = dict(lam=(1.0, 2000.0, "log"), dropout=(0.1, 0.8, "linear"))
+    tune_space = {"lam": (1.0, 2000.0, "log"), "dropout": (0.1, 0.8, "linear")}
 
     def __init__(
         self,
@@ -553,7 +552,7 @@ class RLAE(LinearAutoEncoder):
     "Linear autoencoder with relaxed diagonal (Moon et al. 2023): an item may explain up to xi of itself."
 
     name = "rlae"
-    tune_space = dict(lam=(10.0, 5000.0, "log"), xi=(0.0, 0.95, "linear"))
+    tune_space = {"lam": (10.0, 5000.0, "log"), "xi": (0.0, 0.95, "linear")}
 
     def __init__(
         self,
@@ -582,13 +581,13 @@ class RDLAE(LinearAutoEncoder):
     "Denoising linear autoencoder with relaxed diagonal (Moon et al. 2023)."
 
     name = "rdlae"
-    tune_space = dict(
-        lam=(1.0, 2000.0, "log"),
-        dropout=(0.05, 0.8, "linear"),
-        xi=(0.0, 0.95, "linear"),
-        user_power=(0.0, 0.8, "linear"),
-        item_power=(0.0, 0.4, "linear"),
-    )
+    tune_space = {
+        "lam": (1.0, 2000.0, "log"),
+        "dropout": (0.05, 0.8, "linear"),
+        "xi": (0.0, 0.95, "linear"),
+        "user_power": (0.0, 0.8, "linear"),
+        "item_power": (0.0, 0.4, "linear"),
+    }
 
     def __init__(
         self,

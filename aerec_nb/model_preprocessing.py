@@ -12,7 +12,7 @@ __all__ = ['TRAIN', 'VALID', 'TEST', 'VALID_INPUT', 'TEST_INPUT', 'LEFT_OUT', 'S
 import hashlib
 import re
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from functools import cached_property
 from pathlib import Path
 
@@ -396,11 +396,11 @@ class Split:
     @property
     def seeds(self):  # what each random draw was seeded with
         "Seeds of the draws; {} where nothing is drawn."
-        return dict(
-            lecture=dict(test=self.seed, valid=self.seed + 1),
-            holdout=dict(both=self.seed),
-            strong=dict(users=self.seed, valid=self.seed, test=self.seed),
-        ).get(self.kind, {})
+        return {
+            "lecture": {"test": self.seed, "valid": self.seed + 1},
+            "holdout": {"both": self.seed},
+            "strong": {"users": self.seed, "valid": self.seed, "test": self.seed},
+        }.get(self.kind, {})
 
     def _is(self, *parts):
         return np.isin(self.part, parts) if len(parts) > 1 else self.part == parts[0]
@@ -435,20 +435,20 @@ class Split:
 @patch
 def _arrays(self: Split):
     m, i = self.interactions.matrix, self.interactions
-    arrays = dict(indptr=m.indptr, indices=m.indices, data=m.data, part=self.part, position=i.position)
-    return arrays if i.times is None else arrays | dict(times=i.times)
+    arrays = {"indptr": m.indptr, "indices": m.indices, "data": m.data, "part": self.part, "position": i.position}
+    return arrays if i.times is None else arrays | {"times": i.times}
 
 
 @patch
 def _rule(self: Split):
     "How the split was made, as JSON says it."
-    return dict(
-        kind=self.kind,
-        seed=self.seed,
-        valid_sample_size=self.valid_sample_size,
-        heldout_share=self.heldout_share,
-        cuts=None if self.cuts is None else [int(t) for t in self.cuts],
-    )
+    return {
+        "kind": self.kind,
+        "seed": self.seed,
+        "valid_sample_size": self.valid_sample_size,
+        "heldout_share": self.heldout_share,
+        "cuts": None if self.cuts is None else [int(t) for t in self.cuts],
+    }
 
 
 @patch(as_prop=True)
@@ -600,7 +600,7 @@ def _strong(inter, n_heldout, share, seed):
 
 # %% ../nbs/01b_model_preprocessing.ipynb #4e686173
 def _utc(seconds):
-    return datetime.fromtimestamp(int(seconds), timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _cuts(times, share, cut_time, valid_cut_time):
@@ -639,13 +639,13 @@ def _temporal(inter, share, cut_time, valid_cut_time):
 
 # %% ../nbs/01b_model_preprocessing.ipynb #a3280ab2
 SPLITS = ("lecture", "holdout", "leave_last", "temporal", "strong")
-_NEEDS = dict(
-    lecture="users with more than {n} interactions for test, and more than {n2} for valid as well",
-    leave_last="users with at least 3 interactions",
-    holdout="users with at least 3 interactions",
-    temporal="users with interactions on both sides of the cut",
-    strong="held-out users with at least 5 interactions with items of the training users",
-)
+_NEEDS = {
+    "lecture": "users with more than {n} interactions for test, and more than {n2} for valid as well",
+    "leave_last": "users with at least 3 interactions",
+    "holdout": "users with at least 3 interactions",
+    "temporal": "users with interactions on both sides of the cut",
+    "strong": "held-out users with at least 5 interactions with items of the training users",
+}
 
 
 def _check_choice(kind, valid_sample_size, n_heldout_users, heldout_share, cut_time, short_histories):
@@ -718,7 +718,7 @@ def _check_targets(split):
             raise AerecError(
                 f"split {split.kind!r} leaves nobody a {name} target: it needs {_NEEDS[split.kind].format(n=n, n2=2 * n)}, "
                 f"and the longest of {split.interactions.n_users:,} histories has {np.diff(split.interactions.matrix.indptr).max()}; "
-                + dict(temporal="move the cut", strong="raise n_heldout_users").get(
+                + {"temporal": "move the cut", "strong": "raise n_heldout_users"}.get(
                     split.kind, "lower valid_sample_size"
                 )
                 + ", or bring more data"
@@ -753,7 +753,7 @@ def redraw_valid(
 @patch
 def report(self: Split) -> pd.DataFrame:  # a row for train, valid and test, and one for what no part uses, if anything
     "Users, items and interactions of each part, and what could not be asked."
-    rows = [dict(part="train", users=len(self.users), items=len(self.items), interactions=self.train.nnz)]
+    rows = [{"part": "train", "users": len(self.users), "items": len(self.items), "interactions": self.train.nnz}]
     for name, fold, target in (("valid", self.valid, VALID), ("test", self.test, TEST)):
         if fold is None:
             continue
@@ -765,46 +765,46 @@ def report(self: Split) -> pd.DataFrame:  # a row for train, valid and test, and
         )
         asked = self.interactions.matrix.indices[(self.part == target) & with_history[self.interactions.rows]]
         rows.append(
-            dict(
-                part=name,
-                users=len(fold),
-                items=len(np.unique(asked)),
-                interactions=held_out,
-                input=fold.input.nnz,
-                unknown_targets=held_out - fold.target.nnz,
-                unknown_items=len(np.unique(asked[self._columns[asked] < 0])),
-                users_without_target=fold.n_without_target,
-                users_without_history=fold.n_without_history,
-                targets_left_out=fold.n_left_out,
-            )
+            {
+                "part": name,
+                "users": len(fold),
+                "items": len(np.unique(asked)),
+                "interactions": held_out,
+                "input": fold.input.nnz,
+                "unknown_targets": held_out - fold.target.nnz,
+                "unknown_items": len(np.unique(asked[self._columns[asked] < 0])),
+                "users_without_target": fold.n_without_target,
+                "users_without_history": fold.n_without_history,
+                "targets_left_out": fold.n_left_out,
+            }
         )
     if (left := self.part == LEFT_OUT).any():
         rows.append(
-            dict(
-                part="left out",
-                users=int(np.count_nonzero(self._per_user(LEFT_OUT))),
-                items=len(np.unique(self.interactions.matrix.indices[left])),
-                interactions=int(left.sum()),
-            )
+            {
+                "part": "left out",
+                "users": int(np.count_nonzero(self._per_user(LEFT_OUT))),
+                "items": len(np.unique(self.interactions.matrix.indices[left])),
+                "interactions": int(left.sum()),
+            }
         )
     table = pd.DataFrame(rows)
-    table = table.astype({c: "Int64" for c in table.columns[4:]})
+    table = table.astype(dict.fromkeys(table.columns[4:], "Int64"))
     table.insert(4, "share", table.interactions / self.interactions.nnz)
     return table
 
 # %% ../nbs/01b_model_preprocessing.ipynb #be7aaf07
-_LABELS = dict(
-    users="users",
-    items="items",
-    interactions="interactions",
-    share="share of all interactions",
-    input="interactions in the histories asked with",
-    unknown_targets="targets that train does not know",
-    unknown_items="items that train does not know",
-    users_without_target="users not asked: no target",
-    users_without_history="users not asked: no history",
-    targets_left_out="targets of users without a history",
-)
+_LABELS = {
+    "users": "users",
+    "items": "items",
+    "interactions": "interactions",
+    "share": "share of all interactions",
+    "input": "interactions in the histories asked with",
+    "unknown_targets": "targets that train does not know",
+    "unknown_items": "items that train does not know",
+    "users_without_target": "users not asked: no target",
+    "users_without_history": "users not asked: no history",
+    "targets_left_out": "targets of users without a history",
+}
 
 
 def describe_parts(
@@ -830,15 +830,15 @@ def describe_split(
     "What kind of split it is, how big, and who could not be asked."
     n, share = split.valid_sample_size, split.heldout_share
     each = f"{share:g} of the items of each user" if share else f"{n} items of each user"
-    how = dict(
-        strong=lambda: (
+    how = {
+        "strong": lambda: (
             f"{len(split.valid)} + {len(split.test)} users held out, {share or 0.2:g} of the items of each to be found"
         ),
-        lecture=lambda: f"{each} held out by the lecture's draw",
-        leave_last=lambda: f"the last {each} held out" + ("" if share else ", never more than a fifth"),
-        holdout=lambda: f"{each} held out at random" + ("" if share else ", never more than a fifth"),
-        temporal=lambda: f"validation begins at {_utc(split.cuts[0])} and test at {_utc(split.cuts[1])} UTC",
-    )[split.kind]()
+        "lecture": lambda: f"{each} held out by the lecture's draw",
+        "leave_last": lambda: f"the last {each} held out" + ("" if share else ", never more than a fifth"),
+        "holdout": lambda: f"{each} held out at random" + ("" if share else ", never more than a fifth"),
+        "temporal": lambda: f"validation begins at {_utc(split.cuts[0])} and test at {_utc(split.cuts[1])} UTC",
+    }[split.kind]()
     test, unknown = split.test, int(split.test.n_targets.sum()) - split.test.target.nnz
     cold = f", without a history {test.n_without_history:,}" if test.n_without_history else ""
     new = (
@@ -853,8 +853,8 @@ def describe_split(
     )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #1ecdfaf6
-_PARTS = dict(train="#0072B2", valid="#E69F00", test="#D55E00")
-_LINES = dict(valid=dict(color=_PARTS["valid"], lw=3.5, alpha=0.7), test=dict(color=_PARTS["test"], lw=1.5))
+_PARTS = {"train": "#0072B2", "valid": "#E69F00", "test": "#D55E00"}
+_LINES = {"valid": {"color": _PARTS["valid"], "lw": 3.5, "alpha": 0.7}, "test": {"color": _PARTS["test"], "lw": 1.5}}
 
 
 def _plot_parts(ax, split, folds):
@@ -945,7 +945,7 @@ def save(
     save_file({k: np.ascontiguousarray(v) for k, v in self._arrays().items()}, folder / "split.safetensors")
     for name in ("user", "item"):
         save_vocabulary(folder / f"{name}s.parquet", getattr(self.interactions, f"{name}s"), f"{name}_id")
-    write_json(folder / "split.json", self._rule() | dict(seeds=self.seeds, fingerprint=self.fingerprint))
+    write_json(folder / "split.json", self._rule() | {"seeds": self.seeds, "fingerprint": self.fingerprint})
 
 
 @patch(cls_method=True)
@@ -1299,7 +1299,7 @@ def tag_features(
         .size()
         .rename("weight")
         .reset_index()
-        .rename(columns=dict(item_id="user_id", tag="item_id"))
+        .rename(columns={"item_id": "user_id", "tag": "item_id"})
     )
     items, names, tf = x.users, x.items.astype(object), x.matrix
     df = np.bincount(tf.indices, minlength=len(names))
@@ -1321,17 +1321,24 @@ def table(self: ItemFeatures) -> pd.DataFrame:  # a row a group
         block = csc[:, columns]
         most = columns[np.argsort(-np.diff(block.indptr), kind="stable")[:3]]
         rows.append(
-            dict(
-                group=g,
-                features=len(columns),
-                items=len(np.unique(block.indices)),
-                commonest=", ".join(self.names[c].partition("=")[2] for c in most) or "a number",
-            )
+            {
+                "group": g,
+                "features": len(columns),
+                "items": len(np.unique(block.indices)),
+                "commonest": ", ".join(self.names[c].partition("=")[2] for c in most) or "a number",
+            }
         )
     rows.append(
-        dict(group="any of them", features=len(self.names), items=len(self.items) - self.n_without, commonest="")
+        {
+            "group": "any of them",
+            "features": len(self.names),
+            "items": len(self.items) - self.n_without,
+            "commonest": "",
+        }
     )
-    rows += [dict(group=f"{c} (not used)", features=0, items=0, commonest=why) for c, why in self.unused.items()]
+    rows += [
+        {"group": f"{c} (not used)", "features": 0, "items": 0, "commonest": why} for c, why in self.unused.items()
+    ]
     made = pd.DataFrame(rows)
     made.insert(3, "share", made["items"] / max(1, len(self.items)))
     return made.set_index("group")
@@ -1376,12 +1383,12 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        dict(indptr=self.matrix.indptr, indices=self.matrix.indices, data=self.matrix.data),
+        {"indptr": self.matrix.indptr, "indices": self.matrix.indices, "data": self.matrix.data},
         folder / "features.safetensors",
     )
     save_vocabulary(folder / "items.parquet", self.items, "item_id")
     save_vocabulary(folder / "names.parquet", np.array(self.names, dtype=object), "name")
-    write_json(folder / "features.json", dict(unused=self.unused, n_without=self.n_without))
+    write_json(folder / "features.json", {"unused": self.unused, "n_without": self.n_without})
 
 
 @patch(cls_method=True)
@@ -1423,7 +1430,7 @@ def _like(table, vocabulary):
     ids = table.item_id.astype(object) if isinstance(table.item_id.dtype, pd.CategoricalDtype) else table.item_id
     if vocabulary.dtype.kind in "iu":
         ids = pd.to_numeric(ids, errors="coerce")
-        return table.assign(item_id=ids)[ids.notna()].astype(dict(item_id=np.int64))
+        return table.assign(item_id=ids)[ids.notna()].astype({"item_id": np.int64})
     return table.assign(item_id=ids.astype(str) if len(vocabulary) and isinstance(vocabulary[0], str) else ids)
 
 
@@ -1486,22 +1493,22 @@ def build_model_preprocessing(
     features = _features_of(run, made)
     if features is not None:
         features.save(folder / "features")
-    return dict(
-        kind=made.kind,
-        seed=made.seed,
-        valid_sample_size=made.valid_sample_size,
-        heldout_share=made.heldout_share,
-        fingerprint=made.fingerprint,
-        train_users=len(made.users),
-        train_items=len(made.items),
-        train_interactions=made.train.nnz,
-        valid_users=len(made.valid),
-        test_users=len(made.test),
-        users_without_target=made.test.n_without_target,
-        users_without_history=made.test.n_without_history,
-        n_features=len(features.names) if features else 0,
-        items_without_features=features.n_without if features else None,
-    )
+    return {
+        "kind": made.kind,
+        "seed": made.seed,
+        "valid_sample_size": made.valid_sample_size,
+        "heldout_share": made.heldout_share,
+        "fingerprint": made.fingerprint,
+        "train_users": len(made.users),
+        "train_items": len(made.items),
+        "train_interactions": made.train.nnz,
+        "valid_users": len(made.valid),
+        "test_users": len(made.test),
+        "users_without_target": made.test.n_without_target,
+        "users_without_history": made.test.n_without_history,
+        "n_features": len(features.names) if features else 0,
+        "items_without_features": features.n_without if features else None,
+    }
 
 
 def unused_settings(
@@ -1509,11 +1516,11 @@ def unused_settings(
     kind: str,  # of the split that was made
 ) -> list:  # names
     "Settings that a person has set and this split does not read."
-    readers = dict(
-        valid_sample_size=("lecture", "holdout", "leave_last"),
-        heldout_share=("holdout", "leave_last", "temporal", "strong"),
-        cut_time=("temporal",),
-        valid_cut_time=("temporal",),
-        n_heldout_users=("strong",),
-    )
+    readers = {
+        "valid_sample_size": ("lecture", "holdout", "leave_last"),
+        "heldout_share": ("holdout", "leave_last", "temporal", "strong"),
+        "cut_time": ("temporal",),
+        "valid_cut_time": ("temporal",),
+        "n_heldout_users": ("strong",),
+    }
     return [name for name, kinds in readers.items() if getattr(settings.split, name) is not None and kind not in kinds]

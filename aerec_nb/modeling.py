@@ -10,7 +10,10 @@ __all__ = ['AUTO', 'check_histories', 'check_value', 'check_device', 'Model', 'c
            'ColdItems', 'alike', 'AutoEncoder', 'configured_models', 'build_modeling', 'describe_models', 'plot_plan']
 
 # %% ../nbs/02_modeling.ipynb #e910e62b
-import importlib, inspect, json, math
+import importlib
+import inspect
+import json
+import math
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -490,7 +493,7 @@ def save_model(
         Path(path).write_bytes(save(arrays))
     write_json(
         folder / "model.json",
-        dict(name=model.name, hyperparameters=model.hyperparameters, n_items=model.n_items, format=1),
+        {"name": model.name, "hyperparameters": model.hyperparameters, "n_items": model.n_items, "format": 1},
     )
 
 
@@ -645,7 +648,7 @@ class Blend(Model):
         members: list = ("ease", "mult_dae"),  # names, or {name, hyperparameters}
         weights: list = None,  # a number each; None: all alike
     ):
-        members = [dict(name=m, hyperparameters={}) if isinstance(m, str) else dict(m) for m in members]
+        members = [{"name": m, "hyperparameters": {}} if isinstance(m, str) else dict(m) for m in members]
         weights = [1.0] * len(members) if weights is None else [check_value("weights", w, -math.inf) for w in weights]
         if not members or len(weights) != len(members):
             raise AerecError(
@@ -663,7 +666,7 @@ class Blend(Model):
         "A blend of models that are fitted."
         if len({m.n_items for m in models}) != 1 or models[0].n_items is None:
             raise AerecError("blend: its members must be fitted, and on the same items")
-        blend = cls([dict(name=m.name, hyperparameters=m.hyperparameters) for m in models], weights)
+        blend = cls([{"name": m.name, "hyperparameters": m.hyperparameters} for m in models], weights)
         blend.models, blend.n_items = list(models), models[0].n_items
         return blend
 
@@ -722,7 +725,7 @@ class ColdItems(Model):
         self,
         member: dict = "ease",  # name, or {name, hyperparameters}, of the model
     ):
-        member = dict(name=member, hyperparameters={}) if isinstance(member, str) else dict(member)
+        member = {"name": member, "hyperparameters": {}} if isinstance(member, str) else dict(member)
         super().__init__(member=member)
         self.model, self.neighbours = create_model(member["name"], **member.get("hyperparameters", {})), None
 
@@ -739,7 +742,7 @@ class ColdItems(Model):
             raise AerecError(
                 f"cold_items: {features.shape[0]} rows of features for {model.n_items} items of {model!r}; it takes a fitted model, and a row for each of its items and then the new ones"
             )
-        self = cls(dict(name=model.name, hyperparameters=model.hyperparameters))
+        self = cls({"name": model.name, "hyperparameters": model.hyperparameters})
         self.model, self.n_items = model, features.shape[0]
         self.neighbours = alike(features[model.n_items :], features[: model.n_items], n_neighbours, popularity)
         return self
@@ -913,10 +916,12 @@ def configured_models(
         for name, hp in own.items()
     }
     looked_for = (
-        [dict(name=AUTO, hyperparameters=dict(budget_s=settings.training.budget_s), given=[])] if AUTO in names else []
+        [{"name": AUTO, "hyperparameters": {"budget_s": settings.training.budget_s}, "given": []}]
+        if AUTO in names
+        else []
     )
     return looked_for + [
-        dict(name=name, hyperparameters=m.hyperparameters, given=given[name]) for name, m in made.items()
+        {"name": name, "hyperparameters": m.hyperparameters, "given": given[name]} for name, m in made.items()
     ]
 
 # %% ../nbs/02_modeling.ipynb #8b91299f
@@ -954,19 +959,19 @@ def build_modeling(
         folder / "plan.parquet",
         pd.DataFrame(
             [
-                dict(
-                    model=p.model,
-                    form=p.form,
-                    n_users=p.n_users,
-                    n_items=p.n_items,
-                    memory_mib=p.n_bytes / 2**20,
-                    seconds=p.seconds,
-                )
+                {
+                    "model": p.model,
+                    "form": p.form,
+                    "n_users": p.n_users,
+                    "n_items": p.n_items,
+                    "memory_mib": p.n_bytes / 2**20,
+                    "seconds": p.seconds,
+                }
                 for p in plans
             ]
         ),
     )
-    return dict(n_models=len(models), largest_mib=round(max(p.n_bytes for p in plans) / 2**20, 1))
+    return {"n_models": len(models), "largest_mib": round(max(p.n_bytes for p in plans) / 2**20, 1)}
 
 # %% ../nbs/02_modeling.ipynb #14ab498e
 def describe_models(

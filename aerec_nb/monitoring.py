@@ -20,12 +20,22 @@ __all__ = ['GROUPS', 'MONITORS', 'Z', 'MIN_LISTS', 'SAMPLE', 'log', 'STANDING', 
            'build_monitoring', 'describe_monitoring']
 
 # %% ../nbs/06_monitoring.ipynb #8aadeba8
-import base64, html, importlib, io, json, logging, math, threading, time, urllib.request
+import base64
+import html
+import importlib
+import io
+import json
+import logging
+import math
+import threading
+import time
+import urllib.request
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
+
 import duckdb
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,6 +44,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fastcore.basics import patch
 from scipy import sparse, stats
+
 from .configuration import AerecError, load_settings, own_file, own_object, project_dir, using_settings
 from .data_import import feedback_ratings
 from .events import COLUMNS, SCHEMA, EventLog, check_event, load_events, new_event
@@ -1582,7 +1593,7 @@ def sample_ratio(w):
         .drop_duplicates(["user_id", "arm"])
         .arm.value_counts()
     )
-    shares = getattr(w, "shares", None) or {arm: 1.0 for arm in users.index[users > 0]}
+    shares = getattr(w, "shares", None) or dict.fromkeys(users.index[users > 0], 1.0)
     if len(shares) < 2 or not users.sum():
         return Figure(None, 0)
     expected = np.array(list(shares.values())) / sum(shares.values())
@@ -2914,6 +2925,7 @@ def _panel(ax, m, trend) -> None:
         ax.axhline(m.threshold, color="#555555", ls="--", lw=0.8)  # of a short span coverage is always less
     ax.set_ylim(min(0, np.nanmin(y)), 1.35 * high)
     ax.locator_params(axis="y", nbins=3)
+    return None
 
 # %% ../nbs/06_monitoring.ipynb #a4112c72
 _REPORT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>Monitoring</title><style>

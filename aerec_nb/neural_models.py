@@ -213,7 +213,7 @@ class ItemRows(nn.Module):
         for name, tensor in zip(("indices", "offsets", "values"), History.of(matrix)):
             self.register_buffer(name, tensor, persistent=False)
         bare = np.bincount(matrix.nonzero()[0], minlength=len(warm)) == 0
-        for name, which in dict(bare=bare, has_own=warm | bare, known=warm | bare).items():
+        for name, which in {"bare": bare, "has_own": warm | bare, "known": warm | bare}.items():
             self.register_buffer(name, torch.from_numpy(which), persistent=False)
 
     def forward(
@@ -271,25 +271,25 @@ def given(
     return {k: v for k, v in values.items() if k not in ("self", "__class__")}
 
 # %% ../nbs/02b_neural_models.ipynb #625829b6
-_LIMITS = dict(  # how `check_value` looks at each hyperparameter
-    hidden_dim=dict(low=1, kind=int),
-    latent_dim=dict(low=1, kind=int),
-    rank=dict(low=1, kind=int),
-    lr=dict(low=0, open=True),
-    num_epoch=dict(low=1, kind=int),
-    batch_size=dict(low=1, kind=int),
-    dropout=dict(low=0, high=1),
-    cold_dropout=dict(low=0, high=1),
-    feature_decay=dict(low=0),
-    weight_decay=dict(low=0),
-    beta=dict(low=0),
-    gamma=dict(low=0),
-    anneal_steps=dict(low=0, kind=int),
-    encoder_passes=dict(low=1, kind=int),
-    cosine_epochs=dict(low=0, kind=int),
-    clip_norm=dict(low=0),
-    random_seed=dict(low=0, kind=int),
-)
+_LIMITS = {  # how `check_value` looks at each hyperparameter
+    "hidden_dim": {"low": 1, "kind": int},
+    "latent_dim": {"low": 1, "kind": int},
+    "rank": {"low": 1, "kind": int},
+    "lr": {"low": 0, "open": True},
+    "num_epoch": {"low": 1, "kind": int},
+    "batch_size": {"low": 1, "kind": int},
+    "dropout": {"low": 0, "high": 1},
+    "cold_dropout": {"low": 0, "high": 1},
+    "feature_decay": {"low": 0},
+    "weight_decay": {"low": 0},
+    "beta": {"low": 0},
+    "gamma": {"low": 0},
+    "anneal_steps": {"low": 0, "kind": int},
+    "encoder_passes": {"low": 1, "kind": int},
+    "cosine_epochs": {"low": 0, "kind": int},
+    "clip_norm": {"low": 0},
+    "random_seed": {"low": 0, "kind": int},
+}
 
 _OPTIMIZERS = 100 * 2**20  # bytes that torch's own modules take once an optimizer is made
 
@@ -375,9 +375,9 @@ class GradientModel(Model):
             for decays in (True, False)
         )
         groups = [
-            dict(params=decayed, weight_decay=self.weight_decay),
-            dict(params=spared),
-            dict(params=by_feature, weight_decay=self.feature_decay),
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": spared},
+            {"params": by_feature, "weight_decay": self.feature_decay},
         ]
         self.optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=self.lr, fused=True)
         self.n_items = train.shape[1]
@@ -671,7 +671,7 @@ def restore(
     for key, value in arrays.items():
         if key.startswith("optimizer."):
             moments.setdefault(int(key.split(".")[1]), {})[key.split(".")[2]] = torch.from_numpy(np.array(value))
-    self.optimizer.load_state_dict(dict(state=moments, param_groups=self.optimizer.state_dict()["param_groups"]))
+    self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
     self.generator.set_state(torch.from_numpy(np.array(arrays["generator"])))
 
 # %% ../nbs/02b_neural_models.ipynb #973b5e4e
@@ -686,13 +686,13 @@ class LectureAutoEncoder(GradientModel):
     "The lecture's net: sigmoid, one hidden layer, linear output, softmax cross-entropy."
 
     name = "autoencoder"
-    presets = dict(lecture=dict(lr=0.05, num_epoch=10), small=dict(hidden_dim=128))
-    tune_space = dict(
-        lr=(5e-4, 2e-2, "log"),
-        hidden_dim=(64, 600, "log"),
-        dropout=(0.0, 0.7, "linear"),
-        weight_decay=(1e-8, 1e-3, "log"),
-    )
+    presets = {"lecture": {"lr": 0.05, "num_epoch": 10}, "small": {"hidden_dim": 128}}
+    tune_space = {
+        "lr": (5e-4, 2e-2, "log"),
+        "hidden_dim": (64, 600, "log"),
+        "dropout": (0.0, 0.7, "linear"),
+        "weight_decay": (1e-8, 1e-3, "log"),
+    }
 
     def __init__(
         self,
@@ -742,13 +742,13 @@ class MultDAE(GradientModel):
     "Denoising autoencoder with multinomial likelihood (Liang et al. 2018)."
 
     name = "mult_dae"
-    presets = dict(small=dict(batch_size=32, lr=0.005, num_epoch=40, cosine_epochs=40, weight_decay=0.01))
-    tune_space = dict(
-        lr=(3e-4, 1e-2, "log"),
-        weight_decay=(1e-6, 2e-2, "log"),
-        dropout=(0.2, 0.8, "linear"),
-        hidden_dim=(64, 600, "log"),
-    )
+    presets = {"small": {"batch_size": 32, "lr": 0.005, "num_epoch": 40, "cosine_epochs": 40, "weight_decay": 0.01}}
+    tune_space = {
+        "lr": (3e-4, 1e-2, "log"),
+        "weight_decay": (1e-6, 2e-2, "log"),
+        "dropout": (0.2, 0.8, "linear"),
+        "hidden_dim": (64, 600, "log"),
+    }
 
     def __init__(
         self,
@@ -832,24 +832,24 @@ class MultVAE(GradientModel):
     "Variational autoencoder with multinomial likelihood (Liang et al. 2018)."
 
     name = "mult_vae"
-    presets = dict(
-        small=dict(
-            linear_decoder=True,
-            batch_size=32,
-            lr=0.005,
-            num_epoch=40,
-            cosine_epochs=40,
-            anneal_steps=0,
-            weight_decay=0.005,
-        )
-    )
-    tune_space = dict(
-        lr=(3e-4, 5e-3, "log"),
-        beta=(0.02, 1.0, "log"),
-        weight_decay=(1e-6, 1e-2, "log"),
-        dropout=(0.2, 0.8, "linear"),
-        latent_dim=(32, 300, "log"),
-    )
+    presets = {
+        "small": {
+            "linear_decoder": True,
+            "batch_size": 32,
+            "lr": 0.005,
+            "num_epoch": 40,
+            "cosine_epochs": 40,
+            "anneal_steps": 0,
+            "weight_decay": 0.005,
+        }
+    }
+    tune_space = {
+        "lr": (3e-4, 5e-3, "log"),
+        "beta": (0.02, 1.0, "log"),
+        "weight_decay": (1e-6, 1e-2, "log"),
+        "dropout": (0.2, 0.8, "linear"),
+        "latent_dim": (32, 300, "log"),
+    }
 
     def __init__(
         self,
@@ -957,10 +957,22 @@ class RecVAE(GradientModel):
 
     name = "recvae"
     item_rows = ("encoder.encoder_weight", "old.encoder_weight", "decoder_weight", "decoder_bias")
-    presets = dict(small=dict(hidden_dim=200, latent_dim=200, batch_size=64, lr=0.001, num_epoch=25, cosine_epochs=25))
-    tune_space = dict(
-        gamma=(1e-3, 2e-2, "log"), lr=(1e-4, 3e-3, "log"), latent_dim=(32, 300, "log"), dropout=(0.2, 0.8, "linear")
-    )
+    presets = {
+        "small": {
+            "hidden_dim": 200,
+            "latent_dim": 200,
+            "batch_size": 64,
+            "lr": 0.001,
+            "num_epoch": 25,
+            "cosine_epochs": 25,
+        }
+    }
+    tune_space = {
+        "gamma": (1e-3, 2e-2, "log"),
+        "lr": (1e-4, 3e-3, "log"),
+        "latent_dim": (32, 300, "log"),
+        "dropout": (0.2, 0.8, "linear"),
+    }
 
     def __init__(
         self,
@@ -1057,8 +1069,8 @@ class ELSA(GradientModel):
 
     name = "elsa"
     item_rows = ("weight",)
-    presets = dict(small=dict(rank=64, batch_size=64))
-    tune_space = dict(rank=(32, 512, "log"), lr=(3e-3, 0.3, "log"))
+    presets = {"small": {"rank": 64, "batch_size": 64}}
+    tune_space = {"rank": (32, 512, "log"), "lr": (3e-3, 0.3, "log")}
     weight_decay = 0.0  # lengths of rows do not count, so there is nothing to decay
     _unit = None  # A, while the weights stay
 

@@ -12,12 +12,28 @@ __all__ = ['SCHEMA', 'LIMIT_MIB', 'MAX_DEPTH', 'MAX_NUMBER', 'MAX_WEIGHT', 'MAX_
            'plot_packaging', 'plot_reference']
 
 # %% ../nbs/05_packaging.ipynb #b0581a5b
-import base64, errno, getpass, hashlib, inspect, io, json, math, os, re, shutil, stat, tempfile, time, zipfile, zlib
+import base64
+import errno
+import getpass
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+import zipfile
+import zlib
 from collections import namedtuple
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -29,6 +45,7 @@ from fastcore.basics import patch
 from pydantic import SecretStr
 from safetensors.numpy import save
 from scipy.sparse import csr_matrix, vstack
+
 from aerec_nb.configuration import (
     AerecError,
     PackagingSettings,
@@ -52,9 +69,11 @@ from aerec_nb.runs import (
     sha256_bytes,
     sha256_file,
     sha256_json,
-    versions as package_versions,
     write_json,
     write_parquet,
+)
+from aerec_nb.runs import (
+    versions as package_versions,
 )
 from .validation import gini, list_metrics
 

@@ -10,16 +10,36 @@ __all__ = ['Outcome', 'execute_notebook', 'code_cells', 'cells_hash', 'Step', 's
            'new_project', 'doctor', 'find_bundle', 'main']
 
 # %% ../nbs/07_pipeline.ipynb #658fb352
-import argparse, ast, base64, html, importlib.metadata, importlib.util, itertools, json, logging, os, re, shlex, shutil, signal, subprocess, sys, threading, time, warnings
+import argparse
+import ast
+import base64
+import html
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+
 import jinja2
 import pandas as pd
+
 from aerec_nb.configuration import (
-    AerecError,
     KNOBS,
+    AerecError,
     diff_settings,
     load_settings,
     project_dir,
@@ -163,6 +183,7 @@ def _papermill(job) -> None:
         except RuntimeError as e:
             if not left or job.ended_by or not str(e).startswith("Kernel died before replying"):
                 raise
+    return None
 
 
 _STARTS = 3  # a kernel is told free ports, and another process may take one before it does: then it ends at once, and no cell has run
@@ -191,7 +212,7 @@ def _explain(outcome, problem, ended_by) -> None:
 def _keep(job) -> None:
     "Put the executed notebook in its place, with its mark if it ended well; remove a half-written one."
     if not job.hidden.exists():
-        return
+        return None
     try:
         nb = read_json(job.hidden)
         if job.mark and job.outcome.state == "done":
@@ -203,6 +224,7 @@ def _keep(job) -> None:
             return job.hidden.unlink()
     with file_errors(job.target):
         os.replace(job.hidden, job.target)
+    return None
 
 
 def _is_readable(path: Path) -> bool:
@@ -581,7 +603,9 @@ _TEX = [
 @lru_cache(maxsize=1000)
 def _formula(tex: str, display: bool) -> str:
     "A formula as a picture within the page; its source where it cannot be drawn."
-    import io, matplotlib
+    import io
+
+    import matplotlib
     from matplotlib.mathtext import math_to_image
 
     plain = tex.strip().replace("\n", " ")
@@ -787,8 +811,9 @@ class _Loop:
         elif len(self.jobs) < self.limit:
             self._start(name, p)
         else:
-            return
+            return None
         self.opened[name] = time.perf_counter()
+        return None
 
     def _start(self, name, p, ahead=False):
         "Begin the notebook, behind a gate if its inputs are not there yet."
@@ -1166,15 +1191,15 @@ def _index_page(run: Run, outcomes: list, steps: list) -> str:
     for row in table.to_dict("records"):
         page, notebook = f"report/{row['notebook']}.html", run.folder / "notebooks" / f"{row['notebook']}.ipynb"
         shown.append(
-            dict(
-                notebook=row["notebook"],
-                state=row["state"],
-                figures=row["key figures"],
-                why=row["why"],
-                page=page if (run.folder / page).exists() else None,
-                seconds="" if pd.isna(row["seconds"]) else f"{row['seconds']:.1f}",
-                memory="" if pd.isna(row["peak MiB"]) else f"{row['peak MiB']:,.0f}",
-            )
+            {
+                "notebook": row["notebook"],
+                "state": row["state"],
+                "figures": row["key figures"],
+                "why": row["why"],
+                "page": page if (run.folder / page).exists() else None,
+                "seconds": "" if pd.isna(row["seconds"]) else f"{row['seconds']:.1f}",
+                "memory": "" if pd.isna(row["peak MiB"]) else f"{row['peak MiB']:,.0f}",
+            }
         )
         pictures += [(row["notebook"], page, png) for png in _figures(notebook)[-1:]]
         warned += [(row["notebook"], line) for line in _warnings(notebook)]
@@ -1475,7 +1500,7 @@ def run_sweep(
             _point_run(env, data, {**knobs, **point, "random_seed": seed} if n_seeds > 1 else {**knobs, **point}, say)
             for seed in seeds
         ]
-        rows.append(dict(point=point, runs=runs))
+        rows.append({"point": point, "runs": runs})
     return _compare_points(settings, name, rows, data, knobs, env)
 
 
@@ -1488,19 +1513,23 @@ def _point_run(env, data, knobs, say) -> dict:
         raise  # the other points would meet it as well
     except AerecError as e:
         say(f"  failed: {e}")
-        return dict(error=str(e), seconds=0.0)
+        return {"error": str(e), "seconds": 0.0}
     seconds, run = sum(o.seconds for o in result.outcomes), result.run
     if not result.ok:
         say(f"  run {run.name} failed: {result.failed[0].error}")
-        return dict(run=run.name, error=result.failed[0].error, seconds=seconds)
+        return {"run": run.name, "error": result.failed[0].error, "seconds": seconds}
     chosen = read_json(run.folder / "validation" / "choice.json")["model"]
     board = pd.read_parquet(run.folder / "validation" / "leaderboard.parquet").set_index("model").loc[chosen]
     say(
         f"  run {run.name}: {chosen}, NDCG@{run.settings.validation.topk} on validation {board.valid_ndcg:.4f} ± {board.valid_se:.4f}, {seconds:.0f} s"
     )
-    return dict(
-        run=run.name, chosen=chosen, valid_ndcg=float(board.valid_ndcg), valid_se=float(board.valid_se), seconds=seconds
-    )
+    return {
+        "run": run.name,
+        "chosen": chosen,
+        "valid_ndcg": float(board.valid_ndcg),
+        "valid_se": float(board.valid_se),
+        "seconds": seconds,
+    }
 
 # %% ../nbs/07_pipeline.ipynb #02d489d1
 def _compare_points(settings, name, rows, data, knobs, env) -> Sweep:
@@ -1538,7 +1567,7 @@ def _compare_points(settings, name, rows, data, knobs, env) -> Sweep:
         folder.mkdir(parents=True, exist_ok=True)
     sweep = Sweep(folder, frame, " ".join(shlex.quote(w) for w in words))
     write_parquet(folder / "points.parquet", frame.astype({c: str for c in frame.columns if c in KNOBS}))
-    write_json(folder / "sweep.json", dict(name=name, best=point, command=sweep.command, points=rows))
+    write_json(folder / "sweep.json", {"name": name, "best": point, "command": sweep.command, "points": rows})
     _write(sweep.report, _sweep_page(sweep, k))
     return sweep
 
@@ -1596,7 +1625,7 @@ def plot_sweep(
                 textcoords="offset points",
                 va="center",
                 fontsize=9,
-                bbox=dict(fc="white", ec="none", alpha=0.75, pad=1),
+                bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1},
                 zorder=4,
             )
     for y in (0, 0.5, 1):
@@ -1809,7 +1838,7 @@ def draw_process(
             )
             ax.text(x, y - 0.17, _QUESTIONS[i], ha="center", va="center", fontsize=9, color="white")
             if column < 3:
-                ax.annotate("", (x + 1.43, y), (x + 1.07, y), arrowprops=dict(arrowstyle="-|>", color="#888888"))
+                ax.annotate("", (x + 1.43, y), (x + 1.07, y), arrowprops={"arrowstyle": "-|>", "color": "#888888"})
         ax.set(xlim=(-1.2, 8.7), ylim=(-2.8, 0.5))
         ax.axis("off")
         if path:
@@ -1837,8 +1866,9 @@ def plot_stages(
 # %% ../nbs/07_pipeline.ipynb #9269b40c
 def _signatures(source: str) -> list:
     "Exported functions and classes of a notebook: name, first line, docstring, rows of (parameter, type, default, meaning)."
-    from fastcore.docments import docments
     import inspect
+
+    from fastcore.docments import docments
 
     module, found = importlib.import_module(f"aerec_nb.{source}"), []
     for name in getattr(module, "__all__", []):
@@ -2298,7 +2328,9 @@ def _look_at_disk(settings):
 
 
 def _look_at_machine(settings):
-    import psutil, socket
+    import socket
+
+    import psutil
 
     free = psutil.virtual_memory().available
     yield (
@@ -2404,16 +2436,16 @@ def _registry(settings):
 # %% ../nbs/07_pipeline.ipynb #acee2afd
 def _asked(args) -> dict:
     "What `run` was asked for, as arguments of `run_pipeline`."
-    given = dict(
-        env=args.env,
-        run=args.run,
-        data=_absolute_source(args.data),
-        resume=args.resume,
-        first=args.first,
-        last=args.last,
-        only=args.only or (),
-        force=args.force or (),
-    )
+    given = {
+        "env": args.env,
+        "run": args.run,
+        "data": _absolute_source(args.data),
+        "resume": args.resume,
+        "first": args.first,
+        "last": args.last,
+        "only": args.only or (),
+        "force": args.force or (),
+    }
     if given["force"] and "" in given["force"]:
         given["force"] = ["all"]
     return {
@@ -2441,14 +2473,14 @@ def _cmd_run(args) -> int:
         table, board = stage_table(result.run.folder, result.outcomes, result.plan), _leaderboard(result.run)
         print(
             json.dumps(
-                dict(
-                    run=result.run.name,
-                    ok=result.ok,
-                    folder=str(result.run.folder),
-                    report=str(result.report),
-                    stages=json.loads(table.to_json(orient="records")),
-                    leaderboard=None if board is None else board.to_dict("records"),
-                )
+                {
+                    "run": result.run.name,
+                    "ok": result.ok,
+                    "folder": str(result.run.folder),
+                    "report": str(result.report),
+                    "stages": json.loads(table.to_json(orient="records")),
+                    "leaderboard": None if board is None else board.to_dict("records"),
+                }
             )
         )
     return 0 if result.ok else 1
@@ -2657,7 +2689,7 @@ def _cmd_doctor(args) -> int:
     else:
         for r in table.itertuples():
             print(
-                f"{dict(fine='ok', note='note', fault='FAULT')[r.state]:6} {r.check:22} {r.found}"
+                f"{ {'fine': 'ok', 'note': 'note', 'fault': 'FAULT'}[r.state]:6} {r.check:22} {r.found}"
                 + (f"\n{'':29} -> {r.fix}" if r.fix else "")
             )
     return 1 if (table.state == "fault").any() else 0

@@ -14,17 +14,27 @@ __all__ = ['RANGES', 'MAX_CONDITIONS', 'MAX_VALUES', 'MAX_FILTER_VALUES', 'MAX_T
            'build_postprocessing', 'describe_postprocessing', 'before_after', 'with_titles', 'plot_steps']
 
 # %% ../nbs/04a_postprocessing.ipynb #6c32617f
-import hashlib, importlib, importlib.util, inspect, itertools, json, threading, time, zlib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import itertools
+import json
+import threading
+import time
+import zlib
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from scipy.sparse import csr_matrix
+
 from .blocklist import BanList
 from .configuration import AerecError, check_name, own_file, plugin_module, project_dir
 from .limits import Deadline, DeadlineExceeded, did_you_mean, preview
@@ -1502,14 +1512,14 @@ class Processed:
                 what = "stayed"
             if n == 0 or before[0] is not None or after[0] is not None:
                 rows.append(
-                    dict(
-                        step=name,
-                        place_before=before[0],
-                        score_before=before[1],
-                        place_after=after[0],
-                        score_after=after[1],
-                        what=what,
-                    )
+                    {
+                        "step": name,
+                        "place_before": before[0],
+                        "score_before": before[1],
+                        "place_after": after[0],
+                        "score_after": after[1],
+                        "what": what,
+                    }
                 )
             before = after
         return rows
@@ -1635,7 +1645,7 @@ def _short_way(self, scores, request, removing, source) -> Processed:
         else:
             values[request.exclude if b.name == "exclude" else self.banned_numbers] = -np.inf
         now = int(np.count_nonzero(values > -np.inf))
-        report.append(dict(step=b.name, kind="remove", removed=left - now, moved=0, placed=0, left=now))
+        report.append({"step": b.name, "kind": "remove", "removed": left - now, "moved": 0, "placed": 0, "left": now})
         left = now
     best = best_first(values, min(request.k, left))
     return Processed(
@@ -1668,7 +1678,7 @@ def _remove(self, removing, request, candidates) -> list:
         request.verdicts.append((b.name, passed))
         allowed &= passed
         now = int(np.count_nonzero(allowed[candidates] if len(candidates) < len(allowed) else allowed))
-        report.append(dict(step=b.name, kind="remove", removed=left - now, moved=0, placed=0, left=now))
+        report.append({"step": b.name, "kind": "remove", "removed": left - now, "moved": 0, "placed": 0, "left": now})
         left = now
     request.allowed = allowed
     return report
@@ -1695,14 +1705,14 @@ def _go_through(rest, request, c: Candidates, everything: bool) -> tuple:
             else 0
         )
         report.append(
-            dict(
-                step=b.name,
-                kind=b.kind,
-                removed=len(before) - len(c) if b.kind == "cut" else 0,
-                moved=moved,
-                placed=placed,
-                left=len(c),
-            )
+            {
+                "step": b.name,
+                "kind": b.kind,
+                "removed": len(before) - len(c) if b.kind == "cut" else 0,
+                "moved": moved,
+                "placed": placed,
+                "left": len(c),
+            }
         )
         if request.explain:
             snapshots.append((b.name, c.items, c.scores))
@@ -1873,7 +1883,7 @@ def apply_chain(
     ]
     return pd.concat(lists, ignore_index=True) if lists else _no_lists(), pd.concat(
         [ends[0], report, ends[1]], ignore_index=True
-    ).astype({c: int for c in ("removed", "moved", "placed", "left")})
+    ).astype(dict.fromkeys(("removed", "moved", "placed", "left"), int))
 
 
 def _no_lists():
@@ -1937,11 +1947,12 @@ def list_figures(
     for n, shown in enumerate(lists):
         items = shown[shown >= 0]
         hits = np.isin(items, targets.indices[targets.indptr[n] : targets.indptr[n + 1]])
-        row = dict(
-            ndcg=discount[: len(items)][hits].sum() / discount[: max(1, min(int(n_targets[n]), len(discount)))].sum(),
-            diversity=np.nan,
-            miscalibration=np.nan,
-        )
+        row = {
+            "ndcg": discount[: len(items)][hits].sum()
+            / discount[: max(1, min(int(n_targets[n]), len(discount)))].sum(),
+            "diversity": np.nan,
+            "miscalibration": np.nan,
+        }
         if genres is not None:
             v = catalogue.vectors("genres")[items]
             if len(items) > 1:
@@ -2009,19 +2020,19 @@ def _tradeoff(step, parameter, strength, measured, plain) -> dict:
     "One row of the curves; `change` is against the lists without the step, paired by user."
     (figures, coverage), change = measured, measured[0].ndcg - plain[0].ndcg
     root = np.sqrt(max(1, len(figures)))
-    return dict(
-        step=step,
-        parameter=parameter,
-        strength=strength,
-        ndcg=figures.ndcg.mean(),
-        ndcg_se=figures.ndcg.std(ddof=0) / root,
-        change=change.mean(),
-        change_se=change.std(ddof=0) / root,
-        diversity=figures.diversity.mean(),
-        coverage=coverage,
-        miscalibration=figures.miscalibration.mean(),
-        n_users=len(figures),
-    )
+    return {
+        "step": step,
+        "parameter": parameter,
+        "strength": strength,
+        "ndcg": figures.ndcg.mean(),
+        "ndcg_se": figures.ndcg.std(ddof=0) / root,
+        "change": change.mean(),
+        "change_se": change.std(ddof=0) / root,
+        "diversity": figures.diversity.mean(),
+        "coverage": coverage,
+        "miscalibration": figures.miscalibration.mean(),
+        "n_users": len(figures),
+    }
 
 # %% ../nbs/04a_postprocessing.ipynb #95d827dc
 def plot_tradeoffs(

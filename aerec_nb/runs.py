@@ -13,17 +13,37 @@ __all__ = ['STAGES', 'FileError', 'MissingFileError', 'file_error', 'file_errors
            'open_run']
 
 # %% ../nbs/00a_runs.ipynb #25ad6752
-import ast, ctypes, errno, fcntl, hashlib, importlib, importlib.metadata, json, logging, os, platform, re, resource
-import secrets, shutil, sqlite3, stat, sys, time, warnings
+import ast
+import ctypes
+import errno
+import fcntl
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import resource
+import secrets
+import shutil
+import sqlite3
+import stat
+import sys
+import time
+import warnings
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from functools import lru_cache, partial
 from pathlib import Path
+
 import pandas as pd
 import psutil
 from filelock import FileLock, Timeout
-from .configuration import AerecError, KNOBS, SECTIONS, Settings, load_settings, show_value, using_settings
+
+from .configuration import KNOBS, SECTIONS, AerecError, Settings, load_settings, show_value, using_settings
 
 # %% ../nbs/00a_runs.ipynb #ba1283c6
 class FileError(AerecError, OSError):
@@ -155,6 +175,7 @@ def check_writable(
             if not stat.S_ISDIR(mode):
                 raise NotADirectoryError(errno.ENOTDIR, "", str(there))
             return _check_access(there, os.W_OK | os.X_OK)
+    return None
 
 
 def _check_access(path: Path, mode: int) -> None:
@@ -631,7 +652,7 @@ _MANIFEST_FIELDS = {
     **dict.fromkeys(("stage", "run", "fingerprint", "code"), str),
     **dict.fromkeys(("settings", "outputs", "metrics", "measured", "versions"), dict),
 }
-_RUN_FIELDS = dict(created=str, env=str, overrides=dict)
+_RUN_FIELDS = {"created": str, "env": str, "overrides": dict}
 
 
 def _check_fields(path: Path, content, fields: dict) -> None:
@@ -872,6 +893,7 @@ def await_gate(
         if holder and not psutil.pid_exists(holder):
             return path.unlink(missing_ok=True)
         time.sleep(0.03)
+    return None
 
 # %% ../nbs/00a_runs.ipynb #9b3a773a
 def remove_run(
@@ -1089,7 +1111,7 @@ def write_run_file(
         is_new = not run.folder.exists()
         run.folder.mkdir(parents=True, exist_ok=True)
     try:
-        known = read_run_file(run.folder) or {"created": datetime.now(timezone.utc).isoformat(timespec="microseconds")}
+        known = read_run_file(run.folder) or {"created": datetime.now(UTC).isoformat(timespec="microseconds")}
         fresh = {**known, "name": run.name, "env": run.env, "overrides": run.overrides}
         if fresh != known:
             write_json(run.folder / "run.json", fresh)
@@ -1187,7 +1209,7 @@ def _place(run: Run, stage: str, folder: Path) -> Path:
 def _build(run: Run, stage: str, build, fingerprint: str, changed: dict = None, found: dict = None) -> Path:
     "Build an artifact in a temporary folder, write its manifest last, move it into place."
     s = STAGES[stage]
-    started, clock = datetime.now(timezone.utc), time.perf_counter()
+    started, clock = datetime.now(UTC), time.perf_counter()
     settings = run.settings if s.arguments else run.configured
     visible = settings if {"env", *SECTIONS} <= set(s.reads) else _Declared(settings, stage, "", s.reads)
     declared = Run(run.folder, visible, run.overrides, run.quiet, found)
@@ -1272,7 +1294,7 @@ def open_run(
             load_settings(env, **{name: knobs[name]})  # raises with the valid names
     if run is None:
         settings = load_settings(env, **knobs)
-        name = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
         folder = settings.paths.runs_dir / name
     else:
         folder, env, knobs = _known_run(run, env, knobs)

@@ -9,7 +9,21 @@ __all__ = ['PIECE_BYTES', 'PIECE_ROWS', 'PANEL_BYTES', 'MAX_DEATHS', 'ray_module
            'recommend_batch']
 
 # %% ../nbs/06a_scale.ipynb #e15a371f
-import importlib.metadata, importlib.util, io, json, logging, os, re, shutil, socket, subprocess, sys, tempfile, threading, time, warnings
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,12 +39,15 @@ from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from tqdm import tqdm
 
-from . import business_preprocessing as bp, data_import as di, training
+from . import business_preprocessing as bp
+from . import data_import as di
+from . import training
 from .configuration import AerecError, ScaleSettings, load_settings
 from .inference import Recommender, check_k, make_shards, write_shards
 from .linear_models import MEETING, LinearAutoEncoder, Rows, gram_columns, scaled
-from .model_preprocessing import Interactions, load_vocabulary, save_vocabulary, _as_ids, _csr
-from .modeling import check_histories, create_model, fit_model as fit_here
+from .model_preprocessing import Interactions, _as_ids, _csr, load_vocabulary, save_vocabulary
+from .modeling import check_histories, create_model
+from .modeling import fit_model as fit_here
 from .neural_models import Share
 from aerec_nb.runs import (
     atomic_path,
@@ -173,13 +190,13 @@ def start_engine(
     if address and address != known and check_address(address):
         os.environ["RAY_AUTH_MODE"] = "token"  # for this process and those that it starts
         ray_module("ray._raylet").Config.initialize("")  # it was read when Ray was imported
-    quiet = dict(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     free = _free_gib()
-    own = dict(
-        num_cpus=scale.n_workers,
-        include_dashboard=False,
-        object_store_memory=int((scale.object_store_gib or min(max(free / 4, 0.5), 32)) * 2**30),
-    )
+    own = {
+        "num_cpus": scale.n_workers,
+        "include_dashboard": False,
+        "object_store_memory": int((scale.object_store_gib or min(max(free / 4, 0.5), 32)) * 2**30),
+    }
     with calm():
         try:
             ray.init(address=address, **quiet) if address else ray.init(**quiet, **own)
@@ -234,14 +251,14 @@ def task_figures(
     began: float,  # `time.perf_counter()` when it began
 ) -> dict:  # phase, node, pid, rows, seconds, peak_mib
     "What a task reports beside its result; called in the worker, when the task is done."
-    return dict(
-        phase=phase,
-        node=sys.modules["ray"].util.get_node_ip_address() if "ray" in sys.modules else socket.gethostname(),
-        pid=os.getpid(),
-        rows=int(rows),
-        seconds=time.perf_counter() - began,
-        peak_mib=peak_memory_mib(),
-    )
+    return {
+        "phase": phase,
+        "node": sys.modules["ray"].util.get_node_ip_address() if "ray" in sys.modules else socket.gethostname(),
+        "pid": os.getpid(),
+        "rows": int(rows),
+        "seconds": time.perf_counter() - began,
+        "peak_mib": peak_memory_mib(),
+    }
 
 
 _KEPT = []  # figures of the tasks of this process's jobs, until somebody takes them
@@ -409,16 +426,16 @@ def _check_piece(piece, where, columns, at, encoding, header, handed_over, found
     try:
         raw, n_lines = _read_piece(piece, encoding, header, handed_over)
     except _OtherEncoding:
-        return dict(other_encoding=True), None
+        return {"other_encoding": True}, None
     raw = raw.reset_index(drop=raw.index.names == [None])
     names = [c for c in raw.columns if c != di._FAULT]
-    facts = dict(
-        n=len(raw),
-        n_lines=n_lines,
-        header=names,
-        encoding=raw.attrs.get("encoding"),
-        empty=[c for c in names if di._empty(raw[c])],
-    )
+    facts = {
+        "n": len(raw),
+        "n_lines": n_lines,
+        "header": names,
+        "encoding": raw.attrs.get("encoding"),
+        "empty": [c for c in names if di._empty(raw[c])],
+    }
     if found is None:
         found, _ = di._standard_columns(raw, where, columns)
         if not handed_over:
@@ -435,19 +452,19 @@ def _check_piece(piece, where, columns, at, encoding, header, handed_over, found
             di.known_at(typed, at, where)  # which says so
         moments = typed[times].max(axis=1)
         facts["first_moment"], typed = moments.min(), typed[moments <= at]
-    rows = dict(row=typed.index.to_numpy(np.int32))
+    rows = {"row": typed.index.to_numpy(np.int32)}
     for c in ("user_id", "item_id"):
         rows[c], ids = pd.factorize(typed[c])
         rows[c], facts[c] = rows[c].astype(np.int32), pd.Series(ids)
     facts["rows_of"] = np.bincount(rows["user_id"], minlength=len(facts["user_id"]))  # of each user
     rows |= {c: typed[c].to_numpy() for c in ("rating", "count", "timestamp") if c in typed}
-    return facts | dict(
-        found=found,
-        problems=problems,
-        bad=bad,
-        n_later=n - len(typed),
-        figures=task_figures("checking", len(raw), began),
-    ), pyarrow.table(rows)
+    return facts | {
+        "found": found,
+        "problems": problems,
+        "bad": bad,
+        "n_later": n - len(typed),
+        "figures": task_figures("checking", len(raw), began),
+    }, pyarrow.table(rows)
 
 
 class _Check:
@@ -457,12 +474,12 @@ class _Check:
         self.pieces, self.options = pieces, options
 
     def __call__(self, batch):
-        made = dict(number=[], facts=[], rows=[])
+        made = {"number": [], "facts": [], "rows": []}
         for number in batch["number"]:
             try:
                 facts, rows = _check_piece(self.pieces[number], *self.options)
             except AerecError as e:
-                facts, rows = dict(error=str(e)), None
+                facts, rows = {"error": str(e)}, None
             made["number"].append(number)
             made["facts"].append(_told(facts))
             made["rows"].append(_packed(rows))
@@ -516,7 +533,7 @@ def _ask_pieces(pieces, numbers, *options):
     check = _Check(pieces, *options)
     made = (
         _data()
-        .from_items([dict(number=n) for n in numbers], override_num_blocks=len(numbers))
+        .from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
         .map_batches(check.__call__, batch_size=1, batch_format="numpy", zero_copy_batch=True)
         .materialize()
     )
@@ -596,7 +613,7 @@ def _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding):
             large.encoding = "cp1252" if not any(map(di._mostly_utf8, strange)) else "utf-8"
         for path in strange:
             tried = di._encodings(large.files[large.paths.index(path)].head, large._name(path), encoding)
-            if large.encoding == "utf-8" or len(tried) == 1 or not di.codecs.lookup(tried[-1]).name == "cp1252":
+            if large.encoding == "utf-8" or len(tried) == 1 or di.codecs.lookup(tried[-1]).name != "cp1252":
                 _undecodable(path, large._name(path), tried[:1] if large.encoding == "utf-8" else tried)
         pieces = [
             replace(p, layout=replace(p.layout, encoding="cp1252")) if p.path in strange and p.layout else p
@@ -625,7 +642,7 @@ def _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding):
         raise di._refusal(problems, large.where, int(starts[-1]))
     if at is not None and not sum(len(f["user_id"]) for f in facts):
         di.known_at(
-            pd.DataFrame(dict(timestamp=[min(f["first_moment"] for f in facts if "first_moment" in f)])),
+            pd.DataFrame({"timestamp": [min(f["first_moment"] for f in facts if "first_moment" in f)]}),
             at,
             large.where,
         )
@@ -754,7 +771,7 @@ def _globally(table, numbers):
     users, items, start = numbers
     rows = table.to_pandas().set_index("row")
     rows.index = rows.index.astype(np.int64) + start
-    made = dict(user=users[rows.user_id.to_numpy()], item=items[rows.item_id.to_numpy()])
+    made = {"user": users[rows.user_id.to_numpy()], "item": items[rows.item_id.to_numpy()]}
     return pd.DataFrame(made, rows.index).join(rows.drop(columns=["user_id", "item_id"]))
 
 # %% ../nbs/06a_scale.ipynb #daf7b61a
@@ -768,10 +785,10 @@ class _Shared:
     def shown(self, rows):
         "Rows with ids."
         codes, own = pd.factorize(rows.user)
-        ids = dict(
-            user_id=pd.Categorical.from_codes(codes, pd.Index(own if self.users is None else self.users[own])),
-            item_id=pd.Categorical.from_codes(rows["item"], self.items),
-        )
+        ids = {
+            "user_id": pd.Categorical.from_codes(codes, pd.Index(own if self.users is None else self.users[own])),
+            "item_id": pd.Categorical.from_codes(rows["item"], self.items),
+        }
         return pd.concat([pd.DataFrame(ids, rows.index, copy=False), rows.drop(columns=["user", "item"])], axis=1)
 
 
@@ -792,14 +809,14 @@ class _Told:
 
 def _facts(rows, n_items):
     ends = lambda c: (rows[c].min(), rows[c].max()) if c in rows and len(rows) else None
-    return dict(
-        n=len(rows),
-        users=rows.user.nunique(),
-        items=np.bincount(rows["item"], minlength=n_items),
-        weight=float(rows.weight.to_numpy().sum(dtype=np.float64)),
-        times=ends("timestamp"),
-        ratings=ends("rating"),
-    )
+    return {
+        "n": len(rows),
+        "users": rows.user.nunique(),
+        "items": np.bincount(rows["item"], minlength=n_items),
+        "weight": float(rows.weight.to_numpy().sum(dtype=np.float64)),
+        "times": ends("timestamp"),
+        "ratings": ends("rating"),
+    }
 
 
 _EXCLUDING = {bp.leave_out_users: ("user_id", "excluded_users"), bp.leave_out_items: ("item_id", "excluded_items")}
@@ -899,14 +916,14 @@ class _Everywhere:
             if any(f[key] for f in facts)
             else None
         )
-        return dict(
-            n=sum(f["n"] for f in facts),
-            users=sum(f["users"] for f in facts),
-            items=sum(f["items"] for f in facts),
-            weight=sum(f["weight"] for f in facts),
-            times=ends("times"),
-            ratings=ends("ratings"),
-        )
+        return {
+            "n": sum(f["n"] for f in facts),
+            "users": sum(f["users"] for f in facts),
+            "items": sum(f["items"] for f in facts),
+            "weight": sum(f["weight"] for f in facts),
+            "times": ends("times"),
+            "ratings": ends("ratings"),
+        }
 
     def own(self, steps):
         "Rules that look at one user at a time; what each left."
@@ -941,7 +958,7 @@ class _Everywhere:
             )
         elif function is bp.decay:
             yield from self.own(
-                [(name, function, arguments | dict(last=self.facts["times"] and self.facts["times"][1]))]
+                [(name, function, arguments | {"last": self.facts["times"] and self.facts["times"][1]})]
             )
         else:
             yield from self._whole(name, function, arguments)
@@ -968,7 +985,7 @@ class _Everywhere:
                 np.setdiff1d(np.concatenate(before), np.concatenate(self._each(_positions)), assume_unique=True)
             )
         self.facts = self._add(self._each(_count_shard, self.n_items))
-        few = pd.DataFrame(dict(user_id=[0], item_id=[0]))
+        few = pd.DataFrame({"user_id": [0], "item_id": [0]})
         verdict = function(few, **arguments)
         if again:
             verdict.note = f"{len(rounds):,} round{'' if len(rounds) == 1 else 's'}" + (
@@ -1030,10 +1047,10 @@ def _verdict(name, function, arguments, told, before):
             function(pd.DataFrame({_EXCLUDING[function][0]: pd.Series(seen, dtype=object)}), **arguments), rows=None
         )
     if function is bp.within_times:
-        return replace(function(pd.DataFrame(dict(timestamp=list(before["times"]))), **arguments), rows=None)
+        return replace(function(pd.DataFrame({"timestamp": list(before["times"])}), **arguments), rows=None)
     if function is bp.weigh_by_rating:
         return replace(
-            function(pd.DataFrame(dict(rating=list(before["ratings"]), weight=np.float32(1))), **arguments), rows=None
+            function(pd.DataFrame({"rating": list(before["ratings"]), "weight": np.float32(1)}), **arguments), rows=None
         )
     if errors:
         raise AerecError(errors[0])
@@ -1053,7 +1070,7 @@ def _verdict(name, function, arguments, told, before):
 # %% ../nbs/06a_scale.ipynb #5a7d76b7
 def _waterfall(everywhere, rules, scale):
     "The waterfall, and the dropped rows of each rule, as `business_preprocessing` has them."
-    steps = bp._steps(rules, bp._knobs(rules) | dict(scale=scale))
+    steps = bp._steps(rules, bp._knobs(rules) | {"scale": scale})
 
     def row(name, verdict, dropped, facts, before, reweighed):
         note, mean = verdict.note, facts["weight"] / facts["n"] if facts["n"] else 0.0
@@ -1062,7 +1079,7 @@ def _waterfall(everywhere, rules, scale):
                 f"{note}; " * bool(note)
                 + f"{'weights only: ' if not dropped else ''}mean weight {mean:.4g}, was {report[-1]['mean_weight']:.4g}"
             )
-        now = dict(rows=facts["n"], users=int(facts["users"]), items=int(np.count_nonzero(facts["items"])))
+        now = {"rows": facts["n"], "users": int(facts["users"]), "items": int(np.count_nonzero(facts["items"]))}
         report.append(
             dict(
                 rule=name,
@@ -1105,7 +1122,7 @@ def _weighed(rows):
 
 def _asks_for_users(rules):
     return bp.leave_out_users in (
-        functions := [f for _, f, _ in bp._steps(rules, bp._knobs(rules) | dict(scale=None))]
+        functions := [f for _, f, _ in bp._steps(rules, bp._knobs(rules) | {"scale": None})]
     ) or any(not bp._is_ours(f) for f in functions)
 
 
@@ -1124,7 +1141,9 @@ def run_rules(
     by_user = _shard_of_users(np.bincount(users[0], minlength=len(users[1])), n_shards)
     ratings = ratings.reset_index(drop=True)
     rows = _weighed(
-        pd.DataFrame(dict(user=users[0], item=items[0]), copy=False).join(ratings.drop(columns=["user_id", "item_id"]))
+        pd.DataFrame({"user": users[0], "item": items[0]}, copy=False).join(
+            ratings.drop(columns=["user_id", "item_id"])
+        )
     )
     shard, decode = by_user[users[0]], lambda some: ratings.loc[some.index, ["user_id", "item_id"]]
     shards = [ray.put(rows[shard == n]) for n in range(n_shards)]
@@ -1290,18 +1309,18 @@ class _Settle:
             rows.drop(columns="shard")
             .sort_values("position")
             .set_index("position")
-            .rename(columns=dict(user="user_id", item="item_id"))
+            .rename(columns={"user": "user_id", "item": "item_id"})
         )
         repeated = rows.duplicated(["user_id", "item_id"])
-        said = dict(shard=number, repeated=int(repeated.sum()), first=-1, user=-1, item=-1)
+        said = {"shard": number, "repeated": int(repeated.sum()), "first": -1, "user": -1, "item": -1}
         if said["repeated"]:
             first = rows[repeated].iloc[0]
-            said |= dict(first=int(rows.index[repeated][0]), user=int(first.user_id), item=int(first.item_id))
+            said |= {"first": int(rows.index[repeated][0]), "user": int(first.user_id), "item": int(first.item_id)}
             if self.on_duplicate != "raise":
                 positions = pd.Series(rows.index, rows.index)
                 settled, _ = di._one_per_pair(rows.assign(position=positions), self.on_duplicate, self.where)
                 rows = settled.set_index("position")
-        rows = rows.rename(columns=dict(user_id="user", item_id="item")).rename_axis(None)
+        rows = rows.rename(columns={"user_id": "user", "item_id": "item"}).rename_axis(None)
         kept = pyarrow.table({"position": rows.index.to_numpy(), **{c: rows[c].to_numpy() for c in rows}})
         return pyarrow.table(
             {
@@ -1356,7 +1375,7 @@ def _shared_out(pieces, on_duplicate, n_shards):
     n = int(told.repeated.sum())
     if n and on_duplicate == "raise":
         first = told[told["first"] >= 0].sort_values("first").iloc[0]
-        pair = dict(user_id=pieces.users[0].iloc[int(first.user)], item_id=pieces.items[0].iloc[int(first["item"])])
+        pair = {"user_id": pieces.users[0].iloc[int(first.user)], "item_id": pieces.items[0].iloc[int(first["item"])]}
         di._one_per_pair(pd.DataFrame([pair] * (n + 1), [-1, *[int(first["first"])] * n]), "raise", pieces.large.where)
     counted = bool(n) and on_duplicate == "sum" and not {"rating", "count"} & set(pieces.found)
     unpack = ray.remote(max_retries=-1)(_unpack)
@@ -1409,12 +1428,12 @@ class _Renumber:
     def __call__(self, rows):
         users, items, shard, bits = ray_module().get(self.refs)
         at = rows["position"].to_numpy()
-        made = dict(
-            user=users[rows["user"].to_numpy()],
-            item=items[rows["item"].to_numpy()],
-            weight=rows["weight"].to_numpy(np.float32),
-            position=_rank(bits, at).astype(np.int32),
-        )
+        made = {
+            "user": users[rows["user"].to_numpy()],
+            "item": items[rows["item"].to_numpy()],
+            "weight": rows["weight"].to_numpy(np.float32),
+            "position": _rank(bits, at).astype(np.int32),
+        }
         if "timestamp" in rows:
             made["times"] = rows["timestamp"].to_numpy(np.int64)
         keep = made["weight"] != 0
@@ -1435,31 +1454,31 @@ class _WriteShard:
         if (known := _known_shard(path, self.fingerprint)) is None:
             u, i = rows["user"].to_numpy(), rows["item"].to_numpy()
             order = np.lexsort((i, u))
-            arrays = dict(
-                rows=np.arange(start, stop, dtype=np.int64),
-                indptr=np.concatenate([[0], np.cumsum(np.bincount(u - start, minlength=stop - start))]).astype(
+            arrays = {
+                "rows": np.arange(start, stop, dtype=np.int64),
+                "indptr": np.concatenate([[0], np.cumsum(np.bincount(u - start, minlength=stop - start))]).astype(
                     np.int32
                 ),
-                indices=i[order].astype(np.int32),
-                data=rows["weight"].to_numpy(np.float32)[order],
-                position=rows["position"].to_numpy(np.int32)[order],
-            )
+                "indices": i[order].astype(np.int32),
+                "data": rows["weight"].to_numpy(np.float32)[order],
+                "position": rows["position"].to_numpy(np.int32)[order],
+            }
             if "times" in rows:
                 arrays["times"] = rows["times"].to_numpy(np.int64)[order]
             with atomic_path(path) as new:
                 save_file(arrays, new)
-            known = dict(fingerprint=self.fingerprint, sha256=sha256_file(path))
+            known = {"fingerprint": self.fingerprint, "sha256": sha256_file(path)}
             write_json(path.with_suffix(".json"), known)
         return pd.DataFrame(
-            dict(
-                shard=[number],
-                file=[path.name],
-                start=[start],
-                stop=[stop],
-                nnz=[len(rows)],
-                sha256=[known["sha256"]],
-                figures=[json.dumps(task_figures("writing shards", len(rows), began))],
-            )
+            {
+                "shard": [number],
+                "file": [path.name],
+                "start": [start],
+                "stop": [stop],
+                "nnz": [len(rows)],
+                "sha256": [known["sha256"]],
+                "figures": [json.dumps(task_figures("writing shards", len(rows), began))],
+            }
         )
 
 
@@ -1505,18 +1524,18 @@ def import_shards(
         source = di._locate(source, load_settings(), [Path.cwd()])
     n_shards = n_shards or _n_shards(scale)
     fingerprint = sha256_json(
-        dict(
-            source=source.hashes(),
-            rules=rules.model_dump(mode="json"),
-            rule_files=bp.rule_files(SimpleNamespace(rules=rules)),
-            columns=columns,
-            on_duplicate=on_duplicate,
-            on_bad=on_bad,
-            as_of=as_of,
-            encoding=encoding,
-            n_shards=n_shards,
-            code=code_hash("aerec_nb.scale"),
-        )
+        {
+            "source": source.hashes(),
+            "rules": rules.model_dump(mode="json"),
+            "rule_files": bp.rule_files(SimpleNamespace(rules=rules)),
+            "columns": columns,
+            "on_duplicate": on_duplicate,
+            "on_bad": on_bad,
+            "as_of": as_of,
+            "encoding": encoding,
+            "n_shards": n_shards,
+            "code": code_hash("aerec_nb.scale"),
+        }
     )
     if (found := _finished(folder, fingerprint)) is not None:
         return found
@@ -1556,7 +1575,7 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
             pd.Series(items),
             _shard_of_users(np.bincount(u, minlength=len(users)), n_shards),
         )
-        rows = _weighed(pd.DataFrame(dict(user=u, item=i)).join(ratings.drop(columns=["user_id", "item_id"])))
+        rows = _weighed(pd.DataFrame({"user": u, "item": i}).join(ratings.drop(columns=["user_id", "item_id"])))
         shards = [ray.put(rows[by_user[u] == n]) for n in range(n_shards)]
         kinds = list(ratings)
     else:
@@ -1576,14 +1595,16 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
         del pieces
     shared = _Shared(pd.Index(items), pd.Index(users) if _asks_for_users(rules) else None)
     decode = lambda rows: pd.DataFrame(
-        dict(user_id=users.array.take(rows.user.to_numpy()), item_id=items.array.take(rows["item"].to_numpy())),
+        {"user_id": users.array.take(rows.user.to_numpy()), "item_id": items.array.take(rows["item"].to_numpy())},
         rows.index,
     )
     everywhere = _Everywhere(shards, shared, decode, by_user % len(shards), False, None)
     del shards
     known = pd.DataFrame(columns=[k for k in kinds if k in ("user_id", "item_id", "rating", "count", "timestamp")])
     rating_scale = everywhere.facts["ratings"] and tuple(map(float, everywhere.facts["ratings"]))
-    bp.check_source(rules, dict(feedback=di.feedback_of(known), scale=rating_scale, has_times="timestamp" in known))
+    bp.check_source(
+        rules, {"feedback": di.feedback_of(known), "scale": rating_scale, "has_times": "timestamp" in known}
+    )
     report, _ = _waterfall(everywhere, rules, rating_scale)
     bits, firsts, counts, item_first = (
         0,
@@ -1628,24 +1649,24 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
     ]
     shards = (
         written[["file", "start", "stop", "nnz", "sha256"]]
-        .astype(dict(start=object, stop=object, nnz=object))
+        .astype({"start": object, "stop": object, "nnz": object})
         .to_dict("records")
     )
     write_json(
         folder / "manifest.json",
-        dict(
-            fingerprint=fingerprint,
-            n_users=len(user_order),
-            n_items=len(item_order),
-            nnz=int(written.nnz.sum()),
-            n_rows=n_rows,
-            n_duplicates=n_duplicates,
-            feedback=di.feedback_of(known),
-            scale=rating_scale,
-            has_times="timestamp" in known,
-            shards=shards,
-            files={name: sha256_file(folder / name) for name in files},
-        ),
+        {
+            "fingerprint": fingerprint,
+            "n_users": len(user_order),
+            "n_items": len(item_order),
+            "nnz": int(written.nnz.sum()),
+            "n_rows": n_rows,
+            "n_duplicates": n_duplicates,
+            "feedback": di.feedback_of(known),
+            "scale": rating_scale,
+            "has_times": "timestamp" in known,
+            "shards": shards,
+            "files": {name: sha256_file(folder / name) for name in files},
+        },
     )
     for stale in set(folder.glob("shard-*")) - {
         folder / f for s in shards for f in (s["file"], Path(s["file"]).with_suffix(".json").name)
@@ -1866,9 +1887,9 @@ def _worker(config):
         else:
             _epochs(model, data, features, told, config["options"]["checkpoints"], config["options"]["checkpoint_s"])
     except AerecError as e:  # would come again: Ray Train must not begin anew
-        config["queue"].put(dict(error=str(e)))
+        config["queue"].put({"error": str(e)})
         return
-    config["queue"].put(dict(figures=task_figures(f"training {config['name']}", X.shape[0], ready)))
+    config["queue"].put({"figures": task_figures(f"training {config['name']}", X.shape[0], ready)})
 
 
 def _epochs(model, data, features, told, folder, every_s):
@@ -1886,7 +1907,7 @@ def _epochs(model, data, features, told, folder, every_s):
     while at.epoch < model.num_epoch:
         loss = model.train_epoch(rows, at.epoch + 1, at.batch, at.total, after_batch)
         at.epoch, at.batch, at.total = at.epoch + 1, 0, 0.0
-        told(dict(epoch=at.epoch, loss=loss))
+        told({"epoch": at.epoch, "loss": loss})
     at.finished = True
     keep.save(model, at)
 
@@ -1898,8 +1919,8 @@ def _train_on_ray(model, histories, fold, fingerprint, item_features, scale, aft
     ray_torch, queues = ray_module("ray.train.torch"), ray_module("ray.util.queue")
     rows = RowsOnRay(histories, scale)
     n_workers = len(rows.groups)
-    queue = queues.Queue(actor_options=dict(num_cpus=0))
-    counted = {k: ray.put(v) for k, v in dict(lengths=rows.lengths, counts=rows.counts).items()}
+    queue = queues.Queue(actor_options={"num_cpus": 0})
+    counted = {k: ray.put(v) for k, v in {"lengths": rows.lengths, "counts": rows.counts}.items()}
     folds = (
         None
         if fold is None
@@ -2036,7 +2057,7 @@ def _fit_by_gradients(model, train, item_features, scale):
             scale,
             None,
             True,
-            dict(checkpoints=folder, checkpoint_s=60, num_epoch=None),
+            {"checkpoints": folder, "checkpoint_s": 60, "num_epoch": None},
         )
         model.prepare(
             sparse.csr_matrix(counts[None] > 0, dtype=np.float32), item_features
@@ -2062,21 +2083,21 @@ def train(
 ) -> pd.DataFrame:  # a row an epoch, as `training.train` gives it
     "`training.train` by workers: the same arguments, the same table, the model with the weights of its best epoch."
     scale = scale or ScaleSettings(engine="ray")
-    same = dict(topk=topk, metric=metric, item_features=item_features, max_valid_users=max_valid_users)
+    same = {"topk": topk, "metric": metric, "item_features": item_features, "max_valid_users": max_valid_users}
     if not hasattr(model, "train_epoch"):
         return training.train(model, split, fit=partial(fit_model, scale=scale), **same)
     if split.valid is None:
         raise AerecError("the split has no valid fold to watch: train before the split is refitted, or call fit_model")
     with tempfile.TemporaryDirectory() if checkpoints is None else nullcontext(checkpoints) as folder:
-        options = dict(
-            num_epoch=num_epoch or model.num_epoch,
-            patience=patience or training.default_patience(model, split),
-            topk=topk,
-            metric=metric,
-            max_valid_users=max_valid_users,
-            checkpoints=str(folder),
-            checkpoint_s=checkpoint_s,
-        )
+        options = {
+            "num_epoch": num_epoch or model.num_epoch,
+            "patience": patience or training.default_patience(model, split),
+            "topk": topk,
+            "metric": metric,
+            "max_valid_users": max_valid_users,
+            "checkpoints": str(folder),
+            "checkpoint_s": checkpoint_s,
+        }
         _train_on_ray(
             model,
             split.train,
@@ -2169,7 +2190,8 @@ def _make_on_ray(bundle, scale, users, missing, now, progress, **options):
     start_engine(scale)
     ray, data = ray_module(), ray_module("ray.data")
     shards = data.from_items(
-        [dict(path=str(path), start=start, n=len(of)) for path, start, of in missing], override_num_blocks=len(missing)
+        [{"path": str(path), "start": start, "n": len(of)} for path, start, of in missing],
+        override_num_blocks=len(missing),
     )
     made = shards.map_batches(
         _Lists,

@@ -16,7 +16,31 @@ __all__ = ['MAX_HISTORY', 'MAX_IN_QUERY', 'MAX_EVENTS', 'MAX_BATCH', 'MAX_BODY',
            'plot_latencies']
 
 # %% ../nbs/05a_serving.ipynb #c650f44e
-import argparse, asyncio, base64, ctypes, fcntl, gc, hashlib, hmac, inspect, json, logging, mmap, os, random, re, secrets, signal, socket, subprocess, sys, tempfile, threading, time, traceback, zlib
+import argparse
+import asyncio
+import base64
+import ctypes
+import fcntl
+import gc
+import hashlib
+import hmac
+import inspect
+import json
+import logging
+import mmap
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import zlib
 from collections import deque
 from contextlib import asynccontextmanager, contextmanager
 from copy import copy
@@ -24,6 +48,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, quote
+
 import anyio.to_thread
 import httpx
 import matplotlib.pyplot as plt
@@ -31,12 +56,13 @@ import numpy as np
 import pandas as pd
 import prometheus_client.values
 import torch
-from fastcore.basics import patch
-from fastapi import Body, Depends, FastAPI, Path as PathParameter, Query, Request
+from fastapi import Body, Depends, FastAPI, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader
+from fastcore.basics import patch
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from pydantic import (
@@ -45,24 +71,42 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
-    ValidationError,
     StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
+    TypeAdapter,
+    ValidationError,
     model_validator,
 )
 from pydantic_core import PydanticCustomError, to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from .configuration import AerecError, current_settings, load_settings, plugin_hashes
-from .events import EventLog, MAX_ID, new_event, save_events, simulated_reaction, sqlite_url
-from .inference import Recent, Recommender, UnknownUser
-from .packaging import Registry, load_bundle
+
 from .blocklist import BlocklistUnavailable
+from .configuration import AerecError, current_settings, load_settings, plugin_hashes
+from .events import MAX_ID, EventLog, new_event, save_events, simulated_reaction, sqlite_url
+from .inference import Recent, Recommender, UnknownUser
 from .limits import Deadline, DeadlineExceeded
+from .packaging import Registry, load_bundle
 from .postprocessing import ban_list
+from .runs import read_json, write_json, write_parquet
+from aerec_nb.service_state import (
+    LOG_ERRORS,
+    PATIENCE_S,
+    SMALL_BODY,
+    BadBody,
+    BadItemId,
+    LogHealth,
+    LogReader,
+    RequestThreads,
+    ServiceBans,
+    ban_file,
+    banned_through_service,
+    change_bans,
+    first_line,
+    parse_body,
+)
 from aerec_nb.transport import (
     RouteTable,
     Throttle,
@@ -78,23 +122,6 @@ from aerec_nb.transport import (
     reads_body,
     run_server,
     takes_json,
-)
-from .runs import read_json, write_json, write_parquet
-from aerec_nb.service_state import (
-    BadItemId,
-    ServiceBans,
-    ban_file,
-    banned_through_service,
-    change_bans,
-    LOG_ERRORS,
-    PATIENCE_S,
-    SMALL_BODY,
-    BadBody,
-    LogHealth,
-    LogReader,
-    RequestThreads,
-    first_line,
-    parse_body,
 )
 
 # %% ../nbs/05a_serving.ipynb #5b60af42
@@ -686,7 +713,7 @@ class Metrics:
         folder: Path = None,  # that workers share, see `share_metrics`; None: of this process alone
     ):
         self.folder, self.registry = folder, CollectorRegistry()
-        make = dict(registry=self.registry)
+        make = {"registry": self.registry}
         self.requests = Counter("aerec_http_requests_total", "Answers by route and status", ["route", "status"], **make)
         self.seconds = Histogram(
             "aerec_http_request_seconds",
@@ -795,6 +822,7 @@ class RequestMiddleware:
         finally:
             self.busy[slot] -= 1
         self._log_request(scope, exchange.status, time.perf_counter() - started)
+        return None
 
     async def _answer(self, scope, receive, exchange, route, refusal) -> None:
         "Let the app answer, in time and whatever happens inside."
@@ -1267,7 +1295,7 @@ def check_blocklists(self: State) -> None:
         before, self._blocklist_error = self._blocklist_error, error
     self.metrics.blocklist_failing.set(0 if error is None else 1)
     if error == before:
-        return
+        return None
     if error is None:
         return say("notice", text="the lists of banned items can be read again")
     kept = self.settings.postprocessing.on_blocklist_error == "keep_last"
@@ -1277,6 +1305,7 @@ def check_blocklists(self: State) -> None:
         + ("the last known one is kept" if kept else "nothing is recommended"),
         error=error,
     )
+    return None
 
 
 @patch
@@ -1299,6 +1328,7 @@ def _reading_changed(self: State, error: Exception | None) -> None:
         text="the event log cannot be read: lists rest on what is known",
         error=first_line(error) if known else "".join(traceback.format_exception(error)),
     )
+    return None
 
 # %% ../nbs/05a_serving.ipynb #81bfe824
 async def _answer(state: State, request: Request, ask, **about) -> Response:
@@ -1764,24 +1794,24 @@ def _add_lists(app: FastAPI, state: State) -> None:
     async def recommend_user(request: Request):
         "A list for one user."
         user_id, query, id = request.path_params["user_id"], read_query(Wishes, request), request.scope["request_id"]
-        wishes = dict(
-            user_id=user_id,
-            exclude_seen=query.exclude_seen,
-            fallback=query.fallback,
-            diversity=query.diversity,
-            max_per_category=query.max_per_category,
-            min_score=query.min_score,
-            explain=query.explain,
-            draw=zlib.crc32(id.encode()),
-        )
-        about = dict(
-            user_id=user_id,
-            k=query.k,
-            page=query.page,
-            dry_run=query.dry_run,
-            arm=query.arm,
-            exclude_seen=query.exclude_seen,
-        )
+        wishes = {
+            "user_id": user_id,
+            "exclude_seen": query.exclude_seen,
+            "fallback": query.fallback,
+            "diversity": query.diversity,
+            "max_per_category": query.max_per_category,
+            "min_score": query.min_score,
+            "explain": query.explain,
+            "draw": zlib.crc32(id.encode()),
+        }
+        about = {
+            "user_id": user_id,
+            "k": query.k,
+            "page": query.page,
+            "dry_run": query.dry_run,
+            "arm": query.arm,
+            "exclude_seen": query.exclude_seen,
+        }
         if (
             query.explain or query.diversity or query.max_per_category or (query.k or state.default_k) > LARGE_K
         ):  # may take a while

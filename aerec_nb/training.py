@@ -9,7 +9,12 @@ __all__ = ['Progress', 'Checkpoints', 'train', 'Tuning', 'tune', 'plot_tuning', 
            'read_histories']
 
 # %% ../nbs/03_training.ipynb #05959c3d
-import importlib.util, math, os, sys, time, warnings
+import importlib.util
+import math
+import os
+import sys
+import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,13 +117,13 @@ class Checkpoints:
         about = {k: v for k, v in vars(progress).items() if k != "weights"}
         write_json(
             self.folder / "checkpoint.json",
-            dict(
-                format=1,
-                fingerprint=self.fingerprint,
-                file=name,
-                sha256=sha256_file(self.folder / name),
-                progress=about,
-            ),
+            {
+                "format": 1,
+                "fingerprint": self.fingerprint,
+                "file": name,
+                "sha256": sha256_file(self.folder / name),
+                "progress": about,
+            },
         )
         for left in self.folder.glob("*safetensors*"):  # what came before, and what a killed process left half written
             if left.name != name:
@@ -416,7 +421,7 @@ def _study(name, space, storage, fingerprint):
     for left in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
         study.tell(left.number, state=optuna.trial.TrialState.FAIL)
         if set(left.params) == set(space):
-            study.enqueue_trial(left.params, user_attrs=dict(again=True))
+            study.enqueue_trial(left.params, user_attrs={"again": True})
     return study
 
 
@@ -815,13 +820,13 @@ def net_settings(
     "Settings of a net by the size of the data: some twenty steps an epoch and eight hundred in all, over which the learning rate falls; weight decay as a prior, whose part in a mean over users falls with their number."
     batch_size = int(np.clip(n_users // 20, 32, 500))
     n_epochs = max(40, -(-800 // -(-n_users // batch_size)))
-    return dict(
-        batch_size=batch_size,
-        lr=0.005,
-        num_epoch=n_epochs,
-        cosine_epochs=n_epochs,
-        weight_decay=float(np.clip(6 / n_users, 1e-6, 0.03)),
-    )
+    return {
+        "batch_size": batch_size,
+        "lr": 0.005,
+        "num_epoch": n_epochs,
+        "cosine_epochs": n_epochs,
+        "weight_decay": float(np.clip(6 / n_users, 1e-6, 0.03)),
+    }
 
 # %% ../nbs/03_training.ipynb #8b3cd26a
 class _Search:
@@ -845,16 +850,16 @@ class _Search:
         )  # ranking a large catalogue takes longer than fitting a small model
         n_folds = int(np.clip(2000 // max(1, len(split.valid)), 1, 3)) if split.seeds and redrawn else 1
         self.splits = [split.redraw_valid(seed=random_seed + i) for i in range(n_folds)]
-        self.options = dict(
-            topk=topk,
-            metric=metric,
-            max_memory_gib=max_memory_gib,
-            item_features=item_features,
-            random_seed=random_seed,
-            max_valid_users=max_valid_users,
-            patience=15,
-            progress=False,
-        )
+        self.options = {
+            "topk": topk,
+            "metric": metric,
+            "max_memory_gib": max_memory_gib,
+            "item_features": item_features,
+            "random_seed": random_seed,
+            "max_valid_users": max_valid_users,
+            "patience": 15,
+            "progress": False,
+        }
         self.folds = [some_users(s.valid, max_valid_users) for s in self.splits]
         self.n_users, self.n_items = self.splits[0].train.shape
         self.nnz = self.splits[0].train.nnz
@@ -868,7 +873,7 @@ class _Search:
             print(f"{time.monotonic() - self.began:6.0f} s  {text}", flush=True)
 
     def skip(self, name, why):
-        self.skipped.append(dict(model=name, why=why))
+        self.skipped.append({"model": name, "why": why})
         self.say(f"{name}: left out, {why}")
 
     def look(self, name, n_trials, share, space=None, first=(), label=None, **fixed):
@@ -898,7 +903,7 @@ class _Search:
 
     def epoch_seconds(self, name, hp):
         "What an epoch takes on all splits, by doing one; None, and why, if there is no time or memory even for that."
-        first = create_model(name, **hp | dict(num_epoch=1, cosine_epochs=0))
+        first = create_model(name, **hp | {"num_epoch": 1, "cosine_epochs": 0})
         first.max_memory_gib = self.options["max_memory_gib"]
         if first.cost(self.n_users, self.n_items, self.nnz)[2] > 0.1 * max(0, self.left()) * self.speed:
             return self.skip(name, "there is no time for its epochs")
@@ -913,8 +918,8 @@ class _Search:
 def _look_at_references(search):
     search.look("popularity", 1, 0.02, space={})
     for similarity, space in (
-        ("bm25", dict(n_neighbors=(20, 400, "log"), b=(0.0, 0.8, "linear"))),
-        ("cosine", dict(n_neighbors=(20, 400, "log"), shrink=(0.0, 100.0, "linear"))),
+        ("bm25", {"n_neighbors": (20, 400, "log"), "b": (0.0, 0.8, "linear")}),
+        ("cosine", {"n_neighbors": (20, 400, "log"), "shrink": (0.0, 100.0, "linear")}),
     ):
         operations = create_model("item_knn").cost(search.n_users, search.n_items, search.nnz)[2]
         if operations > 0.05 * search.budget_s * search.speed:
@@ -931,16 +936,16 @@ def _look_at_closed_forms(search):
     )
     if not small:
         return search.skip("closed forms", "even a hundred items would take too long")
-    searched = {} if small >= search.n_items else dict(max_items=small)
+    searched = {} if small >= search.n_items else {"max_items": small}
     ease = search.look("ease", 10, 0.06, **searched)
     if ease is None:
-        return
+        return None
     lam = ease.hyperparameters["lam"]
     first = [
-        dict(lam=lam, dropout=0.05, xi=0.0),
-        dict(lam=max(1.0, lam / 4), dropout=0.3, xi=0.0),
-        dict(lam=max(1.0, lam / 20), dropout=0.5, xi=0.3),
-        dict(lam=max(1.0, lam / 4), dropout=0.4, xi=0.3, user_power=0.3, item_power=0.1),
+        {"lam": lam, "dropout": 0.05, "xi": 0.0},
+        {"lam": max(1.0, lam / 4), "dropout": 0.3, "xi": 0.0},
+        {"lam": max(1.0, lam / 20), "dropout": 0.5, "xi": 0.3},
+        {"lam": max(1.0, lam / 4), "dropout": 0.4, "xi": 0.3, "user_power": 0.3, "item_power": 0.1},
     ]
     found = [ease, search.look("rdlae", 50, 0.22, first=first, **searched)]
     if found[1] is not None:
@@ -951,13 +956,14 @@ def _look_at_closed_forms(search):
                 "rdlae", f"its search does not pay for people that it was not chosen on ({gain:+.4f} against ease)"
             )
     if not searched or large <= small:
-        return
+        return None
     for f in found:  # with more items, as found
         if f is None:
             continue
         search.found.remove(f)
-        hp = f.hyperparameters | dict(max_items=None if large >= search.n_items else large)
+        hp = f.hyperparameters | {"max_items": None if large >= search.n_items else large}
         search.look(f.name, 1, 0.2, space={}, label=f"{f.name} with {large:,} items", **hp)
+    return None
 
 
 def _look_at_factors(search):
@@ -970,9 +976,10 @@ def _look_at_factors(search):
         "ials",
         12,
         0.15,
-        space=dict(regularization=(0.1, 200.0, "log"), alpha=(0.3, 30.0, "log")),
-        first=[{}, dict(regularization=10.0, alpha=1.0)],
+        space={"regularization": (0.1, 200.0, "log"), "alpha": (0.3, 30.0, "log")},
+        first=[{}, {"regularization": 10.0, "alpha": 1.0}],
     )
+    return None
 
 
 def _look_at_nets(search):
@@ -983,18 +990,24 @@ def _look_at_nets(search):
         (
             "recvae",
             rule
-            | dict(
-                hidden_dim=200 if search.n_users < 2_000 else 600,
-                lr=0.001,
-                weight_decay=0.0,
-                cosine_epochs=30,
-                num_epoch=30,
-            ),
+            | {
+                "hidden_dim": 200 if search.n_users < 2_000 else 600,
+                "lr": 0.001,
+                "weight_decay": 0.0,
+                "cosine_epochs": 30,
+                "num_epoch": 30,
+            },
         ),
         (
             "mult_vae",
             rule
-            | dict(lr=0.003, weight_decay=rule["weight_decay"] / 2, linear_decoder=True, anneal_steps=0, beta=0.05),
+            | {
+                "lr": 0.003,
+                "weight_decay": rule["weight_decay"] / 2,
+                "linear_decoder": True,
+                "anneal_steps": 0,
+                "beta": 0.05,
+            },
         ),
     ):
         share, seconds = (
@@ -1008,9 +1021,9 @@ def _look_at_nets(search):
         else:
             n_nets += search.look(name, 1, share, space={}, **hp) is not None
     if n_nets:
-        return
+        return None
     hp, share = (
-        dict(rank=128, batch_size=int(np.clip(search.n_users // 50, 64, 2048))),
+        {"rank": 128, "batch_size": int(np.clip(search.n_users // 50, 64, 2048))},
         0.3 * search.left() / search.budget_s,
     )
     if (
@@ -1019,6 +1032,7 @@ def _look_at_nets(search):
     ):
         return search.skip("elsa", "there is no time for five epochs")
     search.look("elsa", 1, share, space={}, num_epoch=50, **hp)
+    return None
 
 # %% ../nbs/03_training.ipynb #6d0ec5a0
 def auto(
@@ -1083,18 +1097,25 @@ def auto(
     order = np.argsort(-singles, kind="stable")
     model.candidates = pd.DataFrame(
         [
-            dict(
-                model=found[i].name,
-                ndcg=singles[i],
-                weight=weights[i],
-                trials=len(found[i].trials),
-                seconds=found[i].trials.seconds.sum(),
-                hyperparameters=found[i].hyperparameters,
-            )
+            {
+                "model": found[i].name,
+                "ndcg": singles[i],
+                "weight": weights[i],
+                "trials": len(found[i].trials),
+                "seconds": found[i].trials.seconds.sum(),
+                "hyperparameters": found[i].hyperparameters,
+            }
             for i in order
         ]
         + [
-            dict(model=s["model"], ndcg=np.nan, weight=0.0, trials=0, seconds=np.nan, hyperparameters=s["why"])
+            {
+                "model": s["model"],
+                "ndcg": np.nan,
+                "weight": 0.0,
+                "trials": 0,
+                "seconds": np.nan,
+                "hyperparameters": s["why"],
+            }
             for s in search.skipped
         ]
     )
@@ -1127,7 +1148,7 @@ def _fit_again(split, found, weights, refit, max_memory_gib, item_features):
     rows, models = split.train_and_valid if refit else split.train, []
     for f, _ in chosen:
         model = create_model(
-            f.name, **f.hyperparameters | (dict(num_epoch=_epochs_again(f)) if "num_epoch" in f.hyperparameters else {})
+            f.name, **f.hyperparameters | ({"num_epoch": _epochs_again(f)} if "num_epoch" in f.hyperparameters else {})
         )
         model.max_memory_gib = max_memory_gib
         models.append(
@@ -1287,7 +1308,7 @@ def begin(
         self._tell("log_param", self.run_id, k, v)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, dict(run_id=self.run_id))
+        write_json(kept, {"run_id": self.run_id})
 
 
 @patch
@@ -1371,22 +1392,23 @@ def build_training(
         write_parquet(folder / model.name / "history.parquet", history)
         found = evaluate(model, split, s.validation.topk)
         summary.append(
-            dict(
-                name=model.name,
-                hyperparameters=model.hyperparameters,
-                best_epoch=model.best_epoch,
-                n_epochs=len(history),
-                valid_ndcg=found.mean(),
-                valid_se=found.se(),
-                k=found.k,
-                metric=s.training.valid_metric,
-                item_features=features is not None,
-                why=why,
-            )
+            {
+                "name": model.name,
+                "hyperparameters": model.hyperparameters,
+                "best_epoch": model.best_epoch,
+                "n_epochs": len(history),
+                "valid_ndcg": found.mean(),
+                "valid_se": found.se(),
+                "k": found.k,
+                "metric": s.training.valid_metric,
+                "item_features": features is not None,
+                "why": why,
+            }
         )
-        measured[model.name] = dict(
-            seconds=round(time.perf_counter() - clock, 3), peak_memory_mib=round(peak_memory_mib(), 1)
-        )
+        measured[model.name] = {
+            "seconds": round(time.perf_counter() - clock, 3),
+            "peak_memory_mib": round(peak_memory_mib(), 1),
+        }
         if log:
             if m["name"] == AUTO:
                 log.begin(model, _about(run, split))
@@ -1398,12 +1420,12 @@ def build_training(
     write_json(folder / "summary.json", summary)
     write_json(folder / "measured.json", measured)
     lr = {m["name"]: m["hyperparameters"]["lr"] for m in summary if "lr" in m["hyperparameters"]}
-    return dict(
-        models=[m["name"] for m in summary],
-        valid_ndcg={m["name"]: m["valid_ndcg"] for m in summary},
-        best_epoch={m["name"]: m["best_epoch"] for m in summary},
-        lr=lr,
-    )
+    return {
+        "models": [m["name"] for m in summary],
+        "valid_ndcg": {m["name"]: m["valid_ndcg"] for m in summary},
+        "best_epoch": {m["name"]: m["best_epoch"] for m in summary},
+        "lr": lr,
+    }
 
 
 def _trained(run, folder, split, m, log, features):

@@ -10,9 +10,21 @@ __all__ = ['LOCAL_HOSTS', 'SECURITY_HEADERS', 'MAX_UNFINISHED', 'MIN_READ_RATE',
            'connection_cap', 'WatchedTransport', 'LimitedConnection', 'BoundedH11', 'LimitedH11Protocol', 'run_server']
 
 # %% ../nbs/05b_transport.ipynb #4192931f
-import asyncio, base64, functools, hashlib, ipaddress, logging, os, re, resource, socket, threading, time
+import asyncio
+import base64
+import functools
+import hashlib
+import ipaddress
+import logging
+import os
+import re
+import resource
+import socket
+import threading
+import time
 from enum import StrEnum
 from importlib.resources import files
+
 import h11
 import uvicorn
 from fastapi import FastAPI
@@ -22,6 +34,7 @@ from starlette.routing import Match, Route
 from uvicorn.protocols.http.h11_impl import (
     H11Protocol,
 )  # public: uvicorn's option http takes a protocol class, and this is its own for h11
+
 from .configuration import AerecError
 
 # %% ../nbs/05b_transport.ipynb #031dfd49
@@ -397,6 +410,7 @@ class Connections:
         self.await_head(connection)
         if self._timer is None:
             self._start_timer()
+        return None
 
     def closed(self, connection) -> None:
         "Forget a connection."
@@ -527,7 +541,7 @@ class WatchedTransport:
     def close(self) -> None:
         "Close; where a body is still on its way, send the answer and the end of it first."
         if self.is_closing():
-            return
+            return None
         if not self._connection.has_unread_body():
             return self._transport.close()
         self.lingering = True
@@ -674,6 +688,7 @@ class LimitedH11Protocol(LimitedConnection, H11Protocol):
         for event in events:
             self.transport.write(self.conn.send(event))
         self.transport.close()
+        return None
 
 # %% ../nbs/05b_transport.ipynb #3abe6f7d
 class _Server(uvicorn.Server):

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from itertools import combinations
 from pathlib import Path
 
@@ -98,15 +98,15 @@ def ranking_metrics(
             return sums[:, min(cut, sums.shape[1]) - 1] if sums.shape[1] else np.zeros(len(sums))
 
         reachable, n_found = np.minimum(n_targets, cut), last(n_hits)
-        values = dict(
-            ndcg=last(gain) / ideal[reachable - 1],
-            recall=n_found / reachable,
-            hit=n_found / n_targets,
-            hit_rate=(n_found > 0).astype(np.float64),
-            precision=n_found / cut,
-            map=last(precisions) / reachable,
-            mrr=np.where(first <= cut, 1 / first, 0.0),
-        )
+        values = {
+            "ndcg": last(gain) / ideal[reachable - 1],
+            "recall": n_found / reachable,
+            "hit": n_found / n_targets,
+            "hit_rate": (n_found > 0).astype(np.float64),
+            "precision": n_found / cut,
+            "map": last(precisions) / reachable,
+            "mrr": np.where(first <= cut, 1 / first, 0.0),
+        }
         found |= {name if k is None else f"{name}@{cut}": v for name, v in values.items()}
     return found
 
@@ -156,11 +156,11 @@ def list_metrics(
 
     whole = {}
     if counts is not None:
-        whole = dict(
-            novelty=means(np.log2(n_users / np.maximum(1, counts))),
-            popularity=means(counts.astype(np.float64)),
-            long_tail=means(long_tail(counts).astype(np.float64)),
-        )
+        whole = {
+            "novelty": means(np.log2(n_users / np.maximum(1, counts))),
+            "popularity": means(counts.astype(np.float64)),
+            "long_tail": means(long_tail(counts).astype(np.float64)),
+        }
     unit = None if features is None else _unit_rows(features)
     for cut in _at(k, max(1, top.shape[1])):
         values = {name: v[:, min(cut, top.shape[1]) - 1] for name, v in whole.items()}
@@ -454,7 +454,10 @@ def bounds(
     "What any model should lie between."
     counts = np.bincount(train.indices, minlength=train.shape[1])
     return _bounds(
-        _with_targets(fold), _at(k, 10), on, dict(counts=counts, n_users=train.shape[0], features=features, seed=seed)
+        _with_targets(fold),
+        _at(k, 10),
+        on,
+        {"counts": counts, "n_users": train.shape[0], "features": features, "seed": seed},
     )
 
 
@@ -463,16 +466,16 @@ def _bounds(fold, ks, on, known):
     counts = known["counts"]
     counts = np.bincount(fold.input.indices, minlength=fold.input.shape[1]) if counts is None else counts
     popular = Popularity.from_state(
-        dict(n_items=np.array([len(counts)]), share=(counts / max(1, counts.max())).astype(np.float32))
+        {"n_items": np.array([len(counts)]), "share": (counts / max(1, counts.max())).astype(np.float32)}
     )
     oracle = np.full((len(fold), max(ks)), -1, np.int32)
     for i, items in enumerate(np.split(fold.target.indices, fold.target.indptr[1:-1])):
         oracle[i, : len(items)] = items[: max(ks)]
-    return dict(
-        random=_random_bound(fold, ks, on, known),
-        popularity=evaluation("popularity", rank(popular, fold, max(ks)), fold, on, ks, **known),
-        oracle=evaluation("oracle", oracle, fold, on, ks, **known),
-    )
+    return {
+        "random": _random_bound(fold, ks, on, known),
+        "popularity": evaluation("popularity", rank(popular, fold, max(ks)), fold, on, ks, **known),
+        "oracle": evaluation("oracle", oracle, fold, on, ks, **known),
+    }
 
 # %% ../nbs/03a_validation.ipynb #24a96242
 def _random_bound(fold, ks, on, known):
@@ -492,15 +495,15 @@ def _random_bound(fold, ks, on, known):
     lists = _random_lists(fold, known)
     for cut in ks:
         reachable, found = np.minimum(fold.n_targets, cut), hit[:, :cut].sum(1)
-        values = dict(
-            ndcg=gain[:, cut - 1] / ideal[reachable - 1],
-            recall=found / reachable,
-            hit=found / fold.n_targets,
-            hit_rate=1 - none_yet[:, cut - 1],
-            precision=found / cut,
-            map=precisions[:, cut - 1] / reachable,
-            mrr=first[:, cut - 1],
-        ) | {m: v for m, v in lists.items() if m != "diversity" or cut > 1}
+        values = {
+            "ndcg": gain[:, cut - 1] / ideal[reachable - 1],
+            "recall": found / reachable,
+            "hit": found / fold.n_targets,
+            "hit_rate": 1 - none_yet[:, cut - 1],
+            "precision": found / cut,
+            "map": precisions[:, cut - 1] / reachable,
+            "mrr": first[:, cut - 1],
+        } | {m: v for m, v in lists.items() if m != "diversity" or cut > 1}
         chance = np.minimum(1, cut / free)  # that a given item is in the list
         exposure = np.full(n_items, chance.sum()) - np.bincount(
             fold.input.indices, np.repeat(chance, np.diff(fold.input.indptr)), minlength=n_items
@@ -528,11 +531,11 @@ def _random_lists(fold, known):
         {},
     )
     if counts is not None:
-        of_items = dict(
-            novelty=np.log2(known["n_users"] / np.maximum(1, counts)),
-            popularity=counts.astype(np.float64),
-            long_tail=long_tail(counts).astype(np.float64),
-        )
+        of_items = {
+            "novelty": np.log2(known["n_users"] / np.maximum(1, counts)),
+            "popularity": counts.astype(np.float64),
+            "long_tail": long_tail(counts).astype(np.float64),
+        }
         found = {name: (v.sum() - seen @ v) / free for name, v in of_items.items()}
     if features is not None:
         unit, has = _unit_rows(features).astype(np.float64), (np.diff(features.indptr) > 0).astype(np.float64)
@@ -626,7 +629,7 @@ def compare(
         if e.fold is None:
             continue
         for name, end in _bounds(
-            e.fold, e.ks, e.on, dict(counts=e.counts, n_users=e.n_users, features=e.features, seed=e.seed)
+            e.fold, e.ks, e.on, {"counts": e.counts, "n_users": e.n_users, "features": e.features, "seed": e.seed}
         ).items():
             if name not in groups:
                 ends.setdefault(name, []).append(end)
@@ -643,16 +646,16 @@ def compare(
     mean, low, high, p = _paired([(every[a], every[b]) for a, b in pairs], metric, n_bootstrap, seed)
     corrected, n_people = holm(p), len(np.unique(np.concatenate([e.users for e in groups[models[0]]])))
     return pd.DataFrame(
-        dict(
-            better=[a for a, _ in pairs],
-            worse=[b for _, b in pairs],
-            difference=mean,
-            low=low,
-            high=high,
-            p=p,
-            p_holm=corrected,
-            verdict=[_verdict(a, b, *v, len(pairs), n_people) for (a, b), *v in zip(pairs, low, p, corrected)],
-        )
+        {
+            "better": [a for a, _ in pairs],
+            "worse": [b for _, b in pairs],
+            "difference": mean,
+            "low": low,
+            "high": high,
+            "p": p,
+            "p_holm": corrected,
+            "verdict": [_verdict(a, b, *v, len(pairs), n_people) for (a, b), *v in zip(pairs, low, p, corrected)],
+        }
     )
 
 # %% ../nbs/03a_validation.ipynb #4baba357
@@ -734,7 +737,7 @@ def slices(
             return {
                 c: "{} to {}".format(
                     *(
-                        datetime.fromtimestamp(int(v), timezone.utc).strftime(form)
+                        datetime.fromtimestamp(int(v), UTC).strftime(form)
                         for v in (times[code == c].min(), times[code == c].max())
                     )
                 )
@@ -750,15 +753,15 @@ def slices(
 
     def row(by, part, e, name, values):
         values = values[~np.isnan(values)]
-        return dict(
-            by=by,
-            part=part,
-            n=len(values),
-            model=e.model,
-            metric=name,
-            value=values.mean(),
-            se=values.std() / np.sqrt(len(values)),
-        )
+        return {
+            "by": by,
+            "part": part,
+            "n": len(values),
+            "model": e.model,
+            "metric": name,
+            "value": values.mean(),
+            "se": values.std() / np.sqrt(len(values)),
+        }
 
     for by, (code, names) in groups.items():
         made += [
@@ -805,7 +808,7 @@ def _ids_and_entries(split, learned_from, on):
                 f"learned_from has shape {m.shape}: it must be {split.train.shape} as the split's train, {inter.matrix.shape} as all interactions, or a frame with user_id and item_id"
             )
         learned_from = pd.DataFrame(
-            dict(user_id=users[np.repeat(np.arange(m.shape[0]), np.diff(m.indptr))], item_id=items[m.indices])
+            {"user_id": users[np.repeat(np.arange(m.shape[0]), np.diff(m.indptr))], "item_id": items[m.indices]}
         )
     if missing := {"user_id", "item_id"} - set(learned_from.columns):
         raise AerecError(
@@ -997,7 +1000,13 @@ def _audit(split, on, learned_from, fold, statistics, min_items):
         return np.flatnonzero(np.diff(matrix.tocsr().indptr))
 
     def row(check, found, example, note=""):
-        return dict(fold=on, check=check, leaks=len(found), example=example(found[0]) if len(found) else "", note=note)
+        return {
+            "fold": on,
+            "check": check,
+            "leaks": len(found),
+            "example": example(found[0]) if len(found) else "",
+            "note": note,
+        }
 
     later, note = _later(split, on, r, times, history, target)
     told = list(_told(split, on, statistics))
@@ -1124,13 +1133,13 @@ def final_test(
         models = list(models)
         names = [m.name for m in models]
     line = json.dumps(
-        dict(
-            rows=held_out_key(split),
-            when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            run=run,
-            models=list(names),
-            k=list(ks),
-        )
+        {
+            "rows": held_out_key(split),
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "run": run,
+            "models": list(names),
+            "k": list(ks),
+        }
     )
     with alone(log):
         reading = len(readings_of_test(log, split)) + 1
@@ -1195,14 +1204,14 @@ def lecture_replay(
 
     def row(way, honest, top):
         m, root = ranking_metrics(top, fold.target), np.sqrt(len(asked))
-        return dict(
-            way=way,
-            honest=honest,
-            ndcg=m["ndcg"].mean(),
-            ndcg_se=m["ndcg"].std() / root,
-            hit=m["hit"].mean(),
-            hit_se=m["hit"].std() / root,
-        )
+        return {
+            "way": way,
+            "honest": honest,
+            "ndcg": m["ndcg"].mean(),
+            "ndcg_se": m["ndcg"].std() / root,
+            "hit": m["hit"].mean(),
+            "hit_se": m["hit"].std() / root,
+        }
 
     return pd.DataFrame([row(*way) for way in ways])
 
@@ -1236,7 +1245,7 @@ def plot_replay(
             xerr=t[f"{metric}_se"],
             color=np.where(t.honest, "#0072b2", "#d55e00"),
             height=0.62,
-            error_kw=dict(lw=1, ecolor="#333333"),
+            error_kw={"lw": 1, "ecolor": "#333333"},
         )
         ax.bar_label(bars, [f"{v:.3f}" for v in t[metric]], padding=4, fontsize=8)
         ax.set(xlabel=f"{metric.upper()}@10", xlim=(0, 1.25 * (t[metric] + t[f"{metric}_se"]).max()))
@@ -1288,9 +1297,11 @@ def _refit_all(split, trained, features, device, costs, keep, fit=fit_model):
     for name, m in trained.items():
         hp = m["hyperparameters"] | ({"num_epoch": m["best_epoch"]} if "num_epoch" in m["hyperparameters"] else {})
         model, seconds, memory = measured(lambda: fit(create_model(name, **hp).to(device), split.train, features))
-        costs[name] = dict(
-            params=sum(a.size for a in model.state().values()), seconds=round(seconds, 3), memory_mib=round(memory, 1)
-        )
+        costs[name] = {
+            "params": sum(a.size for a in model.state().values()),
+            "seconds": round(seconds, 3),
+            "memory_mib": round(memory, 1),
+        }
         keep(name, model)
         yield model
 
@@ -1299,7 +1310,7 @@ def _audited(split, refit):
     "The audit of what is learned from and asked; whoever's targets are known is refused."
     leaks = pd.concat(
         [
-            audit_leaks(s, on=on, statistics=dict(popularity=np.bincount(s.train.indices, minlength=s.train.shape[1])))
+            audit_leaks(s, on=on, statistics={"popularity": np.bincount(s.train.indices, minlength=s.train.shape[1])})
             for s, on in ((split, "valid"), (refit, "test"))
         ],
         ignore_index=True,
@@ -1364,38 +1375,40 @@ def build_validation(
     write_parquet(folder / "comparison.parquet", compare(test, n_bootstrap=n_bootstrap, seed=seed))
     write_parquet(folder / "slices.parquet", slices(test, refit))
     write_json(folder / "leaks.json", leaks.to_dict("records"))
-    write_json(folder / "measured.json", dict(costs=costs, readings=readings))  # what differs from one time to the next
+    write_json(
+        folder / "measured.json", {"costs": costs, "readings": readings}
+    )  # what differs from one time to the next
     chosen_v, chosen_t = (next(e for e in found if e.model == pick) for found in (valid, test))
-    choice = dict(
-        model=pick,
-        hyperparameters=read_json(folder / "model" / "model.json")["hyperparameters"],
-        why=why,
-        metric="ndcg",
-        k=ks[0],
-        ks=list(ks),
-        chosen_on="valid",
-        valid=chosen_v.mean(),
-        valid_se=chosen_v.se(),
-        test=chosen_t.mean(),
-        test_se=chosen_t.se(),
-        test_read=True,
-        n_test_reads=len(test),
-        split=split.kind,
-        n_users_valid=len(split.valid),
-        n_users_test=len(refit.test),
-        n_train_users=refit.train.shape[0],
-        n_items=refit.train.shape[1],
-    )
+    choice = {
+        "model": pick,
+        "hyperparameters": read_json(folder / "model" / "model.json")["hyperparameters"],
+        "why": why,
+        "metric": "ndcg",
+        "k": ks[0],
+        "ks": list(ks),
+        "chosen_on": "valid",
+        "valid": chosen_v.mean(),
+        "valid_se": chosen_v.se(),
+        "test": chosen_t.mean(),
+        "test_se": chosen_t.se(),
+        "test_read": True,
+        "n_test_reads": len(test),
+        "split": split.kind,
+        "n_users_valid": len(split.valid),
+        "n_users_test": len(refit.test),
+        "n_train_users": refit.train.shape[0],
+        "n_items": refit.train.shape[1],
+    }
     write_json(folder / "choice.json", choice)
     _replay(run, folder)
-    return dict(
-        model=pick,
-        ndcg_valid=choice["valid"],
-        ndcg_test=choice["test"],
-        ndcg_test_se=choice["test_se"],
-        n_test_reads=len(test),
-        leaks=int(leaks.leaks.sum()),
-    )
+    return {
+        "model": pick,
+        "ndcg_valid": choice["valid"],
+        "ndcg_test": choice["test"],
+        "ndcg_test_se": choice["test_se"],
+        "n_test_reads": len(test),
+        "leaks": int(leaks.leaks.sum()),
+    }
 
 
 def _replay(run, folder):

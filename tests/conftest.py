@@ -1,7 +1,18 @@
 "What the tests share: the project, its virtual environment, and a scratch copy of what git tracks."
 
-import os, pwd, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.parse, uuid
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+import uuid
 from pathlib import Path
+
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = (
@@ -115,7 +126,7 @@ def postgres_url():
             user = next(
                 pwd.getpwnam(name) for name in ("postgres", "nobody") if any(u.pw_name == name for u in pwd.getpwall())
             )
-            as_user = dict(user=user.pw_uid, group=user.pw_gid, extra_groups=[])
+            as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             os.chown(folder, user.pw_uid, user.pw_gid)
         (folder / "password").write_text(password)
         (folder / "password").chmod(0o644)

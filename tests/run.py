@@ -1,7 +1,9 @@
 "Runs every test under pytest, two at a time, and ends with the one line `N passed, N failed[, N skipped]`."
 
-import os, sys
+import os
+import sys
 from pathlib import Path
+
 import pytest
 
 

@@ -1,15 +1,24 @@
 "auto and tune on the real thing: nothing is decided by test, the same seed decides the same, a killed search goes on, and the stage does both."
 
-import os, signal, sqlite3, subprocess, sys, time
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
 from dataclasses import fields
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import variables
+
 from aerec_nb.configuration import AerecError
 from aerec_nb.model_preprocessing import Split, split_interactions
 from aerec_nb.modeling import Blend, create_model, load_model, save_model
 from aerec_nb.runs import open_run, read_json
 from aerec_nb.training import auto, build_training, describe_search, tune
 from aerec_nb.validation import evaluate
-from conftest import variables
 
 
 def people(n_users=120, n_items=60, seed=0):
@@ -20,7 +29,7 @@ def people(n_users=120, n_items=60, seed=0):
     )
     users, items = np.nonzero(likes)
     order = random.permutation(len(users))
-    return pd.DataFrame(dict(user_id=users[order], item_id=items[order], timestamp=np.arange(len(users))))
+    return pd.DataFrame({"user_id": users[order], "item_id": items[order], "timestamp": np.arange(len(users))})
 
 
 NO_HURRY = 1e6  # seconds: what is tried then depends on no clock
@@ -39,7 +48,7 @@ def split(request):
     return split_interactions(
         people(),
         request.param,
-        **(dict(n_heldout_users=30) if request.param == "strong" else dict(valid_sample_size=3)),
+        **({"n_heldout_users": 30} if request.param == "strong" else {"valid_sample_size": 3}),
     )
 
 
@@ -75,11 +84,11 @@ def test_auto_on_a_catalogue_too_large_for_the_time():
     random = np.random.default_rng(1)
     n = 30_000
     frame = pd.DataFrame(
-        dict(
-            user_id=random.integers(0, 2_000, n),
-            item_id=(6_000 * random.random(n) ** 3).astype(int),
-            timestamp=np.arange(n),
-        )
+        {
+            "user_id": random.integers(0, 2_000, n),
+            "item_id": (6_000 * random.random(n) ** 3).astype(int),
+            "timestamp": np.arange(n),
+        }
     ).drop_duplicates(["user_id", "item_id"])
     split = split_interactions(frame, "leave_last", valid_sample_size=1)
     model = auto(split, 2, progress=False)
@@ -192,11 +201,11 @@ def test_the_stages_use_item_features_where_asked(tmp_path, monkeypatch):
     for asked, items in ((False, True), (True, True), (True, False)):
         if items:
             pd.DataFrame(
-                dict(
-                    item_id=range(60),
-                    title=[f"film {i}" for i in range(60)],
-                    genres=[f"taste {i % 3}" for i in range(60)],
-                )
+                {
+                    "item_id": range(60),
+                    "title": [f"film {i}" for i in range(60)],
+                    "genres": [f"taste {i % 3}" for i in range(60)],
+                }
             ).to_csv(folder / "items.csv", index=False)
         else:
             (folder / "items.csv").unlink()

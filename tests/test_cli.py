@@ -1,11 +1,22 @@
 "The `aerec` command as a person or a script uses it: help, JSON, exit codes, completion, the doctor, the plain papermill command."
 
-import http.server, json, os, re, shlex, shutil, signal, subprocess, threading, time
+import http.server
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import threading
+import time
 from pathlib import Path
+
 import pytest
+from conftest import BIN, ROOT, run, variables
+
 from aerec_nb import pipeline
 from aerec_nb.runs import STAGES, all_runs, open_run
-from conftest import BIN, ROOT, run, variables
 
 
 @pytest.fixture

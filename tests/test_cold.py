@@ -1,9 +1,13 @@
 "Items that nobody has met: recommended by their features, on MovieLens latest-small with a tenth of its items made cold, and nothing lost on the others."
 
 from types import SimpleNamespace
-import numpy as np, pandas as pd, pytest
-from scipy import sparse
+
+import numpy as np
+import pandas as pd
+import pytest
 from conftest import ROOT
+from scipy import sparse
+
 from aerec_nb import training
 from aerec_nb.configuration import AerecError
 from aerec_nb.model_preprocessing import item_features, split_interactions
@@ -11,13 +15,13 @@ from aerec_nb.modeling import create_model, load_model, save_model
 
 DATA = ROOT.parent / "shared" / "data" / "ml-latest-small"
 pytestmark = pytest.mark.xdist_group("cold")
-NETS = dict(
-    autoencoder=dict(hidden_dim=12),
-    mult_dae=dict(hidden_dim=12),
-    mult_vae=dict(hidden_dim=12, latent_dim=6, anneal_steps=20),
-    recvae=dict(hidden_dim=12, latent_dim=6),
-    elsa=dict(rank=8),
-)
+NETS = {
+    "autoencoder": {"hidden_dim": 12},
+    "mult_dae": {"hidden_dim": 12},
+    "mult_vae": {"hidden_dim": 12, "latent_dim": 6, "anneal_steps": 20},
+    "recvae": {"hidden_dim": 12, "latent_dim": 6},
+    "elsa": {"rank": 8},
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def data():
     if not (DATA / "movies.csv").exists():
         pytest.skip("ml-latest-small is not in ../shared/data")
     ratings, movies, tags = (
-        pd.read_csv(DATA / f"{name}.csv").rename(columns=dict(userId="user_id", movieId="item_id"))
+        pd.read_csv(DATA / f"{name}.csv").rename(columns={"userId": "user_id", "movieId": "item_id"})
         for name in ("ratings", "movies", "tags")
     )
     split = split_interactions(ratings, "lecture", 10, seed=42)
@@ -86,7 +90,7 @@ def measure(data, model, features):
 
 # Settings, and the models' defaults, were chosen on the validation fold of other splits with other items made cold.
 @pytest.mark.parametrize(
-    "name,hp", [("rlae", dict(lam=300.0, xi=0.3)), ("mult_dae", dict(preset="small", lr=0.003, num_epoch=40))]
+    "name,hp", [("rlae", {"lam": 300.0, "xi": 0.3}), ("mult_dae", {"preset": "small", "lr": 0.003, "num_epoch": 40})]
 )
 def test_cold_items_are_found_and_the_others_not_lost(name, hp, data):
     with_features, without = (measure(data, create_model(name, **hp), features) for features in (data.features, None))
@@ -137,7 +141,7 @@ def test_training_with_features_goes_on_to_the_last_bit_and_is_saved(name, hp, t
     "Interrupted after every few batches and taken up by a new model each time: the same history, scores and bytes as in one go; a saved model scores as the trained one."
     rng = np.random.default_rng(0)
     users, items = np.nonzero(rng.random((120, 40)) < 0.3 * np.linspace(1.6, 0.4, 40))
-    split = split_interactions(pd.DataFrame(dict(user_id=users, item_id=items)), "holdout", seed=1)
+    split = split_interactions(pd.DataFrame({"user_id": users, "item_id": items}), "holdout", seed=1)
     features = sparse.csr_matrix(rng.random((len(split.items), 5)) < 0.3, dtype=np.float32)
 
     def trained(folder=None):

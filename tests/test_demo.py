@@ -1,8 +1,16 @@
 "The page /demo in a real browser, against the real service. Loopback only; nothing is downloaded."
 
-import os, re, shutil, time
-import httpx, numpy as np, pandas as pd, pytest
+import os
+import re
+import shutil
+import time
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
 from scipy.sparse import csr_matrix
+
 from aerec_nb.events import EventLog, sqlite_url
 from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model

@@ -1,9 +1,20 @@
 "Downloads against a real HTTP server on loopback: whole, stalled, broken off, corrupted, redirected, changed, resumed, killed, two at once, on a full disk."
 
-import hashlib, io, os, signal, socket, subprocess, sys, threading, time, zipfile
+import hashlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
 import pytest
+
 from aerec_nb import data_import
 from aerec_nb.configuration import AerecError, load_settings
 from aerec_nb.data_import import download, load_items, load_ratings
@@ -46,7 +57,7 @@ class Server:
             h.send_header("Location", n)
             h.send_header("Content-Length", "0")
             h.end_headers()
-            return
+            return None
         first, content = 0, self.content
         wanted = h.headers.get("Range")
         same = not self.if_range or h.headers.get("If-Range", self.etag or self.modified) == (
@@ -59,7 +70,7 @@ class Server:
                 h.send_header("Content-Range", f"bytes */{len(content)}")
                 h.send_header("Content-Length", "0")
                 h.end_headers()
-                return
+                return None
             h.send_response(206)
             h.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         else:
@@ -90,6 +101,7 @@ class Server:
             self.released.wait(20)
         if what in ("cut", "stall"):
             h.close_connection = True
+        return None
 
 
 @pytest.fixture

@@ -1,11 +1,26 @@
 "Test the event log: kill -9, a full disk, a locked or damaged file, a silent network, many writers, PostgreSQL."
 
-import hashlib, json, logging, os, shutil, signal, socket, sqlite3, subprocess, sys, threading, time
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
 import sqlalchemy as sa
 from conftest import ROOT, variables
+
 from aerec_nb import events
 from aerec_nb.configuration import AerecError, default_settings, load_settings
 from aerec_nb.events import (

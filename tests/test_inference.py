@@ -1,11 +1,21 @@
 "The recommender under a great many random requests; lists of all users into files, killed and gone on with; new items."
 
-import json, os, signal, subprocess, sys, time
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
-import numpy as np, pandas as pd, pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
-from scipy.sparse import csr_matrix
+
+import numpy as np
+import pandas as pd
+import pytest
 from conftest import ROOT, variables
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
+
 from aerec_nb.configuration import AerecError, load_settings
 from aerec_nb.inference import Recommender, Segments, unrated_items, with_cold_items
 from aerec_nb.modeling import create_model
@@ -38,12 +48,12 @@ def world(model, seed, **kw):
         x.toarray() * (np.arange(N_USERS) > 0)[:, None].astype(np.float32)
     )  # one user of whom nothing is known
     table = pd.DataFrame(
-        dict(
-            item_id=[f"i{n}" for n in range(N_ITEMS)],
-            title=None,
-            genres=[GENRES[n % 7] for n in range(N_ITEMS)],
-            year=[1960 + n % 60 for n in range(N_ITEMS)],
-        )
+        {
+            "item_id": [f"i{n}" for n in range(N_ITEMS)],
+            "title": None,
+            "genres": [GENRES[n % 7] for n in range(N_ITEMS)],
+            "year": [1960 + n % 60 for n in range(N_ITEMS)],
+        }
     )
     negatives = csr_matrix((rng.random((N_USERS, N_ITEMS)) < 0.03) & (x.toarray() == 0))
     people = pd.DataFrame({"user_id": [f"u{n}" for n in range(N_USERS)], "country": rng.choice(["KR", "DE"], N_USERS)})
@@ -325,10 +335,10 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize(
     "name,given",
     [
-        ("ease", dict(lam=20.0)),
+        ("ease", {"lam": 20.0}),
         ("item_knn", {}),
-        ("ials", dict(factors=8)),
-        ("mult_vae", dict(hidden_dim=8, latent_dim=4, num_epoch=2)),
+        ("ials", {"factors": 8}),
+        ("mult_vae", {"hidden_dim": 8, "latent_dim": 4, "num_epoch": 2}),
         ("popularity", {}),
     ],
 )
@@ -337,7 +347,10 @@ def test_new_items_with_every_kind_of_model_and_in_a_bundle(tmp_path, name, give
 
     r, table, _ = world(create_model(name, **given), 1)
     wide = with_cold_items(
-        r, pd.DataFrame(dict(item_id=["new1", "new2"], title=["One", "Two"], genres=["A|B", None], year=[1990, None]))
+        r,
+        pd.DataFrame(
+            {"item_id": ["new1", "new2"], "title": ["One", "Two"], "genres": ["A|B", None], "year": [1990, None]}
+        ),
     )
     for user in ("u0", "u7", "u8", "nobody"):
         old = [i for i in wide.recommend(user, k=20, exclude=["new1", "new2"]).item_ids]
@@ -356,7 +369,7 @@ def test_new_items_are_found_better_than_by_chance():
     kind = rng.integers(0, 4, 200)  # of items; each person likes one kind
     likes = rng.integers(0, 4, 400)
     x = csr_matrix((rng.random((400, 200)) < np.where(likes[:, None] == kind, 0.3, 0.02)).astype(np.float32))
-    table = pd.DataFrame(dict(item_id=range(200), genres=[f"K{k}" for k in kind]))
+    table = pd.DataFrame({"item_id": range(200), "genres": [f"K{k}" for k in kind]})
     r = Recommender(
         create_model("ease", lam=10.0).fit(x[:, :180]),
         list(range(180)),
@@ -379,10 +392,11 @@ def test_new_items_are_found_better_than_by_chance():
 
 
 def test_segments_through_the_pipeline(environ, tmp_path):
-    from aerec_nb.runs import open_run
+    import aerec_nb.inference
+    import aerec_nb.packaging
     from aerec_nb.inference import load_recommender
     from aerec_nb.packaging import load_bundle
-    import aerec_nb.inference, aerec_nb.packaging
+    from aerec_nb.runs import open_run
 
     users = pd.read_csv(ROOT / "dataset" / "sample" / "ratings.csv").userId.drop_duplicates()
     (tmp_path / "people.csv").write_text(
@@ -451,24 +465,24 @@ anything = st.recursive(
     max_leaves=10,
 )
 ids = st.lists(st.sampled_from(IDS) | scalars, max_size=9)
-USUAL = dict(
-    user_id=st.sampled_from(["u3", "u9999", None]),
-    history=ids,
-    k=st.integers(1, 40),
-    exclude_seen=st.booleans(),
-    exclude=ids,
-    fallback=st.sampled_from(["popular", "none"]),
-    candidates=ids,
-    filter=st.sampled_from(list(SPECS.values())),
-    pins=ids | st.dictionaries(st.integers(-1, 9) | scalars, st.sampled_from(IDS) | scalars, max_size=4),
-    diversity=st.floats(0, 1),
-    max_per_category=st.integers(1, 3),
-    min_score=st.floats(),
-    explain=st.booleans(),
-    context=st.sampled_from([{"country": "KR"}, {"country": "KP"}]),
-    now=st.floats(0, 2e9),
-    draw=st.integers(),
-)
+USUAL = {
+    "user_id": st.sampled_from(["u3", "u9999", None]),
+    "history": ids,
+    "k": st.integers(1, 40),
+    "exclude_seen": st.booleans(),
+    "exclude": ids,
+    "fallback": st.sampled_from(["popular", "none"]),
+    "candidates": ids,
+    "filter": st.sampled_from(list(SPECS.values())),
+    "pins": ids | st.dictionaries(st.integers(-1, 9) | scalars, st.sampled_from(IDS) | scalars, max_size=4),
+    "diversity": st.floats(0, 1),
+    "max_per_category": st.integers(1, 3),
+    "min_score": st.floats(),
+    "explain": st.booleans(),
+    "context": st.sampled_from([{"country": "KR"}, {"country": "KP"}]),
+    "now": st.floats(0, 2e9),
+    "draw": st.integers(),
+}
 
 
 @st.composite
@@ -559,8 +573,8 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
     r = world(create_model("popularity"), 0)[0]
     people = Segments(["country=KR"], csr_matrix((1, 3), dtype=np.float32), np.array([1]))
     for wrong, why in (
-        (dict(times=np.zeros(3)), "3 times, but histories have"),
-        (dict(segments=people), "segments are over 3 items"),
+        ({"times": np.zeros(3)}, "3 times, but histories have"),
+        ({"segments": people}, "segments are over 3 items"),
     ):
         with pytest.raises(AerecError, match=why):
             Recommender(r.model, r.items, r.users, r.histories, **wrong)

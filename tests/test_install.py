@@ -1,7 +1,13 @@
 "The wheel and the sdist carry what a project of one's own needs: both are built, the wheel is installed into a fresh environment elsewhere, and its first pipeline runs."
 
-import os, shutil, sys, sysconfig, tarfile, zipfile
+import os
+import shutil
+import sys
+import sysconfig
+import tarfile
+import zipfile
 from pathlib import Path
+
 import pytest
 from conftest import BIN, ROOT, run
 

@@ -1,18 +1,30 @@
 "Large files, read in pieces, give what the small way gives: ratings, quarantine, problems, notes and errors; and two million rows become the same matrix in less memory."
 
-import bz2, gzip, json, subprocess, sys, uuid
+import bz2
+import gzip
+import json
+import subprocess
+import sys
+import uuid
 from pathlib import Path
-import numpy as np, pandas as pd, pyarrow as pa, pyarrow.csv, pyarrow.parquet as pq, pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from conftest import variables
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 from scipy.sparse import coo_matrix
+
 from aerec_nb import data_import
 from aerec_nb.configuration import AerecError
 from aerec_nb.data_import import CONTRACT, ON_DUPLICATE, VERSION, Source, check_source, load_ratings, write_handover
 from aerec_nb.model_preprocessing import Interactions
 from aerec_nb.runs import open_run, read_json
-from conftest import variables
-
 
 # --- the two ways -------------------------------------------------------------------------------------------------------------------------------------
 
@@ -199,27 +211,34 @@ def test_encoding_as_said(encoding, works, tmp_path):
 # --- Parquet, parts, hand-over ------------------------------------------------------------------------------------------------------------------------
 
 PARQUETS = {
-    "integers": dict(
-        user=[1, 2, 1], item=np.array([5, 6, 7], np.int32), rating=[1.0, 2.0, 3.0], timestamp=[10, 20, 30]
-    ),
-    "uint64": dict(user=np.array([2**63 + 1, 5, 5], np.uint64), item=[1, 2, 3]),
-    "texts": dict(user=["a", "b", "a"], item=["x", "y", "z"], rating=[1, 2, 3]),
-    "numbers as texts": dict(user=["1", "2", "1"], item=["01", "2", "3"], rating=["1", "2", " 3"]),
-    "categories": dict(user=pd.Categorical(["a", "b", "a"]), item=pd.Categorical([5, 6, 7]), rating=[1, 2, 3]),
-    "missing": dict(user=pd.array([1, None, 2], "Int64"), item=[1, 2, 3], rating=[1.0, np.nan, 2]),
-    "float ids": dict(user=[1.0, 2.0, np.nan], item=[1, 2, 3]),
-    "fractions": dict(user=[1.5, 2.0, 5], item=[1, 2, 3]),
-    "UUIDs": dict(user=pa.array([uuid.UUID(int=i).bytes for i in (1, 2, 1)], pa.uuid()), item=[1, 2, 3]),
-    "dates": dict(user=[1, 2, 3], item=[1, 2, 3], timestamp=pd.to_datetime(["2020-01-01", "2021-01-01", "1950-01-01"])),
-    "time zone": dict(
-        user=[1, 2, 3],
-        item=[1, 2, 3],
-        timestamp=pd.to_datetime(["2020-01-01", "2021-01-01", None]).tz_localize("Europe/Berlin"),
-    ),
-    "booleans": dict(user=[True, False, True], item=[1, 2, 3]),
-    "lists": dict(user=[[1], [2], [3]], item=[1, 2, 3]),
-    "no ratings": dict(user=[1, 2], item=[1, 2], rating=[None, None]),
-    "no rows": dict(user=pd.array([], "int64"), item=pd.array([], "int64")),
+    "integers": {
+        "user": [1, 2, 1],
+        "item": np.array([5, 6, 7], np.int32),
+        "rating": [1.0, 2.0, 3.0],
+        "timestamp": [10, 20, 30],
+    },
+    "uint64": {"user": np.array([2**63 + 1, 5, 5], np.uint64), "item": [1, 2, 3]},
+    "texts": {"user": ["a", "b", "a"], "item": ["x", "y", "z"], "rating": [1, 2, 3]},
+    "numbers as texts": {"user": ["1", "2", "1"], "item": ["01", "2", "3"], "rating": ["1", "2", " 3"]},
+    "categories": {"user": pd.Categorical(["a", "b", "a"]), "item": pd.Categorical([5, 6, 7]), "rating": [1, 2, 3]},
+    "missing": {"user": pd.array([1, None, 2], "Int64"), "item": [1, 2, 3], "rating": [1.0, np.nan, 2]},
+    "float ids": {"user": [1.0, 2.0, np.nan], "item": [1, 2, 3]},
+    "fractions": {"user": [1.5, 2.0, 5], "item": [1, 2, 3]},
+    "UUIDs": {"user": pa.array([uuid.UUID(int=i).bytes for i in (1, 2, 1)], pa.uuid()), "item": [1, 2, 3]},
+    "dates": {
+        "user": [1, 2, 3],
+        "item": [1, 2, 3],
+        "timestamp": pd.to_datetime(["2020-01-01", "2021-01-01", "1950-01-01"]),
+    },
+    "time zone": {
+        "user": [1, 2, 3],
+        "item": [1, 2, 3],
+        "timestamp": pd.to_datetime(["2020-01-01", "2021-01-01", None]).tz_localize("Europe/Berlin"),
+    },
+    "booleans": {"user": [True, False, True], "item": [1, 2, 3]},
+    "lists": {"user": [[1], [2], [3]], "item": [1, 2, 3]},
+    "no ratings": {"user": [1, 2], "item": [1, 2], "rating": [None, None]},
+    "no rows": {"user": pd.array([], "int64"), "item": pd.array([], "int64")},
 }
 
 
@@ -237,17 +256,17 @@ def test_parquet(name, on_bad, tmp_path):
 def test_parquet_in_parts(tmp_path):
     for i, of in ((1, np.int32), (2, np.int64)):
         (tmp_path / "r" / f"day={i}").mkdir(parents=True)
-        pd.DataFrame(dict(user=np.array([i, 2], of), item=["a", "b"])).to_parquet(
+        pd.DataFrame({"user": np.array([i, 2], of), "item": ["a", "b"]}).to_parquet(
             tmp_path / "r" / f"day={i}" / "x.parquet"
         )
-    found = same_both_ways(tmp_path / "r", columns=dict(day="timestamp"))
+    found = same_both_ways(tmp_path / "r", columns={"day": "timestamp"})
     assert found.ratings.timestamp.tolist() == [1, 2, 2] and found.n_duplicates == 1
-    pd.DataFrame(dict(user=["u"], item=["a"])).to_parquet(tmp_path / "r" / "day=2" / "y.parquet")
+    pd.DataFrame({"user": ["u"], "item": ["a"]}).to_parquet(tmp_path / "r" / "day=2" / "y.parquet")
     assert "do not fit together" in str(same_both_ways(tmp_path / "r"))
 
 
 def test_damaged_parquet(tmp_path):
-    rows = pd.DataFrame(dict(user=np.arange(9000), item=np.arange(9000)))
+    rows = pd.DataFrame({"user": np.arange(9000), "item": np.arange(9000)})
     rows.to_parquet(path := tmp_path / "ratings.parquet", compression=None)
     whole = path.read_bytes()
     for damaged in (whole[:-8], whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :]):
@@ -258,8 +277,8 @@ def test_damaged_parquet(tmp_path):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (dict(on_bad="skip"), "no rule 'skip' for bad rows: choose raise"),
-        (dict(on_duplicate="newest"), "no rule 'newest' for duplicates: choose last"),
+        ({"on_bad": "skip"}, "no rule 'skip' for bad rows: choose raise"),
+        ({"on_duplicate": "newest"}, "no rule 'newest' for duplicates: choose last"),
     ],
 )
 def test_a_rule_that_is_none(options, said, tmp_path):
@@ -279,19 +298,19 @@ def test_text_in_parts(on_bad, tmp_path):
     assert "part-2.csv" in str(same_both_ways(folder, on_bad=on_bad))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(as_of=50), dict(on_bad="quarantine")], ids=str)
+@pytest.mark.parametrize("options", [{}, {"as_of": 50}, {"on_bad": "quarantine"}], ids=str)
 @pytest.mark.parametrize("events", ["xyz", "xyx"])
 def test_handover(events, options, tmp_path):
     rows, path = (
         pd.DataFrame(
-            dict(
-                user_id=[1, 1, 2],
-                item_id=["a", "b", "a"],
-                rating=[4.0, 5.0, 3.0],
-                timestamp=[10, 20, 30],
-                ingested_at=[11, 90, 31],
-                event_id=list("xyz"),
-            )
+            {
+                "user_id": [1, 1, 2],
+                "item_id": ["a", "b", "a"],
+                "rating": [4.0, 5.0, 3.0],
+                "timestamp": [10, 20, 30],
+                "ingested_at": [11, 90, 31],
+                "event_id": list("xyz"),
+            }
         ),
         tmp_path / "ratings.parquet",
     )
@@ -312,12 +331,12 @@ def test_handover(events, options, tmp_path):
 
 # --- any table ----------------------------------------------------------------------------------------------------------------------------------------
 
-FIELDS = dict(
-    user=["1", "2", "3", "12", "007", "ann", " 2", "", "1.0", "-4", '"a,b"', "é"],
-    item=["10", "11", "12", "x", "", "0x1"],
-    rating=["1", "4.5", "3.0", "", "bad", " 2", "1e0", "NA", "inf"],
-    timestamp=["5", "0", "1500000000000", "2020-01-01", "", "soon", "-1"],
-)
+FIELDS = {
+    "user": ["1", "2", "3", "12", "007", "ann", " 2", "", "1.0", "-4", '"a,b"', "é"],
+    "item": ["10", "11", "12", "x", "", "0x1"],
+    "rating": ["1", "4.5", "3.0", "", "bad", " 2", "1e0", "NA", "inf"],
+    "timestamp": ["5", "0", "1500000000000", "2020-01-01", "", "soon", "-1"],
+}
 
 
 @st.composite
@@ -402,12 +421,12 @@ def two_million(kind):
     else:
         user, item = 3 * user + 1, 7 * item + 2
     return pd.DataFrame(
-        dict(
-            userId=user,
-            movieId=item,
-            rating=rng.integers(1, 11, len(key)) / 2,
-            timestamp=10**9 + rng.permutation(len(key)),
-        )
+        {
+            "userId": user,
+            "movieId": item,
+            "rating": rng.integers(1, 11, len(key)) / 2,
+            "timestamp": 10**9 + rng.permutation(len(key)),
+        }
     )
 
 
@@ -423,7 +442,7 @@ def test_two_million_rows_become_the_same_matrix_in_less_memory(kind, tmp_path):
     for way, mb in (("small", 500), ("large", 1)):
         done = subprocess.run(
             [sys.executable, "-c", MEASURED, path, tmp_path / f"{way}.npz"],
-            env=variables(tmp_path) | dict(AEREC_DATA__LARGE_MB=str(mb)),
+            env=variables(tmp_path) | {"AEREC_DATA__LARGE_MB": str(mb)},
             capture_output=True,
             text=True,
         )
@@ -437,9 +456,12 @@ def test_two_million_rows_become_the_same_matrix_in_less_memory(kind, tmp_path):
     expected.sort_indices()
     for way in ("small", "large"):
         assert found[way]["users"] == users.tolist() and found[way]["items"] == items.tolist()
-        for part, value in dict(
-            indptr=expected.indptr, indices=expected.indices, times=expected.data, data=np.ones(len(last))
-        ).items():
+        for part, value in {
+            "indptr": expected.indptr,
+            "indices": expected.indices,
+            "times": expected.data,
+            "data": np.ones(len(last)),
+        }.items():
             assert np.array_equal(made[way][part], value), part
     print(kind, len(table), len(last), {way: round(f["mib"]) for way, f in found.items()})
     assert found["large"]["mib"] < 0.8 * found["small"]["mib"]

@@ -1,8 +1,18 @@
 "A single request of at most 2 MB, however hostile, leaves the service responsive: it ends in time, costs little memory, and holds up nobody else."
 
-import base64, json, os, threading, time
-import httpx, numpy as np, pandas as pd, psutil, pytest
+import base64
+import json
+import os
+import threading
+import time
+
+import httpx
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
 from scipy.sparse import csr_matrix
+
 from aerec_nb.events import sqlite_url
 from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model
@@ -26,7 +36,7 @@ def fill(element, wrapper="[%s]", size=MAX_BODY):
 
 def batch_of(history):
     "Put the same history into the hundred requests of a batch."
-    return '{"requests":[%s]}' % ",".join(['{"history":%s}' % history] * 100)
+    return '{{"requests":[{}]}}'.format(",".join(['{{"history":{}}}'.format(history)] * 100))
 
 
 def page_of(ids):
@@ -57,7 +67,7 @@ def filter_of(n, group="any", column="title"):
 
 HISTORY = ids_of(MAX_HISTORY)
 REQUESTS = {  # path, body; a few stand for the others in `make test`
-    "bad elements in a batch": ("/v1/recommend:batch", batch_of("[%s]" % ",".join(["{}"] * 6_900))),
+    "bad elements in a batch": ("/v1/recommend:batch", batch_of("[{}]".format(",".join(["{}"] * 6_900)))),
     "unknown values in a filter": ("/v1/recommend", filter_of(20_000)),
     "similar values in a filter": ("/v1/recommend", filter_of(900)),
     "long history, explained": (
@@ -65,7 +75,7 @@ REQUESTS = {  # path, body; a few stand for the others in `make test`
         json.dumps({"history": HISTORY, "k": 1000, "explain": True, "exclude_seen": False}),
     ),
     "large payloads": ("/v1/events", events_of(1_000, 1_900)),
-    "numbers, as many as are allowed": ("/v1/recommend:batch", batch_of("[%s]" % ",".join(["1"] * 1_900))),
+    "numbers, as many as are allowed": ("/v1/recommend:batch", batch_of("[{}]".format(",".join(["1"] * 1_900)))),
     "deep lists": ("/v1/recommend", "[" * (MAX_BODY // 2) + "]" * (MAX_BODY // 2)),
     "deep objects": ("/v1/recommend", '{"a":' * (MAX_BODY // 6) + "1" + "}" * (MAX_BODY // 6)),
     "empty objects": ("/v1/recommend", fill("{}")),
@@ -82,16 +92,19 @@ REQUESTS = {  # path, body; a few stand for the others in `make test`
         "/v1/events",
         '{"event_id":"s","kind":"feedback","payload":{"text":"%s"}}' % (",[{" * (MAX_BODY // 3 - 50)),
     ),
-    "unknown fields": ("/v1/recommend", "{%s}" % ",".join(f'"f{n}":1' for n in range(140_000))),
+    "unknown fields": ("/v1/recommend", "{{{}}}".format(",".join(f'"f{n}":1' for n in range(140_000)))),
     "unknown fields of events": (
         "/v1/events",
-        "[%s]" % ",".join(["{%s}" % ",".join(f'"f{n}":1' for n in range(150))] * 1_000),
+        "[{}]".format(",".join(["{{{}}}".format(",".join(f'"f{n}":1' for n in range(150)))] * 1_000)),
     ),
-    "names in the context": ("/v1/recommend", '{"context":{%s}}' % ",".join(f'"f{n}":[]' for n in range(95_000))),
-    "names in a filter": ("/v1/recommend", '{"filter":{%s}}' % ",".join(f'"f{n}":[]' for n in range(95_000))),
+    "names in the context": (
+        "/v1/recommend",
+        '{{"context":{{{}}}}}'.format(",".join(f'"f{n}":[]' for n in range(95_000))),
+    ),
+    "names in a filter": ("/v1/recommend", '{{"filter":{{{}}}}}'.format(",".join(f'"f{n}":[]' for n in range(95_000)))),
     "conditions of a filter": (
         "/v1/recommend",
-        '{"filter":{"any":[%s]}}' % ",".join('{"title":"x%d"}' % n for n in range(100_000)),
+        '{{"filter":{{"any":[{}]}}}}'.format(",".join('{"title":"x%d"}' % n for n in range(100_000))),
     ),
     "one column, many conditions": (
         "/v1/recommend",
@@ -161,7 +174,7 @@ REQUESTS = {  # path, body; a few stand for the others in `make test`
     "a deep payload": ("/v1/events", '{"event_id":"d","kind":"feedback","payload":{"a":%s}}' % ("[" * 150 + "]" * 150)),
     "a wide payload": (
         "/v1/events",
-        '{"event_id":"w","kind":"feedback","payload":{%s}}' % ",".join(f'"f{n}":{n}' for n in range(100_000)),
+        '{{"event_id":"w","kind":"feedback","payload":{{{}}}}}'.format(",".join(f'"f{n}":{n}' for n in range(100_000))),
     ),
 }
 SHORT = (

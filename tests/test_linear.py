@@ -1,10 +1,16 @@
 "Closed-form models and baselines: defined on every kind of data, the same in every block, no larger than foreseen."
 
-import json, os, subprocess, sys
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-import numpy as np, pytest
-from scipy import sparse
+
+import numpy as np
+import pytest
 from conftest import ROOT, variables
+from scipy import sparse
+
 from aerec_nb.configuration import AerecError
 from aerec_nb.linear_models import EASE, RDLAE, solve_path
 from aerec_nb.modeling import create_model, load_model, save_model
@@ -47,14 +53,18 @@ def test_odd_data_have_defined_answers(name):
     if name == "ials":
         pytest.importorskip("implicit")
     variants = (
-        [dict(form=form, **more) for form in ("primal", "dual") for more in ({}, dict(user_power=0.5, item_power=0.3))]
+        [
+            dict(form=form, **more)
+            for form in ("primal", "dual")
+            for more in ({}, {"user_power": 0.5, "item_power": 0.3})
+        ]
         if name in LINEAR
         else [{}]
     )
     if name == "item_knn":
-        variants = [dict(similarity=s, n_neighbors=3, shrink=0, b=1.0) for s in ("cosine", "tfidf", "bm25")]
+        variants = [{"similarity": s, "n_neighbors": 3, "shrink": 0, "b": 1.0} for s in ("cosine", "tfidf", "bm25")]
     if name == "ials":
-        variants = [dict(factors=3)]
+        variants = [{"factors": 3}]
     for what, X in ODD.items():
         for hp in variants:
             model = create_model(name, **hp).fit(X)
@@ -70,7 +80,9 @@ def test_scores_do_not_depend_on_the_block(name, tmp_path):
         pytest.importorskip("implicit")
     X = skewed(300, 700, 9_000)
     for form in ("primal", "dual") if name in LINEAR else [None]:
-        model = create_model(name, **(dict(form=form, lam=2.0, user_power=0.4, item_power=0.2) if form else {})).fit(X)
+        model = create_model(
+            name, **({"form": form, "lam": 2.0, "user_power": 0.4, "item_power": 0.2} if form else {})
+        ).fit(X)
         whole = model.score(X)
         for size in (1, 7, 128):
             parts = np.vstack([model.score(X[start : start + size]) for start in range(0, 300, size)])
@@ -86,13 +98,13 @@ def test_both_forms_agree_where_it_is_hard(shape):
     X[3] = 1
     X = X.tocsr().astype(np.float32)
     F = skewed(shape[1], 12, 2_000, 1)
-    for name, hp in dict(
-        ease=dict(lam=0.5),
-        dlae=dict(lam=5.0, dropout=0.8),
-        edlae=dict(lam=1.0, dropout=0.05),
-        rlae=dict(lam=0.5, xi=0.9),
-        rdlae=dict(lam=2.0, dropout=0.3, xi=0.2, user_power=0.7, item_power=0.3),
-    ).items():
+    for name, hp in {
+        "ease": {"lam": 0.5},
+        "dlae": {"lam": 5.0, "dropout": 0.8},
+        "edlae": {"lam": 1.0, "dropout": 0.05},
+        "rlae": {"lam": 0.5, "xi": 0.9},
+        "rdlae": {"lam": 2.0, "dropout": 0.3, "xi": 0.2, "user_power": 0.7, "item_power": 0.3},
+    }.items():
         primal, dual = (create_model(name, **hp, form=form).fit(X, F).score(X) for form in ("primal", "dual"))
         assert np.abs(primal - dual).max() <= 1e-4 * np.abs(primal).max(), name
 
@@ -167,12 +179,12 @@ for case in json.loads(sys.argv[2]):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux")
 def test_memory_is_what_was_foreseen(tmp_path):
     cases = [
-        ("ease", dict(form="primal"), 2_000, 3_000, 200_000),
-        ("ease", dict(form="primal"), 3_000, 4_500, 300_000),
-        ("rdlae", dict(form="primal", keep_gram=True), 6_000, 3_000, 600_000),
-        ("ease", dict(form="dual"), 1_500, 8_000, 200_000),
-        ("ease", dict(form="dual"), 2_500, 9_000, 300_000),
-        ("rdlae", dict(form="dual"), 800, 30_000, 300_000),
+        ("ease", {"form": "primal"}, 2_000, 3_000, 200_000),
+        ("ease", {"form": "primal"}, 3_000, 4_500, 300_000),
+        ("rdlae", {"form": "primal", "keep_gram": True}, 6_000, 3_000, 600_000),
+        ("ease", {"form": "dual"}, 1_500, 8_000, 200_000),
+        ("ease", {"form": "dual"}, 2_500, 9_000, 300_000),
+        ("rdlae", {"form": "dual"}, 800, 30_000, 300_000),
         ("popularity", {}, 6_000, 6_000, 300_000),
         ("item_knn", {}, 3_000, 5_000, 200_000),
     ]
@@ -202,8 +214,8 @@ def test_quality_on_the_lecture_split():
         sys.path.remove(str(REFERENCE))
     train, test = evaluator.seed_split(evaluator.load(DATA / "ml-latest-small" / "ratings.csv"))
     for least, name, hp in [
-        (0.2114, "ease", dict(lam=150)),
-        (0.2129, "rlae", dict(lam=300, xi=0.3)),
+        (0.2114, "ease", {"lam": 150}),
+        (0.2129, "rlae", {"lam": 300, "xi": 0.3}),
         (0.2100, "rdlae", {}),
         (0.0821, "popularity", {}),
     ]:

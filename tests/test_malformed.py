@@ -1,9 +1,21 @@
 "Malformed tables: each is refused in one line that says where and what, changes nothing on disk, and its good rows can be kept."
 
-import bz2, gzip, io, lzma, struct, uuid, zipfile
+import bz2
+import gzip
+import io
+import lzma
+import struct
+import uuid
+import zipfile
 from dataclasses import dataclass, field
 from datetime import datetime
-import numpy as np, pandas as pd, pyarrow, pyarrow.parquet as pq, pytest
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.parquet as pq
+import pytest
+
 import aerec_nb.data_import as data_import
 from aerec_nb.configuration import AerecError, load_settings
 from aerec_nb.data_import import load_items, load_ratings, validate
@@ -50,21 +62,21 @@ def encrypted():
 def handed_over(**changes):
     "A Parquet file that declares the contract, by a writer that does not keep to it."
     at = pd.to_datetime([10, 20, 30], unit="s", utc=True)
-    good = dict(
-        user_id=[1, 1, 2],
-        item_id=[7, 8, 7],
-        rating=[4.0, 5.0, 3.0],
-        timestamp=at,
-        ingested_at=at,
-        event_id=["x", "y", "z"],
-    )
+    good = {
+        "user_id": [1, 1, 2],
+        "item_id": [7, 8, 7],
+        "rating": [4.0, 5.0, 3.0],
+        "timestamp": at,
+        "ingested_at": at,
+        "event_id": ["x", "y", "z"],
+    }
     frame = pd.DataFrame({k: v for k, v in {**good, **changes}.items() if v is not None})
     return parquet(frame, {data_import.CONTRACT: data_import.VERSION})
 
 
 TABLE = "user,item,rating,timestamp\n1,10,4,100\n1,11,5,200\n2,10,3,300\n"
 LONG = "".join(f"{i},{i % 7},4\n" for i in range(20_000))
-GOOD = dict(user=[1, 1, 2], item=[10, 11, 10], rating=[4.0, 5.0, 3.0])
+GOOD = {"user": [1, 1, 2], "item": [10, 11, 10], "rating": [4.0, 5.0, 3.0]}
 UTF16 = "user,item\nann,é\n".encode("utf-16-le")
 
 CASES = [
@@ -97,10 +109,10 @@ CASES = [
         "not in the encoding that was set",
         "user,item\n1,é\n".encode("latin-1"),
         ("mine.csv, line 2: byte 0xe9 is not utf-8", "set encoding"),
-        settings=dict(encoding="utf-8"),
+        settings={"encoding": "utf-8"},
     ),
     Case(
-        "not ASCII", "user,item\n1,é\n", ("mine.csv, line 2: byte 0xc3 is not ascii",), settings=dict(encoding="ascii")
+        "not ASCII", "user,item\n1,é\n", ("mine.csv, line 2: byte 0xc3 is not ascii",), settings={"encoding": "ascii"}
     ),
     Case(
         "a quote that never closes",
@@ -352,32 +364,32 @@ CASES = [
     Case("text that is called Parquet", TABLE, ("mine.parquet: cannot be read as Parquet",), "mine.parquet"),
     Case(
         "a Parquet without ids",
-        parquet(pd.DataFrame(dict(a=[1]))),
+        parquet(pd.DataFrame({"a": [1]})),
         ("mine.parquet: no column for user_id and item_id among a",),
         "mine.parquet",
     ),
     Case(
         "a Parquet with nested ids",
-        parquet(pd.DataFrame(dict(user=[[1], [2]], item=[1, 2]))),
+        parquet(pd.DataFrame({"user": [[1], [2]], "item": [1, 2]})),
         ("mine.parquet, column user: holds lists",),
         "mine.parquet",
     ),
     Case(
         "a Parquet with nested ratings",
-        parquet(pd.DataFrame(dict(user=[1, 2], item=[1, 2], rating=[{"v": 3}, {"v": 4}]))),
+        parquet(pd.DataFrame({"user": [1, 2], "item": [1, 2], "rating": [{"v": 3}, {"v": 4}]})),
         ("mine.parquet, row 1, column rating", "is not a number"),
         "mine.parquet",
     ),
     Case(
         "a Parquet with gaps in large ids",
-        parquet(pd.DataFrame(dict(user=pd.array([2**60 + 1, None, 3], "Int64"), item=[1, 2, 3]))),
+        parquet(pd.DataFrame({"user": pd.array([2**60 + 1, None, 3], "Int64"), "item": [1, 2, 3]})),
         ("mine.parquet, row 2, column user: the value is missing",),
         "mine.parquet",
         keeps=[1, 3],
     ),
     Case(
         "a Parquet with gaps in times",
-        parquet(pd.DataFrame(dict(user=[1, 2], item=[1, 2], date=pd.to_datetime(["2026-01-31", None])))),
+        parquet(pd.DataFrame({"user": [1, 2], "item": [1, 2], "date": pd.to_datetime(["2026-01-31", None])})),
         ("mine.parquet, row 2, column date: the value is missing",),
         "mine.parquet",
         keeps=[1],
@@ -420,7 +432,7 @@ CASES = [
         "mine",
     ),
     # DataFrames
-    Case("a DataFrame without rows", pd.DataFrame(dict(user=[], item=[])), ("the DataFrame: the table has no rows",)),
+    Case("a DataFrame without rows", pd.DataFrame({"user": [], "item": []}), ("the DataFrame: the table has no rows",)),
     Case(
         "a DataFrame with two columns of one name",
         pd.DataFrame([[1, 2, 3]], columns=["user", "item", "item"]),
@@ -428,53 +440,53 @@ CASES = [
     ),
     Case(
         "ids of several kinds",
-        pd.DataFrame(dict(user=[1, "a"], item=[1, 2])),
+        pd.DataFrame({"user": [1, "a"], "item": [1, 2]}),
         ("the DataFrame, column user: holds texts, whole numbers",),
     ),
     Case(
         "ids that are true or false",
-        pd.DataFrame(dict(user=[True, False], item=[1, 2])),
+        pd.DataFrame({"user": [True, False], "item": [1, 2]}),
         ("column user: holds", "ids are whole numbers"),
     ),
     Case(
         "ids that are times",
-        pd.DataFrame(dict(user=[1, 2], item=pd.to_datetime(["2026-01-31", "2026-02-01"]))),
+        pd.DataFrame({"user": [1, 2], "item": pd.to_datetime(["2026-01-31", "2026-02-01"])}),
         ("column item: holds times",),
     ),
-    Case("ids that are dicts", pd.DataFrame(dict(user=[1, 2], item=[{}, {}])), ("column item: holds dicts",)),
+    Case("ids that are dicts", pd.DataFrame({"user": [1, 2], "item": [{}, {}]}), ("column item: holds dicts",)),
     Case(
         "an id with a fraction",
-        pd.DataFrame(dict(user=[1.0, 2.5, 3.0], item=[1, 2, 3])),
+        pd.DataFrame({"user": [1.0, 2.5, 3.0], "item": [1, 2, 3]}),
         ("row 2, column user", "'2.5' is no id"),
         keeps=[1, 3],
     ),
     Case(
         "an infinite id",
-        pd.DataFrame(dict(user=[1.0, np.inf], item=[1, 2])),
+        pd.DataFrame({"user": [1.0, np.inf], "item": [1, 2]}),
         ("row 2, column user", "'inf' is no id"),
         keeps=[1],
     ),
     Case(
         "a missing id among texts",
-        pd.DataFrame(dict(user=["a", None, "b"], item=[1, 2, 3])),
+        pd.DataFrame({"user": ["a", None, "b"], "item": [1, 2, 3]}),
         ("row 2, column user: the value is missing",),
         keeps=[1, 3],
     ),
     Case(
         "a missing id among UUIDs",
-        pd.DataFrame(dict(user=[uuid.UUID(int=1), None], item=[1, 2])),
+        pd.DataFrame({"user": [uuid.UUID(int=1), None], "item": [1, 2]}),
         ("row 2, column user: the value is missing",),
         keeps=[1],
     ),
     Case(
         "a missing category",
-        pd.DataFrame(dict(user=pd.Series(["a", None], dtype="category"), item=[1, 2])),
+        pd.DataFrame({"user": pd.Series(["a", None], dtype="category"), "item": [1, 2]}),
         ("row 2, column user: the value is missing",),
         keeps=[1],
     ),
     Case(
         "a rating that is an object",
-        pd.DataFrame(dict(user=[1, 2], item=[1, 2], rating=[4, "x"])),
+        pd.DataFrame({"user": [1, 2], "item": [1, 2], "rating": [4, "x"]}),
         ("row 2, column rating", "'x' is not a number"),
         keeps=[1],
     ),
@@ -483,43 +495,43 @@ CASES = [
         "a mapping of a column that is not there",
         TABLE,
         ("columns maps 'who', which is not there: the columns are user, item",),
-        settings=dict(columns={"who": "user_id"}),
+        settings={"columns": {"who": "user_id"}},
     ),
     Case(
         "a mapping to no standard name",
         TABLE,
         ("columns maps 'user' to 'userid': the standard names are",),
-        settings=dict(columns={"user": "userid"}),
+        settings={"columns": {"user": "userid"}},
     ),
     Case(
         "a mapping of two columns to one",
         TABLE,
         ("two columns to 'user_id'",),
-        settings=dict(columns={"user": "user_id", "item": "user_id"}),
+        settings={"columns": {"user": "user_id", "item": "user_id"}},
     ),
     Case(
         "duplicates that are refused",
         TABLE + "1,10,2,400\n",
         ("mine.csv, row 4: user 1 has item 10 a second time", "on_duplicate"),
-        settings=dict(on_duplicate="raise"),
+        settings={"on_duplicate": "raise"},
     ),
     Case(
-        "duplicates by no known rule", TABLE, ("no rule 'latest' for duplicates",), settings=dict(on_duplicate="latest")
+        "duplicates by no known rule", TABLE, ("no rule 'latest' for duplicates",), settings={"on_duplicate": "latest"}
     ),
     Case(
         "as_of without times",
         "user,item\n1,2\n",
         ("mine.csv: as_of = 2026-01-31T00:00:00Z needs times",),
-        settings=dict(as_of="2026-01-31"),
+        settings={"as_of": "2026-01-31"},
     ),
     Case(
         "as_of before everything",
         TABLE,
         ("nothing was known as of 1970-01-01T00:00:50Z", "the first row is of 1970-01-01T00:01:40Z"),
-        settings=dict(as_of=50),
+        settings={"as_of": 50},
     ),
-    Case("as_of that is no time", TABLE, ("as_of = 'soon' is no time",), settings=dict(as_of="soon")),
-    Case("an encoding that is none", TABLE, ("encoding = 'klingon' is none",), settings=dict(encoding="klingon")),
+    Case("as_of that is no time", TABLE, ("as_of = 'soon' is no time",), settings={"as_of": "soon"}),
+    Case("an encoding that is none", TABLE, ("encoding = 'klingon' is none",), settings={"encoding": "klingon"}),
 ]
 
 
@@ -645,7 +657,7 @@ A, B = str(uuid.UUID(int=2**100 + 7)), str(uuid.UUID(int=5)).upper()
 ODDITIES = [  # name, file, content, settings, users, items, value, times
     ("a mark of UTF-8", "a.csv", b"\xef\xbb\xbfuser,item\n1,2\n", {}, [1], [2], None, None),
     ("UTF-16", "a.csv", "user,item\nann,é\n".encode("utf-16"), {}, ["ann"], ["é"], None, None),
-    ("UTF-16 by name", "a.csv", UTF16, dict(encoding="utf-16-le"), ["ann"], ["é"], None, None),
+    ("UTF-16 by name", "a.csv", UTF16, {"encoding": "utf-16-le"}, ["ann"], ["é"], None, None),
     (
         "latin-1 after a long while",
         "a.csv",
@@ -743,7 +755,7 @@ ODDITIES = [  # name, file, content, settings, users, items, value, times
         "a mapping",
         "a.csv",
         "wer,was,gut\n1,2,3\n",
-        dict(columns=dict(wer="user_id", was="item_id", gut="rating")),
+        {"columns": {"wer": "user_id", "was": "item_id", "gut": "rating"}},
         [1],
         [2],
         [3],
@@ -753,7 +765,7 @@ ODDITIES = [  # name, file, content, settings, users, items, value, times
         "ids in the index of a Parquet",
         "a.parquet",
         (lambda f: (f.to_parquet(b := io.BytesIO()), b.getvalue())[1])(
-            pd.DataFrame(dict(user=[1], item=[2], plays=[3])).set_index(["user", "item"])
+            pd.DataFrame({"user": [1], "item": [2], "plays": [3]}).set_index(["user", "item"])
         ),
         {},
         [1],
@@ -764,7 +776,7 @@ ODDITIES = [  # name, file, content, settings, users, items, value, times
     (
         "UUIDs in a Parquet",
         "a.parquet",
-        parquet(pd.DataFrame(dict(user=[uuid.UUID(A)], item=[2]))),
+        parquet(pd.DataFrame({"user": [uuid.UUID(A)], "item": [2]})),
         {},
         [uuid.UUID(A)],
         [2],
@@ -774,7 +786,7 @@ ODDITIES = [  # name, file, content, settings, users, items, value, times
     (
         "dates in a Parquet",
         "a.parquet",
-        parquet(pd.DataFrame(dict(user=[1], item=[2], date=[datetime(2000, 7, 30).date()]))),
+        parquet(pd.DataFrame({"user": [1], "item": [2], "date": [datetime(2000, 7, 30).date()]})),
         {},
         [1],
         [2],
@@ -797,13 +809,13 @@ def test_odd_and_well_formed(name, file, content, settings, users, items, value,
 
 @pytest.mark.parametrize("dtype", ["int64", "Int64", "uint8", "int64[pyarrow]", "category", "float64", object])
 def test_whole_numbers_of_any_dtype(dtype):
-    found = load_ratings(pd.DataFrame(dict(user=pd.Series([3, 1, 3], dtype=dtype), item=[1, 2, 3])))
+    found = load_ratings(pd.DataFrame({"user": pd.Series([3, 1, 3], dtype=dtype), "item": [1, 2, 3]}))
     assert found.user_id.tolist() == [3, 1, 3] and found.user_id.dtype == np.int64
 
 
 @pytest.mark.parametrize("dtype", ["str", "string", "string[pyarrow]", "category", object])
 def test_texts_of_any_dtype(dtype):
-    found = load_ratings(pd.DataFrame(dict(user=pd.Series(["007", "b", "007"], dtype=dtype), item=[1, 2, 3])))
+    found = load_ratings(pd.DataFrame({"user": pd.Series(["007", "b", "007"], dtype=dtype), "item": [1, 2, 3]}))
     assert found.user_id.tolist() == ["007", "b", "007"]
 
 
@@ -859,11 +871,11 @@ def row_by_row(row):
 
 def test_problems_agree_with_a_check_row_by_row():
     random = np.random.default_rng(3)
-    pools = dict(
-        user=["ann", "bob", "7", None],
-        item=["x", "007", None],
-        rating=["4", "-3.5", "1e2", "nan", "inf", "-1e400", "4,5", "good", "0x10", "1_0", "+2", "", None],
-        time=[
+    pools = {
+        "user": ["ann", "bob", "7", None],
+        "item": ["x", "007", None],
+        "rating": ["4", "-3.5", "1e2", "nan", "inf", "-1e400", "4,5", "good", "0x10", "1_0", "+2", "", None],
+        "time": [
             "100",
             "964982703.5",
             "964982703123",
@@ -881,7 +893,7 @@ def test_problems_agree_with_a_check_row_by_row():
             "inf",
             None,
         ],
-    )
+    }
     table = pd.DataFrame({c: random.choice(np.array(pool, object), 2000) for c, pool in pools.items()}).astype("str")
     rows = table.astype(object).where(table.notna(), None).replace("", None).to_dict("records")
     expected = {(i + 1, c) for i, row in enumerate(rows) for c in row_by_row(row)}
@@ -896,7 +908,12 @@ def test_problems_agree_with_a_check_row_by_row():
 def test_the_stage_keeps_what_it_set_aside(tmp_path):
     (tmp_path / "ratings.csv").write_text(TABLE + "2,11,good,400\n3,10,5,500,9\n3,11,4,250\n1,10,1,900\n")
     (tmp_path / "movies.csv").write_text("movieId,title,genres\n10,Heat,Crime\n,Up,Animation\n")
-    knobs = dict(env="test", source=str(tmp_path), runs_dir=str(tmp_path / "runs"), var_dir=str(tmp_path / "var"))
+    knobs = {
+        "env": "test",
+        "source": str(tmp_path),
+        "runs_dir": str(tmp_path / "runs"),
+        "var_dir": str(tmp_path / "var"),
+    }
     with pytest.raises(AerecError, match="2 of 7 rows cannot be used"):
         open_run(**knobs).execute("data_import")
     assert not (tmp_path / "runs").exists()
@@ -938,14 +955,14 @@ def test_the_stage_keeps_what_it_set_aside(tmp_path):
 def test_late_data_does_not_leak(tmp_path):
     "A row that happened before the moment and arrived after it is not known, in a hand-over of several files."
     events = pd.DataFrame(
-        dict(
-            user_id=["a", "a", "b", "b"],
-            item_id=[1, 2, 1, 3],
-            rating=[1.0, 2.0, 3.0, 4.0],
-            timestamp=[10, 20, 30, 40],
-            ingested_at=[11, 90, 31, 41],
-            event_id=list("wxyz"),
-        )
+        {
+            "user_id": ["a", "a", "b", "b"],
+            "item_id": [1, 2, 1, 3],
+            "rating": [1.0, 2.0, 3.0, 4.0],
+            "timestamp": [10, 20, 30, 40],
+            "ingested_at": [11, 90, 31, 41],
+            "event_id": list("wxyz"),
+        }
     )
     (tmp_path / "ratings").mkdir()
     for i in (0, 1):

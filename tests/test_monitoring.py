@@ -1,9 +1,20 @@
 "Monitors against the truth of a simulator: every fault is noticed, clean traffic is left in peace, numbers are right, and whoever must know is told."
 
-import http.server, json, logging, os, shutil, subprocess, threading, time
+import http.server
+import json
+import logging
+import os
+import shutil
+import subprocess
+import threading
+import time
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
 from scipy.sparse import csr_matrix
+
 from aerec_nb.configuration import AerecError, load_settings
 from aerec_nb.data_import import load_ratings
 from aerec_nb.events import EventLog, new_event
@@ -16,10 +27,10 @@ from aerec_nb.monitoring import (
     Visitors,
     Window,
     drift,
+    events_of,
     evidence_items,
     evidence_requests,
     evidence_segments,
-    events_of,
     exposition,
     ground_truth,
     grown_ratings,
@@ -238,14 +249,14 @@ def test_a_retrained_model_is_compared_user_by_user(tmp_path):
 
 def test_payloads_that_nobody_expects(recommender):
     odd = [
-        dict(),
-        dict(items="none"),
-        dict(items=[1000, None, {"a": 1}], scores=[1.0]),
-        dict(items=[1000, 1001], scores=[1, "x"]),
-        dict(status="fast", ms="slow"),
-        dict(items=[], k=None),
-        dict(history=5, propensities={"x": 1, "99": 0.5, "1": 0.5}, items=["1000"]),
-        dict(items=[999_999, "1001"], scores=[None, None], version=5, arm={"x": 1}),
+        {},
+        {"items": "none"},
+        {"items": [1000, None, {"a": 1}], "scores": [1.0]},
+        {"items": [1000, 1001], "scores": [1, "x"]},
+        {"status": "fast", "ms": "slow"},
+        {"items": [], "k": None},
+        {"history": 5, "propensities": {"x": 1, "99": 0.5, "1": 0.5}, "items": ["1000"]},
+        {"items": [999_999, "1001"], "scores": [None, None], "version": 5, "arm": {"x": 1}},
     ]
     from aerec_nb.monitoring import COLUMNS, check_event
 
@@ -442,7 +453,7 @@ def test_alerts_do_not_flap(tmp_path):
 
     def table(status, severity):
         return pd.DataFrame(
-            [dict(monitor="x", value=1.0, threshold=1.0, status=status, severity=severity, definition="")]
+            [{"monitor": "x", "value": 1.0, "threshold": 1.0, "status": status, "severity": severity, "definition": ""}]
         )
 
     rng = np.random.default_rng(0)
@@ -641,6 +652,7 @@ def test_the_loop_closes(recommender, visitors, tmp_path):
 def test_what_the_service_writes_is_understood(recommender, tmp_path):
     "Every endpoint once: the contract between serving and monitoring."
     from fastapi.testclient import TestClient
+
     from aerec_nb.serving import create_app
 
     log = EventLog(tmp_path / "events.db")

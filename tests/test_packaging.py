@@ -1,11 +1,36 @@
 "Bundles that lie, a registry that is killed, a real MLflow server, ONNX against the models, and the Dockerfile as plain commands. Loopback only."
 
-import hashlib, json, math, os, pwd, random, re, resource, shlex, shutil, signal, socket, sqlite3, stat, struct, subprocess, sys, tempfile, time, urllib.request, zipfile
+import hashlib
+import json
+import math
+import os
+import pwd
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import BIN, ROOT, run, variables
 from filelock import FileLock
-from scipy.sparse import csr_matrix
 from safetensors.numpy import load_file, save_file
+from scipy.sparse import csr_matrix
+
 from aerec_nb.configuration import AerecError, PackagingSettings, default_settings
 from aerec_nb.inference import Recommender, Segments, with_cold_items
 from aerec_nb.linear_models import solve_path
@@ -26,7 +51,6 @@ from aerec_nb.packaging import (
     verify_bundle,
 )
 from aerec_nb.postprocessing import Chain
-from conftest import BIN, ROOT, run, variables
 
 TRIALS = (
     10 if os.environ.get("STRESS") else 1
@@ -908,6 +932,7 @@ def test_a_bundle_that_is_sealed_again_is_refused_in_one_line_or_works(name, ric
         return refused(folder, said)
     r = load_bundle(folder)
     assert all(math.isfinite(item["score"]) for user in r.users for item in r.recommend(user, k=10))
+    return None
 
 
 def test_a_net_is_not_allocated_before_its_arrays_were_looked_at(tmp_path):
@@ -1370,6 +1395,7 @@ def test_a_bundle_that_answers_differently_is_neither_written_nor_promoted(bundl
 
 def test_a_server_that_is_not_there(bundles, tmp_path, monkeypatch):
     from types import SimpleNamespace
+
     from aerec_nb import packaging
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

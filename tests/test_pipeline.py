@@ -1,9 +1,24 @@
 "The whole way: data of every shape through the twelve stages, mistakes in one line, the report, the command."
 
-import json, os, re, shutil, signal, socket, subprocess, time
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
 from pathlib import Path
-import httpx, matplotlib.image, nbformat, numpy as np, pandas as pd, psutil, pytest
+
+import httpx
+import matplotlib.image
+import nbformat
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
 from conftest import BIN, ROOT, run, variables
+
 from aerec_nb.pipeline import new_project
 from aerec_nb.runs import STAGES
 

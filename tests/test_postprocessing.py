@@ -1,27 +1,35 @@
 "The chain under random requests: what may not be shown never is, k items wherever k are eligible; ban lists that change; steps of one's own."
 
-import itertools, os, time
-import numpy as np, pandas as pd, pytest, sqlalchemy as sa
-from hypothesis import given, settings, strategies as st
+import itertools
+import os
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import sqlalchemy as sa
 from conftest import BIN, ROOT, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
+
+from aerec_nb.blocklist import BlocklistUnavailable
 from aerec_nb.configuration import AerecError, load_settings
 from aerec_nb.inference import Recommender
-from aerec_nb.modeling import create_model
-from aerec_nb.blocklist import BlocklistUnavailable
 from aerec_nb.limits import Deadline, DeadlineExceeded
+from aerec_nb.modeling import create_model
 from aerec_nb.postprocessing import BanList, Catalogue, Chain, IdIndex, Request, ban_list, check_chain, filter_items
-from scipy.sparse import csr_matrix
 
 N, STRESS = 60, bool(os.environ.get("STRESS"))
 GENRES = ["A", "B", "A|B", "C", "B|C", ""]
 TABLE = pd.DataFrame(
-    dict(
-        item_id=[f"i{n}" for n in range(N)],
-        genres=[GENRES[n % 6] or None for n in range(N)],
-        year=[1950 + n for n in range(N)],
-        available_from=[None if n % 4 else 100.0 * n for n in range(N)],
-        available_until=[None if n % 5 else 5000.0 + n for n in range(N)],
-    )
+    {
+        "item_id": [f"i{n}" for n in range(N)],
+        "genres": [GENRES[n % 6] or None for n in range(N)],
+        "year": [1950 + n for n in range(N)],
+        "available_from": [None if n % 4 else 100.0 * n for n in range(N)],
+        "available_until": [None if n % 5 else 5000.0 + n for n in range(N)],
+    }
 )
 CATALOGUE = Catalogue(IdIndex(TABLE.item_id), TABLE, np.arange(N))
 FILTERS = [
@@ -30,18 +38,18 @@ FILTERS = [
     {"all": [{"year": {"ge": 1980}}]},
     {"none": [{"genres": "B"}], "all": [{"year": {"lt": 2005}}]},
 ]
-OPTIONS = dict(
-    mmr={"pool": 12},
-    calibrate={"pool": 9},
-    min_score={"least": 2},
-    max_per_category={"most": 4},
-    freshness={"pool": 15},
-    temper_popularity={"pool": 15},
-    boost={"rules": [{"items": ["i3", "i40"], "factor": 3}]},
-    pins={"places": {1: "i7", 3: "i8"}},
-    promote={"where": {"all": [{"genres": "C"}]}, "places": [2]},
-    explore={"slots": [2, 5], "pool": 6},
-)
+OPTIONS = {
+    "mmr": {"pool": 12},
+    "calibrate": {"pool": 9},
+    "min_score": {"least": 2},
+    "max_per_category": {"most": 4},
+    "freshness": {"pool": 15},
+    "temper_popularity": {"pool": 15},
+    "boost": {"rules": [{"items": ["i3", "i40"], "factor": 3}]},
+    "pins": {"places": {1: "i7", 3: "i8"}},
+    "promote": {"where": {"all": [{"genres": "C"}]}, "places": [2]},
+    "explore": {"slots": [2, 5], "pool": 6},
+}
 REMOVING, RANKING, CUTTING, PLACING = (
     ["exclude_seen", "ban_list", "available"],
     ["mmr", "calibrate", "freshness", "temper_popularity", "boost"],
@@ -175,7 +183,7 @@ def test_large_filters_cost_no_more_than_they_may():
         for a in ("Star", "Moon", "Sea", "Dark", "Gold")
         for b in ("Wars", "Light", "Song", "River", "Night")
     ]
-    large = Catalogue(IdIndex(range(len(titles))), pd.DataFrame(dict(item_id=range(len(titles)), title=titles)))
+    large = Catalogue(IdIndex(range(len(titles))), pd.DataFrame({"item_id": range(len(titles)), "title": titles}))
     large.categories("title")
     begin = time.perf_counter()
     passed, unknown = filter_items(
@@ -204,7 +212,7 @@ def test_exactly_k_of_what_is_eligible_whatever_the_order(case):
     chain, request, scores = case
     done, may = chain.run(scores, request), eligible(chain, request)
     assert len(done) == min(request.k, len(may)) == len(set(done.items.tolist())) and set(done.items.tolist()) <= may
-    assert np.isfinite(done.scores).all() and ((0 < done.propensities) & (done.propensities <= 1)).all()
+    assert np.isfinite(done.scores).all() and ((done.propensities > 0) & (done.propensities <= 1)).all()
     again = chain.run(scores, request)
     assert again.items.tolist() == done.items.tolist()
 
@@ -311,7 +319,7 @@ def test_a_running_recommender_follows_ban_file_and_table(tmp_path, caplog):
     file.write_text(f"{first} # recalled\n")
     assert r.recommend("u1", k=2).item_ids == [second, third]
     with engine.begin() as c:
-        c.execute(sa.text("insert into bans values (:id)"), dict(id=second))
+        c.execute(sa.text("insert into bans values (:id)"), {"id": second})
     found.refresh(wait_s=9)
     assert r.recommend("u1", k=1).item_ids == [third]
     with engine.begin() as c:
@@ -388,8 +396,8 @@ def test_steps_of_a_file_of_the_project(tmp_path, monkeypatch):
     chain = Chain(["my_steps:even_only", "my_steps:backwards"], index=CATALOGUE)
     assert chain.run(np.linspace(1, 0, N), Request(k=6)).items.tolist() == [6, 4, 2, 0, 8, 10]
     for wrong, why in (
-        (dict(steps=["my_steps:odd_only"]), "registers no step 'odd_only'"),
-        (dict(steps=["my_steps:backwards"], options={"my_steps:backwards": {"twce": 1}}), "no parameter 'twce'"),
+        ({"steps": ["my_steps:odd_only"]}, "registers no step 'odd_only'"),
+        ({"steps": ["my_steps:backwards"], "options": {"my_steps:backwards": {"twce": 1}}}, "no parameter 'twce'"),
     ):
         with pytest.raises(AerecError, match=why):
             Chain(**wrong)

@@ -1,10 +1,18 @@
 "Business rules against a slow construction in plain Python; what is refused, and when; what a dry run leaves behind; explicit negatives down to the list."
 
-import json, math
+import json
+import math
 from collections import Counter
-import nbformat, numpy as np, pandas as pd, pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import BIN, ROOT, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
+
 from aerec_nb import data_import
 from aerec_nb.business_preprocessing import RULES, apply_rules, preview_rules, register_rule, run_rules
 from aerec_nb.configuration import RULE_KNOBS, AerecError, load_settings
@@ -12,7 +20,6 @@ from aerec_nb.inference import Recommender, pair_matrix
 from aerec_nb.modeling import create_model
 from aerec_nb.packaging import load_bundle, save_bundle
 from aerec_nb.runs import open_run
-from conftest import BIN, ROOT, run
 
 quick = settings(
     max_examples=80,
@@ -125,28 +132,32 @@ def slow_decay(rows, half_life_days=None):
     ]
 
 
-SLOW = dict(
-    deduplicate=slow_deduplicate,
-    bots=slow_bots,
-    user_cap=slow_cap,
-    min_user_interactions=slow_minimum("user"),
-    min_item_interactions=slow_minimum("item"),
-    k_core=slow_core,
-    positive_threshold=slow_threshold,
-    time_window=slow_window,
-    weight_by_rating=slow_rating_weight,
-    time_decay=slow_decay,
-    excluded_users=lambda rows, excluded_users=(): [r for r in rows if str(r["user"]) not in map(str, excluded_users)],
-    excluded_items=lambda rows, excluded_items=(): [r for r in rows if str(r["item"]) not in map(str, excluded_items)],
-    positive_count=lambda rows, positive_count=0: (
+SLOW = {
+    "deduplicate": slow_deduplicate,
+    "bots": slow_bots,
+    "user_cap": slow_cap,
+    "min_user_interactions": slow_minimum("user"),
+    "min_item_interactions": slow_minimum("item"),
+    "k_core": slow_core,
+    "positive_threshold": slow_threshold,
+    "time_window": slow_window,
+    "weight_by_rating": slow_rating_weight,
+    "time_decay": slow_decay,
+    "excluded_users": lambda rows, excluded_users=(): [
+        r for r in rows if str(r["user"]) not in map(str, excluded_users)
+    ],
+    "excluded_items": lambda rows, excluded_items=(): [
+        r for r in rows if str(r["item"]) not in map(str, excluded_items)
+    ],
+    "positive_count": lambda rows, positive_count=0: (
         [r for r in rows if r["count"] > positive_count] if rows and "count" in rows[0] else rows
     ),
-)
+}
 
 
 def slow_run(frame, knobs):
     "Rows that are left, and the rule of each that is not."
-    names = dict(user_id="user", item_id="item", timestamp="time")
+    names = {"user_id": "user", "item_id": "item", "timestamp": "time"}
     rows = [
         {**{names.get(k, k): v for k, v in r.items()}, "row": n, "weight": r.get("count", 1.0)}
         for n, r in enumerate(frame.to_dict("records"))
@@ -157,7 +168,7 @@ def slow_run(frame, knobs):
             {"scale": scale} if name in ("positive_threshold", "weight_by_rating") else {}
         )
         left = SLOW[name](rows, **given)
-        gone |= {row: name for row in {r["row"] for r in rows} - {r["row"] for r in left}}
+        gone |= dict.fromkeys({r["row"] for r in rows} - {r["row"] for r in left}, name)
         rows = left
     return rows, gone
 
@@ -166,21 +177,21 @@ def slow_run(frame, knobs):
 
 HOURS = [0, 1, 4, 8, 20, 24, 25, 28, 48, 60, 64]
 GROUPS = [
-    dict(deduplicate=["first", "max", "mean", "sum", "off"]),
-    dict(excluded_users=[[10], ["10", 99], [11, "12"]]),
-    dict(excluded_items=[[20], ["20", "21", "x"]]),
-    dict(user_cap=[1, 2, 4], user_cap_keep=["latest", "first"]),
-    dict(min_user_interactions=[2, 4]),
-    dict(min_item_interactions=[2, 4]),
-    dict(k_core=[2, 3]),
-    dict(k_core_users=[2, 3], k_core_items=[2, 3]),
+    {"deduplicate": ["first", "max", "mean", "sum", "off"]},
+    {"excluded_users": [[10], ["10", 99], [11, "12"]]},
+    {"excluded_items": [[20], ["20", "21", "x"]]},
+    {"user_cap": [1, 2, 4], "user_cap_keep": ["latest", "first"]},
+    {"min_user_interactions": [2, 4]},
+    {"min_item_interactions": [2, 4]},
+    {"k_core": [2, 3]},
+    {"k_core_users": [2, 3], "k_core_items": [2, 3]},
 ]
-RATED = [dict(positive_threshold=["off", 3.0]), dict(weight_by_rating=[True])]
-COUNTED = [dict(positive_count=[0.0, 1.0])]
+RATED = [{"positive_threshold": ["off", 3.0]}, {"weight_by_rating": [True]}]
+COUNTED = [{"positive_count": [0.0, 1.0]}]
 TIMED = [
-    dict(bot_interactions=[1, 2, 3], bot_hours=[4.0, 24.0], bot_policy=["drop", "cap"]),
-    dict(half_life_days=[0.5, 30.0]),
-    dict(time_from=[0, 3600 * 4], time_to=[3600 * 28, 3600 * 60]),
+    {"bot_interactions": [1, 2, 3], "bot_hours": [4.0, 24.0], "bot_policy": ["drop", "cap"]},
+    {"half_life_days": [0.5, 30.0]},
+    {"time_from": [0, 3600 * 4], "time_to": [3600 * 28, 3600 * 60]},
 ]
 
 
@@ -188,7 +199,7 @@ TIMED = [
 def frames(draw, values=("rating", "count", None), times=None):
     n = draw(st.integers(4, 30))
     column = lambda options: draw(st.lists(st.sampled_from(options), min_size=n, max_size=n))
-    frame = pd.DataFrame(dict(user_id=column([10, 11, 12]), item_id=column([20, 21, 22, 23, 24])))
+    frame = pd.DataFrame({"user_id": column([10, 11, 12]), "item_id": column([20, 21, 22, 23, 24])})
     value = draw(st.sampled_from(values))
     if value:
         frame[value] = [
@@ -290,7 +301,7 @@ def test_categorical_ids_give_the_same(data):
 
 
 @quick
-@given(frames(), st.sampled_from([dict(k_core=2), dict(k_core_users=2, k_core_items=3)]), st.integers(0, 9))
+@given(frames(), st.sampled_from([{"k_core": 2}, {"k_core_users": 2, "k_core_items": 3}]), st.integers(0, 9))
 def test_k_core_is_idempotent_and_knows_no_order(frame, knobs, seed):
     knobs = dict(rules=["k_core"], **knobs)
     first = attempt(frame, knobs)
@@ -308,13 +319,13 @@ def test_k_core_is_idempotent_and_knows_no_order(frame, knobs, seed):
 @given(st.data())
 def test_rules_that_look_at_one_row_commute(data):
     frame = data.draw(frames(values=["rating"], times=True))
-    knobs = dict(
-        excluded_users=[10],
-        excluded_items=[20, 21],
-        time_from=3600 * 10,
-        time_to=3600 * 70,
-        positive_threshold=float(frame.rating.median()),
-    )
+    knobs = {
+        "excluded_users": [10],
+        "excluded_items": [20, 21],
+        "time_from": 3600 * 10,
+        "time_to": 3600 * 70,
+        "positive_threshold": float(frame.rating.median()),
+    }
     rules = ["excluded_users", "excluded_items", "time_window", "positive_threshold"]
     one, other = (attempt(frame, dict(knobs, rules=order)) for order in (rules, data.draw(st.permutations(rules))))
     assert (one is None) == (other is None)
@@ -325,18 +336,18 @@ def test_rules_that_look_at_one_row_commute(data):
 def test_longer_histories_with_many_ties_in_time():
     random = np.random.default_rng(1)
     frame = pd.DataFrame(
-        dict(
-            user_id=random.integers(3, size=300),
-            item_id=np.arange(300) % 250,
-            rating=random.integers(1, 6, 300).astype(float),
-            timestamp=3600 * random.integers(0, 40, 300),
-        )
+        {
+            "user_id": random.integers(3, size=300),
+            "item_id": np.arange(300) % 250,
+            "rating": random.integers(1, 6, 300).astype(float),
+            "timestamp": 3600 * random.integers(0, 40, 300),
+        }
     )
-    for rule, knobs in dict(
-        user_cap=dict(user_cap=40),
-        bots=dict(bot_interactions=5, bot_hours=2.0, bot_policy="cap"),
-        deduplicate=dict(deduplicate="first", user_cap=40, user_cap_keep="first"),
-    ).items():
+    for rule, knobs in {
+        "user_cap": {"user_cap": 40},
+        "bots": {"bot_interactions": 5, "bot_hours": 2.0, "bot_policy": "cap"},
+        "deduplicate": {"deduplicate": "first", "user_cap": 40, "user_cap_keep": "first"},
+    }.items():
         result, (left, gone) = run_rules(frame, knobs), slow_run(frame, knobs)
         assert dict(zip(result.dropped.row, result.dropped.rule.astype(str))) == gone and rule in gone.values()
 
@@ -344,9 +355,13 @@ def test_longer_histories_with_many_ties_in_time():
 def test_a_capped_window_never_has_more_and_weights_never_vanish():
     random = np.random.default_rng(0)
     frame = pd.DataFrame(
-        dict(user_id=random.integers(5, size=400), item_id=np.arange(400), timestamp=random.integers(0, 10**6, 400))
+        {
+            "user_id": random.integers(5, size=400),
+            "item_id": np.arange(400),
+            "timestamp": random.integers(0, 10**6, 400),
+        }
     )
-    left = apply_rules(frame, dict(bot_interactions=3, bot_hours=10, bot_policy="cap", half_life_days=1e-4))[0]
+    left = apply_rules(frame, {"bot_interactions": 3, "bot_hours": 10, "bot_policy": "cap", "half_life_days": 1e-4})[0]
     for _, times in left.groupby("user_id").timestamp:
         assert max(((times >= t) & (times < t + 36000)).sum() for t in times) <= 3
     assert 0 < len(left) < 400 and (left.weight > 0).all() and left.weight.max() == 1
@@ -373,26 +388,26 @@ def test_the_lectures_rule_on_the_lectures_data():
 # --- what is refused, and when ---
 
 BAD = [
-    (dict(rules=["positive_threshold", "no_reruns"]), "rules.rules names 'no_reruns'"),
-    (dict(rules=["my_rules:missing"]), "my_rules.py has no function or class missing"),
-    (dict(rules=["other:rule"]), "no file other.py"),
-    (dict(rules=["broken:rule"]), "broken.py cannot be run: SyntaxError"),
-    (dict(positive_threshold=5.5), "outside the scale"),
-    (dict(excluded_users_file="none.txt"), "none.txt: No such file"),
-    (dict(excluded_users_file="empty.txt"), "empty.txt: there is no id in it"),
-    (dict(excluded_items_file="latin.txt"), "latin.txt, line 2: not UTF-8"),
-    (dict(excluded_items_file="odd.csv"), "odd.csv, line 3: no item_id"),
+    ({"rules": ["positive_threshold", "no_reruns"]}, "rules.rules names 'no_reruns'"),
+    ({"rules": ["my_rules:missing"]}, "my_rules.py has no function or class missing"),
+    ({"rules": ["other:rule"]}, "no file other.py"),
+    ({"rules": ["broken:rule"]}, "broken.py cannot be run: SyntaxError"),
+    ({"positive_threshold": 5.5}, "outside the scale"),
+    ({"excluded_users_file": "none.txt"}, "none.txt: No such file"),
+    ({"excluded_users_file": "empty.txt"}, "empty.txt: there is no id in it"),
+    ({"excluded_items_file": "latin.txt"}, "latin.txt, line 2: not UTF-8"),
+    ({"excluded_items_file": "odd.csv"}, "odd.csv, line 3: no item_id"),
     (
-        dict(rules=["my_rules:every_other"], rule_options={"my_rules:every_other": {"stepp": 2}}),
+        {"rules": ["my_rules:every_other"], "rule_options": {"my_rules:every_other": {"stepp": 2}}},
         "has no option stepp; it has step",
     ),
-    (dict(time_from="2020-01-02", time_to="2020-01-01"), "not after time_from"),
-    (dict(time_to="soon"), "this is no time"),
-    (dict(k_core=0), "greater than or equal to 1"),
-    (dict(half_life_days=0), "greater than 0"),
-    (dict(k_core=2, k_core_items=3), "k_core = 2"),
-    (dict(user_cap=2, min_user_interactions=3), "user_cap = 2"),
-    (dict(rules=["k_core"], min_item_interactions=3), "does not name min_item_interactions"),
+    ({"time_from": "2020-01-02", "time_to": "2020-01-01"}, "not after time_from"),
+    ({"time_to": "soon"}, "this is no time"),
+    ({"k_core": 0}, "greater than or equal to 1"),
+    ({"half_life_days": 0}, "greater than 0"),
+    ({"k_core": 2, "k_core_items": 3}, "k_core = 2"),
+    ({"user_cap": 2, "min_user_interactions": 3}, "user_cap = 2"),
+    ({"rules": ["k_core"], "min_item_interactions": 3}, "does not name min_item_interactions"),
 ]
 
 
@@ -435,8 +450,8 @@ def test_a_threshold_off_a_scale_that_only_the_data_know(own_project, monkeypatc
     begin().ensure("data_import")
     monkeypatch.setattr(pd, "read_parquet", lambda *a, **kw: pytest.fail("ratings were read"))
     for knobs, why in (
-        (dict(positive_threshold=11), "outside the scale of these ratings (1 to 10)"),
-        (dict(half_life_days=3), "half_life_days needs times"),
+        ({"positive_threshold": 11}, "outside the scale of these ratings (1 to 10)"),
+        ({"half_life_days": 3}, "half_life_days needs times"),
     ):
         with pytest.raises(AerecError, match=why.replace("(", r"\(").replace(")", r"\)")):
             begin(**knobs).execute("business_preprocessing")
@@ -445,11 +460,11 @@ def test_a_threshold_off_a_scale_that_only_the_data_know(own_project, monkeypatc
 
 def test_a_rule_of_ones_own_file_and_a_list_are_part_of_the_fingerprint(own_project):
     (own_project / "abuse.txt").write_text("1\n")
-    knobs = dict(
-        rules=["excluded_users", "positive_threshold", "my_rules:every_other"],
-        rule_options={"my_rules:every_other": {"step": 3}},
-        excluded_users_file="abuse.txt",
-    )
+    knobs = {
+        "rules": ["excluded_users", "positive_threshold", "my_rules:every_other"],
+        "rule_options": {"my_rules:every_other": {"step": 3}},
+        "excluded_users_file": "abuse.txt",
+    }
 
     def kept():
         opened = open_run(env="test", source="sample", runs_dir=str(own_project / "runs"), **knobs)
@@ -493,9 +508,9 @@ def test_a_rule_that_misbehaves_is_named(rule, why, monkeypatch):
     from aerec_nb import business_preprocessing
 
     business_preprocessing.register_rule("mine")(rule)
-    frame = pd.DataFrame(dict(user_id=["a", "b", "c"], item_id=["x", "y", "z"], rating=[1.0, 2.0, 3.0]))
+    frame = pd.DataFrame({"user_id": ["a", "b", "c"], "item_id": ["x", "y", "z"], "rating": [1.0, 2.0, 3.0]})
     with pytest.raises(AerecError) as e:
-        apply_rules(frame, dict(rules=["mine"]))
+        apply_rules(frame, {"rules": ["mine"]})
     assert "rule mine" in str(e.value) and why in str(e.value) and "\n" not in str(e.value)
     assert list(frame) == ["user_id", "item_id", "rating"]
 
@@ -570,7 +585,7 @@ def disliking():
         [(f"u{u}", i, float(random.integers(1, 6))) for u in range(60) for i in random.choice(40, 14, replace=False)],
         columns=["user_id", "item_id", "rating"],
     )
-    result = run_rules(ratings, dict(positive_threshold=4))
+    result = run_rules(ratings, {"positive_threshold": 4})
     users, items = result.interactions.user_id.unique(), result.interactions.item_id.unique()
     history = csr_matrix(pair_matrix(result.interactions, users, items), dtype=np.float32)
     return Recommender(

@@ -1,9 +1,23 @@
 "The same functions on Ray: results of one process, whatever the number of workers and whoever of them is killed; mistakes in one line."
 
-import json, os, shutil, signal, socket, subprocess, tempfile, threading, time
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
-import numpy as np, pandas as pd, psutil, pytest
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from conftest import BIN, ROOT, run
+
 from aerec_nb import scale, training
 from aerec_nb.business_preprocessing import apply_rules
 from aerec_nb.configuration import AerecError, ScaleSettings
@@ -12,7 +26,6 @@ from aerec_nb.inference import Recommender
 from aerec_nb.model_preprocessing import Interactions, item_features, split_interactions
 from aerec_nb.modeling import create_model
 from aerec_nb.packaging import load_bundle, save_bundle
-from conftest import BIN, ROOT, run
 
 pytestmark = pytest.mark.xdist_group("ray")
 STRESS = os.environ.get("STRESS")
@@ -135,9 +148,9 @@ def test_closed_forms_are_equal_to_the_bit(engine, split, n_workers):
         .matrix
     )
     for name, hp, given in (
-        ("ease", dict(lam=50.0), None),
-        ("rdlae", dict(user_power=0.3), None),
-        ("ease", dict(feature_weight=3.0, form="primal"), features),
+        ("ease", {"lam": 50.0}, None),
+        ("rdlae", {"user_power": 0.3}, None),
+        ("ease", {"feature_weight": 3.0, "form": "primal"}, features),
     ):
         local, there = (
             create_model(name, **{"form": "primal", **hp}).fit(split.train, given),
@@ -159,7 +172,7 @@ def test_closed_forms_are_equal_to_the_bit(engine, split, n_workers):
 
 
 def test_a_dual_form_and_a_baseline_are_fitted_here(engine, split):
-    for name, hp in (("ease", dict(form="dual")), ("popularity", {})):
+    for name, hp in (("ease", {"form": "dual"}), ("popularity", {})):
         assert np.array_equal(
             scale.fit_model(create_model(name, **hp), split.train, scale=TWO).score(split.train[:5]),
             create_model(name, **hp).fit(split.train).score(split.train[:5]),
@@ -167,11 +180,11 @@ def test_a_dual_form_and_a_baseline_are_fitted_here(engine, split):
 
 
 NETS = {
-    "mult_vae": dict(hidden_dim=32, latent_dim=16, batch_size=64, anneal_steps=100),
-    "elsa": dict(rank=16, batch_size=64),
-    "autoencoder": dict(hidden_dim=32),
-    "mult_dae": dict(hidden_dim=32, batch_size=64),
-    "recvae": dict(hidden_dim=32, latent_dim=16, batch_size=64),
+    "mult_vae": {"hidden_dim": 32, "latent_dim": 16, "batch_size": 64, "anneal_steps": 100},
+    "elsa": {"rank": 16, "batch_size": 64},
+    "autoencoder": {"hidden_dim": 32},
+    "mult_dae": {"hidden_dim": 32, "batch_size": 64},
+    "recvae": {"hidden_dim": 32, "latent_dim": 16, "batch_size": 64},
 }
 
 
@@ -257,12 +270,12 @@ def test_lists_are_the_same_files(engine, bundle, tmp_path):
         r.recommend_batch(some, folder=tmp_path / "some here", now=1.7e9),
     )
     for wrong, said in (
-        (dict(bundle=bundle), "folder: say where"),
+        ({"bundle": bundle}, "folder: say where"),
         (
-            dict(bundle=Recommender(r.model, r.items, r.users, r.histories), folder=tmp_path / "x"),
+            {"bundle": Recommender(r.model, r.items, r.users, r.histories), "folder": tmp_path / "x"},
             "give the folder of a bundle",
         ),
-        (dict(bundle=bundle, folder=tmp_path / "x", k=0), "k must be"),
+        ({"bundle": bundle, "folder": tmp_path / "x", "k": 0}, "k must be"),
     ):
         with pytest.raises(AerecError, match=said):
             scale.recommend_batch(**wrong, scale=TWO)

@@ -1,6 +1,13 @@
 "Import and rules on Ray: the same as in one process, whatever the pieces and shards, and whatever happens to workers."
 
-import io, json, os, signal, subprocess, sys, threading, time
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +17,19 @@ import pytest
 pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 
-from aerec_nb import business_preprocessing as bp, data_import as di, scale
+from conftest import ROOT
+
+from aerec_nb import business_preprocessing as bp
+from aerec_nb import data_import as di
+from aerec_nb import scale
 from aerec_nb.configuration import AerecError, ScaleSettings, load_settings
 from aerec_nb.model_preprocessing import Interactions
-from conftest import ROOT
 
 pytestmark = pytest.mark.xdist_group("ray")
 SCALE = ScaleSettings(engine="ray", n_workers=2, object_store_gib=0.5)
 ML_1M = ROOT.parent / "shared" / "data" / "ml-1m" / "ratings.csv.gz"
-ALL_RULES = dict(
-    rules=[
+ALL_RULES = {
+    "rules": [
         "deduplicate",
         "excluded_users",
         "excluded_items",
@@ -34,17 +44,17 @@ ALL_RULES = dict(
         "weight_by_rating",
         "time_decay",
     ],
-    excluded_users=["1", "99999"],
-    excluded_items=["1", "x"],
-    time_from="2000-05-01",
-    bot_interactions=800,
-    user_cap=300,
-    min_user_interactions=3,
-    min_item_interactions=5,
-    k_core=10,
-    weight_by_rating=True,
-    half_life_days=100,
-)
+    "excluded_users": ["1", "99999"],
+    "excluded_items": ["1", "x"],
+    "time_from": "2000-05-01",
+    "bot_interactions": 800,
+    "user_cap": 300,
+    "min_user_interactions": 3,
+    "min_item_interactions": 5,
+    "k_core": 10,
+    "weight_by_rating": True,
+    "half_life_days": 100,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,11 +125,11 @@ def same_result(a, b):
 def sources(table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     table.to_csv(folder / "ratings.csv", index=False)
-    return dict(
-        one=found(folder / "ratings.csv"),
-        csv=found(shards_of(table, folder / "csv", kind="csv")),
-        parquet=found(shards_of(table, folder / "parquet")),
-    )
+    return {
+        "one": found(folder / "ratings.csv"),
+        "csv": found(shards_of(table, folder / "csv", kind="csv")),
+        "parquet": found(shards_of(table, folder / "parquet")),
+    }
 
 
 @pytest.mark.parametrize("kind", ["one", "csv", "parquet"])
@@ -150,12 +160,12 @@ def test_rules_and_shards(sources, table, tmp_path, n):
 
 
 SMALL = pd.DataFrame(
-    dict(
-        user_id=[5, 5, 2, 2, 7, 9, 5, 2, 7, 7, 9, 1],
-        item_id=[1, 2, 1, 3, 1, 2, 1, 1, 4, 1, 2, 3],
-        rating=[5.0, 4, 3, 5, 4, 2, 1, 4, 5, 3, 5, 4],
-        timestamp=[9, 8, 7, 6, 5, 4, 3, 2, 1, 10, 11, 12],
-    )
+    {
+        "user_id": [5, 5, 2, 2, 7, 9, 5, 2, 7, 7, 9, 1],
+        "item_id": [1, 2, 1, 3, 1, 2, 1, 1, 4, 1, 2, 3],
+        "rating": [5.0, 4, 3, 5, 4, 2, 1, 4, 5, 3, 5, 4],
+        "timestamp": [9, 8, 7, 6, 5, 4, 3, 2, 1, 10, 11, 12],
+    }
 )
 
 
@@ -195,7 +205,7 @@ def test_events_are_counted(tmp_path):
 
 
 def test_text_ids_in_one_shard(tmp_path):
-    table = SMALL.astype(dict(user_id=str))
+    table = SMALL.astype({"user_id": str})
     table.loc[8, "user_id"] = "somebody"
     source = found(shards_of(table, tmp_path / "parts", 4, "csv"))
     same_checked(di.check_source(source), scale.check_source(source, scale=SCALE))
@@ -225,8 +235,8 @@ def test_bad_rows(tmp_path):
     "text, options, said",
     [
         ("user_id,item_id\n", {}, "the table has no rows"),
-        ("user_id,item_id\n1,2\n", dict(on_bad="skip"), "no rule 'skip' for bad rows: choose raise"),
-        ("user_id,item_id\n1,2\n", dict(on_duplicate="newest"), "no rule 'newest' for duplicates: choose last"),
+        ("user_id,item_id\n1,2\n", {"on_bad": "skip"}, "no rule 'skip' for bad rows: choose raise"),
+        ("user_id,item_id\n1,2\n", {"on_duplicate": "newest"}, "no rule 'newest' for duplicates: choose last"),
     ],
 )
 def test_tables_and_options_that_both_ways_refuse(tmp_path, text, options, said):
@@ -246,7 +256,7 @@ def test_counts_that_are_no_weights(tmp_path, count, said):
     "The sum of the counts of a pair is no float32, or each is 0."
     (tmp_path / "ratings.csv").write_text(f"user_id,item_id,count\n1,2,{count}\n1,2,{count}\n")
     source = found(tmp_path / "ratings.csv")
-    rules = dict(rules=["deduplicate"])
+    rules = {"rules": ["deduplicate"]}
     with pytest.raises(AerecError, match=said):
         local_interactions(source, rules, on_duplicate="sum")
     with pytest.raises(AerecError, match=said):
@@ -276,7 +286,7 @@ def test_encoding_of_a_cut_file(tmp_path, monkeypatch):
     (tmp_path / "ratings.csv").write_bytes(text.encode("cp1252"))
     source = found(tmp_path / "ratings.csv")
     same_checked(di.check_source(source), scale.check_source(source, scale=SCALE))
-    for options in ({}, dict(encoding="utf-8")):
+    for options in ({}, {"encoding": "utf-8"}):
         if not options:
             (tmp_path / "ratings.csv").write_bytes((text + "2,ééé\n").encode() + b"3,\xff\n")
         with pytest.raises(AerecError) as local:
@@ -309,7 +319,7 @@ def test_rules_of_ones_own():
         def two_each(ratings):
             return ratings.groupby("user_id", observed=True).cumcount() < 2
 
-        rules = dict(rules=["positive_threshold", "no_thirds", "two_each"], positive_threshold=4)
+        rules = {"rules": ["positive_threshold", "no_thirds", "two_each"], "positive_threshold": 4}
         ratings = di.check_ratings(SMALL, "small").ratings
         same_result(bp.run_rules(ratings, rules), scale.run_rules(ratings, rules, n_shards=3, scale=SCALE))
         assert seen[0] == seen[1]  # all rows in one place
@@ -318,7 +328,7 @@ def test_rules_of_ones_own():
         def of_numbers(ratings):
             return np.ones(len(ratings), int)
 
-        rules = dict(rules=["of_numbers"])
+        rules = {"rules": ["of_numbers"]}
         with pytest.raises(
             AerecError, match="^rule of_numbers returned int64 values; a mask has True or False"
         ) as local:
@@ -334,9 +344,9 @@ def test_rules_of_ones_own():
 def test_rules_that_leave_nothing():
     ratings = di.check_ratings(SMALL, "small").ratings
     for rules in (
-        dict(positive_threshold=5, min_user_interactions=50),
-        dict(k_core=50),
-        dict(rules=["weight_by_rating"], weight_by_rating=True),
+        {"positive_threshold": 5, "min_user_interactions": 50},
+        {"k_core": 50},
+        {"rules": ["weight_by_rating"], "weight_by_rating": True},
     ):
         frame = ratings.assign(rating=ratings.rating - 3) if "weight_by_rating" in rules else ratings
         with pytest.raises(AerecError) as local:

@@ -1,9 +1,18 @@
 "The service while its event log hangs, is read for the first time, is lost, or has no room: lists are answered from what is known, and what is wrong is said in time."
 
-import collections, os, socket, subprocess, threading, time
-import httpx, numpy as np, pytest
-from scipy.sparse import csr_matrix
+import collections
+import os
+import socket
+import subprocess
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
 from conftest import BIN
+from scipy.sparse import csr_matrix
+
 from aerec_nb.configuration import load_settings
 from aerec_nb.events import EventLog, sqlite_url
 from aerec_nb.inference import Recommender
@@ -297,50 +306,50 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_changes_nothing_and_stops_nothing(bundle, small_disk):
     "Every change is answered 503 while there is no room, and 200 once there is, without a restart."
-    with service(
-        bundle,
-        sqlite_url(small_disk / "events.db"),
-        variables={**OPEN, "AEREC_PATHS__VAR_DIR": str(small_disk), "AEREC_SERVING__QUEUE_SIZE": "30"},
-        env="test",
-        simulated=False,
-    ) as s:
-        with httpx.Client(base_url=s.url, trust_env=False) as client:
-            (small_disk / "fill").write_bytes(b"x" * 1_200_000)
-            accepted, refused = set(), 0
-            for n in range(400):
-                events = [{**feedback(f"e{n}-{i}", user=3), "payload": {"x": "y" * 100}} for i in range(50)]
-                status = client.post("/v1/events", json=events).status_code
-                assert status in (200, 503)
-                if status == 200:
-                    accepted |= {e["event_id"] for e in events}
-                refused += status == 503
-                if refused > 5:
-                    break
-            assert [client.get("/v1/recommend/1001").status_code, client.get("/health/ready").status_code] == [200, 503]
-            bans = (small_disk / "bans-test.txt").read_bytes()
-            assert [
-                client.put("/v1/bans/50").status_code,
-                client.delete("/v1/users/3").status_code,
-                client.get("/v1/bans").status_code,
-            ] == [503, 503, 200]
-            assert (small_disk / "bans-test.txt").read_bytes() == bans and not list(small_disk.glob(".bans*"))
-            for _ in range(60):
-                assert client.get("/v1/recommend/1001").status_code == 200
-            dropped = next(
-                l
-                for l in client.get("/metrics").text.splitlines()
-                if l.startswith("aerec_request_events_dropped_total ")
-            )
-            assert float(dropped.split()[-1]) >= 30
-            (small_disk / "fill").unlink()
-            time.sleep(2.5)  # a readiness check counts for two seconds
-            assert [
-                client.post("/v1/events", json=feedback("late", user=4)).status_code,
-                client.put("/v1/bans/50").status_code,
-                client.get("/health/ready").status_code,
-            ] == [200] * 3
-            log = EventLog(small_disk / "events.db")
-            assert accepted | {"late"} == set(log.read("feedback").event_id)
-            assert client.delete("/v1/users/3").json()["events_removed"] == len(accepted) and log.read(
-                "feedback"
-            ).event_id.tolist() == ["late"]
+    with (
+        service(
+            bundle,
+            sqlite_url(small_disk / "events.db"),
+            variables={**OPEN, "AEREC_PATHS__VAR_DIR": str(small_disk), "AEREC_SERVING__QUEUE_SIZE": "30"},
+            env="test",
+            simulated=False,
+        ) as s,
+        httpx.Client(base_url=s.url, trust_env=False) as client,
+    ):
+        (small_disk / "fill").write_bytes(b"x" * 1_200_000)
+        accepted, refused = set(), 0
+        for n in range(400):
+            events = [{**feedback(f"e{n}-{i}", user=3), "payload": {"x": "y" * 100}} for i in range(50)]
+            status = client.post("/v1/events", json=events).status_code
+            assert status in (200, 503)
+            if status == 200:
+                accepted |= {e["event_id"] for e in events}
+            refused += status == 503
+            if refused > 5:
+                break
+        assert [client.get("/v1/recommend/1001").status_code, client.get("/health/ready").status_code] == [200, 503]
+        bans = (small_disk / "bans-test.txt").read_bytes()
+        assert [
+            client.put("/v1/bans/50").status_code,
+            client.delete("/v1/users/3").status_code,
+            client.get("/v1/bans").status_code,
+        ] == [503, 503, 200]
+        assert (small_disk / "bans-test.txt").read_bytes() == bans and not list(small_disk.glob(".bans*"))
+        for _ in range(60):
+            assert client.get("/v1/recommend/1001").status_code == 200
+        dropped = next(
+            l for l in client.get("/metrics").text.splitlines() if l.startswith("aerec_request_events_dropped_total ")
+        )
+        assert float(dropped.split()[-1]) >= 30
+        (small_disk / "fill").unlink()
+        time.sleep(2.5)  # a readiness check counts for two seconds
+        assert [
+            client.post("/v1/events", json=feedback("late", user=4)).status_code,
+            client.put("/v1/bans/50").status_code,
+            client.get("/health/ready").status_code,
+        ] == [200] * 3
+        log = EventLog(small_disk / "events.db")
+        assert accepted | {"late"} == set(log.read("feedback").event_id)
+        assert client.delete("/v1/users/3").json()["events_removed"] == len(accepted) and log.read(
+            "feedback"
+        ).event_id.tolist() == ["late"]

@@ -1,10 +1,26 @@
 "The service as a process: real HTTP, kill -9, SIGTERM, keys, load. Loopback only, bounded."
 
-import asyncio, json, os, re, signal, socket, sqlite3, subprocess, sys, threading, time
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-import httpx, numpy as np, pandas as pd, psutil, pytest
-from scipy.sparse import csr_matrix
+
+import httpx
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
 from conftest import BIN
+from scipy.sparse import csr_matrix
+
 from aerec_nb.events import EventLog, sqlite_url
 from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model
@@ -44,13 +60,15 @@ def log_url(tmp_path):
 @pytest.fixture(scope="module")
 def running(bundle, tmp_path_factory):
     "One service for all tests that only ask."
-    with service(
-        bundle,
-        sqlite_url(tmp_path_factory.mktemp("log") / "events.db"),
-        variables={"AEREC_SERVING__REQUIRE_AUTH": "false"},
-    ) as s:
-        with httpx.Client(base_url=s.url, trust_env=False, timeout=30) as client:
-            yield client
+    with (
+        service(
+            bundle,
+            sqlite_url(tmp_path_factory.mktemp("log") / "events.db"),
+            variables={"AEREC_SERVING__REQUIRE_AUTH": "false"},
+        ) as s,
+        httpx.Client(base_url=s.url, trust_env=False, timeout=30) as client,
+    ):
+        yield client
 
 
 def report(n, tag="e"):
@@ -191,7 +209,7 @@ def test_other_wrong_requests(running):
         is_problem(
             running.post(
                 "/v1/events",
-                content='{"event_id": "p", "kind": "feedback", "payload": %s}' % payload,
+                content='{{"event_id": "p", "kind": "feedback", "payload": {}}}'.format(payload),
                 headers={"content-type": "application/json"},
             ),
             status,
@@ -323,24 +341,26 @@ def test_stopping_loses_nothing(bundle, log_url):
 
 
 def test_keys(bundle, log_url):
-    with service(
-        bundle,
-        log_url,
-        variables={"AEREC_SERVING__REQUIRE_AUTH": "true", "AEREC_SERVING__API_KEYS": "first-key,second-key"},
-    ) as s:
-        with httpx.Client(base_url=s.url, trust_env=False) as client:
-            for headers in (
-                {},
-                {"X-API-Key": ""},
-                {"X-API-Key": "first-ke"},
-                {"X-API-Key": "FIRST-KEY"},
-                {"Authorization": "first-key"},
-            ):
-                is_problem(client.get("/v1/recommend/1000", headers=headers), 401)
-                is_problem(client.post("/v1/events", content="{", headers=headers), 401)
-            assert client.get("/v1/recommend/1000", headers={"X-API-Key": "second-key"}).status_code == 200
-            assert client.get("/health/ready").status_code == 200
-            assert "first-key" not in client.get("/metrics").text + client.get("/openapi.json").text
+    with (
+        service(
+            bundle,
+            log_url,
+            variables={"AEREC_SERVING__REQUIRE_AUTH": "true", "AEREC_SERVING__API_KEYS": "first-key,second-key"},
+        ) as s,
+        httpx.Client(base_url=s.url, trust_env=False) as client,
+    ):
+        for headers in (
+            {},
+            {"X-API-Key": ""},
+            {"X-API-Key": "first-ke"},
+            {"X-API-Key": "FIRST-KEY"},
+            {"Authorization": "first-key"},
+        ):
+            is_problem(client.get("/v1/recommend/1000", headers=headers), 401)
+            is_problem(client.post("/v1/events", content="{", headers=headers), 401)
+        assert client.get("/v1/recommend/1000", headers={"X-API-Key": "second-key"}).status_code == 200
+        assert client.get("/health/ready").status_code == 200
+        assert "first-key" not in client.get("/metrics").text + client.get("/openapi.json").text
 
 
 def start(bundle, log_url, *more, **variables):
@@ -680,7 +700,7 @@ def published(bundle, tmp_path):
 def test_swaps_under_load(published, log_url):
     "Twenty promotions while requests arrive: none fails, and every answer is one version's, whole."
     registry, versions, expected, variables = published
-    stop, failed, seen, lock = threading.Event(), [], {v: 0 for v in expected}, threading.Lock()
+    stop, failed, seen, lock = threading.Event(), [], dict.fromkeys(expected, 0), threading.Lock()
     with service(None, log_url, variables=variables, alias="test", env="test", workers=2) as s:
 
         def ask(worker):
@@ -845,6 +865,7 @@ def ids_shown(client, user=1001, k=60):
     if answer.status_code == 200:
         return [i["item_id"] for i in answer.json()["items"]]
     is_problem(answer, 503)
+    return None
 
 
 def wait_until(condition, seconds=10):

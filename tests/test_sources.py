@@ -1,14 +1,21 @@
 "Sources other than text: databases (SQLite, a real PostgreSQL), our event log, Parquet in parts, zips; and secrets that never show."
 
-import json, socket, uuid
+import json
+import socket
+import uuid
 from pathlib import Path
-import numpy as np, pandas as pd, psycopg, pytest
+
+import numpy as np
+import pandas as pd
+import psycopg
+import pytest
+from conftest import ROOT
+
 from aerec_nb import data_import
 from aerec_nb.configuration import AerecError, load_settings
 from aerec_nb.data_import import describe_source, load_items, load_ratings
 from aerec_nb.events import EventLog, new_event
 from aerec_nb.runs import open_run
-from conftest import ROOT
 
 on_postgres = pytest.mark.xdist_group("postgres")
 SHOP = [uuid.uuid5(uuid.NAMESPACE_DNS, f"item {i}") for i in range(4)]
@@ -82,11 +89,11 @@ def test_a_hundred_thousand_rows_in_order(fresh_database):
     source = look()
     frame, where = source.read("ratings")
     expected = pd.DataFrame(
-        dict(
-            user_id=np.arange(n) % 1000,
-            item_id=[f"item {i // 1000}" for i in range(n)],
-            rating=np.where(np.arange(n) < 110_000, 4, 3.5),
-        )
+        {
+            "user_id": np.arange(n) % 1000,
+            "item_id": [f"item {i // 1000}" for i in range(n)],
+            "rating": np.where(np.arange(n) < 110_000, 4, 3.5),
+        }
     )
     expected = expected.sort_values(["item_id", "user_id"], ascending=[False, True], ignore_index=True)
     pd.testing.assert_frame_equal(frame, expected, check_dtype=False)
@@ -151,9 +158,8 @@ def test_a_server_that_accepts_and_is_silent_is_given_up():
         s.bind(("127.0.0.1", 0))
         s.listen()
         database = data_import._database(f"postgresql://ann@127.0.0.1:{s.getsockname()[1]}/shop", [], 2.0)
-        with pytest.raises(AerecError, match="timeout") as e:
-            with database.connected():
-                pass
+        with pytest.raises(AerecError, match="timeout") as e, database.connected():
+            pass
         assert "\n" not in str(e.value)
 
 
@@ -273,12 +279,12 @@ def test_the_event_log_of_the_settings_through_the_stage(tmp_path):
 def test_parquet_folder_pattern_and_hive_through_load_ratings(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     whole = pd.DataFrame(
-        dict(
-            user_id=rng.integers(50, size=3000),
-            item_id=[uuid.UUID(int=int(i)).hex for i in rng.integers(90, size=3000)],
-            rating=rng.integers(1, 6, 3000).astype(float),
-            time=pd.to_datetime(rng.integers(10**9, size=3000), unit="s", utc=True),
-        )
+        {
+            "user_id": rng.integers(50, size=3000),
+            "item_id": [uuid.UUID(int=int(i)).hex for i in rng.integers(90, size=3000)],
+            "rating": rng.integers(1, 6, 3000).astype(float),
+            "time": pd.to_datetime(rng.integers(10**9, size=3000), unit="s", utc=True),
+        }
     ).drop_duplicates(["user_id", "item_id"], ignore_index=True)
     expected = load_ratings(whole)
     for n, part in enumerate(np.array_split(np.arange(len(whole)), 4)):

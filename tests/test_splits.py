@@ -1,11 +1,17 @@
 "Splits cannot leak: properties over random frames, slow constructions written independently, and the neighbours' own matrices."
 
-import subprocess, sys
+import subprocess
+import sys
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
-from scipy import sparse
+
+import numpy as np
+import pandas as pd
+import pytest
 from conftest import ROOT
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
 from aerec_nb.configuration import AerecError
 from aerec_nb.model_preprocessing import (
     LEFT_OUT,
@@ -37,7 +43,7 @@ def frames(draw, times=None, unique_times=False):
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     users, items = draw(st.integers(4, 14)), draw(st.integers(8, 30))
     frame = pd.DataFrame(
-        dict(user_id=random.integers(users, size=n) * 7 + 3, item_id=(random.random(n) ** 2 * items).astype(int) * 5)
+        {"user_id": random.integers(users, size=n) * 7 + 3, "item_id": (random.random(n) ** 2 * items).astype(int) * 5}
     )
     if draw(st.booleans()):
         frame["weight"] = random.integers(1, 5, n).astype(float)
@@ -50,14 +56,14 @@ def frames(draw, times=None, unique_times=False):
     kind = draw(st.sampled_from(["int", "text", "category"]))
     if kind != "int":
         frame = frame.assign(user_id="u" + frame.user_id.astype(str), item_id=frame.item_id.astype(str))
-    return frame.astype(dict(user_id="category", item_id="category")) if kind == "category" else frame
+    return frame.astype({"user_id": "category", "item_id": "category"}) if kind == "category" else frame
 
 
 @st.composite
 def rules(draw, frame, kinds=SPLITS):
     "A kind of split for a frame, and arguments for it."
     kind = draw(st.sampled_from([k for k in kinds if "timestamp" in frame or k not in TIMED]))
-    kw = dict(seed=draw(st.integers(0, 1000)))
+    kw = {"seed": draw(st.integers(0, 1000))}
     if kind == "lecture" or kind in ("holdout", "leave_last") and draw(st.booleans()):
         kw["valid_sample_size"] = draw(st.integers(1, 4))
     elif kind in ("holdout", "leave_last", "temporal"):
@@ -189,7 +195,11 @@ def test_same_seed_same_split_and_kept_as_it_was(data):
 def test_another_seed_is_another_split_where_anything_is_drawn(kind):
     random = np.random.default_rng(0)
     frame = pd.DataFrame(
-        dict(user_id=random.integers(50, size=3000), item_id=random.integers(100, size=3000), timestamp=np.arange(3000))
+        {
+            "user_id": random.integers(50, size=3000),
+            "item_id": random.integers(100, size=3000),
+            "timestamp": np.arange(3000),
+        }
     ).drop_duplicates(["user_id", "item_id"])
     parts = [pairs(split_interactions(frame, kind, seed=seed), TEST) for seed in (1, 2, 1)]
     assert parts[0] == parts[2] and (parts[0] == parts[1]) == (kind in TIMED)
@@ -274,7 +284,7 @@ def slow_strong(frame, n_heldout, seed):
 
 def once(frame):
     "One row a pair, the last, without categories."
-    frame = frame.astype({c: object for c in ("user_id", "item_id")}) if frame.user_id.dtype == "category" else frame
+    frame = frame.astype(dict.fromkeys(("user_id", "item_id"), object)) if frame.user_id.dtype == "category" else frame
     return frame[~frame.duplicated(["user_id", "item_id"], keep="last")]
 
 
@@ -290,7 +300,7 @@ def test_lecture_holds_out_what_the_lecture_holds_out(data):
         assume(False)
     tested = slow_lecture(frame, n, seed)
     rest = frame[[p not in tested for p in zip(frame.user_id, frame.item_id)]]
-    assert pairs(split, TEST) == tested and split.seeds == dict(test=seed, valid=seed + 1)
+    assert pairs(split, TEST) == tested and split.seeds == {"test": seed, "valid": seed + 1}
     order = (
         frame.user_id.drop_duplicates().tolist()
     )  # a user whom test took wholly does not exist: test leaves at least one item
@@ -344,7 +354,7 @@ if (SHARED / "reference" / "splits.py").exists() and (SHARED / "data" / "ml-1m" 
 
     def read(name):
         frame = pd.read_csv(SHARED / "data" / name, usecols=["userId", "movieId", "rating"]).rename(
-            columns=dict(userId="user_id", movieId="item_id")
+            columns={"userId": "user_id", "movieId": "item_id"}
         )
         return frame.assign(size=frame.groupby("user_id").item_id.transform("size"))
 
@@ -468,19 +478,19 @@ def test_stage_makes_the_split_and_the_features_that_are_asked_for(tmp_path, mon
     from aerec_nb.runs import open_run
 
     runs, items, times = (
-        dict(env="test", runs_dir=str(tmp_path / "runs")),
+        {"env": "test", "runs_dir": str(tmp_path / "runs")},
         load_items("sample"),
         load_ratings("sample").timestamp,
     )
     tags = tmp_path / "tags.csv"
     cut = int(times.quantile(0.8))
     pd.DataFrame(
-        dict(
-            userId=1,
-            movieId=items.item_id.iloc[[0, 0, 1, 1]],
-            tag=["slow", "late", "Slow", "late"],
-            timestamp=[0, 2**31, 0, 2**31],
-        )
+        {
+            "userId": 1,
+            "movieId": items.item_id.iloc[[0, 0, 1, 1]],
+            "tag": ["slow", "late", "Slow", "late"],
+            "timestamp": [0, 2**31, 0, 2**31],
+        }
     ).to_csv(tags, index=False)
     run = open_run(**runs, split="temporal", cut_time=str(cut), tags_file=str(tags), max_categories=3)
     run.quiet = True

@@ -1,8 +1,11 @@
 "Every stage runs alone under plain papermill, from any folder; knobs arrive, misspelt ones are refused, stray copies do no harm."
 
-import json, os
+import json
+import os
 from pathlib import Path
-import nbformat, pytest
+
+import nbformat
+import pytest
 from conftest import BIN, ROOT, run, variables
 from test_structure import NOTEBOOKS, STAGES
 

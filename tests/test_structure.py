@@ -1,7 +1,13 @@
 "The shape of the project: what nbdev, papermill and readers rely on."
 
-import ast, json, re, shutil, subprocess
-import nbformat, pytest
+import ast
+import json
+import re
+import shutil
+import subprocess
+
+import nbformat
+import pytest
 from conftest import BIN, ROOT, run, tracked
 
 NOTEBOOKS = tracked("nbs/*.ipynb")

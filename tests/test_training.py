@@ -1,11 +1,19 @@
 "Training as a process: kill -9 at random moments and go on, to the last bit; the experiment log in MLflow."
 
-import json, os, signal, subprocess, sys, textwrap, time
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
+
 import pytest
+from conftest import run
+
 from aerec_nb.configuration import AerecError
 from aerec_nb.training import ExperimentLog
-from conftest import run
 
 TRIALS = 10 if os.environ.get("STRESS") else 1  # `make stress` kills ten times as often
 
@@ -51,8 +59,18 @@ KILLED = textwrap.dedent("""
 @pytest.mark.parametrize(
     "name,hp",
     [
-        ("mult_vae", dict(hidden_dim=24, latent_dim=8, batch_size=50, num_epoch=6, anneal_steps=20)),
-        ("recvae", dict(hidden_dim=16, latent_dim=6, batch_size=100, num_epoch=3, cosine_epochs=3, clip_norm=1.0)),
+        ("mult_vae", {"hidden_dim": 24, "latent_dim": 8, "batch_size": 50, "num_epoch": 6, "anneal_steps": 20}),
+        (
+            "recvae",
+            {
+                "hidden_dim": 16,
+                "latent_dim": 6,
+                "batch_size": 100,
+                "num_epoch": 3,
+                "cosine_epochs": 3,
+                "clip_norm": 1.0,
+            },
+        ),
     ],
 )
 def test_killed_at_any_moment_training_goes_on_to_the_last_bit(name, hp, tmp_path, environ):
@@ -106,9 +124,7 @@ def test_a_killed_stage_goes_on_in_its_run_and_in_its_log(environ, tmp_path):
         *python(both + look), env=environ, cwd=tmp_path
     )  # goes on to the end; then once more from the beginning, uninterrupted
     assert done.returncode == 0, done.stderr[-3000:]
-    outputs, logged = (
-        json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[") or line.startswith("[{")
-    )
+    outputs, logged = (json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[[", "[{")))
     assert outputs[0] == outputs[1] and "mult_dae/model.safetensors" in outputs[0]
     assert not kept.parent.parent.exists()
     assert len(logged) == 2, logged  # the killed training is one run of the log, not two

@@ -1,6 +1,7 @@
 "The tutorials run from their first cell to their last, on what comes with the project and, under STRESS, on the lecture's data where they lie beside it."
 
-import os, sys
+import os
+import sys
 from pathlib import Path
 
 import papermill
@@ -22,7 +23,7 @@ def test_the_lecture_revisited(tmp_path, data, monkeypatch):
     made = papermill.execute_notebook(
         source,
         tmp_path / "out.ipynb",
-        parameters=dict(data=data, budget_s=5),
+        parameters={"data": data, "budget_s": 5},
         cwd=source.parent,
         progress_bar=False,
         kernel_name="python3",

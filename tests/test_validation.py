@@ -6,12 +6,12 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import variables
 from scipy import sparse, stats
 
 from aerec_nb.configuration import AerecError
 from aerec_nb.model_preprocessing import Fold, split_interactions
 from aerec_nb.modeling import create_model, top_k
-from conftest import variables
 from aerec_nb.validation import Evaluation, audit_leaks, compare, evaluate, get_hit, get_ndcg, list_metrics, slices
 
 
@@ -53,15 +53,15 @@ def test_metrics_equal_an_independent_librarys(tied):
     )
     for k in (1, 5, 10, 60):
         cut = fold.n_targets / np.minimum(k, fold.n_targets)
-        expected = dict(
-            ndcg=theirs[f"ndcg@{k}"],
-            hit=theirs[f"recall@{k}"],
-            recall=theirs[f"recall@{k}"] * cut,
-            hit_rate=theirs[f"hit_rate@{k}"],
-            precision=theirs[f"precision@{k}"],
-            map=theirs[f"map@{k}"] * cut,
-            mrr=theirs[f"mrr@{k}"],
-        )  # theirs divides by all targets, ours by as many as fit into the list
+        expected = {
+            "ndcg": theirs[f"ndcg@{k}"],
+            "hit": theirs[f"recall@{k}"],
+            "recall": theirs[f"recall@{k}"] * cut,
+            "hit_rate": theirs[f"hit_rate@{k}"],
+            "precision": theirs[f"precision@{k}"],
+            "map": theirs[f"map@{k}"] * cut,
+            "mrr": theirs[f"mrr@{k}"],
+        }  # theirs divides by all targets, ours by as many as fit into the list
         for metric, values in expected.items():
             np.testing.assert_allclose(
                 found.metrics[f"{metric}@{k}"], values, atol=1e-6, rtol=0, err_msg=f"{metric}@{k}"
@@ -103,12 +103,12 @@ def test_list_metrics_equal_plain_loops():
             items = [j for j in row[:k] if j >= 0]
             unit = [features[j] / np.linalg.norm(features[j]) for j in items if features[j].any()]
             pairs = [1 - a @ b for a, b in combinations(unit, 2)]
-            expected = dict(
-                novelty=np.mean([np.log2(60 / max(1, counts[j])) for j in items]) if items else np.nan,
-                popularity=np.mean(counts[items]) if items else np.nan,
-                long_tail=np.mean([j not in head for j in items]) if items else np.nan,
-                diversity=np.mean(pairs) if pairs else np.nan,
-            )
+            expected = {
+                "novelty": np.mean([np.log2(60 / max(1, counts[j])) for j in items]) if items else np.nan,
+                "popularity": np.mean(counts[items]) if items else np.nan,
+                "long_tail": np.mean([j not in head for j in items]) if items else np.nan,
+                "diversity": np.mean(pairs) if pairs else np.nan,
+            }
             for metric, value in expected.items():
                 np.testing.assert_allclose(
                     found[f"{metric}@{k}"][i], value, atol=1e-6, err_msg=f"{metric}@{k} of list {i}"
@@ -147,7 +147,7 @@ def test_intervals_hold_what_they_promise():
     random, inside, p = np.random.default_rng(6), [], []
     for i in range(200):
         d = compare(
-            [Evaluation(name, "valid", 10, np.arange(150), dict(ndcg=random.beta(0.5, 2, 150))) for name in "ab"],
+            [Evaluation(name, "valid", 10, np.arange(150), {"ndcg": random.beta(0.5, 2, 150)}) for name in "ab"],
             n_bootstrap=300,
             seed=i,
         ).iloc[0]

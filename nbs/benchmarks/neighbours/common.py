@@ -3,7 +3,11 @@
 A runner lives in its library's own environment, is started with a folder that holds a job, and then answers lines of JSON: it is told a setting, fits it, and
 shows the ranked lists it has come to. It chooses nothing, since only the notebook knows the held-out items and the clock."""
 
-import importlib.metadata, json, os, sys, time
+import importlib.metadata
+import json
+import os
+import sys
+import time
 from pathlib import Path
 
 import numpy as np

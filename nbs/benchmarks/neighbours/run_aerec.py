@@ -1,10 +1,12 @@
 "Our own models, as strangers to the notebook as everybody else's."
 
-import torch
-from aerec_nb.modeling import create_model, mask_history, score_blocks, top_k
-import aerec_nb.linear_models, aerec_nb.neural_models
-from common import serve
 import numpy as np
+import torch
+from common import serve
+
+import aerec_nb.linear_models
+import aerec_nb.neural_models
+from aerec_nb.modeling import create_model, mask_history, score_blocks, top_k
 
 torch.set_num_threads(1)
 

@@ -1,12 +1,12 @@
 "Cornac: VAECF and EASE."
 
+import cornac.models.vaecf.vaecf as vaecf
 import numpy as np
 import torch
+from common import in_blocks, serve
 from cornac.data import Dataset
 from cornac.models import EASE, VAECF
-import cornac.models.vaecf.vaecf as vaecf
 from scipy import sparse
-from common import in_blocks, serve
 
 torch.set_num_threads(1)
 

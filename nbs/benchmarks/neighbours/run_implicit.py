@@ -1,9 +1,9 @@
 "implicit: its alternating least squares and its BM25 neighbours."
 
 import numpy as np
+from common import serve
 from implicit.als import AlternatingLeastSquares
 from implicit.nearest_neighbours import BM25Recommender
-from common import serve
 
 
 def fit_als(train, setting, look):

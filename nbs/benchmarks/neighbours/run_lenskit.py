@@ -1,13 +1,16 @@
 "LensKit: EASE, item neighbours and implicit matrix factorization."
 
 import warnings
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
+from common import in_blocks, serve
 from lenskit.als import ImplicitMFScorer
 from lenskit.data import ItemList, RecQuery, from_interactions_df
 from lenskit.knn import ItemKNNScorer
 from lenskit.knn.ease import EASEScorer
 from lenskit.training import TrainingOptions
-from common import in_blocks, serve
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -15,7 +18,7 @@ torch.set_num_threads(1)
 
 def prepare(train):
     rows = np.repeat(np.arange(train.shape[0]), np.diff(train.indptr))
-    data = from_interactions_df(pd.DataFrame(dict(user_id=rows, item_id=train.indices)))
+    data = from_interactions_df(pd.DataFrame({"user_id": rows, "item_id": train.indices}))
     assert (data.items.ids() == np.arange(train.shape[1])).all()  # sorted ids: LensKit's columns are ours
     return data
 

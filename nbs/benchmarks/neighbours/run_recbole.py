@@ -1,15 +1,18 @@
 "RecBole: MultiVAE, RecVAE and EASE."
 
-import sys, tempfile, warnings
+import sys
+import tempfile
+import warnings
 from pathlib import Path
+
 import numpy as np
 import torch
+from common import in_blocks, serve
 from recbole.config import Config
 from recbole.data import create_dataset
 from recbole.data.interaction import Interaction
 from recbole.data.utils import get_dataloader
 from recbole.utils import get_model, get_trainer, init_seed
-from common import in_blocks, serve
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -21,15 +24,15 @@ def config(model, folder, **setting):
         return Config(
             model=model,
             dataset="ml",
-            config_dict=dict(
-                data_path=folder,
-                load_col={"inter": ["user_id", "item_id"]},
-                use_gpu=False,
-                state="ERROR",
-                show_progress=False,
-                reproducibility=True,
-                seed=42,
-            )
+            config_dict={
+                "data_path": folder,
+                "load_col": {"inter": ["user_id", "item_id"]},
+                "use_gpu": False,
+                "state": "ERROR",
+                "show_progress": False,
+                "reproducibility": True,
+                "seed": 42,
+            }
             | setting,
         )
     finally:

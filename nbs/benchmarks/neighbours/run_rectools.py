@@ -1,11 +1,13 @@
 "RecTools: EASE."
 
 import warnings
-import numpy as np, pandas as pd
-from scipy import sparse
+
+import numpy as np
+import pandas as pd
+from common import serve
 from rectools.dataset import Dataset, IdMap, Interactions
 from rectools.models import EASEModel
-from common import serve
+from scipy import sparse
 
 warnings.filterwarnings("ignore")
 
@@ -13,7 +15,7 @@ warnings.filterwarnings("ignore")
 def table(matrix):
     rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     return pd.DataFrame(
-        dict(user_id=rows, item_id=matrix.indices, weight=matrix.data, datetime=pd.Timestamp("2000-01-01"))
+        {"user_id": rows, "item_id": matrix.indices, "weight": matrix.data, "datetime": pd.Timestamp("2000-01-01")}
     )
 
 
