@@ -1,4 +1,6 @@
-"Installs aerec_nb; every value comes from settings.ini, so that nbdev and pip never disagree. Wheels carry the notebooks, copied in when they are built."
+"""Installs aerec_nb; every value comes from settings.ini, so that nbdev and pip never disagree. Wheels carry the
+notebooks, copied in when they are built.
+"""
 
 import shutil
 from configparser import ConfigParser
@@ -15,7 +17,9 @@ readme = here / "README.md"
 
 
 class BuildPy(build_py):
-    "The modules, and beside them in `_project` what `aerec new` lays out; an executed copy left in nbs/ has lost its tagged cell and stays behind."
+    """The modules, and beside them in `_project` what `aerec new` lays out; an executed copy left in nbs/ has lost its
+    tagged cell and stays behind.
+    """
 
     def run(self):
         super().run()

@@ -1,4 +1,6 @@
-"Makes README.md from nbs/index.ipynb: markdown and shown code, without hidden cells and directive lines. `--print` writes to standard output."
+"""Makes README.md from nbs/index.ipynb: markdown and shown code, without hidden cells and directive lines. `--print`
+writes to standard output.
+"""
 
 import re
 import sys

@@ -163,7 +163,8 @@ class IALS(Model):
             from threadpoolctl import threadpool_limits
         except ImportError:
             raise AerecError(
-                "the model 'ials' needs the package implicit, which is not installed: pip install implicit, or take another model"
+                "the model 'ials' needs the package implicit, which is not installed: pip install implicit, or take "
+                "another model"
             ) from None
         confidence = train.copy()
         confidence.data = 1 + np.float32(self.alpha) * confidence.data

@@ -175,7 +175,9 @@ def within_times(
 
 # %% ../nbs/01a_business_preprocessing.ipynb #ef3ddf2c
 def _by_user_and_time(users, times):
-    "Row numbers by user, then by time, then by row: `numpy.lexsort`, but as one fast sort of user and time in one number."
+    """Row numbers by user, then by time, then by row: `numpy.lexsort`, but as one fast sort of user and time in one
+    number.
+    """
     if not len(users):
         return np.array([], np.int64)
     times = times.astype(np.int64) - int(times.min())
@@ -382,7 +384,8 @@ def weigh_by_rating(
     low, high = float(ratings.rating.min()), float(ratings.rating.max()) if scale is None else scale[1]
     if low <= 0:
         raise AerecError(
-            f"weight_by_rating: a rating of {low:g} cannot weigh; raise positive_threshold above 0, or turn weight_by_rating off"
+            f"weight_by_rating: a rating of {low:g} cannot weigh; raise positive_threshold above 0, or turn "
+            f"weight_by_rating off"
         )
     return Verdict(
         ratings.assign(weight=ratings.weight * (ratings.rating / high).astype(np.float32)), f"rating / {high:g}"
@@ -433,7 +436,8 @@ def find_rule(
         return RULES[name]
     why = "which is registered in this process only" if name in RULES else "and no such rule is registered here"
     raise AerecError(
-        f"rules.rules names '{name}', {why}: the rules are {', '.join(n for n in RULES if _is_ours(RULES[n]) or not elsewhere)}; "
+        f"rules.rules names '{name}', {why}: the rules are "
+        f"{', '.join(n for n in RULES if _is_ours(RULES[n]) or not elsewhere)}; "
         "one of your own goes into a file of the project, and is named module:function"
     )
 
@@ -444,7 +448,8 @@ def _arguments(name, function, knobs, options):
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if not open_ended and (unknown := [o for o in options if o not in accepted]):
         raise AerecError(
-            f"rules.rule_options: the rule {name} has no option {', '.join(unknown)}; it has {', '.join(accepted) or 'none'}"
+            f"rules.rule_options: the rule {name} has no option {', '.join(unknown)}; it has "
+            f"{', '.join(accepted) or 'none'}"
         )
     found = {k: v for k, v in knobs.items() if k in accepted} | options
     missing = [
@@ -454,7 +459,8 @@ def _arguments(name, function, knobs, options):
     ]
     if missing:
         raise AerecError(
-            f"rules.rule_options: the rule {name} needs {', '.join(missing)}; set it as {{{name} = {{{missing[0]} = ...}}}}"
+            f"rules.rule_options: the rule {name} needs {', '.join(missing)}; set it as {{{name} = {{{missing[0]} = "
+            f"...}}}}"
         )
     return found
 
@@ -504,7 +510,8 @@ def _checked_rows(wrong, rows, given):
     bad = ~((weight > 0) & np.isfinite(weight)) & (given.weight.to_numpy() > 0)
     if bad.any():
         raise wrong(
-            f"gave {np.count_nonzero(bad):,} rows a weight that is not above 0, such as {weight[bad][0]:g}; drop such rows"
+            f"gave {np.count_nonzero(bad):,} rows a weight that is not above 0, such as {weight[bad][0]:g}; drop such "
+            f"rows"
         )
     return rows[list(given)].assign(user_id=given.user_id, item_id=given.item_id, weight=rows.weight.astype(np.float32))
 
@@ -525,7 +532,8 @@ def _as_rules(rules):
         return rules
     if unknown := set(rules) - set(RuleSettings.model_fields):
         raise AerecError(
-            f"no rule named {', '.join(sorted(unknown))}: the settings of rules are {', '.join(RuleSettings.model_fields)}"
+            f"no rule named {', '.join(sorted(unknown))}: the settings of rules are "
+            f"{', '.join(RuleSettings.model_fields)}"
         )
     try:
         return RuleSettings(**rules)
@@ -600,7 +608,9 @@ def check_rules(
     settings,  # from `load_settings`
     elsewhere: bool = False,  # will the stage run in another process?
 ) -> None:
-    "Refuse unknown rules, wrong options, list files that cannot be read, and a threshold off a scale that is known; raises `AerecError`."
+    """Refuse unknown rules, wrong options, list files that cannot be read, and a threshold off a scale that is known;
+    raises `AerecError`.
+    """
     rules = settings.rules
     _steps(rules, _knobs(rules) | {"scale": None}, elsewhere)
     if settings.data.source in SCALES and settings.data.on_duplicate != "sum":
@@ -698,7 +708,8 @@ def _ask(name, function, arguments, left):
         raise
     except Exception as e:
         raise AerecError(
-            f"rule {name} failed: {exception_line(e, inspect.getsourcefile(function) if inspect.isfunction(function) else None)}"
+            f"rule {name} failed: "
+            f"{exception_line(e, inspect.getsourcefile(function) if inspect.isfunction(function) else None)}"
         ) from e
 
 
@@ -730,9 +741,9 @@ def _cascade(ratings, rules, tolerant=False):
         )
         note, mean = step.verdict.note, float(step.left.weight.to_numpy().mean(dtype=np.float64)) if len(rows) else 0.0
         if step.reweighed:
-            note = (
-                f"{note}; " * bool(note)
-                + f"{'weights only: ' if not len(step.dropped) else ''}mean weight {mean:.4g}, was {report[-1]['mean_weight']:.4g}"
+            note = f"{note}; " * bool(note) + (
+                f"{'weights only: ' if not len(step.dropped) else ''}mean weight {mean:.4g}, was "
+                f"{report[-1]['mean_weight']:.4g}"
             )
         report.append(
             dict(
@@ -757,7 +768,8 @@ def _cascade(ratings, rules, tolerant=False):
                 break
             why = f" ({note})" if note else ""
             raise AerecError(
-                f"the rules leave no interactions: {step.rule} ({step.verdict.setting}) dropped the last {len(step.dropped):,} rows{why}; loosen it"
+                f"the rules leave no interactions: {step.rule} ({step.verdict.setting}) dropped the last "
+                f"{len(step.dropped):,} rows{why}; loosen it"
             )
     return pd.DataFrame(report), step.left, gone, users, items
 
@@ -888,7 +900,9 @@ def build_business_preprocessing(
     run,  # reads settings rules
     folder: Path,  # where to write
 ) -> dict:  # metrics for the manifest
-    "Apply the configured rules: interactions.parquet, waterfall.parquet, dropped.parquet, negatives.parquet, rules.json."
+    """Apply the configured rules: interactions.parquet, waterfall.parquet, dropped.parquet, negatives.parquet,
+    rules.json.
+    """
     source, ratings = _imported(run.need("data_import"), run.settings.rules)
     result = on_engine(run.settings, run_rules)(ratings, run.settings.rules)
     for name, frame in (

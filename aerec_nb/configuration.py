@@ -409,12 +409,18 @@ class DataSettings(Section):
     source: str = Field(
         "auto",
         min_length=1,
-        description="auto, sample, events, a named set (ml-latest-small, ml-100k, ml-1m, ml-20m, ml-25m, ml-32m), or a folder, file, pattern, web address or SQLAlchemy URL",
+        description=(
+            "auto, sample, events, a named set (ml-latest-small, ml-100k, ml-1m, ml-20m, ml-25m, ml-32m), or a "
+            "folder, file, pattern, web address or SQLAlchemy URL"
+        ),
     )
     query: str | None = Field(
         None,
         min_length=1,
-        description="of a database source: a SELECT, or the name of a table; None: its table ratings, interactions, events or plays",
+        description=(
+            "of a database source: a SELECT, or the name of a table; None: its table ratings, interactions, events or "
+            "plays"
+        ),
     )
     items_source: str | None = Field(
         None, min_length=1, description="where items are, if not beside the ratings: what source may be"
@@ -427,7 +433,10 @@ class DataSettings(Section):
     event_values: Worths = Field(
         {"rating": "value", "feedback": "value", "click": 1.0},
         min_length=1,
-        description="source events: what feedback is worth by its payload's type ('feedback' if it has none): a number, or its own 'value'",
+        description=(
+            "source events: what feedback is worth by its payload's type ('feedback' if it has none): a number, or "
+            "its own 'value'"
+        ),
     )
     columns: Mapping = Field(
         {}, description="own column name -> user_id, item_id, rating, count, timestamp, ingested_at, title or genres"
@@ -684,13 +693,19 @@ class SplitSettings(Section):
     valid_sample_size: int | None = Field(
         None,
         ge=1,
-        description="lecture, holdout, leave_last: held-out items a user, for validation and again for test; None: 10 for lecture, else at most 5",
+        description=(
+            "lecture, holdout, leave_last: held-out items a user, for validation and again for test; None: 10 for "
+            "lecture, else at most 5"
+        ),
     )
     heldout_share: Annotated[float | None, _instead_of("valid_sample_size", ("auto", "holdout", "leave_last"))] = Field(
         None,
         gt=0,
         lt=0.5,
-        description="instead of a count: share held out for validation and again for test, of each history (temporal: of all interactions; strong: of a held-out history); None: temporal .1, strong .2",
+        description=(
+            "instead of a count: share held out for validation and again for test, of each history (temporal: of all "
+            "interactions; strong: of a held-out history); None: temporal .1, strong .2"
+        ),
     )
     cut_time: Annotated[Time | None, _instead_of("heldout_share", ("temporal",))] = Field(
         None, description="temporal: test begins here, a date or seconds since 1970; None: by heldout_share"
@@ -785,7 +800,10 @@ class TrainingSettings(Section):
     tune_trials: int = Field(
         0,
         ge=0,
-        description="trials of a search for the hyperparameters that were not given, for each model that says where to look; 0: none",
+        description=(
+            "trials of a search for the hyperparameters that were not given, for each model that says where to look; "
+            "0: none"
+        ),
     )
     budget_s: float = Field(
         600.0, gt=0, description="seconds that the model auto may look for, tune, choose and blend models"
@@ -818,7 +836,10 @@ class InferenceSettings(Section):
     segments_file: str | None = Field(
         None,
         min_length=1,
-        description="table with user_id and a column an attribute, such as country: what is popular is then known for each of its values; relative to the project",
+        description=(
+            "table with user_id and a column an attribute, such as country: what is popular is then known for each of "
+            "its values; relative to the project"
+        ),
     )
     cold_items: bool = Field(
         False, description="recommend items of the items table that nobody has rated, by what is known of them"
@@ -848,7 +869,10 @@ class PostprocessingSettings(Section):
     )
     on_blocklist_error: Literal["keep_last", "refuse"] = Field(
         "keep_last",
-        description="a list of banned items that becomes missing, empty or unreadable while in use: keep the last known list and alert, or refuse to recommend",
+        description=(
+            "a list of banned items that becomes missing, empty or unreadable while in use: keep the last known list "
+            "and alert, or refuse to recommend"
+        ),
     )
     tradeoff_users: int = Field(200, ge=1, description="validation users behind the curves of what each step costs")
 
@@ -876,11 +900,17 @@ class PackagingSettings(Section):
     promoters: Texts = Field([], description="who may promote; empty: anyone")
     signing_key: SecretStr | None = Field(
         None,
-        description="Ed25519 private key that bundles are signed with, base64 of its 32 bytes; only from AEREC_PACKAGING__SIGNING_KEY; None: bundles are not signed",
+        description=(
+            "Ed25519 private key that bundles are signed with, base64 of its 32 bytes; only from "
+            "AEREC_PACKAGING__SIGNING_KEY; None: bundles are not signed"
+        ),
     )
     bundle_keys: Texts = Field(
         [],
-        description="Ed25519 public keys, base64 of 32 bytes each, whose signatures on bundles are trusted; also from AEREC_BUNDLE_KEYS",
+        description=(
+            "Ed25519 public keys, base64 of 32 bytes each, whose signatures on bundles are trusted; also from "
+            "AEREC_BUNDLE_KEYS"
+        ),
     )
     require_signature: bool | None = Field(
         None, description="refuse bundles without a signature by a key of bundle_keys; None: in live only"
@@ -929,7 +959,10 @@ class EventSettings(Section):
     )
     erasure_key: SecretStr | None = Field(
         None,
-        description="key of the hashes by which deleted users are recognised; only from AEREC_EVENTS__ERASURE_KEY; None: a key made once and kept in a file in var/, outside the log",
+        description=(
+            "key of the hashes by which deleted users are recognised; only from AEREC_EVENTS__ERASURE_KEY; None: a "
+            "key made once and kept in a file in var/, outside the log"
+        ),
     )
     keep_days: float | None = Field(
         None, gt=0, description="events older than this are removed by the watch of the monitors; None: they are kept"
@@ -944,14 +977,20 @@ class ServingSettings(Section):
     require_auth: bool = Field(False, description="refuse requests without an API key")
     api_keys: Secrets = Field(
         [],
-        description="valid keys, as roles:sha256:digest (roles: read, feedback, admin, joined by +); only from AEREC_SERVING__API_KEYS, never from a file or an argument",
+        description=(
+            "valid keys, as roles:sha256:digest (roles: read, feedback, admin, joined by +); only from "
+            "AEREC_SERVING__API_KEYS, never from a file or an argument"
+        ),
     )
     allow_unauthenticated: bool = Field(
         False, description="listen on an address that other machines can reach although no keys are required"
     )
     allowed_hosts: Texts = Field(
         [],
-        description="Host headers that are answered, without port; empty: stage and live answer the address that is listened on and localhost, dev and test answer any",
+        description=(
+            "Host headers that are answered, without port; empty: stage and live answer the address that is listened "
+            "on and localhost, dev and test answer any"
+        ),
     )
     trusted_proxies: Texts = Field(
         [],
@@ -974,7 +1013,10 @@ class ServingSettings(Section):
     max_connections: int = Field(
         1000,
         ge=1,
-        description="open connections of a worker; where there are more, the one that has waited longest for a request is closed",
+        description=(
+            "open connections of a worker; where there are more, the one that has waited longest for a request is "
+            "closed"
+        ),
     )
     max_concurrency: int = Field(
         64, ge=1, description="requests that a worker has at the same time; further ones get 503 and Retry-After"
@@ -982,7 +1024,10 @@ class ServingSettings(Section):
     rate_limit: float | None = Field(
         None,
         gt=0,
-        description="requests a second for each key, or each address where there are no keys, over all workers; beyond it 429; None: any",
+        description=(
+            "requests a second for each key, or each address where there are no keys, over all workers; beyond it "
+            "429; None: any"
+        ),
     )
     follow_s: float = Field(
         2.0, ge=0, allow_inf_nan=False, description="seconds between looks at where the alias points; 0: never"
@@ -990,7 +1035,10 @@ class ServingSettings(Section):
     liked_from: float = Field(
         3.0,
         allow_inf_nan=False,
-        description="feedback of type rating from this value on is a like, below it a dislike; all other feedback is a like above 0",
+        description=(
+            "feedback of type rating from this value on is a like, below it a dislike; all other feedback is a like "
+            "above 0"
+        ),
     )
     history_days: float = Field(
         30.0,
@@ -1129,7 +1177,10 @@ class MonitoringSettings(Section):
     own_monitors: Texts = Field([], description="monitors of your own, module:function, in a file of the project")
     webhook_url: SecretStr | None = Field(
         None,
-        description="where alerts are posted as JSON: an address that is a secret, so set AEREC_MONITORING__WEBHOOK_URL; None: nowhere",
+        description=(
+            "where alerts are posted as JSON: an address that is a secret, so set AEREC_MONITORING__WEBHOOK_URL; "
+            "None: nowhere"
+        ),
     )
 
     @field_validator("webhook_url")
@@ -1158,7 +1209,10 @@ class PluginSettings(Section):
 
     trusted: Mapping = Field(
         {},
-        description="module:name of a model, rule, step or monitor -> sha256 of its file; a bundle can name only these, and stage and live load only these",
+        description=(
+            "module:name of a model, rule, step or monitor -> sha256 of its file; a bundle can name only these, and "
+            "stage and live load only these"
+        ),
     )
 
     @field_validator("trusted")
@@ -1183,7 +1237,9 @@ class ScaleSettings(Section):
     address: str | None = Field(
         None,
         min_length=1,
-        description="host:port of a running Ray cluster, or auto; None: workers on this machine, for as long as they are needed",
+        description=(
+            "host:port of a running Ray cluster, or auto; None: workers on this machine, for as long as they are needed"
+        ),
     )
     n_workers: int = Field(2, ge=1, le=10_000, description="workers that share the work")
     n_shards: int | None = Field(
@@ -1244,7 +1300,9 @@ KNOBS = {knob: section for section, cls in SECTIONS.items() for knob in cls.mode
 
 # %% ../nbs/00_configuration.ipynb #8501e998
 def _test_dir() -> Path:
-    "One temporary folder for all stores of a test, shared with child processes and removed by the process that made it."
+    """One temporary folder for all stores of a test, shared with child processes and removed by the process that made
+    it.
+    """
     if "AEREC_TEST_DIR" not in os.environ:
         made = os.environ["AEREC_TEST_DIR"] = tempfile.mkdtemp(prefix="aerec_nb-")
         atexit.register(shutil.rmtree, made, ignore_errors=True)
@@ -1358,7 +1416,8 @@ def _one_line(error: ValidationError, sources: dict) -> str:
             continue
         secret = key in (*_ONLY_VARIABLES, "monitoring.webhook_url")
         problems.append(
-            f"setting {key} = {'(secret)' if secret else hide_secrets(repr(e.get('input')))} (from {sources.get(key, 'default')}): {e['msg'].removeprefix('Value error, ')}"
+            f"setting {key} = {'(secret)' if secret else hide_secrets(repr(e.get('input')))} (from "
+            f"{sources.get(key, 'default')}): {e['msg'].removeprefix('Value error, ')}"
         )
     return "; ".join(problems)
 
@@ -1372,7 +1431,8 @@ def _check_secrets(layers: list) -> None:
                     continue
                 raise AerecError(
                     f"{section}.{knob} came from {origin} and holds a password: secrets come only from variables; set "
-                    f"AEREC_{section.upper()}__{knob.upper()} to the whole address, or leave the password to PGPASSWORD or ~/.pgpass"
+                    f"AEREC_{section.upper()}__{knob.upper()} to the whole address, or leave the password to "
+                    f"PGPASSWORD or ~/.pgpass"
                 )
 
 
@@ -1398,7 +1458,8 @@ def _check_queries(settings: Settings, layers: list) -> None:
         ):
             continue
         raise AerecError(
-            f"data.{knob} is asked of a database, and data.source is {data.source!r}: set it to a SQLAlchemy URL such as postgresql://user@host/name"
+            f"data.{knob} is asked of a database, and data.source is {data.source!r}: set it to a SQLAlchemy URL such "
+            f"as postgresql://user@host/name"
         )
 
 # %% ../nbs/00_configuration.ipynb #0eac2088
@@ -1406,7 +1467,9 @@ def load_settings(
     env: str = None,  # dev, stage, live or test; None: AEREC_ENV, or dev (always test under nbdev_test)
     **overrides,  # knobs (`lr=0.001`) or sections (`training={'lr': 0.001}`); None means 'as configured'
 ) -> Settings:  # frozen; each value knows its origin
-    "Settings of one environment from all layers; raises `AerecError` for unknown names, wrong types and secrets in the wrong place."
+    """Settings of one environment from all layers; raises `AerecError` for unknown names, wrong types and secrets in
+    the wrong place.
+    """
     _check_variables()
     env = "test" if os.environ.get("IN_TEST") else env or os.environ.get("AEREC_ENV") or "dev"
     if env not in ("dev", "stage", "live", "test"):
@@ -1418,7 +1481,9 @@ def default_settings(
     env: str = "test",  # dev, stage, live or test
     **overrides,  # knobs or sections, as for `load_settings`
 ) -> Settings:  # frozen
-    "Settings as they are without a project's files and without variables: for examples, and for tests that must not depend on who runs them."
+    """Settings as they are without a project's files and without variables: for examples, and for tests that must not
+    depend on who runs them.
+    """
     return _from_layers(
         env, [(f"environment {env}", _environment_defaults(env)), ("argument", _from_arguments(overrides))]
     )

@@ -147,7 +147,8 @@ def _encodings(head, where, encoding=None):
         return [marked]
     if b"\0" in head:
         raise AerecError(
-            f"{where}: holds NUL bytes, as binary files do: save it as text (CSV) or Parquet; if it is text, set encoding, "
+            f"{where}: holds NUL bytes, as binary files do: save it as text (CSV) or Parquet; if it is text, set "
+            f"encoding, "
             "for example to utf-16-le"
         )
     return ["utf-8", "cp1252"]
@@ -276,7 +277,9 @@ def _read_fast(f, layout):
 
 
 def _trimmed(table):
-    "Without blanks around the values, a value of nothing else missing; None where a blank has hidden a quote from the parser."
+    """Without blanks around the values, a value of nothing else missing; None where a blank has hidden a quote from the
+    parser.
+    """
     for i, (name, column) in enumerate(zip(table.column_names, table.columns)):
         bare = pc.ascii_trim_whitespace(column)
         if bare.equals(column):
@@ -308,7 +311,8 @@ def _records(lines, sep, where):
     except csv.Error as e:
         raise AerecError(f"{where}, line {begun}: cannot be read ({e}); is a quote missing before it?") from None
     raise AerecError(
-        f"{where}, line {last}: a quote opens there and is never closed; close it, or double a quote that is part of the text"
+        f"{where}, line {last}: a quote opens there and is never closed; close it, or double a quote that is part of "
+        f"the text"
     )
 
 
@@ -362,7 +366,8 @@ def _read_text(path, where, positions, encoding=None):
                 break  # damaged, which cp1252 would hide
     line, byte = _undecodable(path, tried[-1])
     raise AerecError(
-        f"{where}, line {line}: byte 0x{byte:02x} is not {' or '.join(tried)}; correct it, or set encoding to what the file was written in"
+        f"{where}, line {line}: byte 0x{byte:02x} is not {' or '.join(tried)}; correct it, or set encoding to what "
+        f"the file was written in"
     )
 
 
@@ -579,7 +584,9 @@ def _recognise(header, wanted, columns):
 
 # %% ../nbs/01_data_import.ipynb #e73660b5
 def _numpy(s):
-    "A column in numpy's (or pandas' own text) dtype: categories, Arrow and nullable dtypes decoded; missing values stay missing."
+    """A column in numpy's (or pandas' own text) dtype: categories, Arrow and nullable dtypes decoded; missing values
+    stay missing.
+    """
     if isinstance(s.dtype, pd.CategoricalDtype):
         of = s.cat.categories.dtype
         s = s.astype(object if s.isna().any() and not isinstance(of, pd.StringDtype) else of)
@@ -642,7 +649,8 @@ def _ids(s, where, own):
         return s
     holds = _list(sorted(_NO_IDS.get(t, t) for t in types))
     raise AerecError(
-        f"{where}, column {_list([own])}: holds {holds}: ids are whole numbers, texts or UUIDs, all of one kind; convert them"
+        f"{where}, column {_list([own])}: holds {holds}: ids are whole numbers, texts or UUIDs, all of one kind; "
+        f"convert them"
     )
 
 
@@ -660,7 +668,9 @@ def _text_ids(s):
 
 
 def _whole(s):
-    "int64 where all numbers are whole (floats often are ids with a missing one among them); objects where one is larger than that."
+    """int64 where all numbers are whole (floats often are ids with a missing one among them); objects where one is
+    larger than that.
+    """
     if s.dtype == object:
         whole = s.map(
             lambda v: int(v) if v == v and abs(v) != float("inf") and v == int(v) else None, na_action="ignore"
@@ -741,7 +751,8 @@ def _one_per_pair(df, on_duplicate, where):
         n = int(np.flatnonzero(repeated)[0])
         user, item = (df[c].iloc[n] for c in pair)
         raise AerecError(
-            f"{where}, row {df.index[n] + 1}: user {user} has item {item} a second time ({repeated.sum():,} such rows); correct them, "
+            f"{where}, row {df.index[n] + 1}: user {user} has item {item} a second time ({repeated.sum():,} such "
+            f"rows); correct them, "
             f"or set on_duplicate to one of {_list(ON_DUPLICATE[:-1])}"
         )
     value = next((c for c in ("rating", "count") if c in df), None)
@@ -941,12 +952,14 @@ def known_at(
     times = [c for c in ("timestamp", "ingested_at") if c in ratings]
     if not times:
         raise AerecError(
-            f"{where}: as_of = {_said(at)} needs times, and the table has none; leave as_of out, or map the column of times"
+            f"{where}: as_of = {_said(at)} needs times, and the table has none; leave as_of out, or map the column of "
+            f"times"
         )
     known = ratings[ratings[times].max(axis=1) <= at]
     if not len(known):
         raise AerecError(
-            f"{where}: nothing was known as of {_said(at)}: the first row is of {_said(ratings[times].max(axis=1).min())}; "
+            f"{where}: nothing was known as of {_said(at)}: the first row is of "
+            f"{_said(ratings[times].max(axis=1).min())}; "
             "choose a later as_of"
         )
     return known
@@ -1174,7 +1187,8 @@ def check_handover(
         return False
     if version != VERSION:
         raise AerecError(
-            f"{where}: declares version {version.decode('utf-8', 'replace')} of the hand-over contract; this package knows version {VERSION.decode()}"
+            f"{where}: declares version {version.decode('utf-8', 'replace')} of the hand-over contract; this package "
+            f"knows version {VERSION.decode()}"
         )
     types = {f.name: _contract_type(f.type) for f in schema}
     wrong = [f"column {c} is missing" for c, (_, required, _) in _HANDOVER.items() if required and c not in types]
@@ -1187,7 +1201,8 @@ def check_handover(
         wrong.append("there are both rating and count")
     if wrong:
         raise AerecError(
-            f"{where}: breaks the hand-over contract that it declares: {'; '.join(wrong)}; write it with handover_schema()"
+            f"{where}: breaks the hand-over contract that it declares: {'; '.join(wrong)}; write it with "
+            f"handover_schema()"
         )
     return True
 
@@ -1205,7 +1220,9 @@ def _read_parquet(path, where):
 
 
 def _from_arrow(table, handed_over=False):
-    "An Arrow table as a frame; a column of integers with gaps is one of objects, because a float would round large ids."
+    """An Arrow table as a frame; a column of integers with gaps is one of objects, because a float would round large
+    ids.
+    """
     df = table.to_pandas(integer_object_nulls=True)
     if handed_over:
         df.attrs["handed_over"] = True
@@ -1495,7 +1512,8 @@ def _read_u_item(path):
     )
     if table.shape[1] != 5 + len(_GENRES_100K):
         raise AerecError(
-            f"{path.name}: {table.shape[1]} columns between pipes, not the {5 + len(_GENRES_100K)} of MovieLens 100K; give items another name"
+            f"{path.name}: {table.shape[1]} columns between pipes, not the {5 + len(_GENRES_100K)} of MovieLens 100K; "
+            f"give items another name"
         )
     flags = table.iloc[:, 6:].to_numpy() == "1"  # without `unknown`
     genres = ["|".join(np.array(_GENRES_100K[1:])[row]) or "(no genres listed)" for row in flags]
@@ -1535,7 +1553,9 @@ def _table_in(folder, which):
 
 
 def _parquet_in(folder):
-    "All Parquet files below a folder, in the order of their names; those of names with a dot or an underscore in front are none."
+    """All Parquet files below a folder, in the order of their names; those of names with a dot or an underscore in
+    front are none.
+    """
     found = sorted(p for p in Path(folder).rglob("*.parquet") if p.is_file())
     return [p for p in found if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
 
@@ -1569,7 +1589,8 @@ def _same_columns(name, columns):
     for other, found in others:
         if found != expected:
             raise AerecError(
-                f"{name}: the parts are not of one table: {first} has the columns {_list(expected)}, {other} has {_list(found)}; name one of them"
+                f"{name}: the parts are not of one table: {first} has the columns {_list(expected)}, {other} has "
+                f"{_list(found)}; name one of them"
             )
 
 
@@ -1580,7 +1601,9 @@ def _hive(path, root):
 
 
 def _read_parquet_parts(parts):
-    "Parquet parts as one table of their own types; a type that grew from part to part (int32 to int64, say) is taken as the wider one."
+    """Parquet parts as one table of their own types; a type that grew from part to part (int32 to int64, say) is taken
+    as the wider one.
+    """
     tables, handed_over = {}, False
     for path in parts.paths:
         name = path.relative_to(parts.root).as_posix()
@@ -1622,7 +1645,8 @@ def _from_folder(folder):
         else:
             names = _list(p.name for p in there[:8]) + (", ..." if len(there) > 8 else "") or "nothing"
             raise AerecError(
-                f"{folder}: no ratings.csv in it (there: {names}); name the file itself, or a pattern such as {folder.name}/*.csv"
+                f"{folder}: no ratings.csv in it (there: {names}); name the file itself, or a pattern such as "
+                f"{folder.name}/*.csv"
             )
     return Source(folder.name, f"{ratings.name} in {folder}", ratings, items)
 
@@ -1654,7 +1678,9 @@ _BESIDE = re.compile(r"(readme|licen[sc]e|u\.genre)[^/]*", re.IGNORECASE)
 
 
 def _wanted(z, where):
-    "The members of a zip that may come out: name -> entry; raises `AerecError` for a name that leads out of the folder, and for absurd sizes."
+    """The members of a zip that may come out: name -> entry; raises `AerecError` for a name that leads out of the
+    folder, and for absurd sizes.
+    """
     entries = [e for e in z.infolist() if not e.is_dir()]
     wanted = {}
     for e in entries:
@@ -1675,7 +1701,8 @@ def _wanted(z, where):
     size, packed = sum(e.file_size for e in wanted.values()), sum(e.compress_size for e in wanted.values())
     if size > MAX_UNPACKED or len(wanted) > 10_000 or size > 2**30 and size > 300 * packed:
         raise AerecError(
-            f"{where}: refused: {len(wanted):,} files, {packed:,} bytes that would become {size:,}; unpack it yourself if you trust it"
+            f"{where}: refused: {len(wanted):,} files, {packed:,} bytes that would become {size:,}; unpack it "
+            f"yourself if you trust it"
         )
     return wanted
 
@@ -1817,7 +1844,9 @@ def _cached(folder):
 
 
 def _within(seconds, function, *args):
-    "The function's result, or TimeoutError when the seconds are over; what still runs then is left to end with the process."
+    """The function's result, or TimeoutError when the seconds are over; what still runs then is left to end with the
+    process.
+    """
     result = {}
 
     def work():
@@ -2053,7 +2082,9 @@ _LEFT_OUT = ("genome-scores.csv", "genome-tags.csv")  # of 20M and 25M: hundreds
 
 
 def _fetch_into(folder, url, timeout, sha256=None, progress=None, leave=()):
-    "Download a file into a folder of the cache, a zip unpacked; both or neither. What an unfinished download has kept lies in `.parts`."
+    """Download a file into a folder of the cache, a zip unpacked; both or neither. What an unfinished download has kept
+    lies in `.parts`.
+    """
     name = urllib.parse.unquote(Path(urllib.parse.urlsplit(url).path).name) or "ratings.csv"
     file = folder.parent / ".parts" / f"{folder.name}-{name}"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -2148,7 +2179,9 @@ def _ago(seconds):
 
 
 def _try_fetch(folder, title, fetch, timeout, insist=False):
-    "Fetch a set into the cache: None, or why it is not there. `insist`: an attempt that a while ago brought a part is repeated at once."
+    """Fetch a set into the cache: None, or why it is not there. `insist`: an attempt that a while ago brought a part is
+    repeated at once.
+    """
     cache = folder.parent
     before = _attempts(cache).get(title, {})
     ago = time.time() - before.get("time", 0)
@@ -2194,7 +2227,8 @@ def _named(name, dataset_dir, timeout, fetchers=FETCHED):
         else ""
     )
     raise AerecError(
-        f"source {name} could not be fetched: {'; '.join(failed)}{kept}; name a folder or file of your own, or source sample"
+        f"source {name} could not be fetched: {'; '.join(failed)}{kept}; name a folder or file of your own, or source "
+        f"sample"
     )
 
 
@@ -2291,8 +2325,14 @@ class Database:
         kind = self.url.get_backend_name()
         _, _, driver = self.url.drivername.partition("+")
         if kind in _DRIVERS:
-            return f'source {self.name}: the driver is missing: pip install "{_DRIVERS[kind] if driver in ("", "psycopg") else driver}"'
-        return f"source {self.name}: no way to read {kind} is known here: name a folder, a file, an http address, or the SQLAlchemy URL of a database whose driver is installed"
+            return (
+                f"source {self.name}: the driver is missing: pip install "
+                f'"{_DRIVERS[kind] if driver in ("", "psycopg") else driver}"'
+            )
+        return (
+            f"source {self.name}: no way to read {kind} is known here: name a folder, a file, an http address, or the "
+            f"SQLAlchemy URL of a database whose driver is installed"
+        )
 
     def _said(self, error):
         "The database's own words, in one line."
@@ -2323,7 +2363,8 @@ def _database(url, base, timeout, missing="no such file; name one that is there"
         address = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError):
         raise AerecError(
-            f"source {hide_secrets(url)} is not a SQLAlchemy URL; write sqlite:////folder/shop.db or postgresql://user@host/name, with special characters in a password as %40"
+            f"source {hide_secrets(url)} is not a SQLAlchemy URL; write sqlite:////folder/shop.db or "
+            f"postgresql://user@host/name, with special characters in a password as %40"
         ) from None
     if address.drivername in ("postgresql", "postgres"):
         address = address.set(drivername="postgresql+psycopg")
@@ -2371,7 +2412,9 @@ def _arrow(values):
 
 
 def _one_table(pieces):
-    "Pieces of an answer as columns; numbers become float64 if they are that in some piece, and other columns of several types text."
+    """Pieces of an answer as columns; numbers become float64 if they are that in some piece, and other columns of
+    several types text.
+    """
     columns = []
     for arrays in zip(*pieces):
         kinds = {a.type for a in arrays if a.type != pyarrow.null()} or {pyarrow.null()}
@@ -2467,7 +2510,8 @@ def _from_database(url, base, timeout, query, items_query):
         }
         if not query and named["ratings"] is None:
             raise AerecError(
-                f"{database.name}: no table {' or '.join(_STEMS['ratings'])} (there: {_list(there[:8]) or 'nothing'}); say what to read with query"
+                f"{database.name}: no table {' or '.join(_STEMS['ratings'])} (there: "
+                f"{_list(there[:8]) or 'nothing'}); say what to read with query"
             )
         query, items_query = query or named["ratings"], items_query or named["items"]
     ratings = Query(database, query)
@@ -2529,7 +2573,8 @@ class Feedback:
         with self.database.connected() as c:  # not by `EventLog`, which makes its table where there is none
             if not sa.inspect(c).has_table("events"):
                 raise AerecError(
-                    f"{self.database.name}: no event log in it (no table events); the service writes one, see events.events_url"
+                    f"{self.database.name}: no event log in it (no table events); the service writes one, see "
+                    f"events.events_url"
                 )
             rows = c.execute(
                 sa.select(*(log.c[n] for n in COLUMNS)).where(log.c.kind == "feedback").order_by(log.c.seq)
@@ -2537,7 +2582,8 @@ class Feedback:
         ratings, left_out = feedback_ratings(events_frame(rows), self.event_values)
         if not len(ratings):
             raise AerecError(
-                f"{self.name}: no feedback to make ratings of (left out: {_counted(left_out) or 'nothing'}); what counts is said by "
+                f"{self.name}: no feedback to make ratings of (left out: {_counted(left_out) or 'nothing'}); what "
+                f"counts is said by "
                 f"event_values = {{{_stated(self.event_values)}}}"
             )
         return ratings, left_out
@@ -2611,7 +2657,8 @@ def _find(source, settings, base, query=None, items_query=None):
     timeout, dataset_dir = settings.data.download_timeout, settings.paths.dataset_dir
     if query and not is_database(source):
         raise AerecError(
-            f"a query is asked of a database, and {hide_secrets(source)} is none: give a SQLAlchemy URL such as postgresql://user@host/name"
+            f"a query is asked of a database, and {hide_secrets(source)} is none: give a SQLAlchemy URL such as "
+            f"postgresql://user@host/name"
         )
     if source == "auto":
         return _auto(dataset_dir, timeout)
@@ -2712,7 +2759,9 @@ def found_source(
 # %% ../nbs/01_data_import.ipynb #49d7fd37
 @contextmanager
 def small_pages():
-    "Let numpy take memory in small pages: huge ones, beside busy threads or on a virtual machine, can take longer than the work."
+    """Let numpy take memory in small pages: huge ones, beside busy threads or on a virtual machine, can take longer
+    than the work.
+    """
     madvise = getattr(
         np._core.multiarray, "_set_madvise_hugepage", lambda on: on
     )  # NUMPY_MADVISE_HUGEPAGE, while the process runs
@@ -2737,7 +2786,9 @@ def _n_threads():
 
 
 class _Growing:
-    "An array that grows at its end; where about `expected` are to come, it has the room, which is no memory before it is written to."
+    """An array that grows at its end; where about `expected` are to come, it has the room, which is no memory before it
+    is written to.
+    """
 
     def __init__(self, dtype, expected=2**16):
         self.array, self.n = np.empty(expected, dtype), 0
@@ -2778,7 +2829,9 @@ def _stored(part):
 
 
 class _Ids:
-    "The distinct values of a column in order of first appearance, and for each row the number of its value (-1: missing)."
+    """The distinct values of a column in order of first appearance, and for each row the number of its value (-1:
+    missing).
+    """
 
     limit = 2**24  # of the table
 
@@ -3007,7 +3060,9 @@ class _TextFile:
         return self._as_written(columns, types, any(c in types for c in ids)) if types else self._by_duckdb(columns, {})
 
     def _types(self, ids):
-        "Column -> type in SQL and width (None: of the digits), of those that hold numbers in the head; none where the bytes could not be counted."
+        """Column -> type in SQL and width (None: of the digits), of those that hold numbers in the head; none where the
+        bytes could not be counted.
+        """
         head = self.head.replace(b"\r\n", b"\n")
         if (
             self.packed != "none"
@@ -3082,7 +3137,10 @@ class _TextFile:
             + "}",
         }
         name = quoted(re.sub(r"([*?\[])", r"[\1]", str(self.path)))  # a name is no pattern
-        query = f"select {', '.join(f'c{l.names.index(c)}' for c in columns)} from read_csv({name}, {', '.join(f'{k}={v}' for k, v in options.items())})"
+        query = (
+            f"select {', '.join(f'c{l.names.index(c)}' for c in columns)} from read_csv({name}, "
+            f"{', '.join(f'{k}={v}' for k, v in options.items())})"
+        )
         with tempfile.TemporaryDirectory(prefix="aerec_nb-") as folder, _duckdb(folder) as con:
             batches = None
             while True:
@@ -3226,7 +3284,8 @@ class _Large:
                 self.tried[path] += 1
         line, byte = _undecodable(path, encodings[-1])
         raise AerecError(
-            f"{name}, line {line}: byte 0x{byte:02x} is not {' or '.join(encodings)}; correct it, or set encoding to what the file was written in"
+            f"{name}, line {line}: byte 0x{byte:02x} is not {' or '.join(encodings)}; correct it, or set encoding to "
+            f"what the file was written in"
         )
 
     def pieces(self, columns, ids=None):
@@ -3247,7 +3306,9 @@ class _Large:
                 raise _Stumbled from None
 
     def scan(self, columns, ids, take):
-        "Hand all pieces over to what `take()` gives, which begins anew when a file has to be read in another way; what it gave last."
+        """Hand all pieces over to what `take()` gives, which begins anew when a file has to be read in another way;
+        what it gave last.
+        """
         while True:
             taker = take()
             try:
@@ -3346,7 +3407,9 @@ def _pairs(user, item, n_items):
 
 
 def _any_repeated(user, item, n_items, block=2**20):
-    "Does a pair come twice? Where users come one after the other, as many of them at a time as the processor's cache can hold."
+    """Does a pair come twice? Where users come one after the other, as many of them at a time as the processor's cache
+    can hold.
+    """
     starts = [0, len(user)]
     if (user[1:] >= user[:-1]).all():
         ends = np.searchsorted(user, user[block - 1 :: block], "right")  # a user is not cut in two
@@ -3394,7 +3457,9 @@ def _passes(values, checks):
 
 
 def _unusable(column, standard):
-    "Mask of the values that do not pass the checks of their column; None where all do: the least and the largest are asked first."
+    """Mask of the values that do not pass the checks of their column; None where all do: the least and the largest are
+    asked first.
+    """
     if _passes(pd.Series([column.least, column.most]), _CHECKS[standard]).all():
         return None
     return ~_passes(pd.Series(column.values.whole()), _CHECKS[standard]).to_numpy()
@@ -3794,7 +3859,9 @@ def ratings_facts(
     ratings: pd.DataFrame,  # a ratings frame; ids plain or categorical
     n_duplicates: int = None,  # duplicated rows that the import settled, if that is known
 ) -> dict:  # plain numbers, texts, lists and dicts, as JSON can hold them
-    "The figures that the lecture gives for its data, and those behind `describe_ratings`, the plots and `compare_ratings`."
+    """The figures that the lecture gives for its data, and those behind `describe_ratings`, the plots and
+    `compare_ratings`.
+    """
     (user, users), (item, items) = _codes(ratings.user_id), _codes(ratings.item_id)
     all_users, all_items = np.bincount(user, minlength=len(users)), np.bincount(item, minlength=len(items))
     per_user, per_item = all_users[all_users > 0], all_items[all_items > 0]
@@ -4266,7 +4333,9 @@ def build_data_import(
     run,  # reads settings data, paths and events
     folder: Path,  # where to write
 ) -> dict:  # metrics for the manifest
-    "Import the configured source: ratings.parquet, items.parquet and quarantine.parquet (if any), source.json, description.json."
+    """Import the configured source: ratings.parquet, items.parquet and quarantine.parquet (if any), source.json,
+    description.json.
+    """
     data, source = run.settings.data, found_source(run)
     checked = on_engine(run.settings, check_source)(
         source, data.columns, data.on_duplicate, data.on_bad, data.as_of, data.encoding, data.large_mb

@@ -54,7 +54,9 @@ class UnknownUser(AerecError):
 class Recommendations:
     "One list, and what there is to say about it."
 
-    items: list  # dicts: item_id, rank, score, title, genres, source ('model', 'popular', 'segment', 'pin', 'promotion' or 'explore'), metadata (what else the items table says); what was drawn has its propensity; best first
+    # Dicts: item_id, rank, score, title, genres, source ('model', 'popular', 'segment', 'pin', 'promotion' or
+    # 'explore'), metadata (what else the items table says); what was drawn has its propensity; best first
+    items: list
     warnings: list = field(default_factory=list)  # sentences
     fallback_used: bool = False  # did popularity answer instead of the model?
     user_id: object = None  # as asked for
@@ -64,7 +66,9 @@ class Recommendations:
     unknown_user: bool = False  # was a user asked for of whom nothing is known?
     trails: dict = field(
         default_factory=dict
-    )  # with explain: item_id -> what each step did to it, see `Processed.trail`; also of what the scores alone would have shown
+        # With explain: item_id -> what each step did to it, see `Processed.trail`; also of what the scores alone would have
+        # shown
+    )
 
     @property
     def item_ids(self):
@@ -183,15 +187,18 @@ def read_segments(
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (OSError, ValueError) as e:
         raise AerecError(
-            f"inference.segments_file {path}: {str(e).splitlines()[0]}; give a CSV or Parquet file with user_id and a column an attribute"
+            f"inference.segments_file {path}: {str(e).splitlines()[0]}; give a CSV or Parquet file with user_id and a "
+            f"column an attribute"
         ) from None
     if "user_id" not in table or len(table.columns) < 2:
         raise AerecError(
-            f"inference.segments_file {path}: it has the columns {', '.join(map(str, table.columns))}; it needs user_id and at least one more, such as country"
+            f"inference.segments_file {path}: it has the columns {', '.join(map(str, table.columns))}; it needs "
+            f"user_id and at least one more, such as country"
         )
     if (twice := table.user_id.duplicated()).any():
         raise AerecError(
-            f"inference.segments_file {path}: row {twice.idxmax() + 1}: user {table.user_id[twice.idxmax()]!r} is there twice; keep one row a user"
+            f"inference.segments_file {path}: row {twice.idxmax() + 1}: user {table.user_id[twice.idxmax()]!r} is "
+            f"there twice; keep one row a user"
         )
     return table
 
@@ -222,7 +229,8 @@ class Recommender:
         )
         if self.histories.shape != (len(self.user_index), len(self.item_index)):
             raise AerecError(
-                f"histories are {self.histories.shape}, but there are {len(self.user_index)} users and {len(self.item_index)} items"
+                f"histories are {self.histories.shape}, but there are {len(self.user_index)} users and "
+                f"{len(self.item_index)} items"
             )
         self.negatives = csr_matrix(self.histories.shape, dtype=bool) if negatives is None else negatives
         if self.negatives.shape != self.histories.shape:
@@ -491,7 +499,9 @@ class Recent:
 
 
 def _evidence(r: Recommender, user_id, history, warnings: list) -> tuple:
-    "Item numbers, weights and times of what the answer rests on, the number of the user (-1: unknown), and items of which it was heard that they are not liked."
+    """Item numbers, weights and times of what the answer rests on, the number of the user (-1: unknown), and items of
+    which it was heard that they are not liked.
+    """
     user, recent = r.user_index.number(user_id) if user_id is not None else -1, None
     if user_id is not None and r.recent is not None:
         recent = r.recent.resolve(user_id, r.item_index)
@@ -1194,7 +1204,9 @@ def _write_shard(path: Path, blocks) -> None:
 
 
 def _same_job(folder: Path, now, job: dict) -> float:
-    "The moment of a job that was begun, or of the one that begins; raises `AerecError` where the folder is another job's."
+    """The moment of a job that was begun, or of the one that begins; raises `AerecError` where the folder is another
+    job's.
+    """
     if not (folder / "job.json").exists():
         if any(p.suffix in (".parquet", ".json") for p in folder.iterdir()):
             raise AerecError(f"{folder}: there are files that no job left here; choose another folder")
@@ -1203,7 +1215,9 @@ def _same_job(folder: Path, now, job: dict) -> float:
     other = sorted(key for key in job if job[key] != kept.get(key))
     if other:
         raise AerecError(
-            f"{folder}: the lists there are of another job: {', '.join(f'{key} was {kept.get(key)}, is {job[key]}' for key in other)}; choose another folder, or delete this one"
+            f"{folder}: the lists there are of another job: "
+            f"{', '.join(f'{key} was {kept.get(key)}, is {job[key]}' for key in other)}; choose another folder, or "
+            f"delete this one"
         )
     return kept["now"]
 
@@ -1244,7 +1258,8 @@ def with_cold_items(
         return recommender
     if r.item_index.integer and not pd.api.types.is_integer_dtype(new["item_id"]):
         raise AerecError(
-            f"new items: the ids of the known items are whole numbers, but {_named([new['item_id'].tolist()[0]])} is none"
+            f"new items: the ids of the known items are whole numbers, but {_named([new['item_id'].tolist()[0]])} is "
+            f"none"
         )
     both = pd.concat([known, new.reindex(columns=known.columns)], ignore_index=True)
     features, n = item_features(both, columns=columns).matrix, len(new)
@@ -1331,7 +1346,8 @@ def _segments_path(settings) -> Path:
     path = project_dir() / settings.inference.segments_file
     if not path.is_file():
         raise AerecError(
-            f"inference.segments_file: there is no file {path}; a CSV or Parquet file with user_id and a column an attribute"
+            f"inference.segments_file: there is no file {path}; a CSV or Parquet file with user_id and a column an "
+            f"attribute"
         )
     return path
 
@@ -1429,7 +1445,8 @@ def unrated_items(
     path = run.need("data_import") / "items.parquet"
     if not path.exists():
         raise AerecError(
-            "inference.cold_items is on, but there is no table of items: put an items.csv beside the ratings, or turn it off"
+            "inference.cold_items is on, but there is no table of items: put an items.csv beside the ratings, or turn "
+            "it off"
         )
     items, rated = (
         pd.read_parquet(path),
@@ -1477,8 +1494,10 @@ def describe_inference(
     m = run.manifest("inference")["metrics"]
     new = f" ({m['n_cold_items']:,} of them new, by what is known of them)" if m["n_cold_items"] else ""
     return (
-        f"{m['model']} over {m['n_items']:,} items{new} proposes {m['n_candidates']:,} candidates for {m['n_users']:,} of {m['n_users_known']:,} users; "
-        f"{m['n_seen'] / m['n_candidates']:.1%} of them the user has seen, {m['n_items_proposed'] / m['n_items']:.1%} of the catalogue is proposed to somebody."
+        f"{m['model']} over {m['n_items']:,} items{new} proposes {m['n_candidates']:,} candidates for "
+        f"{m['n_users']:,} of {m['n_users_known']:,} users; "
+        f"{m['n_seen'] / m['n_candidates']:.1%} of them the user has seen, {m['n_items_proposed'] / m['n_items']:.1%} "
+        f"of the catalogue is proposed to somebody."
     )
 
 # %% ../nbs/04_inference.ipynb #8055ac07
@@ -1593,7 +1612,8 @@ class Explorer:
         notes = "".join(f"<p>&#9888; {html.escape(w)}</p>" for w in answer.warnings)
         side = "<div style='flex:{} 1 20em;min-width:0'><b>{}</b>{}</div>"
         return (
-            f"<div style='display:flex;flex-wrap:wrap;gap:1em 2em'>{side.format(2, f'History of user {html.escape(str(self.user_id))}', _two_columns(history))}"
+            f"<div style='display:flex;flex-wrap:wrap;gap:1em "
+            f"2em'>{side.format(2, f'History of user {html.escape(str(self.user_id))}', _two_columns(history))}"
             f"{side.format(3, 'Recommended', notes + _two_columns(shown))}</div>"
         )
 

@@ -197,7 +197,9 @@ def _features(item_features, n_items, weight):
 
 
 class Rows:
-    "What the solver asks of the users' histories X: sums over users, W being the users' weights (None: all 1). Where the rows lie in many places, the sums are added up."
+    """What the solver asks of the users' histories X: sums over users, W being the users' weights (None: all 1). Where
+    the rows lie in many places, the sums are added up.
+    """
 
     def __init__(self, X: sparse.csr_matrix):  # [n_users, n_items]
         self.X, self.shape, self.nnz, self.lengths, self.counts = (
@@ -262,7 +264,9 @@ class _System:
 
 @patch
 def _system(self: LinearAutoEncoder, train, item_features):
-    "What the knobs `lam`, `dropout`, `xi` and `item_power` leave alone: rows and their weights, and in the primal form the Gram matrix."
+    """What the knobs `lam`, `dropout`, `xi` and `item_power` leave alone: rows and their weights, and in the primal
+    form the Gram matrix.
+    """
     rows = train if isinstance(train, Rows) else Rows(train)
     F, fw = _features(item_features, rows.shape[1], self.feature_weight), self.feature_weight
     weights = user_weights(rows.lengths, self.user_power)
@@ -287,7 +291,8 @@ def _system(self: LinearAutoEncoder, train, item_features):
     if form == "dual":
         if size > 1e6 and n_rows > rows.shape[1]:
             raise AerecError(
-                f"form = {form!r}: it would lose its digits here (more rows than items, condition {size:.0e}): take auto or primal, or raise lam"
+                f"form = {form!r}: it would lose its digits here (more rows than items, condition {size:.0e}): take "
+                f"auto or primal, or raise lam"
             )
         return replace(system, dtype=dtype)
     if dtype is np.float64:
@@ -321,7 +326,9 @@ def fit_rows(
     rows: Rows,  # of all users; in the dual form its X must be whole
     item_features: sparse.csr_matrix = None,  # [n_items, n_features] for models that use them
 ) -> LinearAutoEncoder:  # itself
-    "Learn from histories that may lie in many places; for all items (`max_items` chooses its items from whole histories)."
+    """Learn from histories that may lie in many places; for all items (`max_items` chooses its items from whole
+    histories).
+    """
     if self.n_head(rows.shape[1]) < rows.shape[1]:
         raise AerecError(f"{self.name}: max_items needs all histories in one place; leave it out, or call fit")
     self._agree(*rows.shape, rows.nnz)
@@ -390,7 +397,9 @@ def _weigh(self: LinearAutoEncoder, system, inverse, diagonal, strength):
 
 @patch
 def _vectors(self: LinearAutoEncoder, diagonal, through, spread, strength, counts, dtype=np.float32):
-    "What histories are multiplied by on their way in and out, and what of an item's own score is taken back; `through` is what reached it."
+    """What histories are multiplied by on their way in and out, and what of an item's own score is taken back;
+    `through` is what reached it.
+    """
     s, popular = self._scales(strength, diagonal, counts)
     self.inward, self.outward, self.own = (
         vector.astype(dtype) for vector in (popular / spread, s / popular / spread, s * through)
@@ -444,7 +453,9 @@ def _costs(self: LinearAutoEncoder, n_users, n_items, nnz):
     def product(n, m):
         return (
             min(4 * nnz * n, 4 * MEETING * 4 * nnz**2 / m) / 2
-        )  # operations of a Gram matrix of n rows in m columns; meetings: four times what they are if all columns are alike
+            # Operations of a Gram matrix of n rows in m columns; meetings: four times what they are if all columns are
+            # alike
+        )
 
     def block(n, m):
         return 4 * (n + m) * min(512, max(16, 2**22 // m), n)  # bytes of a block of it
@@ -618,7 +629,9 @@ EIGEN_PAYS = 24  # values of lam from which one eigendecomposition is taken for 
 
 
 def _spectrum(system, model):
-    "Eigenvectors and eigenvalues from which C follows for every lam, and Lambda without lam: R [n_items, r], values [r], p/(1-p) n [n_items]."
+    """Eigenvectors and eigenvalues from which C follows for every lam, and Lambda without lam: R [n_items, r], values
+    [r], p/(1-p) n [n_items].
+    """
     added = model.dropout / (1 - model.dropout) * system.squares
     if system.form == "primal":
         M = system.G.astype(np.float64)
@@ -702,7 +715,8 @@ def update(
     n_items = rows.shape[1]
     if n_items < n_known:
         raise AerecError(
-            f"rows: they have {n_items:,} items, the model was fitted on {n_known:,}; lay them out on its vocabulary, new items at the end"
+            f"rows: they have {n_items:,} items, the model was fitted on {n_known:,}; lay them out on its vocabulary, "
+            f"new items at the end"
         )
     X, F = self._kept() if self.K is not None else (None, self.F)
     if item_features is not None:
@@ -743,7 +757,8 @@ def _can_change(self: LinearAutoEncoder):
         raise AerecError(f"{self.name}: with max_items, who is popular enough may change; fit it again")
     if self.K is None and self.G is None:
         raise AerecError(
-            f"{self.name}: this model does not have the Gram matrix that changing it takes; fit it with keep_gram=True ({4 * self.n_items**2 / 2**30:.2g} GiB more), or fit it again on all users"
+            f"{self.name}: this model does not have the Gram matrix that changing it takes; fit it with "
+            f"keep_gram=True ({4 * self.n_items**2 / 2**30:.2g} GiB more), or fit it again on all users"
         )
     return self.n_items
 
@@ -776,7 +791,8 @@ def remove_items(
         return self.fit(X[:, stay], None if F is None else F[stay])
     if self.user_power:
         raise AerecError(
-            f"{self.name}: with user_power, the histories that become shorter weigh more, and the Gram matrix does not tell whose they are; fit it again without the items"
+            f"{self.name}: with user_power, the histories that become shorter weigh more, and the Gram matrix does "
+            f"not tell whose they are; fit it again without the items"
         )
     return self._resolve(
         np.ascontiguousarray(self.G[np.ix_(stay, stay)]),

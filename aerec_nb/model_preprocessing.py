@@ -101,7 +101,8 @@ def _same_kind(vocabulary, ids, what):
     if len(vocabulary) and len(ids) and kinds[0] != kinds[1]:
         one, other = vocabulary[:1].tolist()[0], ids[:1].tolist()[0]
         raise AerecError(
-            f"{what}: the vocabulary has {kinds[0]} ({one!r}, ...) and the table {kinds[1]} ({other!r}, ...): bring both to one type"
+            f"{what}: the vocabulary has {kinds[0]} ({one!r}, ...) and the table {kinds[1]} ({other!r}, ...): bring "
+            f"both to one type"
         )
 
 
@@ -238,7 +239,8 @@ def _weights(df):
     weight = df.weight.to_numpy(np.float32)
     if (bad := ~np.isfinite(weight)).any():
         raise AerecError(
-            f"weight is not a number in {bad.sum():,} rows, first in row {np.flatnonzero(bad)[0] + 1}: fill it or drop them"
+            f"weight is not a number in {bad.sum():,} rows, first in row {np.flatnonzero(bad)[0] + 1}: fill it or "
+            f"drop them"
         )
     return weight
 
@@ -492,7 +494,9 @@ def _by(order, key):
 
 # %% ../nbs/01b_model_preprocessing.ipynb #0d3d0087
 def _held_out_counts(n_user, n, share):
-    "Held out of a history, once for test and once for valid: a count (at most a fifth) or a share; at least one of three."
+    """Held out of a history, once for test and once for valid: a count (at most a fifth) or a share; at least one of
+    three.
+    """
     most = n_user // 5 if share is None else np.floor(share * n_user + 1e-9).astype(np.int64)
     most = np.minimum(np.maximum(1, most), (n_user - 1) // 2)
     return np.where(n_user < 3, 0, most if share is not None else np.minimum(n, most))
@@ -526,7 +530,9 @@ def _holdout(inter, n, share, seed):
 
 # %% ../nbs/01b_model_preprocessing.ipynb #cd601426
 def _draw_each(counts, sizes, seed):
-    "Per user a draw of `sizes` of `counts` entries, as numbers into their concatenation; one generator through all users."
+    """Per user a draw of `sizes` of `counts` entries, as numbers into their concatenation; one generator through all
+    users.
+    """
     random, start = np.random.RandomState(seed), np.cumsum(counts) - counts
     drawn = [
         random.permutation(n)[:k] + s for s, n, k in zip(start.tolist(), counts.tolist(), sizes.tolist()) if k >= 0
@@ -535,7 +541,9 @@ def _draw_each(counts, sizes, seed):
 
 
 def _draw(inter, part, n, seed, target):
-    "Per user, in order of first appearance, draw `n` of the training items in file order; who has no more than `n` keeps them."
+    """Per user, in order of first appearance, draw `n` of the training items in file order; who has no more than `n`
+    keeps them.
+    """
     free = _by_user(inter, _file_order(inter))
     free = free[part[free] == TRAIN]
     counts = np.bincount(inter.rows[free], minlength=inter.n_users)
@@ -548,7 +556,9 @@ def _lecture(inter, n, seed):
 
 # %% ../nbs/01b_model_preprocessing.ipynb #bcb3155e
 def _split_users(inter, n_heldout, seed):
-    "Interactions with their users in the order train, valid, test, and the items by first appearance in train; how many of each are train's."
+    """Interactions with their users in the order train, valid, test, and the items by first appearance in train; how
+    many of each are train's.
+    """
     n_heldout = n_heldout or max(1, inter.n_users // 10)
     if inter.n_users < 2 * n_heldout + 1:
         raise AerecError(
@@ -584,7 +594,9 @@ def _split_users(inter, n_heldout, seed):
 
 
 def _strong(inter, n_heldout, share, seed):
-    "Users are split; of each held-out user 80 % is input and 20 % target; items that train does not know are left out first."
+    """Users are split; of each held-out user 80 % is input and 20 % target; items that train does not know are left out
+    first.
+    """
     inter, n_train, n_heldout, n_known = _split_users(inter, n_heldout, seed)
     part = np.select([inter.rows < n_train, inter.rows < n_train + n_heldout], [TRAIN, VALID_INPUT], TEST_INPUT).astype(
         np.int8
@@ -615,14 +627,18 @@ def _cuts(times, share, cut_time, valid_cut_time):
         test = cut_time
         if not first < test <= last:
             raise AerecError(
-                f"cut_time {_utc(test)} must lie behind the first interaction, {_utc(first)}, and not behind the last, {_utc(last)}"
+                f"cut_time {_utc(test)} must lie behind the first interaction, {_utc(first)}, and not behind the "
+                f"last, {_utc(last)}"
             )
         valid = test - (last + 1 - test) if valid_cut_time is None else valid_cut_time
         if valid >= test:
             raise AerecError(f"valid_cut_time {_utc(valid)} must lie before cut_time {_utc(test)}")
     if valid <= first:
         raise AerecError(
-            f"nothing is left to train on: the data begin at {_utc(first)}, validation at {_utc(valid)}, test at {_utc(test)}; "
+            (
+                f"nothing is left to train on: the data begin at {_utc(first)}, validation at {_utc(valid)}, test at "
+                f"{_utc(test)}; "
+            )
             + ("a smaller heldout_share, or cut_time" if cut_time is None else "a later valid_cut_time, or cut_time")
             + " leaves more"
         )
@@ -716,8 +732,10 @@ def _check_targets(split):
         if fold is None or not len(fold):
             n = split.valid_sample_size or 0
             raise AerecError(
-                f"split {split.kind!r} leaves nobody a {name} target: it needs {_NEEDS[split.kind].format(n=n, n2=2 * n)}, "
-                f"and the longest of {split.interactions.n_users:,} histories has {np.diff(split.interactions.matrix.indptr).max()}; "
+                f"split {split.kind!r} leaves nobody a {name} target: it needs "
+                f"{_NEEDS[split.kind].format(n=n, n2=2 * n)}, "
+                f"and the longest of {split.interactions.n_users:,} histories has "
+                f"{np.diff(split.interactions.matrix.indptr).max()}; "
                 + {"temporal": "move the cut", "strong": "raise n_heldout_users"}.get(
                     split.kind, "lower valid_sample_size"
                 )
@@ -848,8 +866,10 @@ def describe_split(
     )
     new = f"; {new:,} items of the test time are not in train" if new else ""
     return (
-        f"Split {split.kind}, {f'seed {split.seed}' if split.seeds else 'nothing drawn'}: {how}; train has {split.train.shape[0]:,} users x {split.train.shape[1]:,} items; "
-        f"test asks {len(test):,} users (without a target {test.n_without_target:,}{cold}), {unknown:,} of {test.n_targets.sum():,} targets are items train does not have{new}"
+        f"Split {split.kind}, {f'seed {split.seed}' if split.seeds else 'nothing drawn'}: {how}; train has "
+        f"{split.train.shape[0]:,} users x {split.train.shape[1]:,} items; "
+        f"test asks {len(test):,} users (without a target {test.n_without_target:,}{cold}), {unknown:,} of "
+        f"{test.n_targets.sum():,} targets are items train does not have{new}"
     )
 
 # %% ../nbs/01b_model_preprocessing.ipynb #1ecdfaf6
@@ -891,7 +911,9 @@ def _plot_times(ax, split):
 def plot_split(
     split: Split,  # any
 ) -> plt.Figure:
-    "What part the interactions play, how long the histories are that a model is asked with, and how much it should find."
+    """What part the interactions play, how long the histories are that a model is asked with, and how much it should
+    find.
+    """
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     folds = [(n, f) for n, f in (("valid", split.valid), ("test", split.test)) if f is not None and len(f)]
     if split.kind == "temporal":
@@ -1199,7 +1221,9 @@ def _indicators(column, name, max_categories):
 
 
 def _standardised(column, name):
-    "A column of numbers as (CSR of one column, its name): mean 0, standard deviation 1, cut off at 3; missing is the mean."
+    """A column of numbers as (CSR of one column, its name): mean 0, standard deviation 1, cut off at 3; missing is the
+    mean.
+    """
     if pd.api.types.is_datetime64_any_dtype(column):
         column = column.astype("datetime64[s]").astype(np.int64).where(column.notna())
     x = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
@@ -1226,7 +1250,8 @@ def _chosen(items, columns):
     available = [c for c in items.columns if c not in ("item_id", "title")]
     if unknown := [c for c in columns or () if c not in available]:
         raise AerecError(
-            f"no column {', '.join(unknown)} to make features of: the items have {', '.join(map(str, available)) or 'none but their ids'}"
+            f"no column {', '.join(unknown)} to make features of: the items have "
+            f"{', '.join(map(str, available)) or 'none but their ids'}"
         )
     kinds = {c: _kind(_present(items[c])) for c in available if not columns or c in columns}
     for c in columns or ():  # named by a person: as categories, even if we would not
@@ -1474,7 +1499,9 @@ def build_model_preprocessing(
     run,  # reads settings split and run.random_seed
     folder: Path,  # where to write
 ) -> dict:  # metrics for the manifest
-    "Split the interactions as configured, and make features of the items: split/, features/ (if there are items), report.parquet."
+    """Split the interactions as configured, and make features of the items: split/, features/ (if there are items),
+    report.parquet.
+    """
     s = run.settings.split
     interactions = pd.read_parquet(run.need("business_preprocessing") / "interactions.parquet")
     made = split_interactions(

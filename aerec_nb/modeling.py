@@ -43,12 +43,14 @@ def check_histories(
     "Histories in the one form that models work on; raises `AerecError` for anything else."
     if not sparse.issparse(histories):
         raise AerecError(
-            f"{what}: expected a scipy sparse matrix with a row a user, got {type(histories).__name__}; wrap it as scipy.sparse.csr_matrix(...)"
+            f"{what}: expected a scipy sparse matrix with a row a user, got {type(histories).__name__}; wrap it as "
+            f"scipy.sparse.csr_matrix(...)"
         )
     histories = sparse.csr_matrix(histories, dtype=np.float32)
     if n_items is not None and histories.shape[1] != n_items:
         raise AerecError(
-            f"{what}: it has {histories.shape[1]:,} items, the model was fitted on {n_items:,}; lay it out on the model's own vocabulary"
+            f"{what}: it has {histories.shape[1]:,} items, the model was fitted on {n_items:,}; lay it out on the "
+            f"model's own vocabulary"
         )
     if not np.isfinite(histories.data).all():
         raise AerecError(f"{what}: it holds a value that is not a number; drop or repair those interactions")
@@ -280,7 +282,9 @@ class Plan:
 
 
 def _plan(model, n_users, n_items, nnz):
-    "The plan of a model that exists: the histories, fitting or scoring, whichever takes more, and 20 MiB that BLAS and malloc keep."
+    """The plan of a model that exists: the histories, fitting or scoring, whichever takes more, and 20 MiB that BLAS
+    and malloc keep.
+    """
     form, n_bytes, operations = model.cost(n_users, n_items, nnz)
     return Plan(
         model.name or type(model).__name__,
@@ -330,7 +334,9 @@ def check_plan(
     plan: Plan,
     max_memory_gib: float = None,  # GiB; None: 80 % of what is free
 ) -> Plan:  # the same
-    "Refuse what will not fit, with numbers and a model that would: `elsa`, which is made for large catalogues, or else the one that makes most of the memory."
+    """Refuse what will not fit, with numbers and a model that would: `elsa`, which is made for large catalogues, or
+    else the one that makes most of the memory.
+    """
     if plan.gib > limit_gib(max_memory_gib):
         others = [
             _plan(create_model(name), plan.n_users, plan.n_items, plan.n_users)
@@ -473,7 +479,9 @@ def plan(
     max_memory_gib: float = None,  # GiB it may use; None: 80 % of what is free
     **hp,  # hyperparameters
 ) -> Plan:  # form, n_bytes, seconds
-    "Foresee what fitting will take, before anything is allocated; raises `AerecError` with an alternative if it will not fit."
+    """Foresee what fitting will take, before anything is allocated; raises `AerecError` with an alternative if it will
+    not fit.
+    """
     model = create_model(name, **hp)
     model.max_memory_gib = max_memory_gib
     return check_plan(_plan(model, n_users, n_items, nnz), max_memory_gib)
@@ -573,7 +581,9 @@ def mask_history(
 
 # %% ../nbs/02_modeling.ipynb #6f4e2757
 def _candidates(scores, k):
-    "Items among which the k best of each row are, by index, and their scores; places left over are -inf. The k-th best of the maxima of many chunks of a row is no more than the k-th best of all."
+    """Items among which the k best of each row are, by index, and their scores; places left over are -inf. The k-th
+    best of the maxima of many chunks of a row is no more than the k-th best of all.
+    """
     n, n_items = scores.shape
     n_chunks = min(max(1024, 16 * k), n_items // 4)
     if n_chunks <= k:
@@ -652,7 +662,8 @@ class Blend(Model):
         weights = [1.0] * len(members) if weights is None else [check_value("weights", w, -math.inf) for w in weights]
         if not members or len(weights) != len(members):
             raise AerecError(
-                f"blend: {len(members)} members and {len(weights)} weights; it takes one weight a member, and at least one member"
+                f"blend: {len(members)} members and {len(weights)} weights; it takes one weight a member, and at "
+                f"least one member"
             )
         super().__init__(members=members, weights=weights)
         self.models = [create_model(m["name"], **m.get("hyperparameters", {})) for m in members]
@@ -740,7 +751,8 @@ class ColdItems(Model):
         "New items beside a fitted model."
         if model.n_items is None or features.shape[0] < model.n_items:
             raise AerecError(
-                f"cold_items: {features.shape[0]} rows of features for {model.n_items} items of {model!r}; it takes a fitted model, and a row for each of its items and then the new ones"
+                f"cold_items: {features.shape[0]} rows of features for {model.n_items} items of {model!r}; it takes a "
+                f"fitted model, and a row for each of its items and then the new ones"
             )
         self = cls({"name": model.name, "hyperparameters": model.hyperparameters})
         self.model, self.n_items = model, features.shape[0]
@@ -759,7 +771,8 @@ class ColdItems(Model):
 
     def _fit(self, train, item_features):
         raise AerecError(
-            "cold_items is not fitted: fit the model, and put the new items beside it with ColdItems.of(model, features)"
+            "cold_items is not fitted: fit the model, and put the new items beside it with ColdItems.of(model, "
+            "features)"
         )
 
     def _score(self, history):
@@ -899,12 +912,14 @@ def configured_models(
     for knob in knobs:
         if knob in asked and not any(knob in hp for hp in own.values()):
             raise AerecError(
-                f"{knob} = {knobs[knob]!r}: none of the models {', '.join(names)} has it; leave it out, or choose a model that does"
+                f"{knob} = {knobs[knob]!r}: none of the models {', '.join(names)} has it; leave it out, or choose a "
+                f"model that does"
             )
     presets = {name: preset for name in own if preset in getattr(model_class(name), "presets", {})}
     if preset and not presets:
         raise AerecError(
-            f"preset = {preset!r}: none of the models {', '.join(names)} has it; leave it out, or choose a model that does"
+            f"preset = {preset!r}: none of the models {', '.join(names)} has it; leave it out, or choose a model that "
+            f"does"
         )
     knobs["random_seed"] = settings.run.random_seed
     made = {

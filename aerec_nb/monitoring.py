@@ -545,7 +545,9 @@ class Monitor:
 
     name: str  # unique
     measure: object  # function(Window) -> `Figure`, or (value, number of cases); no case: no data
-    limit: object  # name of a setting of `monitoring`, a number, or a function(Window, settings) -> number or None (no reference: no data)
+    # Name of a setting of `monitoring`, a number, or a function(Window, settings) -> number or None (no reference: no
+    # data)
+    limit: object
     fires: str  # 'above' or 'below' the limit
     severity: str  # 'critical' or 'warning'
     definition: str  # what the number is, in words
@@ -609,7 +611,8 @@ def take_own_monitors(
             module.MONITORS.update(before)
         if not found:
             raise AerecError(
-                f"monitoring.own_monitors names '{name}', but its file registers no such monitor: put @register(...) over the function"
+                f"monitoring.own_monitors names '{name}', but its file registers no such monitor: put @register(...) "
+                f"over the function"
             )
         for m in found:
             MONITORS[m.name] = module.MONITORS[m.name] = m
@@ -689,7 +692,10 @@ def errors(w):
     "below",
     "critical",
     "API",
-    "share of five-minute spans with requests in which at least half of them were answered without an error of the service",
+    (
+        "share of five-minute spans with requests in which at least half of them were answered without an error of "
+        "the service"
+    ),
     needs=12,
 )
 def availability(w):
@@ -851,7 +857,8 @@ def seen_places(w: Window) -> np.ndarray:  # bool, a value a place
     "above",
     "critical",
     "answers",
-    "places of lists that went to an item which the user's history in the bundle, or the one sent, has, or which the user rated too low; without requests that "
+    "places of lists that went to an item which the user's history in the bundle, or the one sent, has, or which the "
+    "user rated too low; without requests that "
     "asked for seen items; no data where the chain shows them again after some days",
 )
 def seen_violations(w):
@@ -887,7 +894,10 @@ def duplicate_items(w):
     "above",
     "critical",
     "answers",
-    "share of the model's lists of two items or more with scores where a score is no finite number, or all are the same",
+    (
+        "share of the model's lists of two items or more with scores where a score is no finite number, or all are "
+        "the same"
+    ),
 )
 def bad_scores(w):
     told = np.isfinite(w.score)
@@ -1008,7 +1018,10 @@ def exposure(w: Window) -> np.ndarray:  # [n_items]
     "below",
     "warning",
     "lists",
-    "share of the catalogue that was in at least one list; no data below ten places for each item that the threshold asks for",
+    (
+        "share of the catalogue that was in at least one list; no data below ten places for each item that the "
+        "threshold asks for"
+    ),
     needs=lambda limit, window: 10 * limit * window.recommender.n_items,
 )
 def coverage(w):
@@ -1095,7 +1108,10 @@ register_monitor(
         reference_of(tail_share),
         "below",
         "warning",
-        "share of a list that goes to items outside the fewest that hold 80 % of the interactions, mean over lists; against the earlier window",
+        (
+            "share of a list that goes to items outside the fewest that hold 80 % of the interactions, mean over "
+            "lists; against the earlier window"
+        ),
         lambda limit, w: (
             MIN_LISTS if w.reference is not None and (tail_share(w.reference).value or 0) >= 0.02 else math.inf
         ),
@@ -1212,7 +1228,10 @@ register_monitor(
         reference_of(calibration, "miscalibration", 1),
         "above",
         "warning",
-        "miscalibration: KL divergence of the genres of a list from those of its user's history (Steck 2018); against the earlier window",
+        (
+            "miscalibration: KL divergence of the genres of a list from those of its user's history (Steck 2018); "
+            "against the earlier window"
+        ),
         lambda limit, w: MIN_LISTS,
         "lists",
     )
@@ -1246,7 +1265,10 @@ def churn(w):
     "above",
     "warning",
     "lists",
-    "how much less often the group of known users (by length of history: the lower third, the middle, the upper third) with fewest clicks clicks than the one with most, relative",
+    (
+        "how much less often the group of known users (by length of history: the lower third, the middle, the upper "
+        "third) with fewest clicks clicks than the one with most, relative"
+    ),
 )
 def group_gap(w):
     o = w.outcomes()
@@ -1368,14 +1390,20 @@ _drift_monitor(
     _popularity_by_person,
     js_divergence,
     "max_drift",
-    "Jensen-Shannon divergence (bits) of how popular shown items are (twenty equal groups of items), from the earlier window",
+    (
+        "Jensen-Shannon divergence (bits) of how popular shown items are (twenty equal groups of items), from the "
+        "earlier window"
+    ),
 )
 _drift_monitor(
     "item popularity PSI",
     _popularity_by_person,
     psi,
     "max_psi",
-    "population stability index of how popular shown items are (twenty equal groups of items), against the earlier window",
+    (
+        "population stability index of how popular shown items are (twenty equal groups of items), against the "
+        "earlier window"
+    ),
 )
 _drift_monitor(
     "shown items drift",
@@ -1566,7 +1594,10 @@ for _name, _measure, _words in (
     "below",
     "warning",
     "outcome",
-    "clicks per place of the model's lists, relative to popular lists (fallbacks, the endpoint for popular items, an arm named popularity) of the same window",
+    (
+        "clicks per place of the model's lists, relative to popular lists (fallbacks, the endpoint for popular items, "
+        "an arm named popularity) of the same window"
+    ),
     needs=MIN_LISTS,
 )
 def lift(w):
@@ -1585,7 +1616,10 @@ def lift(w):
     "below",
     "critical",
     "outcome",
-    "p of the chi-squared test that the arms of an experiment have the shares of users that they should have (Fabijan et al. 2019)",
+    (
+        "p of the chi-squared test that the arms of an experiment have the shares of users that they should have "
+        "(Fabijan et al. 2019)"
+    ),
 )
 def sample_ratio(w):
     users = (
@@ -1638,7 +1672,10 @@ def _counterfactual(name: str, normalised: bool, words: str) -> None:
             limit,
             "below",
             "warning",
-            f"{words} of how often the explored places would be clicked if the model never explored; against how often they were",
+            (
+                f"{words} of how often the explored places would be clicked if the model never explored; against how "
+                f"often they were"
+            ),
             lambda limit, w: MIN_LISTS,
             "outcome",
         )
@@ -1655,7 +1692,8 @@ _counterfactual("SNIPS", True, "self-normalised estimate by inverse propensities
     "above",
     "warning",
     "outcome",
-    "relative loss of the test NDCG in the card of the bundle against the latest other run on the same data and split; negative: it got better; "
+    "relative loss of the test NDCG in the card of the bundle against the latest other run on the same data and "
+    "split; negative: it got better; "
     "with a paired interval where both runs kept the values of each user; no data where there is none",
 )
 def offline_metric(w):
@@ -2308,7 +2346,8 @@ class AlertBook:
             not isinstance(self.book.get(name), type(of)) for name, of in empty.items()
         ):
             raise FileError(
-                f"{self.path}: it is not a book of alerts; restore it from a copy, or delete it: every alert then begins again"
+                f"{self.path}: it is not a book of alerts; restore it from a copy, or delete it: every alert then "
+                f"begins again"
             )
 
     def look(
@@ -2427,12 +2466,18 @@ _SERVICE = {
     "errors": _RATE.format(r=_ROUTE, s=',status=~"5.."') + " > {limit}",
     "client errors": _RATE.format(r=_ROUTE, s=',status=~"4.."') + " > {limit}",
     **{
-        f"latency p{q}": f"1000 * histogram_quantile(0.{q}, sum by (le) (rate(aerec_http_request_seconds_bucket{{{_ROUTE}}}[5m]))) > {{limit}}"
+        f"latency p{q}": (
+            f"1000 * histogram_quantile(0.{q}, sum by (le) (rate(aerec_http_request_seconds_bucket{{{_ROUTE}}}[5m]))) "
+            f"> {{limit}}"
+        )
         for q in (50, 95, 99)
     },
-    "fallback share": 'sum(rate(aerec_recommendations_total{{source="popular"}}[15m])) / sum(rate(aerec_recommendations_total[15m])) > {limit}'.replace(
-        "{{", "{"
-    ).replace("}}", "}"),
+    "fallback share": (
+        'sum(rate(aerec_recommendations_total{{source="popular"}}[15m])) / '
+        "sum(rate(aerec_recommendations_total[15m])) > {limit}"
+    )
+    .replace("{{", "{")
+    .replace("}}", "}"),
 }  # monitor -> rule of the service
 
 
@@ -2614,7 +2659,10 @@ def describe_window(
     "Which log it was and what is in it."
     clicks = "" if w.click_rate is None else f", {w.click_rate:.1%} of what was shown was clicked"
     earlier = f" Compared with the {len(w.reference.requests):,} requests before." if w.reference is not None else ""
-    return f"Events of {what}, last {hours:g} hours: {len(w.requests):,} requests, {len(w.impressions):,} impressions, {len(w.feedback):,} feedback{clicks}.{earlier}"
+    return (
+        f"Events of {what}, last {hours:g} hours: {len(w.requests):,} requests, {len(w.impressions):,} impressions, "
+        f"{len(w.feedback):,} feedback{clicks}.{earlier}"
+    )
 
 # %% ../nbs/06_monitoring.ipynb #de1de22b
 def watch(
@@ -2656,7 +2704,10 @@ def watch(
             _keep_only(settings)
             code, counts = 3 if book.firing else 0, table.status.value_counts()
             say(
-                f"{pd.Timestamp(begun, unit='s'):%Y-%m-%d %H:%M:%S} UTC: {counts.get('ok', 0)} ok, {counts.get('firing', 0)} firing, {counts.get('no data', 0)} without data"
+                (
+                    f"{pd.Timestamp(begun, unit='s'):%Y-%m-%d %H:%M:%S} UTC: {counts.get('ok', 0)} ok, "
+                    f"{counts.get('firing', 0)} firing, {counts.get('no data', 0)} without data"
+                )
                 + "".join(f"; {c['state']}: {c['monitor']}" for c in changes)
                 + (f"; alerts: {', '.join(book.firing)}" if book.firing else "")
             )
@@ -2813,7 +2864,10 @@ class Lights:
         worst = "firing" if n.get("firing") else "ok" if n.get("ok") else "no data"
         critical = int(((self.table.status == "firing") & (self.table.severity == "critical")).sum())
         words = {
-            "firing": f"{n.get('firing', 0)} of {len(self.table)} monitors are firing{f', {critical} of them critical' if critical else ''}",
+            "firing": (
+                f"{n.get('firing', 0)} of {len(self.table)} monitors are "
+                f"firing{f', {critical} of them critical' if critical else ''}"
+            ),
             "ok": "Everything that could be measured is fine",
             "no data": "There is nothing to measure",
         }[worst]
@@ -2822,8 +2876,11 @@ class Lights:
             for g in dict.fromkeys(self.table.group)
         )
         return (
-            f'<div style="font:14px/1.45 system-ui,sans-serif;color:#1d2733;max-width:1000px"><div style="border-left:10px solid {COLORS[worst]};background:#f4f6f8;padding:10px 16px;margin:4px 0 12px;break-inside:avoid;print-color-adjust:exact">'
-            f'<div style="font-size:22px;font-weight:600">{words}</div><div style="color:#5d6b7a">{html.escape(self.headline)}</div></div>'
+            f'<div style="font:14px/1.45 system-ui,sans-serif;color:#1d2733;max-width:1000px"><div '
+            f'style="border-left:10px solid {COLORS[worst]};background:#f4f6f8;padding:10px 16px;margin:4px 0 '
+            f'12px;break-inside:avoid;print-color-adjust:exact">'
+            f'<div style="font-size:22px;font-weight:600">{words}</div><div '
+            f'style="color:#5d6b7a">{html.escape(self.headline)}</div></div>'
             f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{cards}</div></div>'
         )
 
@@ -2837,10 +2894,14 @@ def _card(title: str, of: pd.DataFrame) -> str:
         for m in of[of.status == "no data"].itertuples()
     )
     return (
-        f'<div style="border:1px solid #dfe5ec;border-top:5px solid {COLORS[status]};border-radius:6px;padding:8px 12px;flex:1 1 300px;background:#fff;break-inside:avoid;print-color-adjust:exact">'
+        f'<div style="border:1px solid #dfe5ec;border-top:5px solid {COLORS[status]};border-radius:6px;padding:8px '
+        f'12px;flex:1 1 300px;background:#fff;break-inside:avoid;print-color-adjust:exact">'
         f'<div style="font-weight:600;margin-bottom:4px">{html.escape(title)}</div><div>{rows}</div>'
         + (
-            f'<div style="color:#8a949e;font-size:12px;margin-top:4px">not judged, for want of cases or of a reference: {html.escape(silent)}</div>'
+            (
+                f'<div style="color:#8a949e;font-size:12px;margin-top:4px">not judged, for want of cases or of a '
+                f"reference: {html.escape(silent)}</div>"
+            )
             if silent
             else ""
         )
@@ -2851,9 +2912,13 @@ def _card(title: str, of: pd.DataFrame) -> str:
 def _light(m) -> str:
     weight, sense = ("600" if m.status == "firing" else "400"), "at most" if m.fires == "above" else "at least"
     return (
-        f'<div title="{html.escape(m.definition)}" style="display:flex;gap:8px;font-weight:{weight};border-top:1px solid #f0f3f6;padding:1px 0"><span style="color:{COLORS[m.status]};width:1em">{SIGNS[m.status]}</span>'
-        f'<span style="flex:1">{html.escape(m.monitor)}{" <small>(critical)</small>" if m.status == "firing" and m.severity == "critical" else ""}</span><span style="font-variant-numeric:tabular-nums">{shown(m.value)}</span>'
-        f'<span style="color:#8a949e;font-size:12px;width:8.5em;white-space:nowrap;text-align:right">{sense} {shown(m.threshold)}</span></div>'
+        f'<div title="{html.escape(m.definition)}" style="display:flex;gap:8px;font-weight:{weight};border-top:1px '
+        f'solid #f0f3f6;padding:1px 0"><span style="color:{COLORS[m.status]};width:1em">{SIGNS[m.status]}</span>'
+        f"<span "
+        f'style="flex:1">{html.escape(m.monitor)}{" <small>(critical)</small>" if m.status == "firing" and m.severity == "critical" else ""}</span><span '
+        f'style="font-variant-numeric:tabular-nums">{shown(m.value)}</span>'
+        f'<span style="color:#8a949e;font-size:12px;width:8.5em;white-space:nowrap;text-align:right">{sense} '
+        f"{shown(m.threshold)}</span></div>"
     )
 
 # %% ../nbs/06_monitoring.ipynb #33866eb2
@@ -3040,11 +3105,13 @@ def retrain_decision(
     )
     age = t.value.get("model age", np.nan)
     (reasons if age > monitoring.retrain_days else why_not).append(
-        f"age: the bundle is {shown(age)} days old, train again after {monitoring.retrain_days:g} (monitoring.retrain_days)"
+        f"age: the bundle is {shown(age)} days old, train again after {monitoring.retrain_days:g} "
+        f"(monitoring.retrain_days)"
     )
     grown = n_feedback / max(1, recommender.histories.nnz)
     (reasons if grown >= monitoring.retrain_feedback_share else why_not).append(
-        f"new feedback: {n_feedback:,} on top of {recommender.histories.nnz:,} interactions, train again at {monitoring.retrain_feedback_share:.0%} (monitoring.retrain_feedback_share)"
+        f"new feedback: {n_feedback:,} on top of {recommender.histories.nnz:,} interactions, train again at "
+        f"{monitoring.retrain_feedback_share:.0%} (monitoring.retrain_feedback_share)"
     )
     return Decision(bool(reasons), reasons or why_not)
 
@@ -3067,7 +3134,9 @@ def ratings_from_events(
     ratings, left_out = feedback_ratings(found, event_values or load_settings().data.event_values)
     if not len(ratings):
         raise AerecError(
-            f"{log.url}: no feedback to make ratings of ({', '.join(f'{n:,} {why}' for why, n in left_out.items()) or 'there is none'}); what counts is said by data.event_values"
+            f"{log.url}: no feedback to make ratings of "
+            f"({', '.join(f'{n:,} {why}' for why, n in left_out.items()) or 'there is none'}); what counts is said by "
+            f"data.event_values"
         )
     return ratings.assign(timestamp=ratings.timestamp.astype(np.int64))
 
@@ -3080,7 +3149,8 @@ def grown_ratings(
     value = next((c for c in ("rating", "count") if c in ratings), None)
     if value and value not in new:
         raise AerecError(
-            f"the ratings have a {value} and the new feedback has none: say in data.event_values what a click is worth, such as {{'click': 4}}"
+            f"the ratings have a {value} and the new feedback has none: say in data.event_values what a click is "
+            f"worth, such as {{'click': 4}}"
         )
     new = new.copy()
     for c in ("user_id", "item_id"):

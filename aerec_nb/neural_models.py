@@ -28,7 +28,9 @@ from .modeling import AutoEncoder, Model, block_rows, check_histories, check_val
 
 # %% ../nbs/02b_neural_models.ipynb #91f1dc2b
 class BatchGenerator(torch.Generator):
-    "A generator that knows which part of a batch is this process's: the numbers of its rows and items, and how many there are in all. None: everything."
+    """A generator that knows which part of a batch is this process's: the numbers of its rows and items, and how many
+    there are in all. None: everything.
+    """
 
     rows = items = None
 
@@ -198,7 +200,9 @@ def softmax_loss(
 
 # %% ../nbs/02b_neural_models.ipynb #79bfe066
 class ItemRows(nn.Module):
-    "Features of items, and which items have a row of their own: those with interactions, and those of which the features say nothing."
+    """Features of items, and which items have a row of their own: those with interactions, and those of which the
+    features say nothing.
+    """
 
     def __init__(
         self,
@@ -450,7 +454,8 @@ def train_epoch(
         )
         if not math.isfinite(total):
             raise Diverged(
-                f"{self.name}: the loss is {total} in epoch {epoch}, batch {batch}; lower lr (now {self.lr:g}) or set clip_norm"
+                f"{self.name}: the loss is {total} in epoch {epoch}, batch {batch}; lower lr (now {self.lr:g}) or set "
+                f"clip_norm"
             )
         if after_batch:
             after_batch(epoch, batch, total)
@@ -579,7 +584,8 @@ def _checked(self: GradientModel, item_features, train):
     features = None if item_features is None else check_histories(item_features, what="item_features")
     if features is not None and features.shape[0] != train.shape[1]:
         raise AerecError(
-            f"item_features: {features.shape[0]:,} rows for {train.shape[1]:,} items; lay them out on the vocabulary of the histories"
+            f"item_features: {features.shape[0]:,} rows for {train.shape[1]:,} items; lay them out on the vocabulary "
+            f"of the histories"
         )
     if features is not None and not features.nnz:
         features = None
@@ -626,7 +632,9 @@ def n_weights(self: GradientModel, n_items) -> int:
 
 @patch
 def cost(self: GradientModel, n_users, n_items, nnz):
-    "Weights, gradients, Adam's two moments and a copy to keep the best; a block of outputs twice; what torch brings along for its optimizers."
+    """Weights, gradients, Adam's two moments and a copy to keep the best; a block of outputs twice; what torch brings
+    along for its optimizers.
+    """
     n_weights, n_blocks = self.n_weights(n_items), self.num_epoch * self.passes
     n_bytes, operations = self._features_cost(n_items)
     return (
@@ -639,7 +647,9 @@ def cost(self: GradientModel, n_users, n_items, nnz):
 
 @patch
 def _features_cost(self: GradientModel, n_items):
-    "Bytes and operations a batch that item features add: their weights as any others, rows in the making and their gradients, and the plain net."
+    """Bytes and operations a batch that item features add: their weights as any others, rows in the making and their
+    gradients, and the plain net.
+    """
     n_features, nnz = self.features_size
     if not nnz:
         return 0, 0

@@ -546,7 +546,9 @@ def unpack_zip(
     folder: Path,  # an empty folder
     limit_mib: float = LIMIT_MIB,  # MiB that all files may have
 ) -> Path:  # the folder
-    "Unpack a bundle; raises `AerecError` naming the entry that does not fit, before anything is written if the list of entries tells."
+    """Unpack a bundle; raises `AerecError` naming the entry that does not fit, before anything is written if the list
+    of entries tells.
+    """
     try:
         with zipfile.ZipFile(path) as z:
             members, seen = z.infolist(), set()
@@ -558,7 +560,8 @@ def unpack_zip(
                 seen.add(m.filename)
                 if m.filename.endswith((".json", ".md", ".sha256")) and m.file_size > _SMALL:
                     raise AerecError(
-                        f"bundle {path}: {m.filename} has {m.file_size / 2**20:,.1f} MiB, and may have {_SMALL / 2**20:g}"
+                        f"bundle {path}: {m.filename} has {m.file_size / 2**20:,.1f} MiB, and may have "
+                        f"{_SMALL / 2**20:g}"
                     )
             _check_size(path, sum(m.file_size for m in members), limit_mib)
             for m in members:
@@ -567,7 +570,8 @@ def unpack_zip(
         raise
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as e:
         raise AerecError(
-            f"bundle {path}: it is no zip that can be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}); take the bundle from its source again"
+            f"bundle {path}: it is no zip that can be read "
+            f"({str(e).splitlines()[0] if str(e) else type(e).__name__}); take the bundle from its source again"
         ) from None
     return Path(folder)
 
@@ -589,14 +593,16 @@ def _unpack_member(z: zipfile.ZipFile, m: zipfile.ZipInfo, target: Path, path: P
         m.file_size = said
     if left:
         raise AerecError(
-            f"bundle {path}: {m.filename} is {'larger' if left < 0 else 'smaller'} than the {said:,} bytes it states; take the bundle from its source again"
+            f"bundle {path}: {m.filename} is {'larger' if left < 0 else 'smaller'} than the {said:,} bytes it states; "
+            f"take the bundle from its source again"
         )
 
 
 def _check_size(path: Path, n_bytes: int, limit_mib: float) -> None:
     if n_bytes > limit_mib * 2**20:
         raise AerecError(
-            f"bundle {path}: its files have {n_bytes / 2**20:,.1f} MiB, and packaging.bundle_limit_mib allows {limit_mib:,.10g}; raise it if you trust where it came from"
+            f"bundle {path}: its files have {n_bytes / 2**20:,.1f} MiB, and packaging.bundle_limit_mib allows "
+            f"{limit_mib:,.10g}; raise it if you trust where it came from"
         )
 
 # %% ../nbs/05_packaging.ipynb #887880b1
@@ -1741,7 +1747,8 @@ class _FileHistory:
             for table in (self.table, self.marks):
                 for what in ("UPDATE", "DELETE"):
                     db.exec_driver_sql(
-                        f"CREATE TRIGGER IF NOT EXISTS {table.name}_{what.lower()} BEFORE {what} ON {table.name} BEGIN SELECT RAISE(ABORT, 'the history of aliases is append-only'); END"
+                        f"CREATE TRIGGER IF NOT EXISTS {table.name}_{what.lower()} BEFORE {what} ON {table.name} "
+                        f"BEGIN SELECT RAISE(ABORT, 'the history of aliases is append-only'); END"
                     )
 
     def rows(self) -> list:  # of `_Row`, oldest first
@@ -1830,7 +1837,9 @@ class Registry:
         cls,
         settings,  # from `load_settings`
     ):  # -> Registry
-        "The registry of the settings; who may promote to an alias, and through which gates, is said by that environment's own settings."
+        """The registry of the settings; who may promote to an alias, and through which gates, is said by that
+        environment's own settings.
+        """
         var = Path(settings.paths.var_dir)
         uri = settings.packaging.registry_uri or f"sqlite:///{var / 'registry.db'}"
         relative = uri.removeprefix("sqlite:///")
@@ -1958,7 +1967,9 @@ def _move(
 
 @patch
 def _settle(self: Registry) -> None:
-    "Mark what was done, and say of what was written down and not done that it was interrupted; the caller is alone with the registry."
+    """Mark what was done, and say of what was written down and not done that it was interrupted; the caller is alone
+    with the registry.
+    """
     left = [r for r in self._log.rows() if not r.done and r.time <= time.time() - self._log.patience]
     if not left:
         return
@@ -2000,7 +2011,8 @@ def register(
                 continue
             if "archived" in v.tags:
                 raise AerecError(
-                    f"{self.name}: this bundle is version {v.version}, which was archived ({v.tags['archived']}); pack a new one"
+                    f"{self.name}: this bundle is version {v.version}, which was archived ({v.tags['archived']}); "
+                    f"pack a new one"
                 )
             if signed and self._on_server:
                 _upload_again(self, v, kept)
@@ -2091,7 +2103,8 @@ def _upload(registry: Registry, kept: Path, id: str) -> tuple:  # (source, id of
     except Exception as e:
         raise AerecError(
             hide_secrets(
-                f"{registry.uri}: the server does not take the bundle ({(str(e).splitlines() or [type(e).__name__])[0][:200]}); start it with --artifacts-destination"
+                f"{registry.uri}: the server does not take the bundle "
+                f"({(str(e).splitlines() or [type(e).__name__])[0][:200]}); start it with --artifacts-destination"
             )
         ) from None
     return f"{run.info.artifact_uri}/{id[:16]}.zip", run.info.run_id
@@ -2135,12 +2148,14 @@ def _download(registry: Registry, version, id: str) -> None:
         except Exception as e:
             raise AerecError(
                 hide_secrets(
-                    f"{registry.name} version {version.version}: {registry.uri} does not give its bundle ({(str(e).splitlines() or [type(e).__name__])[0][:200]})"
+                    f"{registry.name} version {version.version}: {registry.uri} does not give its bundle "
+                    f"({(str(e).splitlines() or [type(e).__name__])[0][:200]})"
                 )
             ) from None
         if bundle_id(path) != id:
             raise AerecError(
-                f"{registry.name} version {version.version}: the server has another bundle than was registered; register it again from its source"
+                f"{registry.name} version {version.version}: the server has another bundle than was registered; "
+                f"register it again from its source"
             )
         with registry._alone():
             _keep_copy(Path(path), registry.bundles_dir, id)
@@ -2263,7 +2278,9 @@ def _check_promoter(self: Registry, alias: str, by: str, promoters=None) -> None
 
 
 class Moved(str):
-    "One line that says what points where now; `gates` is the table of the gates it went through, None where there were none."
+    """One line that says what points where now; `gates` is the table of the gates it went through, None where there
+    were none.
+    """
 
     gates = None
 
@@ -2313,12 +2330,15 @@ def resolve(
     self: Registry,
     version,  # a version, or an alias
 ) -> Path:  # bundle folder
-    "Where the bundle of a version or an alias is; raises `AerecError` if there is none, or another one than was registered."
+    """Where the bundle of a version or an alias is; raises `AerecError` if there is none, or another one than was
+    registered.
+    """
     number = self.current(version) if isinstance(version, str) and not version.isdigit() else int(version)
     known = {int(v.version): v for v in self.versions()}
     if number is None:
         raise AerecError(
-            f"{self.name}: the alias '{version}' points to nothing yet; run the pipeline (aerec run), or promote a version"
+            f"{self.name}: the alias '{version}' points to nothing yet; run the pipeline (aerec run), or promote a "
+            f"version"
         )
     if number not in known:
         raise AerecError(f"{self.name}: no version {number}; there are {', '.join(map(str, known)) or 'none'}")
@@ -2330,7 +2350,8 @@ def resolve(
         _download(self, known[number], tags["bundle"])
     if not folder.is_dir():
         raise AerecError(
-            f"{self.name} version {number}: its bundle {folder} is gone; restore it from a backup, or promote another version"
+            f"{self.name} version {number}: its bundle {folder} is gone; restore it from a backup, or promote another "
+            f"version"
         )
     if bundle_id(folder) != tags["bundle"]:
         raise AerecError(
@@ -2384,7 +2405,8 @@ def rollback(
     with self._alone():
         if self.current(alias) != stack[-1]:
             raise AerecError(
-                f"{self.name}: {alias} was moved by somebody else just now; look at the history, and roll back again if that is still wanted"
+                f"{self.name}: {alias} was moved by somebody else just now; look at the history, and roll back again "
+                f"if that is still wanted"
             )
         return Moved(self._move("rollback", alias, stack[-1], earlier[-1], by, why))
 
@@ -2592,7 +2614,10 @@ LICENCES = {
     "sample": "Apache-2.0: made up for this project",
     **dict.fromkeys(
         ("ml-latest-small", "ml-100k", "ml-1m", "ml-20m", "ml-25m", "ml-32m"),
-        "GroupLens usage licence: research use with citation, no commercial use or redistribution without permission (README of the data set; Harper & Konstan 2015, doi 10.1145/2827872)",
+        (
+            "GroupLens usage licence: research use with citation, no commercial use or redistribution without "
+            "permission (README of the data set; Harper & Konstan 2015, doi 10.1145/2827872)"
+        ),
     ),
 }
 
@@ -2696,7 +2721,8 @@ def _comparison(folder: Path, pick: str) -> list:  # sentences
     for p in pairs[(pairs.better == pick) | (pairs.worse == pick)].itertuples():
         better, other = p.better == pick, p.worse if p.better == pick else p.better
         said.append(
-            f"{'ahead of' if better else 'behind'} {other} by {p.difference:.4f} on test (95 % interval {p.low:.4f} to {p.high:.4f}): {p.verdict}"
+            f"{'ahead of' if better else 'behind'} {other} by {p.difference:.4f} on test (95 % interval {p.low:.4f} "
+            f"to {p.high:.4f}): {p.verdict}"
         )
     return said
 
@@ -2727,10 +2753,16 @@ def _limitations(r: Recommender) -> list:  # sentences
         else "Items that nobody had when it was trained are never recommended; pack anew when the catalogue changes."
     )
     return [
-        "The figures hold for users of the same kind, measured offline: what people would have done with these lists was not observed.",
+        (
+            "The figures hold for users of the same kind, measured offline: what people would have done with these "
+            "lists was not observed."
+        ),
         cold,
         "Popular items are recommended more often than others; see the popularity share above.",
-        "It carries what is known of each user: keep it where such data may be kept, and pack anew when a user is to be forgotten.",
+        (
+            "It carries what is known of each user: keep it where such data may be kept, and pack anew when a user is "
+            "to be forgotten."
+        ),
     ]
 
 
@@ -2759,7 +2791,8 @@ class _Graph:
         self.n_bytes += array.nbytes
         if self.n_bytes > 2**31 - 2**20:
             raise AerecError(
-                f"export_onnx: the graph would have {self.n_bytes / 2**30:.1f} GiB, and one ONNX file holds 2: take a model with fewer numbers, such as elsa, or fewer items"
+                f"export_onnx: the graph would have {self.n_bytes / 2**30:.1f} GiB, and one ONNX file holds 2: take a "
+                f"model with fewer numbers, such as elsa, or fewer items"
             )
         self.constants.append(self.onnx.numpy_helper.from_array(array, f"c{len(self.constants)}"))
         return self.constants[-1].name
@@ -2926,7 +2959,8 @@ def _scores_graph(m, g, x):
     "The graph of one model; raises `AerecError` if there is none for it."
     if m.name not in _GRAPHS:
         raise AerecError(
-            f"export_onnx: the model '{m.name}' has no graph (a fold-in that solves equations, or one's own class); those that have one are {', '.join(_GRAPHS)}"
+            f"export_onnx: the model '{m.name}' has no graph (a fold-in that solves equations, or one's own class); "
+            f"those that have one are {', '.join(_GRAPHS)}"
         )
     return _GRAPHS[m.name](m, g, x)
 
@@ -3012,7 +3046,9 @@ def describe_packaging(
     m, gates = run.manifest("packaging")["metrics"], gates_table(run)
     failed = gates.gate[gates.result == "failed"].tolist()
     return (
-        f"Bundle {m['bundle']} of {m['bytes'] / 2**20:.2f} MiB verifies{', is signed,' if m['signed'] else ' (it is not signed)'} and answers its golden requests as before. "
+        f"Bundle {m['bundle']} of {m['bytes'] / 2**20:.2f} MiB "
+        f"verifies{', is signed,' if m['signed'] else ' (it is not signed)'} and answers its golden requests as "
+        f"before. "
         f"It is version {m['version']} of {m['name']}; {m['outcome']}. "
         + (f"It would not pass every gate: {', '.join(failed)}." if failed else "No gate stands against it.")
     )

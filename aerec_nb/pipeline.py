@@ -186,7 +186,9 @@ def _papermill(job) -> None:
     return None
 
 
-_STARTS = 3  # a kernel is told free ports, and another process may take one before it does: then it ends at once, and no cell has run
+# A kernel is told free ports, and another process may take one before it does: then it ends at once, and no cell has
+# run
+_STARTS = 3
 
 
 def _explain(outcome, problem, ended_by) -> None:
@@ -294,7 +296,8 @@ def _source(stage: Stage) -> Path:
     path = project_dir() / "nbs" / f"{stage.notebook}.ipynb"
     if not path.exists():
         raise AerecError(
-            f"{show_value(path)}: no such notebook; run from the project, set AEREC_PROJECT to it, or begin one with aerec new"
+            f"{show_value(path)}: no such notebook; run from the project, set AEREC_PROJECT to it, or begin one with "
+            f"aerec new"
         )
     return path
 
@@ -548,7 +551,8 @@ def plan_steps(
     for p in steps:
         if p.action == "run" and (missing := [i for i in p.stage.inputs if by_name[i].action == "leave out"]):
             raise AerecError(
-                f"{p.stage.name} needs {missing[0]}, which is left out and is not there as it must be ({by_name[missing[0]].why}): begin with --from {missing[0]}"
+                f"{p.stage.name} needs {missing[0]}, which is left out and is not there as it must be "
+                f"({by_name[missing[0]].why}): begin with --from {missing[0]}"
             )
     return steps
 
@@ -620,7 +624,10 @@ def _formula(tex: str, display: bool) -> str:
     except Exception:
         return f'<code class="tex">{html.escape(tex)}</code>'  # mathtext raises many kinds of errors
     svg = re.sub(r"<metadata>.*?</metadata>", "", drawn.getvalue().decode(), flags=re.S)
-    picture = f'<img class="math" style="vertical-align:{-depth * 1.25:.1f}px" alt="{html.escape(tex, quote=True)}" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
+    picture = (
+        f'<img class="math" style="vertical-align:{-depth * 1.25:.1f}px" alt="{html.escape(tex, quote=True)}" '
+        f'src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
+    )
     return f'<p class="math">{picture}</p>' if display else picture
 
 
@@ -927,7 +934,9 @@ def run_pipeline(
     say=print,  # called with each line of progress
     **knobs,  # settings by name
 ) -> PipelineResult:  # after all stages that it saw to, and the report
-    "Execute the stage notebooks that something has changed for, into one run folder, and write its report; raises `AerecError` for a user's mistake."
+    """Execute the stage notebooks that something has changed for, into one run folder, and write its report; raises
+    `AerecError` for a user's mistake.
+    """
     opened, names, force = _opened(env, run, data, resume, first, last, only, force, knobs)
     if not run and not resume and not force and len(names) == len(STAGES) and (same := _same_run(opened)):
         kept = open_run(str(same[0].artifact.parent))
@@ -998,7 +1007,8 @@ def _opened(env, run, data, resume, first, last, only, force, knobs) -> tuple:
     opened.quiet = True  # the loop says what it does
     if not opened.settings.training.trains:
         raise AerecError(
-            f"environment {opened.env} does not train: run the pipeline in dev, then promote its bundle (aerec models promote --help)"
+            f"environment {opened.env} does not train: run the pipeline in dev, then promote its bundle (aerec models "
+            f"promote --help)"
         )
     return opened, names, forced
 
@@ -1290,17 +1300,24 @@ def _graph(table: pd.DataFrame, row: int = 26) -> str:
         for i in STAGES[s.stage].inputs:
             reach = 8 + 5.2 * abs(at[s.stage] - at[i]) ** 0.62
             parts.append(
-                f'<path d="M200 {at[i]:.0f} C{200 - reach:.0f} {at[i]:.0f} {200 - reach:.0f} {at[s.stage]:.0f} 200 {at[s.stage]:.0f}" fill="none" stroke="#b9c3cd" stroke-width="1.3"/>'
+                f'<path d="M200 {at[i]:.0f} C{200 - reach:.0f} {at[i]:.0f} {200 - reach:.0f} {at[s.stage]:.0f} 200 '
+                f'{at[s.stage]:.0f}" fill="none" stroke="#b9c3cd" stroke-width="1.3"/>'
             )
     for s in table.itertuples():
         y, width = at[s.stage], 0 if pd.isna(s.seconds) else 440 * s.seconds / longest
         told = "" if pd.isna(s.seconds) else f" {s.seconds:.1f} s"
         parts.append(
-            f'<circle cx="200" cy="{y:.0f}" r="6.5" fill="{_STATE_COLORS.get(s.state, "#999")}"><title>{s.state}</title></circle><text x="214" y="{y + 4.5:.0f}">{s.notebook}</text>'
-            f'<rect x="420" y="{y - 6:.0f}" width="{max(width, 1):.0f}" height="12" rx="2" fill="{_STATE_COLORS.get(s.state, "#999")}" opacity=".75"/>'
+            f'<circle cx="200" cy="{y:.0f}" r="6.5" '
+            f'fill="{_STATE_COLORS.get(s.state, "#999")}"><title>{s.state}</title></circle><text x="214" '
+            f'y="{y + 4.5:.0f}">{s.notebook}</text>'
+            f'<rect x="420" y="{y - 6:.0f}" width="{max(width, 1):.0f}" height="12" rx="2" '
+            f'fill="{_STATE_COLORS.get(s.state, "#999")}" opacity=".75"/>'
             f'<text x="{426 + max(width, 1):.0f}" y="{y + 4.5:.0f}" style="font-size:11px">{s.state}{told}</text>'
         )
-    return f'<svg class="graph" viewBox="60 0 940 {row * len(table) + 14}" role="img" aria-label="the stages, what they read, and their seconds">{"".join(parts)}</svg>'
+    return (
+        f'<svg class="graph" viewBox="60 0 940 {row * len(table) + 14}" role="img" aria-label="the stages, what they '
+        f'read, and their seconds">{"".join(parts)}</svg>'
+    )
 
 # %% ../nbs/07_pipeline.ipynb #2c5f02a2
 def _lineage(run: Run) -> list:
@@ -1364,7 +1381,9 @@ def _leaderboard(run: Run):
 
 
 def _example_list(run: Run, k: int = 10) -> tuple:
-    "A user of the data and ten recommendations with titles, from the packaged bundle; (None, None) where there is none."
+    """A user of the data and ten recommendations with titles, from the packaged bundle; (None, None) where there is
+    none.
+    """
     from aerec_nb.packaging import load_bundle
 
     folder = _whole_artifact(run, "packaging")
@@ -1389,7 +1408,10 @@ def summary(
     lines = [
         said,
         *(
-            f"{o.stage} failed: {o.error}\n  its traceback: {run.folder / 'failure.txt'}\n  go on with it: {_command()} run --resume"
+            (
+                f"{o.stage} failed: {o.error}\n  its traceback: {run.folder / 'failure.txt'}\n  go on with it: "
+                f"{_command()} run --resume"
+            )
             for o in result.failed
         ),
         f"report: {result.report}",
@@ -1482,7 +1504,9 @@ def run_sweep(
     say=print,  # called with each line of progress
     **knobs,  # settings by name, the same for all points
 ) -> Sweep:  # its table is also there if some points failed
-    "Run every point of a grid up to validation, and compare them; what an earlier sweep or run has made already is not made again."
+    """Run every point of a grid up to validation, and compare them; what an earlier sweep or run has made already is
+    not made again.
+    """
     settings = load_settings(env, source=data, **knobs)
     points = sweep_points(grid, n_seeds, settings.run.random_seed)
     if twice := set(grid) & set(knobs):
@@ -1521,7 +1545,8 @@ def _point_run(env, data, knobs, say) -> dict:
     chosen = read_json(run.folder / "validation" / "choice.json")["model"]
     board = pd.read_parquet(run.folder / "validation" / "leaderboard.parquet").set_index("model").loc[chosen]
     say(
-        f"  run {run.name}: {chosen}, NDCG@{run.settings.validation.topk} on validation {board.valid_ndcg:.4f} ± {board.valid_se:.4f}, {seconds:.0f} s"
+        f"  run {run.name}: {chosen}, NDCG@{run.settings.validation.topk} on validation {board.valid_ndcg:.4f} ± "
+        f"{board.valid_se:.4f}, {seconds:.0f} s"
     )
     return {
         "run": run.name,
@@ -1556,7 +1581,8 @@ def _compare_points(settings, name, rows, data, knobs, env) -> Sweep:
     frame = pd.DataFrame(table).sort_values(f"NDCG@{k} on validation", ascending=False, ignore_index=True)
     if frame[f"NDCG@{k} on validation"].isna().all():
         raise AerecError(
-            f"no point of the sweep came to its end: {next((r['error'] for row in rows for r in row['runs'] if 'error' in r), '')}"
+            f"no point of the sweep came to its end: "
+            f"{next((r['error'] for row in rows for r in row['runs'] if 'error' in r), '')}"
         )
     point = {c: frame[c][0] for c in frame.columns if c in KNOBS and pd.notna(frame[c][0])}
     words = ["aerec", "run", *(["--env", env] if env else []), *(["--data", data] if data else [])]
@@ -1684,7 +1710,9 @@ def _sweep_page(sweep: Sweep, k: int) -> str:
 def runs_table(
     runs_dir: Path,  # folder of runs
 ) -> pd.DataFrame:  # one row a run, newest first
-    "List the runs: when, in which environment, with what, how far, and the result. One that cannot be read is left out with a warning."
+    """List the runs: when, in which environment, with what, how far, and the result. One that cannot be read is left
+    out with a warning.
+    """
     rows = []
     for folder in all_runs(runs_dir):
         try:
@@ -1865,7 +1893,9 @@ def plot_stages(
 
 # %% ../nbs/07_pipeline.ipynb #9269b40c
 def _signatures(source: str) -> list:
-    "Exported functions and classes of a notebook: name, first line, docstring, rows of (parameter, type, default, meaning)."
+    """Exported functions and classes of a notebook: name, first line, docstring, rows of (parameter, type, default,
+    meaning).
+    """
     import inspect
 
     from fastcore.docments import docments
@@ -2083,7 +2113,9 @@ aerec serve        # the same over HTTP
 def new_project(
     folder: Path,  # that shall hold it; it must not exist, or be empty
 ) -> list:  # files that were written, relative to it
-    "Lay out a project: notebooks, configuration, a folder for data, a Makefile. Nothing is written if it cannot be done."
+    """Lay out a project: notebooks, configuration, a folder for data, a Makefile. Nothing is written if it cannot be
+    done.
+    """
     folder, template = Path(folder).absolute(), _template()
     if template is None:
         raise AerecError(
@@ -2518,7 +2550,8 @@ def _cmd_sweep(args) -> int:
         (grid if len(values) > 1 else fixed)[knob] = values if len(values) > 1 else values[0] if values else ""
     if not grid and args.seeds < 2:
         raise AerecError(
-            "a sweep needs a knob with several values between commas, or several seeds: aerec sweep -p model ease,mult_vae"
+            "a sweep needs a knob with several values between commas, or several seeds: aerec sweep -p model "
+            "ease,mult_vae"
         )
     if not grid:
         grid = (
@@ -2757,7 +2790,8 @@ def _parser() -> argparse.ArgumentParser:
         description="From a table of ratings to a monitored recommendation service.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="a first hour:\n  aerec new my_recommender && cd my_recommender\n  aerec run\n  aerec recommend 1\n  aerec serve\n\n"
-        'exit codes: 0 fine, 1 a stage failed, the doctor found a fault or a file cannot be used, 2 a mistake in what was asked, 3 a monitor fires, 130 Ctrl-C\ntab completion: eval "$(aerec completion bash)"',
+        "exit codes: 0 fine, 1 a stage failed, the doctor found a fault or a file cannot be used, 2 a mistake in what "
+        'was asked, 3 a monitor fires, 130 Ctrl-C\ntab completion: eval "$(aerec completion bash)"',
     )
     parser.add_argument("--version", action="version", version=f"aerec_nb {importlib.metadata.version('aerec_nb')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -146,7 +146,8 @@ class Catalogue:
         "One column of the items; raises `AerecError` naming those there are."
         if name not in self.table:
             raise AerecError(
-                f"the items have no column {preview(name)}{did_you_mean(name, self.table.columns)}; they have {', '.join(self.table.columns)}"
+                f"the items have no column {preview(name)}{did_you_mean(name, self.table.columns)}; they have "
+                f"{', '.join(self.table.columns)}"
             )
         return self.table[name]
 
@@ -266,7 +267,8 @@ def _as_moments(column: pd.Series) -> np.ndarray:
         wrong = values[parsed.isna() & values.notna()]
         if len(wrong):
             raise AerecError(
-                f"the items' column '{column.name}' has no dates: {preview(str(wrong.iloc[0]))} is neither one such as 2020-01-31, nor seconds since 1970"
+                f"the items' column '{column.name}' has no dates: {preview(str(wrong.iloc[0]))} is neither one such "
+                f"as 2020-01-31, nor seconds since 1970"
             )
         values = parsed
     if getattr(values.dtype, "tz", None) is not None:
@@ -664,7 +666,8 @@ def _options(s: Step, given: dict, where: str):
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         raise AerecError(
-            f"{where}: the step {s.name} has no parameter '{name}'{did_you_mean(name, s.options.model_fields)}; it has {', '.join(s.options.model_fields) or 'none'}"
+            f"{where}: the step {s.name} has no parameter '{name}'{did_you_mean(name, s.options.model_fields)}; it "
+            f"has {', '.join(s.options.model_fields) or 'none'}"
         )
     if error["type"] == "missing":
         raise AerecError(f"{where}: the step {s.name} needs {name}: set it as {{{s.name} = {{{name} = ...}}}}")
@@ -1178,7 +1181,8 @@ def find_step(
         "which is registered in this process only" if name in STEPS else f"and there is none{did_you_mean(name, STEPS)}"
     )
     raise AerecError(
-        f"postprocessing.steps names the step '{name}', {why}: there are {', '.join(sorted(n for n in STEPS if not _is_foreign(STEPS[n])))}; "
+        f"postprocessing.steps names the step '{name}', {why}: there are "
+        f"{', '.join(sorted(n for n in STEPS if not _is_foreign(STEPS[n])))}; "
         "one of your own goes into a file of the project, and is named module:step"
     )
 
@@ -1209,7 +1213,8 @@ def _step_of_file(name: str) -> Step:
         if found is None:
             advice = f"put @step('{own}') over its function"
             raise AerecError(
-                f"postprocessing.steps names '{name}', but {Path(made.__file__).name} registers no step '{own}': {advice}"
+                f"postprocessing.steps names '{name}', but {Path(made.__file__).name} registers no step '{own}': "
+                f"{advice}"
             )
         return found
     finally:
@@ -1236,7 +1241,8 @@ class Chain:
         self._found = [find_step(name) for name in self.steps] if found is None else list(found)
         if left := set(self.options) - set(self.steps):
             raise AerecError(
-                f"postprocessing.step_options: steps does not name {', '.join(sorted(left))}: add it there, or leave this out"
+                f"postprocessing.step_options: steps does not name {', '.join(sorted(left))}: add it there, or leave "
+                f"this out"
             )
         if any(b.ids or b.changes for b in self.bans) and "ban_list" not in self.steps:
             raise AerecError(
@@ -1688,7 +1694,9 @@ _NO_SOURCES = np.array([], object)
 
 # %% ../nbs/04a_postprocessing.ipynb #a1d4da89
 def _go_through(rest, request, c: Candidates, everything: bool) -> tuple:
-    "Candidates through cutting, ranking and placing steps: what is left, report, snapshots, and whether more candidates are needed."
+    """Candidates through cutting, ranking and placing steps: what is left, report, snapshots, and whether more
+    candidates are needed.
+    """
     report, snapshots = [], []
     for n, b in enumerate(rest):
         request.check_time()
@@ -1739,12 +1747,15 @@ def _one_step(b: Bound, request: Request, c: Candidates, last: bool) -> Candidat
 def _check_mask(name, mask, n) -> None:
     if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != (n,):
         raise AerecError(
-            f"step {name} must return a mask of {n} True or False, an array of bool: it returned {getattr(mask, 'dtype', type(mask).__name__)} of shape {np.shape(mask)}"
+            f"step {name} must return a mask of {n} True or False, an array of bool: it returned "
+            f"{getattr(mask, 'dtype', type(mask).__name__)} of shape {np.shape(mask)}"
         )
 
 
 def _checked_order(b, request, given, done) -> Candidates:
-    "What a step returned: each item once, none from nowhere; what may not be shown is taken out again, and that is said."
+    """What a step returned: each item once, none from nowhere; what may not be shown is taken out again, and that is
+    said.
+    """
     if not hasattr(done, "followed_by"):
         raise AerecError(
             f"step {b.name} must return candidates, such as candidates.take(order): it returned {type(done).__name__}"
@@ -1755,7 +1766,8 @@ def _checked_order(b, request, given, done) -> Candidates:
         raise AerecError(f"step {b.name} returned a score that is not a number")
     if b.kind == "rank" and not np.array_equal(np.sort(done.items), np.sort(given.items)):
         raise AerecError(
-            f"step {b.name} is to put {len(given)} candidates into an order; it returned others (kind place may add, kind cut may leave out)"
+            f"step {b.name} is to put {len(given)} candidates into an order; it returned others (kind place may add, "
+            f"kind cut may leave out)"
         )
     refused = ~request.allowed[done.items]
     if refused.any():
@@ -2120,7 +2132,9 @@ def check_chain(
     settings,  # from `load_settings`
     elsewhere: bool = False,  # will the stage run in another process?
 ) -> None:
-    "Refuse unknown steps, wrong parameters and ban lists that cannot be read, before anything is built; raises `AerecError`."
+    """Refuse unknown steps, wrong parameters and ban lists that cannot be read, before anything is built; raises
+    `AerecError`.
+    """
     p = settings.postprocessing
     for name in p.steps:
         find_step(name, elsewhere)
@@ -2130,7 +2144,9 @@ def check_chain(
 def chain_files(
     settings,  # from `load_settings`
 ) -> dict:  # label -> sha256
-    "What the stage depends on outside the run: the ban file, what the database bans, and files with steps of one's own."
+    """What the stage depends on outside the run: the ban file, what the database bans, and files with steps of one's
+    own.
+    """
     p, bans = settings.postprocessing, ban_list(settings)
     found = {f"step {name}": sha256_file(own_file(name, "postprocessing.steps")) for name in p.steps if ":" in name}
     if bans.file:
@@ -2226,7 +2242,10 @@ def describe_postprocessing(
     "What went in, what came out, and what deserves attention."
     m, chain = run.manifest("postprocessing")["metrics"], read_json(run.need("postprocessing") / "chain.json")
     lines = [
-        f"Candidates of {m['n_users']:,} users through {' > '.join(chain['steps']) or 'no step at all'}; {m['n_banned']} banned items."
+        (
+            f"Candidates of {m['n_users']:,} users through {' > '.join(chain['steps']) or 'no step at all'}; "
+            f"{m['n_banned']} banned items."
+        )
     ]
     if chain["unknown_bans"]:
         lines.append(f"Not in the catalogue, so never shown anyway: {', '.join(map(str, chain['unknown_bans'][:10]))}.")

@@ -345,7 +345,8 @@ class Stage:
     timeout: float = (
         3600.0  # seconds after which its notebook is ended, unless the setting `stage_timeout_s` says otherwise
     )
-    external: str = None  # function of the module that hashes what comes from outside: called with the settings, a dict of label -> sha256
+    # Function of the module that hashes what comes from outside: called with the settings, a dict of label -> sha256
+    external: str = None
     check: str = None  # function of the module that refuses bad settings before anything is read, see `check_stages`
     arguments: bool = True  # False: only what is configured counts, not what was given to this run
 
@@ -756,7 +757,9 @@ def file_faults(
     folder: Path,  # of an artifact
     manifest: dict,  # of it
 ) -> dict:  # relative path -> missing, changed or unreadable
-    "Check the files of an artifact against its manifest by size and SHA-256; one without a hash there counts as changed."
+    """Check the files of an artifact against its manifest by size and SHA-256; one without a hash there counts as
+    changed.
+    """
     folder = Path(folder)
     hashes = FileHashes(folder.parent)
     found = {name: hashes.fault(f"{folder.name}/{name}", about) for name, about in _listed_files(manifest).items()}
@@ -935,12 +938,15 @@ class Run:
         "Folder of a finished artifact of this run; raises `AerecError` if the stage did not happen."
         if self.manifest(stage) is None:
             raise AerecError(
-                f"run {self.name} has no finished {stage}: run {STAGES[stage].notebook}.ipynb with -p run {self.name} first"
+                f"run {self.name} has no finished {stage}: run {STAGES[stage].notebook}.ipynb with -p run {self.name} "
+                f"first"
             )
         return self.folder / stage
 
     def unfinished(self, stage: str) -> Path:
-        "Where a stage may keep what it has come to so far: it outlives a kill, and is removed once the artifact is in its place."
+        """Where a stage may keep what it has come to so far: it outlives a kill, and is removed once the artifact is in
+        its place.
+        """
         return self.folder / f".{stage}"
 
     def outside(self, stage: str) -> dict:
@@ -950,7 +956,9 @@ class Run:
             return s.function(s.external)(self.settings) if s.external else {}
 
     def key(self, stage: str, changed: dict = None, found: dict = None, inputs: dict = None) -> dict:
-        "What the artifact of a stage depends on: code, settings, what comes from outside, contents of its inputs (manifests by name; None: this run's own)."
+        """What the artifact of a stage depends on: code, settings, what comes from outside, contents of its inputs
+        (manifests by name; None: this run's own).
+        """
         s, outside = STAGES[stage], self.outside(stage) if found is None else found
         contents = {
             name: sha256_json((inputs[name] if inputs else read_manifest(self.need(name)))["outputs"])
@@ -973,7 +981,9 @@ class Run:
         return sha256_json([stage, self.key(stage, changed, found)])
 
     def ensure(self, stage: str) -> Path:
-        "Folder of the stage's artifact: this run's own, linked from an earlier run with the same fingerprint, or built now."
+        """Folder of the stage's artifact: this run's own, linked from an earlier run with the same fingerprint, or
+        built now.
+        """
         check_stages(self.settings, [*upstream(stage), stage])
         self._ensure_upstream(stage)
         return self._ensure_one(stage)
@@ -1007,17 +1017,21 @@ class Run:
 
         if _changed_by_hand(manifest):
             raise FileError(
-                f"run {self.name}: {stage} is damaged ({describe_faults(faults)}) and was made from changed cells of its "
+                f"run {self.name}: {stage} is damaged ({describe_faults(faults)}) and was made from changed cells of "
+                f"its "
                 f"notebook: run {STAGES[stage].notebook}.ipynb again with -p run {self.name}"
             )
         warn_of_damage(self.folder / stage, faults)
         return None
 
     def execute(self, stage: str, build=None, notebook: dict = None) -> Path:
-        "Build a stage anew, with `build` or the module's own function, after its inputs; `notebook` is the caller's globals()."
+        """Build a stage anew, with `build` or the module's own function, after its inputs; `notebook` is the caller's
+        globals().
+        """
         if not self.settings.training.trains and stage in ("training", "validation"):
             raise AerecError(
-                f"environment {self.env} does not train: promote a bundle that dev has trained (aerec models promote), or set training.trains"
+                f"environment {self.env} does not train: promote a bundle that dev has trained (aerec models "
+                f"promote), or set training.trains"
             )
         check_stages(self.settings, [*upstream(stage), stage])
         changed = unexported_changes(STAGES[stage].module, notebook.get("In", [])) if notebook else {}

@@ -102,7 +102,8 @@ def check_address(
         socket.create_connection((host, int(port)), timeout=min(5, seconds)).close()
     except OSError as e:
         raise AerecError(
-            f"scale.address = {address}: nothing answers there ({e.strerror or e}); start one with `ray start --head`, or leave the address out"
+            f"scale.address = {address}: nothing answers there ({e.strerror or e}); start one with `ray start "
+            f"--head`, or leave the address out"
         ) from None
     if address.startswith("ray://"):
         return False
@@ -116,10 +117,12 @@ def check_address(
             break
     if "AuthenticationError" in said:
         raise AerecError(
-            f"scale.address = {address}: the cluster asks for another token than the one here; put what `ray get-auth-token` prints there into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            f"scale.address = {address}: the cluster asks for another token than the one here; put what `ray "
+            f"get-auth-token` prints there into ~/.ray/auth_token or RAY_AUTH_TOKEN"
         )
     raise AerecError(
-        f"scale.address = {address}: something answers there, but it is no Ray cluster of version {importlib.metadata.version('ray')}"
+        f"scale.address = {address}: something answers there, but it is no Ray cluster of version "
+        f"{importlib.metadata.version('ray')}"
     )
 
 
@@ -128,7 +131,10 @@ def _health(address, environ, seconds):
     asked = [
         sys.executable,
         "-c",
-        'import sys; from ray.scripts.scripts import main; sys.argv = sys.argv[:1] + ["health-check", "--address", sys.argv[1]]; main()',
+        (
+            'import sys; from ray.scripts.scripts import main; sys.argv = sys.argv[:1] + ["health-check", '
+            '"--address", sys.argv[1]]; main()'
+        ),
         address,
     ]
     try:
@@ -170,7 +176,8 @@ def _check_nodes(ray, seconds=120):
             raise AerecError(f"the Ray worker on {node} failed: {_last_line(e)}") from None
         if found != own:
             raise AerecError(
-                f'the Ray worker on {node} has {f"aerec_nb {found}, this process {own}" if found else "no aerec_nb"}: pip install "aerec_nb[ray]=={own}" in its Python'
+                f"the Ray worker on {node} has {f'aerec_nb {found}, this process {own}' if found else 'no aerec_nb'}: "
+                f'pip install "aerec_nb[ray]=={own}" in its Python'
             )
 
 
@@ -348,7 +355,8 @@ def _large(source, encoding):
     files = source.files("ratings")
     if not files:
         raise AerecError(
-            f"{source.name}: the engine reads files, and this source is in none; write it to Parquet files first, or set scale.engine to local"
+            f"{source.name}: the engine reads files, and this source is in none; write it to Parquet files first, or "
+            f"set scale.engine to local"
         )
     table = source.ratings.zip.found.ratings if isinstance(source.ratings, di.Zipped) else source.ratings
     return di._Large(
@@ -582,7 +590,9 @@ def _everywhere(facts):
 
 
 def _agreed(parts):
-    "Ids of all pieces in one type, as the whole would have it: texts where one is a text; (distinct ids in order of first appearance, numbers of each piece's)."
+    """Ids of all pieces in one type, as the whole would have it: texts where one is a text; (distinct ids in order of
+    first appearance, numbers of each piece's).
+    """
     kinds = {str(p.dtype) for p in parts if len(p)} or {str(parts[0].dtype)}
     parts = [p if len(p) else p.astype(object) for p in parts]
     if len(kinds) > 1:
@@ -664,7 +674,8 @@ def _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding):
 def _undecodable(path, name, tried):
     line, byte = di._undecodable(path, tried[-1])
     raise AerecError(
-        f"{name}, line {line}: byte 0x{byte:02x} is not {' or '.join(tried)}; correct it, or set encoding to what the file was written in"
+        f"{name}, line {line}: byte 0x{byte:02x} is not {' or '.join(tried)}; correct it, or set encoding to what the "
+        f"file was written in"
     )
 
 
@@ -1075,9 +1086,8 @@ def _waterfall(everywhere, rules, scale):
     def row(name, verdict, dropped, facts, before, reweighed):
         note, mean = verdict.note, facts["weight"] / facts["n"] if facts["n"] else 0.0
         if reweighed:
-            note = (
-                f"{note}; " * bool(note)
-                + f"{'weights only: ' if not dropped else ''}mean weight {mean:.4g}, was {report[-1]['mean_weight']:.4g}"
+            note = f"{note}; " * bool(note) + (
+                f"{'weights only: ' if not dropped else ''}mean weight {mean:.4g}, was {report[-1]['mean_weight']:.4g}"
             )
         now = {"rows": facts["n"], "users": int(facts["users"]), "items": int(np.count_nonzero(facts["items"]))}
         report.append(
@@ -1107,7 +1117,8 @@ def _waterfall(everywhere, rules, scale):
         if not everywhere.facts["n"]:
             note = report[-1]["note"]
             raise AerecError(
-                f"the rules leave no interactions: {name} ({verdict.setting}) dropped the last {n_dropped:,} rows{f' ({note})' if note else ''}; loosen it"
+                f"the rules leave no interactions: {name} ({verdict.setting}) dropped the last {n_dropped:,} "
+                f"rows{f' ({note})' if note else ''}; loosen it"
             )
     return pd.DataFrame(report), gone
 
@@ -1397,7 +1408,9 @@ class _Only:
 
 # %% ../nbs/06a_scale.ipynb #ac193d92
 def _ends(rows, n_rows, n_items):
-    "Of a shard: a bit for each of its rows, its users with their first row and how many they have, the first row of each item. Rows of weight 0 are no interactions."
+    """Of a shard: a bit for each of its rows, its users with their first row and how many they have, the first row of
+    each item. Rows of weight 0 are no interactions.
+    """
     there = np.zeros(n_rows, bool)
     there[rows.index.to_numpy()] = True
     rows = rows[rows.weight.to_numpy() != 0]
@@ -1817,7 +1830,9 @@ def fit_model(
     item_features: sparse.csr_matrix = None,  # [n_items, n_features] for models that use them
     scale: ScaleSettings = None,  # of the settings; None: the defaults
 ):  # -> the model, fitted
-    "`modeling.fit_model` by workers; models that are neither closed forms on items nor trained by gradients are fitted here, from whole histories."
+    """`modeling.fit_model` by workers; models that are neither closed forms on items nor trained by gradients are
+    fitted here, from whole histories.
+    """
     scale = scale or ScaleSettings(engine="ray")
     if hasattr(model, "train_epoch"):
         return _fit_by_gradients(model, train, item_features, scale)

@@ -95,7 +95,9 @@ class RequestThreads:
         work,  # function()
         deadline: Deadline = None,  # what `work` looks at; None: it takes no time worth stopping
     ):  # -> what `work` gives back
-        "Run work in a thread; it ends, or is not begun, where the caller gives up; raises `TimeoutError` at the deadline."
+        """Run work in a thread; it ends, or is not begun, where the caller gives up; raises `TimeoutError` at the
+        deadline.
+        """
         future = asyncio.wrap_future(self._pool.submit(work))
         try:
             return await future
@@ -301,7 +303,9 @@ class BadItemId(AerecError):
 def ban_file(
     settings,  # from `load_settings`
 ) -> Path:  # of the list of this environment
-    "Find the list of items that were banned through the service, or begin one; raises `AerecError` where it cannot be read."
+    """Find the list of items that were banned through the service, or begin one; raises `AerecError` where it cannot be
+    read.
+    """
     var = Path(settings.paths.var_dir)
     path = var / f"bans-{settings.env}.txt"
     kept_before = path.with_name(f"{path.name}.lock").exists()
@@ -309,7 +313,8 @@ def ban_file(
         if not path.exists():
             if kept_before:
                 raise AerecError(
-                    f"{path}: the list of banned items is missing; restore it, or delete {path.name}.lock too if nothing is banned"
+                    f"{path}: the list of banned items is missing; restore it, or delete {path.name}.lock too if "
+                    f"nothing is banned"
                 )
             _write_bans(path, _bans_of_all_environments(var))
         banned_through_service(path)
@@ -348,7 +353,9 @@ def change_bans(
     item_id: str,  # what to ban or to allow
     banned: bool,  # False: allow it
 ) -> bool:  # did that change anything?
-    "Put an item on the list, or take it off; raises `BadItemId`, and `AerecError` where the list cannot be read or written."
+    """Put an item on the list, or take it off; raises `BadItemId`, and `AerecError` where the list cannot be read or
+    written.
+    """
     with alone(path, 5):
         ids = banned_through_service(path)
         if (item_id in ids) == banned:

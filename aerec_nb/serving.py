@@ -462,7 +462,9 @@ def new_api_key(
 
 
 class ApiKeys:
-    "Digests of keys and their roles; raises `AerecError` where keys are required and there is none, or a plain one where plain ones are refused."
+    """Digests of keys and their roles; raises `AerecError` where keys are required and there is none, or a plain one
+    where plain ones are refused.
+    """
 
     def __init__(
         self,
@@ -475,7 +477,8 @@ class ApiKeys:
             found = _DIGEST.fullmatch(value := secret.get_secret_value())
             if not found and settings.env in ("stage", "live"):
                 raise AerecError(
-                    f"serving.api_keys: {settings.env} takes digests only, as roles:sha256:digest; make keys with python -m aerec_nb.serving --new-key read"
+                    f"serving.api_keys: {settings.env} takes digests only, as roles:sha256:digest; make keys with "
+                    f"python -m aerec_nb.serving --new-key read"
                 )
             self.known.append(
                 (bytes.fromhex(found[2]), frozenset(found[1].split("+")))
@@ -789,7 +792,8 @@ class JsonLines(logging.Handler):
         say(record.levelname.lower(), text=record.getMessage(), logger=record.name)
 
 # %% ../nbs/05a_serving.ipynb #725ffc42
-MAX_OPEN = 8  # requests that need no key, /health apart, answered at the same time: those with a key share the threads with them
+# Requests that need no key, /health apart, answered at the same time: those with a key share the threads with them
+MAX_OPEN = 8
 MAX_WRONG_KEYS = 10.0  # wrong keys a second and address, where serving.rate_limit says nothing
 
 
@@ -870,7 +874,10 @@ class RequestMiddleware:
             s.metrics.refused.labels("host").inc()
             return problem(
                 421,
-                "this service does not answer for the host of the request; name it in serving.allowed_hosts, or use another address",
+                (
+                    "this service does not answer for the host of the request; name it in serving.allowed_hosts, or "
+                    "use another address"
+                ),
                 id,
             )
         if route is None:
@@ -896,10 +903,14 @@ class RequestMiddleware:
                 if roles:
                     return problem(
                         403,
-                        f"this key may {' and '.join(sorted(roles))}; {scope['method']} {scope['path'][:40]} needs a key with the role {needed}",
+                        (
+                            f"this key may {' and '.join(sorted(roles))}; {scope['method']} {scope['path'][:40]} "
+                            f"needs a key with the role {needed}"
+                        ),
                         id,
                     )
-                # a valid key is never refused for the wrong ones of others at its address: keys have 256 random bits, what is saved here is work
+                # a valid key is never refused for the wrong ones of others at its address: keys have 256 random bits,
+                # what is saved here is work
                 rate = s.rate_limit or MAX_WRONG_KEYS
                 wait = s.shared.take(f"wrong keys of {address}", rate) if given else 0
                 if wait:
@@ -1213,7 +1224,9 @@ class State:
         return self._children[route, status]
 
     async def refresh(self) -> Live:
-        "Return what answers, with all feedback that any worker committed; a log that hangs holds up an answer for a moment at most."
+        """Return what answers, with all feedback that any worker committed; a log that hangs holds up an answer for a
+        moment at most.
+        """
         if not self.reader.up_to_date() and not await self.reader.catch_up(self._patience()):
             raise NotReady
         return self.live
@@ -1274,7 +1287,9 @@ def _read_log(self: State) -> None:
 
 @patch
 def _forget(self: State, recommender: Recommender, seq: int) -> int:  # the number to continue from
-    "Forget users who were deleted: the log knows only hashes of their ids, so all users are looked through where there is a new one."
+    """Forget users who were deleted: the log knows only hashes of their ids, so all users are looked through where
+    there is a new one.
+    """
     gone, seq = self.log.erased_since(seq)
     if not gone:
         return seq
@@ -1648,7 +1663,9 @@ def create_app(
     metrics: Path = None,  # folder in which workers count together, see `share_metrics`; None: there is one
     look=None,  # function() -> (version, bundle folder) that ought to be served, asked every `serving.follow_s`; None: it stays
 ) -> FastAPI:
-    "The service as an ASGI app; raises `AerecError` if keys are required and there are none, the bundle does not verify, or an allowed host is no host name."
+    """The service as an ASGI app; raises `AerecError` if keys are required and there are none, the bundle does not
+    verify, or an allowed host is no host name.
+    """
     settings = settings or load_settings()
     recommender = bundle if hasattr(bundle, "recommend") else load_bundle(bundle, settings=settings)
     state = State(recommender, settings, event_log or EventLog.from_settings(settings), simulated, shared, metrics)
@@ -1690,7 +1707,9 @@ RETRY_S = 60.0  # seconds after which a refused bundle is looked at again, thoug
 
 
 def follow(state: State, look, seconds: float) -> None:
-    "Look every few seconds what is to be served, and serve it once it is loaded and verified; until then the old one stays, and an alert says why."
+    """Look every few seconds what is to be served, and serve it once it is loaded and verified; until then the old one
+    stays, and an alert says why.
+    """
     refused, again = None, 0.0
     while not state.stopping.wait(seconds):
         candidate = None
@@ -2046,7 +2065,9 @@ def _add_changes(app: FastAPI, state: State) -> None:
         response_class=Response,
     )
     async def forget(request: Request, user_id: PathId):
-        "Forget a user: events are removed from the log, and neither they nor the packed history count any more, in any worker, nor after a restart."
+        """Forget a user: events are removed from the log, and neither they nor the packed history count any more, in
+        any worker, nor after a restart.
+        """
         id = request.scope["request_id"]
         try:
             removed = await state.log_threads.run(lambda: state.log.delete_user(user_id))
@@ -2323,8 +2344,10 @@ def serve(
             )
 
         print(
-            f"{settings.env}: {recommender.info['card'].get('name', recommender.model.name)} {recommender.info['id'][:16]} on http://{host}:{sock.getsockname()[1]}"
-            f"{f' (try it: http://{host}:{sock.getsockname()[1]}/demo)' if s.demo else ''}; API at /docs; events go to {log.url}",
+            f"{settings.env}: {recommender.info['card'].get('name', recommender.model.name)} "
+            f"{recommender.info['id'][:16]} on http://{host}:{sock.getsockname()[1]}"
+            f"{f' (try it: http://{host}:{sock.getsockname()[1]}/demo)' if s.demo else ''}; API at /docs; events go "
+            f"to {log.url}",
             flush=True,
         )
         supervise(work, s.workers, mark_process_dead)
@@ -2539,7 +2562,8 @@ def _wait_until_ready(process, said, seconds: float) -> str:  # its URL
     while time.monotonic() < end:
         if process.poll() is not None:
             raise AerecError(
-                f"the service did not start: {(_said(said).strip().splitlines() or ['it said nothing'])[-1].removeprefix('error: ')}"
+                f"the service did not start: "
+                f"{(_said(said).strip().splitlines() or ['it said nothing'])[-1].removeprefix('error: ')}"
             )
         found = re.search(r" on (http://\S+)", _said(said))
         if found:
@@ -2720,7 +2744,8 @@ def describe_serving(
     "What was served and what happened."
     m = run.manifest("serving")["metrics"]
     return (
-        f"Bundle {m['version']} served over HTTP to {m['n_requests']:,} simulated requests: {m['n_failed']} failed, {m['n_fallback']} were answered with popular items. "
+        f"Bundle {m['version']} served over HTTP to {m['n_requests']:,} simulated requests: {m['n_failed']} failed, "
+        f"{m['n_fallback']} were answered with popular items. "
         f"The log has {m['n_events']:,} events, {m['n_clicks']:,} of them clicks, all marked simulated."
     )
 

@@ -137,7 +137,8 @@ class Checkpoints:
         about = read_json(self.folder / "checkpoint.json")
         if about["fingerprint"] != self.fingerprint:
             print(
-                f"{model.name}: the checkpoint in {show_value(self.folder)} is of other settings, data or code; training begins anew"
+                f"{model.name}: the checkpoint in {show_value(self.folder)} is of other settings, data or code; "
+                f"training begins anew"
             )
             return Progress()
         if not (path := self.folder / about["file"]).exists() or sha256_file(path) != about["sha256"]:
@@ -164,7 +165,9 @@ class Checkpoints:
 
 # %% ../nbs/03_training.ipynb #04fbfb55
 def default_patience(model, split):
-    "Fifteen epochs; where an epoch has few steps, as many as give sixty: with two steps an epoch a net can stand still for longer than fifteen."
+    """Fifteen epochs; where an epoch has few steps, as many as give sixty: with two steps an epoch a net can stand
+    still for longer than fifteen.
+    """
     steps = math.ceil(split.train.shape[0] / model.hyperparameters.get("batch_size", 1))
     return max(15, math.ceil(60 / steps))
 
@@ -304,7 +307,8 @@ def same_place(model, at):
         sums, sums[0] * torch.tensor([1.0, at.epoch, at.batch, at.epoch**2, at.batch**2], dtype=torch.float64)
     ):
         raise AerecError(
-            "the processes that train together found different checkpoints: keep the run on storage that all of them see"
+            "the processes that train together found different checkpoints: keep the run on storage that all of them "
+            "see"
         )
 
 
@@ -817,7 +821,9 @@ def closed_form_items(
 def net_settings(
     n_users: int,  # that learn
 ) -> dict:  # hyperparameters
-    "Settings of a net by the size of the data: some twenty steps an epoch and eight hundred in all, over which the learning rate falls; weight decay as a prior, whose part in a mean over users falls with their number."
+    """Settings of a net by the size of the data: some twenty steps an epoch and eight hundred in all, over which the
+    learning rate falls; weight decay as a prior, whose part in a mean over users falls with their number.
+    """
     batch_size = int(np.clip(n_users // 20, 32, 500))
     n_epochs = max(40, -(-800 // -(-n_users // batch_size)))
     return {
@@ -896,7 +902,10 @@ class _Search:
             f"{k} {found.hyperparameters[k]:.3g}" for k in (model_class(name).tune_space if space is None else space)
         )
         self.say(
-            f"{label or name}: {self.metric} {found.value:.4f} in {len(found.trials)} {'trial' if len(found.trials) == 1 else 'trials'}"
+            (
+                f"{label or name}: {self.metric} {found.value:.4f} in {len(found.trials)} "
+                f"{'trial' if len(found.trials) == 1 else 'trials'}"
+            )
             + (f" ({tried})" if tried else "")
         )
         return found
@@ -929,7 +938,9 @@ def _look_at_references(search):
 
 
 def _look_at_closed_forms(search):
-    "EASE, and around what is best there the family with all knobs; the search on fewer items if there are very many, what it finds on as many as there is time for."
+    """EASE, and around what is best there the family with all knobs; the search on fewer items if there are very many,
+    what it finds on as many as there is time for.
+    """
     small, large = (
         closed_form_items(search.n_users, search.n_items, search.nnz, share * search.budget_s * search.speed)
         for share in (0.25 / 40, 0.08)
@@ -1081,13 +1092,19 @@ def auto(
     blended = lists.ndcg(weights, topk).mean()
     best = found[int(singles.argmax())].name
     why = (
-        f"a blend is better than {best} alone by {gain:.4f} ± {gain_se:.4f} NDCG@{topk} for people that it was not chosen on"
+        (
+            f"a blend is better than {best} alone by {gain:.4f} ± {gain_se:.4f} NDCG@{topk} for people that it was "
+            f"not chosen on"
+        )
         if (weights > 0).sum() > 1
         else f"{best} has the best NDCG@{topk} on validation, {singles.max():.4f}"
         + (
             ""
             if pays
-            else f"; a blend would gain {gain:.4f} ± {gain_se:.4f} for people that it was not chosen on, too little to be sure"
+            else (
+                f"; a blend would gain {gain:.4f} ± {gain_se:.4f} for people that it was not chosen on, too little to "
+                f"be sure"
+            )
         )
         if weights[singles.argmax()]
         else "it is what there is time to fit again"
@@ -1252,7 +1269,8 @@ class ExperimentLog:
             raise
         except Exception as e:
             raise AerecError(
-                f"training.tracking_uri {show_value(uri)}: MLflow cannot open it: {(str(e) or type(e).__name__).splitlines()[0]}; set it to off to train without a log"
+                f"training.tracking_uri {show_value(uri)}: MLflow cannot open it: "
+                f"{(str(e) or type(e).__name__).splitlines()[0]}; set it to off to train without a log"
             ) from None
 
     @classmethod
@@ -1277,7 +1295,8 @@ class ExperimentLog:
             return getattr(self._client, what)(*args, **kwargs)
         except Exception as e:
             print(
-                f"experiment log {show_value(self.uri)}: {(str(e) or type(e).__name__).splitlines()[0]}; training goes on without it"
+                f"experiment log {show_value(self.uri)}: {(str(e) or type(e).__name__).splitlines()[0]}; training "
+                f"goes on without it"
             )
             self._client = None
 
@@ -1364,7 +1383,8 @@ def item_features_of(
     folder = run.need("model_preprocessing") / "features"
     if not folder.exists():
         raise AerecError(
-            "use_item_features: these data say nothing of their items; bring items.csv or movies.csv, or leave use_item_features out"
+            "use_item_features: these data say nothing of their items; bring items.csv or movies.csv, or leave "
+            "use_item_features out"
         )
     return ItemFeatures.load(folder).over(split.items).matrix
 

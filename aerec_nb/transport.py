@@ -70,7 +70,8 @@ class AllowedHosts:
             name = f"[{name}]"  # an IPv6 address
         if not _HOST_PATTERN.fullmatch(name):
             raise AerecError(
-                f"serving.allowed_hosts: {pattern!r} is not a host name; write example.org or *.example.org, without scheme and port"
+                f"serving.allowed_hosts: {pattern!r} is not a host name; write example.org or *.example.org, without "
+                f"scheme and port"
             )
         if name == "*":
             self.any = True
@@ -110,7 +111,8 @@ def is_loopback(
         found = {info[4][0] for info in socket.getaddrinfo(host or "0.0.0.0", None)}
     except OSError as e:
         raise AerecError(
-            f"serving.host: {host!r} is not an address of this machine ({e.strerror or e}); 127.0.0.1 is for this machine alone"
+            f"serving.host: {host!r} is not an address of this machine ({e.strerror or e}); 127.0.0.1 is for this "
+            f"machine alone"
         ) from None
     addresses = [ipaddress.ip_address(address.partition("%")[0]) for address in found]
     return all((getattr(a, "ipv4_mapped", None) or a).is_loopback for a in addresses)
@@ -124,7 +126,8 @@ def check_exposure(
     if s.require_auth or s.allow_unauthenticated or is_loopback(s.host):
         return
     raise AerecError(
-        f"serving.host is {s.host or 'any address'}, which other machines can reach, and no keys are required: set AEREC_SERVING__REQUIRE_AUTH=true and AEREC_SERVING__API_KEYS, "
+        f"serving.host is {s.host or 'any address'}, which other machines can reach, and no keys are required: set "
+        f"AEREC_SERVING__REQUIRE_AUTH=true and AEREC_SERVING__API_KEYS, "
         "or say --allow-unauthenticated"
     )
 
@@ -253,7 +256,8 @@ def page_policy(
     scripts = [*own, *(_hash_source(text) for text in re.findall(r"<script>(.*?)</script>", html, re.DOTALL))]
     styles = [*own, *(_hash_source(text) for text in re.findall(r"<style>(.*?)</style>", html, re.DOTALL))]
     return (
-        f"default-src 'none'; script-src {' '.join(scripts)}; style-src {' '.join(styles)}; connect-src 'self'; img-src data:; "
+        f"default-src 'none'; script-src {' '.join(scripts)}; style-src {' '.join(styles)}; connect-src 'self'; "
+        f"img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
@@ -700,7 +704,9 @@ class _Server(uvicorn.Server):
         for sock in sockets:
             sock.listen(
                 BACKLOG
-            )  # asyncio uses one number for the kernel's queue and for how many it accepts at once: the first should be large, the second small
+                # Asyncio uses one number for the kernel's queue and for how many it accepts at once: the first should be
+                # large, the second small
+            )
 
 
 def run_server(

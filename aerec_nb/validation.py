@@ -324,7 +324,9 @@ def rank(
     k: int = 10,  # length of the lists
     block_size: int = None,  # users at a time; None: as many as give 64 MiB of scores
 ) -> np.ndarray:  # int32 [n, k], best first, histories masked; -1 where fewer than k items are left
-    "The ranked lists of a fold, a block of users at a time; a score of -inf takes an item out. Raises `AerecError` where a score is not a number."
+    """The ranked lists of a fold, a block of users at a time; a score of -inf takes an item out. Raises `AerecError`
+    where a score is not a number.
+    """
     given = np.asarray(model) if isinstance(model, (np.ndarray, list)) else None
     name = "scores" if given is not None else model.name or type(model).__name__
     n, n_items = fold.input.shape
@@ -554,7 +556,8 @@ def _by_model(evaluations):
     for name, theirs in others:
         if len(theirs) != len(ours):
             raise AerecError(
-                f"{name} was evaluated {len(theirs)} times and {first} {len(ours)} times: give every model the same splits and seeds"
+                f"{name} was evaluated {len(theirs)} times and {first} {len(ours)} times: give every model the same "
+                f"splits and seeds"
             )
         for a, b in zip(ours, theirs):
             if not np.array_equal(a.users, b.users) or a.on != b.on:
@@ -622,7 +625,9 @@ def compare(
 ) -> (
     pd.DataFrame
 ):  # a row a pair, models first, bounds last: better, worse, difference, low, high (95 %), p, p_holm, verdict
-    "Paired differences between every two models, between each of them and popularity, and between the best and what is random or perfect."
+    """Paired differences between every two models, between each of them and popularity, and between the best and what
+    is random or perfect.
+    """
     groups = _by_model(evaluations)
     ends = {}
     for e in next(iter(groups.values())):
@@ -702,7 +707,9 @@ def _last_times(split, users, on):
 
 
 def _target_slices(e, on_targets, k):
-    "Per user the share of found targets in each bucket of items, NaN where there is none; the last bucket has those that no model can know."
+    """Per user the share of found targets in each bucket of items, NaN where there is none; the last bucket has those
+    that no model can know.
+    """
     code, names = on_targets
     found = np.zeros(e.fold.target.nnz, bool)
     hits = _hits(e.top[:, :k], e.fold.target)
@@ -785,7 +792,9 @@ def slices(
 
 # %% ../nbs/03a_validation.ipynb #0684f762
 def _ids_and_entries(split, learned_from, on):
-    "Ids of all rows, and (row, column, time) of what was learned, over the split's users and items; ids that it does not have come behind."
+    """Ids of all rows, and (row, column, time) of what was learned, over the split's users and items; ids that it does
+    not have come behind.
+    """
     inter = split.interactions
     if learned_from is None:
         parts = [TRAIN] if on == "valid" or split.kind == "strong" else [TRAIN, VALID]
@@ -805,7 +814,8 @@ def _ids_and_entries(split, learned_from, on):
         }.get(m.shape, (None, None))
         if users is None:
             raise AerecError(
-                f"learned_from has shape {m.shape}: it must be {split.train.shape} as the split's train, {inter.matrix.shape} as all interactions, or a frame with user_id and item_id"
+                f"learned_from has shape {m.shape}: it must be {split.train.shape} as the split's train, "
+                f"{inter.matrix.shape} as all interactions, or a frame with user_id and item_id"
             )
         learned_from = pd.DataFrame(
             {"user_id": users[np.repeat(np.arange(m.shape[0]), np.diff(m.indptr))], "item_id": items[m.indices]}
@@ -835,7 +845,9 @@ def _ids_and_entries(split, learned_from, on):
 
 
 def _known_times(inter, r, c):
-    "Times of entries as the split's own interactions have them; the earliest possible where they do not have the entry."
+    """Times of entries as the split's own interactions have them; the earliest possible where they do not have the
+    entry.
+    """
     if inter.times is None:
         return None
     ours, asked = (
@@ -877,7 +889,9 @@ def twins(
     min_items: int = 5,  # in common, at least
     seed: int = 0,  # of the random numbers
 ) -> np.ndarray:  # int [n_pairs, 2] row numbers
-    "Rows of different ids that are too much alike for chance: two such rows among all these would come about once in a million times."
+    """Rows of different ids that are too much alike for chance: two such rows among all these would come about once in
+    a million times.
+    """
     n, n_items = rows.shape
     share = np.bincount(rows.indices, minlength=n_items) / max(1, n)
     bits = sparse.csr_matrix(
@@ -933,7 +947,8 @@ def _told(split, on, statistics):
         values = np.asarray(values, np.float64).ravel()
         if len(values) not in (inter.n_items, len(columns)):
             raise AerecError(
-                f"statistic {name!r} has {len(values):,} values: it must have one an item, {len(columns):,} of train or {inter.n_items:,} of all"
+                f"statistic {name!r} has {len(values):,} values: it must have one an item, {len(columns):,} of train "
+                f"or {inter.n_items:,} of all"
             )
         over = columns if len(values) == len(columns) else np.arange(inter.n_items)
         for weighted in (False, True):
@@ -1035,7 +1050,9 @@ def _audit(split, on, learned_from, fold, statistics, min_items):
 
 
 def _later(split, on, r, times, history, target):
-    "Users of whom something was learned or shown that is later than the split promises, and what the split does not promise."
+    """Users of whom something was learned or shown that is later than the split promises, and what the split does not
+    promise.
+    """
     inter = split.interactions
     if inter.times is None or times is None:
         return [], "the data have no times"
@@ -1056,7 +1073,10 @@ def _later(split, on, r, times, history, target):
     np.minimum.at(limit, v, wanted)
     late = np.unique(np.append(r[times > limit[r]], u[shown > limit[u]]))
     others = (
-        f"{np.mean(times > np.median(wanted)):.0%} of what was learned, of other users, is later than the median target; only temporal forbids that"
+        (
+            f"{np.mean(times > np.median(wanted)):.0%} of what was learned, of other users, is later than the median "
+            f"target; only temporal forbids that"
+        )
         if len(wanted)
         else ""
     )
@@ -1075,7 +1095,10 @@ def choose(
     if any(e.on != "valid" for e in evaluations):
         raise AerecError("a model is chosen on validation; these figures are from test")
     best = max(evaluations, key=lambda e: e.mean(metric))
-    why = f"{best.model} has the best {metric.upper()}@{best.k} on validation, {best.mean(metric):.4f} ± {best.se(metric):.4f}"
+    why = (
+        f"{best.model} has the best {metric.upper()}@{best.k} on validation, {best.mean(metric):.4f} ± "
+        f"{best.se(metric):.4f}"
+    )
     others = sorted((e for e in evaluations if e is not best), key=lambda e: -e.mean(metric))
     if not others:
         return best.model, why + "; it was the only one"
@@ -1159,7 +1182,8 @@ def say_reading(
         return "These test rows were read for the first time."
     before = readings[:-1]
     return (
-        f"These test rows have been read {len(readings)} times, first on {before[0]['when'][:10]} by {before[0]['run'] or 'hand'}: whatever was changed since then with an eye on "
+        f"These test rows have been read {len(readings)} times, first on {before[0]['when'][:10]} by "
+        f"{before[0]['run'] or 'hand'}: whatever was changed since then with an eye on "
         "those figures flatters these. For a clean test, split with another seed or newer data."
     )
 
@@ -1510,7 +1534,10 @@ def say_which(
         for a, b, p in zip(pairs.better, pairs.worse, pairs.p_holm)
         if pick in (a, b) and {a, b} <= models and p >= 0.05
     ]
-    said = f"Ship {pick}: {choice['why']}. On test it has {row.test_ndcg:.4f} ± {row.test_se:.4f}, covers {row.coverage:.1%} of the catalogue and fits in {row.seconds:.2f} s and {row.memory_mib:,.0f} MiB."
+    said = (
+        f"Ship {pick}: {choice['why']}. On test it has {row.test_ndcg:.4f} ± {row.test_se:.4f}, covers "
+        f"{row.coverage:.1%} of the catalogue and fits in {row.seconds:.2f} s and {row.memory_mib:,.0f} MiB."
+    )
     cheaper = [m for m in equals if board.seconds[m] < row.seconds]
     if equals:
         said += f" On test nothing tells it from {', '.join(equals)}" + (
@@ -1525,7 +1552,9 @@ PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#6
 def plot_leaderboard(
     folder: Path,  # what `build_validation` wrote
 ):  # -> matplotlib Figure
-    "Forest plot: NDCG of every model on validation and on test between bounds, and on test its difference to the pick, all with 95 % intervals."
+    """Forest plot: NDCG of every model on validation and on test between bounds, and on test its difference to the
+    pick, all with 95 % intervals.
+    """
     (board, choice), pairs = _board(folder), pd.read_parquet(Path(folder) / "comparison.parquet")
     models, ends, pick = board[~board.bound][::-1], board[board.bound], choice["model"]
     fig, (ax, diff) = plt.subplots(
@@ -1634,7 +1663,10 @@ def plot_tradeoffs(
         ax.set_xticks(
             range(len(names)),
             [
-                f"{p.replace(' (', chr(10) + '(').replace('; ', ';' + chr(10)).replace(' to ', ' to' + chr(10))}\n{n[p]:,} users"
+                (
+                    f"{p.replace(' (', chr(10) + '(').replace('; ', ';' + chr(10)).replace(' to ', ' to' + chr(10))}\n{n[p]:,} "
+                    f"users"
+                )
                 for p in names
             ],
             fontsize=7,

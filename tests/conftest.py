@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before anything loads torch: as many tests run at once as there are processors, and threads that wait for one another take the processors from the others
+    # Before anything loads torch: as many tests run at once as there are processors, and threads that wait for one
+    # another take the processors from the others
+    "1"
 )
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes import the package: it is compiled once
 
@@ -25,7 +27,9 @@ BIN = Path(sys.executable).parent
 
 
 def tracked(pattern="*"):
-    "Files that git tracks; everything where there is no git. An executed copy that papermill left in nbs/ is none of ours."
+    """Files that git tracks; everything where there is no git. An executed copy that papermill left in nbs/ is none of
+    ours.
+    """
     listed = subprocess.run(["git", "ls-files", "-z", "--", pattern], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
         return sorted(ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).exists())
@@ -44,7 +48,9 @@ def project(tmp_path):
 
 
 def variables(folder):
-    "Variables for a child process: the environment `test`, stores of its own in `folder`, one thread, no variables of the caller's."
+    """Variables for a child process: the environment `test`, stores of its own in `folder`, one thread, no variables of
+    the caller's.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith("AEREC_") and k not in ("IN_TEST", "MPLBACKEND")}
     return {
         **kept,
@@ -72,7 +78,8 @@ def run(*command, env, cwd, timeout=280):
     return done
 
 
-# Groups and tests that take longest, longest first, so that at the end no worker waits for one that has just begun a long one; the others follow in their order.
+# Groups and tests that take longest, longest first, so that at the end no worker waits for one that has just begun a
+# long one; the others follow in their order.
 LONGEST = [
     "stages",
     "finished",
@@ -93,7 +100,11 @@ def place(item):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    "Tests of one xdist_group go to one worker. xdist 3.8 appends the group to `_nodeid`, which pytest 9.2 no longer reads: without this a group's costly fixture is made by every worker."
+    """Tests of one xdist_group go to one worker.
+
+    xdist 3.8 appends the group to `_nodeid`, which pytest 9.2 no longer reads: without this a group's costly fixture is
+    made by every worker.
+    """
     if not config.getoption("loadgroup", False):
         return
     items.sort(key=place)  # keeps the order of equals
@@ -103,7 +114,8 @@ def pytest_collection_modifyitems(config, items):
             item._id = type(item._id).parse(f"{item.nodeid}@{group.args[0]}")
 
 
-# --- a PostgreSQL of our own --------------------------------------------------------------------------------------------------------------------------
+# --- a PostgreSQL of our own
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def postgres_program(name):
@@ -115,7 +127,9 @@ def postgres_program(name):
 
 @pytest.fixture(scope="session")
 def postgres_url():
-    "The URL (with a password) of an empty database of a private PostgreSQL, on a free loopback port, in a temporary folder; one a worker: mark tests with xdist_group('postgres')."
+    """The URL (with a password) of an empty database of a private PostgreSQL, on a free loopback port, in a temporary
+    folder; one a worker: mark tests with xdist_group('postgres').
+    """
     if not postgres_program("initdb"):
         pytest.skip("no PostgreSQL here (Debian: apt-get install postgresql)")
     password, folder = "p@ss:w/rd s3cret", Path(tempfile.mkdtemp(prefix="aerec_nb-postgres-"))

@@ -1,4 +1,6 @@
-"auto and tune on the real thing: nothing is decided by test, the same seed decides the same, a killed search goes on, and the stage does both."
+"""auto and tune on the real thing: nothing is decided by test, the same seed decides the same, a killed search goes on,
+and the stage does both.
+"""
 
 import os
 import signal
@@ -127,7 +129,8 @@ def test_a_killed_search_goes_on(tmp_path):
             return dict(
                 sqlite3.connect(path, timeout=5)
                 .execute(
-                    "select number, value from trials join trial_values using (trial_id) where state in ('COMPLETE', 'PRUNED')"
+                    "select number, value from trials join trial_values using (trial_id) where state in ('COMPLETE', "
+                    "'PRUNED')"
                 )
                 .fetchall()
             )

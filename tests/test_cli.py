@@ -1,4 +1,6 @@
-"The `aerec` command as a person or a script uses it: help, JSON, exit codes, completion, the doctor, the plain papermill command."
+"""The `aerec` command as a person or a script uses it: help, JSON, exit codes, completion, the doctor, the plain
+papermill command.
+"""
 
 import http.server
 import json
@@ -161,7 +163,8 @@ def test_doctor(here, capsys, monkeypatch):
     assert code == 1 and "aerec new" in out
 
 
-# --- what the machine refuses: one line, exit code 1, and nothing half-written ---------------------------------------------------------------------------
+# --- what the machine refuses: one line, exit code 1, and nothing half-written
+# ---------------------------------------------------------------------------
 
 UNPRIVILEGED = (
     ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
@@ -271,7 +274,8 @@ def test_a_registry_that_is_none(content, here, capsys):
 
         with sqlite3.connect(var / "whole.db") as db:
             db.execute(
-                "CREATE TABLE a AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM n LIMIT 9000) SELECT x FROM n"
+                "CREATE TABLE a AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM n LIMIT 9000) SELECT x "
+                "FROM n"
             )
         (var / "registry.db").write_bytes((var / "whole.db").read_bytes()[:5000])
     for words in (
@@ -340,7 +344,8 @@ def test_an_interrupted_command_is_one_line(environ, tmp_path):
         [
             BIN / "python",
             "-c",
-            "from unittest.mock import patch\nfrom aerec_nb import pipeline\nimport time\ndef waits(args):\n    print('here', flush=True)\n    time.sleep(60)\n"
+            "from unittest.mock import patch\nfrom aerec_nb import pipeline\nimport time\ndef waits(args):\n    "
+            "print('here', flush=True)\n    time.sleep(60)\n"
             "with patch.object(pipeline, '_cmd_config', waits): raise SystemExit(pipeline.main(['config']))",
         ],
         env=environ,
@@ -357,7 +362,10 @@ def test_an_interrupted_command_is_one_line(environ, tmp_path):
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
 def test_tab_completion(environ, tmp_path):
     def completed(*words):
-        script = f'eval "$({BIN}/aerec completion bash)"; COMP_WORDS=({" ".join(map(repr, words))}); COMP_CWORD={len(words) - 1}; _aerec; echo "${{COMPREPLY[@]}}"'
+        script = (
+            f'eval "$({BIN}/aerec completion bash)"; COMP_WORDS=({" ".join(map(repr, words))}); '
+            f'COMP_CWORD={len(words) - 1}; _aerec; echo "${{COMPREPLY[@]}}"'
+        )
         return run("bash", "-c", script, env=environ, cwd=tmp_path).stdout.split()
 
     assert completed("aerec", "swe") == ["sweep"]

@@ -1,4 +1,6 @@
-"Items that nobody has met: recommended by their features, on MovieLens latest-small with a tenth of its items made cold, and nothing lost on the others."
+"""Items that nobody has met: recommended by their features, on MovieLens latest-small with a tenth of its items made
+cold, and nothing lost on the others.
+"""
 
 from types import SimpleNamespace
 
@@ -26,7 +28,9 @@ NETS = {
 
 @pytest.fixture(scope="module")
 def data():
-    "The lecture's split, a tenth of the items taken out of every history, features of all of them from genres, year and tags."
+    """The lecture's split, a tenth of the items taken out of every history, features of all of them from genres, year
+    and tags.
+    """
     if not (DATA / "movies.csv").exists():
         pytest.skip("ml-latest-small is not in ../shared/data")
     ratings, movies, tags = (
@@ -54,7 +58,10 @@ def data():
 
 
 def best(scores, k, seed=0):
-    "Positions of the k best of each row. Ties fall at random: by item index they would fall on the popular, since ids are in order of first appearance."
+    """Positions of the k best of each row.
+
+    Ties fall at random: by item index they would fall on the popular, since ids are in order of first appearance.
+    """
     shuffled = np.random.default_rng(seed).permutation(scores.shape[1])
     return shuffled[np.argsort(-scores[:, shuffled], 1, kind="stable")[:, :k]]
 
@@ -96,8 +103,10 @@ def test_cold_items_are_found_and_the_others_not_lost(name, hp, data):
     with_features, without = (measure(data, create_model(name, **hp), features) for features in (data.features, None))
     error = without.warm.std() / len(without.warm) ** 0.5  # of the mean over users
     found = (
-        f"{name}: recall@20 among the cold {with_features.cold:.4f} (without features {without.cold:.4f}, by chance {with_features.chance:.4f}); warm NDCG@10 {with_features.warm.mean():.4f} "
-        f"(without {without.warm.mean():.4f}, standard error {error:.4f}); all targets {with_features.every.mean():.4f} (without {without.every.mean():.4f}); "
+        f"{name}: recall@20 among the cold {with_features.cold:.4f} (without features {without.cold:.4f}, by chance "
+        f"{with_features.chance:.4f}); warm NDCG@10 {with_features.warm.mean():.4f} "
+        f"(without {without.warm.mean():.4f}, standard error {error:.4f}); all targets "
+        f"{with_features.every.mean():.4f} (without {without.every.mean():.4f}); "
         f"cold items in lists of 20: {with_features.cold_listed:.1%} (without {without.cold_listed:.1%})"
     )
     print(found)
@@ -123,7 +132,9 @@ def test_cold_items_are_found_and_the_others_not_lost(name, hp, data):
 
 
 def test_nothing_else_gives_the_cold_items_away(data):
-    "The cold are in no history, have no score of their own without features, and a random order finds what chance says."
+    """The cold are in no history, have no score of their own without features, and a random order finds what chance
+    says.
+    """
     assert not data.history[:, data.cold].nnz and data.cold_targets.nnz > 5_000
     scores = np.random.default_rng(0).random((data.history.shape[0], data.cold.sum()))
     found, chance = recall(scores, data.cold_targets[:, data.cold])
@@ -138,7 +149,9 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("name,hp", NETS.items())
 def test_training_with_features_goes_on_to_the_last_bit_and_is_saved(name, hp, tmp_path, monkeypatch):
-    "Interrupted after every few batches and taken up by a new model each time: the same history, scores and bytes as in one go; a saved model scores as the trained one."
+    """Interrupted after every few batches and taken up by a new model each time: the same history, scores and bytes as
+    in one go; a saved model scores as the trained one.
+    """
     rng = np.random.default_rng(0)
     users, items = np.nonzero(rng.random((120, 40)) < 0.3 * np.linspace(1.6, 0.4, 40))
     split = split_interactions(pd.DataFrame({"user_id": users, "item_id": items}), "holdout", seed=1)

@@ -19,7 +19,8 @@ from aerec_nb.postprocessing import Chain
 from aerec_nb.serving import new_api_key, service
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-EVIL = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1"> & <b>Co</b>'  # the title of the item that everybody has
+# The title of the item that everybody has
+EVIL = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1"> & <b>Co</b>'
 pytestmark = pytest.mark.xdist_group("demo")
 
 
@@ -48,7 +49,9 @@ def browser():
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    "120 users of two tastes, 60 items; the one that everybody has, has markup for a title, and users 1000 to 1004 do not have it."
+    """120 users of two tastes, 60 items; the one that everybody has, has markup for a title, and users 1000 to 1004 do
+    not have it.
+    """
     rng = np.random.default_rng(0)
     taste = np.arange(120)[:, None] % 2 == np.arange(60) % 2
     x = (rng.random((120, 60)) < np.where(taste, 0.3, 0.05)).astype(np.float32)
@@ -81,7 +84,10 @@ def keys():
 
 @pytest.fixture(scope="module")
 def running(browser, bundle, keys, tmp_path_factory):  # no browser, no service
-    "A service that wants keys, and its log. Where the test is not about keys the browser adds one to whatever the page asks for."
+    """A service that wants keys, and its log.
+
+    Where the test is not about keys the browser adds one to whatever the page asks for.
+    """
     folder = tmp_path_factory.mktemp("log")
     url = sqlite_url(folder / "events.db")
     wanted = {
@@ -148,7 +154,10 @@ def known(page):
 
 
 def eventually(page, look, seconds=8):
-    "What `look` returns as soon as it is true. (`wait_for_function` evaluates text, which the page's own policy forbids.)"
+    """What `look` returns as soon as it is true.
+
+    (`wait_for_function` evaluates text, which the page's own policy forbids.)
+    """
     end = time.monotonic() + seconds
     while not (found := look()) and time.monotonic() < end:
         page.wait_for_timeout(30)

@@ -1,4 +1,6 @@
-"Downloads against a real HTTP server on loopback: whole, stalled, broken off, corrupted, redirected, changed, resumed, killed, two at once, on a full disk."
+"""Downloads against a real HTTP server on loopback: whole, stalled, broken off, corrupted, redirected, changed,
+resumed, killed, two at once, on a full disk.
+"""
 
 import hashlib
 import io
@@ -24,7 +26,9 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server:
-    "Serves `content` at any path; `doing` says what happens to the coming requests, then all are answered in full. Keeps what was asked and sent."
+    """Serves `content` at any path; `doing` says what happens to the coming requests, then all are answered in full.
+    Keeps what was asked and sent.
+    """
 
     def __init__(self):
         self.content, self.etag, self.modified, self.ranges, self.if_range = CONTENT, '"v1"', None, True, True
@@ -231,7 +235,10 @@ def test_name_lookup_that_does_not_answer(monkeypatch, tmp_path):
 
 
 def fetch_in_child(url, path, *limits):
-    code = f"import resource, sys; from aerec_nb.data_import import download\n{';'.join(limits)}\ndownload(sys.argv[1], sys.argv[2], {SHA256!r}, 20.)"
+    code = (
+        f"import resource, sys; from aerec_nb.data_import import download\n{';'.join(limits)}\ndownload(sys.argv[1], "
+        f"sys.argv[2], {SHA256!r}, 20.)"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, url, str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -300,7 +307,8 @@ def test_a_password_goes_to_its_host_only_and_is_not_shown(server, tmp_path):
         other.http.server_close()
 
 
-# --- the published sets -------------------------------------------------------------------------------------------------------------------------------
+# --- the published sets
+# -------------------------------------------------------------------------------------------------------------------------------
 
 RATINGS = [(1, 10, 4.0, 964982703), (1, 11, 3.0, 964981247), (2, 10, 5.0, 964980000)]
 FILMS = [(10, "Amélie, Le fabuleux destin (2001)", ["Comedy", "Romance"]), (11, "Nothing (1999)", [])]
@@ -385,7 +393,10 @@ def test_a_set_that_breaks_off_goes_on_when_asked_for_again(grouplens, tmp_path)
     server.doing = [("stall", 200)]
     with pytest.raises(
         AerecError,
-        match="source ml-1m could not be fetched: MovieLens 1M from GroupLens: nothing came for 0.3 s.*; what came is kept",
+        match=(
+            "source ml-1m could not be fetched: MovieLens 1M from GroupLens: nothing came for 0.3 s.*; what came is "
+            "kept"
+        ),
     ) as e:
         data_import._named("ml-1m", tmp_path, 0.3)
     assert "\n" not in str(e.value) and not (tmp_path / ".cache" / "ml-1m").exists()
@@ -505,7 +516,8 @@ def test_a_first_run_without_grouplens_says_what_happened_then(server, tmp_path,
     ), line
 
 
-# --- any web address ----------------------------------------------------------------------------------------------------------------------------------
+# --- any web address
+# ----------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_zip_from_a_web_address(server, tmp_path, monkeypatch):

@@ -76,7 +76,9 @@ def world(model, seed, **kw):
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_requests(part):
-    "No banned, seen, filtered or repeated item, never more than k, never fewer than there are: a model and a chain a part."
+    """No banned, seen, filtered or repeated item, never more than k, never fewer than there are: a model and a chain a
+    part.
+    """
     model = [
         create_model("ease", lam=20.0),
         create_model("item_knn"),

@@ -1,4 +1,6 @@
-"The wheel and the sdist carry what a project of one's own needs: both are built, the wheel is installed into a fresh environment elsewhere, and its first pipeline runs."
+"""The wheel and the sdist carry what a project of one's own needs: both are built, the wheel is installed into a fresh
+environment elsewhere, and its first pipeline runs.
+"""
 
 import os
 import shutil

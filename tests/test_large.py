@@ -1,4 +1,6 @@
-"Large files, read in pieces, give what the small way gives: ratings, quarantine, problems, notes and errors; and two million rows become the same matrix in less memory."
+"""Large files, read in pieces, give what the small way gives: ratings, quarantine, problems, notes and errors; and two
+million rows become the same matrix in less memory.
+"""
 
 import bz2
 import gzip
@@ -26,7 +28,8 @@ from aerec_nb.data_import import CONTRACT, ON_DUPLICATE, VERSION, Source, check_
 from aerec_nb.model_preprocessing import Interactions
 from aerec_nb.runs import open_run, read_json
 
-# --- the two ways -------------------------------------------------------------------------------------------------------------------------------------
+# --- the two ways
+# -------------------------------------------------------------------------------------------------------------------------------------
 
 
 def decoded(ratings):
@@ -72,10 +75,13 @@ def same_both_ways(path, **options):
     return large
 
 
-# --- shapes of text -----------------------------------------------------------------------------------------------------------------------------------
+# --- shapes of text
+# -----------------------------------------------------------------------------------------------------------------------------------
 
 U, NULL = [str(uuid.UUID(int=i)) for i in range(4)], "\x00"
-TEXTS = {  # each with what becomes of it: the number of ratings, or words of the error; and the number of ratings where bad rows are set aside
+# Each with what becomes of it: the number of ratings, or words of the error; and the number of ratings where bad rows
+# are set aside
+TEXTS = {
     "integers": ("user,item,rating,timestamp\n5,7,4,100\n3,7,3.5,101\n5,9,1,99\n", 3, 3),
     "large integers": ("user,item\n123456789012345678,2\n9223372036854775807,3\n", 2, 2),
     "beyond int64": ("user,item\n9223372036854775808,2\n1,3\n", 2, 2),
@@ -208,7 +214,8 @@ def test_encoding_as_said(encoding, works, tmp_path):
         assert "line 2: byte 0xe9" in str(found)
 
 
-# --- Parquet, parts, hand-over ------------------------------------------------------------------------------------------------------------------------
+# --- Parquet, parts, hand-over
+# ------------------------------------------------------------------------------------------------------------------------
 
 PARQUETS = {
     "integers": {
@@ -329,7 +336,8 @@ def test_handover(events, options, tmp_path):
         assert "event_id" in str(found)
 
 
-# --- any table ----------------------------------------------------------------------------------------------------------------------------------------
+# --- any table
+# ----------------------------------------------------------------------------------------------------------------------------------------
 
 FIELDS = {
     "user": ["1", "2", "3", "12", "007", "ann", " 2", "", "1.0", "-4", '"a,b"', "é"],
@@ -358,7 +366,8 @@ def test_any_table(tmp_path, table, on_duplicate, on_bad):
     same_both_ways(path, on_duplicate=on_duplicate, on_bad=on_bad)
 
 
-# --- through the door ---------------------------------------------------------------------------------------------------------------------------------
+# --- through the door
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_setting_decides_and_the_stage_works(tmp_path, monkeypatch):
@@ -386,7 +395,8 @@ def test_the_setting_decides_and_the_stage_works(tmp_path, monkeypatch):
         assert read_json(large / name) == read_json(small / name), name
 
 
-# --- two million rows ---------------------------------------------------------------------------------------------------------------------------------
+# --- two million rows
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 MEASURED = r"""
 import json, sys
@@ -403,7 +413,9 @@ np.savez(sys.argv[2], data=data.matrix.data, indices=data.matrix.indices, indptr
 
 
 def two_million(kind):
-    "Ratings whose popularity falls as a power law: whole numbers, user by user; or texts in any order, some pairs twice."
+    """Ratings whose popularity falls as a power law: whole numbers, user by user; or texts in any order, some pairs
+    twice.
+    """
     rng = np.random.default_rng(0)
     n_users, n_items, n = 15_000, 9_000, 2_000_000
     lengths = np.minimum(rng.lognormal(0, 1, n_users) * 1.2 * n / n_users / np.exp(0.5) + 20, 3000).astype(int)

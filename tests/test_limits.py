@@ -1,4 +1,6 @@
-"A single request of at most 2 MB, however hostile, leaves the service responsive: it ends in time, costs little memory, and holds up nobody else."
+"""A single request of at most 2 MB, however hostile, leaves the service responsive: it ends in time, costs little
+memory, and holds up nobody else.
+"""
 
 import base64
 import json

@@ -206,7 +206,9 @@ def test_memory_is_what_was_foreseen(tmp_path):
 
 @pytest.mark.skipif(not (DATA / "ml-latest-small").exists() or not REFERENCE.exists(), reason="no shared data")
 def test_quality_on_the_lecture_split():
-    "NDCG@10 on the reference's split by its own evaluator, where EASE has .2154, RLAE .2169, BM25 .1770, popularity .0861 in the neighbours' libraries."
+    """NDCG@10 on the reference's split by its own evaluator, where EASE has .2154, RLAE .2169, BM25 .1770, popularity
+    .0861 in the neighbours' libraries.
+    """
     sys.path.insert(0, str(REFERENCE))
     try:
         import evaluator

@@ -1,4 +1,6 @@
-"Malformed tables: each is refused in one line that says where and what, changes nothing on disk, and its good rows can be kept."
+"""Malformed tables: each is refused in one line that says where and what, changes nothing on disk, and its good rows
+can be kept.
+"""
 
 import bz2
 import gzip
@@ -721,7 +723,10 @@ ODDITIES = [  # name, file, content, settings, users, items, value, times
     (
         "times of all kinds in one column",
         "a.csv",
-        f"user,item,time\n1,1,{AT}\n1,2,{AT}000\n1,3,{AT}000000\n1,4,{AT}000000000\n1,5,2000-07-30T18:45:03Z\n1,6,2000-07-30 20:45:03+02:00\n1,7,{AT}.5\n",
+        (
+            f"user,item,time\n1,1,{AT}\n1,2,{AT}000\n1,3,{AT}000000\n1,4,{AT}000000000\n1,5,2000-07-30T18:45:03Z\n1,6,2000-07-30 "
+            f"20:45:03+02:00\n1,7,{AT}.5\n"
+        ),
         {},
         [1] * 7,
         list(range(1, 8)),

@@ -1,4 +1,6 @@
-"Monitors against the truth of a simulator: every fault is noticed, clean traffic is left in peace, numbers are right, and whoever must know is told."
+"""Monitors against the truth of a simulator: every fault is noticed, clean traffic is left in peace, numbers are right,
+and whoever must know is told.
+"""
 
 import http.server
 import json
@@ -172,7 +174,9 @@ def test_the_same_from_postgres(recommender, visitors, fresh_database):
 
 
 def test_counterfactual_estimates_find_what_the_model_would_have_had(recommender, visitors):
-    "Over many days the estimates lie around the truth: looking at the last place times how much the model's own choice there is liked."
+    """Over many days the estimates lie around the truth: looking at the last place times how much the model's own
+    choice there is liked.
+    """
     v = visitors[0]
     own, found = [], []
     for seed in range(12):
@@ -291,7 +295,8 @@ def test_real_and_simulated_never_mix(recommender, tmp_path):
     log.close()
 
 
-# --- alerts -----------------------------------------------------------------------------------------------------------------------------------------
+# --- alerts
+# -----------------------------------------------------------------------------------------------------------------------------------------
 
 
 class Hook(http.server.BaseHTTPRequestHandler):
@@ -542,7 +547,8 @@ def test_prometheus_takes_the_rules_and_the_gauges(recommender, visitors, tmp_pa
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
-# --- report and loop --------------------------------------------------------------------------------------------------------------------------------
+# --- report and loop
+# --------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_is_one_page_with_the_lights_on_top(recommender, visitors):
@@ -581,7 +587,9 @@ def test_the_report_is_one_page_with_the_lights_on_top(recommender, visitors):
 
 
 def test_the_loop_closes(recommender, visitors, tmp_path):
-    "Feedback of a rehearsal becomes ratings, a model is trained on both, is packed, registered and promoted through the gates; a worse one is not."
+    """Feedback of a rehearsal becomes ratings, a model is trained on both, is packed, registered and promoted through
+    the gates; a worse one is not.
+    """
     log = EventLog(tmp_path / "events.db")
     for seed in range(3):
         log.append(make_traffic(visitors[seed], 1500, seed=seed, now=NOW - seed * DAY, impressions=False).events)
@@ -599,7 +607,10 @@ def test_the_loop_closes(recommender, visitors, tmp_path):
     table = run_monitors(log, recommender, SETTINGS, now=NOW)
     decision = retrain_decision(table, recommender, len(new), SETTINGS)
     assert decision.retrain and decision.reasons == [
-        f"new feedback: {len(new):,} on top of {recommender.histories.nnz:,} interactions, train again at 10% (monitoring.retrain_feedback_share)"
+        (
+            f"new feedback: {len(new):,} on top of {recommender.histories.nnz:,} interactions, train again at 10% "
+            f"(monitoring.retrain_feedback_share)"
+        )
     ], decision
     assert not retrain_decision(table, recommender, 3, SETTINGS).retrain
     assert any(

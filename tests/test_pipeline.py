@@ -400,7 +400,8 @@ def test_the_site_is_built_offline(project, environ):
     assert 'href="03_training.html"' in index and 'src="images/stages.svg"' in index
 
 
-# --- cache, resume, kills: on notebooks that are only their parameters and their last cells, so that a stage takes seconds ---------------------------------
+# --- cache, resume, kills: on notebooks that are only their parameters and their last cells, so that a stage takes
+# seconds ---------------------------------
 
 PART = [
     "configuration",
@@ -414,7 +415,9 @@ PART = [
 
 
 def strip(source, target, stage, shows=False):
-    "A stage's notebook without its library part: the installed module stands for it; with or without the cells that show what came of it."
+    """A stage's notebook without its library part: the installed module stands for it; with or without the cells that
+    show what came of it.
+    """
     nb = nbformat.read(source, as_version=4)
     cells = [c for c in nb.cells if c.cell_type == "code"]
     at = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
@@ -429,11 +432,18 @@ def strip(source, target, stage, shows=False):
         if not c.source.startswith("#| export")
         and all(line.startswith(("import ", "from ", "#")) for line in c.source.splitlines())
     ]
-    library = f'import {STAGES[stage].module} as module\nglobals().update({{k: v for k, v in vars(module).items() if k != "run" and not k.startswith("__")}})'  # the notebook's run is the one that is asked for
+    # The notebook's run is the one that is asked for
+    library = (
+        f"import {STAGES[stage].module} as module\nglobals().update({{k: v for k, v in vars(module).items() if k != "
+        f'"run" and not k.startswith("__")}})'
+    )
     short = map(
         nbformat.v4.new_code_cell,
         [
-            "from aerec_nb.configuration import check_parameters\nfrom aerec_nb.runs import open_run\ncheck_parameters(In)",
+            (
+                "from aerec_nb.configuration import check_parameters\nfrom aerec_nb.runs import "
+                "open_run\ncheck_parameters(In)"
+            ),
             f"run = open_run(run, env=env)\nrun.execute({stage!r}).name",
         ],
     )
@@ -505,7 +515,9 @@ for path in sys.argv[1:]:
     ],
 )
 def test_data_of_another_shape_runs_through(make, said, environ, tmp_path):
-    "All twelve stages and all that they show, in one process for the sake of time; under STRESS, by the command and with the whole notebooks."
+    """All twelve stages and all that they show, in one process for the sake of time; under STRESS, by the command and
+    with the whole notebooks.
+    """
     data = sample()
     (tmp_path / "mine").mkdir()
     make(data.iloc[:8000] if STRESS else data[data.userId.isin(data.userId.drop_duplicates()[:60])]).to_csv(
@@ -602,7 +614,9 @@ def test_only_what_changed_is_run_again(short, short_environ, tmp_path):
 
 @pytest.mark.xdist_group("short")
 def test_a_full_disk(short, short_environ, tmp_path):
-    "No file may grow beyond a limit: the stage that meets it says so in one line, leaves nothing half-written, and succeeds once there is room."
+    """No file may grow beyond a limit: the stage that meets it says so in one line, leaves nothing half-written, and
+    succeeds once there is room.
+    """
     to, short_environ = ("--to", "data_import"), {**short_environ, "AEREC_RUN__LOG_LEVEL": "WARNING"}
     done = run("bash", "-c", f"ulimit -f 24; exec {BIN}/aerec run {' '.join(to)}", env=short_environ, cwd=tmp_path)
     (folder,) = runs_of(short_environ)
@@ -626,7 +640,9 @@ def test_a_full_disk(short, short_environ, tmp_path):
 
 @pytest.mark.xdist_group("short")
 def test_a_failing_stage(short, short_environ, tmp_path):
-    "Exit code, one place for the traceback, the partial notebook, the rest of the report; stages behind it are not run."
+    """Exit code, one place for the traceback, the partial notebook, the rest of the report; stages behind it are not
+    run.
+    """
     notebook = short / "project" / "nbs" / "01b_model_preprocessing.ipynb"
     kept = notebook.read_bytes()
     try:
@@ -693,7 +709,9 @@ def whole_family(process):
 
 @pytest.mark.xdist_group("short")
 def test_kills_at_any_moment(short, short_environ, tmp_path):
-    "The pipeline or one of its kernels is killed at a random moment, again and again; the run that goes on ends with the results of one that nobody disturbed."
+    """The pipeline or one of its kernels is killed at a random moment, again and again; the run that goes on ends with
+    the results of one that nobody disturbed.
+    """
     to = ("--to", "modeling" if STRESS else "business_preprocessing")
     undisturbed = {**short_environ, "AEREC_RUNS_DIR": str(tmp_path / "undisturbed")}
     began = time.perf_counter()
@@ -786,7 +804,10 @@ def test_two_runs_at_once(short, short_environ, tmp_path):
         [
             BIN / "python",
             "-c",
-            f"import time; from aerec_nb.runs import *\nwith alone_with_run(open_run({str(one)!r})): print('held', flush=True); time.sleep(60)",
+            (
+                f"import time; from aerec_nb.runs import *\nwith alone_with_run(open_run({str(one)!r})): "
+                f"print('held', flush=True); time.sleep(60)"
+            ),
         ],
         env=short_environ,
         cwd=tmp_path,

@@ -1,4 +1,6 @@
-"The chain under random requests: what may not be shown never is, k items wherever k are eligible; ban lists that change; steps of one's own."
+"""The chain under random requests: what may not be shown never is, k items wherever k are eligible; ban lists that
+change; steps of one's own.
+"""
 
 import itertools
 import os
@@ -283,7 +285,8 @@ def test_propensities_are_those_of_many_draws():
         for place in (1, 3):
             key = place, int(done.items[place - 1])
             counts[key], told[key] = counts.get(key, 0) + 1, done.propensities[place - 1]
-    # by enumeration: candidates 4 to 9 are dealt to the slots, three cards each, weights exp(r/T) with r from 1 to 0 over the six
+    # by enumeration: candidates 4 to 9 are dealt to the slots, three cards each, weights exp(r/T) with r from 1 to 0
+    # over the six
     for n, place in enumerate((1, 3)):
         cards = [4 + n, 6 + n, 8 + n]
         weight = {c: np.exp((1 - (c - 4) / 5) / 0.4) for c in cards}

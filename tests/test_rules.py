@@ -1,4 +1,6 @@
-"Business rules against a slow construction in plain Python; what is refused, and when; what a dry run leaves behind; explicit negatives down to the list."
+"""Business rules against a slow construction in plain Python; what is refused, and when; what a dry run leaves behind;
+explicit negatives down to the list.
+"""
 
 import json
 import math
@@ -544,7 +546,10 @@ def test_the_notebook_refuses_in_one_line(environ, tmp_path):
     done = papermill("-p", "excluded_users_file", str(tmp_path / "nobody.txt"), env=environ, cwd=tmp_path)
     said = [line for line in done.stderr.splitlines() if line.startswith("AerecError")]
     assert done.returncode != 0 and said == [
-        f"AerecError: rules.excluded_users_file {tmp_path}/nobody.txt: No such file or directory; correct the path, or leave the setting out"
+        (
+            f"AerecError: rules.excluded_users_file {tmp_path}/nobody.txt: No such file or directory; correct the "
+            f"path, or leave the setting out"
+        )
     ], done.stderr
     assert not (tmp_path / "runs").exists()
 

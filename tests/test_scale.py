@@ -1,4 +1,6 @@
-"The same functions on Ray: results of one process, whatever the number of workers and whoever of them is killed; mistakes in one line."
+"""The same functions on Ray: results of one process, whatever the number of workers and whoever of them is killed;
+mistakes in one line.
+"""
 
 import json
 import os
@@ -310,12 +312,15 @@ def test_a_killed_worker_of_a_gram_matrix_is_replaced(engine, split, monkeypatch
         assert killer.end(), "nobody was killed"
 
 
-# --- the pipeline -------------------------------------------------------------------------------------------------------------------------------------
+# --- the pipeline
+# -------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def short_environ(environ, tmp_path):
-    "Variables for pipelines of short notebooks on files of one's own: the named sample is so small that nobody is asked."
+    """Variables for pipelines of short notebooks on files of one's own: the named sample is so small that nobody is
+    asked.
+    """
     from test_pipeline import short_project
 
     short_project(tmp_path / "project")
@@ -381,7 +386,8 @@ def test_the_pipeline_on_ray(short_environ, tmp_path):
     assert {p.pid for p in workers("")} <= before, "Ray outlives its pipeline"
 
 
-# --- mistakes -----------------------------------------------------------------------------------------------------------------------------------------
+# --- mistakes
+# -----------------------------------------------------------------------------------------------------------------------------------------
 
 
 def fails(words, env, cwd):

@@ -1,4 +1,6 @@
-"The service while its event log hangs, is read for the first time, is lost, or has no room: lists are answered from what is known, and what is wrong is said in time."
+"""The service while its event log hangs, is read for the first time, is lost, or has no room: lists are answered from
+what is known, and what is wrong is said in time.
+"""
 
 import collections
 import os
@@ -194,7 +196,9 @@ def fill_log(path, n, n_of_one_user, n_items):
     else [(30_000, 0, 1, 0.4), (0, 30_000, 30_000, 0.5)],
 )
 def test_start_up_reads_the_log_in_linear_time(tmp_path, n, n_of_one_user, n_items, most_s):
-    "300,000 events within 2 s, one user with 30,000 within 0.5 s; the time of the processor counts, for other tests run beside."
+    """300,000 events within 2 s, one user with 30,000 within 0.5 s; the time of the processor counts, for other tests
+    run beside.
+    """
     fill_log(tmp_path / "events.db", n, n_of_one_user, n_items)
     log = EventLog(tmp_path / "events.db")
     state = create_app(

@@ -1,4 +1,6 @@
-"Sources other than text: databases (SQLite, a real PostgreSQL), our event log, Parquet in parts, zips; and secrets that never show."
+"""Sources other than text: databases (SQLite, a real PostgreSQL), our event log, Parquet in parts, zips; and secrets
+that never show.
+"""
 
 import json
 import socket
@@ -75,7 +77,8 @@ def test_a_hundred_thousand_rows_in_order(fresh_database):
     n = 120_000  # more than one piece of an answer
     with psycopg.connect(fresh_database) as c:
         c.execute(
-            f"create table interactions as select (i % 1000) as user_id, 'item ' || (i / 1000) as item_id, case when i < 110000 then 4 else 3.5 end::numeric as rating from generate_series(0, {n - 1}) i"
+            f"create table interactions as select (i % 1000) as user_id, 'item ' || (i / 1000) as item_id, case when "
+            f"i < 110000 then 4 else 3.5 end::numeric as rating from generate_series(0, {n - 1}) i"
         )
 
     def look():
@@ -132,7 +135,10 @@ def test_a_bad_query_gives_one_line_without_the_password(query, said, shop):
 def test_a_query_may_hold_what_others_take_for_parameters(shop):
     ratings = load_ratings(
         shop,
-        query="select customer::text as user_id, sku as item_id from rated where sku like '%7' and ':a' = ':a' -- 100 % :no %(no)s;\n;",
+        query=(
+            "select customer::text as user_id, sku as item_id from rated where sku like '%7' and ':a' = ':a' -- 100 % "
+            ":no %(no)s;\n;"
+        ),
     )
     assert ratings.item_id.tolist() == ["007"]
 

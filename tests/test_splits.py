@@ -1,4 +1,6 @@
-"Splits cannot leak: properties over random frames, slow constructions written independently, and the neighbours' own matrices."
+"""Splits cannot leak: properties over random frames, slow constructions written independently, and the neighbours' own
+matrices.
+"""
 
 import subprocess
 import sys

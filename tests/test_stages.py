@@ -1,4 +1,6 @@
-"Every stage runs alone under plain papermill, from any folder; knobs arrive, misspelt ones are refused, stray copies do no harm."
+"""Every stage runs alone under plain papermill, from any folder; knobs arrive, misspelt ones are refused, stray copies
+do no harm.
+"""
 
 import json
 import os
@@ -18,7 +20,9 @@ def papermill(source, target, *options, env, cwd, timeout=280):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    "Variables for tests that share their runs and stores: what one has built, the next takes. Such tests are of one group, so that it is built once."
+    """Variables for tests that share their runs and stores: what one has built, the next takes. Such tests are of one
+    group, so that it is built once.
+    """
     return variables(tmp_path_factory.mktemp("shared"))
 
 
@@ -34,7 +38,9 @@ FEW = [
 @pytest.mark.xdist_group("stages")
 @pytest.mark.parametrize("path", FEW, ids=lambda p: p.stem)
 def test_stage_runs_alone_from_an_unrelated_folder(path, shared, environ, tmp_path):
-    "The last one, and every one under STRESS, begins from nothing; the others may take what they need from the runs of those before."
+    """The last one, and every one under STRESS, begins from nothing; the others may take what they need from the runs
+    of those before.
+    """
     env = environ if STRESS or path == STAGES[-1] else shared
     stage = path.stem.split("_", 1)[1]
     before = len(manifests(env, stage))

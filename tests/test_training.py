@@ -17,7 +17,8 @@ from aerec_nb.training import ExperimentLog
 
 TRIALS = 10 if os.environ.get("STRESS") else 1  # `make stress` kills ten times as often
 
-# One process imports everything and forks: each attempt costs what it trains, not what Python imports. It computes nothing itself, so forking is safe.
+# One process imports everything and forks: each attempt costs what it trains, not what Python imports. It computes
+# nothing itself, so forking is safe.
 KILLED = textwrap.dedent("""
     import json, os, random, signal, sys, time
     from pathlib import Path
@@ -84,7 +85,10 @@ def test_killed_at_any_moment_training_goes_on_to_the_last_bit(name, hp, tmp_pat
         assert found["left"] == [".json", ".safetensors"], found
 
 
-STAGE = "from aerec_nb.runs import open_run; r = open_run('r', env='test', model='mult_dae', hidden_dim=8, batch_size=16, num_epoch=40, patience=40, checkpoint_s=0); "
+STAGE = (
+    "from aerec_nb.runs import open_run; r = open_run('r', env='test', model='mult_dae', hidden_dim=8, batch_size=16, "
+    "num_epoch=40, patience=40, checkpoint_s=0); "
+)
 
 
 def test_a_killed_stage_goes_on_in_its_run_and_in_its_log(environ, tmp_path):
@@ -114,11 +118,17 @@ def test_a_killed_stage_goes_on_in_its_run_and_in_its_log(environ, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert kept.exists()
-    both = "import json; print(json.dumps([json.loads((r.execute('training')/'manifest.json').read_text())['outputs'] for _ in range(2)])); "
+    both = (
+        "import json; print(json.dumps([json.loads((r.execute('training')/'manifest.json').read_text())['outputs'] "
+        "for _ in range(2)])); "
+    )
     look = (
-        "from mlflow.tracking import MlflowClient; import os; c = MlflowClient(os.environ['AEREC_TRAINING__TRACKING_URI']); e = c.get_experiment_by_name('aerec'); "
-        "print(json.dumps([[t.info.status, t.data.params['hidden_dim'], t.data.tags['data.fingerprint'][:4], [m.step for m in c.get_metric_history(t.info.run_id, 'ndcg')], "
-        "[a.path for a in c.list_artifacts(t.info.run_id)]] for t in c.search_runs([e.experiment_id], order_by=['attributes.start_time'])]))"
+        "from mlflow.tracking import MlflowClient; import os; c = "
+        "MlflowClient(os.environ['AEREC_TRAINING__TRACKING_URI']); e = c.get_experiment_by_name('aerec'); "
+        "print(json.dumps([[t.info.status, t.data.params['hidden_dim'], t.data.tags['data.fingerprint'][:4], [m.step "
+        "for m in c.get_metric_history(t.info.run_id, 'ndcg')], "
+        "[a.path for a in c.list_artifacts(t.info.run_id)]] for t in c.search_runs([e.experiment_id], "
+        "order_by=['attributes.start_time'])]))"
     )
     done = run(
         *python(both + look), env=environ, cwd=tmp_path

@@ -382,7 +382,9 @@ def hold(running, n, stop):
 
 
 def ask_meanwhile(running, read, n_held, seconds):
-    "Times of requests on fresh connections while others hold many; how much the log has grown; most descriptors of the worker."
+    """Times of requests on fresh connections while others hold many; how much the log has grown; most descriptors of
+    the worker.
+    """
     before, stop, times, files = running.log.stat().st_size, threading.Event(), [], 0
     holder = threading.Thread(target=hold, args=(running, n_held, stop))
     holder.start()
@@ -410,7 +412,9 @@ def test_silent_connections_take_nothing_from_others(edge, read):
 if STRESS:  # takes a minute
 
     def test_silent_connections_at_1024_files(bundle, keys, tmp_path):
-        "The bar: 1,100 silent connections at a limit of 1,024 descriptors; others are answered within a second, and the log grows by less than 100 KB a minute."
+        """The bar: 1,100 silent connections at a limit of 1,024 descriptors; others are answered within a second, and
+        the log grows by less than 100 KB a minute.
+        """
         with launch(
             bundle, tmp_path, "--env", "stage", files=1024, API_KEYS=",".join(entry for _, entry in keys.values())
         ) as running:
@@ -504,12 +508,18 @@ ODD = {
     "many headers": ("GET /health/live HTTP/1.1\r\nHost: H\r\n" + "a:\r\n" * 60_000 + "\r\n", 400),
     "too long": ("GET /health/live HTTP/1.1\r\nHost: H\r\nX-a: " + "a" * 400_000, 400),
     "WebSocket": (
-        "GET /v1/recommend/1 HTTP/1.1\r\nHost: H\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        (
+            "GET /v1/recommend/1 HTTP/1.1\r\nHost: H\r\nConnection: Upgrade, close\r\nUpgrade: "
+            "websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        ),
         401,
     ),
     "WebSocket to nothing": ("GET /ws HTTP/1.1\r\nHost: H\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 404),
     "HTTP/2 upgrade": (
-        "GET /health/live HTTP/1.1\r\nHost: H\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\n\r\n",
+        (
+            "GET /health/live HTTP/1.1\r\nHost: H\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: "
+            "h2c\r\nHTTP2-Settings: AAA\r\n\r\n"
+        ),
         200,
     ),
 }

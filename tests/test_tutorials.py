@@ -1,4 +1,6 @@
-"The tutorials run from their first cell to their last, on what comes with the project and, under STRESS, on the lecture's data where they lie beside it."
+"""The tutorials run from their first cell to their last, on what comes with the project and, under STRESS, on the
+lecture's data where they lie beside it.
+"""
 
 import os
 import sys
@@ -30,9 +32,9 @@ def test_the_lecture_revisited(tmp_path, data, monkeypatch):
     )  # its own checks stop it
     said = "\n".join("".join(o.get("text", "")) for c in made.cells for o in c.get("outputs", []))
     assert (
-        "users were asked for items that the net had been shown as theirs; when only what is not hidden is learned from: 0."
-        in said
-    )
+        "users were asked for items that the net had been shown as theirs; when only what is not hidden is "
+        "learned from: 0."
+    ) in said
     figures = dict(
         part.rsplit(" ", 1) for part in next(line for line in said.splitlines() if " -> " in line).split(" -> ")
     )

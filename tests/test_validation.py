@@ -181,7 +181,9 @@ def test_slices_and_comparison_on_every_split(kind):
 
 
 def test_seeds_are_compared_person_by_person():
-    "Three splits, two models: the difference is that of all of them, and people who are in each of them are drawn once."
+    """Three splits, two models: the difference is that of all of them, and people who are in each of them are drawn
+    once.
+    """
     splits = [split_interactions(ratings(), "lecture", valid_sample_size=4, seed=s) for s in (1, 2, 3)]
     found = [evaluate(create_model(m).fit(s.train), s, 5) for s in splits for m in ("ease", "popularity")]
     d = compare(found).iloc[0]
@@ -202,7 +204,9 @@ def test_nothing_leaks_on_twenty_clean_splits():
 
 
 def test_the_second_reading_of_test_is_said(tmp_path, monkeypatch):
-    "Two runs of the stage over the same data: the second says that it is the second; a run on other rows says that it is the first."
+    """Two runs of the stage over the same data: the second says that it is the second; a run on other rows says that it
+    is the first.
+    """
     from aerec_nb.runs import open_run, read_json
     from aerec_nb.validation import build_validation, say_reading, say_which
 

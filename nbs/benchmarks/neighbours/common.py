@@ -53,7 +53,9 @@ def due(epoch):  # 2, 4, ..., 10, 15, 20, 30, ...
 
 
 def serve(package, prepare, models):
-    "Do the job in the folder that is named on the command line; `models` has a pair of functions by name: fit(data, setting, look), rank(model, histories, users, k)."
+    """Do the job in the folder that is named on the command line; `models` has a pair of functions by name: fit(data,
+    setting, look), rank(model, histories, users, k).
+    """
     resting, folder, clock = (
         memory("VmRSS"),
         Path(sys.argv[1]),
