@@ -19,7 +19,8 @@ from .modeling import Model, check_value, scores_bytes, top_k
 class Popularity(Model):
     "What most people have, whoever asks."
 
-    name, fitted = "popularity", ("share",)
+    name = "popularity"
+    fitted = ("share",)
 
     def __init__(self):
         super().__init__()
@@ -45,7 +46,8 @@ def weighted(
         return train
     rows = np.repeat(np.arange(train.shape[0]), np.diff(train.indptr))
     rarity = np.log(train.shape[1] / (1 + np.diff(train.indptr)))[rows]
-    x, totals = train.data.astype(np.float64), np.bincount(train.indices, train.data, minlength=train.shape[1])
+    x = train.data.astype(np.float64)
+    totals = np.bincount(train.indices, train.data, minlength=train.shape[1])
     norm = 1 - b + b * totals / max(totals.mean(), 1e-12)
     values = (
         np.sqrt(np.maximum(x, 0))
@@ -58,7 +60,8 @@ def weighted(
 class ItemKNN(Model):
     "Nearest items by shrunk cosine, tf-idf or BM25 (Sarwar et al. 2001)."
 
-    name, fitted = "item_knn", ("S",)
+    name = "item_knn"
+    fitted = ("S",)
     tune_space = {"n_neighbors": (10, 400, "int"), "shrink": (0.0, 100.0, "linear"), "b": (0.0, 0.8, "linear")}
 
     def __init__(
@@ -93,11 +96,9 @@ class ItemKNN(Model):
     def _fit(self, train, item_features):
         W = weighted(train, self.similarity, self.k1, self.b)
         columns = W.T.tocsr()
-        norms, step, blocks = (
-            np.sqrt(columns.multiply(columns).sum(1)).A1.astype(np.float32),
-            max(1, 2**21 // train.shape[1]),
-            [],
-        )
+        norms = np.sqrt(columns.multiply(columns).sum(1)).A1.astype(np.float32)
+        step = max(1, 2**21 // train.shape[1])
+        blocks = []
         for start in range(0, len(norms), step):
             s = (columns[start : start + step] @ W).toarray()  # w_i' w_j
             if self.similarity != "bm25":
@@ -123,7 +124,8 @@ class ItemKNN(Model):
 class IALS(Model):
     "Matrix factorisation of implicit feedback by alternating least squares (Hu et al. 2008), fitted by `implicit`."
 
-    name, fitted = "ials", ("Y",)
+    name = "ials"
+    fitted = ("Y",)
     tune_space = {"factors": (16, 256, "int"), "regularization": (0.1, 200.0, "log"), "alpha": (0.3, 30.0, "log")}
 
     def __init__(
@@ -182,7 +184,8 @@ class IALS(Model):
     def _fold_in(self, history, step=256):
         "The factors of histories, each solved on its own."
         Y = self.Y.astype(np.float64)
-        always, X = Y.T @ Y + self.regularization * np.eye(self.factors), np.zeros((history.shape[0], self.factors))
+        always = Y.T @ Y + self.regularization * np.eye(self.factors)
+        X = np.zeros((history.shape[0], self.factors))
         for start in range(0, len(X), step):
             rows = history[start : start + step]
             A = np.repeat(always[None], rows.shape[0], 0)

@@ -68,7 +68,8 @@ class _Read:
     def __init__(self, url: str, query: str):
         self.started = time.monotonic()
         self._done = threading.Event()
-        self._ids, self._error = None, None
+        self._ids = None
+        self._error = None
         threading.Thread(target=self._work, args=(url, query), name="blocklist", daemon=True).start()
 
     def _work(self, url, query):
@@ -104,13 +105,21 @@ class BanList:
         refresh_s: float = 5.0,  # seconds after which the table is read again
         on_error: str = "keep_last",  # a list that becomes unreadable: 'keep_last' or 'refuse'
     ):
-        self.fixed, self.query, self.refresh_s, self.on_error = list(ids), query, refresh_s, on_error
-        self.file, self.url = Path(file) if file else None, url
+        self.fixed = list(ids)
+        self.query = query
+        self.refresh_s = refresh_s
+        self.on_error = on_error
+        self.file = Path(file) if file else None
+        self.url = url
         self.version = 0  # rises with every change
         self._errors = {}  # 'file' or 'table' -> why it cannot be read now
         self._lock = threading.Lock()
-        self._file_ids, self._stamp, self._retry_at = [], None, 0.0
-        self._table_ids, self._read, self._read_at = [], None, 0.0
+        self._file_ids = []
+        self._stamp = None
+        self._retry_at = 0.0
+        self._table_ids = []
+        self._read = None
+        self._read_at = 0.0
         if self.file:
             self._stamp, self._file_ids = self._file_stamp(), self._read_file()
         if self.url:
@@ -212,6 +221,7 @@ class BanList:
             if time.monotonic() - self._read.started > _CONNECT_S + _STATEMENT_S:
                 raise AerecError(f"postprocessing.ban_url {hide_secrets(self.url)}: no answer")
             return False
-        read, self._read = self._read, None
+        read = self._read
+        self._read = None
         self._table_ids = read.ids()
         return True

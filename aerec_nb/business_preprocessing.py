@@ -53,7 +53,8 @@ def register_rule(
     "Add a rule to those that settings may name; the same name again replaces it."
 
     def register(function):
-        function.negatives, function.per_user = negatives, per_user
+        function.negatives = negatives
+        function.per_user = per_user
         RULES[name] = function
         return function
 
@@ -82,7 +83,8 @@ def settle_repeats(
     deduplicate: str = "last",  # last or first (in time, then by row), max, mean or sum of the values, or off
 ):
     "One row of each pair stays, the last unless it shall be the first; its value may be worked out from all of them."
-    users, items = codes_of(ratings.user_id)[0], codes_of(ratings.item_id)
+    users = codes_of(ratings.user_id)[0]
+    items = codes_of(ratings.item_id)
     pair = users.astype(np.int64) * len(items[1]) + items[0]
     if deduplicate == "off" or not _repeats(pair):
         return OFF
@@ -115,7 +117,8 @@ def _without(ids, excluded):
     if not len(excluded):
         return OFF
     codes, names = codes_of(ids)
-    text, wanted = names.astype(str), {str(id) for id in excluded}
+    text = names.astype(str)
+    wanted = {str(id) for id in excluded}
     absent = sorted(wanted - set(text[np.bincount(codes, minlength=len(names)) > 0]))
     note = (
         f"not in the data: {', '.join(absent[:10])}{f' and {len(absent) - 10:,} more' if len(absent) > 10 else ''}"
@@ -166,7 +169,9 @@ def within_times(
     "Keep what happened from one moment to just before another."
     if time_from is None and time_to is None:
         return OFF
-    first, last, times = _seconds(time_from), _seconds(time_to), ratings.timestamp.to_numpy()
+    first = _seconds(time_from)
+    last = _seconds(time_to)
+    times = ratings.timestamp.to_numpy()
     keep = np.ones(len(times), bool) if first is None else times >= first
     if last is not None:
         keep &= times < last
@@ -196,7 +201,9 @@ def _beyond(users, times, n, seconds):
     "Rows whose user has at least `n` earlier ones within the seconds before: bool, by row."
     busy = np.flatnonzero((np.bincount(users) > n)[users])
     order = busy[_by_user_and_time(users[busy], times[busy])]
-    u, t, out = users[order], times[order], np.zeros(len(users), bool)
+    u = users[order]
+    t = times[order]
+    out = np.zeros(len(users), bool)
     out[order[n:]] = (u[n:] == u[:-n]) & (t[n:] - t[:-n] < seconds)
     return out
 
@@ -336,9 +343,11 @@ def k_core_rows(
     k_items: int,  # least number of rows of an item
 ) -> tuple:  # (numbers of the rows that stay, rows dropped in each round)
     "Drop users and items with too few rows until nobody has."
-    stay, rounds = np.arange(len(users)), []
+    stay = np.arange(len(users))
+    rounds = []
     while len(stay):
-        u, i = users[stay], items[stay]
+        u = users[stay]
+        i = items[stay]
         enough = (np.bincount(u) >= k_users)[u] & (np.bincount(i) >= k_items)[i]
         if enough.all():
             break
@@ -381,7 +390,8 @@ def weigh_by_rating(
     "Multiply weights by the rating's share of the scale's end."
     if not weight_by_rating:
         return OFF
-    low, high = float(ratings.rating.min()), float(ratings.rating.max()) if scale is None else scale[1]
+    low = float(ratings.rating.min())
+    high = float(ratings.rating.max()) if scale is None else scale[1]
     if low <= 0:
         raise AerecError(
             f"weight_by_rating: a rating of {low:g} cannot weigh; raise positive_threshold above 0, or turn "
@@ -401,7 +411,8 @@ def decay(
     "Halve weights for every half-life before the last interaction."
     if half_life_days is None:
         return OFF
-    last, times = ratings.timestamp.max() if last is None else last, ratings.timestamp.to_numpy()
+    last = ratings.timestamp.max() if last is None else last
+    times = ratings.timestamp.to_numpy()
     faded = ratings.weight.to_numpy(np.float32) * np.exp2((times - last) / (86400 * half_life_days)).astype(np.float32)
     return Verdict(
         ratings.assign(weight=np.maximum(faded, _LEAST)),
@@ -499,7 +510,8 @@ def _checked_rows(wrong, rows, given):
         at = _places(rows.index.to_numpy(), given.index.to_numpy())
         if (at < 0).any() or _repeats(at):
             raise wrong("returned rows that it was not given; it may drop rows, not add or renumber them")
-        rows, given = rows.iloc[np.argsort(at)], given.iloc[np.sort(at)]
+        rows = rows.iloc[np.argsort(at)]
+        given = given.iloc[np.sort(at)]
     for column in ("user_id", "item_id"):
         if (
             not rows[column].equals(given[column])
@@ -546,7 +558,8 @@ _LISTS = {"excluded_users": "user_id", "excluded_items": "item_id"}
 
 def _knobs(rules):
     "The settings of the rules by name, the ids of list files with the others."
-    found, files = {name: getattr(rules, name) for name in RuleSettings.model_fields}, _list_files(rules)
+    found = {name: getattr(rules, name) for name in RuleSettings.model_fields}
+    files = _list_files(rules)
     return found | {
         name: [*found[name], *read_ids(path, _LISTS[name], f"rules.{name}_file")] for name, path in files.items()
     }
@@ -679,7 +692,8 @@ def _walk(ratings, rules, scale):
             continue
         if not hasattr(said, "rows"):
             said = Verdict(said, ", ".join(f"{k} {v}" for k, v in arguments.items()))
-        before, left = left, _kept_rows(name, said.rows, left)
+        before = left
+        left = _kept_rows(name, said.rows, left)
         reweighed = isinstance(said.rows, pd.DataFrame) and bool(
             (left.weight.to_numpy() != before.weight.loc[left.index].to_numpy()).any()
         )
@@ -730,8 +744,12 @@ def _check_frame(ratings, rules):
 def _cascade(ratings, rules, tolerant=False):
     "The waterfall, the rows that are left, and the dropped positions of each rule; stops where nothing is left."
     scale = _check_frame(ratings, rules)
-    users, items = codes_of(ratings.user_id), codes_of(ratings.item_id)
-    n, report, gone, before = len(ratings), [], [], {}
+    users = codes_of(ratings.user_id)
+    items = codes_of(ratings.item_id)
+    n = len(ratings)
+    report = []
+    gone = []
+    before = {}
     for step in _walk(ratings, rules, scale):
         rows = step.left.index.to_numpy()
         now = (
@@ -739,7 +757,8 @@ def _cascade(ratings, rules, tolerant=False):
             if len(step.dropped) or not report
             else before
         )
-        note, mean = step.verdict.note, float(step.left.weight.to_numpy().mean(dtype=np.float64)) if len(rows) else 0.0
+        note = step.verdict.note
+        mean = float(step.left.weight.to_numpy().mean(dtype=np.float64)) if len(rows) else 0.0
         if step.reweighed:
             note = f"{note}; " * bool(note) + (
                 f"{'weights only: ' if not len(step.dropped) else ''}mean weight {mean:.4g}, was "
@@ -803,8 +822,12 @@ def _only_disliked(users, items, disliked, left):
     "Rows of users who are still there, each pair once, none that is an interaction as well."
     present = np.bincount(users[0][left], minlength=len(users[1])) > 0
     disliked = disliked[present[users[0][disliked]]]
-    pair = lambda rows: users[0][rows].astype(np.int64) * len(items[1]) + items[0][rows]
-    wanted, liked = pair(disliked), pair(left)
+
+    def pair(rows):
+        return users[0][rows].astype(np.int64) * len(items[1]) + items[0][rows]
+
+    wanted = pair(disliked)
+    liked = pair(left)
     if not _repeats(np.concatenate([wanted, liked])):
         return disliked
     return disliked[~np.isin(wanted, liked) & ~pd.Series(wanted).duplicated().to_numpy()]
@@ -868,7 +891,8 @@ def plot_waterfall(
     for ax, what, before, after in zip(
         axes, ("rows", "users", "items"), ("rows_before", "users_before", "items_before"), ("kept", "users", "items")
     ):
-        level, dropped = report[after].to_numpy(), (report[before] - report[after]).to_numpy()
+        level = report[after].to_numpy()
+        dropped = (report[before] - report[after]).to_numpy()
         ax.barh(y[[0, -1]], level[[0, -1]], color="#0072B2", height=0.7)
         ax.barh(y[1:-1], level[1:], color="#0072B2", alpha=0.25, height=0.7)
         ax.barh(y[1:-1], dropped[1:], left=level[1:], color="#D55E00", height=0.7)
@@ -912,7 +936,8 @@ def build_business_preprocessing(
         ("negatives", result.negatives),
     ):
         write_parquet(folder / f"{name}.parquet", frame)
-    rules, last = run.settings.rules, result.report.iloc[-1]
+    rules = run.settings.rules
+    last = result.report.iloc[-1]
     threshold = (
         _threshold(rules.positive_threshold, source["feedback"], source["scale"])
         if "positive_threshold" in rules.rules
@@ -941,11 +966,9 @@ def describe_rules(
 ) -> str:  # one line, or more where something needs a look
     "How many interactions the rules left; warnings, if there are any."
     folder = Path(folder)
-    report, threshold, n = (
-        pd.read_parquet(folder / "waterfall.parquet"),
-        read_json(folder / "rules.json")["threshold"],
-        len(pd.read_parquet(folder / "negatives.parquet", columns=["item_id"])),
-    )
+    report = pd.read_parquet(folder / "waterfall.parquet")
+    threshold = read_json(folder / "rules.json")["threshold"]
+    n = len(pd.read_parquet(folder / "negatives.parquet", columns=["item_id"]))
     said = (
         f"a rating of at least {threshold:g} counts; {n:,} lower ones are kept to be excluded from recommendations"
         if threshold is not None

@@ -234,12 +234,14 @@ def _read_plugin(
 ) -> tuple:  # file, its bytes
     "Read the file of a plugin that may be run; raises `AerecError` with the line that would allow it."
     path = own_file(name, setting)
-    settings, from_bundle = current_settings(), _JUDGE.get()[1]
+    settings = current_settings()
+    from_bundle = _JUDGE.get()[1]
     try:
         data = path.read_bytes()
     except OSError as e:
         raise AerecError(f"{setting} names '{name}', and {path.name} cannot be read: {e.strerror}") from None
-    found, listed = hashlib.sha256(data).hexdigest(), settings.plugins.trusted.get(name)
+    found = hashlib.sha256(data).hexdigest()
+    listed = settings.plugins.trusted.get(name)
     if listed == found:
         return path, data
     line = f'"{name}" = "{found}" under [plugins.trusted] in config/{settings.env}.toml'
@@ -292,7 +294,8 @@ def own_object(
 ):  # -> function or class
     "Load a function or class of a plugin; raises `AerecError` where the file may not be run, cannot be run, or has no"
     "such name."
-    made, own = plugin_module(name, setting), name.split(":")[1]
+    made = plugin_module(name, setting)
+    own = name.split(":")[1]
     found = getattr(made, own, None)
     if not callable(found):
         raise AerecError(f"{setting} names '{name}', but {Path(made.__file__).name} has no function or class {own}")
@@ -304,7 +307,8 @@ def exception_line(
     path: Path = None,  # file whose line is named; None: none
 ) -> str:
     "Return an exception in one line, with the line of the file where it was raised."
-    trace, line = error.__traceback__, getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
+    trace = error.__traceback__
+    line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
     while trace is not None:
         if path is None or trace.tb_frame.f_code.co_filename == str(path):
             line = line if isinstance(error, SyntaxError) else trace.tb_lineno
@@ -615,7 +619,9 @@ class RuleSettings(Section):
     @classmethod
     def _consistent(cls, value, info):
         "Knobs without their rule, and knobs that contradict each other."
-        name, rules, others = info.field_name, info.data.get("rules", []), info.data
+        name = info.field_name
+        rules = info.data.get("rules", [])
+        others = info.data
 
         def refuse(text):
             raise PydanticCustomError("rules", "{text}", {"text": text})
@@ -1580,7 +1586,8 @@ def diff_settings(
     second: Settings,  # another one
 ) -> pd.DataFrame:  # one row a setting that differs
     "What is different between two environments."
-    a, b = settings_table(first), settings_table(second)
+    a = settings_table(first)
+    b = settings_table(second)
     return pd.DataFrame({first.env: a.value, second.env: b.value, "meaning": a.meaning})[a.value != b.value]
 
 # %% ../nbs/00_configuration.ipynb #d39765e9
@@ -1613,7 +1620,7 @@ def plot_sources(
         .size()
         .unstack(fill_value=0)
     )
-    counts = counts.reindex([s for s in SECTIONS][::-1])
+    counts = counts.reindex(list(SECTIONS)[::-1])
     counts = counts[["default", *[c for c in counts.columns if c != "default"]]]
     fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
     palette = ["#cccccc", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00"]

@@ -224,7 +224,10 @@ class _Watched:
     closed = False
 
     def __init__(self, stream, pairs):
-        self.stream, self.pairs, self.n_quotes, self.n_nul = stream, pairs, 0, 0
+        self.stream = stream
+        self.pairs = pairs
+        self.n_quotes = 0
+        self.n_nul = 0
 
     def read(self, n=-1):
         data = self.stream.read(n - 1 if n > 1 else n)
@@ -239,7 +242,9 @@ class _Watched:
 
 def _read_fast(f, layout):
     "The table as Arrow reads it, or None where a line is not like the others."
-    pairs, wide, faults = layout.sep == "::", layout.encoding.startswith(("utf-16", "utf-32", "utf_16", "utf_32")), []
+    pairs = layout.sep == "::"
+    wide = layout.encoding.startswith(("utf-16", "utf-32", "utf_16", "utf_32"))
+    faults = []
     if pairs and wide:
         return None
     stream = _Watched(f, pairs)
@@ -307,7 +312,8 @@ def _records(lines, sep, where):
                 return
             if fields and (len(fields) > 1 or fields[0].strip()):
                 yield begun, fields
-            last, begun = begun, reader.line_num + 1
+            last = begun
+            begun = reader.line_num + 1
     except csv.Error as e:
         raise AerecError(f"{where}, line {begun}: cannot be read ({e}); is a quote missing before it?") from None
     raise AerecError(
@@ -318,14 +324,16 @@ def _records(lines, sep, where):
 
 def _line_records(f, layout, where):
     "Of each record its values, as many as the layout has columns, and what is wrong with it (None: nothing)."
-    text, n = io.TextIOWrapper(f, layout.encoding, newline=""), len(layout.names)
+    text = io.TextIOWrapper(f, layout.encoding, newline="")
+    n = len(layout.names)
     records = _records(text, layout.sep, where)
     if not layout.headless:
         next(records)
     for line, fields in records:
         if len(fields) == n + 1 and not fields[-1].strip():
             fields.pop()  # a separator at the end of the line
-        many, first = "many" if len(fields) > n else "few", "first line" if layout.headless else "header"
+        many = "many" if len(fields) > n else "few"
+        first = "first line" if layout.headless else "header"
         fault = None if len(fields) == n else f"too {many} fields: {len(fields)} in line {line}, {n} in the {first}"
         yield [v.strip() or None for v in (fields + [""] * n)[:n]], fault
     text.detach()
@@ -333,7 +341,8 @@ def _line_records(f, layout, where):
 
 def _read_lines(f, layout, where):
     "The table line by line; lines with too many or too few fields are marked as faulty."
-    rows, faults = [], []
+    rows = []
+    faults = []
     for values, fault in _line_records(f, layout, where):
         if fault:
             faults.append((len(rows), fault))
@@ -373,18 +382,23 @@ def _read_text(path, where, positions, encoding=None):
 
 def _mostly_utf8(path):
     "Is more of what is not ASCII valid UTF-8 than not?"
-    decoder, good, bad = codecs.getincrementaldecoder("utf-8")("replace"), 0, 0
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    good = 0
+    bad = 0
     with open_table(path) as f:
         while piece := f.read(2**20):
             beyond = re.sub("[\0-\x7f]+", "", decoder.decode(piece))
             broken = beyond.count("\ufffd")
-            good, bad = good + len(beyond) - broken, bad + broken
+            good = good + len(beyond) - broken
+            bad = bad + broken
     return good > bad
 
 
 def _undecodable(path, encoding):
     "Line and value of the first byte that an encoding does not have."
-    decoder, line, piece = codecs.getincrementaldecoder(encoding)(), 1, b"-"
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line = 1
+    piece = b"-"
     with open_table(path) as f:
         while piece:
             piece = f.read(2**20)
@@ -554,7 +568,7 @@ NAMES = {
 def _shown(header):
     return _list(str(c)[:40] for c in header[:12]) + (", ..." if len(header) > 12 else "")
 
-
+# %% ../nbs/01_data_import.ipynb #8a6d051c
 def _plain(name):
     return re.sub(r"[\s_.-]", "", str(name).strip("\ufeff").split(":")[0]).lower()
 
@@ -726,7 +740,8 @@ def _in_seconds(v):
 def _written_times(s):
     "Texts as times: numbers where they are numbers, else ISO 8601."
     numbers = pd.to_numeric(s, errors="coerce").astype(float)
-    times, dates = _in_seconds(numbers).astype(float), numbers.isna()
+    times = _in_seconds(numbers).astype(float)
+    dates = numbers.isna()
     times[dates] = _epoch(pd.to_datetime(s[dates], errors="coerce", utc=True, format="ISO8601"))
     return times.astype(np.int64) if times.notna().all() and np.isfinite(times).all() else times
 
@@ -757,7 +772,8 @@ def _one_per_pair(df, on_duplicate, where):
         )
     value = next((c for c in ("rating", "count") if c in df), None)
     if on_duplicate == "sum" and value is None:
-        df, value = df.assign(count=1.0), "count"
+        df = df.assign(count=1.0)
+        value = "count"
     in_time = df.sort_values("timestamp", kind="stable") if "timestamp" in df else df
     kept = in_time.drop_duplicates(pair, keep="first" if on_duplicate == "first" else "last").sort_index()
     if on_duplicate in ("max", "mean", "sum") and value:
@@ -903,7 +919,8 @@ def _told(kind):
 
 def _refusal(problems, where, n_rows, rules=ON_BAD):
     "The one line about a table's bad rows."
-    told, n_bad = "; ".join(map(_told, _kinds(problems).itertuples())), problems.row.nunique()
+    told = "; ".join(map(_told, _kinds(problems).itertuples()))
+    n_bad = problems.row.nunique()
     count = (
         f"{n_bad:,} of {n_rows:,} rows" if n_bad < n_rows else f"all {n_rows:,} rows" if n_rows > 1 else "the only row"
     )
@@ -982,7 +999,8 @@ class Checked:
 
 def _standard_columns(raw, where, columns):
     "Standard name -> own name of the columns to use, and how the kind of feedback was told."
-    header, handed_over = [c for c in raw.columns if c != _FAULT], raw.attrs.get("handed_over")
+    header = [c for c in raw.columns if c != _FAULT]
+    handed_over = raw.attrs.get("handed_over")
     found = {s: own for own, s in _recognise(header, list(_MAKE), columns).items()}
     if missing := [s for s in ("user_id", "item_id") if s not in found]:
         raise AerecError(
@@ -1120,8 +1138,10 @@ def _genres(s, where, own):
 _TIDY = {"item_id": _ids, "title": _titles, "genres": _genres}
 
 # %% ../nbs/01_data_import.ipynb #8bf5699c
-CONTRACT, VERSION = b"aerec_nb.contract", b"1"
-_ID, _TIME = ("int64", "string", "uuid"), ("timestamp[us, tz=UTC]",)
+CONTRACT = b"aerec_nb.contract"
+VERSION = b"1"
+_ID = ("int64", "string", "uuid")
+_TIME = ("timestamp[us, tz=UTC]",)
 _HANDOVER = {  # column -> types, required, meaning
     "user_id": (_ID, True, "who"),
     "item_id": (_ID, True, "what"),
@@ -1152,7 +1172,10 @@ def handover_schema(
 ) -> pyarrow.Schema:  # stamped with the version: what is written with it declares the contract
     "The contract as a schema to write with."
     ids = {"user_id": user_id, "item_id": item_id, "event_id": event_id}
-    kind = lambda c: ids.get(c) or _HANDOVER[c][0][0]
+
+    def kind(c):
+        return ids.get(c) or _HANDOVER[c][0][0]
+
     types = {
         "int64": pyarrow.int64(),
         "string": pyarrow.string(),
@@ -1234,7 +1257,8 @@ def write_handover(
     path: Path,  # of the Parquet file
 ):
     "Write a table by the contract, stamped; what breaks it raises `AerecError`, and nothing is written."
-    df, where = frame.reset_index(drop=True), Path(path).name
+    df = frame.reset_index(drop=True)
+    where = Path(path).name
     found = {c: c for c in _HANDOVER if c in df}
     typed = _convert(df, found, where)
     if len(problems := _problems(df, typed, found)):
@@ -1260,25 +1284,23 @@ def write_handover(
         pq.write_table(table.cast(schema), p, compression="zstd")
 
 # %% ../nbs/01_data_import.ipynb #58d3b7b9
-GENRES = tuple(
-    [
-        "Action",
-        "Adventure",
-        "Animation",
-        "Comedy",
-        "Crime",
-        "Documentary",
-        "Drama",
-        "Fantasy",
-        "Horror",
-        "Musical",
-        "Mystery",
-        "Romance",
-        "Sci-Fi",
-        "Thriller",
-        "War",
-        "Western",
-    ]
+GENRES = (
+    "Action",
+    "Adventure",
+    "Animation",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
 )
 _FIRST = [
     "Amber",
@@ -1604,7 +1626,8 @@ def _read_parquet_parts(parts):
     """Parquet parts as one table of their own types; a type that grew from part to part (int32 to int64, say) is taken
     as the wider one.
     """
-    tables, handed_over = {}, False
+    tables = {}
+    handed_over = False
     for path in parts.paths:
         name = path.relative_to(parts.root).as_posix()
         try:
@@ -1628,7 +1651,8 @@ def _read_parquet_parts(parts):
 # %% ../nbs/01_data_import.ipynb #96ae8575
 def _from_folder(folder):
     "The tables of a folder: by their names, or all its Parquet parts, or its only table, or its only zip."
-    ratings, items = _table_in(folder, "ratings"), _table_in(folder, "items")
+    ratings = _table_in(folder, "ratings")
+    items = _table_in(folder, "items")
     if ratings is None:
         there = sorted(folder.iterdir())
         tables = [p for p in there if _is_table(p) and p != items]
@@ -1698,7 +1722,8 @@ def _wanted(z, where):
             continue
         if e.filename.lower().endswith(_ENDINGS) or _BESIDE.fullmatch(parts[-1]):
             wanted["/".join(parts)] = e
-    size, packed = sum(e.file_size for e in wanted.values()), sum(e.compress_size for e in wanted.values())
+    size = sum(e.file_size for e in wanted.values())
+    packed = sum(e.compress_size for e in wanted.values())
     if size > MAX_UNPACKED or len(wanted) > 10_000 or size > 2**30 and size > 300 * packed:
         raise AerecError(
             f"{where}: refused: {len(wanted):,} files, {packed:,} bytes that would become {size:,}; unpack it "
@@ -2211,7 +2236,8 @@ def _cached_set(name, cache):
 
 def _named(name, dataset_dir, timeout, fetchers=FETCHED):
     "A named set from the cache, or fetched now from the first place that has it."
-    cache, failed = Path(dataset_dir) / ".cache", []
+    cache = Path(dataset_dir) / ".cache"
+    failed = []
     if (cache / name).is_dir():
         return _cached_set(name, cache)
     for title, fetch in fetchers[name]:
@@ -2245,7 +2271,8 @@ def _auto(dataset_dir, timeout, fetchers=_AUTO):
     own = _table_in(dataset_dir, "ratings") if dataset_dir.is_dir() else None
     if own:
         return Source("own", f"your own {own.name} in {dataset_dir.name}/", own, _table_in(dataset_dir, "items"))
-    cache, why = dataset_dir / ".cache", [f"no ratings.csv in {dataset_dir.name}/"]
+    cache = dataset_dir / ".cache"
+    why = [f"no ratings.csv in {dataset_dir.name}/"]
     cached = next((name for name in fetchers if (cache / name).is_dir()), None)
     for name, places in fetchers.items():
         if name == cached:
@@ -2425,7 +2452,10 @@ def _one_table(pieces):
             if kinds == {pyarrow.int64(), pyarrow.float64()}
             else pyarrow.string()
         )
-        texts = lambda a: pyarrow.array([None if v is None else str(v) for v in a.to_pylist()], pyarrow.string())
+
+        def texts(a):
+            return pyarrow.array([None if v is None else str(v) for v in a.to_pylist()], pyarrow.string())
+
         columns.append(
             pyarrow.chunked_array([texts(a) if kind == pyarrow.string() != a.type else a.cast(kind) for a in arrays])
         )
@@ -2513,7 +2543,8 @@ def _from_database(url, base, timeout, query, items_query):
                 f"{database.name}: no table {' or '.join(_STEMS['ratings'])} (there: "
                 f"{_list(there[:8]) or 'nothing'}); say what to read with query"
             )
-        query, items_query = query or named["ratings"], items_query or named["items"]
+        query = query or named["ratings"]
+        items_query = items_query or named["items"]
     ratings = Query(database, query)
     return Source(
         Path(database.url.database or "").name or database.name,
@@ -2538,7 +2569,8 @@ def feedback_ratings(
         **{f"of type {k!r}": kind == k for k in kind.unique() if k not in event_values},
         "without a value": worth.isna(),
     }
-    kept, left_out = pd.Series(True, events.index), {}
+    kept = pd.Series(True, events.index)
+    left_out = {}
     for reason, is_so in reasons.items():
         if n := int((kept & is_so).sum()):
             left_out[reason] = n
@@ -2629,7 +2661,8 @@ def _from_events(source, settings, base):
 # %% ../nbs/01_data_import.ipynb #30bfc9f8
 def _from_url(url, dataset_dir, timeout):
     "A file (or a zip of files) from a web address."
-    folder, shown = Path(dataset_dir) / ".cache" / f"url-{sha256_bytes(url.encode())[:12]}", hide_secrets(url)
+    folder = Path(dataset_dir) / ".cache" / f"url-{sha256_bytes(url.encode())[:12]}"
+    shown = hide_secrets(url)
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or shown
     if not folder.is_dir():
         try:
@@ -2654,7 +2687,8 @@ def _from_url(url, dataset_dir, timeout):
 
 # %% ../nbs/01_data_import.ipynb #6c711e21
 def _find(source, settings, base, query=None, items_query=None):
-    timeout, dataset_dir = settings.data.download_timeout, settings.paths.dataset_dir
+    timeout = settings.data.download_timeout
+    dataset_dir = settings.paths.dataset_dir
     if query and not is_database(source):
         raise AerecError(
             f"a query is asked of a database, and {hide_secrets(source)} is none: give a SQLAlchemy URL such as "
@@ -2791,7 +2825,8 @@ class _Growing:
     """
 
     def __init__(self, dtype, expected=2**16):
-        self.array, self.n = np.empty(expected, dtype), 0
+        self.array = np.empty(expected, dtype)
+        self.n = 0
 
     def add(self, part):
         if self.n + len(part) > len(self.array):
@@ -2858,7 +2893,8 @@ class _Ids:
     def _by_table(self, part):
         "Codes of whole numbers; None where some are not such, or are too large."
         if part.null_count:
-            codes, inner = np.full(len(part), -1, np.int32), self._by_table(part.drop_null())
+            codes = np.full(len(part), -1, np.int32)
+            inner = self._by_table(part.drop_null())
             if inner is not None:
                 codes[part.is_valid().to_numpy(zero_copy_only=False)] = inner
             return None if inner is None else codes
@@ -2917,11 +2953,16 @@ class _Values:
     "The values of a column row by row: NaN, or of times the least integer, where there is none that can be used."
 
     def __init__(self, standard, may_be_empty, trim, expected=2**16):
-        self.make, self.empty, self.trim, self.n = _MAKE[standard], may_be_empty, trim, 0
+        self.make = _MAKE[standard]
+        self.empty = may_be_empty
+        self.trim = trim
+        self.n = 0
         self.times = self.make is _seconds
         self.kind, self.missing = (pyarrow.int64(), _NO_TIME) if self.times else (pyarrow.float64(), np.nan)
         self.values = _Growing(self.kind.to_pandas_dtype(), expected)
-        self.least, self.most = np.inf, -np.inf  # NaN where one is missing
+        # NaN where one is missing
+        self.least = np.inf
+        self.most = -np.inf
 
     def add(self, column):
         for part in column.chunks:
@@ -3019,7 +3060,8 @@ def _written(column, width=None):
     for part in column.chunks:
         numbers = part.drop_null().to_numpy()
         if numbers.min(initial=0) < 0:
-            n, numbers = n + np.count_nonzero(numbers < 0), np.abs(numbers)
+            n = n + np.count_nonzero(numbers < 0)
+            numbers = np.abs(numbers)
         least, most = (len(str(m)) for m in (numbers.min(initial=10**9), numbers.max(initial=0)))
         n += least * len(numbers) + sum(np.count_nonzero(numbers >= 10**k) for k in range(least, most))
     return int(n)
@@ -3093,7 +3135,8 @@ class _TextFile:
 
     def _as_written(self, columns, types, no_letters):
         "Pieces of typed columns, as long as they are what is written in the file."
-        newline, size = b"\r\n" if b"\r\n" in self.head else b"\n", self.path.stat().st_size
+        newline = b"\r\n" if b"\r\n" in self.head else b"\n"
+        size = self.path.stat().st_size
         block = np.empty(2**20, np.uint8)
         with open(self.path, "rb") as f:
             for _ in range(self.layout.skip):
@@ -3118,10 +3161,13 @@ class _TextFile:
                 raise _Stumbled
 
     def _by_duckdb(self, columns, types):
-        quoted = lambda text: "'" + str(text).replace("'", "''") + "'"
+        def quoted(text):
+            return "'" + str(text).replace("'", "''") + "'"
+
         if self.packed != "none":
             _check_whole(self.path)
-        l, quote = self.layout, "''" if self.layout.sep == "::" else quoted('"')
+        l = self.layout
+        quote = "''" if self.layout.sep == "::" else quoted('"')
         options = {
             "delim": quoted(l.sep),
             "quote": quote,
@@ -3145,7 +3191,8 @@ class _TextFile:
             batches = None
             while True:
                 try:
-                    batches, piece = batches or con.sql(query).to_arrow_reader(2**20), []
+                    batches = batches or con.sql(query).to_arrow_reader(2**20)
+                    piece = []
                     while sum(map(len, piece)) < 2**20 and (batch := next(batches, None)) is not None:
                         piece.append(batch)
                 except (duckdb.Error, OSError):
@@ -3155,7 +3202,8 @@ class _TextFile:
                 yield pyarrow.Table.from_batches(piece).rename_columns(columns)
 
     def _by_lines(self, columns):
-        l, place = self.layout, [self.layout.names.index(c) for c in columns]
+        l = self.layout
+        place = [self.layout.names.index(c) for c in columns]
         with open_table(self.path) as f:
             records = _line_records(f, l, self.name)
             while piece := list(itertools.islice(records, _LINES)):
@@ -3229,10 +3277,13 @@ class _Large:
         return path.name if self.root is None else path.relative_to(self.root).as_posix()
 
     def _open_parquet(self):
-        schemas, hives, rows = {}, {}, {}
+        schemas = {}
+        hives = {}
+        rows = {}
         for path in self.paths:
             try:
-                rows[path], schema = (f := pq.ParquetFile(path)).metadata.num_rows, f.schema_arrow
+                rows[path] = (f := pq.ParquetFile(path)).metadata.num_rows
+                schema = f.schema_arrow
             except (OSError, pyarrow.ArrowException) as e:
                 raise _no_parquet(self._name(path), e) from None
             self.handed_over |= check_handover(schema, self._name(path))
@@ -3323,7 +3374,8 @@ class _Large:
     def rows(self, wanted, most):
         "The rows that a mask wants, but no more than about `most`, as the small way reads them."
         while True:
-            found, n = [], 0
+            found = []
+            n = 0
             try:
                 for piece in self.pieces(self.header):
                     found.append(piece.filter(pyarrow.array(wanted[n : n + len(piece)])))
@@ -3359,14 +3411,20 @@ class _Columns:
     "Takes the pieces of a table and keeps what the ratings frame is made of."
 
     def __init__(self, found, large, expected=2**16):
-        self.own, self.where, self.n, self.faults = found, large.where, 0, []
-        make = lambda s: (
-            _Ids(expected)
-            if s in ("user_id", "item_id")
-            else _Hashes()
-            if s == "event_id"
-            else _Values(s, not large.handed_over, not large.is_parquet, expected)
-        )
+        self.own = found
+        self.where = large.where
+        self.n = 0
+        self.faults = []
+
+        def make(s):
+            return (
+                _Ids(expected)
+                if s in ("user_id", "item_id")
+                else _Hashes()
+                if s == "event_id"
+                else _Values(s, not large.handed_over, not large.is_parquet, expected)
+            )
+
         self.columns = {s: make(s) for s in found}
 
     def __call__(self, piece):
@@ -3425,7 +3483,8 @@ def _any_repeated(user, item, n_items, block=2**20):
 
 def _settle(frame, on_duplicate, where):
     "One row a pair by the rule, as `_one_per_pair` does it, for ids that are categories."
-    user, item = frame.user_id.array, frame.item_id.array
+    user = frame.user_id.array
+    item = frame.item_id.array
     key = _pairs(user.codes, item.codes, len(item.categories))
     order = np.argsort(key, kind="stable")
     first = np.append(True, key[order[1:]] != key[order[:-1]])
@@ -3439,7 +3498,8 @@ def _settle(frame, on_duplicate, where):
     value = next((c for c in ("rating", "count") if c in frame), None)
     made = None
     if on_duplicate == "sum" and value is None:
-        value, made = "count", sizes.astype(float)
+        value = "count"
+        made = sizes.astype(float)
     elif on_duplicate in ("max", "mean", "sum") and value:
         of = (np.maximum if on_duplicate == "max" else np.add).reduceat(frame[value].to_numpy()[order], starts)
         made = of / sizes if on_duplicate == "mean" else of
@@ -3467,10 +3527,12 @@ def _unusable(column, standard):
 
 def _categories(ids, large, own, keep):
     "A categorical of the rows to keep (None: all); ids of the types of the small way, in order of first appearance."
-    codes, distinct = ids.codes.whole(), _distinct(ids, large)
+    codes = ids.codes.whole()
+    distinct = _distinct(ids, large)
     used = np.ones(len(distinct), bool)
     if keep is not None:
-        codes, used = codes[keep], np.zeros(len(distinct), bool)
+        codes = codes[keep]
+        used = np.zeros(len(distinct), bool)
         used[codes] = True
     numbers, different = pd.factorize(_ids(distinct[used].reset_index(drop=True), large.where, own))
     if keep is None and len(different) == len(used):
@@ -3511,14 +3573,16 @@ def _is_bad(taken, large):
             bad |= mask
     return bad if bad.any() else None
 
-
+# %% ../nbs/01_data_import.ipynb #8a9f03b3
 def _set_apart(large, maybe, found, on_bad, n):
     "The rows that are bad among those that may be, as `_set_aside` gives them, and the mask of the others."
     rows, raw = np.flatnonzero(maybe), large.rows(maybe, _MOST_BAD)
     problems = _problems(raw, _convert(raw, found, large.where), found)
-    row, good = rows[problems.row - 1] + 1, np.ones(n, bool)
+    row = rows[problems.row - 1] + 1
+    good = np.ones(n, bool)
     good[row - 1] = False
-    bad, all_seen = _set_aside(problems, raw).assign(row=row), len(raw) == len(rows)
+    bad = _set_aside(problems, raw).assign(row=row)
+    all_seen = len(raw) == len(rows)
     if len(bad) and (on_bad == "raise" or not good.any() or not all_seen):
         problems = problems.assign(row=row)
         error = _refusal(problems, large.where, n)
@@ -3528,7 +3592,7 @@ def _set_apart(large, maybe, found, on_bad, n):
         raise error
     return bad, good
 
-
+# %% ../nbs/01_data_import.ipynb #2fc9fcd7
 def check_large(
     large: _Large,  # a source
     columns: dict = None,  # own column name -> standard name; None: recognised by name
@@ -3537,7 +3601,8 @@ def check_large(
     as_of=None,  # only what was known at this moment; None: everything
 ) -> Checked:  # as `check_ratings` gives it; the ids of the ratings are categorical
     "A large source as a ratings frame."
-    where, at = large.where, None if as_of is None else moment(as_of)
+    where = large.where
+    at = None if as_of is None else moment(as_of)
     if on_bad not in ON_BAD:
         raise AerecError(f"no rule {on_bad!r} for bad rows: choose {_list(ON_BAD)}")
     if on_duplicate not in ON_DUPLICATE:
@@ -3559,7 +3624,8 @@ def check_large(
     used, why = large.standard_columns(empty, columns)
     found = {s: own for s, own in found.items() if s in used}
     taken.columns = {s: taken.columns[s] for s in _MAKE if s in found}
-    bad, good = large.nothing_bad(), None
+    bad = large.nothing_bad()
+    good = None
     if (maybe := _is_bad(taken, large)) is not None:
         bad, good = _set_apart(large, maybe, found, on_bad, taken.n)
     ids = [taken.columns.pop(s) for s in ("user_id", "item_id")]  # so that no column is there twice
@@ -3575,8 +3641,10 @@ def check_large(
         typed[s] = values if good is None else values[good]
     typed = pd.DataFrame(typed, None if good is None else np.flatnonzero(good), copy=False)
     known = typed if at is None else known_at(typed, at, where)
-    ratings, n_known = known.drop(columns="ingested_at", errors="ignore"), len(known)
-    user, item = ratings.user_id.array, ratings.item_id.array
+    ratings = known.drop(columns="ingested_at", errors="ignore")
+    n_known = len(known)
+    user = ratings.user_id.array
+    item = ratings.item_id.array
     if _any_repeated(user.codes, item.codes, len(item.categories)):
         ratings = _settle(ratings, on_duplicate, where)
     if len(ratings) < len(typed):
@@ -3746,7 +3814,8 @@ def _grid_histogram(values, step):
     return {f"{(first + k) * step:.15g}": int(v) for k, v in enumerate(np.bincount(cell - first))}
 
 # %% ../nbs/01_data_import.ipynb #6b8be063
-_HOUR, _DAY = 3600, 86_400
+_HOUR = 3600
+_DAY = 86_400
 
 
 def _periods(
@@ -3788,9 +3857,10 @@ def _activity(user, item, n_users, n_items, timestamp):
     per_hour = np.bincount(hours)
     period = np.searchsorted(starts // _HOUR - start, np.arange(len(per_hour)), "right") - 1
     first = {"users": _first_seen(user, n_users, hours), "items": _first_seen(item, n_items, hours)}
-    label = lambda seconds: str(
-        np.datetime64(int(seconds), "s").astype(f"datetime64[{'h' if name == 'hour' else 'D'}]")
-    )
+
+    def label(seconds):
+        return str(np.datetime64(int(seconds), "s").astype(f"datetime64[{'h' if name == 'hour' else 'D'}]"))
+
     activity = dict(
         period=name,
         start=[label(s) for s in starts],
@@ -3863,8 +3933,10 @@ def ratings_facts(
     `compare_ratings`.
     """
     (user, users), (item, items) = _codes(ratings.user_id), _codes(ratings.item_id)
-    all_users, all_items = np.bincount(user, minlength=len(users)), np.bincount(item, minlength=len(items))
-    per_user, per_item = all_users[all_users > 0], all_items[all_items > 0]
+    all_users = np.bincount(user, minlength=len(users))
+    all_items = np.bincount(item, minlength=len(items))
+    per_user = all_users[all_users > 0]
+    per_item = all_items[all_items > 0]
     facts = {
         "feedback": feedback_of(ratings),
         "users": len(per_user),
@@ -3905,8 +3977,13 @@ def facts_table(
 ) -> pd.DataFrame:  # one column, `value`, written as people read it
     "Users, items, interactions, sparsity; how much a user has and an item gets; values, long tail, what is cold."
     f = facts
-    spread = lambda q: " / ".join(f"{q[k]:,.4g}" if q[k] < 1000 else f"{q[k]:,.0f}" for k in _QUARTILES)
-    inner = lambda q: " / ".join(f"{q[k]:.3f}" for k in ("25 %", "median", "75 %"))
+
+    def spread(q):
+        return " / ".join(f"{q[k]:,.4g}" if q[k] < 1000 else f"{q[k]:,.0f}" for k in _QUARTILES)
+
+    def inner(q):
+        return " / ".join(f"{q[k]:.3f}" for k in ("25 %", "median", "75 %"))
+
     rows = {
         **{k: f"{f[k]:,}" for k in ("users", "items", "interactions")},
         "sparsity": f"{f['sparsity']:.4f}",
@@ -3925,7 +4002,9 @@ def facts_table(
         rows["mean rating of a user: 25 % / median / 75 %"] = inner(by_user["mean"])
         rows["spread of a user (standard deviation): 25 % / median / 75 %"] = inner(by_user["spread"])
         rows["users who give one value only"] = f"{by_user['one_value']:.2%}"
-    tail, active, cold = f["item_concentration"], f["user_concentration"], f["cold"]
+    tail = f["item_concentration"]
+    active = f["user_concentration"]
+    cold = f["cold"]
     rows |= {
         "Gini of items / of users": f"{tail['gini']:.3f} / {active['gini']:.3f}",
         "interactions of the top 1 % / 10 % of items": f"{tail['top']['1']:.1%} / {tail['top']['10']:.1%}",
@@ -4101,7 +4180,10 @@ def js_distance(
 ) -> float:  # 0: equal, 1: nothing in common
     "Jensen-Shannon distance of two distributions, in bits."
     p, q = (np.asarray(x, float) / np.sum(x) for x in (p, q))
-    entropy = lambda x: -(x[x > 0] * np.log2(x[x > 0])).sum()
+
+    def entropy(x):
+        return -(x[x > 0] * np.log2(x[x > 0])).sum()
+
     return float(np.sqrt(max(0, entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2)))
 
 
@@ -4118,7 +4200,10 @@ def psi(
 def _aligned(old, new):
     "Two histograms over the bins of both: (bins, old, new)."
     bins = sorted({float(k) for k in (*old, *new)})
-    lay = lambda h: np.array([{float(k): v for k, v in h.items()}.get(b, 0) for b in bins], float)
+
+    def lay(h):
+        return np.array([{float(k): v for k, v in h.items()}.get(b, 0) for b in bins], float)
+
     return bins, lay(old), lay(new)
 
 
@@ -4147,7 +4232,10 @@ def _common_popularity(old, new):
 
 def _distributions(old, new):
     "Name -> (bins, old, new) of each distribution that both have."
-    both = lambda key: key in old and key in new
+
+    def both(key):
+        return key in old and key in new
+
     found = {}
     if both("mean_rating"):
         found["rating"] = _aligned(*_rating_histograms(old, new))
@@ -4237,8 +4325,10 @@ def _plot_pair(ax, name, bins, old, new, names):
 
 
 def _plot_popularity(ax, items, old, new, names):
-    p, q = 100 * old / old.sum(), 100 * new / new.sum()
-    low, high = min(p.min(), q.min()), max(p.max(), q.max())
+    p = 100 * old / old.sum()
+    q = 100 * new / new.sum()
+    low = min(p.min(), q.min())
+    high = max(p.max(), q.max())
     ax.plot([low, high], [low, high], color=".6", lw=1, ls="--")
     ax.plot(p, q, ".", ms=3, alpha=0.5, color="#009E73")
     for axis in (ax.xaxis, ax.yaxis):
@@ -4256,7 +4346,8 @@ def plot_comparison(
     names: tuple = ("old", "new"),  # of the two
 ) -> plt.Figure:
     "The distributions of two data sets side by side, with their distances."
-    found, distance = _distributions(old, new), ratings_distances(old, new)
+    found = _distributions(old, new)
+    distance = ratings_distances(old, new)
     columns = 2 if len(found) in (2, 4) else 3
     fig, axes = plt.subplots(
         -(-len(found) // columns),
@@ -4336,7 +4427,8 @@ def build_data_import(
     """Import the configured source: ratings.parquet, items.parquet and quarantine.parquet (if any), source.json,
     description.json.
     """
-    data, source = run.settings.data, found_source(run)
+    data = run.settings.data
+    source = found_source(run)
     checked = on_engine(run.settings, check_source)(
         source, data.columns, data.on_duplicate, data.on_bad, data.as_of, data.encoding, data.large_mb
     )

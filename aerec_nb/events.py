@@ -367,7 +367,9 @@ class ErasedUsers:
         key: bytes = b"",  # 32 bytes; none where nobody was deleted
         rows=(),  # user_hash, salt or None, erased_at
     ):
-        self.key, self.times, self.salts = key, {}, []
+        self.key = key
+        self.times = {}
+        self.salts = []
         self.add(rows)
 
     def add(self, rows) -> None:  # as in `__init__`
@@ -408,7 +410,9 @@ class Guard:
         self,
         fd: int | None,  # copy of the descriptor of the socket; None: nothing to watch
     ):
-        self.fd, self.deadline, self.expired = fd, math.inf, False
+        self.fd = fd
+        self.deadline = math.inf
+        self.expired = False
 
 
 class Watchdog:
@@ -505,7 +509,8 @@ def _listen_postgres(engine: sa.Engine, watchdog: Watchdog, connect_s: float, st
         connection.commit()
 
     def checked_out(connection, record, proxy):
-        guard, idle_s = record.info.pop("guard", None), time.monotonic() - record.info.get("used", math.inf)
+        guard = record.info.pop("guard", None)
+        idle_s = time.monotonic() - record.info.get("used", math.inf)
         if guard is None and idle_s > 1:
             guard = _ping(connection, watchdog, min(1.0, connect_s))
         if guard is not None:
@@ -597,7 +602,8 @@ class EventLog:
         connect_timeout_s: float = 3.0,  # seconds to wait for a connection, or for the other threads that write
         statement_timeout_s: float = 5.0,  # seconds that one statement may take
     ):
-        self.connect_timeout_s, self.statement_timeout_s = connect_timeout_s, statement_timeout_s
+        self.connect_timeout_s = connect_timeout_s
+        self.statement_timeout_s = statement_timeout_s
         self._watchdog = Watchdog()
         url = sqlite_url(url) if isinstance(url, Path) else url
         self.engine = open_engine(url, connect_timeout_s, statement_timeout_s, self._watchdog)
@@ -606,9 +612,13 @@ class EventLog:
         self.table, self._lock = _tables().tables["events"], threading.Lock()
         insert = (sqlite if self._is_sqlite else postgresql).insert(self.table)
         self._insert = insert.on_conflict_do_nothing(index_elements=["event_id"])
-        self.log_id, self._inode, self._journal, self.is_new = None, None, None, False
+        self.log_id = None
+        self._inode = None
+        self._journal = None
+        self.is_new = False
         self._key, self.key_file = self._key_source(erasure_key)
-        self._erased, self._erased_seq = ErasedUsers(), 0
+        self._erased = ErasedUsers()
+        self._erased_seq = 0
         self._open()
 
     @property
@@ -766,7 +776,8 @@ def _check_files(self: EventLog, db) -> int:  # bytes of the main file
     if found != (self._inode, self._journal):
         raise self._unavailable(LogErrorCode.REPLACED)
 
-    info, state = db.connection.info, (main.st_mtime_ns, main.st_size)
+    info = db.connection.info
+    state = (main.st_mtime_ns, main.st_size)
     if info.get("state") != state:  # a checkpoint wrote to it, or something else did
         db.exec_driver_sql("PRAGMA shrink_memory")
         info["state"] = state
@@ -925,7 +936,9 @@ def _prepare(self: EventLog, db) -> bool:  # True: there was no log
     if "forgotten" in there:
         self._migrate_forgotten(db)
 
-    c, now = self.table.c, time.time()  # the version before writes no time of arrival
+    # the version before writes no time of arrival
+    c = self.table.c
+    now = time.time()
     arrived = sa.case((c.time < now, c.time), else_=now)
     db.execute(self.table.update().where(c.received_at.is_(None)).values(received_at=arrived))
     self._explain_insert(db)
@@ -958,7 +971,8 @@ def _check_columns(self: EventLog, db, columns: set) -> None:
 def _migrate_forgotten(self: EventLog, db) -> None:
     "Hash the deleted users of the version before again; no salt stays readable in the database."
     old = sa.table("forgotten", *map(sa.column, ("seq", "who", "salt", "until", "n_events")))
-    rows, erased = db.execute(sa.select(old).order_by(old.c.seq)).all(), self._tables("erased_users")
+    rows = db.execute(sa.select(old).order_by(old.c.seq)).all()
+    erased = self._tables("erased_users")
     if rows:
         key = self._registered_key(db)
     for row in rows:
@@ -1072,7 +1086,8 @@ def newest_per_user(
 ) -> np.ndarray:  # bool: is it one of the newest of its user?
     "Find the newest events of each user, in one sort."
     codes = pd.factorize(user_ids)[0]
-    order, ends = np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))
+    order = np.argsort(codes, kind="stable")
+    ends = np.cumsum(np.bincount(codes))
     newer = ends[codes[order]] - 1 - np.arange(len(codes))  # how many of the same user follow
     kept = np.empty(len(codes), bool)
     kept[order] = newer < n
@@ -1128,9 +1143,12 @@ def feedback_since(
     found = sa.select(*(c[name] for name in _FEEDBACK_TYPES)).where(c.kind == "feedback", c.seq > seq)
     found = found.order_by(c.seq).limit(limit)
 
-    batches, known, last = [], {}, seq
+    batches = []
+    known = {}
+    last = seq
     for rows in self._parts(found):  # arrays of each part: 300,000 tuples at once would keep the garbage collector busy
-        last, arrays = rows[-1][0], _feedback_arrays(rows, known)
+        last = rows[-1][0]
+        arrays = _feedback_arrays(rows, known)
         kept = (arrays["user_id"] != None) & (arrays["item_id"] != None)  # noqa: E711 (of each element)
         if simulated is not None:
             kept &= arrays["simulated"] == simulated
@@ -1152,7 +1170,9 @@ def delete_user(
     now: float = None,  # clock of the server, UTC seconds: only for tests and simulators; None: now
 ) -> int:  # events removed
     "Remove all events of a user for good."
-    user_id, now, c = _id("user_id", user_id), time.time() if now is None else now, self.table.c
+    user_id = _id("user_id", user_id)
+    now = time.time() if now is None else now
+    c = self.table.c
     if user_id is None:
         raise AerecError("delete_user: give the id of a user")
     erased = self._tables("erased_users")
@@ -1193,7 +1213,8 @@ def prune(
 @patch
 def _scan(self: EventLog, last: int, columns: tuple, *conditions, step: int = 100_000) -> list:  # a list of each column
     "Select from the events up to a number, some numbers at a time: no statement takes long."
-    c, rows = self.table.c, []
+    c = self.table.c
+    rows = []
     first = self._first(sa.select(sa.func.min(c.seq))) or 0
     for start in range(first, last + 1, step):
         found = sa.select(*columns).where(c.seq.between(start, min(start + step - 1, last)), *conditions)
@@ -1370,7 +1391,8 @@ def export(
     simulated: bool = None,  # as in `read`
 ) -> list:  # files, one a day in UTC; those of before are replaced whole
     "Write events to Parquet."
-    folder, writers = Path(folder), {}
+    folder = Path(folder)
+    writers = {}
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for table in self.chunks(since=since, until=until, simulated=simulated):
@@ -1430,7 +1452,8 @@ def from_settings(
     url: str = None,  # another log; None: the configured one
 ) -> EventLog:
     "Open the configured log; raises `AerecError`."
-    s, url = settings.events, url or events_url(settings)
+    s = settings.events
+    url = url or events_url(settings)
     key = parse_key(s.erasure_key.get_secret_value()) if s.erasure_key else None
     if key is None and not url.startswith("sqlite"):
         key = Path(settings.paths.var_dir) / KEY_FILE

@@ -109,7 +109,8 @@ def _ids_of_table(lines: list, column: str, where: str) -> list:  # of str
     "Read one column of a table; `lines` has (number, line), the header first."
     (first, line), *rows = lines
     separator = _separator(line)
-    header, names = _cells(line, separator), {_plain(name) for name in NAMES[column]}
+    header = _cells(line, separator)
+    names = {_plain(name) for name in NAMES[column]}
     at = next((i for i, name in enumerate(header) if _plain(name) in names), None)
     if at is None:
         advice = "a table needs a header that names it"

@@ -66,7 +66,8 @@ class Recommendations:
     unknown_user: bool = False  # was a user asked for of whom nothing is known?
     trails: dict = field(
         default_factory=dict
-        # With explain: item_id -> what each step did to it, see `Processed.trail`; also of what the scores alone would have
+        # With explain: item_id -> what each step did to it, see `Processed.trail`; also of what the scores alone would
+        # have
         # shown
     )
 
@@ -136,7 +137,9 @@ class Segments:
     ):  # -> Segments
         "The segments of a table of users."
         numbers = _numbers_in(table["user_id"], users)
-        known, names, rows = numbers >= 0, [], []
+        known = numbers >= 0
+        names = []
+        rows = []
         for column in table.columns.drop("user_id"):
             values = table[column][known]
             for value, of in values.groupby(values, sort=True).groups.items():
@@ -359,7 +362,9 @@ def _is_attribute(value) -> bool:
 
 def _check_kinds(asked: dict) -> None:
     "Refuse arguments of `recommend` that are of a wrong kind; raises `AerecError`."
-    user_id, fallback, now = asked["user_id"], asked["fallback"], asked["now"]
+    user_id = asked["user_id"]
+    fallback = asked["fallback"]
+    now = asked["now"]
     if not (user_id is None or _is_attribute(user_id) or isinstance(user_id, (np.generic, uuid.UUID))):
         kinds = f"a text of at most {MAX_ID_TEXT:,} characters or a number of 64 bits"
         raise AerecError(f"user_id must be {kinds}, not {preview(user_id)}")
@@ -444,7 +449,8 @@ class Recent:
     ) -> None:
         "Add events in the order in which they arrived; time grows linearly with their number."
         events = list(zip(map(str, user_ids), map(str, item_ids), liked, when, strict=True))
-        feedback, resolved = self._feedback, self._resolved
+        feedback = self._feedback
+        resolved = self._resolved
         for start in range(0, len(events), 2000):  # readers get the lock in between
             with self._lock:
                 for user, item, likes, at in events[start : start + 2000]:
@@ -497,12 +503,13 @@ class Recent:
                 self._resolved[user] = index, *arrays
         return arrays
 
-
+# %% ../nbs/04_inference.ipynb #acc2601a
 def _evidence(r: Recommender, user_id, history, warnings: list) -> tuple:
     """Item numbers, weights and times of what the answer rests on, the number of the user (-1: unknown), and items of
     which it was heard that they are not liked.
     """
-    user, recent = r.user_index.number(user_id) if user_id is not None else -1, None
+    user = r.user_index.number(user_id) if user_id is not None else -1
+    recent = None
     if user_id is not None and r.recent is not None:
         recent = r.recent.resolve(user_id, r.item_index)
         if user >= 0 and r.recent.is_erased(user_id):
@@ -559,7 +566,8 @@ def contributions(
 
 def _contribution_blocks(model, items, weights, shown, deadline):  # yields float32 [some of the history, n_shown]
     "Compute contributions of some items of the history at a time; a block takes some milliseconds."
-    n, n_items = len(items), model.n_items
+    n = len(items)
+    n_items = model.n_items
     n_rows = max(1, min(2**22 // max(n_items, len(shown)), n if model.additive else 2**17 // max(1, n)))
     whole = 0 if model.additive else model.score(_row(items, weights, n_items))[0, shown]
     for start in range(0, n, n_rows):
@@ -580,18 +588,24 @@ def _check(deadline: Deadline) -> None:
 
 def _leaving_out(positions: np.ndarray, items: np.ndarray, weights: np.ndarray, n_items: int) -> csr_matrix:
     "Make a row for each position: the history without the item there."
-    n, keep = len(items), np.arange(len(items)) != positions[:, None]
-    weights, items = np.broadcast_to(weights, keep.shape)[keep], np.broadcast_to(items, keep.shape)[keep]
+    n = len(items)
+    keep = np.arange(len(items)) != positions[:, None]
+    weights = np.broadcast_to(weights, keep.shape)[keep]
+    items = np.broadcast_to(items, keep.shape)[keep]
     return csr_matrix((weights, items, np.arange(len(positions) + 1) * (n - 1)), shape=(len(positions), n_items))
 
 
 def _largest(blocks, n_columns: int, n: int = 3) -> tuple:  # values float32 [n, n_columns], rows int [n, n_columns]
     "Find the largest values of each column, largest first, of equals the first; missing ones are 0."
-    limit, columns, start = np.finfo(np.float32).max, np.arange(n_columns), 0
-    values, rows = np.zeros((n, n_columns), np.float32), np.full((n, n_columns), -1)
+    limit = np.finfo(np.float32).max
+    columns = np.arange(n_columns)
+    start = 0
+    values = np.zeros((n, n_columns), np.float32)
+    rows = np.full((n, n_columns), -1)
     for block in blocks:
         finite = np.nan_to_num(block, nan=0.0, posinf=limit, neginf=-limit)  # a model that is sure has infinite scores
-        together, before = np.concatenate([values, finite]), rows.copy()
+        together = np.concatenate([values, finite])
+        before = rows.copy()
         for place in range(n):
             at = together.argmax(0)
             values[place] = together[at, columns]
@@ -680,7 +694,8 @@ def recommend_each(
     deadline: Deadline = None,  # of all together; None: each has its own, if any
 ) -> list:  # of `Recommendations`, in the same order; raises `AerecError` naming the request by its number from 1
     "Answer different requests at once, scored together."
-    found, asked = [None] * len(requests), {}
+    found = [None] * len(requests)
+    asked = {}
     for n, request in enumerate(requests):
         _check(deadline)
         try:
@@ -703,7 +718,8 @@ def recommend_each(
 
 def _scores_of_each(r: Recommender, asked: dict, deadline):  # yields (number of the request, scores)
     "Score the requests, those that the model answers a block at a time."
-    scored, size = [n for n, a in asked.items() if not a.fallback_used], block_rows(r.n_items)
+    scored = [n for n, a in asked.items() if not a.fallback_used]
+    size = block_rows(r.n_items)
     for start in range(0, len(scored), size):
         _check(deadline)
         block = scored[start : start + size]
@@ -767,7 +783,9 @@ def _understand(
     "Look up what is asked for; raises `AerecError` for what cannot be asked for."
     _check_kinds(asked)
     _check(asked["deadline"])
-    user_id, history, warnings = asked["user_id"], asked["history"], []
+    user_id = asked["user_id"]
+    history = asked["history"]
+    warnings = []
     history = None if history is None else _id_list(history, "history")
     segments = [] if asked["context"] is None else _segments_of(r, asked["context"], warnings)
     items, weights, times, user, disliked = _evidence(r, user_id, history, warnings)
@@ -931,7 +949,8 @@ def popular(
     if segment is not None:
         _check_segment(self, segment)
     asked = _understand(self, {**_DEFAULTS, "k": k, **_arguments(request)})
-    asked.why_popular, asked.source = None, "popular" if segment is None else "segment"
+    asked.why_popular = None
+    asked.source = "popular" if segment is None else "segment"
     answer = _answered(
         self,
         asked,
@@ -1012,7 +1031,8 @@ def recommend_batch(
 
 def _batch_blocks(r: Recommender, user_ids, k, exclude_seen, now, progress=None):
     "The lists of one block of users after another."
-    rows, size = r.user_index.numbers(user_ids), block_rows(r.n_items)
+    rows = r.user_index.numbers(user_ids)
+    size = block_rows(r.n_items)
     for start in range(0, len(rows), size):
         of = user_ids[start : start + size]
         yield _as_lists(r, of, _block_lists(r, of, rows[start : start + size], 0, k, exclude_seen, now))
@@ -1050,14 +1070,19 @@ def _seen(*matrices) -> np.ndarray:
 
 def _block_lists(r: Recommender, user_ids, rows, start: int, k: int, exclude_seen: bool, now: float) -> pd.DataFrame:
     "Lists of one block of users, by numbers of users and items."
-    history, disliked = _rows_of(r.histories, rows), _rows_of(r.negatives, rows)
-    n_known, scores = np.diff(history.indptr), r.model.score(history)
+    history = _rows_of(r.histories, rows)
+    disliked = _rows_of(r.negatives, rows)
+    n_known = np.diff(history.indptr)
+    scores = r.model.score(history)
     scores[n_known == 0] = r.popularity
     times = [
         None if r.times is None or u < 0 else r.times[r.histories.indptr[u] : r.histories.indptr[u + 1]]
         for u in rows.tolist()
     ]
-    part = lambda m, n: slice(m.indptr[n], m.indptr[n + 1])
+
+    def part(m, n):
+        return slice(m.indptr[n], m.indptr[n + 1])
+
     requests = [
         Request(
             k,
@@ -1147,7 +1172,7 @@ def write_shards(
         )
     return pd.DataFrame(shards, columns=["file", "users", "rows", "bytes", "sha256", "made"])
 
-
+# %% ../nbs/04_inference.ipynb #8e8d0b3b
 @contextmanager
 def _disk_errors(
     folder: Path,  # of lists
@@ -1171,7 +1196,7 @@ def make_shards(
 ) -> None:
     "Lists of some users, a file each, one after another."
     done = 0
-    for path, start, of in missing:
+    for path, _start, of in missing:
         _write_shard(
             path, _batch_blocks(r, of, k, exclude_seen, now, progress and (lambda n, before=done: progress(before + n)))
         )
@@ -1202,7 +1227,7 @@ def _write_shard(path: Path, blocks) -> None:
             if writer is not None:
                 writer.close()
 
-
+# %% ../nbs/04_inference.ipynb #bd4e3bd2
 def _same_job(folder: Path, now, job: dict) -> float:
     """The moment of a job that was begun, or of the one that begins; raises `AerecError` where the folder is another
     job's.
@@ -1252,7 +1277,8 @@ def with_cold_items(
     n_neighbours: int = 30,  # items that a new one is scored by
 ) -> Recommender:  # knows the new items too; the same one where there are none
     "The same recommender with new items, which are recommended by what is known of them."
-    r, known = recommender, recommender.catalogue.table
+    r = recommender
+    known = recommender.catalogue.table
     new = table[recommender.item_index.numbers(table["item_id"].tolist()) < 0].drop_duplicates("item_id")
     if not len(new):
         return recommender
@@ -1262,7 +1288,8 @@ def with_cold_items(
             f"none"
         )
     both = pd.concat([known, new.reindex(columns=known.columns)], ignore_index=True)
-    features, n = item_features(both, columns=columns).matrix, len(new)
+    features = item_features(both, columns=columns).matrix
+    n = len(new)
 
     def wider(m):
         return None if m is None else csr_matrix((m.data, m.indices, m.indptr), shape=(m.shape[0], m.shape[1] + n))
@@ -1290,7 +1317,8 @@ def pair_matrix(
     items,  # ids of the columns
 ) -> csr_matrix:  # bool [len(users), len(items)]
     "Pairs of ids as a sparse matrix; those with an id that is not among the users and items are left out."
-    rows, columns = _numbers_in(pairs.user_id, users), _numbers_in(pairs.item_id, items)
+    rows = _numbers_in(pairs.user_id, users)
+    columns = _numbers_in(pairs.item_id, items)
     known = (rows >= 0) & (columns >= 0)
     return csr_matrix(
         (np.ones(np.count_nonzero(known), bool), (rows[known], columns[known])), shape=(len(users), len(items))
@@ -1305,10 +1333,8 @@ def load_recommender(
     "The chosen model with all that is known of users and items."
     artifact = run.need("inference") if artifact is None else artifact
     split = Split.load(run.need("model_preprocessing") / "split")
-    histories, table = (
-        histories_over(split.interactions, split.refit().items),
-        run.need("data_import") / "items.parquet",
-    )
+    histories = histories_over(split.interactions, split.refit().items)
+    table = run.need("data_import") / "items.parquet"
     negatives = pd.read_parquet(run.need("business_preprocessing") / "negatives.parquet")
     features = load_catalogue(run, histories.items, None).features
     segments = (
@@ -1373,8 +1399,10 @@ def make_candidates(
     n: int = 100,  # unseen candidates a user
 ) -> pd.DataFrame:  # user_id, item_id, rank, score, seen
     "Each user's ranking down to the n-th unseen item."
-    numbers, blocks = recommender.user_index.numbers(user_ids), []
-    history, disliked = recommender.histories[numbers], recommender.negatives[numbers]
+    numbers = recommender.user_index.numbers(user_ids)
+    blocks = []
+    history = recommender.histories[numbers]
+    disliked = recommender.negatives[numbers]
     for rows, scores in score_blocks(recommender.model, history):
         seen = _seen(history[rows], disliked[rows])
         items, values = top_k(np.maximum(scores, np.finfo(np.float32).min), n + int(seen.sum(1).max()))
@@ -1411,14 +1439,14 @@ def valid_candidates(
     n_users: int = 1000,  # at most; more are sampled
 ) -> pd.DataFrame | None:  # user_id, item_id, rank, score; None without a validation fold
     "What the chosen model would have proposed to the users of the validation fold."
-    split, pick = (
-        Split.load(run.need("model_preprocessing") / "split"),
-        read_json(run.need("validation") / "choice.json")["model"],
-    )
-    fold, path = split.valid, run.need("training") / pick
+    split = Split.load(run.need("model_preprocessing") / "split")
+    pick = read_json(run.need("validation") / "choice.json")["model"]
+    fold = split.valid
+    path = run.need("training") / pick
     if fold is None or not len(fold) or not path.exists():
         return None
-    model, rows = load_model(path), np.arange(len(fold))
+    model = load_model(path)
+    rows = np.arange(len(fold))
     if len(rows) > n_users:
         rows = np.sort(np.random.default_rng(run.settings.run.random_seed).choice(len(fold), n_users, replace=False))
     blocks = []
@@ -1448,10 +1476,8 @@ def unrated_items(
             "inference.cold_items is on, but there is no table of items: put an items.csv beside the ratings, or turn "
             "it off"
         )
-    items, rated = (
-        pd.read_parquet(path),
-        pd.read_parquet(run.need("data_import") / "ratings.parquet", columns=["item_id"]).item_id.unique(),
-    )
+    items = pd.read_parquet(path)
+    rated = pd.read_parquet(run.need("data_import") / "ratings.parquet", columns=["item_id"]).item_id.unique()
     return items[~items.item_id.isin(rated)].reset_index(drop=True)
 
 # %% ../nbs/04_inference.ipynb #0314c664
@@ -1530,7 +1556,8 @@ def plot_candidates(
     run,  # `Run` from `aerec_nb.runs`, with the stage done
 ):  # -> matplotlib Figure
     "How scores fall with rank, and how popular what is proposed is."
-    c, recommender = pd.read_parquet(run.need("inference") / "candidates.parquet"), load_recommender(run)
+    c = pd.read_parquet(run.need("inference") / "candidates.parquet")
+    recommender = load_recommender(run)
     unseen = c[~c.seen].assign(place=lambda f: f.groupby("user_id", sort=False).cumcount() + 1)
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     bands = unseen.groupby("place").score.quantile([0.1, 0.5, 0.9]).unstack()
@@ -1621,7 +1648,8 @@ class Explorer:
         "The handles and the tables, as an ipywidgets box."
         import ipywidgets as w
 
-        r, tables = self.recommender, w.HTML(self._repr_html_())
+        r = self.recommender
+        tables = w.HTML(self._repr_html_())
         user = w.Combobox(
             value=str(self.user_id),
             options=[str(u) for u in candidate_users(r, 0, 200)],
@@ -1636,7 +1664,10 @@ class Explorer:
         genre = w.Dropdown(options=[("any", None), *((g, g) for g in genres)], value=self.genre, description="genre")
 
         def move(_):
-            self.user_id, self.k, self.diversity, self.genre = user.value, k.value, diversity.value or None, genre.value
+            self.user_id = user.value
+            self.k = k.value
+            self.diversity = diversity.value or None
+            self.genre = genre.value
             tables.value = self._repr_html_()
 
         for handle in (user, k, diversity, genre):
@@ -1646,7 +1677,8 @@ class Explorer:
 
 def _film(item) -> str:
     "Title, or id, and what kind of thing it is."
-    title, genres = item.get("title"), item.get("genres")
+    title = item.get("title")
+    genres = item.get("genres")
     return html.escape(str(title if isinstance(title, str) else item["item_id"])) + (
         f" <small style='color:#666'>{html.escape(genres.replace('|', ', '))}</small>"
         if isinstance(genres, str)

@@ -76,7 +76,9 @@ def _letter_pairs(text: str) -> set:
 
 def _plausible(text: str, names):  # -> iterator of str
     "Keep the names of about the same length that begin or end like a text."
-    longest, first, last = 2 + len(text) // 4, text[0], text[-1]
+    longest = 2 + len(text) // 4
+    first = text[0]
+    last = text[-1]
     near = (name for name in names if name and abs(len(name) - len(text)) <= longest)
     return (name for name in near if name[0].casefold() == first or name[-1].casefold() == last)
 

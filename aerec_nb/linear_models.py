@@ -60,7 +60,8 @@ def gram_columns(
     dense: bool = False,  # write the columns' rows out as a dense block
 ) -> np.ndarray:  # [n-start, stop-start], from the diagonal down
     "Some columns of the lower triangle of A A'."
-    block, first = A[start:stop].T.tocsr(), A.indptr[start]
+    block = A[start:stop].T.tocsr()
+    first = A.indptr[start]
     below = sparse.csr_matrix(
         (A.data[first:], A.indices[first:], A.indptr[start:] - first),
         shape=(A.shape[0] - start, A.shape[1]),
@@ -77,10 +78,9 @@ def invert(
 ) -> np.ndarray:  # [n, n] whole, in the same memory
     "The inverse of a symmetric positive matrix by Cholesky; raises `AerecError` if it is not positive."
     if len(G) > LAPACK_ROWS:
-        A, failed = (
-            torch.from_numpy(G).mT,
-            torch.empty((), dtype=torch.int32),
-        )  # .mT: the same memory in the order of LAPACK, upper for lower
+        # .mT: the same memory in the order of LAPACK, upper for lower
+        A = torch.from_numpy(G).mT
+        failed = torch.empty((), dtype=torch.int32)
         torch.linalg.cholesky_ex(A, upper=True, out=(A, failed))
         if not failed:
             torch.cholesky_inverse(A, upper=True, out=A)
@@ -109,7 +109,8 @@ def condition(
     strength: np.ndarray,  # [n] what is added to the diagonal of A'A
 ) -> float:  # about the largest eigenvalue of A'A / strength
     "How ill-conditioned the system is, by power iteration."
-    v, size = np.ones(len(strength)), 0.0
+    v = np.ones(len(strength))
+    size = 0.0
     for _ in range(4):
         w = times(v) / strength
         size = w.max()
@@ -268,13 +269,15 @@ def _system(self: LinearAutoEncoder, train, item_features):
     form the Gram matrix.
     """
     rows = train if isinstance(train, Rows) else Rows(train)
-    F, fw = _features(item_features, rows.shape[1], self.feature_weight), self.feature_weight
+    F = _features(item_features, rows.shape[1], self.feature_weight)
+    fw = self.feature_weight
     weights = user_weights(rows.lengths, self.user_power)
     squares = rows.squares(weights) + (
         0 if F is None else fw**2 * np.asarray(F.multiply(F).sum(1), np.float64).ravel()
     )  # diag(A'A)
     roots = None if weights is None else np.sqrt(weights).astype(np.float32)
-    n_rows, nnz = rows.shape[0] + (0 if F is None else F.shape[1]), rows.nnz + (0 if F is None else F.nnz)
+    n_rows = rows.shape[0] + (0 if F is None else F.shape[1])
+    nnz = rows.nnz + (0 if F is None else F.nnz)
     form, n_bytes, _ = self.cost(n_rows, rows.shape[1], nnz)
     if F is not None:
         check_memory(
@@ -313,10 +316,8 @@ def _fit(self: LinearAutoEncoder, train, item_features):
         self.head = np.sort(
             np.argsort(-np.bincount(train.indices, minlength=train.shape[1]), kind="stable")[: self.max_items]
         )
-        train, item_features = (
-            train[:, self.head],
-            item_features if item_features is None else sparse.csr_matrix(item_features)[self.head],
-        )
+        train = train[:, self.head]
+        item_features = item_features if item_features is None else sparse.csr_matrix(item_features)[self.head]
     self._fit_rows(Rows(train), item_features)
 
 
@@ -343,7 +344,10 @@ def fit_rows(
 def _fit_rows(self: LinearAutoEncoder, rows, item_features):
     system = self._system(rows, item_features)
     if self.keep_gram and system.form == "primal":
-        self.G, self.F, self.counts, self.lengths = system.G.copy(), system.F, system.counts, system.lengths
+        self.G = system.G.copy()
+        self.F = system.F
+        self.counts = system.counts
+        self.lengths = system.lengths
     self._weigh(system, *self._solve(system))
 
 
@@ -364,7 +368,8 @@ def _solve(self: LinearAutoEncoder, system):
 
 @patch
 def _solve_dual(self: LinearAutoEncoder, system):
-    A, strength = system.stacked(self.feature_weight), self._strength(system.squares)
+    A = system.stacked(self.feature_weight)
+    strength = self._strength(system.squares)
     K = gram(scaled(A, None, strength**-0.5), np.float64)
     K[np.diag_indices_from(K)] += 1
     invert(K)
@@ -384,7 +389,9 @@ def _solve_dual(self: LinearAutoEncoder, system):
 def _weigh(self: LinearAutoEncoder, system, inverse, diagonal, strength):
     "The fitted model from what `_solve` gives; C becomes W in its own memory."
     if system.form == "dual":
-        self.T, self.K, self.lengths = system.rows().T.tocsr().astype(system.dtype, copy=False), inverse, system.lengths
+        self.T = system.rows().T.tocsr().astype(system.dtype, copy=False)
+        self.K = inverse
+        self.lengths = system.lengths
         return self._vectors(diagonal, 1 / strength - diagonal, strength, strength, system.counts, system.dtype)
     s, popular = self._scales(strength, diagonal, system.counts)
     inverse *= (-s / popular).astype(inverse.dtype)
@@ -527,7 +534,8 @@ class EASE(LinearAutoEncoder):
 class DLAE(LinearAutoEncoder):
     "Denoising linear autoencoder (Steck 2020): learns to rebuild what dropout took away."
 
-    name, xi = "dlae", 1.0
+    name = "dlae"
+    xi = 1.0
     tune_space = {"lam": (1.0, 2000.0, "log"), "dropout": (0.1, 0.8, "linear")}
 
     def __init__(
@@ -556,7 +564,8 @@ class DLAE(LinearAutoEncoder):
 class EDLAE(DLAE):
     "Emphasised denoising linear autoencoder (Steck 2020): rebuilds the dropped from the kept alone."
 
-    name, xi = "edlae", 0.0
+    name = "edlae"
+    xi = 0.0
 
 
 class RLAE(LinearAutoEncoder):
@@ -685,7 +694,9 @@ def solve_path(
     def models(base, *names):
         for hp in product(*(grid.get(k, [None]) for k in names)):
             made = type(model)(**base.hyperparameters | {k: v for k, v in zip(names, hp) if k in grid})
-            made.name, made.max_memory_gib, made.n_items = model.name, model.max_memory_gib, train.shape[1]
+            made.name = model.name
+            made.max_memory_gib = model.max_memory_gib
+            made.n_items = train.shape[1]
             yield made
 
     for outer in models(model, "user_power", "feature_weight"):
@@ -711,7 +722,8 @@ def update(
     item_features: sparse.csr_matrix = None,  # [items, n_features] of all items; needed where items are added to a model with features
 ) -> LinearAutoEncoder:  # itself
     "Learn from more users, as if they had been there from the start."
-    rows, n_known = check_histories(rows, what="rows"), self._can_change()
+    rows = check_histories(rows, what="rows")
+    n_known = self._can_change()
     n_items = rows.shape[1]
     if n_items < n_known:
         raise AerecError(

@@ -33,7 +33,9 @@ from .runs import read_json, sha256_file, write_json, write_parquet
 # %% ../nbs/01b_model_preprocessing.ipynb #0376a0e4
 def _table_codes(values, low, span, chunk=2**17):
     "int32 codes of integers in [low, low+span) and their vocabulary, both in order of first appearance."
-    table, codes, found = np.full(span, -1, np.int32), np.empty(len(values), np.int32), [np.empty(0, np.int64)]
+    table = np.full(span, -1, np.int32)
+    codes = np.empty(len(values), np.int32)
+    found = [np.empty(0, np.int64)]
     n = start = 0
     while start < len(values):
         stop = start + min(chunk, max(4096, start))  # short steps at first, where most ids are new
@@ -78,9 +80,11 @@ def _factorize(ids, what):
         else None
     )
     if categorical:
-        low, span = 0, len(ids.cat.categories)
+        low = 0
+        span = len(ids.cat.categories)
     elif values is not None and len(values):
-        low, span = int(values.min()), int(values.max()) - int(values.min()) + 1
+        low = int(values.min())
+        span = int(values.max()) - int(values.min()) + 1
     missing = int((values < 0).sum()) if categorical else 0 if values is not None else int(ids.isna().sum())
     if missing:
         raise AerecError(f"{what} is missing in {missing:,} rows: fill it or drop them")
@@ -99,7 +103,8 @@ def _same_kind(vocabulary, ids, what):
         "numbers" if pd.api.types.is_numeric_dtype(pd.Index(v).infer_objects()) else "text" for v in (vocabulary, ids)
     ]
     if len(vocabulary) and len(ids) and kinds[0] != kinds[1]:
-        one, other = vocabulary[:1].tolist()[0], ids[:1].tolist()[0]
+        one = vocabulary[:1].tolist()[0]
+        other = ids[:1].tolist()[0]
         raise AerecError(
             f"{what}: the vocabulary has {kinds[0]} ({one!r}, ...) and the table {kinds[1]} ({other!r}, ...): bring "
             f"both to one type"
@@ -112,7 +117,8 @@ def grow_vocabulary(
     what: str = "item_id",  # for the error message
 ) -> tuple:  # (int32 number of each of `ids`, the vocabulary with the new ones behind the old)
     "Numbers of ids in a vocabulary that grows with them; known ids keep theirs."
-    vocabulary, ids = _as_ids(vocabulary), _as_ids(ids)
+    vocabulary = _as_ids(vocabulary)
+    ids = _as_ids(ids)
     known = pd.Index(vocabulary)
     if not known.is_unique:
         raise AerecError(f"{what}: the vocabulary has {known[known.duplicated()].tolist()[0]!r} twice")
@@ -196,16 +202,20 @@ def _sort_pairs(u, i, shape, block=2**20):
         m = _sort_block(u, i, shape)
         return m.data, m.indices, m.indptr
     indptr = np.searchsorted(u, np.arange(shape[0] + 1, dtype=u.dtype)).astype(np.int32)
-    entry, items, bounds = np.empty(len(u), np.int32), np.empty(len(u), np.int32), [0]
+    entry = np.empty(len(u), np.int32)
+    items = np.empty(len(u), np.int32)
+    bounds = [0]
     while bounds[-1] < shape[0]:
         bounds.append(
             max(bounds[-1] + 1, int(np.searchsorted(indptr, indptr[bounds[-1]] + max(block, shape[1]), "right")) - 1)
         )
 
     def sort(start, stop):
-        a, b = indptr[start], indptr[stop]
+        a = indptr[start]
+        b = indptr[stop]
         m = _sort_block(u[a:b] - u.dtype.type(start), i[a:b], (stop - start, shape[1]), a)
-        entry[a:b], items[a:b] = m.data, m.indices
+        entry[a:b] = m.data
+        items[a:b] = m.indices
 
     side_by_side(sort, bounds[:-1], bounds[1:])
     return entry, items, indptr
@@ -221,7 +231,8 @@ def _assemble(u, i, users, items, weight=None, times=None, position=None, block=
     if repeated.any():
         keep = ~np.append(repeated, False)
         indptr = np.append(np.int32(0), np.cumsum(keep, dtype=np.int32))[indptr]
-        entry, indices = entry[keep], indices[keep]
+        entry = entry[keep]
+        indices = indices[keep]
     data = np.ones(len(entry), np.float32) if weight is None else weight[entry]
     return Interactions(
         _csr(data, indices, indptr, shape),
@@ -279,10 +290,12 @@ def from_frame(
         raise AerecError(
             f"no column {' or '.join(missing)} among {list(df.columns)}: load the table with data_import.load_ratings"
         )
-    weight, kept = _weights(df), None
+    weight = _weights(df)
+    kept = None
     if weight is not None and not weight.all():
         kept = np.flatnonzero(weight).astype(np.int32)
-        df, weight = df.iloc[kept], weight[kept]
+        df = df.iloc[kept]
+        weight = weight[kept]
     if not len(df):
         raise AerecError("no interactions: the table is empty, or every row was dropped by the business rules")
     if len(df) >= 2**31:
@@ -414,9 +427,12 @@ class Split:
         return _restrict(self.interactions.matrix, self._is(*parts), self._columns, len(self.items), binary)
 
     def _fold(self, inputs, target):
-        held_out, seen, history = self._per_user(target), self._per_user(*inputs), self._part(*inputs)
+        held_out = self._per_user(target)
+        seen = self._per_user(*inputs)
+        history = self._part(*inputs)
         known = np.diff(history.indptr) > 0
-        rows, cold = np.flatnonzero((held_out > 0) & known), (held_out > 0) & ~known
+        rows = np.flatnonzero((held_out > 0) & known)
+        cold = (held_out > 0) & ~known
         return Fold(
             self.interactions.users[rows],
             _rows_of(history, rows),
@@ -436,7 +452,8 @@ class Split:
 # %% ../nbs/01b_model_preprocessing.ipynb #4eef65e5
 @patch
 def _arrays(self: Split):
-    m, i = self.interactions.matrix, self.interactions
+    m = self.interactions.matrix
+    i = self.interactions
     arrays = {"indptr": m.indptr, "indices": m.indices, "data": m.data, "part": self.part, "position": i.position}
     return arrays if i.times is None else arrays | {"times": i.times}
 
@@ -533,7 +550,8 @@ def _draw_each(counts, sizes, seed):
     """Per user a draw of `sizes` of `counts` entries, as numbers into their concatenation; one generator through all
     users.
     """
-    random, start = np.random.RandomState(seed), np.cumsum(counts) - counts
+    random = np.random.RandomState(seed)
+    start = np.cumsum(counts) - counts
     drawn = [
         random.permutation(n)[:k] + s for s, n, k in zip(start.tolist(), counts.tolist(), sizes.tolist()) if k >= 0
     ]
@@ -577,7 +595,8 @@ def _split_users(inter, n_heldout, seed):
     learned = row < len(train)
     first = np.full(inter.n_items, np.iinfo(np.int64).max)
     np.minimum.at(first, inter.matrix.indices[learned], inter.position[learned])
-    item_order, n_known = np.argsort(first, kind="stable"), int((first < np.iinfo(np.int64).max).sum())
+    item_order = np.argsort(first, kind="stable")
+    n_known = int((first < np.iinfo(np.int64).max).sum())
     col = np.empty(inter.n_items, np.int32)
     col[item_order] = np.arange(inter.n_items)
     weight = None if (inter.matrix.data == 1).all() else inter.matrix.data
@@ -603,7 +622,7 @@ def _strong(inter, n_heldout, share, seed):
     )
     part[(part != TRAIN) & (inter.matrix.indices >= n_known)] = LEFT_OUT
     entries = _by_user(inter, _file_order(inter))
-    for inputs, target, start in ((VALID_INPUT, VALID, n_train), (TEST_INPUT, TEST, n_train + n_heldout)):
+    for inputs, target, _start in ((VALID_INPUT, VALID, n_train), (TEST_INPUT, TEST, n_train + n_heldout)):
         known = entries[part[entries] == inputs]
         counts = np.bincount(inter.rows[known], minlength=inter.n_users)
         sizes = np.where(counts >= 5, (share * counts).astype(np.int64), -1)
@@ -617,9 +636,11 @@ def _utc(seconds):
 
 def _cuts(times, share, cut_time, valid_cut_time):
     "Where validation and test begin."
-    first, last = int(times.min()), int(times.max())
+    first = int(times.min())
+    last = int(times.max())
     if cut_time is None:
-        n, ordered = max(1, int(share * len(times))), np.sort(times)
+        n = max(1, int(share * len(times)))
+        ordered = np.sort(times)
         test = int(ordered[-n])
         before = int(np.searchsorted(ordered, test))
         valid = int(ordered[max(0, before - n)]) if before else first
@@ -708,13 +729,16 @@ def split_interactions(
     _check_choice(kind, valid_sample_size, n_heldout_users, heldout_share, cut_time, short_histories)
     cuts = None
     if kind == "temporal":
-        n, share = None, heldout_share or (0.1 if cut_time is None else None)
+        n = None
+        share = heldout_share or (0.1 if cut_time is None else None)
         part, cuts = _temporal(inter, share, _seconds("cut_time", cut_time), _seconds("valid_cut_time", valid_cut_time))
     elif kind == "strong":
-        n, share = None, heldout_share or 0.2
+        n = None
+        share = heldout_share or 0.2
         inter, part = _strong(inter, n_heldout_users, share, seed)
     elif kind == "lecture":
-        n, share = valid_sample_size or 10, None
+        n = valid_sample_size or 10
+        share = None
         part = _lecture(inter, n, seed)
     else:
         n, share = (None, heldout_share) if heldout_share else (valid_sample_size or 5, None)
@@ -752,7 +776,8 @@ def redraw_valid(
     "The split with a smaller validation fold."
     if self.kind in ("strong", "temporal"):
         return self
-    inter, part = self.interactions, np.where(self.part == VALID, TRAIN, self.part).astype(np.int8)
+    inter = self.interactions
+    part = np.where(self.part == VALID, TRAIN, self.part).astype(np.int8)
     order = _file_order(inter)
     order = (
         _by(order, inter.times)
@@ -830,7 +855,10 @@ def describe_parts(
 ) -> pd.DataFrame:  # a column for train, valid and test, as people read it
     "The report, and the seeds of the draws."
     table = split.report().set_index("part")
-    text = lambda name, v: "-" if pd.isna(v) else f"{v:.1%}" if name == "share" else f"{v:,}"
+
+    def text(name, v):
+        return "-" if pd.isna(v) else f"{v:.1%}" if name == "share" else f"{v:,}"
+
     shown = pd.DataFrame(
         {part: [text(name, table.at[part, name]) for name in table] for part in table.index},
         index=[_LABELS[name] for name in table],
@@ -846,7 +874,8 @@ def describe_split(
     split: Split,  # any
 ) -> str:  # one line
     "What kind of split it is, how big, and who could not be asked."
-    n, share = split.valid_sample_size, split.heldout_share
+    n = split.valid_sample_size
+    share = split.heldout_share
     each = f"{share:g} of the items of each user" if share else f"{n} items of each user"
     how = {
         "strong": lambda: (
@@ -892,7 +921,8 @@ def _plot_times(ax, split):
     "Interactions over time, by their part, and the cuts."
     times = split.interactions.times
     edges = np.linspace(int(times.min()), int(times.max()) + 1, 49)
-    dates, below = edges.astype("datetime64[s]"), np.zeros(48)
+    dates = edges.astype("datetime64[s]")
+    below = np.zeros(48)
     for name, code in (("train", TRAIN), ("valid", VALID), ("test", TEST)):
         if not (split.part == code).any():
             continue
@@ -977,7 +1007,8 @@ def load(
 ) -> Split:
     "Read a split back."
     folder = Path(folder)
-    about, a = read_json(folder / "split.json"), load_file(folder / "split.safetensors")
+    about = read_json(folder / "split.json")
+    a = load_file(folder / "split.safetensors")
     users, items = (load_vocabulary(folder / f"{name}s.parquet") for name in ("user", "item"))
     inter = Interactions(
         _csr(a["data"], a["indices"], a["indptr"], (len(users), len(items))),
@@ -1007,15 +1038,14 @@ def batches(
     seed: int = 42,  # of the order
 ):  # yields (indices int64, offsets int64, weights float32): ragged rows as torch.nn.EmbeddingBag takes them
     "Batches of histories straight from CSR: no dense row is ever made, and no row is touched by itself."
-    n, step = matrix.shape[0], batch_size * max(1, _BLOCK // batch_size)
+    n = matrix.shape[0]
+    step = batch_size * max(1, _BLOCK // batch_size)
     order = np.random.default_rng(seed).permutation(n) if shuffle else None
     for first in range(0, n, step):
         block = matrix[order[first : first + step]] if shuffle else matrix[first : first + step]
-        indices, bounds, weights = (
-            torch.from_numpy(block.indices.astype(np.int64)),
-            torch.from_numpy(block.indptr.astype(np.int64)),
-            torch.from_numpy(block.data),
-        )
+        indices = torch.from_numpy(block.indices.astype(np.int64))
+        bounds = torch.from_numpy(block.indptr.astype(np.int64))
+        weights = torch.from_numpy(block.data)
         ends = block.indptr[::batch_size].tolist()
         if block.shape[0] % batch_size:
             ends.append(block.nnz)
@@ -1213,7 +1243,8 @@ def _indicators(column, name, max_categories):
         kept = kept[:max_categories]
     columns = pd.Index(kept).get_indexer(pd.Index(long))
     if (columns < 0).any():
-        columns, kept = np.where(columns < 0, len(kept), columns), [*kept, "other"]
+        columns = np.where(columns < 0, len(kept), columns)
+        kept = [*kept, "other"]
     rows = pd.Index(column.index).get_indexer(long.index)
     m = csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(column), len(kept)))
     m.data[:] = 1
@@ -1299,7 +1330,10 @@ def item_features(
 # %% ../nbs/01b_model_preprocessing.ipynb #66ba95a5
 def _named(table, *wanted):
     "A table with the columns that have usual names renamed to the standard ones."
-    bare = lambda name: re.sub(r"[^a-z]", "", str(name).lower())
+
+    def bare(name):
+        return re.sub(r"[^a-z]", "", str(name).lower())
+
     usual = {bare(name): standard for standard in wanted for name in NAMES.get(standard, [standard, standard + "s"])}
     return table.rename(
         columns={c: usual[bare(c)] for c in table.columns if bare(c) in usual and usual[bare(c)] not in table.columns}
@@ -1339,7 +1373,8 @@ def tag_features(
 @patch
 def table(self: ItemFeatures) -> pd.DataFrame:  # a row a group
     "How many features each group has, and how many items have any of them."
-    csc, group = self.matrix.tocsc(), np.array([n.split("=")[0] for n in self.names], dtype=object)
+    csc = self.matrix.tocsc()
+    group = np.array([n.split("=")[0] for n in self.names], dtype=object)
     rows = []
     for g in self.groups:
         columns = np.flatnonzero(group == g)
@@ -1423,7 +1458,8 @@ def load(
 ) -> ItemFeatures:
     "Read features back."
     folder, a = Path(folder), load_file(Path(folder) / "features.safetensors")
-    items, names = load_vocabulary(folder / "items.parquet"), load_vocabulary(folder / "names.parquet").tolist()
+    items = load_vocabulary(folder / "items.parquet")
+    names = load_vocabulary(folder / "names.parquet").tolist()
     return cls(
         csr_matrix((a["data"], a["indices"], a["indptr"]), shape=(len(items), len(names))),
         items,
@@ -1485,7 +1521,8 @@ def load_tags(
 # %% ../nbs/01b_model_preprocessing.ipynb #cd1fe27e
 def _features_of(run, made):
     "Features of all items that are in the split or in the items table; None without a table."
-    path, s = run.need("data_import") / "items.parquet", run.settings.split
+    path = run.need("data_import") / "items.parquet"
+    s = run.settings.split
     if not path.exists():
         return None
     items = _like(pd.read_parquet(path), made.interactions.items)

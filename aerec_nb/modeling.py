@@ -217,7 +217,8 @@ def _unpack(arrays):
         name, _, part = key.partition(".")
         if part == "data":
             shape = tuple(arrays[f"{name}.shape"].tolist())
-            indices, indptr = arrays[f"{name}.indices"], arrays[f"{name}.indptr"]
+            indices = arrays[f"{name}.indices"]
+            indptr = arrays[f"{name}.indptr"]
             check_csr(indptr, indices, shape, name)
             m = values[name] = sparse.csr_matrix((array, indices, indptr), shape=shape)
             m.has_sorted_indices = m.has_canonical_format = True
@@ -323,7 +324,8 @@ def check_memory(
     way_out: str = "drop rare items with min_item_interactions",  # what else there is to do
 ):
     "Refuse what will not fit, with numbers."
-    need, limit = n_bytes / 2**30, limit_gib(max_memory_gib)
+    need = n_bytes / 2**30
+    limit = limit_gib(max_memory_gib)
     if need > limit:
         raise AerecError(
             f"{what} would need {need:.3g} GiB and may use {limit:.3g} GiB: {way_out}, or raise max_memory_gib"
@@ -444,7 +446,8 @@ def create_model(
     **hp,  # hyperparameters; those not given have their defaults
 ) -> Model:  # not yet fitted
     "A model by its name; raises `AerecError` with the valid names or hyperparameters."
-    valid, presets = hyperparameters(name), getattr(model_class(name), "presets", {})
+    valid = hyperparameters(name)
+    presets = getattr(model_class(name), "presets", {})
     if preset is not None and preset not in presets:
         raise AerecError(
             f"model '{name}' has no preset '{preset}': "
@@ -512,7 +515,8 @@ def load_model(
     "Read a model back; raises `AerecError` if the folder holds none."
     folder = Path(folder)
     try:
-        about, arrays = read_json(folder / "model.json"), load_file(folder / "model.safetensors")
+        about = read_json(folder / "model.json")
+        arrays = load_file(folder / "model.safetensors")
     except (OSError, ValueError, RecursionError, SafetensorError) as e:
         raise AerecError(
             f"{folder}: no model can be read from here ({exception_line(e)}); write one with save_model(model, folder)"
@@ -604,11 +608,10 @@ def _candidates(scores, k):
     row, item = np.divmod(np.flatnonzero(keep) if len(crowded) else found, n_items)
     count = np.bincount(row, minlength=n)
     place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    at, values = (
-        np.zeros((n, max(k, count.max(initial=0))), np.int64),
-        np.full((n, max(k, count.max(initial=0))), -np.inf, scores.dtype),
-    )
-    at[row, place], values[row, place] = item, scores[row, item]
+    at = np.zeros((n, max(k, count.max(initial=0))), np.int64)
+    values = np.full((n, max(k, count.max(initial=0))), -np.inf, scores.dtype)
+    at[row, place] = item
+    values[row, place] = scores[row, item]
     return at, values
 
 # %% ../nbs/02_modeling.ipynb #7bdd2d5a
@@ -617,13 +620,15 @@ def top_k(
     k: int,  # length of the lists; at most n_items are returned
 ) -> tuple:  # (item indices int64, their scores), each [n, k], best first; masked items keep their -inf
     "The k best items of each row, ties by item index."
-    single, scores = scores.ndim == 1, np.atleast_2d(scores)
+    single = scores.ndim == 1
+    scores = np.atleast_2d(scores)
     if scores.dtype.kind != "f":
         scores = scores.astype(np.float64)
     k = min(int(k), scores.shape[1])
     at, values = _candidates(scores, k)
     order = np.argsort(-values, axis=1, kind="stable")[:, :k]
-    top, values = np.take_along_axis(at, order, 1), np.take_along_axis(values, order, 1)
+    top = np.take_along_axis(at, order, 1)
+    values = np.take_along_axis(values, order, 1)
     return (top[0], values[0]) if single else (top, values)
 
 # %% ../nbs/02_modeling.ipynb #799edd1c
@@ -730,7 +735,8 @@ class Blend(Model):
 class ColdItems(Model):
     "A fitted model, and beside its items new ones, scored as those that are most like them."
 
-    name, fitted = "cold_items", ("neighbours",)
+    name = "cold_items"
+    fitted = ("neighbours",)
 
     def __init__(
         self,
@@ -738,7 +744,8 @@ class ColdItems(Model):
     ):
         member = {"name": member, "hyperparameters": {}} if isinstance(member, str) else dict(member)
         super().__init__(member=member)
-        self.model, self.neighbours = create_model(member["name"], **member.get("hyperparameters", {})), None
+        self.model = create_model(member["name"], **member.get("hyperparameters", {}))
+        self.neighbours = None
 
     @classmethod
     def of(
@@ -755,7 +762,8 @@ class ColdItems(Model):
                 f"fitted model, and a row for each of its items and then the new ones"
             )
         self = cls({"name": model.name, "hyperparameters": model.hyperparameters})
-        self.model, self.n_items = model, features.shape[0]
+        self.model = model
+        self.n_items = features.shape[0]
         self.neighbours = alike(features[model.n_items :], features[: model.n_items], n_neighbours, popularity)
         return self
 
@@ -825,13 +833,17 @@ def alike(
             @ m
         )
 
-    new, known_t, n = unit(new), unit(known).T.tocsr(), min(n, known.shape[0])
+    new = unit(new)
+    known_t = unit(known).T.tocsr()
+    n = min(n, known.shape[0])
     by = (
         np.zeros(known.shape[0])
         if popularity is None
         else np.asarray(popularity, np.float64) / max(1e-12, np.max(popularity, initial=0.0))
     )
-    rows, columns, values = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0, np.float32)]
+    rows = [np.zeros(0, int)]
+    columns = [np.zeros(0, int)]
+    values = [np.zeros(0, np.float32)]
     for start in range(0, new.shape[0], 256):  # a block of new items against all known ones
         near = (new[start : start + 256] @ known_t).toarray()
         best = (
@@ -904,7 +916,8 @@ def configured_models(
 ) -> list:  # of {name, hyperparameters, given}: those that were set are not tuned
     "The models that compete, with all their hyperparameters; what `auto` may take comes first."
     names = [settings.model.model] if settings.model.model else list(dict.fromkeys(settings.model.models))
-    own, preset = {name: hyperparameters(name) for name in names if name != AUTO}, settings.model.preset
+    own = {name: hyperparameters(name) for name in names if name != AUTO}
+    preset = settings.model.preset
     everybodys = {h for name in model_names() for h in hyperparameters(name)}
     knobs = {
         k: v for section in (settings.model, settings.training) for k, v in section if k in everybodys and v is not None
@@ -1025,7 +1038,8 @@ def plot_plan(
         ax.set_xlabel(label)
         ax.margins(x=0.2)
         ax.spines[["top", "right"]].set_visible(False)
-    users, items = table.n_users.iloc[0], table.n_items.iloc[0]
+    users = table.n_users.iloc[0]
+    items = table.n_items.iloc[0]
     fig.suptitle(f"What fitting on {users:,} users x {items:,} items is foreseen to take", fontsize=11)
     plt.close(fig)
     return fig

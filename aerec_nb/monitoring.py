@@ -117,13 +117,11 @@ class Window:
         end: float = None,  # of the span, UTC seconds; None: the newest event
         maturity: float = 1800.0,  # a request counts for clicks once it is so old, and a click counts for so long, seconds
     ):
-        self.recommender, self.maturity, self.reference, self.previous, self.last = (
-            recommender,
-            maturity,
-            None,
-            None,
-            None,
-        )
+        self.recommender = recommender
+        self.maturity = maturity
+        self.reference = None
+        self.previous = None
+        self.last = None
         tables = events if callable(events) else _as_tables(events)
         _read_requests(self, tables("request"))
         self.feedback, self.impressions = (
@@ -193,23 +191,21 @@ def _as_tables(events: pd.DataFrame):
 # %% ../nbs/06_monitoring.ipynb #4f89578b
 def _read_requests(w: Window, tables) -> None:
     "Requests as a table, their lists and histories as flat arrays."
-    r, asked, parts = (
-        w.recommender,
-        [],
-        {
-            name: [np.zeros(0, t)]
-            for name, t in (
-                ("length", np.int64),
-                ("item", np.int32),
-                ("score", float),
-                ("sent_row", np.int64),
-                ("sent", np.int32),
-                ("drawn_row", np.int64),
-                ("drawn_place", np.int64),
-                ("propensity", float),
-            )
-        },
-    )
+    r = w.recommender
+    asked = []
+    parts = {
+        name: [np.zeros(0, t)]
+        for name, t in (
+            ("length", np.int64),
+            ("item", np.int32),
+            ("score", float),
+            ("sent_row", np.int64),
+            ("sent", np.int32),
+            ("drawn_row", np.int64),
+            ("drawn_place", np.int64),
+            ("propensity", float),
+        )
+    }
     n = 0
     for t in tables:
         if not len(t):
@@ -260,23 +256,28 @@ def _read_requests(w: Window, tables) -> None:
     w._request_ids = table["request_id"].combine_chunks() if asked else pa.array([], pa.string())
     w.requests = _request_frame(table, r)
     w.number = np.arange(len(w.requests))  # of each request among the ids
-    w.offsets, w.item, w.score = np.append(0, np.cumsum(flat["length"])), flat["item"], flat["score"]
-    w.sent_row, w.sent = flat["sent_row"], flat["sent"]
+    w.offsets = np.append(0, np.cumsum(flat["length"]))
+    w.item = flat["item"]
+    w.score = flat["score"]
+    w.sent_row = flat["sent_row"]
+    w.sent = flat["sent"]
     inside = (
         (flat["drawn_place"] >= 1) & (flat["drawn_place"] <= flat["length"][flat["drawn_row"]])
         if len(flat["drawn_row"])
         else np.zeros(0, bool)
     )
-    w.drawn, w.propensity = (w.offsets[flat["drawn_row"]] + flat["drawn_place"] - 1)[inside], flat["propensity"][inside]
+    w.drawn = (w.offsets[flat["drawn_row"]] + flat["drawn_place"] - 1)[inside]
+    w.propensity = flat["propensity"][inside]
 
-
+# %% ../nbs/06_monitoring.ipynb #4868300e
 def _scores(lists, length: np.ndarray) -> np.ndarray:
     "Scores of places; NaN where a list has none, or not one an item."
     n, values = _flat(lists)
     values = values.to_numpy(zero_copy_only=False).astype(float) if len(values) else np.zeros(0)
     if np.array_equal(n, length):
         return values
-    fits, found = (n == length), np.full(length.sum(), np.nan)
+    fits = n == length
+    found = np.full(length.sum(), np.nan)
     found[np.repeat(fits, length)] = values[np.repeat(fits, n)]
     return found
 
@@ -373,17 +374,20 @@ def between(
     end: float,  # UTC seconds: from, and before
 ):  # -> Window
     "A part of a window."
-    part, keep = copy(self), ((self.requests.time >= begin) & (self.requests.time < end)).to_numpy()
+    part = copy(self)
+    keep = ((self.requests.time >= begin) & (self.requests.time < end)).to_numpy()
     for name in [n for n, v in vars(type(self)).items() if isinstance(v, cached_property)]:
         part.__dict__.pop(name, None)
-    new, places = np.where(keep, np.cumsum(keep) - 1, -1), np.repeat(keep, self.lengths)
+    new = np.where(keep, np.cumsum(keep) - 1, -1)
+    places = np.repeat(keep, self.lengths)
     at = np.where(places, np.cumsum(places) - 1, -1)
     part.number = self.number[keep]
     part.requests, part.offsets = (
         self.requests[keep].reset_index(drop=True),
         np.append(0, np.cumsum(self.lengths[keep])),
     )
-    part.item, part.score = self.item[places], self.score[places]
+    part.item = self.item[places]
+    part.score = self.score[places]
     part.sent_row, part.sent = new[self.sent_row[keep[self.sent_row]]], self.sent[keep[self.sent_row]]
     part.drawn, part.propensity = at[self.drawn[places[self.drawn]]], self.propensity[places[self.drawn]]
 
@@ -413,7 +417,8 @@ class Pairs:
         columns,
         n: int,  # columns
     ):
-        self.keys, self.n = np.unique(np.asarray(rows, np.int64) * n + columns), n
+        self.keys = np.unique(np.asarray(rows, np.int64) * n + columns)
+        self.n = n
 
     def has(self, rows, columns) -> np.ndarray:  # bool
         "Is each pair there?"
@@ -432,7 +437,8 @@ def _pairs_of(matrix) -> Pairs:
 def seen(self: Window) -> np.ndarray:  # bool, a value a place
     "Was what is shown already known of the user, rated too low by them, or sent in the request's history?"
     r = self.recommender
-    user, known = self.requests.user.to_numpy()[self.row], self.item >= 0
+    user = self.requests.user.to_numpy()[self.row]
+    known = self.item >= 0
     found = Pairs(self.sent_row, self.sent, r.n_items).has(self.row, self.item) & known
     at = np.flatnonzero(known & (user >= 0))
     for matrix in (r.histories, r.negatives):
@@ -451,7 +457,9 @@ def find(
     inside = np.zeros(len(self.requests) + 1, bool)
     inside[about] = True
     places = np.flatnonzero(inside[self.row])
-    n, row, item = self.recommender.n_items + 1, reports.request.to_numpy(), reports.item.to_numpy()
+    n = self.recommender.n_items + 1
+    row = reports.request.to_numpy()
+    item = reports.item.to_numpy()
     keys = self.row[places].astype(np.int64) * n + self.item[places]
     keys, first = np.unique(keys, return_index=True)
     if not len(keys) or not len(reports):
@@ -481,10 +489,8 @@ def _outcomes(w: Window) -> tuple:  # table, clicked (bool, a place), counts (bo
     f = w.feedback[w.feedback.click.to_numpy()]
     asked = np.append(w.requests.time.to_numpy(), np.inf)[f.request.to_numpy()]
     f = f[((f.time - asked >= -1) & (f.time - asked <= w.maturity)).to_numpy()]
-    clicked, counts = (
-        np.zeros(len(w.item), bool),
-        np.zeros(len(w.item), bool) if len(w.impressions) else np.ones(len(w.item), bool),
-    )
+    clicked = np.zeros(len(w.item), bool)
+    counts = np.zeros(len(w.item), bool) if len(w.impressions) else np.ones(len(w.item), bool)
     at = w.find(f)
     clicked[at[at >= 0]] = True
     if len(w.impressions):
@@ -492,15 +498,14 @@ def _outcomes(w: Window) -> tuple:  # table, clicked (bool, a place), counts (bo
         counts[at[at >= 0]] = True
     counts &= w.mature[w.row]
     clicked &= counts
-    rows, n = np.flatnonzero(w.mature), len(w.requests)
+    rows = np.flatnonzero(w.mature)
+    n = len(w.requests)
 
     def per_list(values):
         return np.bincount(w.row, values, minlength=n)[rows]
 
-    clicks, ideal = (
-        per_list(clicked).astype(int),
-        np.cumsum(1 / np.log2(np.arange(2, max(w.lengths.max(initial=1), 1) + 2))),
-    )
+    clicks = per_list(clicked).astype(int)
+    ideal = np.cumsum(1 / np.log2(np.arange(2, max(w.lengths.max(initial=1), 1) + 2)))
     gain = per_list(clicked / np.log2(w.rank + 1.0))
     q = w.requests.iloc[rows]
     popular = q.fallback.to_numpy() | (q.endpoint == "popular").to_numpy() | (q.arm == "popularity").to_numpy()
@@ -637,10 +642,8 @@ def share(
     if not n:
         return Figure(None, 0)
     p = float(yes.mean())
-    middle, half = (
-        (p + Z * Z / (2 * n)) / (1 + Z * Z / n),
-        Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n),
-    )
+    middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
     return Figure(p, n, middle - half, middle + half)
 
 
@@ -654,7 +657,8 @@ def mean(
 
 def ratio(top, bottom, units=None) -> Figure:
     "Sum over sum; the interval from how far people are from the common ratio."
-    top, bottom = np.asarray(top, float), np.asarray(bottom, float)
+    top = np.asarray(top, float)
+    bottom = np.asarray(bottom, float)
     if not len(top) or bottom.sum() <= 0:
         return Figure(None, 0)
     value = float(top.sum() / bottom.sum())
@@ -738,7 +742,7 @@ def latency_p50(w):
 def latency(w):
     return percentile(w.answered.ms, 0.95)
 
-
+# %% ../nbs/06_monitoring.ipynb #2c9d5f0a
 @register(
     "latency p99",
     "max_latency_p99_ms",
@@ -784,7 +788,8 @@ def fallback(w):
     "share of the latest tenth of answers that came from another bundle than the one they are judged by",
 )
 def version_skew(w):
-    mine, told = w.recommender.info.get("id", "")[:16], w.answered[w.answered.version.notna()]
+    mine = w.recommender.info.get("id", "")[:16]
+    told = w.answered[w.answered.version.notna()]
     return share((told.version != mine).iloc[-max(1, len(told) // 10) :] if mine and len(told) else [])
 
 
@@ -867,7 +872,7 @@ def seen_violations(w):
         return Figure(None, 0)
     return Figure(int(seen_places(w).sum()), int(w.requests.exclude_seen.to_numpy(bool)[w.row].sum()))
 
-
+# %% ../nbs/06_monitoring.ipynb #aee75c32
 def doubled_places(w: Window) -> np.ndarray:  # bool, a value a place
     "Places whose item stands earlier in the same list."
     key = w.row.astype(np.int64) * (w.recommender.n_items + 1) + w.item
@@ -935,7 +940,7 @@ def golden(w):
         len(cases),
     )
 
-
+# %% ../nbs/06_monitoring.ipynb #bacb4f91
 @register(
     "overlap",
     "min_overlap",
@@ -1028,7 +1033,7 @@ def coverage(w):
     shown = int((exposure(w) > 0).sum())
     return Figure(shown / w.recommender.n_items if shown else None, int((w.item >= 0).sum()))
 
-
+# %% ../nbs/06_monitoring.ipynb #9fde95d6
 @register(
     "popularity share",
     "max_popularity_share",
@@ -1038,9 +1043,11 @@ def coverage(w):
     "share of all places of lists that went to the 1 % of items with most users",
 )
 def popularity_share(w):
-    known, n = w.item >= 0, len(w.requests)
+    known = w.item >= 0
+    n = len(w.requests)
     head = head_items(w.recommender.popularity)[w.item] & known
-    shown, who = np.bincount(w.row[known], minlength=n), w.requests.user_id.cat.codes.to_numpy()
+    shown = np.bincount(w.row[known], minlength=n)
+    who = w.requests.user_id.cat.codes.to_numpy()
     return ratio(
         np.bincount(w.row[head], minlength=n)[shown > 0],
         shown[shown > 0],
@@ -1095,7 +1102,7 @@ register_monitor(
     )
 )
 
-
+# %% ../nbs/06_monitoring.ipynb #f38f51aa
 def tail_share(w):
     "How much of what is shown is not from the head."
     return mean(list_means(w, long_tail(w.recommender.popularity)))
@@ -1153,8 +1160,10 @@ def personalisation(w):
     rows = np.flatnonzero((w.lengths > 0) & w.is_answered & w.personal & ~w.requests.fallback.to_numpy(bool))
     if len(rows) < 2:
         return Figure(None, 0)
-    rng, user = np.random.default_rng(0), w.requests.user_id.cat.codes.to_numpy()
-    a, b = rows[rng.integers(len(rows), size=SAMPLE)], rows[rng.integers(len(rows), size=SAMPLE)]
+    rng = np.random.default_rng(0)
+    user = w.requests.user_id.cat.codes.to_numpy()
+    a = rows[rng.integers(len(rows), size=SAMPLE)]
+    b = rows[rng.integers(len(rows), size=SAMPLE)]
     keep = (a != b) & ((user[a] != user[b]) | (user[a] < 0))
     if not keep.any():
         return Figure(None, 0)
@@ -1198,10 +1207,11 @@ register_monitor(
     )
 )
 
-
+# %% ../nbs/06_monitoring.ipynb #c7146a7f
 def calibration(w):
     "How far the mix of a list is from that of the history."
-    genres, r = _genres(w.recommender), w.recommender
+    genres = _genres(w.recommender)
+    r = w.recommender
     rows = _sample(np.flatnonzero((w.lengths > 0) & w.is_answered & (w.requests.user >= 0).to_numpy()), 500)
     if genres is None or not len(rows):
         return Figure(None, 0)
@@ -1258,7 +1268,7 @@ def churn(w):
     both = pd.concat([one(w, "first"), one(w.reference, "last")], axis=1, join="inner").to_numpy()
     return mean(1 - _shared(_top(w, both[:, 0]), _top(w.reference, both[:, 1]))) if len(both) else Figure(None, 0)
 
-
+# %% ../nbs/06_monitoring.ipynb #b28b2f41
 @register(
     "group gap",
     "max_group_gap",
@@ -1284,7 +1294,8 @@ def group_gap(w):
     ]
     if len(found) < 2 or max(f.value for f in found) == 0:
         return Figure(None, 0)
-    low, high = min(found, key=lambda f: f.value), max(found, key=lambda f: f.value)
+    low = min(found, key=lambda f: f.value)
+    high = max(found, key=lambda f: f.value)
     return Figure(
         1 - low.value / high.value,
         sum(f.n for f in found),
@@ -1321,12 +1332,11 @@ def drift(
     before, now = (sparse.csr_matrix(m)[_sample(np.arange(m.shape[0]), most)] for m in (before, now))
     if not before.shape[0] or not now.shape[0]:
         return Figure(None, 0)
-    value, people, rng = (
-        float(distance(np.asarray(before.sum(0)).ravel(), np.asarray(now.sum(0)).ravel())),
-        sparse.vstack([before, now], format="csr"),
-        np.random.default_rng(0),
-    )
-    total, chance = np.asarray(people.sum(0)).ravel(), []
+    value = float(distance(np.asarray(before.sum(0)).ravel(), np.asarray(now.sum(0)).ravel()))
+    people = sparse.vstack([before, now], format="csr")
+    rng = np.random.default_rng(0)
+    total = np.asarray(people.sum(0)).ravel()
+    chance = []
     for start in range(0, n, 25):
         dealt = np.stack(
             [rng.permutation(people.shape[0]) < before.shape[0] for _ in range(min(25, n - start))]
@@ -1422,7 +1432,8 @@ def _rate_ratio(a, b, hours_a, hours_b) -> Figure:
     "Ratio of two rates of counts; the interval on the logarithm, wide by a third for days that are not alike."
     if b < 1:
         return Figure(None, 0)
-    value, spread = (a / hours_a) / (b / hours_b), Z * math.sqrt(1 / max(a, 1) + 1 / b + 0.01)
+    value = (a / hours_a) / (b / hours_b)
+    spread = Z * math.sqrt(1 / max(a, 1) + 1 / b + 0.01)
     return Figure(
         value, int(a + b), value * math.exp(-spread), max(value, 1 / hours_a / (b / hours_b)) * math.exp(spread)
     )
@@ -1469,7 +1480,7 @@ def silence(w):
     newest = max([f.time.max() for f in (w.requests, w.feedback, w.impressions) if len(f)], default=None)
     return Figure(None, 0) if newest is None else Figure(max(0.0, (w.end - newest) / 3600), 1)
 
-
+# %% ../nbs/06_monitoring.ipynb #1aa9b60a
 @register(
     "feedback",
     "min_feedback_ratio",
@@ -1531,7 +1542,7 @@ def busiest_user(w):
     n = n[n > 0]
     return share(np.repeat([True, False], [n.iloc[0], n.sum() - n.iloc[0]])) if len(n) >= 20 else Figure(None, 0)
 
-
+# %% ../nbs/06_monitoring.ipynb #a5d99281
 @register(
     "clock skew",
     "max_clock_skew",
@@ -1603,10 +1614,12 @@ for _name, _measure, _words in (
 def lift(w):
     o = w.outcomes()
     model, popular = (o[m] for m in (~o.popular, o.popular))
-    a, b = model.clicks.sum(), popular.clicks.sum()
+    a = model.clicks.sum()
+    b = popular.clicks.sum()
     if len(popular) < 30 or a < 1 or b < 1:
         return Figure(None, 0)
-    value, spread = (a / model.shown.sum()) / (b / popular.shown.sum()), 2 * Z * math.sqrt(1 / a + 1 / b)
+    value = (a / model.shown.sum()) / (b / popular.shown.sum())
+    spread = 2 * Z * math.sqrt(1 / a + 1 / b)
     return Figure(float(value), len(o), value * math.exp(-spread), value * math.exp(spread))
 
 
@@ -1700,7 +1713,8 @@ def offline_metric(w):
     mine = w.recommender.info.get("card", {}).get("headline")
     if not mine or not w.last or not w.last["value"]:
         return Figure(None, 0)
-    drop, d = 1 - mine["value"] / w.last["value"], w.last.get("paired")
+    drop = 1 - mine["value"] / w.last["value"]
+    d = w.last.get("paired")
     return (
         Figure(drop, 1)
         if not d
@@ -1744,12 +1758,10 @@ def measure_window(
         except Exception as e:
             if m.group in GROUPS:
                 raise
-            f, limit, status, definition = (
-                Figure(None, 0),
-                None,
-                "no data",
-                f"{m.definition} (it failed: {type(e).__name__}: {e})",
-            )
+            f = Figure(None, 0)
+            limit = None
+            status = "no data"
+            definition = f"{m.definition} (it failed: {type(e).__name__}: {e})"
             log.warning("monitor %s failed: %s: %s", m.name, type(e).__name__, e)
         rows.append((m.name, f.value, f.low, f.high, limit, m.fires, status, m.severity, f.n, m.group, definition))
     names = [
@@ -1790,7 +1802,8 @@ def make_window(
         else None
     )
     end = 0.0 if end is None or np.isnan(end) else float(end)
-    begin, after = np.nextafter(end - 3600 * monitoring.window_hours, np.inf), np.nextafter(end, np.inf)
+    begin = np.nextafter(end - 3600 * monitoring.window_hours, np.inf)
+    after = np.nextafter(end, np.inf)
     first = begin - 3600 * (monitoring.reference_hours or monitoring.window_hours)
     if _is_log(events):
         names = {
@@ -1798,9 +1811,11 @@ def make_window(
             "feedback": ["time", "request_id", "item_id", "value", "payload"],
             "impression": ["time", "request_id", "item_id", "value"],
         }
-        source = lambda kind: events.chunks(
-            kind, first, after, simulated, names[kind], 250_000 if kind == "impression" else 50_000
-        )
+
+        def source(kind):
+            return events.chunks(
+                kind, first, after, simulated, names[kind], 250_000 if kind == "impression" else 50_000
+            )
     else:
         source = events[(events.time >= first) & (events.time < after)] if len(events) else events
     whole = Window(source, recommender, end, 60 * monitoring.maturity_minutes)
@@ -1809,7 +1824,8 @@ def make_window(
     if whole.begin >= begin:
         whole.begin = begin
         return whole
-    w, reference = whole.between(begin, after), whole.between(max(first, whole.begin), begin)
+    w = whole.between(begin, after)
+    reference = whole.between(max(first, whole.begin), begin)
     w.end, w.reference = end, reference if len(reference.requests) else None
     return w
 
@@ -1832,12 +1848,11 @@ def run_monitors(
     previous: Recommender = None,  # the bundle before, to compare lists with; None: there is none
 ) -> pd.DataFrame:  # as `measure_window` gives it
     "Measure everything in the window; raises `AerecError` if the bundle does not verify."
-    recommender, monitoring = (
-        bundle if hasattr(bundle, "recommend") else load_bundle(bundle),
-        monitoring or load_settings().monitoring,
-    )
+    recommender = bundle if hasattr(bundle, "recommend") else load_bundle(bundle)
+    monitoring = monitoring or load_settings().monitoring
     window = make_window(events, recommender, monitoring, now)
-    window.last, window.previous = last, previous
+    window.last = last
+    window.previous = previous
     return measure_window(window, monitoring)
 
 
@@ -1861,7 +1876,9 @@ def last_headline(
     if not mine:
         return None
     begun = read_run_file(before) if before else None
-    created, own, found = begun["created"] if begun else None, before, None
+    created = begun["created"] if begun else None
+    own = before
+    found = None
     for folder in all_runs(runs_dir):
         try:
             if _has_packed(folder, recommender.info["id"]):
@@ -1898,15 +1915,18 @@ def _paired_difference(own: Path, other: Path, metric: str) -> dict | None:  # l
     "This run minus the other, user by user, with an interval of 95 %."
 
     def values(folder):
-        file, choice = folder / "validation" / "per_user.parquet", folder / "validation" / "choice.json"
+        file = folder / "validation" / "per_user.parquet"
+        choice = folder / "validation" / "choice.json"
         if not file.exists() or not choice.exists():
             return None
-        table, c = pd.read_parquet(file), read_json(choice)
+        table = pd.read_parquet(file)
+        c = read_json(choice)
         column = next((name for name in (f"ndcg@{c['k']}", "ndcg") if name in table), None)
         of = table[(table.on == "test") & (table.model == c.get("pick", c.get("model")))] if column else table[:0]
         return of.set_index("user_id")[column] if len(of) else None
 
-    a, b = values(own), values(other)
+    a = values(own)
+    b = values(other)
     if a is None or b is None:
         return None
     d = (a - b).dropna().to_numpy() if a.index.is_unique and b.index.is_unique else np.zeros(0)
@@ -1935,7 +1955,8 @@ def monitor_trend(
     w = events if isinstance(events, Window) else Window(events, recommender)
     if not len(w.requests):
         return pd.DataFrame(columns=["time", *MONITORS], dtype=float)
-    edges, rows = np.linspace(w.requests.time.min(), np.nextafter(w.requests.time.max(), np.inf), n + 1), []
+    edges = np.linspace(w.requests.time.min(), np.nextafter(w.requests.time.max(), np.inf), n + 1)
+    rows = []
     for a, b in zip(edges, edges[1:]):
         span = w.between(a, b)
         span.end = w.end  # clicks of the time after belong to their requests
@@ -1976,8 +1997,10 @@ class Visitors:
         seed: int = 42,  # of everything that is random
         k: int = 10,  # length of the lists
     ):
-        r, rng = recommender, np.random.default_rng(seed)
-        self.recommender, self.k = r, k
+        r = recommender
+        rng = np.random.default_rng(seed)
+        self.recommender = r
+        self.k = k
         self.rows = rng.permutation(r.n_users)[:n_users]
         scores = r.model.score(r.histories[self.rows]) if len(self.rows) else np.zeros((0, r.n_items), np.float32)
         place = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1, kind="stable") / max(1, r.n_items - 1)
@@ -2025,7 +2048,7 @@ class Traffic:
     places: pd.DataFrame  # request, rank, item (number), likes, looked, clicked, propensity: a row a place
     reported: bool  # did feedback arrive?
 
-
+# %% ../nbs/06_monitoring.ipynb #802d35b1
 def make_traffic(
     visitors: Visitors,  # who visits
     n_requests: int = 500,  # lists they ask for
@@ -2043,12 +2066,15 @@ def make_traffic(
     "Visitors that ask, look and click by a stated model."
     if unknown := sorted(set(faults) - set(FAULTS)):
         raise AerecError(f"there is no fault '{unknown[0]}'; there are {', '.join(FAULTS)}")
-    v, r, rng, k = visitors, visitors.recommender, np.random.default_rng(seed), visitors.k
-    n, n_users, prefix = n_requests, len(visitors.rows), f"simulated-{prefix}{seed}-{now:.0f}"
-    when, who = (
-        np.sort(now - 3600 * hours * rng.random(n)),
-        rng.integers(n_users, size=n) if n_users else np.full(n, -1),
-    )
+    v = visitors
+    r = visitors.recommender
+    rng = np.random.default_rng(seed)
+    k = visitors.k
+    n = n_requests
+    n_users = len(visitors.rows)
+    prefix = f"simulated-{prefix}{seed}-{now:.0f}"
+    when = np.sort(now - 3600 * hours * rng.random(n))
+    who = rng.integers(n_users, size=n) if n_users else np.full(n, -1)
     who[rng.random(n) < unknown_share] = -1
     if "bot" in faults and n_users:
         who[rng.random(n) < 0.4] = 0
@@ -2075,7 +2101,8 @@ def make_traffic(
             raise AerecError("simulate_traffic: the fault banned_item needs a banned item; give the chain one")
         top = top.copy()
         top[::50, -1] = banned[0]
-    status, ms = np.where(rng.random(n) < error_share, 500, 200), rng.lognormal(np.log(5), 0.4, n)
+    status = np.where(rng.random(n) < error_share, 500, 200)
+    ms = rng.lognormal(np.log(5), 0.4, n)
     if "slow_answers" in faults:
         ms = ms * np.where(rng.random(n) < 0.1, 60 * np.log(20), 1)
     top = np.where((status < 400)[:, None], top, -1)
@@ -2117,7 +2144,7 @@ def make_traffic(
         "feedback_outage" not in faults,
     )
 
-
+# %% ../nbs/06_monitoring.ipynb #f219d57e
 def _faulty_lists(v: Visitors, faults, rng):
     "The lists of known users under the faults."
     if "popularity_collapse" in faults:
@@ -2146,18 +2173,20 @@ def _explored(v, top, who, explore, rng):
 # %% ../nbs/06_monitoring.ipynb #ee9af1b7
 def _written(r, requests, places, prefix, late, impressions, feedback, k, _rows) -> list:
     "What the service and its clients would write."
-    version, model = r.info.get("id", "unpacked")[:16], str(getattr(r.model, "name", ""))
-    ids, items, events = np.array(r.items, object), places.item.to_numpy(), []
+    version = r.info.get("id", "unpacked")[:16]
+    model = str(getattr(r.model, "name", ""))
+    ids = np.array(r.items, object)
+    items = places.item.to_numpy()
+    events = []
     split = np.searchsorted(places.request.to_numpy(), np.arange(len(requests) + 1))
-    shown, rank, looked, clicked, propensity = (
-        ids[items],
-        places["rank"].to_numpy(),
-        places.looked.to_numpy(),
-        places.clicked.to_numpy(),
-        places.propensity.to_numpy(),
-    )
+    shown = ids[items]
+    rank = places["rank"].to_numpy()
+    looked = places.looked.to_numpy()
+    clicked = places.clicked.to_numpy()
+    propensity = places.propensity.to_numpy()
     for n, q in enumerate(requests.itertuples(index=False)):
-        own, id = slice(split[n], split[n + 1]), f"{prefix}-{n}"
+        own = slice(split[n], split[n + 1])
+        id = f"{prefix}-{n}"
         user = r.users[q.user] if q.user >= 0 else f"stranger-{n}"
         payload = {
             "status": int(q.status),
@@ -2262,11 +2291,14 @@ def ground_truth(
     before: float = math.inf,  # requests up to this time are mature, UTC seconds
 ) -> dict:  # monitor -> value
     "What the monitors must find."
-    q, p, r = traffic.requests, traffic.places, recommender
+    q = traffic.requests
+    p = traffic.places
+    r = recommender
     lists = {n: [] for n in range(len(q))}
     for place in p.itertuples():
         lists[place.request].append(place)
-    users, failed = max(1, r.n_users), sum(s >= 500 for s in q.status)
+    users = max(1, r.n_users)
+    failed = sum(s >= 500 for s in q.status)
     shown = {}
     for place in p.itertuples():
         shown[place.item] = shown.get(place.item, 0) + 1
@@ -2275,7 +2307,8 @@ def ground_truth(
     ]
     counts = sorted([0] * (r.n_items - len(shown)) + list(shown.values()))
     mature = [l for n, l in lists.items() if l and q.time[n] <= before]
-    clicks, n_places = (sum(x.clicked for l in mature for x in l) if traffic.reported else 0), sum(map(len, mature))
+    clicks = sum(x.clicked for l in mature for x in l) if traffic.reported else 0
+    n_places = sum(map(len, mature))
 
     def gain(l):
         c = [x for x in l if x.clicked and traffic.reported]
@@ -2357,7 +2390,9 @@ class AlertBook:
         now: float = None,  # UTC seconds; None: the clock
     ) -> list:  # dicts of what changed: monitor, state, severity, value, threshold, text, time
         "Take in a table; what begins to fire, and what is resolved, has to be told."
-        now, changes, texts = time.time() if now is None else now, [], {a["monitor"]: a["text"] for a in alerts(table)}
+        now = time.time() if now is None else now
+        changes = []
+        texts = {a["monitor"]: a["text"] for a in alerts(table)}
         for m in table.itertuples():
             a = self.book["alerts"].setdefault(m.monitor, {"state": "ok", "firing": 0, "fine": 0, "since": now})
             if m.status == "no data":
@@ -2405,9 +2440,11 @@ class AlertBook:
         more: dict = None,  # what to say besides, such as the environment
     ) -> int:  # changes delivered
         "Tell log, file and webhook what was not told yet; where one of them is away, that one waits for the next time."
-        open_ways, done = {"file": file is not None, "webhook": bool(url)}, 0
+        open_ways = {"file": file is not None, "webhook": bool(url)}
+        done = 0
         for change in list(self.book["undelivered"]):
-            told, words = change.setdefault("told", []), {k: v for k, v in change.items() if k != "told"} | (more or {})
+            told = change.setdefault("told", [])
+            words = {k: v for k, v in change.items() if k != "told"} | (more or {})
             if "log" not in told:
                 log.log(
                     logging.INFO
@@ -2440,7 +2477,7 @@ class AlertBook:
             self.save()
         return done
 
-
+# %% ../nbs/06_monitoring.ipynb #e79e96db
 def _add_line(file, words: dict) -> None:
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a", encoding="utf-8") as f:
@@ -2561,7 +2598,7 @@ def prometheus_rules(
         + "\n"
     )
 
-
+# %% ../nbs/06_monitoring.ipynb #c5b86e9f
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
 
@@ -2607,7 +2644,8 @@ def monitor(
 ) -> pd.DataFrame:  # as `run_monitors` gives it
     "All monitors over the configured event log, without simulated events; says which log that is."
     packed = bundle if hasattr(bundle, "recommend") else load_bundle(bundle, settings=settings)
-    log, now = EventLog.from_settings(settings), time.time() if now is None else now
+    log = EventLog.from_settings(settings)
+    now = time.time() if now is None else now
     live = ban_list(settings)
     recommender = copy(packed)
     recommender.chain = packed.chain.with_bans(live)  # as the service does
@@ -2674,7 +2712,10 @@ def watch(
     say=print,  # called with a line a look
 ) -> int:  # exit code: 0 fine, 3 an alert is firing, 1 the last look failed
     "Look at the monitors, tell who must know what changed, and write the gauges; keeps state in var/."
-    var, stop, code, kept = Path(settings.paths.var_dir), stop or threading.Event(), 0, (None, None)
+    var = Path(settings.paths.var_dir)
+    stop = stop or threading.Event()
+    code = 0
+    kept = (None, None)
     url = settings.monitoring.webhook_url.get_secret_value() if settings.monitoring.webhook_url else None
     file = (
         project_dir() / Path(settings.monitoring.alert_file).expanduser()
@@ -2702,7 +2743,8 @@ def watch(
                 with atomic_path(var / name) as path:
                     path.write_text(text, encoding="utf-8")
             _keep_only(settings)
-            code, counts = 3 if book.firing else 0, table.status.value_counts()
+            code = 3 if book.firing else 0
+            counts = table.status.value_counts()
             say(
                 (
                     f"{pd.Timestamp(begun, unit='s'):%Y-%m-%d %H:%M:%S} UTC: {counts.get('ok', 0)} ok, "
@@ -2736,7 +2778,8 @@ def evidence_requests(
     n: int = 5,  # most rows of a kind
 ) -> pd.DataFrame:  # what, time, request_id, user_id, endpoint, status, ms, items
     "Requests to look at: violations first, then failures, then the slowest."
-    q, rows = w.requests, []
+    q = w.requests
+    rows = []
 
     def add(what, found):
         rows.extend((what, int(i)) for i in list(found)[:n])
@@ -2783,7 +2826,8 @@ def id_of(self: Window, rows) -> list:
 
 def evidence_segments(w: Window) -> pd.DataFrame:  # segment, lists, failed, fallback, short, p95 ms, CTR, NDCG
     "Figures of groups of users: by length of history, strangers, and the arms of an experiment."
-    q, length = w.requests, np.diff(w.recommender.histories.indptr)
+    q = w.requests
+    length = np.diff(w.recommender.histories.indptr)
     low, high = np.quantile(length, [1 / 3, 2 / 3]) if len(length) else (0, 0)
     own = np.where(q.user >= 0, length[q.user.to_numpy()] if len(length) else 0, -1)
     groups = {
@@ -2794,11 +2838,13 @@ def evidence_segments(w: Window) -> pd.DataFrame:  # segment, lists, failed, fal
         "strangers, and histories without a user": own < 0,
         **{f"arm {arm}": (q.arm == arm).to_numpy() for arm in q.arm.cat.categories if (q.arm == arm).any()},
     }
-    o, rows = w.outcomes(), []
+    o = w.outcomes()
+    rows = []
     for name, m in groups.items():
         if not m.any():
             continue
-        answered, of = m & w.is_answered, o[m[o.request.to_numpy()]]
+        answered = m & w.is_answered
+        of = o[m[o.request.to_numpy()]]
         rows.append(
             {
                 "segment": name,
@@ -2819,7 +2865,8 @@ def evidence_items(
     n: int = 10,  # rows
 ) -> pd.DataFrame:  # item_id, title, places, share, before, users, clicks, banned
     "What was shown most, and how often it was clicked."
-    r, shown = w.recommender, exposure(w)
+    r = w.recommender
+    shown = exposure(w)
     top = np.argsort(-shown, kind="stable")[:n]
     top = top[shown[top] > 0]
     w.outcomes()
@@ -2851,7 +2898,8 @@ class Lights:
         table: pd.DataFrame,  # from `run_monitors`
         headline: str = "",  # which log it was, and what is in it
     ):
-        self.table, self.headline = table, headline
+        self.table = table
+        self.headline = headline
 
     def __repr__(self):
         return "\n".join(
@@ -2910,7 +2958,8 @@ def _card(title: str, of: pd.DataFrame) -> str:
 
 
 def _light(m) -> str:
-    weight, sense = ("600" if m.status == "firing" else "400"), "at most" if m.fires == "above" else "at least"
+    weight = "600" if m.status == "firing" else "400"
+    sense = "at most" if m.fires == "above" else "at least"
     return (
         f'<div title="{html.escape(m.definition)}" style="display:flex;gap:8px;font-weight:{weight};border-top:1px '
         f'solid #f0f3f6;padding:1px 0"><span style="color:{COLORS[m.status]};width:1em">{SIGNS[m.status]}</span>'
@@ -2973,7 +3022,8 @@ def _panel(ax, m, trend) -> None:
     ax.tick_params(labelsize=6.5, length=2)
     if trend is None or not len(trend):
         return ax.axis("off")
-    x, y = _passed(trend)[0], trend[m.monitor]
+    x = _passed(trend)[0]
+    y = trend[m.monitor]
     top = np.nanmax(y)
     high = max(top, m.threshold if np.isfinite(m.threshold) and m.threshold <= 3 * max(top, 1e-12) else top) or 1.0
     if f"{m.monitor} low" in trend:
@@ -3096,7 +3146,9 @@ def retrain_decision(
     monitoring,  # section `monitoring` of the settings
 ) -> Decision:
     "Drift, age, or enough to learn from."
-    t, reasons, why_not = table.set_index("monitor"), [], []
+    t = table.set_index("monitor")
+    reasons = []
+    why_not = []
     moved = [name for name in DRIFTS if name in t.index and t.status[name] == "firing"]
     (reasons if moved else why_not).append(
         f"drift: {', '.join(f'{n} is {shown(t.value[n])}, the limit is {shown(t.threshold[n])}' for n in moved)}"
@@ -3169,20 +3221,22 @@ def build_monitoring(
     folder: Path,  # where to write monitors.parquet, trend.parquet, alerts.json and the evidence
 ) -> dict:  # key figures for the manifest
     "Measure the simulated events of the run, or the real log."
-    settings, recommender, now = run.settings.monitoring, load_bundle(run.need("packaging") / "bundle"), None
+    settings = run.settings.monitoring
+    recommender = load_bundle(run.need("packaging") / "bundle")
+    now = None
     last = last_headline(run.settings.paths.runs_dir, recommender, run.folder)
     if settings.event_source == "simulated":
-        events, what = (
-            load_events(run.need("serving") / "events.parquet"),
-            "simulated visitors of this run, not of people",
-        )
+        events = load_events(run.need("serving") / "events.parquet")
+        what = "simulated visitors of this run, not of people"
         settings = settings.model_copy(
             update={"maturity_minutes": 0.25}
         )  # they click within seconds, and the whole visit takes no longer
         window = make_window(events, recommender, settings, events.time.max() + 15 if len(events) else None)
     else:
-        log, now = EventLog.from_settings(run.settings), time.time()
-        window, what = make_window(log, recommender, settings, now, simulated=False), f"the real log {log.url}"
+        log = EventLog.from_settings(run.settings)
+        now = time.time()
+        window = make_window(log, recommender, settings, now, simulated=False)
+        what = f"the real log {log.url}"
         log.close()
     window.last, window.previous = last, _bundle_before(run.settings, last)
     table = measure_window(window, settings)
@@ -3191,10 +3245,12 @@ def build_monitoring(
     )
     write_parquet(folder / "monitors.parquet", table)
     write_parquet(folder / "trend.parquet", monitor_trend(window, recommender))
-    evidence, said = (
-        {"requests": evidence_requests(window), "segments": evidence_segments(window), "items": evidence_items(window)},
-        describe_window(window, what, settings.window_hours),
-    )
+    evidence = {
+        "requests": evidence_requests(window),
+        "segments": evidence_segments(window),
+        "items": evidence_items(window),
+    }
+    said = describe_window(window, what, settings.window_hours)
     for name, found in evidence.items():
         write_parquet(folder / f"evidence_{name}.parquet", found)
     write_json(folder / "alerts.json", alerts(table))
@@ -3218,7 +3274,8 @@ def describe_monitoring(
     run,  # `Run` from `aerec_nb.runs`, with the stage done
 ) -> str:  # a few lines
     "Which log was read, what fires, and what the model was compared with."
-    m, firing = run.manifest("monitoring")["metrics"], read_json(run.need("monitoring") / "alerts.json")
+    m = run.manifest("monitoring")["metrics"]
+    firing = read_json(run.need("monitoring") / "alerts.json")
     against = (
         f"The model was compared with run {m['compared_with']}."
         if m["compared_with"]

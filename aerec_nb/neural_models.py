@@ -159,13 +159,19 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, history, step):
-        needs, n, n_items = ctx.needs_input_grad, len(hidden), len(weight)
+        needs = ctx.needs_input_grad
+        n = len(hidden)
+        n_items = len(weight)
         grads = [torch.empty_like(hidden) if needs[0] else None, None, torch.zeros_like(bias) if needs[2] else None]
-        rows, sums, loss = history.rows, history.sums(history.weights), hidden.new_zeros(())
+        rows = history.rows
+        sums = history.sums(history.weights)
+        loss = hidden.new_zeros(())
         ends = [*history.offsets[::step].tolist(), len(rows)]
         for start, first, last in zip(range(0, n, step), ends[:-1], ends[1:]):
-            block, x = slice(start, start + step), history.weights[first:last]
-            who, at = rows[first:last] - start, (rows[first:last] - start) * n_items + history.indices[first:last]
+            block = slice(start, start + step)
+            x = history.weights[first:last]
+            who = rows[first:last] - start
+            at = (rows[first:last] - start) * n_items + history.indices[first:last]
             y = product(hidden[block], weight).add_(bias)
             p = torch.softmax(y, 1)
             log_sum = y.amax(1) - p.amax(1).log()  # one pass instead of another exponential for each output
@@ -240,7 +246,8 @@ class ByFeatures(nn.Module):
 
     def __init__(self, items: ItemRows, by_feature: nn.Parameter):
         super().__init__()
-        self.items, self.by_feature = items, by_feature
+        self.items = items
+        self.by_feature = by_feature
 
     def forward(self, own):
         return self.items(own, self.by_feature)
@@ -448,10 +455,8 @@ def train_epoch(
             nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_norm)
         self.optimizer.step()
         self.changed()
-        batch, total = (
-            batch + 1,
-            total + (loss.item() * len(history.offsets) if self.share is None else self.share.total),
-        )
+        batch = batch + 1
+        total = total + (loss.item() * len(history.offsets) if self.share is None else self.share.total)
         if not math.isfinite(total):
             raise Diverged(
                 f"{self.name}: the loss is {total} in epoch {epoch}, batch {batch}; lower lr (now {self.lr:g}) or set "
@@ -503,7 +508,11 @@ class Share:
         add,  # function(tensor): adds it up over all processes, in place
         rank: int = 0,  # number of this process; 0 keeps the checkpoints
     ):
-        self.rows, self.lengths, self.counts, self.add, self.rank = rows, lengths, counts, add, rank
+        self.rows = rows
+        self.lengths = lengths
+        self.counts = counts
+        self.add = add
+        self.rank = rank
         self.place = np.full(len(lengths), -1, np.int64)
         self.place[rows] = np.arange(len(rows))
 
@@ -528,7 +537,8 @@ class Share:
                 (torch.from_numpy(mine), len(users)),
                 (torch.from_numpy(at), int(ends[-1])),
             )
-            self.weight, bounds = len(mine) / len(users), block.indptr
+            self.weight = len(mine) / len(users)
+            bounds = block.indptr
             if not len(mine):
                 generator.rows, bounds = (
                     (torch.zeros(1, dtype=torch.int64), len(users)),
@@ -553,7 +563,8 @@ class Share:
             [loss.detach().view(1) * self.weight, *(g.reshape(-1) for g in grads)]
         )  # one message is faster than several
         self.add(together)
-        self.total, at = float(together[0]) * self.n, 1
+        self.total = float(together[0]) * self.n
+        at = 1
         for g in grads:
             g.copy_(together[at : at + g.numel()].view_as(g))
             at += g.numel()
@@ -565,7 +576,8 @@ def plain(self: GradientModel) -> nn.Module:
     if self.items is None:
         return self.net
     if self._plain is None:
-        net, self.items.known = self.build(self.n_items, torch.Generator()).to(self.device), self.items.has_own
+        net = self.build(self.n_items, torch.Generator()).to(self.device)
+        self.items.known = self.items.has_own
         with torch.no_grad():
             net.load_state_dict({k: reduce(getattr, k.split("."), self.net) for k in net.state_dict()})
         self._plain = net
@@ -635,7 +647,8 @@ def cost(self: GradientModel, n_users, n_items, nnz):
     """Weights, gradients, Adam's two moments and a copy to keep the best; a block of outputs twice; what torch brings
     along for its optimizers.
     """
-    n_weights, n_blocks = self.n_weights(n_items), self.num_epoch * self.passes
+    n_weights = self.n_weights(n_items)
+    n_blocks = self.num_epoch * self.passes
     n_bytes, operations = self._features_cost(n_items)
     return (
         "gradient",
@@ -1069,7 +1082,8 @@ def elsa_loss(
 ) -> torch.Tensor:  # scalar
     "Squared distance between the directions of x and x A A' - x, the mean over users."
     z = bag(history, A)
-    xx, zz = history.sums(history.weights**2), (z**2).sum(1)
+    xx = history.sums(history.weights**2)
+    zz = (z**2).sum(1)
     yy = ((z @ _Gram.apply(A)) * z).sum(1) - 2 * zz + xx
     return (2 - 2 * (zz - xx) / (xx.clamp_min(1e-12) * yy.clamp_min(1e-12)).sqrt()).mean()
 
@@ -1110,7 +1124,8 @@ class ELSA(GradientModel):
 
     @torch.inference_mode()
     def _score(self, history):
-        A, given = self._rows(), History.of(history, self.device)
+        A = self._rows()
+        given = History.of(history, self.device)
         scores = product(bag(given, A), A)
         scores.view(-1).index_add_(0, given.rows * len(A) + given.indices, given.weights, alpha=-1)
         return scores.cpu().numpy()
@@ -1130,7 +1145,8 @@ class ELSA(GradientModel):
 
     def cost(self, n_users, n_items, nnz):
         "Weights, gradients, moments and a copy of the best; unit rows and three gradients on the way to the weights'."
-        n_weights, n_batches = self.n_weights(n_items), self.num_epoch * n_users / self.batch_size
+        n_weights = self.n_weights(n_items)
+        n_batches = self.num_epoch * n_users / self.batch_size
         n_bytes, operations = self._features_cost(n_items)
         return (
             "gradient",

@@ -179,8 +179,10 @@ def list_figures(
     popular=None,  # bool [n]: did popularity make the list? None: not known
 ) -> dict:  # see the table
     "What lists look like."
-    r, shown = recommender, top[top >= 0]
-    exposure, edges = np.bincount(shown, minlength=r.n_items), log_bins(r.popularity)[0]
+    r = recommender
+    shown = top[top >= 0]
+    exposure = np.bincount(shown, minlength=r.n_items)
+    edges = log_bins(r.popularity)[0]
     figures = list_metrics(top, np.maximum(r.popularity, 1), max(1, r.n_users), _likeness(r)) if len(shown) else {}
 
     def mean(values):
@@ -214,7 +216,9 @@ def reference_figures(
     r = recommender
     rows = np.unique(np.linspace(0, r.n_users - 1, n_users).astype(int)) if r.n_users else np.zeros(0, int)
     lists = r.recommend_batch([r.users[i] for i in rows], k) if len(rows) else None
-    top, popular, scores = np.full((len(rows), k), -1), np.zeros(len(rows), bool), None
+    top = np.full((len(rows), k), -1)
+    popular = np.zeros(len(rows), bool)
+    scores = None
     if lists is not None:
         user = (
             np.cumsum(lists["rank"].to_numpy() == 1) - 1
@@ -471,10 +475,8 @@ def _feature_arrays(features) -> dict:
 def _segment_table(segments: Segments) -> pd.DataFrame:  # segment, item (number; -1: the segment itself), users
     whole = segments.matrix.tocsr(copy=True)
     whole.sum_duplicates()
-    m, sizes = (
-        whole.tocoo(),
-        pd.DataFrame({"segment": segments.names, "item": np.int32(-1), "users": segments.sizes.astype(np.float32)}),
-    )
+    m = whole.tocoo()
+    sizes = pd.DataFrame({"segment": segments.names, "item": np.int32(-1), "users": segments.sizes.astype(np.float32)})
     return pd.concat(
         [
             sizes,
@@ -492,7 +494,8 @@ def _segment_table(segments: Segments) -> pd.DataFrame:  # segment, item (number
 
 def _segments_of(table: pd.DataFrame, n_items: int) -> Segments:
     "The reverse of `_segment_table`."
-    sizes, rest = table[table.item < 0], table[table.item >= 0]
+    sizes = table[table.item < 0]
+    rest = table[table.item >= 0]
     rows = pd.Index(sizes.segment).get_indexer(rest.segment)
     matrix = csr_matrix(
         (rest.users.to_numpy(np.float32), (rows, rest.item.to_numpy())), shape=(len(sizes), n_items), dtype=np.float32
@@ -513,7 +516,8 @@ def pack_zip(
     ):
         for name in sorted({*_FILES, *_OPTIONAL, *_SEALS} & set(files.stats())):
             about = zipfile.ZipInfo(name)  # its time is 1980
-            about.create_system, about.external_attr = 3, (stat.S_IFREG | 0o644) << 16
+            about.create_system = 3
+            about.external_attr = (stat.S_IFREG | 0o644) << 16
             with files.open(name) as source, z.open(about, "w", force_zip64=True) as target:
                 shutil.copyfileobj(source, target, _CHUNK)
     return Path(path)
@@ -551,7 +555,8 @@ def unpack_zip(
     """
     try:
         with zipfile.ZipFile(path) as z:
-            members, seen = z.infolist(), set()
+            members = z.infolist()
+            seen = set()
             for m in members:
                 wrong = _wrong_member(m, seen)
                 if wrong:
@@ -578,7 +583,8 @@ def unpack_zip(
 
 def _unpack_member(z: zipfile.ZipFile, m: zipfile.ZipInfo, target: Path, path: Path) -> None:
     "One file, as large as it says and no larger."
-    left, said = m.file_size, m.file_size
+    left = m.file_size
+    said = m.file_size
     m.file_size = said + 2**22  # zipfile stops at the size that is stated; this tells whether there is more
     try:
         with z.open(m) as source, _disk_errors("unpacking into", target.parent), open(target, "xb") as f:
@@ -707,7 +713,9 @@ def _read_all(
     n_bytes: int = None,  # to be read; None: as many as the buffer has
 ) -> np.ndarray:  # the part of the buffer that was written last
     "Read a file into a buffer, and hash it on the way."
-    view, n, at = memoryview(buffer), len(buffer) if n_bytes is None else n_bytes, 0
+    view = memoryview(buffer)
+    n = len(buffer) if n_bytes is None else n_bytes
+    at = 0
     while at < n:
         start = at if n <= len(buffer) else 0
         got = f.readinto(view[start : min(len(buffer), start + min(_CHUNK, n - at))])
@@ -764,7 +772,8 @@ def bundle_id(
 # %% ../nbs/05_packaging.ipynb #2c79d2ad
 def _manifest(files) -> tuple:  # id, what it says of each file
     "The manifest of an opened bundle, if it is one that this package reads."
-    data, path = _read_manifest(files), files.path
+    data = _read_manifest(files)
+    path = files.path
     id = sha256_bytes(data)
     if (files.small("manifest.sha256", 2**10) or b"")[:64] != id.encode():
         raise AerecError(
@@ -826,7 +835,8 @@ def _verify(
             for name in sorted(set(there) - set(listed) | set(listed) - {*_FILES, *_OPTIONAL})
         ]
         _check_size(path, sum(s.st_size for s in there.values()), policy.limit_mib)
-        sound, contents = [], {}
+        sound = []
+        contents = {}
         for name in sorted(set(there) & set(listed)):
             fault = _size_fault(name, there[name], listed[name]["bytes"])
             if fault:
@@ -847,7 +857,8 @@ def _verify(
 
 def _size_fault(name: str, found: os.stat_result, n_said: int) -> str | None:
     "What is wrong with a file before it is opened; None if nothing."
-    fault, n = _file_fault(found), found.st_size
+    fault = _file_fault(found)
+    n = found.st_size
     if fault:
         return fault
     if name.endswith((".json", ".md")) and n > _SMALL:
@@ -921,7 +932,9 @@ def _parse_arrays(
     "for; raises `AerecError`."
     n = int.from_bytes(data[:8].tobytes(), "little")
     _check(len(data) >= 8 and n <= min(len(data) - 8, _SMALL), f"{name} is no safetensors file")
-    header, body, arrays = _parse_document(data[8 : 8 + n], f"the header of {name}"), data[8 + n :], {}
+    header = _parse_document(data[8 : 8 + n], f"the header of {name}")
+    body = data[8 + n :]
+    arrays = {}
     _check(isinstance(header, dict), f"the header of {name} is no table of arrays")
     places = []
     for key, about in header.items():
@@ -945,7 +958,8 @@ def _place(key: str, about, what: str) -> tuple:  # first byte, byte behind the 
         isinstance(about, dict) and about.get("dtype") in [*_DTYPES],
         f"{what} is not of a type that is read here ({', '.join(_DTYPES)})",
     )
-    shape, place = about.get("shape"), about.get("data_offsets")
+    shape = about.get("shape")
+    place = about.get("data_offsets")
 
     def counts(values):
         return isinstance(values, list) and all(
@@ -998,7 +1012,8 @@ def _parse_table(
     "Parse Parquet with plain columns; raises `AerecError`."
     try:
         file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)))
-        n, schema = file.metadata.num_rows, file.schema_arrow
+        n = file.metadata.num_rows
+        schema = file.schema_arrow
         _check(
             n <= 20 * len(data) + 1000 if n_rows is None else n == n_rows,
             f"{name} has {n:,} rows" + ("" if n_rows is None else f" instead of {n_rows:,}"),
@@ -1265,7 +1280,8 @@ def _check_popularity(values: np.ndarray, n_items: int, name: str) -> None:
 
 
 def _check_features(h: dict, n_items: int, name: str) -> None:
-    shape, data = h["features.shape"], h["features.data"]
+    shape = h["features.shape"]
+    data = h["features.data"]
     _check(
         len(shape) == 2 and shape[0] == n_items and 0 <= shape[1] <= max(100_000, len(data)),
         f"{name}: features.shape must have the items, and no more columns than values",
@@ -1358,8 +1374,10 @@ def _recommender(
     info: dict,  # what is known of the bundle
 ) -> Recommender:
     "Make the recommender of checked parts."
-    items, h = found["items.parquet"], found["histories.safetensors"]
-    item_ids, user_ids = items.item_id.tolist(), found["users.parquet"].user_id.tolist()
+    items = found["items.parquet"]
+    h = found["histories.safetensors"]
+    item_ids = items.item_id.tolist()
+    user_ids = found["users.parquet"].user_id.tolist()
     shape = len(user_ids), len(item_ids)
     negatives = None  # a bundle of before has none
     if "negatives.indptr" in h:
@@ -1728,7 +1746,8 @@ class _FileHistory:
     patience = 0  # seconds that a row may wait to be done: who writes it is alone with the file
 
     def __init__(self, path: Path, model: str):
-        self.uri, self.model = f"sqlite:///{path}", model
+        self.uri = f"sqlite:///{path}"
+        self.model = model
         self.engine = sa.create_engine(self.uri, connect_args={"timeout": 30})
         self.table, self.marks = _history_tables()
         with _registry_errors(self.uri):
@@ -1752,7 +1771,8 @@ class _FileHistory:
                     )
 
     def rows(self) -> list:  # of `_Row`, oldest first
-        t, m = self.table.c, self.marks.c
+        t = self.table.c
+        m = self.marks.c
         found = (
             sa.select(*[t[c] for c in _ROW[:-1]], m.seq.is_not(None))
             .select_from(self.table.outerjoin(self.marks, t.seq == m.seq))
@@ -1777,7 +1797,8 @@ class _ServerHistory:
     patience = 60  # seconds that a row may wait to be done: another machine may be at it
 
     def __init__(self, client, model: str):
-        self.client, self.model = client, model
+        self.client = client
+        self.model = model
 
     def rows(self) -> list:  # of `_Row`, oldest first
         tags = self.client.get_registered_model(self.model).tags
@@ -1973,7 +1994,8 @@ def _settle(self: Registry) -> None:
     left = [r for r in self._log.rows() if not r.done and r.time <= time.time() - self._log.patience]
     if not left:
         return
-    points, archived = self._mlflow.get_registered_model(self.name).aliases, self._archived()
+    points = self._mlflow.get_registered_model(self.name).aliases
+    archived = self._archived()
     for r in left:
         undone = (
             r.action in ("promote", "rollback")
@@ -2088,10 +2110,8 @@ def _to_disk(path: Path) -> None:
 # %% ../nbs/05_packaging.ipynb #31c9f616
 def _upload(registry: Registry, kept: Path, id: str) -> tuple:  # (source, id of the run that holds it)
     "A bundle as a zip on the MLflow server."
-    client, experiment = (
-        mlflow_module("mlflow.tracking").MlflowClient(registry.uri, registry.uri),
-        f"{registry.name} bundles",
-    )
+    client = mlflow_module("mlflow.tracking").MlflowClient(registry.uri, registry.uri)
+    experiment = f"{registry.name} bundles"
     try:
         found = client.get_experiment_by_name(experiment)
         run = client.create_run(
@@ -2210,11 +2230,13 @@ def check_gates(
 ) -> pd.DataFrame:  # gate, result (passed, failed, not compared), found, asked
     "What the gates of an alias say to a version; nothing is moved."
     _check_alias(alias)
-    folder, policy = self.resolve(version), self.policy(alias)
+    folder = self.resolve(version)
+    policy = self.policy(alias)
     recommender, changed, n_golden = self._load(version, alias)
     before = self.current(alias)
     old = None if before is None else self._headline(before)
-    ms, mib = recommend_ms(recommender), _mib(folder)
+    ms = recommend_ms(recommender)
+    mib = _mib(folder)
     rows = [
         (
             "golden requests",
@@ -2312,7 +2334,8 @@ def promote(
     with self._alone():
         self._settle()
         self.resolve(version)  # it may have been archived meanwhile
-        before, rows = self.current(alias), None if gates is None else gates.to_dict("records")
+        before = self.current(alias)
+        rows = None if gates is None else gates.to_dict("records")
         failed = [] if gates is None else [g for g in rows if g["result"] == "failed"]
         if failed and not force:
             self._log.finish(self._write_down("refuse", alias, before, version, by, why, rows))
@@ -2363,7 +2386,8 @@ def resolve(
 @patch
 def _stack(self: Registry, alias: str) -> list:
     "Versions an alias points to and has come from, oldest first, with rollbacks undone."
-    moves, stack = [], []
+    moves = []
+    stack = []
     for r in self._log.rows():
         if r.alias != alias:
             continue
@@ -2397,7 +2421,8 @@ def rollback(
     self._check_promoter(alias, by)
     with self._alone():
         self._settle()
-        stack, archived = self._stack(alias), self._archived()
+        stack = self._stack(alias)
+        archived = self._archived()
         earlier = [v for v in stack[:-1] if v not in archived]
         if not earlier:
             raise AerecError(f"{self.name}: {alias} has no earlier version to go back to")
@@ -2473,7 +2498,8 @@ def diff(
     b,  # another
 ) -> pd.DataFrame:  # what, and its value in either; only what differs
     "What two versions do not have in common."
-    one, two = self._about(a), self._about(b)
+    one = self._about(a)
+    two = self._about(b)
     rows = [
         (k, _shown(one.get(k)), _shown(two.get(k))) for k in dict.fromkeys([*one, *two]) if one.get(k) != two.get(k)
     ]
@@ -2512,7 +2538,8 @@ def archive(
     why: str = "",  # for the history
 ) -> str:  # one line
     "Take a version out of use, for good."
-    by, version = _whoami(by), int(version)
+    by = _whoami(by)
+    version = int(version)
     with self._alone():
         self._settle()
         self.resolve(version)
@@ -2537,7 +2564,8 @@ def archive(
 def _needed(self: Registry) -> dict:  # beginning of a bundle's id -> why it stays
     "Bundles that must stay."
     of = {int(v.version): v.tags.get("bundle", "")[:16] for v in self.versions()}
-    archived, points = self._archived(), self._mlflow.get_registered_model(self.name).aliases
+    archived = self._archived()
+    points = self._mlflow.get_registered_model(self.name).aliases
     needed = {bundle: f"version {v}" for v, bundle in of.items() if v not in archived}
     for alias in ALIASES:
         needed |= {
@@ -2554,7 +2582,8 @@ def gc(
     dry_run: bool = True,  # only say what would be deleted
 ) -> pd.DataFrame:  # bundle, MiB, why, deleted
     "Delete bundles that nothing needs, and what was left half made."
-    rows, gone = [], self.bundles_dir / f".gone.{os.getpid()}"
+    rows = []
+    gone = self.bundles_dir / f".gone.{os.getpid()}"
     with self._alone():
         needed = self._all_needed()
         for p in sorted(self.bundles_dir.iterdir()) if self.bundles_dir.is_dir() else []:
@@ -2593,10 +2622,8 @@ def headline(
     run_folder: Path,  # of a run with validation done
 ) -> dict | None:  # metric, value, se, data and split (what it was measured on); None: not measured
     "The test NDCG of the chosen model."
-    validation, split = (
-        Path(run_folder) / "validation",
-        Path(run_folder) / "model_preprocessing" / "split" / "split.json",
-    )
+    validation = Path(run_folder) / "validation"
+    split = Path(run_folder) / "model_preprocessing" / "split" / "split.json"
     data = read_manifest(Path(run_folder) / "data_import")
     if read_manifest(validation) is None or data is None or not split.exists():
         return None
@@ -2636,10 +2663,8 @@ def _interval(value, se) -> list | None:
 
 def _data_part(run, r: Recommender) -> dict:
     "Where the numbers come from."
-    source, facts = (
-        read_json(run.need("data_import") / "source.json"),
-        read_json(run.need("data_import") / "description.json"),
-    )
+    source = read_json(run.need("data_import") / "source.json")
+    facts = read_json(run.need("data_import") / "description.json")
     times = (
         [str(pd.Timestamp(int(t), unit="s").date()) for t in (r.times.min(), r.times.max())]
         if r.times is not None and len(r.times)
@@ -2665,9 +2690,12 @@ def model_card(
     recommender: Recommender,  # to be packed
 ) -> dict:  # JSON
     "What the bundle is, what it was made from, how well it does, and where it ends."
-    folder, split = run.need("validation"), read_json(run.need("model_preprocessing") / "split" / "split.json")
-    choice, board = read_json(folder / "choice.json"), pd.read_parquet(folder / "leaderboard.parquet")
-    k, pick = choice["k"], choice["model"]
+    folder = run.need("validation")
+    split = read_json(run.need("model_preprocessing") / "split" / "split.json")
+    choice = read_json(folder / "choice.json")
+    board = pd.read_parquet(folder / "leaderboard.parquet")
+    k = choice["k"]
+    pick = choice["model"]
     return {
         "name": run.settings.packaging.model_name,
         "purpose": "Recommends items to users from their histories; a new user needs a history, not a new training.",
@@ -2783,7 +2811,10 @@ class _Graph:
             raise AerecError(
                 "export_onnx needs the extra onnx, which is not installed: pip install 'aerec_nb[onnx]'"
             ) from None
-        self.onnx, self.nodes, self.constants, self.n_bytes = onnx, [], [], 0
+        self.onnx = onnx
+        self.nodes = []
+        self.constants = []
+        self.n_bytes = 0
 
     def const(self, value, dtype=np.float32):  # -> name
         "An array of the graph."
@@ -2929,13 +2960,13 @@ def _blend_graph(m, g, x):
 
 
 def _cold_items_graph(m, g, x):
-    known, N = m.model.n_items, m.neighbours.toarray().astype(np.float32)
-    old, new = (
-        g("Slice", x, np.array([0]), np.array([known]), np.array([1])),
-        g("Slice", x, np.array([known]), np.array([m.n_items]), np.array([1])),
-    )
+    known = m.model.n_items
+    N = m.neighbours.toarray().astype(np.float32)
+    old = g("Slice", x, np.array([0]), np.array([known]), np.array([1]))
+    new = g("Slice", x, np.array([known]), np.array([m.n_items]), np.array([1]))
     scores = _scores_graph(m.model, g, g("Add", old, g("MatMul", new, N)))
-    least, nothing = g("ReduceMin", scores, np.array([1]), keepdims=1), (N.sum(1) == 0).astype(np.float32)
+    least = g("ReduceMin", scores, np.array([1]), keepdims=1)
+    nothing = (N.sum(1) == 0).astype(np.float32)
     return g(
         "Concat", scores, g("Add", g("MatMul", scores, np.ascontiguousarray(N.T)), g("Mul", least, nothing)), axis=1
     )
@@ -2976,7 +3007,8 @@ def export_onnx(
     g = _Graph()
     g("Identity", _scores_graph(model, g, "history"))
     g.nodes[-1].output[0] = "scores"
-    helper, kind = g.onnx.helper, g.onnx.TensorProto.FLOAT
+    helper = g.onnx.helper
+    kind = g.onnx.TensorProto.FLOAT
     graph = helper.make_graph(
         g.nodes,
         f"aerec_{model.name}",
@@ -3009,16 +3041,17 @@ def build_packaging(
         run.settings.validation.topk,
         run.settings.packaging.signing_key,
     )
-    registry, alias = (
-        Registry.from_settings(current_settings()),
-        run.settings.packaging.alias or run.settings.env,
-    )  # plugins are judged by all settings of the run
+    # plugins are judged by all settings of the run
+    registry = Registry.from_settings(current_settings())
+    alias = run.settings.packaging.alias or run.settings.env
     version = registry.register(folder / "bundle")
     gates = registry.check_gates(version, alias)
     try:
-        moved, said = True, registry.promote(version, alias, why=f"run {run.name}")
+        moved = True
+        said = registry.promote(version, alias, why=f"run {run.name}")
     except AerecError as e:
-        moved, said = False, f"registered only: {e}"
+        moved = False
+        said = f"registered only: {e}"
     id = bundle_id(folder / "bundle")
     write_json(
         folder / "registered.json",
@@ -3043,7 +3076,8 @@ def describe_packaging(
     run,  # `Run` from `aerec_nb.runs`, with the stage done
 ) -> str:  # one paragraph
     "What was packed and where it is registered."
-    m, gates = run.manifest("packaging")["metrics"], gates_table(run)
+    m = run.manifest("packaging")["metrics"]
+    gates = gates_table(run)
     failed = gates.gate[gates.result == "failed"].tolist()
     return (
         f"Bundle {m['bundle']} of {m['bytes'] / 2**20:.2f} MiB "
@@ -3095,7 +3129,8 @@ def plot_packaging(
     registry: Registry,  # where it is registered
 ):  # -> matplotlib Figure
     "What takes the space, and how versions compare."
-    files, table = bundle_files(run)[::-1], registry.list()
+    files = bundle_files(run)[::-1]
+    table = registry.list()
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     left.barh(files.file, files.KiB, color="#0072b2")
     left.bar_label(left.containers[0], [f"{v:,.1f}" for v in files.KiB], padding=3, fontsize=8)
@@ -3134,7 +3169,8 @@ def plot_reference(
             for a, b in zip(edges, [*edges[1:], np.inf])
         ]
 
-    bins, at = ref["item_popularity"], np.arange(len(ref["item_popularity"]["edges"]))
+    bins = ref["item_popularity"]
+    at = np.arange(len(ref["item_popularity"]["edges"]))
     for values, label, color, off in (
         (bins["items"], "catalogue", "#56B4E9", -0.2),
         (bins["shown"], "places of lists", "#0072B2", 0.2),

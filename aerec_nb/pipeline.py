@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -128,24 +128,25 @@ class Job:
         "Kill the kernel."
         self.ended_by = self.ended_by or why
         for pid in self.pids:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def _execute(self):
-        o, problem = self.outcome, None
+        o = self.outcome
+        problem = None
         try:
             _papermill(self)
         except Exception as e:
             problem = e  # whatever it is, it belongs to this notebook
-        o.seconds, o.state = time.perf_counter() - self.began, "failed" if problem else "done"
+        o.seconds = time.perf_counter() - self.began
+        o.state = "failed" if problem else "done"
         if problem:
             _explain(o, file_error(problem, self.target) or problem, self.ended_by)
         try:
             _keep(self)
         except Exception as e:
-            o.state, o.error = "failed", o.error or f"the executed notebook could not be kept: {e}"
+            o.state = "failed"
+            o.error = o.error or f"the executed notebook could not be kept: {e}"
 
 # %% ../nbs/07_pipeline.ipynb #fcdee5cf
 def _papermill(job) -> None:
@@ -198,10 +199,8 @@ def _explain(outcome, problem, ended_by) -> None:
     if ended_by:
         outcome.error = ended_by
     elif isinstance(problem, PapermillExecutionError):
-        outcome.error, outcome.is_mistake = (
-            f"{problem.ename}: {problem.evalue}".splitlines()[0],
-            problem.ename == "AerecError",
-        )
+        outcome.error = f"{problem.ename}: {problem.evalue}".splitlines()[0]
+        outcome.is_mistake = problem.ename == "AerecError"
         outcome.traceback = _COLORS.sub("", "\n".join(problem.traceback))
     elif isinstance(problem, FileError):
         outcome.error = str(problem)
@@ -370,7 +369,8 @@ class _Eye:
     "Find the key of each stage of a run and the artifact that has it; what is slow to find is found once."
 
     def __init__(self, run: Run):
-        self.run, self.found = run, {}
+        self.run = run
+        self.found = {}
         self.earlier = [f for f in all_runs(run.settings.paths.runs_dir) if f.name != run.name]
 
     def key(self, name: str, made: dict) -> tuple:
@@ -446,7 +446,9 @@ def _begun(manifest):
 # %% ../nbs/07_pipeline.ipynb #c176b004
 def _difference(manifest: dict, key: dict) -> _Fault:
     "Name the parts of a key in which an artifact differs."
-    then, found, n_changes = manifest.get("key"), [], 0
+    then = manifest.get("key")
+    found = []
+    n_changes = 0
     if not then:
         return _Fault("it was made by an earlier version")
 
@@ -512,7 +514,8 @@ def stage_range(
         raise AerecError("--only names all that shall run: leave out --from and --to")
     if only:
         return [n for n in names if n in {stage_name(o) for o in only}]
-    a, b = names.index(stage_name(first)) if first else 0, names.index(stage_name(last)) if last else len(names) - 1
+    a = names.index(stage_name(first)) if first else 0
+    b = names.index(stage_name(last)) if last else len(names) - 1
     if a > b:
         raise AerecError(f"{first} comes after {last}: there is nothing from the one to the other")
     return names[a : b + 1]
@@ -524,7 +527,10 @@ def plan_steps(
     force: list = (),  # stages to run whatever is there
 ) -> list:  # a `Step` for each stage; raises `AerecError` where a stage needs one that is left out and is not there
     "What would be run, and why; a stage behind one that runs is taken to run as well."
-    eye, names, steps, made = _Eye(run), list(STAGES) if names is None else names, [], {}
+    eye = _Eye(run)
+    names = list(STAGES) if names is None else names
+    steps = []
+    made = {}
     needed = {*names, *(u for n in names for u in upstream(n))}
     for s in STAGES.values():
         if s.name not in needed:
@@ -738,7 +744,11 @@ class _Loop:
 
     def __init__(self, run: Run, steps: list, say=print):
         self.run, self.say, self.eye = run, say, _Eye(run)
-        self.made, self.todo, self.jobs, self.outcomes, self.opened = {}, {}, {}, [], {}
+        self.made = {}
+        self.todo = {}
+        self.jobs = {}
+        self.outcomes = []
+        self.opened = {}
         self.gates, self.ran = set(), set()
         for p in steps:
             if p.action == "reuse":
@@ -749,7 +759,8 @@ class _Loop:
 
     def _reuse(self, p, say=None):
         "Take an artifact and its executed notebook as they are."
-        name, source = p.stage.name, p.artifact
+        name = p.stage.name
+        source = p.artifact
         if source.parent != self.run.folder:
             if adopt(self.run, name, source) is None:
                 raise AerecError(f"run {source.parent.name} was deleted or damaged meanwhile: start again")
@@ -854,7 +865,8 @@ class _Loop:
                     job.end(f"it took longer than {limit:g} s (stage_timeout_s)")
                 continue
             if name not in self.opened and job.outcome.state == "done":
-                job.outcome.state, job.outcome.error = "failed", "it ended before its inputs were made"
+                job.outcome.state = "failed"
+                job.outcome.error = "it ended before its inputs were made"
             job.outcome.seconds = time.perf_counter() - self.opened.get(name, job.began)
             job.outcome.why = self.todo.pop(name).why
             if job.outcome.state == "done":
@@ -906,7 +918,8 @@ def _same_run(run: Run) -> list | None:
     "The steps of an earlier run in which nothing would change, or None."
     eye = _Eye(run)
     for folder in eye.earlier:
-        steps, made = [], {}
+        steps = []
+        made = {}
         for s in STAGES.values():
             step = (
                 eye.step(s.name, {i: made[i] for i in s.inputs}, folders=[folder])
@@ -1015,7 +1028,8 @@ def _opened(env, run, data, resume, first, last, only, force, knobs) -> tuple:
 
 def _check_stores(run: Run, steps: list) -> None:
     "Refuse a run that would need a store in var/ that cannot be written; raises `FileError`."
-    running, settings = {p.stage.name for p in steps if p.action == "run"}, run.settings
+    running = {p.stage.name for p in steps if p.action == "run"}
+    settings = run.settings
     tracking_uri = settings.training.tracking_uri or _registry_url(settings)
     if {"training", "validation", "packaging", "serving"} & running:
         check_writable(settings.paths.var_dir)
@@ -1102,11 +1116,16 @@ def stage_table(
     steps: list = (),  # its plan
 ) -> pd.DataFrame:  # one row a stage: state, seconds, peak memory, key figures, why
     "What each stage of a run did, from its manifest."
-    said, planned, rows = {o.stage: o for o in outcomes}, {p.stage.notebook: p for p in steps}, []
+    said = {o.stage: o for o in outcomes}
+    planned = {p.stage.notebook: p for p in steps}
+    rows = []
     manifests = {name: readable_manifest(Path(folder) / name) for name in STAGES}
     for stage in STAGES.values():
-        manifest, o, p = manifests[stage.name], said.get(stage.notebook), planned.get(stage.notebook)
-        measured, metrics = (manifest or {}).get("measured", {}), (manifest or {}).get("metrics", {})
+        manifest = manifests[stage.name]
+        o = said.get(stage.notebook)
+        p = planned.get(stage.notebook)
+        measured = (manifest or {}).get("measured", {})
+        metrics = (manifest or {}).get("metrics", {})
         figures = o.error if o and o.error else ", ".join(f"{k} {_short(v)}" for k, v in list(metrics.items())[:4])
         state = o.state if o else _state(Path(folder) / stage.name, manifests, p)
         rows.append(
@@ -1197,9 +1216,13 @@ def _write(path: Path, text: str) -> None:
 # %% ../nbs/07_pipeline.ipynb #02226bd5
 def _index_page(run: Run, outcomes: list, steps: list) -> str:
     "The index page as HTML."
-    table, shown, pictures, warned = stage_table(run.folder, outcomes, steps), [], [], []
+    table = stage_table(run.folder, outcomes, steps)
+    shown = []
+    pictures = []
+    warned = []
     for row in table.to_dict("records"):
-        page, notebook = f"report/{row['notebook']}.html", run.folder / "notebooks" / f"{row['notebook']}.ipynb"
+        page = f"report/{row['notebook']}.html"
+        notebook = run.folder / "notebooks" / f"{row['notebook']}.ipynb"
         shown.append(
             {
                 "notebook": row["notebook"],
@@ -1274,7 +1297,8 @@ def _cards(run: Run, table: pd.DataFrame) -> list:
     if board is None:
         return found
     chosen = read_json(run.folder / "validation" / "choice.json")["model"]
-    row, found = board[board.model == chosen], [*found, ("model chosen on validation", chosen)]
+    row = board[board.model == chosen]
+    found = [*found, ("model chosen on validation", chosen)]
     return found + [(column, row[column].iloc[0]) for column in board.columns[1:3] if len(row)]
 
 # %% ../nbs/07_pipeline.ipynb #5a8c6286
@@ -1291,10 +1315,8 @@ _STATE_COLORS = {
 
 def _graph(table: pd.DataFrame, row: int = 26) -> str:
     "The stages and what they read, as SVG."
-    at, longest = (
-        {s: row * (i + 0.8) for i, s in enumerate(table.stage)},
-        max(table.seconds.max(), 0.1) if table.seconds.notna().any() else 1,
-    )
+    at = {s: row * (i + 0.8) for i, s in enumerate(table.stage)}
+    longest = max(table.seconds.max(), 0.1) if table.seconds.notna().any() else 1
     parts = []
     for s in table.itertuples():
         for i in STAGES[s.stage].inputs:
@@ -1304,7 +1326,8 @@ def _graph(table: pd.DataFrame, row: int = 26) -> str:
                 f'{at[s.stage]:.0f}" fill="none" stroke="#b9c3cd" stroke-width="1.3"/>'
             )
     for s in table.itertuples():
-        y, width = at[s.stage], 0 if pd.isna(s.seconds) else 440 * s.seconds / longest
+        y = at[s.stage]
+        width = 0 if pd.isna(s.seconds) else 440 * s.seconds / longest
         told = "" if pd.isna(s.seconds) else f" {s.seconds:.1f} s"
         parts.append(
             f'<circle cx="200" cy="{y:.0f}" r="6.5" '
@@ -1476,7 +1499,8 @@ def point_interval(
     "Mean of a point's runs with its interval."
     from scipy import stats
 
-    n, mean = len(values), sum(values) / len(values)
+    n = len(values)
+    mean = sum(values) / len(values)
     se = errors[0] if n == 1 else float(pd.Series(values).sem())
     half = (1.959964 if n == 1 else stats.t.ppf(0.975, n - 1)) * se
     return mean, mean - half, mean + half
@@ -1517,7 +1541,8 @@ def run_sweep(
         configured_models(
             load_settings(env, source=data, **knobs, **point), (*knobs, *point)
         )  # refused before the first run
-    rows, name = [], name or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    rows = []
+    name = name or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     for n, (point, seeds) in enumerate(points, 1):
         say(f"point {n} of {len(points)}: {', '.join(f'{k} {_short(v)}' for k, v in point.items())}")
         runs = [
@@ -1538,7 +1563,8 @@ def _point_run(env, data, knobs, say) -> dict:
     except AerecError as e:
         say(f"  failed: {e}")
         return {"error": str(e), "seconds": 0.0}
-    seconds, run = sum(o.seconds for o in result.outcomes), result.run
+    seconds = sum(o.seconds for o in result.outcomes)
+    run = result.run
     if not result.ok:
         say(f"  run {run.name} failed: {result.failed[0].error}")
         return {"run": run.name, "error": result.failed[0].error, "seconds": seconds}
@@ -1559,7 +1585,8 @@ def _point_run(env, data, knobs, say) -> dict:
 # %% ../nbs/07_pipeline.ipynb #02d489d1
 def _compare_points(settings, name, rows, data, knobs, env) -> Sweep:
     "The table of a sweep, its files and its page."
-    k, table = settings.validation.topk, []
+    k = settings.validation.topk
+    table = []
     for row in rows:
         good = [r for r in row["runs"] if "valid_ndcg" in r]
         mean, low, high = (
@@ -1606,7 +1633,8 @@ def plot_sweep(
     import matplotlib.pyplot as plt
 
     metric = metric or next(c for c in table.columns if c.startswith("NDCG"))
-    knobs, good = [c for c in table.columns if c in KNOBS], table.dropna(subset=[metric])
+    knobs = [c for c in table.columns if c in KNOBS]
+    good = table.dropna(subset=[metric])
 
     def heights(values):  # evenly, in order of number or first appearance
         numbers = pd.to_numeric(values, errors="coerce")
@@ -1619,7 +1647,8 @@ def plot_sweep(
             (i + 0.5) / len(levels): _short(v) for i, v in enumerate(levels)
         }
 
-    low, high = good.low.min(), good.high.max()
+    low = good.low.min()
+    high = good.high.max()
     span = (high - low) or 1
     fig, ax = plt.subplots(figsize=(max(6, 2.1 * (len(knobs) + 1)), 4.2), layout="constrained")
     ys = pd.DataFrame({k: heights(good[k])[0] for k in knobs} | {metric: (good[metric] - low) / span})
@@ -1738,7 +1767,8 @@ def runs_table(
 
 def _runs_row(folder: Path) -> tuple:
     "A run in the table of runs."
-    about, manifests = read_run_file(folder), {name: readable_manifest(folder / name) for name in STAGES}
+    about = read_run_file(folder)
+    manifests = {name: readable_manifest(folder / name) for name in STAGES}
     n_done = sum(m is not None for m in manifests.values())
     pick, packed = ((manifests[name] or {}).get("metrics", {}) for name in ("validation", "packaging"))
     given = ", ".join(f"{k} {_short(v)}" for k, v in about["overrides"].items() if k not in ("runs_dir", "var_dir"))
@@ -1772,7 +1802,8 @@ def compare_runs(
     "What is different between two runs: settings, code, data, key figures."
     rows = []
     for s in STAGES:
-        a, b = readable_manifest(first / s), readable_manifest(second / s)
+        a = readable_manifest(first / s)
+        b = readable_manifest(second / s)
         if not a or not b:
             if a or b:
                 rows.append((s, "stage", *("done" if m else "missing" for m in (a, b))))
@@ -1848,7 +1879,8 @@ def draw_process(
         fig, ax = plt.subplots(figsize=(10, 3.4), layout="constrained")
         for i, stage in enumerate(STAGES.values()):
             row, column = divmod(i, 4)
-            x, y = 2.5 * column, -1.15 * row
+            x = 2.5 * column
+            y = -1.15 * row
             ax.add_patch(
                 FancyBboxPatch(
                     (x - 1.02, y - 0.34), 2.04, 0.68, boxstyle="round,pad=0.06", fc=color[stage.name], ec="none"
@@ -1900,7 +1932,8 @@ def _signatures(source: str) -> list:
 
     from fastcore.docments import docments
 
-    module, found = importlib.import_module(f"aerec_nb.{source}"), []
+    module = importlib.import_module(f"aerec_nb.{source}")
+    found = []
     for name in getattr(module, "__all__", []):
         thing = getattr(module, name)
         if not (inspect.isfunction(thing) or inspect.isclass(thing)) or thing.__module__ != module.__name__:
@@ -1924,14 +1957,16 @@ def _signatures(source: str) -> list:
             )
             continue
         try:
-            told, signature = docments(thing, full=True, returns=True), inspect.signature(thing)
+            told = docments(thing, full=True, returns=True)
+            signature = inspect.signature(thing)
         except (ValueError, TypeError, OSError):
             continue  # no signature, as some library classes have none
         rows = []
         for p, about in told.items():
             if p in ("self", "cls") or not isinstance(about, dict):
                 continue
-            kind, default = about.get("anno"), about.get("default")
+            kind = about.get("anno")
+            default = about.get("default")
             empty = default is inspect.Parameter.empty or p == "return"
             rows.append(
                 (
@@ -1963,9 +1998,13 @@ def build_docs(
     target: Path,  # folder to write the site to
 ) -> Path:  # its index page
     "Every notebook as a page, and the reference, without the network; people who have Quarto use nbdev_docs."
-    target, source = Path(target), project_dir() / "nbs"
+    target = Path(target)
+    source = project_dir() / "nbs"
     target.mkdir(parents=True, exist_ok=True)
-    hidden = lambda p: any(part.startswith((".", "_")) for part in p.relative_to(source).parts)
+
+    def hidden(p):
+        return any(part.startswith((".", "_")) for part in p.relative_to(source).parts)
+
     notebooks = sorted(
         (p for p in source.rglob("*.ipynb") if not hidden(p)),
         key=lambda p: (len(p.relative_to(source).parts), p.as_posix()),
@@ -2116,7 +2155,8 @@ def new_project(
     """Lay out a project: notebooks, configuration, a folder for data, a Makefile. Nothing is written if it cannot be
     done.
     """
-    folder, template = Path(folder).absolute(), _template()
+    folder = Path(folder).absolute()
+    template = _template()
     if template is None:
         raise AerecError(
             "this installation carries no notebooks: install aerec_nb from its wheel, its sdist or a checkout"
@@ -2167,7 +2207,9 @@ def _empty(folder: Path, is_new: bool) -> None:
 # %% ../nbs/07_pipeline.ipynb #136471fc
 def _packages_fault(names: list) -> tuple:
     "Packages that are not installed, and those of another version than the pinned one."
-    pins, missing, other = {}, [], []
+    pins = {}
+    missing = []
+    other = []
     for path in (project_dir() / "constraints.txt", (_template() or project_dir()) / "constraints.txt"):
         if path.exists():
             pins = pins or dict(re.findall(r"(?m)^([\w.-]+)==(\S+)", path.read_text(encoding="utf-8")))
@@ -2229,7 +2271,8 @@ def _look_at_notebooks():
                 "run from the project, set AEREC_PROJECT to it, or begin one: aerec new my_recommender",
             )
         )
-    unclean, changed = [], []
+    unclean = []
+    changed = []
     for s in STAGES.values():
         nb = read_json(_source(s))
         if set(nb["metadata"]) != {"kernelspec"} or any(c.get("execution_count") for c in nb["cells"]):
@@ -2250,7 +2293,8 @@ def _look_at_notebooks():
 
 
 def _look_at_data(settings):
-    folder, source = settings.paths.dataset_dir, settings.data.source
+    folder = settings.paths.dataset_dir
+    source = settings.data.source
     own = [p.name for p in sorted(folder.glob("ratings.*"))] if folder.is_dir() else []
     cached = (
         [p.name for p in sorted((folder / ".cache").glob("[!.]*")) if p.is_dir()]
@@ -2274,7 +2318,8 @@ def _look_at_data(settings):
 def _look_at_stores(settings):
     from aerec_nb.events import EventLog, events_url
 
-    uri, url = _registry_url(settings), events_url(settings)
+    uri = _registry_url(settings)
+    url = events_url(settings)
 
     def there(address):
         path = Path(str(address).partition(":///")[2]) if str(address).startswith("sqlite") else None
@@ -2502,7 +2547,8 @@ def _cmd_run(args) -> int:
     if not args.json:
         print(summary(result))
     else:
-        table, board = stage_table(result.run.folder, result.outcomes, result.plan), _leaderboard(result.run)
+        table = stage_table(result.run.folder, result.outcomes, result.plan)
+        board = _leaderboard(result.run)
         print(
             json.dumps(
                 {
@@ -2519,7 +2565,8 @@ def _cmd_run(args) -> int:
 
 
 def _cmd_stage(args) -> int:
-    name, knobs = stage_name(args.stage), dict(args.p or [])
+    name = stage_name(args.stage)
+    knobs = dict(args.p or [])
     run = open_run(args.run, env=args.env, source=_absolute_source(args.data), **knobs)
     if args.print:
         print(
@@ -2544,7 +2591,8 @@ def _cmd_stage(args) -> int:
 
 # %% ../nbs/07_pipeline.ipynb #cb421385
 def _cmd_sweep(args) -> int:
-    grid, fixed = {}, {}
+    grid = {}
+    fixed = {}
     for knob, text in args.p or []:
         values = [text] if text.lstrip().startswith(("[", "{")) else [v.strip() for v in text.split(",") if v.strip()]
         (grid if len(values) > 1 else fixed)[knob] = values if len(values) > 1 else values[0] if values else ""
@@ -3110,7 +3158,8 @@ def _cmd_completion(args) -> int:
     def options(parser):
         return [o for a in parser._actions for o in a.option_strings if o.startswith("--") or o == "-p"]
 
-    commands, cases = below(_parser()), []
+    commands = below(_parser())
+    cases = []
     for name, p in commands.items():
         for what, q in below(p).items():
             cases.append(f'      "{name} {what}"*) words="{" ".join(options(q))}" ;;')

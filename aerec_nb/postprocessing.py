@@ -140,7 +140,8 @@ class Catalogue:
         self.index, self.n = index, len(index)
         self.table = _by_number(table, index)
         self.popularity = np.zeros(self.n, np.float32) if popularity is None else np.asarray(popularity, np.float32)
-        self.features, self._made = features, {}
+        self.features = features
+        self._made = {}
 
     def column(self, name: str) -> pd.Series:
         "One column of the items; raises `AerecError` naming those there are."
@@ -170,7 +171,8 @@ def _by_number(table, index) -> pd.DataFrame:
     if table is None:
         return ids
     table = _with_year(table.reset_index(drop=True))
-    numbers, rows = index.numbers(table["item_id"].tolist()), np.full(len(index), -1)
+    numbers = index.numbers(table["item_id"].tolist())
+    rows = np.full(len(index), -1)
     known = np.flatnonzero(numbers >= 0)[::-1]
     rows[numbers[known]] = known
     lined = table.drop(columns="item_id").reindex(rows).reset_index(drop=True)
@@ -409,7 +411,8 @@ def _range_end(end) -> float:  # a number, or seconds since 1970
 
 def _describe_unknown(catalogue: Catalogue, unknown: list) -> list:  # of sentences, at most 4
     "Name the first values that no item has, one of them with a suggestion."
-    said, hint = [], None
+    said = []
+    hint = None
     for column, value, text in unknown[:3]:
         if text is None:
             said.append(f"item {preview(value)} is not in the catalogue")
@@ -461,7 +464,9 @@ def _find_items(
 ) -> tuple:  # bool [n_items], sentences about values that no item has
     "Find the items that meet conditions; raises `AerecError`."
     _refuse_contradictions(conditions)
-    passed, alternatives, unknown = np.ones(catalogue.n, bool), None, []
+    passed = np.ones(catalogue.n, bool)
+    alternatives = None
+    unknown = []
     for group, condition in conditions:
         if deadline is not None:
             deadline.check()
@@ -534,7 +539,9 @@ class Candidates:
         return replace(self, scores=scores).take(np.lexsort((self.items, -scores)))
 
     def followed_by(self, rest):  # -> Candidates
-        both = lambda a, b: np.concatenate([a, b])
+        def both(a, b):
+            return np.concatenate([a, b])
+
         p = None if self.propensities is None else both(self.propensities, np.ones(len(rest)))
         return Candidates(
             both(self.items, rest.items), both(self.scores, rest.scores), both(self.sources, rest.sources), p
@@ -683,9 +690,11 @@ def bind_step(
     where: str = "postprocessing.step_options",  # how an error begins
 ) -> Bound:
     "Check the parameters of a step, columns included, and make what it needs of the items."
-    options, arguments = _options(s, given, where), {}
+    options = _options(s, given, where)
+    arguments = {}
     for name, about in s.options.model_fields.items():
-        value, resolver = getattr(options, name), next((m for m in about.metadata if isinstance(m, OnItems)), None)
+        value = getattr(options, name)
+        resolver = next((m for m in about.metadata if isinstance(m, OnItems)), None)
         if resolver is not None:
             try:
                 value = resolver.make(catalogue, value)
@@ -726,7 +735,8 @@ def exclude_seen(
     ] = None,  # only what the user has had for fewer days than this; None: all. What has no time counts as recent
 ) -> np.ndarray:  # mask of what stays
     "Leave out what the user has, or rated too low to want it."
-    seen, has = np.zeros(request.catalogue.n, bool), request.history
+    seen = np.zeros(request.catalogue.n, bool)
+    has = request.history
     if days is not None and request.times is not None:
         has = has[~(request.times <= request.now - 86400 * days)]
     seen[has] = True
@@ -798,7 +808,9 @@ def max_per_category(
     ] = "genres",  # of the items; one with several values counts for each of them
 ) -> np.ndarray:  # mask of what stays
     "Keep at most so many items of each category, the best ones; what has no category stays."
-    m, shown, stays = column.matrix, np.zeros(len(column.values), int), np.zeros(len(candidates), bool)
+    m = column.matrix
+    shown = np.zeros(len(column.values), int)
+    stays = np.zeros(len(candidates), bool)
     for n, item in enumerate(candidates.items.tolist()):
         if n % 1024 == 0:
             request.check_time()
@@ -814,14 +826,16 @@ def relevance(
 ) -> np.ndarray:  # float64, 0 to 1
     "Scores between the pool's worst and best; 0 where all are the same."
     s = scores.astype(np.float64)
-    low, high = s.min(initial=np.inf), s.max(initial=-np.inf)
+    low = s.min(initial=np.inf)
+    high = s.max(initial=-np.inf)
     return (s - low) / (high - low) if high > low else np.zeros(len(s))
 
 
 def _by_relevance(c: Candidates, r: np.ndarray) -> Candidates:
     "Candidates by a new relevance, given back in the units of their scores."
     s = c.scores.astype(np.float64)
-    low, high = s.min(initial=np.inf), s.max(initial=-np.inf)
+    low = s.min(initial=np.inf)
+    high = s.max(initial=-np.inf)
     order = np.lexsort((np.arange(len(c)), -r))
     return replace(c, scores=low + (high - low) * r if high > low else s).take(order)
 
@@ -838,7 +852,8 @@ class Boost(BaseModel):
 
 def _boosts(catalogue, rules) -> tuple:
     "Factor and addend of every item; those of several rules are multiplied and added up."
-    factor, add = np.ones(catalogue.n), np.zeros(catalogue.n)
+    factor = np.ones(catalogue.n)
+    add = np.zeros(catalogue.n)
     for n, rule in enumerate(rules, 1):
         if (rule.items is None) == (rule.where is None):
             raise AerecError(f"rule {n} needs either items or where")
@@ -904,7 +919,9 @@ def mmr_order(
     deadline: Deadline = None,  # None: it may take any time
 ) -> list:  # positions, the chosen ones in their order
     "Choose by maximal marginal relevance, greedily; of equals the first."
-    value, nearest, chosen = (1 - diversity) * relevance, np.zeros(len(relevance)), []
+    value = (1 - diversity) * relevance
+    nearest = np.zeros(len(relevance))
+    chosen = []
     for _ in range(min(n, len(relevance))):
         if deadline is not None and len(chosen) % 16 == 0:
             deadline.check()
@@ -923,7 +940,8 @@ class _SimilarityRows:
 
     def __getitem__(self, n: int) -> np.ndarray:  # float64 [n]
         v = self._vectors
-        own, one = slice(v.indptr[n], v.indptr[n + 1]), np.zeros(v.shape[1])
+        own = slice(v.indptr[n], v.indptr[n + 1])
+        one = np.zeros(v.shape[1])
         one[v.indices[own]] = v.data[own]
         return v @ one
 
@@ -990,7 +1008,10 @@ def calibrated_order(
     deadline: Deadline = None,  # None: it may take any time
 ) -> list:  # positions, the chosen ones in their order
     "Greedy calibrated recommendations; of equals the first."
-    value, total, known, chosen = (1 - weight) * relevance, np.zeros(len(p)), shares.sum(1), []
+    value = (1 - weight) * relevance
+    total = np.zeros(len(p))
+    known = shares.sum(1)
+    chosen = []
     for _ in range(min(n, len(relevance))):
         if deadline is not None and len(chosen) % 16 == 0:
             deadline.check()
@@ -1045,7 +1066,7 @@ def _placed(candidates: Candidates, places: dict, scores, source: str) -> Candid
 
 def _as_places(pins):
     "Ids for the first places become {1: id, 2: id, ...}."
-    return {n: id for n, id in enumerate(pins, 1)} if isinstance(pins, (list, tuple)) else pins
+    return dict(enumerate(pins, 1)) if isinstance(pins, (list, tuple)) else pins
 
 
 Place = Annotated[int, Field(ge=1)]
@@ -1061,7 +1082,9 @@ def pins(
     ],  # place -> item id, or ids for the first places
 ) -> Candidates:
     "Put items at fixed places."
-    good, pinned, index = {}, set(), request.catalogue.index
+    good = {}
+    pinned = set()
+    index = request.catalogue.index
     for place, id in sorted(places.items()):
         item = index.number(id)
         why = (
@@ -1140,7 +1163,8 @@ def explore(
     seed: int | None = None,  # of the draws; None: the chain's
 ) -> Candidates:
     "Show items from behind the list at some places, and keep with what probability."
-    k, rng = request.k, _generator(request, (request.chain.seed if request.chain else 0) if seed is None else seed)
+    k = request.k
+    rng = _generator(request, (request.chain.seed if request.chain else 0) if seed is None else seed)
     slots = [
         s
         for s in sorted(set(slots))
@@ -1148,21 +1172,27 @@ def explore(
     ]
     end = min(k + pool, len(candidates))
     likely = relevance(candidates.scores[k:end]) if temperature else None
-    order, propensity, sources = np.arange(len(candidates)), np.ones(len(candidates)), candidates.sources.copy()
+    order = np.arange(len(candidates))
+    propensity = np.ones(len(candidates))
+    sources = candidates.sources.copy()
     for n, slot in enumerate(slots):
-        cards, drawn, chosen = np.arange(k + n, end, len(slots)), rng.random(), rng.random()
+        cards = np.arange(k + n, end, len(slots))
+        drawn = rng.random()
+        chosen = rng.random()
         if not len(cards):
             continue
         if temperature:
             of_cards = likely[cards - k]
             weight = np.exp((of_cards - of_cards.max()) / temperature)  # the best has 1, however low the temperature
-            cards, p = cards[weight > 0], weight[weight > 0] / weight.sum()
+            cards = cards[weight > 0]
+            p = weight[weight > 0] / weight.sum()
         else:
             p = np.full(len(cards), 1 / len(cards))
         card = int(cards[np.searchsorted(np.cumsum(p), chosen * p.sum(), side="right").clip(max=len(cards) - 1)])
         if drawn < epsilon:
             order[slot - 1], order[card] = card, slot - 1
-            propensity[slot - 1], sources[card] = epsilon * p[np.flatnonzero(cards == card)[0]], "explore"
+            propensity[slot - 1] = epsilon * p[np.flatnonzero(cards == card)[0]]
+            sources[card] = "explore"
         else:
             propensity[slot - 1] = 1 - epsilon
     return replace(replace(candidates, sources=sources).take(order), propensities=propensity)
@@ -1199,10 +1229,9 @@ def _is_foreign(s: Step) -> bool:
 
 def _step_of_file(name: str) -> Step:
     "Load the step of a plugin; other steps that its file registers are not kept."
-    registries, own = (
-        [STEPS, importlib.import_module("aerec_nb.postprocessing").STEPS],
-        name.split(":")[1],
-    )  # the file registers with the module, whatever runs here
+    # the file registers with the module, whatever runs here
+    registries = [STEPS, importlib.import_module("aerec_nb.postprocessing").STEPS]
+    own = name.split(":")[1]
     before = [dict(r) for r in registries]
     for r in registries:
         r.pop(own, None)
@@ -1260,7 +1289,8 @@ class Chain:
             replace(bind_step(s, self.options.get(n, {}), self.catalogue), name=n)
             for n, s in zip(self.steps, self._found)
         ]
-        self._all, self._removing = np.arange(self.catalogue.n), [b for b in bound if b.kind == "remove"]
+        self._all = np.arange(self.catalogue.n)
+        self._removing = [b for b in bound if b.kind == "remove"]
         self._rest = sorted(
             (b for b in bound if b.kind != "remove"),
             key=lambda b: (b.kind == "place") + {"pins": -0.5, "explore": 0.5}.get(b.name, 0.0),
@@ -1268,7 +1298,8 @@ class Chain:
         self._mark_banned()
 
     def _mark_banned(self):
-        self._versions, ids = [b.version for b in self.bans], self.banned_items
+        self._versions = [b.version for b in self.bans]
+        ids = self.banned_items
         numbers = self.catalogue.index.numbers(ids)
         banned = np.zeros(self.catalogue.n, bool)
         banned[numbers[numbers >= 0]] = True
@@ -1332,7 +1363,7 @@ class Chain:
     def __repr__(self):
         return f"Chain({' > '.join(self.steps)}, {len(self.banned_items)} banned)"
 
-
+# %% ../nbs/04a_postprocessing.ipynb #16d7f665
 def _check_spec(spec: dict) -> None:
     "Refuse what is no `spec` of a chain, names first; raises `AerecError`."
 
@@ -1341,7 +1372,9 @@ def _check_spec(spec: dict) -> None:
             raise AerecError(f"chain.json: {why}")
 
     check(isinstance(spec, dict), "it holds no chain")
-    steps, options, seed = spec.get("steps"), spec.get("options", {}), spec.get("seed", 0)
+    steps = spec.get("steps")
+    options = spec.get("options", {})
+    seed = spec.get("seed", 0)
     banned = spec.get("banned_items")
     check(isinstance(steps, list) and len(steps) <= 100, "steps must be a list of at most 100 names")
     for name in steps:
@@ -1498,7 +1531,8 @@ class Processed:
             raise AerecError("there is no trail: ask with explain=True")
         if self._positions is None:
             self._positions = _positions_of([items for _, items, _ in self.snapshots])
-        rows, before = [], (None, None)
+        rows = []
+        before = (None, None)
         for n, ((name, _, scores), positions) in enumerate(zip(self.snapshots, self._positions)):
             at = positions[item] if item < len(positions) else -1
             after = (int(at) + 1, float(scores[at])) if at >= 0 else (None, None)
@@ -1577,7 +1611,8 @@ def run(
     source: str = "model",  # where the scores come from: model or popular
 ) -> Processed:  # k items unless fewer are eligible
     "One list."
-    scores, limit = np.asarray(scores), np.finfo(np.float32).max
+    scores = np.asarray(scores)
+    limit = np.finfo(np.float32).max
     finite = np.isfinite(scores).all() and (scores.dtype == np.float32 or np.abs(scores).max(initial=0) <= limit)
     if not finite and np.isnan(scores).any():
         raise RuntimeError("the model gave a score that is not a number")
@@ -1604,16 +1639,20 @@ def run(
     if not finite:
         scores = np.clip(scores, -limit, limit)  # a model that is sure is not a reason to leave an item out
     if items is None:
-        candidates, request.scores = self._all, scores
+        candidates = self._all
+        request.scores = scores
     else:
         by_item = np.argsort(items, kind="stable")
-        candidates, scores = items[by_item], scores[by_item]
+        candidates = items[by_item]
+        scores = scores[by_item]
         request.scores = np.full(self.catalogue.n, np.nan)
         request.scores[candidates] = scores
     report = _remove(self, removing, request, candidates)
     may = request.allowed if items is None else request.allowed[candidates]
-    allowed, values = candidates[may], scores[may]
-    n, warnings = _to_begin_with(rest, request, len(allowed)), request.warnings
+    allowed = candidates[may]
+    values = scores[may]
+    n = _to_begin_with(rest, request, len(allowed))
+    warnings = request.warnings
     while True:
         request.warnings = list(warnings)
         order = best_first(values, n)
@@ -1641,10 +1680,12 @@ def run(
 
 _SHORT = ("exclude_seen", "ban_list", "exclude")
 
-
+# %% ../nbs/04a_postprocessing.ipynb #f2fc554f
 def _short_way(self, scores, request, removing, source) -> Processed:
     "The same list where items are only left out, and by number: no masks."
-    values, left, report = scores.astype(np.float32), len(scores), []
+    values = scores.astype(np.float32)
+    left = len(scores)
+    report = []
     for b in removing:
         if b.name == "exclude_seen":
             values[request.history] = values[request.disliked] = -np.inf
@@ -1675,8 +1716,10 @@ def _to_begin_with(rest, request, n_allowed) -> int:
 
 def _remove(self, removing, request, candidates) -> list:
     "Ask every removing step about the whole catalogue; an item counts for the first step that refuses it."
-    everything, report = Candidates(self._all, request.scores, _NO_SOURCES), []
-    allowed, left = np.ones(self.catalogue.n, bool), len(candidates)
+    everything = Candidates(self._all, request.scores, _NO_SOURCES)
+    report = []
+    allowed = np.ones(self.catalogue.n, bool)
+    left = len(candidates)
     for b in removing:
         request.check_time()
         passed = b.call(everything, request)
@@ -1697,13 +1740,16 @@ def _go_through(rest, request, c: Candidates, everything: bool) -> tuple:
     """Candidates through cutting, ranking and placing steps: what is left, report, snapshots, and whether more
     candidates are needed.
     """
-    report, snapshots = [], []
+    report = []
+    snapshots = []
     for n, b in enumerate(rest):
         request.check_time()
         wanted = len(c) if b.pool is None else b.pool if b.kind == "rank" else request.k + b.behind
         if not everything and b.kind in ("rank", "place") and len(c) < wanted:
             return c, [], [], True
-        before, c, k = c, _one_step(b, request, c, last=n == len(rest) - 1), request.k
+        before = c
+        c = _one_step(b, request, c, last=n == len(rest) - 1)
+        k = request.k
         placed = int(np.count_nonzero(~np.isin(c.items[:k], before.items[:k]))) if b.kind == "place" else 0
         moved = (
             0
@@ -1781,11 +1827,13 @@ def _checked_order(b, request, given, done) -> Candidates:
 def _removal_snapshots(request, source, candidates, scores) -> list:
     "The whole ranking, and what each removing step left of it."
     order = best_first(scores, len(candidates))
-    items, values = candidates[order], scores[order]
+    items = candidates[order]
+    values = scores[order]
     found = [(source, items, values)]
     for name, passed in request.verdicts:
         stays = passed[items]
-        items, values = items[stays], values[stays]
+        items = items[stays]
+        values = values[stays]
         found.append((name, items, values))
     return found
 
@@ -1808,16 +1856,15 @@ def run_block(
 ) -> tuple:  # item numbers int64 [n, k], -1 where a list is shorter; scores [n, k]; sources [n, k] or None where all are the model's
     "Lists of a block of users."
     k = min(requests[0].k, self.catalogue.n) if requests else 0
-    items, values = np.full((len(requests), k), -1), np.zeros((len(requests), k), np.float32)
+    items = np.full((len(requests), k), -1)
+    values = np.zeros((len(requests), k), np.float32)
     if not self.is_plain():
         sources = np.full((len(requests), k), None, object)
         for n, (row, request) in enumerate(zip(scores, requests)):
             done = self.run(row, request)
-            items[n, : len(done)], values[n, : len(done)], sources[n, : len(done)] = (
-                done.items,
-                done.scores,
-                done.sources,
-            )
+            items[n, : len(done)] = done.items
+            values[n, : len(done)] = done.scores
+            sources[n, : len(done)] = done.sources
         return items, values, sources
     if not np.isfinite(scores).all():
         if np.isnan(scores).any():
@@ -1833,7 +1880,8 @@ def run_block(
             row[r.history] = row[r.disliked] = -np.inf
         best = best_first(row, k)
         best = best[row[best] > -np.inf]
-        items[n, : len(best)], values[n, : len(best)] = best, row[best]
+        items[n, : len(best)] = best
+        values[n, : len(best)] = row[best]
     return items, values, None
 
 # %% ../nbs/04a_postprocessing.ipynb #117a4176
@@ -1866,7 +1914,9 @@ def apply_chain(
     "The list of every user, and what each step did to all of them together."
     if now is None and histories is not None and histories.times is not None:
         now = float(histories.times.max())
-    lists, reports, sizes = [], [], []
+    lists = []
+    reports = []
+    sizes = []
     for user, items, scores, request in _requests(candidates, chain, k, histories, now):
         done = chain.run(scores, request, items)
         lists.append(
@@ -1904,11 +1954,9 @@ def _no_lists():
 
 def _requests(candidates, chain, k, histories, now):
     "User, item numbers, scores and request of each user of a frame of candidates."
-    items, scores, seen = (
-        chain.index.numbers(candidates.item_id.tolist()),
-        candidates.score.to_numpy(),
-        candidates.seen.to_numpy(bool),
-    )
+    items = chain.index.numbers(candidates.item_id.tolist())
+    scores = candidates.score.to_numpy()
+    seen = candidates.seen.to_numpy(bool)
     users = candidates.user_id.to_numpy()
     starts = np.flatnonzero(np.append(True, users[1:] != users[:-1])) if len(users) else np.array([], int)
     rows = (
@@ -1917,10 +1965,12 @@ def _requests(candidates, chain, k, histories, now):
         else np.full(len(starts), -1)
     )
     for start, end, row in zip(starts, [*starts[1:], len(users)], rows):
-        here, request = slice(start, end), Request(k=k, user=users[start], now=now)
+        here = slice(start, end)
+        request = Request(k=k, user=users[start], now=now)
         if row >= 0:
             own = slice(histories.matrix.indptr[row], histories.matrix.indptr[row + 1])
-            request.history, request.weights = histories.matrix.indices[own], histories.matrix.data[own]
+            request.history = histories.matrix.indices[own]
+            request.weights = histories.matrix.data[own]
             request.times = None if histories.times is None else histories.times[own]
         else:
             request.history = items[here][seen[here]]
@@ -1955,7 +2005,8 @@ def list_figures(
 ) -> pd.DataFrame:  # ndcg, diversity, miscalibration of each user; NaN where genres are unknown
     "How good each list is, in several ways."
     genres = catalogue.categories() if "genres" in catalogue.table else None
-    discount, rows = 1 / np.log2(np.arange(2, lists.shape[1] + 2)), []
+    discount = 1 / np.log2(np.arange(2, lists.shape[1] + 2))
+    rows = []
     for n, shown in enumerate(lists):
         items = shown[shown >= 0]
         hits = np.isin(items, targets.indices[targets.indptr[n] : targets.indptr[n + 1]])
@@ -1988,7 +2039,9 @@ def tradeoff_curves(
     "What each ranking step does to accuracy, diversity, coverage and calibration."
     users = candidates.user_id.drop_duplicates()
     rows = pd.Index(fold.users).get_indexer(pd.Index(users))
-    inputs, targets, n_targets = fold.input[rows], fold.target[rows], fold.n_targets[rows]
+    inputs = fold.input[rows]
+    targets = fold.target[rows]
+    n_targets = fold.n_targets[rows]
     given = [
         (
             i,
@@ -2053,7 +2106,8 @@ def plot_tradeoffs(
 ):  # -> matplotlib Figure
     "Accuracy, diversity, coverage and calibration over the strength of each step."
     fig, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained", sharex=True)
-    plain, configured = curves[curves.step == "none"].iloc[0], curves[curves.step == "as configured"]
+    plain = curves[curves.step == "none"].iloc[0]
+    configured = curves[curves.step == "as configured"]
     for ax, (figure, title, unit) in zip(
         axes.flat,
         (
@@ -2147,7 +2201,8 @@ def chain_files(
     """What the stage depends on outside the run: the ban file, what the database bans, and files with steps of one's
     own.
     """
-    p, bans = settings.postprocessing, ban_list(settings)
+    p = settings.postprocessing
+    bans = ban_list(settings)
     found = {f"step {name}": sha256_file(own_file(name, "postprocessing.steps")) for name in p.steps if ":" in name}
     if bans.file:
         found["ban_file"] = sha256_file(bans.file)
@@ -2162,7 +2217,8 @@ def load_catalogue(
     popularity,  # [n_items] users of each item
 ) -> Catalogue:
     "What the run knows of the items of a vocabulary."
-    table, features = run.need("data_import") / "items.parquet", run.need("model_preprocessing") / "features"
+    table = run.need("data_import") / "items.parquet"
+    features = run.need("model_preprocessing") / "features"
     return Catalogue(
         IdIndex(items),
         pd.read_parquet(table) if table.exists() else None,
@@ -2176,7 +2232,8 @@ def served_items(
     split: Split,  # of the run
 ) -> np.ndarray:  # ids: those the model was fitted on, then the new ones
     "The vocabulary of what may be recommended."
-    known, path = np.asarray(split.refit().items), run.need("inference") / "cold_items.parquet"
+    known = np.asarray(split.refit().items)
+    path = run.need("inference") / "cold_items.parquet"
     return np.concatenate([known, pd.read_parquet(path).item_id.to_numpy()]) if path.exists() else known
 
 # %% ../nbs/04a_postprocessing.ipynb #90ac4363
@@ -2185,11 +2242,9 @@ def build_postprocessing(
     folder: Path,  # where to write recommendations.parquet, steps.parquet, tradeoffs.parquet and chain.json
 ) -> dict:  # key figures for the manifest
     "Apply the configured chain to the candidates of the run, and measure what each ranking step would cost."
-    candidates, p, k = (
-        pd.read_parquet(run.need("inference") / "candidates.parquet"),
-        run.settings.postprocessing,
-        run.settings.validation.topk,
-    )
+    candidates = pd.read_parquet(run.need("inference") / "candidates.parquet")
+    p = run.settings.postprocessing
+    k = run.settings.validation.topk
     split = Split.load(run.need("model_preprocessing") / "split")
     histories = histories_over(split.interactions, served_items(run, split))
     chain = Chain(
@@ -2224,7 +2279,8 @@ def _measure_tradeoffs(run, split, chain, k) -> pd.DataFrame | None:
     if not path.exists() or split.valid is None:
         return None
     candidates = pd.read_parquet(path)
-    users, most = candidates.user_id.drop_duplicates().to_numpy(), run.settings.postprocessing.tradeoff_users
+    users = candidates.user_id.drop_duplicates().to_numpy()
+    most = run.settings.postprocessing.tradeoff_users
     if len(users) > most:
         users = users[
             np.sort(np.random.default_rng(run.settings.run.random_seed).choice(len(users), most, replace=False))
@@ -2240,7 +2296,8 @@ def describe_postprocessing(
     run,  # `Run` from `aerec_nb.runs`, with the stage done
 ) -> str:  # one paragraph
     "What went in, what came out, and what deserves attention."
-    m, chain = run.manifest("postprocessing")["metrics"], read_json(run.need("postprocessing") / "chain.json")
+    m = run.manifest("postprocessing")["metrics"]
+    chain = read_json(run.need("postprocessing") / "chain.json")
     lines = [
         (
             f"Candidates of {m['n_users']:,} users through {' > '.join(chain['steps']) or 'no step at all'}; "
@@ -2273,7 +2330,8 @@ def before_after(
         )
         taken_out = (last - n)[n == n.max()]
         user_id = (taken_out[taken_out > 0] if (taken_out > 0).any() else taken_out).idxmin()
-    of_user, shown = candidates[candidates.user_id == user_id], lists[lists.user_id == user_id]
+    of_user = candidates[candidates.user_id == user_id]
+    shown = lists[lists.user_id == user_id]
     of_user = of_user.merge(shown[["item_id", "rank"]].rename(columns={"rank": "shown as"}), on="item_id", how="left")
     of_user = of_user[: of_user["shown as"].last_valid_index() + 1] if of_user["shown as"].notna().any() else of_user
     became = _became(run, candidates[candidates.user_id == user_id], max(1, len(shown)))

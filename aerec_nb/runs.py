@@ -512,7 +512,10 @@ class _Declared:
     "Settings of which only the declared ones can be read."
 
     def __init__(self, inner, stage, prefix, allowed):
-        self._inner, self._stage, self._prefix, self._allowed = inner, stage, prefix, allowed
+        self._inner = inner
+        self._stage = stage
+        self._prefix = prefix
+        self._allowed = allowed
 
     def __iter__(self):
         return ((k, v) for k, v in self._inner if f"{self._prefix}{k}" in self._allowed)
@@ -562,7 +565,8 @@ def code_modules(
     module: str,  # e.g. 'aerec_nb.training'
 ) -> list:  # sorted module names, `module` among them
     "The module and all modules of this package that it imports, however far."
-    seen, todo = set(), [module]
+    seen = set()
+    todo = [module]
     while todo:
         name = todo.pop()
         if name in seen:
@@ -607,7 +611,8 @@ def unexported_changes(
     cells = [c for c in cells if re.match(r"\s*#\s*\|\s*exporti?\b", c)]
     if all(_as_exported(c) in text for c in cells):
         return {}  # nothing was touched: no need to parse
-    exported, latest = _definitions(text), {}
+    exported = _definitions(text)
+    latest = {}
     for source in cells:
         latest.update(_definitions(source))
     return {name: tree for name, tree in latest.items() if exported.get(name) != tree}
@@ -692,7 +697,8 @@ class FileHashes:
     def sha256(self, name: str) -> str:  # 64 hexadecimal digits
         "Hash a file of the run, unless it is as it was when it was hashed last."
         path = self.folder / name
-        stamp, entry = _stamp(path), self.known.get(name)
+        stamp = _stamp(path)
+        entry = self.known.get(name)
         if isinstance(entry, dict) and entry.get("stamp") == stamp:
             return entry.get("sha256")
 
@@ -715,14 +721,16 @@ class FileHashes:
 
     def copy_from(self, other: "FileHashes", name: str) -> None:
         "Take over what another run knows of a file that was hard-linked: only the time of the link count differs."
-        entry, stamp = other.known.get(name), _stamp(self.folder / name)
+        entry = other.known.get(name)
+        stamp = _stamp(self.folder / name)
         if not isinstance(entry, dict) or entry.get("stamp", [])[:-1] != stamp[:-1]:
             return
         self._remember(name, stamp, entry.get("sha256"))
         other._remember(name, stamp, entry.get("sha256"))
 
     def _remember(self, name, stamp, digest):
-        self.known[name], self.is_changed = {"stamp": stamp, "sha256": digest}, True
+        self.known[name] = {"stamp": stamp, "sha256": digest}
+        self.is_changed = True
 
     def save(self) -> None:
         "Write what is new; a run that cannot be written is hashed again next time."
@@ -959,7 +967,8 @@ class Run:
         """What the artifact of a stage depends on: code, settings, what comes from outside, contents of its inputs
         (manifests by name; None: this run's own).
         """
-        s, outside = STAGES[stage], self.outside(stage) if found is None else found
+        s = STAGES[stage]
+        outside = self.outside(stage) if found is None else found
         contents = {
             name: sha256_json((inputs[name] if inputs else read_manifest(self.need(name)))["outputs"])
             for name in s.inputs
@@ -1178,10 +1187,8 @@ def _building(run: Run, stage: str):
     workshop = runs_dir / ".building"
     folder = workshop / f"{run.name}.{stage}.{os.getpid()}.{secrets.token_hex(3)}"
     while not folder.exists():  # another process may remove the empty workshop at the same moment
-        try:
+        with suppress(FileNotFoundError):
             folder.mkdir(parents=True)
-        except FileNotFoundError:
-            pass
     _sweep(workshop)
     try:
         yield folder
@@ -1223,7 +1230,8 @@ def _place(run: Run, stage: str, folder: Path) -> Path:
 def _build(run: Run, stage: str, build, fingerprint: str, changed: dict = None, found: dict = None) -> Path:
     "Build an artifact in a temporary folder, write its manifest last, move it into place."
     s = STAGES[stage]
-    started, clock = datetime.now(UTC), time.perf_counter()
+    started = datetime.now(UTC)
+    clock = time.perf_counter()
     settings = run.settings if s.arguments else run.configured
     visible = settings if {"env", *SECTIONS} <= set(s.reads) else _Declared(settings, stage, "", s.reads)
     declared = Run(run.folder, visible, run.overrides, run.quiet, found)

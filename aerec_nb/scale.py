@@ -157,7 +157,8 @@ def _check_nodes(ray, seconds=120):
 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    own, ask = importlib.metadata.version("aerec_nb"), ray.remote(num_cpus=0, max_retries=1)(has)
+    own = importlib.metadata.version("aerec_nb")
+    ask = ray.remote(num_cpus=0, max_retries=1)(has)
     asked = {
         n["NodeManagerAddress"]: ask.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)
@@ -189,7 +190,8 @@ def start_engine(
     scale: ScaleSettings = None,  # of the settings; None: the defaults
 ) -> None:  # raises `AerecError` where Ray is missing, does not answer, or has workers without this package
     "Connect to Ray, or start it on this machine; does nothing where that is done."
-    ray, scale = ray_module(), scale or ScaleSettings(engine="ray")
+    ray = ray_module()
+    scale = scale or ScaleSettings(engine="ray")
     if ray.is_initialized():
         return
     known = os.environ.get("RAY_ADDRESS")  # a pipeline that started Ray, or checked it, says so to its stages
@@ -229,7 +231,8 @@ def stop_engine() -> None:
 def calm():
     "Without what Ray, in any language, has to remark while it starts."
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         with warnings.catch_warnings():
@@ -280,7 +283,8 @@ def keep_figures(
 
 def taken_figures() -> pd.DataFrame:  # a row a phase and worker; empty where no worker did anything
     "What workers did since this was last asked."
-    figures, _KEPT[:] = list(_KEPT), []
+    figures = list(_KEPT)
+    _KEPT[:] = []
     return workers_table(figures) if figures else pd.DataFrame()
 
 
@@ -317,7 +321,8 @@ class Piece:
 # %% ../nbs/06a_scale.ipynb #5fd87ca5
 def _row_groups(rows, most=PIECE_ROWS):
     "Row groups, a bundle a piece: (first, behind the last)."
-    bounds, n = [0], 0
+    bounds = [0]
+    n = 0
     for group, own in enumerate(rows):
         if n and n + own > most:
             bounds.append(group)
@@ -328,7 +333,8 @@ def _row_groups(rows, most=PIECE_ROWS):
 
 def _line_bounds(path, size=PIECE_BYTES):
     "Bytes where a text may be cut: its begin, begins of lines, its end."
-    end, bounds = Path(path).stat().st_size, [0]
+    end = Path(path).stat().st_size
+    bounds = [0]
     with open(path, "rb") as f:
         while bounds[-1] + size < end:
             f.seek(bounds[-1] + size - 1)
@@ -427,7 +433,7 @@ def _read_piece(piece, encoding, header, handed_over):
         head.count(b"\n") if piece.start else piece.layout.skip
     )  # its own, without those that every piece is read with
 
-
+# %% ../nbs/06a_scale.ipynb #0738d357
 def _check_piece(piece, where, columns, at, encoding, header, handed_over, found=None):
     "What `check_ratings` finds in a piece: (facts, good rows)."
     began = time.perf_counter()
@@ -453,13 +459,15 @@ def _check_piece(piece, where, columns, at, encoding, header, handed_over, found
     if len(problems):
         good = ~raw.index.isin(problems.row - 1)
         typed = di._convert(raw[good].reset_index(drop=True), found, where).set_axis(raw.index[good])
-    bad, n = di._set_aside(problems, raw), len(typed)
+    bad = di._set_aside(problems, raw)
+    n = len(typed)
     if at is not None and n:
         times = [c for c in ("timestamp", "ingested_at") if c in typed]
         if not times:
             di.known_at(typed, at, where)  # which says so
         moments = typed[times].max(axis=1)
-        facts["first_moment"], typed = moments.min(), typed[moments <= at]
+        facts["first_moment"] = moments.min()
+        typed = typed[moments <= at]
     rows = {"row": typed.index.to_numpy(np.int32)}
     for c in ("user_id", "item_id"):
         rows[c], ids = pd.factorize(typed[c])
@@ -474,12 +482,13 @@ def _check_piece(piece, where, columns, at, encoding, header, handed_over, found
         "figures": task_figures("checking", len(raw), began),
     }, pyarrow.table(rows)
 
-
+# %% ../nbs/06a_scale.ipynb #6ea138fe
 class _Check:
     "What workers do with pieces; what is wrong with one comes back as it is, since trying again would not help."
 
     def __init__(self, pieces, *options):
-        self.pieces, self.options = pieces, options
+        self.pieces = pieces
+        self.options = options
 
     def __call__(self, batch):
         made = {"number": [], "facts": [], "rows": []}
@@ -487,7 +496,8 @@ class _Check:
             try:
                 facts, rows = _check_piece(self.pieces[number], *self.options)
             except AerecError as e:
-                facts, rows = {"error": str(e)}, None
+                facts = {"error": str(e)}
+                rows = None
             made["number"].append(number)
             made["facts"].append(_told(facts))
             made["rows"].append(_packed(rows))
@@ -613,7 +623,8 @@ def _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding):
         raise AerecError(f"no rule {on_bad!r} for bad rows: choose {di._list(di.ON_BAD)}")
     if on_duplicate not in di.ON_DUPLICATE:
         raise AerecError(f"no rule {on_duplicate!r} for duplicates: choose {di._list(di.ON_DUPLICATE)}")
-    at, large = None if as_of is None else di.moment(as_of), _large(source, encoding)
+    at = None if as_of is None else di.moment(as_of)
+    large = _large(source, encoding)
     pieces = _cut(large, PIECE_BYTES)
     large.standard_columns([], columns)
     options = (large.where, columns, at, encoding, large.header, large.handed_over)
@@ -698,14 +709,20 @@ def _without_needless(found, at):
 
 def _through(pieces, facts, starts):
     "Problems and rows set aside of all pieces, rows and lines counted through."
-    all_problems, all_bad, line, last = [], [], 0, None
+    all_problems = []
+    all_bad = []
+    line = 0
+    last = None
     for piece, f, start in zip(pieces, facts, starts):
         line = line if piece.path == last else 0
-        told = lambda value: (
-            re.sub(r" in line (\d+)", lambda m: f" in line {int(m[1]) + line}", value)
-            if isinstance(value, str)
-            else value
-        )
+
+        def told(value):
+            return (
+                re.sub(r" in line (\d+)", lambda m: f" in line {int(m[1]) + line}", value)
+                if isinstance(value, str)
+                else value
+            )
+
         problems, bad = (t.assign(row=t.row + start) for t in (f["problems"], f["bad"]))
         if line:
             problems, bad = (
@@ -714,7 +731,8 @@ def _through(pieces, facts, starts):
             )
         all_problems.append(problems)
         all_bad.append(bad)
-        line, last = line + f["n_lines"], piece.path
+        line = line + f["n_lines"]
+        last = piece.path
     some = [p for p in all_problems if len(p)] or all_problems[:1]
     return pd.concat(some, ignore_index=True), pd.concat(
         [b for b in all_bad if len(b)] or all_bad[:1], ignore_index=True
@@ -762,7 +780,8 @@ def check_source(
 
 def _gathered(pieces):
     "All rows as one frame; its index: rows of the table."
-    tables, numbers = {}, pieces.numbers()
+    tables = {}
+    numbers = pieces.numbers()
     for data, counted in pieces.data:
         for row in data.iter_rows():
             if row["number"] in counted:
@@ -819,7 +838,9 @@ class _Told:
 
 
 def _facts(rows, n_items):
-    ends = lambda c: (rows[c].min(), rows[c].max()) if c in rows and len(rows) else None
+    def ends(c):
+        return (rows[c].min(), rows[c].max()) if c in rows and len(rows) else None
+
     return {
         "n": len(rows),
         "users": rows.user.nunique(),
@@ -835,12 +856,15 @@ _EXCLUDING = {bp.leave_out_users: ("user_id", "excluded_users"), bp.leave_out_it
 
 def _apply(rows, shared, steps, keep_positions):
     "Rules on some users, one after the other: (the rows that are left, what is said of each rule)."
-    began, n, told = time.perf_counter(), len(rows), []
+    began = time.perf_counter()
+    n = len(rows)
+    told = []
     for name, function, arguments in steps:
         if not len(rows):
             told.append(_Told(False, after=_facts(rows, len(shared.items))))
             continue
-        shown, seen = shared.shown(rows), ()
+        shown = shared.shown(rows)
+        seen = ()
         if function in _EXCLUDING:
             column, option = _EXCLUDING[function]
             seen = tuple(
@@ -858,7 +882,8 @@ def _apply(rows, shared, steps, keep_positions):
         except AerecError as e:
             told.append(_Told(True, error=str(e)))
             break
-        positions, before = left.index.to_numpy(), rows.index.to_numpy()
+        positions = left.index.to_numpy()
+        before = rows.index.to_numpy()
         stays = np.isin(before, positions, assume_unique=True)
         reweighed = bool((left.weight.to_numpy() != rows.weight.to_numpy()[stays]).any())
         rows = pd.concat([rows.loc[stays, ["user", "item"]], left.drop(columns=["user_id", "item_id"])], axis=1)
@@ -879,7 +904,8 @@ def _apply(rows, shared, steps, keep_positions):
 
 def _core_round(rows, counts, k_users, k_items):
     "A round of the k-core: the rows whose user and item have enough."
-    began, n = time.perf_counter(), len(rows)
+    began = time.perf_counter()
+    n = len(rows)
     if n:
         rows = rows[(bp._times_seen(rows.user) >= k_users) & (counts[rows["item"].to_numpy()] >= k_items)]
     return rows, (np.bincount(rows["item"], minlength=len(counts)), len(rows), task_figures("rules", n, began))
@@ -897,14 +923,12 @@ class _Everywhere:
     "Shards of rows in Ray's store, and the rules that are done to all of them."
 
     def __init__(self, shards, shared, decode, by_user, keep_positions, scale_of):
-        self.ray, self.shards, self.keep_positions, self.decode, self.by_user, self.rating_scale = (
-            ray_module(),
-            shards,
-            keep_positions,
-            decode,
-            by_user,
-            scale_of,
-        )
+        self.ray = ray_module()
+        self.shards = shards
+        self.keep_positions = keep_positions
+        self.decode = decode
+        self.by_user = by_user
+        self.rating_scale = scale_of
         self.n_items, self.shared = len(shared.items), self.ray.put(shared)
         self.facts = self._add(self._each(_count_shard, self.n_items))
 
@@ -922,11 +946,14 @@ class _Everywhere:
 
     def _add(self, facts):
         "Facts of all shards together."
-        ends = lambda key: (
-            (min(f[key][0] for f in facts if f[key]), max(f[key][1] for f in facts if f[key]))
-            if any(f[key] for f in facts)
-            else None
-        )
+
+        def ends(key):
+            return (
+                (min(f[key][0] for f in facts if f[key]), max(f[key][1] for f in facts if f[key]))
+                if any(f[key] for f in facts)
+                else None
+            )
+
         return {
             "n": sum(f["n"] for f in facts),
             "users": sum(f["users"] for f in facts),
@@ -979,11 +1006,14 @@ class _Everywhere:
         if k_users <= 1 and k_items <= 1:
             return
         before = self._each(_positions) if self.keep_positions else None
-        counts, n, rounds = self.facts["items"], self.facts["n"], []
+        counts = self.facts["items"]
+        n = self.facts["n"]
+        rounds = []
         while n:
             said = self._pass(_core_round, counts, k_users, k_items)
             keep_figures([figures for *_, figures in said])
-            counts, left = sum(c for c, *_ in said), sum(m for _, m, _ in said)
+            counts = sum(c for c, *_ in said)
+            left = sum(m for _, m, _ in said)
             if again and left == n:
                 break
             rounds.append(n - left)
@@ -1040,7 +1070,7 @@ class _Everywhere:
         if waiting and self.facts["n"]:
             yield from self.own(waiting)
 
-
+# %% ../nbs/06a_scale.ipynb #ff5fce44
 def _portable(function):
     "A function that workers can be given, also of a file that they cannot import."
     module = sys.modules.get(function.__module__)
@@ -1072,7 +1102,8 @@ def _verdict(name, function, arguments, told, before):
         bp.cap_users,
         bp.leave_out_bots,
     ):  # they begin with a number: so many users, or pairs
-        n, rest = sum(int(v.note.split()[0].replace(",", "")) for v in verdicts), notes[0].split(" ", 1)[1]
+        n = sum(int(v.note.split()[0].replace(",", "")) for v in verdicts)
+        rest = notes[0].split(" ", 1)[1]
         if function is bp.leave_out_bots:
             rest = f"bot-like user{'' if n == 1 else 's'}"
         notes = [f"{n:,} {rest}"]
@@ -1084,7 +1115,8 @@ def _waterfall(everywhere, rules, scale):
     steps = bp._steps(rules, bp._knobs(rules) | {"scale": scale})
 
     def row(name, verdict, dropped, facts, before, reweighed):
-        note, mean = verdict.note, facts["weight"] / facts["n"] if facts["n"] else 0.0
+        note = verdict.note
+        mean = facts["weight"] / facts["n"] if facts["n"] else 0.0
         if reweighed:
             note = f"{note}; " * bool(note) + (
                 f"{'weights only: ' if not dropped else ''}mean weight {mean:.4g}, was {report[-1]['mean_weight']:.4g}"
@@ -1108,7 +1140,9 @@ def _waterfall(everywhere, rules, scale):
         )
         return now
 
-    n, report, gone = everywhere.facts["n"], [], [("ratings", np.array([], np.int64), False)]
+    n = everywhere.facts["n"]
+    report = []
+    gone = [("ratings", np.array([], np.int64), False)]
     before = row("ratings", bp.Verdict(None, "as imported"), 0, everywhere.facts, None, False)
     for name, function, verdict, dropped, reweighed in everywhere.walk(steps):
         n_dropped = len(dropped) if everywhere.keep_positions else dropped
@@ -1144,11 +1178,14 @@ def run_rules(
     scale: ScaleSettings = None,  # of the settings; None: the defaults
 ) -> bp.RuleResult:  # interactions, waterfall, every dropped row with its rule, explicit negatives
     "`business_preprocessing.run_rules` by workers."
-    rules, scale = bp._as_rules(rules), scale or ScaleSettings(engine="ray")
-    rating_scale, n_shards = bp._check_frame(ratings, rules), n_shards or _n_shards(scale)
+    rules = bp._as_rules(rules)
+    scale = scale or ScaleSettings(engine="ray")
+    rating_scale = bp._check_frame(ratings, rules)
+    n_shards = n_shards or _n_shards(scale)
     start_engine(scale)
     ray = ray_module()
-    users, items = bp.codes_of(ratings.user_id), bp.codes_of(ratings.item_id)
+    users = bp.codes_of(ratings.user_id)
+    items = bp.codes_of(ratings.item_id)
     by_user = _shard_of_users(np.bincount(users[0], minlength=len(users[1])), n_shards)
     ratings = ratings.reset_index(drop=True)
     rows = _weighed(
@@ -1156,7 +1193,8 @@ def run_rules(
             ratings.drop(columns=["user_id", "item_id"])
         )
     )
-    shard, decode = by_user[users[0]], lambda some: ratings.loc[some.index, ["user_id", "item_id"]]
+    shard = by_user[users[0]]
+    decode = lambda some: ratings.loc[some.index, ["user_id", "item_id"]]
     shards = [ray.put(rows[shard == n]) for n in range(n_shards)]
     del rows
     shared = _Shared(items[1], users[1] if _asks_for_users(rules) else None)
@@ -1287,7 +1325,8 @@ def _rank(bits, positions):
     "How many of the rows before each position are there; `bits`: a bit a row."
     ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
     before = np.concatenate([[0], np.cumsum(ones[bits])])
-    byte, at = positions >> 3, (positions & 7).astype(np.int64)
+    byte = positions >> 3
+    at = (positions & 7).astype(np.int64)
     return before[byte] + ones[bits[byte] & (0xFF00 >> at & 0xFF).astype(np.uint8)]
 
 # %% ../nbs/06a_scale.ipynb #afc2c1ca
@@ -1295,10 +1334,13 @@ class _ByUser:
     "Rows of pieces with the numbers of the whole, and the shard of each."
 
     def __init__(self, numbers, by_user):
-        self.numbers, self.by_user = numbers, by_user
+        self.numbers = numbers
+        self.by_user = by_user
 
     def __call__(self, batch):
-        numbers, by_user, made = ray_module().get(self.numbers), ray_module().get(self.by_user), []
+        numbers = ray_module().get(self.numbers)
+        by_user = ray_module().get(self.by_user)
+        made = []
         for n, rows in zip(batch["number"], batch["rows"]):
             if not rows:
                 continue
@@ -1311,11 +1353,13 @@ class _Settle:
     "One row of each pair of a shard's users."
 
     def __init__(self, on_duplicate, where):
-        self.on_duplicate, self.where = on_duplicate, where
+        self.on_duplicate = on_duplicate
+        self.where = where
 
     def __call__(self, rows):
         began = time.perf_counter()
-        number, n = int(rows["shard"].iloc[0]), len(rows)
+        number = int(rows["shard"].iloc[0])
+        n = len(rows)
         rows = (
             rows.drop(columns="shard")
             .sort_values("position")
@@ -1358,7 +1402,8 @@ def _unpack(block, counted):
 
 def _shared_out(pieces, on_duplicate, n_shards):
     "Rows by user, duplicates settled: (references to shards, shard of each user, duplicates that went)."
-    ray, data = ray_module(), _data()
+    ray = ray_module()
+    data = _data()
     counts = np.zeros(len(pieces.users[0]), np.int64)
     for f, own in zip(pieces.facts, pieces.users[1]):
         np.add.at(counts, own, f["rows_of"])
@@ -1418,7 +1463,8 @@ def _ends(rows, n_rows, n_items):
         raise AerecError(f"weight is not a number in {bad.sum():,} rows: fill it or drop them")
     codes, users = pd.factorize(rows.user)
     at = rows.index.to_numpy()
-    first, items = np.full(len(users), n_rows, np.int64), np.full(n_items, n_rows, np.int64)
+    first = np.full(len(users), n_rows, np.int64)
+    items = np.full(n_items, n_rows, np.int64)
     np.minimum.at(first, codes, at)
     np.minimum.at(items, rows["item"].to_numpy(), at)
     return np.packbits(there), np.asarray(users), first, np.bincount(codes, minlength=len(users)), items
@@ -1458,14 +1504,19 @@ class _WriteShard:
     "A file of a shard; one that is there and whole is left as it is."
 
     def __init__(self, folder, starts, fingerprint):
-        self.folder, self.starts, self.fingerprint = folder, starts, fingerprint
+        self.folder = folder
+        self.starts = starts
+        self.fingerprint = fingerprint
 
     def __call__(self, rows):
         began = time.perf_counter()
-        n, path = (number := int(rows["shard"].iloc[0])), self.folder / f"shard-{number:05}.safetensors"
-        start, stop = int(self.starts[n]), int(self.starts[n + 1])
+        n = (number := int(rows["shard"].iloc[0]))
+        path = self.folder / f"shard-{number:05}.safetensors"
+        start = int(self.starts[n])
+        stop = int(self.starts[n + 1])
         if (known := _known_shard(path, self.fingerprint)) is None:
-            u, i = rows["user"].to_numpy(), rows["item"].to_numpy()
+            u = rows["user"].to_numpy()
+            i = rows["item"].to_numpy()
             order = np.lexsort((i, u))
             arrays = {
                 "rows": np.arange(start, stop, dtype=np.int64),
@@ -1532,7 +1583,9 @@ def import_shards(
     Shards
 ):  # with users.parquet, items.parquet, waterfall.parquet, quarantine.parquet (if any) and manifest.json beside them
     "From files to matrices by workers, for data that no process could hold; begun again it goes on."
-    scale, rules, folder = scale or ScaleSettings(engine="ray"), bp._as_rules(rules), Path(folder).absolute()
+    scale = scale or ScaleSettings(engine="ray")
+    rules = bp._as_rules(rules)
+    folder = Path(folder).absolute()
     if not isinstance(source, di.Source):
         source = di._locate(source, load_settings(), [Path.cwd()])
     n_shards = n_shards or _n_shards(scale)
@@ -1573,9 +1626,11 @@ def _finished(folder, fingerprint):
         return None
     return made
 
-
+# %% ../nbs/06a_scale.ipynb #bbe26307
 def _import(source, folder, rules, n_shards, fingerprint, options):
-    ray, data, figures = ray_module(), _data(), []
+    ray = ray_module()
+    data = _data()
+    figures = []
     columns, on_duplicate, on_bad, as_of, encoding = options
     if (
         isinstance(source.ratings, bytes) or source.files("ratings") and _has_event_ids(source)
@@ -1593,7 +1648,10 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
         kinds = list(ratings)
     else:
         pieces = _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding)
-        users, items, bad, n_rows = pieces.users[0], pieces.items[0], pieces.bad, pieces.n_rows
+        users = pieces.users[0]
+        items = pieces.items[0]
+        bad = pieces.bad
+        n_rows = pieces.n_rows
         figures += [f["figures"] for f in pieces.facts]
         shards, by_user, n_duplicates, told = _shared_out(pieces, on_duplicate, n_shards)
         figures += told
@@ -1607,10 +1665,13 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
         ]
         del pieces
     shared = _Shared(pd.Index(items), pd.Index(users) if _asks_for_users(rules) else None)
-    decode = lambda rows: pd.DataFrame(
-        {"user_id": users.array.take(rows.user.to_numpy()), "item_id": items.array.take(rows["item"].to_numpy())},
-        rows.index,
-    )
+
+    def decode(rows):
+        return pd.DataFrame(
+            {"user_id": users.array.take(rows.user.to_numpy()), "item_id": items.array.take(rows["item"].to_numpy())},
+            rows.index,
+        )
+
     everywhere = _Everywhere(shards, shared, decode, by_user % len(shards), False, None)
     del shards
     known = pd.DataFrame(columns=[k for k in kinds if k in ("user_id", "item_id", "rating", "count", "timestamp")])
@@ -1619,12 +1680,10 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
         rules, {"feedback": di.feedback_of(known), "scale": rating_scale, "has_times": "timestamp" in known}
     )
     report, _ = _waterfall(everywhere, rules, rating_scale)
-    bits, firsts, counts, item_first = (
-        0,
-        np.full(len(users), n_rows, np.int64),
-        np.zeros(len(users), np.int64),
-        np.full(len(items), n_rows, np.int64),
-    )
+    bits = 0
+    firsts = np.full(len(users), n_rows, np.int64)
+    counts = np.zeros(len(users), np.int64)
+    item_first = np.full(len(items), n_rows, np.int64)
     for ends in everywhere._each(_ends, n_rows, len(items)):
         bits = bits | ends[0]
         firsts[ends[1]], counts[ends[1]], item_first = ends[2], ends[3], np.minimum(item_first, ends[4])
@@ -1635,7 +1694,8 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
     starts = np.searchsorted(shard, np.arange(shard[-1] + 2))
     refs = [ray.put(a) for a in (user_numbers, item_numbers, shard, bits)]
     flat = ray.remote(max_retries=-1)(_as_position)
-    blocks, everywhere.shards = [flat.remote(s) for s in everywhere.shards], None
+    blocks = [flat.remote(s) for s in everywhere.shards]
+    everywhere.shards = None
     rows = data.from_arrow_refs(blocks).map_batches(_Renumber(refs).__call__, batch_size=None, batch_format="pandas")
     del blocks
     written = (
@@ -1721,16 +1781,21 @@ def _count(*parts):
 
 def _sum_of(what, weights, *parts):
     "A sum over some users: squares of the items, or what a vector becomes."
-    began, at, total = time.perf_counter(), 0, 0
+    began = time.perf_counter()
+    at = 0
+    total = 0
     for X in parts:
         own = None if weights is None else weights[at : at + X.shape[0]]
-        total, at = total + what(Rows(X), own), at + X.shape[0]
+        total = total + what(Rows(X), own)
+        at = at + X.shape[0]
     return total, task_figures("sums", at, began)
 
 
 def _panel(start, stop, dtype, roots, *parts):
     "Columns of the Gram matrix of some users."
-    began, at, total = time.perf_counter(), 0, 0
+    began = time.perf_counter()
+    at = 0
+    total = 0
     for X in parts:
         A = scaled(X, None if roots is None else roots[at : at + X.shape[0]]).T.tocsr().astype(dtype, copy=False)
         at += X.shape[0]
@@ -1753,7 +1818,9 @@ class RowsOnRay(Rows):
         histories,  # CSR matrix or `Shards`, [n_users, n_items]
         scale: ScaleSettings,
     ):
-        self.ray, self.scale, self.X = ray_module(), scale, histories
+        self.ray = ray_module()
+        self.scale = scale
+        self.X = histories
         self.groups = _grouped(_parts(histories, scale.n_workers), scale.n_workers)
         found = self._ask(_count, self.groups)
         self.lengths, self.counts = np.concatenate([l for l, _, _ in found]), sum(c for _, c, _ in found)
@@ -1780,9 +1847,14 @@ class RowsOnRay(Rows):
         return self._added(partial(_times, v=v), weights)
 
     def gram(self, roots, dtype):
-        ray, n, roots = self.ray, self.shape[1], self._own(roots)
-        G, width = np.zeros((n, n), dtype), max(1, int(PANEL_BYTES // (n * np.dtype(dtype).itemsize)))
-        panel, add, waiting = ray.remote(num_returns=2, max_retries=-1)(_panel), ray.remote(max_retries=-1)(_plus), []
+        ray = self.ray
+        n = self.shape[1]
+        roots = self._own(roots)
+        G = np.zeros((n, n), dtype)
+        width = max(1, int(PANEL_BYTES // (n * np.dtype(dtype).itemsize)))
+        panel = ray.remote(num_returns=2, max_retries=-1)(_panel)
+        add = ray.remote(max_retries=-1)(_plus)
+        waiting = []
         starts = list(range(0, n, width))
         with tqdm(
             total=len(starts),
@@ -1878,11 +1950,15 @@ def _worker(config):
     from ray.train.torch import get_device
 
     context = ray_train.get_context()
-    rank, world, device = context.get_world_rank(), context.get_world_size(), get_device()
+    rank = context.get_world_rank()
+    world = context.get_world_size()
+    device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))  # the cores that Ray gave it
-    own = [X for X in ray.get(list(config["groups"][rank]))]
-    lengths, counts, features = ray.get(config["lengths"]), ray.get(config["counts"]), config["item_features"]
+    own = list(ray.get(list(config["groups"][rank])))
+    lengths = ray.get(config["lengths"])
+    counts = ray.get(config["counts"])
+    features = config["item_features"]
     X = own[0] if len(own) == 1 else sparse.vstack(own, format="csr")
     del own
     model = create_model(config["name"], **config["hyperparameters"]).to(str(device))
@@ -1915,13 +1991,16 @@ def _epochs(model, data, features, told, folder, every_s):
     training.same_place(model, at)
 
     def after_batch(epoch, batch, total):
-        at.batch, at.total = batch, total
+        at.batch = batch
+        at.total = total
         if keep.due():
             keep.save(model, at)
 
     while at.epoch < model.num_epoch:
         loss = model.train_epoch(rows, at.epoch + 1, at.batch, at.total, after_batch)
-        at.epoch, at.batch, at.total = at.epoch + 1, 0, 0.0
+        at.epoch = at.epoch + 1
+        at.batch = 0
+        at.total = 0.0
         told({"epoch": at.epoch, "loss": loss})
     at.finished = True
     keep.save(model, at)
@@ -1930,8 +2009,10 @@ def _epochs(model, data, features, told, folder, every_s):
 def _train_on_ray(model, histories, fold, fingerprint, item_features, scale, after_epoch, progress, options):
     "Start the workers and wait for them; what they come to is in the folder of checkpoints."
     start_engine(scale)
-    ray, ray_train = ray_module(), ray_module("ray.train")
-    ray_torch, queues = ray_module("ray.train.torch"), ray_module("ray.util.queue")
+    ray = ray_module()
+    ray_train = ray_module("ray.train")
+    ray_torch = ray_module("ray.train.torch")
+    queues = ray_module("ray.util.queue")
     rows = RowsOnRay(histories, scale)
     n_workers = len(rows.groups)
     queue = queues.Queue(actor_options={"num_cpus": 0})
@@ -1977,10 +2058,11 @@ def _train_on_ray(model, histories, fold, fingerprint, item_features, scale, aft
 
 MAX_DEATHS = 20  # workers that may die before a training is given up
 
-
+# %% ../nbs/06a_scale.ipynb #724973f2
 def _watch(trainer, queue, model, options, after_epoch, progress):
     "Run a trainer to its end, and show its epochs as they come."
-    done, n_epochs = {}, options["num_epoch"] or model.num_epoch
+    done = {}
+    n_epochs = options["num_epoch"] or model.num_epoch
 
     def fit():
         try:
@@ -1988,7 +2070,8 @@ def _watch(trainer, queue, model, options, after_epoch, progress):
         except BaseException as e:
             done["error"] = e
 
-    thread, seen = threading.Thread(target=fit, daemon=True), set()
+    thread = threading.Thread(target=fit, daemon=True)
+    seen = set()
     thread.start()
     with tqdm(
         total=n_epochs,
@@ -2019,7 +2102,7 @@ def _watch(trainer, queue, model, options, after_epoch, progress):
     if "error" in done:
         raise _own_error(done["error"], model.name) from None
 
-
+# %% ../nbs/06a_scale.ipynb #139ec883
 def _own_error(error, what):
     "The line that a worker said; Ray puts its own around it."
     seen = set()
@@ -2136,14 +2219,16 @@ class _Lists:
         from aerec_nb.packaging import load_bundle
 
         began = time.perf_counter()
-        self.recommender, self.options = load_bundle(bundle), options
+        self.recommender = load_bundle(bundle)
+        self.options = options
         self.users = (
             self.recommender.users if users is None else users if isinstance(users, list) else ray_module().get(users)
         )  # Ray may have looked it up
         self.loading = [task_figures("loading the bundle", 0, began)]
 
     def __call__(self, rows):
-        figures, self.loading = self.loading, []
+        figures = self.loading
+        self.loading = []
         for path, start, n in zip(rows["path"], rows["start"], rows["n"]):
             began = time.perf_counter()
             make_shards(
@@ -2172,7 +2257,8 @@ def recommend_batch(
     k = check_k(k)
     if folder is None:
         raise AerecError("folder: say where the lists shall be written; workers have no other way to give them back")
-    scale, r = scale or ScaleSettings(engine="ray"), bundle if isinstance(bundle, Recommender) else load_bundle(bundle)
+    scale = scale or ScaleSettings(engine="ray")
+    r = bundle if isinstance(bundle, Recommender) else load_bundle(bundle)
     if not (path := r.info.get("folder")):
         raise AerecError(
             "bundle: workers load it themselves, so give the folder of a bundle, or what load_bundle made of one"
@@ -2203,7 +2289,8 @@ def _make_on_ray(bundle, scale, users, missing, now, progress, **options):
     if not missing:
         return
     start_engine(scale)
-    ray, data = ray_module(), ray_module("ray.data")
+    ray = ray_module()
+    data = ray_module("ray.data")
     shards = data.from_items(
         [{"path": str(path), "start": start, "n": len(of)} for path, start, of in missing],
         override_num_blocks=len(missing),

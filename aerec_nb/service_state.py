@@ -134,9 +134,13 @@ class LogReader:
             None
         ),  # function(exception or None), called when reading begins to fail, and when it works again
     ):
-        self._read_new, self._version, self._on_change = read_new, version, on_change
+        self._read_new = read_new
+        self._version = version
+        self._on_change = on_change
         self._lock, self._wake, self._stopped = threading.Lock(), threading.Event(), False
-        self._thread, self._waiting, self._slow = None, [], False
+        self._thread = None
+        self._waiting = []
+        self._slow = False
         self.seen = None  # the version that was read; None: nothing was read yet
         self.error = None  # the exception of the last look; None: it worked
 
@@ -218,7 +222,8 @@ def _work(self: LogReader) -> None:
     "Look at the log again and again."
     while not self._stopped:
         with self._lock:
-            waiting, self._waiting = self._waiting, []
+            waiting = self._waiting
+            self._waiting = []
         self._look_once()
         for found in waiting:
             if found.set_running_or_notify_cancel():
@@ -230,7 +235,8 @@ def _work(self: LogReader) -> None:
 @patch
 def _look_once(self: LogReader) -> None:
     "Read what is new, and note how that went."
-    version, before = self._version(), self.error
+    version = self._version()
+    before = self.error
     try:
         self._read_new()
         self.error = None
@@ -251,9 +257,13 @@ class LogHealth:
         max_age_s: float = 2.0,  # seconds that a finding counts
         patience_s: float = 1.0,  # seconds that a caller waits for the check
     ):
-        self._check, self._max_age_s, self._patience_s = check, max_age_s, patience_s
-        self._lock, self._running = threading.Lock(), False
-        self._error, self._at = None, -max_age_s
+        self._check = check
+        self._max_age_s = max_age_s
+        self._patience_s = patience_s
+        self._lock = threading.Lock()
+        self._running = False
+        self._error = None
+        self._at = -max_age_s
 
     def note(
         self,

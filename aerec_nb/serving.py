@@ -171,7 +171,7 @@ def _at_most_20(given):
         raise PydanticCustomError("too_long", "at most 20 names are allowed, not {n}", {"n": len(given)})
     return given
 
-
+# %% ../nbs/05a_serving.ipynb #fb59850c
 class Wishes(_Strict):
     "What may follow the question mark of a request for a list."
 
@@ -195,7 +195,7 @@ class Wishes(_Strict):
         None, description="next_page of the answer before: the list goes on without repeats"
     )
 
-
+# %% ../nbs/05a_serving.ipynb #2ffbcf26
 class RecommendBody(_Strict):
     "A request for a list, with everything that can be said."
 
@@ -262,7 +262,7 @@ class BatchBody(_Strict):
     )
     requests: Annotated[list[RecommendBody], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
 
-
+# %% ../nbs/05a_serving.ipynb #97dd6234
 class RankBody(_Strict):
     "A list to be put into the order of a user."
 
@@ -305,9 +305,11 @@ def check_payload(
     payload: dict,  # of an event
 ) -> dict:  # the same
     "Refuse a payload with very many values: each of them is parsed again by all that read the log."
-    waiting, seen = [payload], 0
+    waiting = [payload]
+    seen = 0
     while waiting:
-        part, seen = waiting.pop(), seen + 1
+        part = waiting.pop()
+        seen = seen + 1
         inside = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
         if seen + len(waiting) + len(inside) > MAX_PAYLOAD:
             raise PydanticCustomError("too_long", "a payload has at most {n} values", {"n": MAX_PAYLOAD})
@@ -470,7 +472,8 @@ class ApiKeys:
         self,
         settings,  # from `load_settings`
     ):
-        s, self.known = settings.serving, []
+        s = settings.serving
+        self.known = []
         if not s.require_auth:
             return
         for secret in s.api_keys:
@@ -498,7 +501,8 @@ class ApiKeys:
         given: bytes,  # of the header
     ) -> tuple:  # roles, number of the key; nothing and -1 for an unknown one
         "What a key may do."
-        digest, found = hashlib.sha256(given).digest(), (frozenset(), -1)
+        digest = hashlib.sha256(given).digest()
+        found = (frozenset(), -1)
         for n, (known, roles) in enumerate(self.known):  # all of them, so that time tells nothing
             if hmac.compare_digest(digest, known):
                 found = roles, n
@@ -534,7 +538,8 @@ def required_role(
 class Shared:
     "Counters and token buckets in memory that workers share."
 
-    WORKERS, BUCKETS = 64, 4096
+    WORKERS = 64
+    BUCKETS = 4096
 
     def __init__(
         self,
@@ -629,8 +634,13 @@ class EventWriter:
         linger: float = 0.1,  # seconds a batch gathers: a transaction costs as much as writing a hundred events
         count=None,  # function('committed' or 'dropped', how many); None: only the attributes count
     ):
-        self.log, self.size, self.linger, self._count = log, size, linger, count or (lambda what, n: None)
-        self.committed, self.dropped, self.last_error = 0, 0, None
+        self.log = log
+        self.size = size
+        self.linger = linger
+        self._count = count or (lambda what, n: None)
+        self.committed = 0
+        self.dropped = 0
+        self.last_error = None
         self._waiting, self._changed, self._closing, self._thread = deque(), threading.Condition(), False, None
         self._places = 0  # that the waiting events take
 
@@ -801,7 +811,9 @@ class RequestMiddleware:
     "ASGI layer: request id, Host, keys, limits, security headers, metrics, request events."
 
     def __init__(self, app, state, routes, hosts):
-        self.app, self.state, self.hosts = app, state, hosts
+        self.app = app
+        self.state = state
+        self.hosts = hosts
         self.routes = RouteTable(routes)
         self.busy = {
             "key": 0,
@@ -830,7 +842,8 @@ class RequestMiddleware:
 
     async def _answer(self, scope, receive, exchange, route, refusal) -> None:
         "Let the app answer, in time and whatever happens inside."
-        body, arrived = b"", False
+        body = b""
+        arrived = False
         try:
             async with asyncio.timeout(self.state.timeout):
                 if refusal is None and reads_body(route):
@@ -869,7 +882,9 @@ class RequestMiddleware:
 
     def _reject(self, scope, exchange, route) -> JSONResponse | None:  # None: it may be answered
         "Refuse a request by its head alone; for an unknown path or a wrong method the app does it, without the body."
-        s, headers, id = self.state, exchange.headers, exchange.id
+        s = self.state
+        headers = exchange.headers
+        id = exchange.id
         if not self.hosts.allows(headers.get(b"host")) and not scope["path"].startswith("/health/"):
             s.metrics.refused.labels("host").inc()
             return problem(
@@ -892,7 +907,9 @@ class RequestMiddleware:
 
     def _reject_unauthorized(self, scope, exchange, route) -> JSONResponse | None:
         "Check the key and the rate of a request."
-        s, id, needed = self.state, exchange.id, required_role(_path(route))
+        s = self.state
+        id = exchange.id
+        needed = required_role(_path(route))
         address = client_network((scope.get("client") or ("local",))[0])
         client = address
         if s.keys:
@@ -966,7 +983,8 @@ class RequestMiddleware:
 
     def _log_request(self, scope, status: int, seconds: float) -> None:
         "Count the request, and log it if it was one for a list."
-        s, route = self.state, getattr(scope.get("route"), "path", None) or "other"
+        s = self.state
+        route = getattr(scope.get("route"), "path", None) or "other"
         requests, histogram = s.counters(route, status)
         requests.inc()
         histogram.observe(seconds)
@@ -1021,14 +1039,17 @@ class _Exchange:
     def __init__(self, scope, send, fresh_id):
         self.headers = dict(scope["headers"])
         self.unread = has_body(self.headers)
-        self.status, self.begun, self._send = 500, False, send
+        self.status = 500
+        self.begun = False
+        self._send = send
         given = self.headers.get(b"x-request-id", b"").decode("latin-1")
         scope["request_id"] = self.id = given if _REQUEST_ID.fullmatch(given) else fresh_id()
 
     async def send(self, message) -> None:
         "Send a message of the answer, with the headers that all answers have."
         if message["type"] == "http.response.start":
-            self.status, self.begun = message["status"], True
+            self.status = message["status"]
+            self.begun = True
             headers = add_security_headers(message.get("headers", ()))
             headers.append((b"x-request-id", self.id.encode()))
             if self.unread:
@@ -1054,7 +1075,9 @@ def _path(route) -> str:
 
 async def _read(receive) -> bytes | None:  # None: too large
     "Read the whole body; raises `ClientDisconnect` where its end does not come."
-    parts, size, more = [], 0, True
+    parts = []
+    size = 0
+    more = True
     while more:
         message = await receive()
         if message["type"] != "http.request":
@@ -1128,7 +1151,9 @@ def shown_before(
         raise AerecError("page is not the next_page of an answer: ask for the first page again") from None
 
 # %% ../nbs/05a_serving.ipynb #55bdd5b6
-LIST_THREADS, LOG_THREADS = 4, 8  # threads of a worker that make lists; that write to the event log
+# threads of a worker that make lists; that write to the event log
+LIST_THREADS = 4
+LOG_THREADS = 8
 
 
 class NotReady(Exception):
@@ -1155,13 +1180,11 @@ class State:
             shared or Shared(),
             Metrics(metrics),
         )
-        self.keys, self.timeout, self.max_concurrency, self.rate_limit, self.access_log = (
-            ApiKeys(settings),
-            s.timeout_s,
-            s.max_concurrency,
-            s.rate_limit,
-            s.access_log,
-        )
+        self.keys = ApiKeys(settings)
+        self.timeout = s.timeout_s
+        self.max_concurrency = s.max_concurrency
+        self.rate_limit = s.rate_limit
+        self.access_log = s.access_log
         self.max_k, self.default_k = s.max_k, min(s.max_k, settings.validation.topk)
         self.ban_file = ban_file(settings)
         self._bans, self.recent, self._children = (
@@ -1266,7 +1289,8 @@ def likes(
 def _read_log(self: State) -> None:
     "Bring what is known of users up to date with the event log, and look at the lists of banned items meanwhile."
     self.check_blocklists()
-    since, more = time.time() - 86400 * self.settings.serving.history_days, True
+    since = time.time() - 86400 * self.settings.serving.history_days
+    more = True
     with self._reading:
         self._erased_seq = self._forget(self.live.recommender, self._erased_seq)
         while more:
@@ -1282,7 +1306,8 @@ def _read_log(self: State) -> None:
                 likes(found.type, found.value, self.settings.serving.liked_from).tolist(),
                 times.tolist(),
             )
-            more, self._seq = seq != self._seq, seq
+            more = seq != self._seq
+            self._seq = seq
 
 
 @patch
@@ -1307,7 +1332,8 @@ def check_blocklists(self: State) -> None:
         for bans in self._bans:
             bans.refresh()
         error = "; ".join(bans.error for bans in self._bans if bans.error) or None
-        before, self._blocklist_error = self._blocklist_error, error
+        before = self._blocklist_error
+        self._blocklist_error = error
     self.metrics.blocklist_failing.set(0 if error is None else 1)
     if error == before:
         return None
@@ -1348,7 +1374,8 @@ def _reading_changed(self: State, error: Exception | None) -> None:
 # %% ../nbs/05a_serving.ipynb #81bfe824
 async def _answer(state: State, request: Request, ask, **about) -> Response:
     "Answer a request for a list in a thread; `ask(recommender, k, shown before, deadline)` makes the list."
-    live, deadline = await state.refresh(), Deadline(state.timeout)
+    live = await state.refresh()
+    deadline = Deadline(state.timeout)
     return await state.list_threads.run(
         lambda: _respond(state, request, live, lambda r, k, before: ask(r, k, before, deadline), **about), deadline
     )
@@ -1411,7 +1438,7 @@ def _list_of(state: State, live: Live, id: str, ask, user_id, k, page, dry_run, 
         return problem(422, str(e), id), about
     return _as_answer(state, live, id, user_id, answer, before, payload), about
 
-
+# %% ../nbs/05a_serving.ipynb #fc952dcb
 def _as_answer(state: State, live: Live, id: str, user_id, answer, before: list, payload: dict) -> dict:
     "What goes over the wire; `payload` gets what was shown."
     ids = answer.item_ids
@@ -1482,10 +1509,14 @@ def _wishes(body: RecommendBody, id: str, k: int, before: list) -> dict:
 class Together:
     "Gathers the requests of a moment."
 
-    MOST, PATIENCE = 16, 0.001  # requests of one product, which shall stay in the cache; seconds
+    # requests of one product, which shall stay in the cache; seconds
+    MOST = 16
+    PATIENCE = 0.001
 
     def __init__(self):
-        self._waiting, self._last, self._timer = [], 1, None
+        self._waiting = []
+        self._last = 1
+        self._timer = None
 
     def ask(
         self,
@@ -1691,7 +1722,8 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.service, app.router.route_class = state, DirectRoute
+    app.state.service = state
+    app.router.route_class = DirectRoute
     _add_lists(app, state)
     _add_changes(app, state)
     _add_operation(app, state)
@@ -1710,7 +1742,8 @@ def follow(state: State, look, seconds: float) -> None:
     """Look every few seconds what is to be served, and serve it once it is loaded and verified; until then the old one
     stays, and an alert says why.
     """
-    refused, again = None, 0.0
+    refused = None
+    again = 0.0
     while not state.stopping.wait(seconds):
         candidate = None
         try:
@@ -1725,7 +1758,8 @@ def follow(state: State, look, seconds: float) -> None:
         except Exception as e:  # whatever is wrong with the new one, the old one answers
             if candidate == refused and time.monotonic() < again and state.swap_error == first_line(e):
                 continue
-            refused, again = candidate, time.monotonic() + RETRY_S
+            refused = candidate
+            again = time.monotonic() + RETRY_S
             state.swap_error = first_line(e)
             state.metrics.swaps.labels("failed").inc()
             say(
@@ -1797,10 +1831,11 @@ def _key(state):
 
 LARGE_K = 100  # longer lists are made in threads
 
-
+# %% ../nbs/05a_serving.ipynb #d63822cf
 def _add_lists(app: FastAPI, state: State) -> None:
     "Everything that answers with lists."
-    key, body_problems = _key(state), {**_LIST, **problems(404, 413, 415)}
+    key = _key(state)
+    body_problems = {**_LIST, **problems(404, 413, 415)}
 
     @app.get(
         "/v1/recommend/{user_id:path}",
@@ -1812,7 +1847,9 @@ def _add_lists(app: FastAPI, state: State) -> None:
     )
     async def recommend_user(request: Request):
         "A list for one user."
-        user_id, query, id = request.path_params["user_id"], read_query(Wishes, request), request.scope["request_id"]
+        user_id = request.path_params["user_id"]
+        query = read_query(Wishes, request)
+        id = request.scope["request_id"]
         wishes = {
             "user_id": user_id,
             "exclude_seen": query.exclude_seen,
@@ -1842,7 +1879,9 @@ def _add_lists(app: FastAPI, state: State) -> None:
                 ),
                 **about,
             )
-        live, k, before = await state.refresh(), query.k or state.default_k, _pages_before(query.page)
+        live = await state.refresh()
+        k = query.k or state.default_k
+        before = _pages_before(query.page)
         answer = (
             await state.together.ask(live, {**wishes, "k": k, "exclude": [*query.exclude, *before]})
             if k <= state.max_k
@@ -1859,7 +1898,8 @@ def _add_lists(app: FastAPI, state: State) -> None:
     @app.post("/v1/recommend", tags=["lists"], dependencies=key, responses=body_problems, response_class=Response)
     async def recommend_history(request: Request, body: RecommendBody):
         "A list for a history, a user or both, with everything that can be said."
-        id, history = request.scope["request_id"], body.history
+        id = request.scope["request_id"]
+        history = body.history
         return await _answer(
             state,
             request,
@@ -1883,7 +1923,8 @@ def _add_lists(app: FastAPI, state: State) -> None:
     )
     async def recommend_batch(request: Request, body: BatchBody):
         "Many requests at once, scored together: all are answered, or none."
-        live, deadline = await state.refresh(), Deadline(state.timeout)
+        live = await state.refresh()
+        deadline = Deadline(state.timeout)
         request.scope["charge"](len(body.requests) - 1)  # the token of the first was taken before the body was read
         return await state.list_threads.run(
             lambda: _answer_batch(state, request, live, body.requests, deadline), deadline
@@ -1899,7 +1940,8 @@ def _add_lists(app: FastAPI, state: State) -> None:
     )
     async def similar(request: Request):
         "What the model recommends to somebody who has this item and no other."
-        item_id, query = request.path_params["item_id"], read_query(SimilarQuery, request)
+        item_id = request.path_params["item_id"]
+        query = read_query(SimilarQuery, request)
         if state.live.recommender.item_index.number(item_id) < 0:
             return problem(404, f"item {item_id!r} is unknown", request.scope["request_id"])
         return await _answer(
@@ -1932,7 +1974,8 @@ def _add_lists(app: FastAPI, state: State) -> None:
     @app.post("/v1/rank", tags=["lists"], dependencies=key, responses=body_problems, response_class=Response)
     async def rank(request: Request, body: RankBody):
         "A given list in the order of a user."
-        n, history = len(body.items), body.history
+        n = len(body.items)
+        history = body.history
         return await _answer(
             state,
             request,
@@ -1957,13 +2000,16 @@ def _add_lists(app: FastAPI, state: State) -> None:
     )
     async def items(request: Request):
         "Items whose titles have some words, the most popular first."
-        query, r, deadline = read_query(ItemsQuery, request), state.live.recommender, Deadline(state.timeout)
+        query = read_query(ItemsQuery, request)
+        r = state.live.recommender
+        deadline = Deadline(state.timeout)
         return _json(await state.list_threads.run(lambda: search_items(r, query.q, query.k, deadline), deadline))
 
 # %% ../nbs/05a_serving.ipynb #103ddbd4
 def _answer_batch(state: State, request: Request, live: Live, asked: list, deadline: Deadline) -> Response:
     "Answer the requests of a batch, and note what their request events say."
-    id, ks = request.scope["request_id"], [state.default_k if q.k is None else q.k for q in asked]
+    id = request.scope["request_id"]
+    ks = [state.default_k if q.k is None else q.k for q in asked]
     if sum(ks) > 10 * state.max_k:
         return problem(
             422,
@@ -1987,7 +2033,8 @@ def _answer_batch(state: State, request: Request, live: Live, asked: list, deadl
         return problem(404, str(e), id)
     except AerecError as e:
         return problem(422, str(e), id)
-    done, notes = [], []
+    done = []
+    notes = []
     for n, (q, k, b, answer) in enumerate(zip(asked, ks, before, answers)):
         payload = {
             "k": k,
@@ -2010,7 +2057,9 @@ def search_items(
     deadline: Deadline = None,  # None: it may take any time
 ) -> list:  # dicts: item_id, title, genres
     "Items whose titles have all words of a text, or whose id it is; banned ones are left out."
-    words, number, banned = list(dict.fromkeys(q.casefold().split())), r.item_index.number(q), r.chain.banned
+    words = list(dict.fromkeys(q.casefold().split()))
+    number = r.item_index.number(q)
+    banned = r.chain.banned
     titles = r.catalogue.once(
         "folded titles", lambda: [t.casefold() if isinstance(t, str) else "" for t in r.item_table.title]
     )
@@ -2025,7 +2074,8 @@ def search_items(
 # %% ../nbs/05a_serving.ipynb #f3a4729a
 def _add_changes(app: FastAPI, state: State) -> None:
     "Everything that changes something."
-    key, more = _key(state), {**ANY_PROBLEM, **problems(413, 415, 422)}
+    key = _key(state)
+    more = {**ANY_PROBLEM, **problems(413, 415, 422)}
 
     @app.post(
         "/v1/events",
@@ -2100,7 +2150,8 @@ def _add_changes(app: FastAPI, state: State) -> None:
         )
 
     async def change(request, item_id, banned):
-        id, r = request.scope["request_id"], state.live.recommender
+        id = request.scope["request_id"]
+        r = state.live.recommender
         if "ban_list" not in r.chain.steps:
             return problem(422, "the chain of this bundle has no step ban_list: nothing can be banned", id)
         try:
@@ -2142,7 +2193,7 @@ def _add_changes(app: FastAPI, state: State) -> None:
         "Take an item off the list that the service keeps; what settings or the bundle ban stays banned."
         return await change(request, item_id, False)
 
-
+# %% ../nbs/05a_serving.ipynb #0e7836f2
 def _bans_unavailable(state: State, error: AerecError, id: str) -> Response:
     "Answer a request about the list of banned items that cannot be read or written."
     state.warn("the list of banned items could not be read or written", error, id)
@@ -2307,7 +2358,8 @@ def serve(
     for check in (check_exposure, allowed_hosts, proxy_options, ApiKeys):
         check(settings)  # what is wrong here is said before anything is loaded
     connection_cap(settings.serving.max_connections)  # too few open files are allowed?
-    s, look = settings.serving, look_at(settings, alias) if alias else None
+    s = settings.serving
+    look = look_at(settings, alias) if alias else None
     number, folder = look() if look else (None, bundle_folder)
     torch.set_num_threads(1)  # requests are what runs side by side
     sock = _bind(s.host, s.port)
@@ -2317,7 +2369,8 @@ def serve(
         blocklist(settings)  # one that cannot be read is said here, once
     log = EventLog.from_settings(settings, events)
     log.close()
-    shared, host = Shared(), f"[{s.host}]" if ":" in s.host else s.host
+    shared = Shared()
+    host = f"[{s.host}]" if ":" in s.host else s.host
     with tempfile.TemporaryDirectory(prefix="aerec-metrics-") as counters:
         share_metrics(Path(counters))
 
@@ -2360,7 +2413,9 @@ def supervise(
     buried=lambda pid: None,  # function(pid), called when one is gone
 ) -> None:
     "Fork workers, replace those that die, and stop them when told to; raises `AerecError` when they cannot start."
-    alive, stopping, failures = {}, [], 0
+    alive = {}
+    stopping = []
+    failures = 0
 
     def stop(*_):
         stopping.append(True)
@@ -2414,15 +2469,14 @@ def supervise(
 
 
 def _signal(pid, sig) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, sig)
-    except ProcessLookupError:
-        pass
 
 
 def _fork(work, number: int) -> int:
     "A child that works, and that is gone when its parent is."
-    parent, pid = os.getpid(), os.fork()
+    parent = os.getpid()
+    pid = os.fork()
     if pid:
         return pid
     code = 1
@@ -2548,7 +2602,8 @@ class _Service:
     "A running service."
 
     def __init__(self, url, process):
-        self.url, self.process = url, process
+        self.url = url
+        self.process = process
 
 
 def _said(said) -> str:
@@ -2599,13 +2654,16 @@ def drive_service(
     weights=None,  # [len(item_ids)] how often an item is in a bare history; None: all alike
 ) -> tuple:  # DataFrame (n, what, status, ms, fallback_used, at), list of answers (of each kind the first)
     "Be `n_requests` visitors, one after the other, over real HTTP."
-    rng, rows, answers = np.random.default_rng(seed), [], {}
+    rng = np.random.default_rng(seed)
+    rows = []
+    answers = {}
     p = None if weights is None or not np.sum(weights) else np.asarray(weights, float) / np.sum(weights)
     headers = {"X-API-Key": api_key} if api_key else {}
     with httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False) as client:
 
         def timed(n, what, *args, **kw):
-            started, at = time.perf_counter(), time.time()
+            started = time.perf_counter()
+            at = time.time()
             answer = client.request(*args, **kw)
             rows.append(
                 {
@@ -2704,7 +2762,9 @@ def build_serving(
     folder: Path,  # where to write events.parquet, latencies.parquet and answers.json
 ) -> dict:  # key figures for the manifest
     "Serve the bundle of the run to simulated visitors, and keep what happened."
-    bundle, s, k = run.need("packaging") / "bundle", run.settings, run.settings.validation.topk
+    bundle = run.need("packaging") / "bundle"
+    s = run.settings
+    k = run.settings.validation.topk
     recommender = load_bundle(bundle)
     key, entry = (
         new_api_key("read+feedback") if s.serving.require_auth else (None, None)

@@ -83,7 +83,9 @@ class Progress:
         model,
     ):
         "An epoch is done; keep its weights if it is the best."
-        self.epoch, self.batch, self.total = row["epoch"], 0, 0.0
+        self.epoch = row["epoch"]
+        self.batch = 0
+        self.total = 0.0
         self.history.append(row)
         if row[metric] > self.best:
             self.best, self.best_epoch, self.weights = row[metric], row["epoch"], model.weights()
@@ -197,11 +199,9 @@ def train(
         raise AerecError(
             "the split has no valid fold to watch: train before the split is refitted, or call model.fit(train)"
         )
-    num_epoch, patience, fold = (
-        num_epoch or model.num_epoch,
-        patience or default_patience(model, split),
-        some_users(split.valid, max_valid_users),
-    )
+    num_epoch = num_epoch or model.num_epoch
+    patience = patience or default_patience(model, split)
+    fold = some_users(split.valid, max_valid_users)
     rows = model.prepare(split.train, item_features)
     keep = (
         Checkpoints(
@@ -222,7 +222,8 @@ def train(
     with _bar(model, rows, num_epoch, at, progress) as bar:
 
         def after_batch(epoch, batch, total):
-            at.batch, at.total = batch, total
+            at.batch = batch
+            at.total = total
             bar.update()
             if keep and keep.due():
                 keep.save(model, at)
@@ -248,10 +249,8 @@ def train(
             )
             if after_epoch:
                 after_epoch(at.history[-1])
-    at.finished, model.best_epoch = (
-        at.finished or at.epoch >= num_epoch or at.epoch - at.best_epoch >= patience,
-        at.best_epoch,
-    )
+    at.finished = at.finished or at.epoch >= num_epoch or at.epoch - at.best_epoch >= patience
+    model.best_epoch = at.best_epoch
     if keep:
         keep.save(model, at)
     model.load_weights(at.weights)
@@ -466,16 +465,15 @@ def tune(
     **fixed,  # hyperparameters that are not searched
 ) -> Tuning:
     "Search for a model's best hyperparameters on validation; raises `AerecError` if no trial can be fitted."
-    space, defaults = (
-        {k: v for k, v in (model_class(name).tune_space if space is None else space).items() if k not in fixed},
-        hyperparameters(name),
-    )
+    space = {k: v for k, v in (model_class(name).tune_space if space is None else space).items() if k not in fixed}
+    defaults = hyperparameters(name)
     if "random_seed" in defaults:
         fixed["random_seed"] = random_seed
     if not space and n_trials > 1:
         raise AerecError(f"model '{name}' says of no hyperparameter where to look: give ranges as space")
     splits = list(split) if isinstance(split, (list, tuple)) else [split]
-    optuna, clock = _optuna(), time.monotonic()
+    optuna = _optuna()
+    clock = time.monotonic()
     study = _study(
         name,
         space,
@@ -494,7 +492,10 @@ def tune(
             study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED])
         )
 
-    found, seconds, failures, per_user = None, [], [], []
+    found = None
+    seconds = []
+    failures = []
+    per_user = []
     with tqdm(
         total=n_trials,
         initial=min(n_trials, n_done()),
@@ -513,7 +514,8 @@ def tune(
                 seed=random_seed + n_done(), multivariate=True, n_startup_trials=max(8, len(first) + 2)
             )  # what comes next follows from what is done
             trial = study.ask()
-            hp, began = {**fixed, **_suggest(trial, space)}, time.monotonic()
+            hp = {**fixed, **_suggest(trial, space)}
+            began = time.monotonic()
             try:
                 tried = _try(
                     name,
@@ -548,13 +550,16 @@ def tune(
     if found is None or study.best_value > found.value:  # an earlier process found it
         best = study.best_trial
         found = Tuning(name, best.user_attrs["hyperparameters"], best.value, best.user_attrs["best_epoch"], None)
-    found.trials, found.per_user = _trials_table(study, space), per_user
+    found.trials = _trials_table(study, space)
+    found.per_user = per_user
     return found
 
 # %% ../nbs/03_training.ipynb #c3c7cb20
 def _try(name, hp, splits, trial, left, topk, metric, max_valid_users, max_memory_gib, item_features, device, patience):
     "One trial: the model trained on every split."
-    optuna, models, values = _optuna(), [], []
+    optuna = _optuna()
+    models = []
+    values = []
     for i, split in enumerate(splits):
         model = create_model(name, **hp).to(device)
         model.max_memory_gib = max_memory_gib
@@ -720,12 +725,10 @@ def blend_weights(
     random_seed: int = 42,  # of the bags
 ) -> np.ndarray:  # float64 [n_models], their sum is 1; weights below a twentieth are left out
     "Weights by bagged greedy selection with replacement (Caruana et al. 2004)."
-    n_models, people, random, total = (
-        len(lists.scores),
-        np.unique(lists.owners),
-        np.random.default_rng(random_seed),
-        np.zeros(len(lists.scores)),
-    )
+    n_models = len(lists.scores)
+    people = np.unique(lists.owners)
+    random = np.random.default_rng(random_seed)
+    total = np.zeros(len(lists.scores))
     for _ in range(n_bags):
         models = random.permutation(n_models)[: max(min(2, n_models), -(-n_models // 2))]
         total += _greedy(lists[np.isin(lists.owners, random.permutation(people)[::2])], models, k, n_rounds)
@@ -735,12 +738,15 @@ def blend_weights(
 
 def _greedy(lists, models, k, n_rounds):
     "The weights with which a greedy ensemble did best on its way."
-    counts, best, kept = np.zeros(len(lists.scores)), -1.0, None
+    counts = np.zeros(len(lists.scores))
+    best = -1.0
+    kept = None
     for _ in range(n_rounds):
         tried = [lists.ndcg((counts + np.eye(len(counts))[i]) / (counts.sum() + 1), k).mean() for i in models]
         counts[models[int(np.argmax(tried))]] += 1
         if max(tried) > best:
-            best, kept = max(tried), counts.copy()
+            best = max(tried)
+            kept = counts.copy()
     return kept / kept.sum()
 
 
@@ -751,12 +757,10 @@ def blend_gain(
     random_seed: int = 42,  # of the halvings
 ) -> tuple:  # (NDCG, its standard error over people)
     "How much better a blend is than the best single model, for people that neither was chosen on."
-    singles, people, random, total = (
-        np.array([lists.ndcg(w, k) for w in np.eye(len(lists.scores))]),
-        np.unique(lists.owners),
-        np.random.default_rng(random_seed),
-        np.zeros(len(lists.hits)),
-    )
+    singles = np.array([lists.ndcg(w, k) for w in np.eye(len(lists.scores))])
+    people = np.unique(lists.owners)
+    random = np.random.default_rng(random_seed)
+    total = np.zeros(len(lists.hits))
     for n in range(n_halvings):
         half = np.isin(lists.owners, random.permutation(people)[::2])
         for chosen, asked in ((half, ~half), (~half, half)):
@@ -776,12 +780,10 @@ def search_gain(
     random_seed: int = 42,  # of the halvings
 ) -> float:  # in the metric
     "How much better the best of a wide search is than the best of a simple one, for people that neither was chosen on."
-    people, random, gains, searches = (
-        np.unique(owners),
-        np.random.default_rng(random_seed),
-        [],
-        (np.array(simple), np.array(wide)),
-    )
+    people = np.unique(owners)
+    random = np.random.default_rng(random_seed)
+    gains = []
+    searches = (np.array(simple), np.array(wide))
     for _ in range(n_halvings):
         half = np.isin(owners, random.permutation(people)[::2])
         for chosen, asked in ((half, ~half), (~half, half)):
@@ -792,7 +794,8 @@ def search_gain(
 # %% ../nbs/03_training.ipynb #ed25131c
 def machine_speed() -> float:  # planner's operations a second
     "How fast this machine is now, by solving a small system twice."
-    n_users, n_items = 3000, 1500
+    n_users = 3000
+    n_items = 1500
     random = np.random.default_rng(0)
     X = sparse.csr_matrix(
         (np.ones(60_000, np.float32), (random.integers(0, n_users, 60_000), random.integers(0, n_items, 60_000))),
@@ -841,15 +844,13 @@ class _Search:
     def __init__(
         self, split, budget_s, topk, metric, max_memory_gib, item_features, random_seed, progress, max_valid_users
     ):
-        self.began, self.budget_s, self.topk, self.metric, self.progress, self.found, self.skipped = (
-            time.monotonic(),
-            budget_s,
-            topk,
-            metric,
-            progress,
-            [],
-            [],
-        )
+        self.began = time.monotonic()
+        self.budget_s = budget_s
+        self.topk = topk
+        self.metric = metric
+        self.progress = progress
+        self.found = []
+        self.skipped = []
         redrawn = split.kind not in ("strong", "temporal")
         max_valid_users = min(
             max_valid_users, max(500, 30_000_000 // split.train.shape[1])
@@ -995,7 +996,8 @@ def _look_at_factors(search):
 
 def _look_at_nets(search):
     "Nets that have time to learn; else ELSA, whose cost does not grow with people x items."
-    rule, n_nets = net_settings(search.n_users), 0
+    rule = net_settings(search.n_users)
+    n_nets = 0
     for name, hp in (
         ("mult_dae", rule),
         (
@@ -1021,10 +1023,9 @@ def _look_at_nets(search):
             },
         ),
     ):
-        share, seconds = (
-            0.4 * search.left() / search.budget_s,
-            search.epoch_seconds(name, hp),
-        )  # what is learned has to be learned again in the end
+        # what is learned has to be learned again in the end
+        share = 0.4 * search.left() / search.budget_s
+        seconds = search.epoch_seconds(name, hp)
         if seconds is None:
             continue
         if seconds * hp["num_epoch"] > share * search.budget_s:
@@ -1033,10 +1034,8 @@ def _look_at_nets(search):
             n_nets += search.look(name, 1, share, space={}, **hp) is not None
     if n_nets:
         return None
-    hp, share = (
-        {"rank": 128, "batch_size": int(np.clip(search.n_users // 50, 64, 2048))},
-        0.3 * search.left() / search.budget_s,
-    )
+    hp = {"rank": 128, "batch_size": int(np.clip(search.n_users // 50, 64, 2048))}
+    share = 0.3 * search.left() / search.budget_s
     if (
         create_model("elsa", **hp, num_epoch=5).cost(search.n_users, search.n_items, search.nnz)[2]
         > share * search.budget_s * search.speed
@@ -1140,7 +1139,7 @@ def auto(
     search.say("fitted " + " + ".join(f"{w:.2f} {f.name}" for f, w in zip(found, weights) if w))
     return model
 
-
+# %% ../nbs/03_training.ipynb #6ab94bb7
 def _affordable(weights, found, search):
     "The weights without those members that there is no time to fit again."
     seconds = np.array([f.trials.seconds[f.trials.value.idxmax()] / len(search.splits) for f in found])
@@ -1162,7 +1161,8 @@ def _epochs_again(found):
 def _fit_again(split, found, weights, refit, max_memory_gib, item_features):
     "The chosen models on all that they may learn from."
     chosen = [(f, w) for f, w in zip(found, weights) if w]
-    rows, models = split.train_and_valid if refit else split.train, []
+    rows = split.train_and_valid if refit else split.train
+    models = []
     for f, _ in chosen:
         model = create_model(
             f.name, **f.hyperparameters | ({"num_epoch": _epochs_again(f)} if "num_epoch" in f.hyperparameters else {})
@@ -1254,7 +1254,8 @@ class ExperimentLog:
         artifacts: Path = None,  # folder for pictures; None: the server keeps them
         name: str = "aerec",  # of the experiment
     ):
-        self.uri, self.run_id = uri, None
+        self.uri = uri
+        self.run_id = None
         file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
         try:
             with alone(file) if file else nullcontext():
@@ -1279,7 +1280,8 @@ class ExperimentLog:
         settings,  # sections training and paths are read
     ):  # -> ExperimentLog, or None where it is off
         "The log of the settings."
-        uri, var = settings.training.tracking_uri, Path(settings.paths.var_dir)
+        uri = settings.training.tracking_uri
+        var = Path(settings.paths.var_dir)
         if uri == "off":
             return None
         return cls(
@@ -1394,10 +1396,12 @@ def build_training(
     folder: Path,  # where to write a folder for each model, and summary.json
 ) -> dict:  # key figures for the manifest
     "Train the models that compete, one after another, and keep each with its history; tune first what shall be tuned."
-    split, s = Split.load(run.need("model_preprocessing") / "split"), run.settings
+    split = Split.load(run.need("model_preprocessing") / "split")
+    s = run.settings
     log = ExperimentLog.from_settings(s)
     features = item_features_of(run, split) if s.model.use_item_features else None
-    summary, measured = [], {}
+    summary = []
+    measured = {}
     for m in configured_models(s, run.overrides):
         if m["name"] in measured:
             print(f"{m['name']}: auto has taken this model, with settings of its own; it is not trained a second time")
@@ -1447,11 +1451,13 @@ def build_training(
         "lr": lr,
     }
 
-
+# %% ../nbs/03_training.ipynb #0e2c5636
 def _trained(run, folder, split, m, log, features):
     "One of the models as configured, tuned before if that is wanted; its history, and what tuning did."
-    s, kept = run.settings, run.unfinished("training") / m["name"]
-    hp, why = m["hyperparameters"], ""
+    s = run.settings
+    kept = run.unfinished("training") / m["name"]
+    hp = m["hyperparameters"]
+    why = ""
     space = {k: v for k, v in model_class(m["name"]).tune_space.items() if k not in m["given"]}
     if s.training.tune_trials and space:
         tuning = tune(
@@ -1473,7 +1479,8 @@ def _trained(run, folder, split, m, log, features):
         )
         (folder / m["name"]).mkdir(parents=True, exist_ok=True)
         write_parquet(folder / m["name"] / "trials.parquet", tuning.trials)
-        hp, why = tuning.hyperparameters, f"best of {(tuning.trials.state != 'fail').sum()} trials"
+        hp = tuning.hyperparameters
+        why = f"best of {(tuning.trials.state != 'fail').sum()} trials"
     model = create_model(m["name"], **hp).to(s.training.device)
     model.max_memory_gib = s.model.max_memory_gib
     if log:
@@ -1497,7 +1504,7 @@ def _trained(run, folder, split, m, log, features):
         raise
     return model, history, why
 
-
+# %% ../nbs/03_training.ipynb #482e58d2
 def _searched(run, folder, split, features):
     "What `auto` finds, on the rows of train alone; validation refits it as any other."
     s = run.settings
@@ -1600,7 +1607,8 @@ def describe_search(
     pd.DataFrame
 ):  # a row a candidate of `auto` and a row a trial of the tuned models, best first; None where nothing was searched
     "What was tried to find models and hyperparameters."
-    folder, tables = Path(folder), []
+    folder = Path(folder)
+    tables = []
     if (folder / "auto.parquet").exists():
         t = pd.read_parquet(folder / "auto.parquet")
         tables.append(

@@ -170,7 +170,8 @@ class RouteTable:
         self,
         routes,  # of the app; those that are added later count too
     ):
-        self._routes, self._table = routes, []
+        self._routes = routes
+        self._table = []
 
     def match(
         self,
@@ -304,7 +305,9 @@ class Throttle:
         max_causes: int = 200,  # causes that are told apart within an interval
         clock=time.monotonic,  # function() -> seconds
     ):
-        self.interval, self.max_causes, self.clock = interval, max_causes, clock
+        self.interval = interval
+        self.max_causes = max_causes
+        self.clock = clock
         self._known = {}  # cause -> [time of the message that passed, messages held back since then]
         self._lock = threading.Lock()
 
@@ -358,7 +361,8 @@ class ThrottleFilter(logging.Filter):
         kind = re.sub(r"\d+", "#", text.partition("\n")[0])[:200]  # without numbers of sockets, tasks and ports
         held = self.throttle.admit((record.name, kind))
         if held:
-            record.msg, record.args = f"{text} (and {held} more like it before)", None
+            record.msg = f"{text} (and {held} more like it before)"
+            record.args = None
         return held is not None
 
 # %% ../nbs/05b_transport.ipynb #59768e88
@@ -385,7 +389,7 @@ CLOSED_TEXTS = {
     Closed.SLOW_READER: "a connection was closed: its client does not read the answer",
 }
 
-
+# %% ../nbs/05b_transport.ipynb #0ff24391
 class Connections:
     "The open connections of one worker, and the limits on them."
 
@@ -397,8 +401,11 @@ class Connections:
         each_sweep=lambda: None,  # function(), called about once a second while connections are open
         clock=time.monotonic,  # function() -> seconds
     ):
-        self.max_connections, self.head_timeout_s = max_connections, head_timeout_s
-        self.report, self.each_sweep, self.clock = report, each_sweep, clock
+        self.max_connections = max_connections
+        self.head_timeout_s = head_timeout_s
+        self.report = report
+        self.each_sweep = each_sweep
+        self.clock = clock
         self.open = set()
         self.waiting = {}  # connection -> time since which its head is awaited, the longest first
         self.lingering = {}  # connection -> time at which it is closed
@@ -523,12 +530,13 @@ class WatchedTransport:
     "A transport that counts what is written, and that lingers where it is closed before the body was read."
 
     def __init__(self, transport: asyncio.Transport, connection):
-        self._transport, self._connection = transport, connection
-        self.written, self.lingering = 0, False
-        self.pause_reading, self.resume_reading = (
-            transport.pause_reading,
-            transport.resume_reading,
-        )  # of every request: found without __getattr__
+        self._transport = transport
+        self._connection = connection
+        self.written = 0
+        self.lingering = False
+        # of every request: found without __getattr__
+        self.pause_reading = transport.pause_reading
+        self.resume_reading = transport.resume_reading
 
     def __getattr__(self, name):
         return getattr(self._transport, name)
@@ -575,7 +583,8 @@ class LimitedConnection:
         super().__init__(*args, **kwargs)
         self.limits = limits
         self.head_bytes = 0
-        self._slow_since, self._taken_before = None, 0
+        self._slow_since = None
+        self._taken_before = 0
 
     def connection_made(self, transport) -> None:
         "Begin to watch a connection."
@@ -632,7 +641,8 @@ class LimitedConnection:
             return False
         taken = self.transport.written - unsent
         if self._slow_since is None:
-            self._slow_since, self._taken_before = now, taken
+            self._slow_since = now
+            self._taken_before = taken
         return taken - self._taken_before < MIN_READ_RATE * (now - self._slow_since - grace)
 
     def drop(self) -> None:
@@ -704,7 +714,8 @@ class _Server(uvicorn.Server):
         for sock in sockets:
             sock.listen(
                 BACKLOG
-                # Asyncio uses one number for the kernel's queue and for how many it accepts at once: the first should be
+                # Asyncio uses one number for the kernel's queue and for how many it accepts at once: the first should
+                # be
                 # large, the second small
             )
 
@@ -719,7 +730,8 @@ def run_server(
     log,  # function(what, **fields), writes a line
 ) -> None:
     "Serve an app until told to stop."
-    s, throttle = settings.serving, Throttle()
+    s = settings.serving
+    throttle = Throttle()
     cap = connection_cap(s.max_connections)
     if cap < s.max_connections:
         log(

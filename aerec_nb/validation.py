@@ -59,7 +59,8 @@ METRICS = ("ndcg", "recall", "hit", "hit_rate", "precision", "map", "mrr")
 
 def _hits(top, target):
     "Which places of the lists hold a target; bool, the shape of top."
-    n, n_items = top.shape[0], target.shape[1]
+    n = top.shape[0]
+    n_items = target.shape[1]
     if not target.nnz or not top.size:
         return np.zeros(top.shape, bool)
     target.sort_indices()
@@ -86,10 +87,13 @@ def ranking_metrics(
     n_targets = np.diff(target.indptr) if n_targets is None else np.asarray(n_targets)
     if len(n_targets) and n_targets.min() < 1:
         raise AerecError(f"row {int(n_targets.argmin())} has no held-out item: leave such users out, as evaluate does")
-    ks, hits, found = _at(k, max(1, top.shape[1])), _hits(top, target), {}
+    ks = _at(k, max(1, top.shape[1]))
+    hits = _hits(top, target)
+    found = {}
     place = np.arange(1, top.shape[1] + 1)
     n_hits = hits.cumsum(1, dtype=np.int32)
-    gain, precisions = (hits / np.log2(place + 1)).cumsum(1), np.where(hits, n_hits / place, 0).cumsum(1)
+    gain = (hits / np.log2(place + 1)).cumsum(1)
+    precisions = np.where(hits, n_hits / place, 0).cumsum(1)
     first = np.where(hits.any(1), hits.argmax(1) + 1, np.inf) if top.shape[1] else np.full(len(top), np.inf)
     ideal = np.cumsum(1 / np.log2(np.arange(2, max(ks) + 2)))
     for cut in ks:
@@ -97,7 +101,8 @@ def ranking_metrics(
         def last(sums):
             return sums[:, min(cut, sums.shape[1]) - 1] if sums.shape[1] else np.zeros(len(sums))
 
-        reachable, n_found = np.minimum(n_targets, cut), last(n_hits)
+        reachable = np.minimum(n_targets, cut)
+        n_found = last(n_hits)
         values = {
             "ndcg": last(gain) / ideal[reachable - 1],
             "recall": n_found / reachable,
@@ -118,7 +123,8 @@ def gini(
     exposure: np.ndarray,  # [n_items] how often each item was shown, zeros too
 ) -> float:  # 0: all alike; 1: all for one item
     "Gini coefficient of the exposure."
-    x, n = np.sort(np.asarray(exposure, np.float64)), len(exposure)
+    x = np.sort(np.asarray(exposure, np.float64))
+    n = len(exposure)
     return float((2 * np.arange(1, n + 1) - n - 1) @ x / (n * x.sum())) if x.sum() > 0 else float("nan")
 
 
@@ -148,7 +154,8 @@ def list_metrics(
     k: tuple = None,  # where the lists are cut, one length or several; None: their length, and plain names
 ) -> dict:  # metric, or metric@k where k is given -> float64 [n], NaN where a list has no such value
     "Novelty, popularity, long tail and diversity of every user's list."
-    found, shown = {}, top >= 0
+    found = {}
+    shown = top >= 0
     length = np.maximum(1, shown.cumsum(1))
 
     def means(values):  # over the first items of each list, for each length
@@ -384,7 +391,9 @@ def evaluation(
 ) -> Evaluation:
     "Every metric of given lists."
     ks = _at(k, max(1, top.shape[1]))
-    counts, features, n_items = known.get("counts"), known.get("features"), fold.input.shape[1]
+    counts = known.get("counts")
+    features = known.get("features")
+    n_items = fold.input.shape[1]
     metrics = ranking_metrics(top, fold.target, fold.n_targets, ks) | list_metrics(
         top, counts, known.get("n_users"), features, ks
     )
@@ -420,8 +429,10 @@ def evaluate(
     "Rank all items for every user of a fold, histories masked, and compare with what was held out."
     if on not in ("valid", "test"):
         raise AerecError(f"on = {on!r}: it must be valid or test")
-    ks, split = _at(k, 10), fold if hasattr(fold, "part") else None
-    counts, n_users = None, None
+    ks = _at(k, 10)
+    split = fold if hasattr(fold, "part") else None
+    counts = None
+    n_users = None
     if split is not None:
         fold, counts, n_users = _chosen_fold(split, on)
     if given := isinstance(model, (np.ndarray, list)):
@@ -483,7 +494,8 @@ def _bounds(fold, ks, on, known):
 def _random_bound(fold, ks, on, known):
     "The expectation of every metric over all rankings."
     n, n_items = fold.input.shape
-    liked, free = np.diff(fold.target.indptr), np.maximum(1, n_items - np.diff(fold.input.indptr))
+    liked = np.diff(fold.target.indptr)
+    free = np.maximum(1, n_items - np.diff(fold.input.indptr))
     place = np.arange(1, max(ks) + 1)
     possible = place <= free[:, None]
     hit = np.where(possible, (liked / free)[:, None], 0)  # that a given place holds a target
@@ -491,12 +503,16 @@ def _random_bound(fold, ks, on, known):
         np.maximum(0, liked - 1)[:, None] / np.maximum(1, free - 1)[:, None]
     )  # and, where one does, that another does as well
     none_yet = np.cumprod(np.clip(1 - liked[:, None] / np.maximum(1, free[:, None] - place + 1), 0, 1), axis=1)
-    gain, precisions = (hit / np.log2(place + 1)).cumsum(1), (hit * (1 + (place - 1) * another) / place).cumsum(1)
+    gain = (hit / np.log2(place + 1)).cumsum(1)
+    precisions = (hit * (1 + (place - 1) * another) / place).cumsum(1)
     first = ((np.hstack([np.ones((n, 1)), none_yet[:, :-1]]) - none_yet) / place).cumsum(1)
-    ideal, metrics, catalogue = np.cumsum(1 / np.log2(place + 1)), {}, {}
+    ideal = np.cumsum(1 / np.log2(place + 1))
+    metrics = {}
+    catalogue = {}
     lists = _random_lists(fold, known)
     for cut in ks:
-        reachable, found = np.minimum(fold.n_targets, cut), hit[:, :cut].sum(1)
+        reachable = np.minimum(fold.n_targets, cut)
+        found = hit[:, :cut].sum(1)
         values = {
             "ndcg": gain[:, cut - 1] / ideal[reachable - 1],
             "recall": found / reachable,
@@ -526,12 +542,10 @@ def _random_lists(fold, known):
     "Expected novelty, popularity, long tail and diversity of a list drawn from what a history leaves."
     n, n_items = fold.input.shape
     seen = sparse.csr_matrix((np.ones(fold.input.nnz), fold.input.indices, fold.input.indptr), shape=(n, n_items))
-    free, counts, features, found = (
-        np.maximum(1, n_items - np.diff(fold.input.indptr)),
-        known["counts"],
-        known["features"],
-        {},
-    )
+    free = np.maximum(1, n_items - np.diff(fold.input.indptr))
+    counts = known["counts"]
+    features = known["features"]
+    found = {}
     if counts is not None:
         of_items = {
             "novelty": np.log2(known["n_users"] / np.maximum(1, counts)),
@@ -540,8 +554,11 @@ def _random_lists(fold, known):
         }
         found = {name: (v.sum() - seen @ v) / free for name, v in of_items.items()}
     if features is not None:
-        unit, has = _unit_rows(features).astype(np.float64), (np.diff(features.indptr) > 0).astype(np.float64)
-        total, theirs, left = np.asarray(unit.sum(0)).ravel(), seen @ unit, has.sum() - seen @ has
+        unit = _unit_rows(features).astype(np.float64)
+        has = (np.diff(features.indptr) > 0).astype(np.float64)
+        total = np.asarray(unit.sum(0)).ravel()
+        theirs = seen @ unit
+        left = has.sum() - seen @ has
         squares = total @ total - 2 * (theirs @ total) + np.asarray(theirs.multiply(theirs).sum(1)).ravel()
         found["diversity"] = np.where(left > 1, 1 - (squares - left) / np.maximum(1, left * (left - 1)), np.nan)
     return found
@@ -567,7 +584,8 @@ def _by_model(evaluations):
 
 def _differences(ours, theirs, metric, people):
     "Sum of a person's differences over the repetitions, and how many there are, both [n_people]."
-    total, n = np.zeros(len(people)), np.zeros(len(people))
+    total = np.zeros(len(people))
+    n = np.zeros(len(people))
     for a, b in zip(ours, theirs):
         d = a.metrics[metric] - b.metrics[metric]
         at = people.get_indexer(pd.Index(a.users))[~np.isnan(d)]
@@ -595,11 +613,13 @@ def _paired(pairs, metric, n_bootstrap, seed):
     total, n = (np.array(v) for v in zip(*both))
     mean = total.sum(1) / np.maximum(1, n.sum(1))
     left = total - mean[:, None] * n
-    size, df = len(people), max(1, len(people) - 1)
+    size = len(people)
+    df = max(1, len(people) - 1)
     error = np.sqrt((left**2).sum(1) * size / df) / np.maximum(1, n.sum(1))
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(error > 1e-15 * np.maximum(1, abs(mean)), abs(mean) / error, np.where(abs(mean) > 0, np.inf, 0))
-    random, draws = np.random.default_rng(seed), []
+    random = np.random.default_rng(seed)
+    draws = []
     for start in range(0, n_bootstrap, step := max(1, 2**24 // size)):
         counts = random.multinomial(size, np.full(size, 1 / size), size=min(step, n_bootstrap - start)).astype(
             np.float64
@@ -649,7 +669,8 @@ def compare(
     if not pairs:
         return pd.DataFrame(columns=["better", "worse", "difference", "low", "high", "p", "p_holm", "verdict"])
     mean, low, high, p = _paired([(every[a], every[b]) for a, b in pairs], metric, n_bootstrap, seed)
-    corrected, n_people = holm(p), len(np.unique(np.concatenate([e.users for e in groups[models[0]]])))
+    corrected = holm(p)
+    n_people = len(np.unique(np.concatenate([e.users for e in groups[models[0]]])))
     return pd.DataFrame(
         {
             "better": [a for a, _ in pairs],
@@ -681,7 +702,8 @@ def item_buckets(
 ) -> tuple:  # (code int [n_items], names): 0 head, 1 middle, 2 tail, 3 cold
     "Items in three equal parts of the interactions, and those without any."
     order = np.argsort(-counts, kind="stable")
-    before, code = np.cumsum(counts[order]) - counts[order], np.empty(len(counts), int)
+    before = np.cumsum(counts[order]) - counts[order]
+    code = np.empty(len(counts), int)
     code[order] = np.minimum(2, 3 * before // max(1, counts.sum()))
     code[counts == 0] = 3
     return code, {
@@ -733,7 +755,8 @@ def slices(
     metric: str = "ndcg",  # of the people's slices; among items it is hit
 ) -> pd.DataFrame:  # by, part, n (people in it), model, metric, value, se
     "Each model's figures inside groups of people and of items."
-    first, made = evaluations[0], []
+    first = evaluations[0]
+    made = []
     _by_model(evaluations)
     groups = {"history length": _parts(np.diff(first.fold.input.indptr), unit=" items")}
     times = None if split is None else _last_times(split, first.users, first.on)
@@ -861,7 +884,8 @@ def _known_times(inter, r, c):
 
 def _asked(split, fold, on, shape):
     "Histories and targets that are asked, over all ids and items."
-    inter, columns = split.interactions, np.flatnonzero(split._columns >= 0)
+    inter = split.interactions
+    columns = np.flatnonzero(split._columns >= 0)
 
     def matrix(r, c):
         return sparse.csr_matrix((np.ones(len(r), np.float32), (r, c)), shape=shape)
@@ -874,7 +898,8 @@ def _asked(split, fold, on, shape):
             matrix(at[np.repeat(np.arange(len(at)), np.diff(m.indptr))], columns[m.indices])
             for m in (fold.input, fold.target)
         ]
-    own, fold = {"valid": VALID, "test": TEST}[on], getattr(split, on)
+    own = {"valid": VALID, "test": TEST}[on]
+    fold = getattr(split, on)
     at = pd.Index(inter.users).get_indexer(pd.Index(fold.users))
     target = (split.part == own) & np.isin(inter.rows, at)
     return matrix(at[np.repeat(np.arange(len(at)), np.diff(fold.input.indptr))], columns[fold.input.indices]), matrix(
@@ -901,7 +926,9 @@ def twins(
     worth = np.flatnonzero((np.asarray(bits.sum(1)).ravel() >= needed) & (np.diff(rows.indptr) >= min_items))
     if len(worth) < 2:
         return np.empty((0, 2), int)
-    kept, random, candidates = rows[worth], np.random.default_rng(seed), []
+    kept = rows[worth]
+    random = np.random.default_rng(seed)
+    candidates = []
     for _ in range(12):
         key = np.zeros(len(worth), np.uint64)
         for _ in range(4):
@@ -932,7 +959,9 @@ def _determined(values, counts):
 
 def _told(split, on, statistics):
     "Names of the statistics that the held-out rows have gone into, with the number of items that this changed."
-    inter, columns, strong = split.interactions, np.flatnonzero(split._columns >= 0), split.kind == "strong"
+    inter = split.interactions
+    columns = np.flatnonzero(split._columns >= 0)
+    strong = split.kind == "strong"
     target = VALID if on == "valid" else TEST
     honest = [[TRAIN]] if on == "valid" or strong else [[TRAIN], [TRAIN, VALID]]
     peeping = [[TRAIN, target], [TRAIN, VALID, TEST], [0, 1, 2, 3, 4, 5]]
@@ -989,7 +1018,8 @@ def audit_leaks(
 def _audit(split, on, learned_from, fold, statistics, min_items):
     "The five questions about one fold."
     ids, r, c, times, n_items = _ids_and_entries(split, learned_from, on)
-    shape, inter = (len(ids), n_items), split.interactions
+    shape = (len(ids), n_items)
+    inter = split.interactions
     learned = sparse.csr_matrix((np.ones(len(r), np.float32), (r, c)), shape=shape)
     history, target = _asked(split, fold, on, shape)
     everything = (
@@ -1127,7 +1157,8 @@ def readings_of_test(
     split: Split,
 ) -> list:  # of dict: when, run, models, k; oldest first
     "Who has read these test rows."
-    rows, log = held_out_key(split), Path(log)
+    rows = held_out_key(split)
+    log = Path(log)
     if not log.exists():
         return []
     return [r for line in log.read_text().splitlines() if (r := _reading(line)) is not None and r["rows"] == rows]
@@ -1151,7 +1182,8 @@ def final_test(
     item_features=None,  # what diversity is measured on; None: no diversity
 ) -> list:  # of `Evaluation`, whose `reading` counts the readings of these rows
     "Read test, and write down that it was read."
-    log, ks = Path(log), _at(k, 10)
+    log = Path(log)
+    ks = _at(k, 10)
     if names is None:
         models = list(models)
         names = [m.name for m in models]
@@ -1198,7 +1230,8 @@ def lecture_replay(
     "The lecture's result as the lecture computes it, and what is left when it is computed honestly."
     inter = Interactions.from_frame(ratings[["user_id", "item_id"]])
     split = split_interactions(inter, "lecture", n_held_out, seed=seed)
-    everything, is_test = inter.matrix, split.part == TEST
+    everything = inter.matrix
+    is_test = split.part == TEST
 
     def only(keep):
         m = everything.copy()
@@ -1206,7 +1239,8 @@ def lecture_replay(
         m.eliminate_zeros()
         return m
 
-    train, target = only(~is_test), only(is_test)
+    train = only(~is_test)
+    target = only(is_test)
     asked = np.flatnonzero(np.diff(target.indptr))
     fold = Fold(
         inter.users[asked], train[asked], target[asked], np.diff(target[asked].indptr), inter.n_users - len(asked)
@@ -1227,7 +1261,8 @@ def lecture_replay(
     ]
 
     def row(way, honest, top):
-        m, root = ranking_metrics(top, fold.target), np.sqrt(len(asked))
+        m = ranking_metrics(top, fold.target)
+        root = np.sqrt(len(asked))
         return {
             "way": way,
             "honest": honest,
@@ -1346,24 +1381,29 @@ def _audited(split, refit):
         )
     return leaks
 
-
+# %% ../nbs/03a_validation.ipynb #52359bd1
 def build_validation(
     run,  # `Run` from `aerec_nb.runs`
     folder: Path,  # where to write the leaderboard, the choice and the refitted pick
 ) -> dict:  # key figures for the manifest
     "Choose on validation, refit everything on train and validation, read test once."
     s = run.settings
-    n_bootstrap, seed, device = s.validation.n_bootstrap, s.run.random_seed, s.training.device
+    n_bootstrap = s.validation.n_bootstrap
+    seed = s.run.random_seed
+    device = s.training.device
     ks = tuple(dict.fromkeys((s.validation.topk, *s.validation.report_k)))
-    data, training = run.need("model_preprocessing"), run.need("training")
-    split, trained = Split.load(data / "split"), {m["name"]: m for m in read_json(training / "summary.json")}
+    data = run.need("model_preprocessing")
+    training = run.need("training")
+    split = Split.load(data / "split")
+    trained = {m["name"]: m for m in read_json(training / "summary.json")}
     known = ItemFeatures.load(data / "features") if (data / "features").exists() else None
     refit = split.refit()
     leaks = _audited(split, refit)
     valid = [evaluate(load_model(training / name, device), split, ks, "valid", item_features=known) for name in trained]
     pick, why = choose(valid, n_bootstrap=n_bootstrap, seed=seed)
     features = known.over(refit.items).matrix if any(m["item_features"] for m in trained.values()) else None
-    costs, log = {}, Path(s.paths.var_dir) / "test_readings.jsonl"
+    costs = {}
+    log = Path(s.paths.var_dir) / "test_readings.jsonl"
 
     def keep(name, model):
         if name == pick:
@@ -1434,7 +1474,7 @@ def build_validation(
         "leaks": int(leaks.leaks.sum()),
     }
 
-
+# %% ../nbs/03a_validation.ipynb #7df085b8
 def _replay(run, folder):
     "The lecture's replay, where wanted and possible."
     wanted = run.settings.validation.lecture_replay
@@ -1448,10 +1488,8 @@ def _replay(run, folder):
 def _board(folder):
     "The leaderboard with what each model cost, and the choice."
     folder = Path(folder)
-    board, costs = (
-        pd.read_parquet(folder / "leaderboard.parquet").set_index("model"),
-        read_json(folder / "measured.json")["costs"],
-    )
+    board = pd.read_parquet(folder / "leaderboard.parquet").set_index("model")
+    costs = read_json(folder / "measured.json")["costs"]
     return board.assign(
         **{c: [costs.get(m, {}).get(c, np.nan) for m in board.index] for c in ("seconds", "memory_mib")}
     ), read_json(folder / "choice.json")
@@ -1527,7 +1565,8 @@ def say_which(
 ) -> str:  # a few sentences
     "Which model to ship, and why, with what it costs."
     (board, choice), pairs = _board(folder), pd.read_parquet(Path(folder) / "comparison.parquet")
-    pick, row = choice["model"], board.loc[choice["model"]]
+    pick = choice["model"]
+    row = board.loc[choice["model"]]
     models = set(board.index[~board.bound])
     equals = [
         a if b == pick else b
@@ -1556,7 +1595,9 @@ def plot_leaderboard(
     pick, all with 95 % intervals.
     """
     (board, choice), pairs = _board(folder), pd.read_parquet(Path(folder) / "comparison.parquet")
-    models, ends, pick = board[~board.bound][::-1], board[board.bound], choice["model"]
+    models = board[~board.bound][::-1]
+    ends = board[board.bound]
+    pick = choice["model"]
     fig, (ax, diff) = plt.subplots(
         1, 2, figsize=(10, 1.9 + 0.45 * len(models)), layout="constrained", sharey=True, width_ratios=[3, 2]
     )
@@ -1614,13 +1655,14 @@ def plot_leaderboard(
     plt.close(fig)
     return fig
 
-
+# %% ../nbs/03a_validation.ipynb #b66d9621
 def plot_tradeoffs(
     folder: Path,  # what `build_validation` wrote
 ):  # -> matplotlib Figure
     "Accuracy against coverage, and by history length and item popularity, on test."
     (board, choice), parts = _board(folder), pd.read_parquet(Path(folder) / "slices.parquet")
-    models, k = board[~board.bound], choice["k"]
+    models = board[~board.bound]
+    k = choice["k"]
     color = {m: PALETTE[i % len(PALETTE)] for i, m in enumerate(models.index)}
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
     for m, row in models.iterrows():

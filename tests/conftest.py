@@ -132,7 +132,8 @@ def postgres_url():
     """
     if not postgres_program("initdb"):
         pytest.skip("no PostgreSQL here (Debian: apt-get install postgresql)")
-    password, folder = "p@ss:w/rd s3cret", Path(tempfile.mkdtemp(prefix="aerec_nb-postgres-"))
+    password = "p@ss:w/rd s3cret"
+    folder = Path(tempfile.mkdtemp(prefix="aerec_nb-postgres-"))
     server = None
     try:
         as_user = {}

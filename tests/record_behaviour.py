@@ -50,7 +50,8 @@ def record_stages(run: Path) -> dict:  # stage -> metrics and file hashes
     found = {}
     for path in sorted(run.glob("*/manifest.json")):
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        stage, outputs = path.parent.name, manifest["outputs"]
+        stage = path.parent.name
+        outputs = manifest["outputs"]
         hashes = {name: None if stage in TIMED_STAGES else entry["sha256"] for name, entry in outputs.items()}
         found[stage] = {"metrics": without_measurements(manifest["metrics"]), "files": hashes}
     return found

@@ -38,7 +38,8 @@ def data():
         for name in ("ratings", "movies", "tags")
     )
     split = split_interactions(ratings, "lecture", 10, seed=42)
-    fold, n_items = split.test, len(split.items)
+    fold = split.test
+    n_items = len(split.items)
     cold = np.zeros(n_items, bool)
     cold[np.random.default_rng(1).choice(n_items, n_items // 10, replace=False)] = True
 
@@ -68,14 +69,17 @@ def best(scores, k, seed=0):
 
 def recall(scores, targets, k=20):
     "Mean recall@k of those who have a target, and what a random order would have."
-    hits, n = np.take_along_axis(targets.toarray() > 0, best(scores, k), 1).sum(1), np.diff(targets.indptr)
-    some, least = n > 0, np.minimum(k, np.maximum(n, 1))
+    hits = np.take_along_axis(targets.toarray() > 0, best(scores, k), 1).sum(1)
+    n = np.diff(targets.indptr)
+    some = n > 0
+    least = np.minimum(k, np.maximum(n, 1))
     return (hits / least)[some].mean(), (n * k / targets.shape[1] / least)[some].mean()
 
 
 def ndcg(scores, targets, k=10):
     "NDCG@k of each who has a target."
-    hits, n = np.take_along_axis(targets.toarray() > 0, best(scores, k), 1), np.diff(targets.indptr)
+    hits = np.take_along_axis(targets.toarray() > 0, best(scores, k), 1)
+    n = np.diff(targets.indptr)
     gains = 1 / np.log2(np.arange(k) + 2)
     return (hits @ gains)[n > 0] / np.cumsum(gains)[np.minimum(k, n[n > 0]) - 1]
 
@@ -117,7 +121,9 @@ def test_cold_items_are_found_and_the_others_not_lost(name, hp, data):
         found
     )  # ranked among all items, every target: cold ones come at the price of warm ones
     assert with_features.cold_listed > 0, found
-    own, rng = data.cold_targets, np.random.default_rng(0)  # histories of cold items and nothing else
+    # histories of cold items and nothing else
+    own = data.cold_targets
+    rng = np.random.default_rng(0)
     strangers = own[rng.permutation(own.shape[0])]
     told, misled = (
         ndcg(
@@ -164,7 +170,8 @@ def test_training_with_features_goes_on_to_the_last_bit_and_is_saved(name, hp, t
         )
 
     whole, history = trained()
-    saved, kills = training.Checkpoints.save, 0
+    saved = training.Checkpoints.save
+    kills = 0
 
     def save(self, *args):
         saved(self, *args)
@@ -197,11 +204,10 @@ def test_memory_of_features_is_asked_for_before_it_is_taken(name, hp):
         sparse.random(*shape, 0.05, "csr", np.float32, np.random.default_rng(0))
         for shape in ((60, 2_000), (2_000, 9_000))
     )
-    plain, told = create_model(name, **hp, num_epoch=1), create_model(name, **hp, num_epoch=1)
-    n_bytes, more = (
-        plain.cost(*X.shape, X.nnz)[1],
-        create_model(name, **hp, num_epoch=1).fit(X, F).cost(*X.shape, X.nnz)[1],
-    )
+    plain = create_model(name, **hp, num_epoch=1)
+    told = create_model(name, **hp, num_epoch=1)
+    n_bytes = plain.cost(*X.shape, X.nnz)[1]
+    more = create_model(name, **hp, num_epoch=1).fit(X, F).cost(*X.shape, X.nnz)[1]
     assert more > n_bytes + 16 * 9_000 * next(
         v for k, v in hp.items() if k in ("hidden_dim", "rank")
     )  # weights, gradients and two moments of the features

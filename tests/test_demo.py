@@ -109,7 +109,8 @@ def page(browser, keys):
     )
     context.set_default_timeout(8000)
     p = context.new_page()
-    p.said, p.expected = [], None
+    p.said = []
+    p.expected = None
     p.on("console", lambda m: p.said.append(m.text) if m.type in ("error", "warning") else None)
     p.on("pageerror", lambda e: p.said.append(str(e)))
     p.on("dialog", lambda d: (p.said.append(f"dialog: {d.message}"), d.dismiss()))
@@ -419,7 +420,8 @@ def test_errors_are_one_line(running, page):
             json={"status": 503, "title": "Not available", "detail": detail},
         ),
     )
-    before, up = titles(page), page.locator("#list .up").first
+    before = titles(page)
+    up = page.locator("#list .up").first
     up.click()
     page.locator("#error:visible").wait_for()
     assert (

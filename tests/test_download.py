@@ -31,7 +31,11 @@ class Server:
     """
 
     def __init__(self):
-        self.content, self.etag, self.modified, self.ranges, self.if_range = CONTENT, '"v1"', None, True, True
+        self.content = CONTENT
+        self.etag = '"v1"'
+        self.modified = None
+        self.ranges = True
+        self.if_range = True
         self.doing, self.asked, self.sent, self.released = [], [], 0, threading.Event()
         server = self
 
@@ -62,7 +66,8 @@ class Server:
             h.send_header("Content-Length", "0")
             h.end_headers()
             return None
-        first, content = 0, self.content
+        first = 0
+        content = self.content
         wanted = h.headers.get("Range")
         same = not self.if_range or h.headers.get("If-Range", self.etag or self.modified) == (
             self.etag or self.modified
@@ -138,7 +143,8 @@ def test_whole_and_redirected(server, tmp_path):
     ],
 )
 def test_a_bad_download_is_given_up_in_time_and_is_never_visible(doing, ranges, said, kept, server, tmp_path):
-    server.doing, server.ranges = [doing] * 9, ranges
+    server.doing = [doing] * 9
+    server.ranges = ranges
     clock = time.monotonic()
     with pytest.raises(OSError, match=said):
         download(server.url, tmp_path / "a", SHA256, timeout=0.5)
@@ -165,7 +171,8 @@ def test_silence_ends_the_try_and_the_next_one_asks_for_the_rest_only(server, tm
 
 
 def test_a_server_that_never_gets_further_is_given_up(server, tmp_path):
-    server.ranges, server.doing = False, [("cut", 300_000)] * 9
+    server.ranges = False
+    server.doing = [("cut", 300_000)] * 9
     with pytest.raises(OSError, match="the connection ended after 0.3 MB of 1.0 MB"):
         download(server.url, tmp_path / "a", SHA256)
     assert len(server.asked) == 2
@@ -176,10 +183,12 @@ def test_a_server_that_never_gets_further_is_given_up(server, tmp_path):
 
 @pytest.mark.parametrize("if_range", [True, False])
 def test_a_file_that_changed_in_between_begins_anew(if_range, server, tmp_path):
-    server.doing, server.if_range = [("stall", 1000)], if_range
+    server.doing = [("stall", 1000)]
+    server.if_range = if_range
     with pytest.raises(OSError):
         download(server.url, tmp_path / "a", timeout=0.3)
-    server.content, server.etag = CONTENT[::-1], '"v2"'
+    server.content = CONTENT[::-1]
+    server.etag = '"v2"'
     assert download(server.url, tmp_path / "a").read_bytes() == CONTENT[::-1]
     assert left(tmp_path) == ["a"]
 
@@ -189,7 +198,9 @@ def test_a_file_that_changed_in_between_begins_anew(if_range, server, tmp_path):
     [("Mon, 01 Jan 2024 00:00:00 GMT", None, True), (None, SHA256, True), (None, None, False)],
 )
 def test_without_an_etag_the_date_or_the_checksum_must_tell(modified, sha256, asks_for_the_rest, server, tmp_path):
-    server.etag, server.modified, server.doing = None, modified, [("stall", 1000)]
+    server.etag = None
+    server.modified = modified
+    server.doing = [("stall", 1000)]
     with pytest.raises(OSError):
         download(server.url, tmp_path / "a", sha256, timeout=0.3)
     assert download(server.url, tmp_path / "a", sha256).read_bytes() == CONTENT
@@ -197,7 +208,8 @@ def test_without_an_etag_the_date_or_the_checksum_must_tell(modified, sha256, as
 
 
 def test_the_beginning_of_another_file_is_found_out_by_the_checksum(server, tmp_path):
-    server.etag, server.doing = None, [("stall", 1000)]
+    server.etag = None
+    server.doing = [("stall", 1000)]
     server.content = b"x" * len(CONTENT)
     with pytest.raises(OSError):
         download(server.url, tmp_path / "a", SHA256, timeout=0.3)
@@ -222,7 +234,8 @@ def test_a_file_that_has_become_shorter(server, tmp_path):
     server.doing = [("stall", 1000)]
     with pytest.raises(OSError):
         download(server.url, tmp_path / "a", timeout=0.3)
-    server.content, server.if_range = b"short", False
+    server.content = b"short"
+    server.if_range = False
     assert download(server.url, tmp_path / "a").read_bytes() == b"short"
 
 
@@ -316,7 +329,8 @@ FILMS = [(10, "Amélie, Le fabuleux destin (2001)", ["Comedy", "Romance"]), (11,
 
 def archive(name):
     "A zip in the layout of a published set."
-    data, files = io.BytesIO(), {}
+    data = io.BytesIO()
+    files = {}
     if name == "ml-1m":
         files["ratings.dat"] = "".join(f"{u}::{i}::{r:.0f}::{t}\n" for u, i, r, t in RATINGS)
         files["movies.dat"] = "".join(
@@ -325,9 +339,10 @@ def archive(name):
         files["users.dat"] = "1::F::1::10::48067\n"
     elif name == "ml-100k":
         files["u.data"] = "".join(f"{u}\t{i}\t{r:.0f}\t{t}\n" for u, i, r, t in RATINGS)
-        flags = lambda genres: "|".join(
-            str(int(g in genres or g == "unknown" and not genres)) for g in data_import._GENRES_100K
-        )
+
+        def flags(genres):
+            return "|".join(str(int(g in genres or g == "unknown" and not genres)) for g in data_import._GENRES_100K)
+
         files["u.item"] = "".join(
             f"{i}|{title}|01-Jan-2001||http://x/?{i}|{flags(g)}\n" for i, title, g in FILMS
         ).encode("latin-1")
@@ -375,7 +390,8 @@ def grouplens(server, monkeypatch):
 def test_every_published_set_gives_the_same_frames(name, grouplens, tmp_path, monkeypatch):
     server = grouplens(name)
     monkeypatch.setenv("AEREC_PATHS__DATASET_DIR", str(tmp_path))
-    ratings, items = load_ratings(name), load_items(name)
+    ratings = load_ratings(name)
+    items = load_items(name)
     assert ratings[["user_id", "item_id", "rating", "timestamp"]].to_numpy().tolist() == [list(r) for r in RATINGS]
     assert ratings.user_id.dtype == ratings.item_id.dtype == items.item_id.dtype == "int64"
     assert items[["item_id", "title", "genres"]].to_numpy().tolist() == [

@@ -99,7 +99,8 @@ def test_kill_9_on_postgres(fresh_database, tmp_path):
 
 @on_postgres
 def test_many_may_open_a_new_log_at_once(fresh_database):
-    everybody, logs = threading.Barrier(12), []
+    everybody = threading.Barrier(12)
+    logs = []
 
     def open_log():
         everybody.wait()
@@ -172,10 +173,8 @@ def refusal(call) -> LogErrorCode:
 
 
 def test_a_locked_file_is_waited_for_and_then_refused_whole(tmp_path):
-    log, other = (
-        EventLog(tmp_path / "events.db"),
-        sqlite3.connect(tmp_path / "events.db", isolation_level=None, check_same_thread=False),
-    )
+    log = EventLog(tmp_path / "events.db")
+    other = sqlite3.connect(tmp_path / "events.db", isolation_level=None, check_same_thread=False)
     events = [new_event("feedback", event_id=f"e{n}") for n in range(50)]
     other.execute("BEGIN EXCLUSIVE")
     threading.Timer(0.5, lambda: other.execute("ROLLBACK")).start()
@@ -213,7 +212,9 @@ log.append([new_event('feedback', event_id=f'shared-{i}', user_id='x', item_id=i
 
 def writers_and_a_reader(url, folder, n):
     "A reader that reads on sees every event once, whoever wrote it and whenever it was committed."
-    log, seen, last = EventLog(url), [], 0
+    log = EventLog(url)
+    seen = []
+    last = 0
     running = [
         subprocess.Popen(
             [sys.executable, "-c", MANY, url, f"w{i}", "500"], env={**variables(folder), "PYTHONPATH": str(ROOT)}
@@ -240,7 +241,8 @@ def test_many_writers_postgres(fresh_database, tmp_path):
     writers_and_a_reader(fresh_database, tmp_path, 3)
 
 
-DAY, T = 86400.0, 1.7e9 // 86400 * 86400
+DAY = 86400.0
+T = 1.7e9 // 86400 * 86400
 
 
 def everything_a_log_does(url, folder):
@@ -385,7 +387,8 @@ def what_is_read_since(url):
         "the newest of each user"
     )
     assert [len(log.feedback_since(since=t)[0]) for t in (T + 30, T + 31, time.time() + 9)] == [24, 0, 0]
-    seen, seq = [], 0
+    seen = []
+    seq = 0
     while (step := log.feedback_since(seq, limit=5))[1] != seq:
         seen += step[0].item_id.tolist()
         seq = step[1]
@@ -404,7 +407,8 @@ def test_new_feedback_postgres(fresh_database):
 
 def test_300_000_feedback_events_are_read_in_time(tmp_path):
     "Processor time, which other programs change less; in full length: well below a second for 300,000 events."
-    n, log = 300_000 if STRESS else 60_000, EventLog(tmp_path / "events.db")
+    n = 300_000 if STRESS else 60_000
+    log = EventLog(tmp_path / "events.db")
     for start in range(0, n, 10_000):
         log.append(
             [
@@ -1022,7 +1026,8 @@ def test_a_silent_network_is_given_up_in_time_and_then_used_again(proxied, fresh
         "check_writable": log.check_writable,
     }
     calls["open"] = lambda: EventLog(url, connect_timeout_s=1, statement_timeout_s=1)
-    took, codes = {}, {}
+    took = {}
+    codes = {}
 
     def give_up(name):
         begun = time.monotonic()
@@ -1074,10 +1079,8 @@ def test_threads_that_wait_for_a_silent_network_are_released_together(proxied):
 @on_postgres
 def test_a_writer_whose_network_is_gone_does_not_keep_the_lock(proxied, fresh_database):
     proxy, url = proxied
-    lost, other = (
-        EventLog(url, connect_timeout_s=1, statement_timeout_s=1),
-        EventLog(fresh_database, connect_timeout_s=5, statement_timeout_s=20),
-    )
+    lost = EventLog(url, connect_timeout_s=1, statement_timeout_s=1)
+    other = EventLog(fresh_database, connect_timeout_s=5, statement_timeout_s=20)
     with suppress(EventLogUnavailable), lost._transaction():
         proxy.frozen.set()
         begun = time.monotonic()

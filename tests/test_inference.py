@@ -22,7 +22,9 @@ from aerec_nb.modeling import create_model
 from aerec_nb.postprocessing import Chain
 
 STRESS = bool(os.environ.get("STRESS"))
-N_USERS, N_ITEMS, PARTS = 300, 240, 4
+N_USERS = 300
+N_ITEMS = 240
+PARTS = 4
 REQUESTS = (1_000_000 if STRESS else 100_000) // PARTS
 GENRES = ["A", "B", "A|B", "C", "B|C", None, "D"]
 FILTERS = {
@@ -111,14 +113,14 @@ def test_random_requests(part):
             r.catalogue,
             {s: options[s] for s in steps if s in options},
         )
-        batch, expected = [], []
+        batch = []
+        expected = []
         for _ in range(250):
-            user, k, name = (
-                int(rng.integers(N_USERS + 5)),
-                int(rng.integers(1, 40)),
-                list(SPECS)[rng.integers(len(SPECS))],
-            )
-            may, q = ~banned & passes[name], {"k": k, "filter": SPECS[name], "draw": int(rng.integers(99))}
+            user = int(rng.integers(N_USERS + 5))
+            k = int(rng.integers(1, 40))
+            name = list(SPECS)[rng.integers(len(SPECS))]
+            may = ~banned & passes[name]
+            q = {"k": k, "filter": SPECS[name], "draw": int(rng.integers(99))}
             kind = rng.integers(4)
             if kind:
                 q["user_id"] = f"u{user}"  # from N_USERS on: unknown
@@ -127,7 +129,8 @@ def test_random_requests(part):
                 q["history"] = [f"i{n}" for n in history] + ["unknown"]
             if kind == 0:
                 q["context"] = {"country": "KR"}
-            left, among = rng.integers(0, N_ITEMS, 5), rng.integers(0, N_ITEMS, 60)
+            left = rng.integers(0, N_ITEMS, 5)
+            among = rng.integers(0, N_ITEMS, 60)
             if rng.random() < 0.2:
                 q["exclude"], may = [f"i{n}" for n in left], may & ~np.isin(np.arange(N_ITEMS), left)
             if rng.random() < 0.1:
@@ -291,15 +294,14 @@ r.recommend_batch(k=5, folder=Path({folder!r}), shard_users=7, progress=lambda n
 
 def test_a_killed_batch_goes_on_where_it_was(tmp_path):
     "kill -9 at many moments: no half shard, finished ones stay, and in the end the lists of the undisturbed job."
-    env, rng, kills = (
-        {**os.environ, **variables(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        np.random.default_rng(0),
-        40 if STRESS else 4,
-    )
+    env = {**os.environ, **variables(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    rng = np.random.default_rng(0)
+    kills = 40 if STRESS else 4
     from aerec_nb.packaging import load_bundle, save_bundle
 
-    bundle, first = save_bundle(world(create_model("ease", lam=20.0), 0)[0], tmp_path / "bundle", k=5), []
-    for n in range(kills):
+    bundle = save_bundle(world(create_model("ease", lam=20.0), 0)[0], tmp_path / "bundle", k=5)
+    first = []
+    for _n in range(kills):
         process = subprocess.Popen(
             [sys.executable, "-c", JOB.format(bundle=str(bundle), folder=str(tmp_path / "lists"))],
             stdout=subprocess.PIPE,
@@ -355,7 +357,7 @@ def test_new_items_with_every_kind_of_model_and_in_a_bundle(tmp_path, name, give
         ),
     )
     for user in ("u0", "u7", "u8", "nobody"):
-        old = [i for i in wide.recommend(user, k=20, exclude=["new1", "new2"]).item_ids]
+        old = list(wide.recommend(user, k=20, exclude=["new1", "new2"]).item_ids)
         assert old == r.recommend(user, k=20).item_ids, "the known items keep their order"
     assert {"new1", "new2"} <= set(wide.recommend("u7", k=N_ITEMS + 2).item_ids) and wide.recommend(
         history=["new1"], k=3

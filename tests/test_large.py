@@ -78,7 +78,8 @@ def same_both_ways(path, **options):
 # --- shapes of text
 # -----------------------------------------------------------------------------------------------------------------------------------
 
-U, NULL = [str(uuid.UUID(int=i)) for i in range(4)], "\x00"
+U = [str(uuid.UUID(int=i)) for i in range(4)]
+NULL = "\x00"
 # Each with what becomes of it: the number of ratings, or words of the error; and the number of ratings where bad rows
 # are set aside
 TEXTS = {
@@ -142,7 +143,8 @@ TEXTS = {
 def test_texts(name, on_bad, tmp_path):
     content, raised, kept = TEXTS[name]
     (path := tmp_path / "ratings.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    found, expected = same_both_ways(path, on_bad=on_bad), raised if on_bad == "raise" else kept
+    found = same_both_ways(path, on_bad=on_bad)
+    expected = raised if on_bad == "raise" else kept
     if isinstance(expected, int):
         assert len(found.ratings) == expected
     else:
@@ -308,19 +310,17 @@ def test_text_in_parts(on_bad, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"as_of": 50}, {"on_bad": "quarantine"}], ids=str)
 @pytest.mark.parametrize("events", ["xyz", "xyx"])
 def test_handover(events, options, tmp_path):
-    rows, path = (
-        pd.DataFrame(
-            {
-                "user_id": [1, 1, 2],
-                "item_id": ["a", "b", "a"],
-                "rating": [4.0, 5.0, 3.0],
-                "timestamp": [10, 20, 30],
-                "ingested_at": [11, 90, 31],
-                "event_id": list("xyz"),
-            }
-        ),
-        tmp_path / "ratings.parquet",
+    rows = pd.DataFrame(
+        {
+            "user_id": [1, 1, 2],
+            "item_id": ["a", "b", "a"],
+            "rating": [4.0, 5.0, 3.0],
+            "timestamp": [10, 20, 30],
+            "ingested_at": [11, 90, 31],
+            "event_id": list("xyz"),
+        }
     )
+    path = tmp_path / "ratings.parquet"
     write_handover(rows, path)
     table = pq.read_table(path)
     pq.write_table(
@@ -417,21 +417,22 @@ def two_million(kind):
     twice.
     """
     rng = np.random.default_rng(0)
-    n_users, n_items, n = 15_000, 9_000, 2_000_000
+    n_users = 15_000
+    n_items = 9_000
+    n = 2_000_000
     lengths = np.minimum(rng.lognormal(0, 1, n_users) * 1.2 * n / n_users / np.exp(0.5) + 20, 3000).astype(int)
     key = np.unique(
         np.repeat(np.arange(n_users), lengths) * n_items + (n_items * rng.random(lengths.sum()) ** 2.5).astype(int)
     )
     key = np.sort(rng.choice(key, n, replace=len(key) < n))
-    if kind == "integers":
-        key = np.unique(key)
-    else:
-        key = rng.permutation(np.append(key, key[:1000]))
+    key = np.unique(key) if kind == "integers" else rng.permutation(np.append(key, key[:1000]))
     user, item = np.divmod(key, n_items)
     if kind == "texts":
-        user, item = np.char.mod("u%05d", np.arange(n_users))[user], np.char.mod("item %d", np.arange(n_items))[item]
+        user = np.char.mod("u%05d", np.arange(n_users))[user]
+        item = np.char.mod("item %d", np.arange(n_items))[item]
     else:
-        user, item = 3 * user + 1, 7 * item + 2
+        user = 3 * user + 1
+        item = 7 * item + 2
     return pd.DataFrame(
         {
             "userId": user,
@@ -450,7 +451,8 @@ def test_two_million_rows_become_the_same_matrix_in_less_memory(kind, tmp_path):
         path := tmp_path / "ratings.csv",
         pa.csv.WriteOptions(quoting_style="none"),
     )
-    found, made = {}, {}
+    found = {}
+    made = {}
     for way, mb in (("small", 500), ("large", 1)):
         done = subprocess.run(
             [sys.executable, "-c", MEASURED, path, tmp_path / f"{way}.npz"],

@@ -38,7 +38,7 @@ def fill(element, wrapper="[%s]", size=MAX_BODY):
 
 def batch_of(history):
     "Put the same history into the hundred requests of a batch."
-    return '{{"requests":[{}]}}'.format(",".join(['{{"history":{}}}'.format(history)] * 100))
+    return '{{"requests":[{}]}}'.format(",".join([f'{{"history":{history}}}'] * 100))
 
 
 def page_of(ids):

@@ -16,13 +16,17 @@ from aerec_nb.linear_models import EASE, RDLAE, solve_path
 from aerec_nb.modeling import create_model, load_model, save_model
 
 LINEAR = ["ease", "dlae", "edlae", "rlae", "rdlae"]
-DATA, REFERENCE = ROOT.parent / "shared" / "data", ROOT.parent / "shared" / "reference"
+DATA = ROOT.parent / "shared" / "data"
+REFERENCE = ROOT.parent / "shared" / "reference"
 
 
 def skewed(n_users, n_items, nnz, seed=0):
     "Histories with a long tail."
     rng = np.random.default_rng(seed)
-    share = lambda n, power: (np.arange(n) + 10.0) ** -power / ((np.arange(n) + 10.0) ** -power).sum()
+
+    def share(n, power):
+        return (np.arange(n) + 10.0) ** -power / ((np.arange(n) + 10.0) ** -power).sum()
+
     X = sparse.csr_matrix(
         (
             np.ones(nnz, np.float32),
@@ -135,11 +139,13 @@ def test_the_dual_form_holds_nothing_of_items_by_items():
 
 def test_cold_items_are_recommended_by_their_features():
     "Two tastes, items of each with a feature of their own; a tenth of the items nobody has met."
-    rng, taste = np.random.default_rng(0), np.arange(100) % 2
+    rng = np.random.default_rng(0)
+    taste = np.arange(100) % 2
     X = (rng.random((200, 100)) < np.where((np.arange(200) % 2)[:, None] == taste, 0.3, 0.03)).astype(np.float32)
     cold = np.arange(90, 100)
     X[:, cold] = 0
-    X, F = sparse.csr_matrix(X), sparse.csr_matrix(np.eye(2, dtype=np.float32)[taste])
+    X = sparse.csr_matrix(X)
+    F = sparse.csr_matrix(np.eye(2, dtype=np.float32)[taste])
     own = (np.arange(200) % 2)[:, None] == taste[cold]
     for name in LINEAR:
         for form in ("primal", "dual"):

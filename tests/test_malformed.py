@@ -561,7 +561,8 @@ def test_there_are_fifty_and_half_of_them_have_rows_to_keep():
 def test_malformed(case, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    source, before = put(case, tmp_path), there(tmp_path)
+    source = put(case, tmp_path)
+    before = there(tmp_path)
     with pytest.raises(AerecError) as refused:
         load_ratings(source, **case.settings)
     said = str(refused.value)
@@ -655,7 +656,8 @@ def test_malformed_items(name, text, said, keeps, tmp_path):
 
 
 AT = 964982703  # 2000-07-30 18:45:03 UTC
-A, B = str(uuid.UUID(int=2**100 + 7)), str(uuid.UUID(int=5)).upper()
+A = str(uuid.UUID(int=2**100 + 7))
+B = str(uuid.UUID(int=5)).upper()
 ODDITIES = [  # name, file, content, settings, users, items, value, times
     ("a mark of UTF-8", "a.csv", b"\xef\xbb\xbfuser,item\n1,2\n", {}, [1], [2], None, None),
     ("UTF-16", "a.csv", "user,item\nann,é\n".encode("utf-16"), {}, ["ann"], ["é"], None, None),
@@ -833,10 +835,8 @@ def test_both_readings_of_text_agree():
         table = pd.DataFrame(np.array(words).reshape(100, 3), columns=["user", "item", "title"])
         text = table.to_csv(sep=sep, index=False).encode()
         layout = data_import._layout(text, "utf-8", True, "f", ())
-        fast, thorough = (
-            data_import._read_fast(io.BytesIO(text), layout),
-            data_import._read_lines(io.BytesIO(text), layout, "f"),
-        )
+        fast = data_import._read_fast(io.BytesIO(text), layout)
+        thorough = data_import._read_lines(io.BytesIO(text), layout, "f")
         assert layout.sep == sep and thorough.equals(table.astype("str"))
         assert fast is None or fast.equals(thorough)
     assert fast is not None
@@ -923,11 +923,9 @@ def test_the_stage_keeps_what_it_set_aside(tmp_path):
         open_run(**knobs).execute("data_import")
     assert not (tmp_path / "runs").exists()
     stage = open_run(**knobs, on_bad="quarantine", as_of="1970-01-01T00:05:00Z").execute("data_import")
-    ratings, bad, source = (
-        pd.read_parquet(stage / "ratings.parquet"),
-        pd.read_parquet(stage / "quarantine.parquet"),
-        read_json(stage / "source.json"),
-    )
+    ratings = pd.read_parquet(stage / "ratings.parquet")
+    bad = pd.read_parquet(stage / "quarantine.parquet")
+    source = read_json(stage / "source.json")
     assert ratings[["user_id", "item_id", "timestamp"]].values.tolist() == [
         [1, 10, 100],
         [1, 11, 200],

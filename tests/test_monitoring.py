@@ -57,14 +57,16 @@ from aerec_nb.packaging import Registry, load_bundle, save_bundle
 from aerec_nb.postprocessing import Chain
 
 STRESS = bool(os.environ.get("STRESS"))
-DAY, NOW = 86400.0, 1.7e9
+DAY = 86400.0
+NOW = 1.7e9
 SETTINGS = load_settings("test", window_hours=24.0).monitoring
 
 
 def world(seed=0, n_users=600, n_items=400, **kw):
     "Six hundred people with tastes, four hundred items with a long tail."
     rng = np.random.default_rng(seed)
-    taste, item = rng.normal(size=(n_users, 6)), rng.normal(size=(n_items, 6))
+    taste = rng.normal(size=(n_users, 6))
+    item = rng.normal(size=(n_items, 6))
     likes = 0.8 * taste @ item.T - 0.9 * np.log(np.arange(1, n_items + 1)) + rng.gumbel(size=(n_users, n_items))
     x = np.zeros((n_users, n_items), np.float32)
     for u in range(n_users):
@@ -178,14 +180,16 @@ def test_counterfactual_estimates_find_what_the_model_would_have_had(recommender
     choice there is liked.
     """
     v = visitors[0]
-    own, found = [], []
+    own = []
+    found = []
     for seed in range(12):
         traffic = make_traffic(v, 400, seed=seed, now=NOW, explore=0.5, error_share=0.0)
         drawn = traffic.places[traffic.places.propensity < 1]
         user = pd.Series(np.arange(len(v.rows)), v.rows)[traffic.requests.user[drawn.request]].to_numpy()
         own.append((v.likes[user, v.lists[user, -1]] / np.log2(v.k + 1)).mean())
         found.append(ips(drawn.clicked, drawn.propensity, drawn.propensity >= 0.5))
-    own, found = np.array(own), np.array(found)
+    own = np.array(own)
+    found = np.array(found)
     for estimate in found.T:
         apart = estimate - own
         assert abs(apart.mean()) < 4 * apart.std(ddof=1) / np.sqrt(len(own)), (own.mean(), estimate.mean())
@@ -218,7 +222,8 @@ def test_drift_neither_cries_wolf_nor_sleeps():
 def test_a_retrained_model_is_compared_user_by_user(tmp_path):
     from aerec_nb.monitoring import _paired_difference, offline_metric
 
-    rng, users = np.random.default_rng(0), [f"u{i}" for i in range(300)]
+    rng = np.random.default_rng(0)
+    users = [f"u{i}" for i in range(300)]
     hard = rng.random(300)
     for name, worse in (("new", 0.02), ("old", 0.0)):
         (tmp_path / name / "validation").mkdir(parents=True)
@@ -241,10 +246,8 @@ def test_a_retrained_model_is_compared_user_by_user(tmp_path):
     )
 
     class W:
-        recommender, last = (
-            world(n_users=20, n_items=30, info={"card": {"headline": {"value": 0.48}}}),
-            {"value": 0.5, "paired": found},
-        )
+        recommender = world(n_users=20, n_items=30, info={"card": {"headline": {"value": 0.48}}})
+        last = {"value": 0.5, "paired": found}
 
     figure = offline_metric(W)
     assert abs(figure.value - 0.04) < 1e-12 and 0.02 < figure.low < figure.high < 0.06 and figure.n == 300
@@ -314,7 +317,8 @@ class Hook(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hook():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook)
-    server.got, server.broken = [], False
+    server.got = []
+    server.broken = False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -334,7 +338,8 @@ def test_a_watch_tells_log_file_webhook_and_exit_code(recommender, tmp_path, hoo
         keep_days=30.0,
     )
     assert "s3cret" not in repr(settings)
-    log, said = EventLog(tmp_path / "events.db"), []
+    log = EventLog(tmp_path / "events.db")
+    said = []
 
     def once():
         return watch(settings, recommender, once=True, say=said.append)
@@ -387,15 +392,17 @@ def test_a_watch_tells_log_file_webhook_and_exit_code(recommender, tmp_path, hoo
 
 
 def test_what_was_shown_before_it_was_banned_is_no_violation(recommender, tmp_path):
-    settings = lambda banned: load_settings(
-        "test",
-        events_url=f"sqlite:///{tmp_path}/events.db",
-        runs_dir=str(tmp_path / "runs"),
-        var_dir=str(tmp_path / "var"),
-        window_hours=24.0,
-        banned_items=banned,
-        ban_file="",
-    )
+    def settings(banned):
+        return load_settings(
+            "test",
+            events_url=f"sqlite:///{tmp_path}/events.db",
+            runs_dir=str(tmp_path / "runs"),
+            var_dir=str(tmp_path / "var"),
+            window_hours=24.0,
+            banned_items=banned,
+            ban_file="",
+        )
+
     log = EventLog(tmp_path / "events.db")
 
     def lists():
@@ -418,7 +425,8 @@ def test_what_was_shown_before_it_was_banned_is_no_violation(recommender, tmp_pa
 
 
 def test_whoever_was_forgotten_is_a_stranger(recommender, tmp_path):
-    log, user = EventLog(tmp_path / "events.db"), recommender.users[0]
+    log = EventLog(tmp_path / "events.db")
+    user = recommender.users[0]
     owned = recommender.items[recommender.histories[0].indices[0]]
 
     def ask(at):
@@ -463,13 +471,15 @@ def test_alerts_do_not_flap(tmp_path):
 
     rng = np.random.default_rng(0)
     for severity, most in (("critical", 1), ("warning", 1)):
-        book, changes = AlertBook(tmp_path / f"{severity}.json"), []
+        book = AlertBook(tmp_path / f"{severity}.json")
+        changes = []
         for n in range(100):
             changes += book.look(table("firing" if n % 2 == 0 else "ok", severity), SETTINGS, now=n)
         assert len([c for c in changes if c["state"] == "firing"]) <= most and not [
             c for c in changes if c["state"] == "resolved"
         ]
-    book, changes = AlertBook(tmp_path / "random.json"), []
+    book = AlertBook(tmp_path / "random.json")
+    changes = []
     for n in range(300):
         changes += book.look(
             table("firing" if rng.random() < 0.1 else "ok", "warning"),
@@ -557,7 +567,8 @@ def test_the_report_is_one_page_with_the_lights_on_top(recommender, visitors):
         make_traffic(visitors[0], 400, seed=2, now=NOW, faults=["banned_item"], prefix="b"),
     ]
     window = make_window(events_of(traffic), recommender, SETTINGS, NOW)
-    table, trend = measure_window(window, SETTINGS), monitor_trend(window, recommender, 6)
+    table = measure_window(window, SETTINGS)
+    trend = monitor_trend(window, recommender, 6)
     evidence = {
         "requests": evidence_requests(window),
         "segments": evidence_segments(window),
@@ -617,7 +628,8 @@ def test_the_loop_closes(recommender, visitors, tmp_path):
         "drift" in reason and "CTR" in reason
         for reason in retrain_decision(look(visitors, 3, ("worse_model",)), recommender, 0, SETTINGS).reasons
     )
-    users, items = sorted(set(both.user_id)), recommender.items
+    users = sorted(set(both.user_id))
+    items = recommender.items
     x = csr_matrix(
         (
             np.ones(len(both), np.float32),

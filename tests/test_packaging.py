@@ -97,10 +97,13 @@ def bundle(tmp_path_factory):
 def bundles(tmp_path_factory):
     "Three signed bundles that differ, with headlines that compare."
     folder = tmp_path_factory.mktemp("bundles")
-    card = lambda n: {
-        "name": "films",
-        "headline": {"metric": "test NDCG@10", "value": 0.2 + n / 1000, "se": 0.01, "data": "d", "split": "s"},
-    }
+
+    def card(n):
+        return {
+            "name": "films",
+            "headline": {"metric": "test NDCG@10", "value": 0.2 + n / 1000, "se": 0.01, "data": "d", "split": "s"},
+        }
+
     return [save_bundle(recommender(n), folder / str(n), card(n), key=PRIVATE) for n in range(3)]
 
 
@@ -112,7 +115,8 @@ def one_line(error):
 
 
 def test_a_bundle_gives_back_what_it_was_given(bundle):
-    r, back = recommender(), load_bundle(bundle)
+    r = recommender()
+    back = load_bundle(bundle)
     pd.testing.assert_frame_equal(back.recommend_batch(k=10), r.recommend_batch(k=10))
     assert (
         back.segments.names == ["country=KR", "country=NZ"]
@@ -125,7 +129,8 @@ def test_a_bundle_gives_back_what_it_was_given(bundle):
 
 
 def test_reference_figures_against_plain_python(bundle):
-    ref, r = load_bundle(bundle).info["reference"], recommender()
+    ref = load_bundle(bundle).info["reference"]
+    r = recommender()
     lists = [r.recommend(user_id=u, k=10).item_ids for u in r.users]
     shown = [i for items in lists for i in items]
     users_of = np.bincount(r.histories.indices, minlength=60)
@@ -152,8 +157,9 @@ def test_reference_figures_against_plain_python(bundle):
 
 
 def test_no_flipped_byte_goes_unnoticed(bundle, tmp_path):
-    rng, copy = random.Random(0), Path(shutil.copytree(bundle, tmp_path / "b"))
-    for n in range(60 * TRIALS):
+    rng = random.Random(0)
+    copy = Path(shutil.copytree(bundle, tmp_path / "b"))
+    for _n in range(60 * TRIALS):
         p = rng.choice(sorted(copy.iterdir()))
         data = bytearray(p.read_bytes())
         at = rng.randrange(len(data))
@@ -171,8 +177,10 @@ def test_no_flipped_byte_goes_unnoticed(bundle, tmp_path):
 
 
 def test_a_zip_with_a_flipped_byte_is_refused_or_is_the_same_bundle(bundle, tmp_path):
-    rng, path = random.Random(1), pack_zip(bundle, tmp_path / "b.zip")
-    whole, refused = path.read_bytes(), 0
+    rng = random.Random(1)
+    path = pack_zip(bundle, tmp_path / "b.zip")
+    whole = path.read_bytes()
+    refused = 0
     for n in range(40 * TRIALS):
         data = bytearray(whole)
         at = (
@@ -191,7 +199,8 @@ def test_a_zip_with_a_flipped_byte_is_refused_or_is_the_same_bundle(bundle, tmp_
 def add_member(path, name, data=b"x", mode=stat.S_IFREG | 0o644, compress=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path, "a") as z:
         m = zipfile.ZipInfo(name)
-        m.external_attr, m.compress_type = mode << 16, compress
+        m.external_attr = mode << 16
+        m.compress_type = compress
         z.writestr(m, data)
 
 
@@ -309,7 +318,8 @@ def check_whole(folder, before=None, after=None):
     "Everything that is registered verifies, the history ends where the alias points, nothing half made is in the way; -> what live is."
     r = registry_at(folder)
     assert (r.verify().result == "ok").all(), r.verify()
-    live, rows = r.current("live"), r._log.rows()
+    live = r.current("live")
+    rows = r._log.rows()
     moves = r.history().query("alias == 'live' and action != 'refuse'")
     assert r._stack("live")[-1] == live and int(moves.to.iloc[-1]) == live, moves
     for p in r.bundles_dir.iterdir() if r.bundles_dir.exists() else ():
@@ -323,12 +333,14 @@ def check_whole(folder, before=None, after=None):
 
 def test_killed_while_registering_and_promoting(bundles, home):
     "At random moments: the old state or the new one, and the next process goes on from there."
-    rng, r = random.Random(2), registry_at(home)
+    rng = random.Random(2)
+    r = registry_at(home)
     began = time.perf_counter()
     r.register(bundles[0])
     r.promote(1, "live", by="ann")
     usual = time.perf_counter() - began
-    live, deaths = 1, 0
+    live = 1
+    deaths = 0
     for n in range(20 * TRIALS):
         target = bundles[n % 2 + 1]
 
@@ -464,7 +476,8 @@ SERVER_PINS = ROOT / "tests" / "mlflow_server.txt"
 def server_environment():
     "An environment for the server alone, made once and kept beside the tests' own."
     home = Path(sys.prefix) / "mlflow-server"
-    ready, wanted = home / ".ready", SERVER_PINS.read_text()
+    ready = home / ".ready"
+    wanted = SERVER_PINS.read_text()
     with FileLock(f"{home}.lock", timeout=600):
         if ready.exists() and ready.read_text() == wanted:
             return home
@@ -505,7 +518,8 @@ def free_port():
 
 def answers(url, seconds, process, log):
     "Wait until something answers with 200."
-    opener, until = urllib.request.build_opener(urllib.request.ProxyHandler({})), time.monotonic() + seconds
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
@@ -533,7 +547,9 @@ def end(process):
 @pytest.fixture
 def mlflow_server(tmp_path):
     "The address of a server on a free loopback port, with its own database and artifacts."
-    python, port, log = server_environment() / "bin" / "python", free_port(), tmp_path / "server.log"
+    python = server_environment() / "bin" / "python"
+    port = free_port()
+    log = tmp_path / "server.log"
     (tmp_path / "server").mkdir()
     command = [
         python,
@@ -704,14 +720,12 @@ def hyper(**more):
     return lambda d: {**d, "hyperparameters": {**d["hyperparameters"], **more}}
 
 
-GOLDEN, MODEL, HISTORIES, CHAIN, CARD, REFERENCE = (
-    "golden.json",
-    "model.safetensors",
-    "histories.safetensors",
-    "chain.json",
-    "card.json",
-    "reference.json",
-)
+GOLDEN = "golden.json"
+MODEL = "model.safetensors"
+HISTORIES = "histories.safetensors"
+CHAIN = "chain.json"
+CARD = "card.json"
+REFERENCE = "reference.json"
 MUTATIONS = {  # name -> (change, a part of the refusal; None: it loads, and every list is finite)
     "golden answers altered": (
         document(GOLDEN, lambda d: [{**g, "answer": g["answer"][::-1]} for g in d]),
@@ -971,7 +985,8 @@ def test_a_file_that_becomes_a_link_or_changes_while_it_is_read(bundle, tmp_path
     "followed."
     from aerec_nb import packaging
 
-    folder, expected = Path(shutil.copytree(bundle, tmp_path / "b")), load_bundle(bundle).recommend(1, k=5).item_ids
+    folder = Path(shutil.copytree(bundle, tmp_path / "b"))
+    expected = load_bundle(bundle).recommend(1, k=5).item_ids
     real = packaging._Files.contents
 
     def contents(self, name, *args):
@@ -1165,7 +1180,8 @@ def shop(tmp_path, monkeypatch):
 def test_no_name_in_a_bundle_runs_code(place, rich, shop, tmp_path):
     "Neither is anything imported; what is not refused by its pattern is refused because nothing lists or names it."
     name, change = PLACES[place]
-    folder, kept = Path(shutil.copytree(rich, tmp_path / "b")), (rich / name).read_text()
+    folder = Path(shutil.copytree(rich, tmp_path / "b"))
+    kept = (rich / name).read_text()
     before = set(sys.modules)
     for bad in BAD_NAMES:
         (folder / name).write_text(json.dumps(change(json.loads(kept), bad)))
@@ -1232,7 +1248,10 @@ def test_the_bytes_that_are_hashed_are_the_bytes_that_run(shop, monkeypatch):
     "A file that changes right after it was read is not read again."
     from aerec_nb.configuration import own_object, using_settings
 
-    good, real, path, reads = (shop / "evil.py").read_bytes(), Path.read_bytes, shop / "evil.py", []
+    good = (shop / "evil.py").read_bytes()
+    real = Path.read_bytes
+    path = shop / "evil.py"
+    reads = []
 
     def read_bytes(self):
         data = real(self)
@@ -1317,7 +1336,8 @@ def test_the_signature_is_checked_before_anything_else_is_read(bundles, tmp_path
 def test_a_signature_survives_what_is_done_with_bundles(bundles, home):
     "Packed, unpacked, registered as a folder and as a zip, shown, verified, promoted, rolled back; a copy that was"
     "kept unsigned gets it."
-    zipped, live = pack_zip(bundles[0], home / "b.zip"), default_settings("live", bundle_keys=[PUBLIC])
+    zipped = pack_zip(bundles[0], home / "b.zip")
+    live = default_settings("live", bundle_keys=[PUBLIC])
     (home / "unpacked").mkdir()
     unpack_zip(zipped, home / "unpacked")
     for path in (zipped, home / "unpacked"):
@@ -1360,7 +1380,8 @@ def test_what_is_registered_is_what_is_loaded(bundles, home, monkeypatch):
     r = registry_at(home)
     for b in bundles[:2]:
         r.register(b)
-    real, calls = Registry.resolve, []
+    real = Registry.resolve
+    calls = []
 
     def resolve(self, version):
         folder = real(self, version)
@@ -1463,7 +1484,8 @@ def tried(*actions):
 def test_a_full_disk(bundles, home, tmp_path):
     "No file may have more than 8 KiB (RLIMIT_FSIZE, which needs no rights): one line each, and nothing half written"
     "is left."
-    r, registry = recommender(), registry_at(home)
+    r = recommender()
+    registry = registry_at(home)
     registry.register(bundles[0])
     (home / "full").mkdir()
 
@@ -1592,7 +1614,8 @@ def fitted_models():
 
 def test_onnx_gives_the_scores_of_the_model(tmp_path):
     "For one history, for many, and for an empty one, to a ten-thousandth of the largest score."
-    onnxruntime, rng = pytest.importorskip("onnxruntime"), np.random.default_rng(1)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(1)
     for name, m in fitted_models().items():
         history = (rng.random((9, m.n_items)) < 0.2) * (rng.random((9, m.n_items)) + 0.5)
         history[0] = 0
@@ -1681,7 +1704,10 @@ def test_the_dockerfile_as_plain_commands(bundle, tmp_path):
         for k, v in os.environ.items()
         if not k.startswith("AEREC_") and k not in ("IN_TEST", "VIRTUAL_ENV", "PYTHONPATH")
     }
-    folder, stage, command, health = None, 0, None, None
+    folder = None
+    stage = 0
+    command = None
+    health = None
     for k, a in instructions((ROOT / "Dockerfile").read_text()):
         if k == "FROM":
             stage += 1
@@ -1720,7 +1746,8 @@ def test_the_dockerfile_as_plain_commands(bundle, tmp_path):
     where = run("python", "-c", "import aerec_nb; print(aerec_nb.__file__)", env=env, cwd=tmp_path / "app")
     assert str(tmp_path / "venv") in where.stdout, where
     key = "a-key-that-is-long-enough-to-be-one"
-    bundle, env["AEREC_BUNDLE_KEYS"] = shutil.copytree(bundle, tmp_path / "signed"), PUBLIC
+    bundle = shutil.copytree(bundle, tmp_path / "signed")
+    env["AEREC_BUNDLE_KEYS"] = PUBLIC
     sign_bundle(bundle, PRIVATE)
     env["AEREC_SERVING__API_KEYS"] = f"read:sha256:{hashlib.sha256(key.encode()).hexdigest()}"
     script = (

@@ -1,5 +1,6 @@
 "The whole way: data of every shape through the twelve stages, mistakes in one line, the report, the command."
 
+import contextlib
 import json
 import os
 import re
@@ -111,7 +112,7 @@ def test_recommend_from_the_registry(finished, tmp_path):
     user = int(sample().userId[0])
     listed = aerec("recommend", "--user", user, "-k", "5", "--json", env=environ, cwd=tmp_path)
     assert listed.returncode == 0 and len(json.loads(listed.stdout)) == 5, listed.stderr
-    assert not set(row["item_id"] for row in json.loads(listed.stdout)) & set(
+    assert not {row["item_id"] for row in json.loads(listed.stdout)} & set(
         sample().query("userId == @user and rating >= 3").movieId
     )
     from_history = aerec("recommend", "--history", "1,2,3", "--run", folder.name, "--json", env=environ, cwd=tmp_path)
@@ -232,7 +233,10 @@ def test_bad_input_gives_one_line_and_changes_nothing(what, short, environ, tmp_
     if text is not None:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "ratings.csv").write_text(text)
-    listing = lambda: sorted(p.relative_to(ROOT) for p in (ROOT / "dataset").rglob("*"))
+
+    def listing():
+        return sorted(p.relative_to(ROOT) for p in (ROOT / "dataset").rglob("*"))
+
     before = listing()
     done = aerec("run", "--data", "mine", env=environ, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -617,7 +621,8 @@ def test_a_full_disk(short, short_environ, tmp_path):
     """No file may grow beyond a limit: the stage that meets it says so in one line, leaves nothing half-written, and
     succeeds once there is room.
     """
-    to, short_environ = ("--to", "data_import"), {**short_environ, "AEREC_RUN__LOG_LEVEL": "WARNING"}
+    to = ("--to", "data_import")
+    short_environ = {**short_environ, "AEREC_RUN__LOG_LEVEL": "WARNING"}
     done = run("bash", "-c", f"ulimit -f 24; exec {BIN}/aerec run {' '.join(to)}", env=short_environ, cwd=tmp_path)
     (folder,) = runs_of(short_environ)
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
@@ -717,8 +722,10 @@ def test_kills_at_any_moment(short, short_environ, tmp_path):
     began = time.perf_counter()
     done = aerec("run", *to, env=undisturbed, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    length, stages = time.perf_counter() - began, PART[1:5] if STRESS else PART[1:3]
-    wanted, random = contents(runs_of(undisturbed)[0], stages), np.random.default_rng(0)
+    length = time.perf_counter() - began
+    stages = PART[1:5] if STRESS else PART[1:3]
+    wanted = contents(runs_of(undisturbed)[0], stages)
+    random = np.random.default_rng(0)
     for trial in range(100 if STRESS else 10):
         if trial % 5 == 0:
             shutil.rmtree(short_environ["AEREC_RUNS_DIR"], ignore_errors=True)  # begin anew
@@ -729,16 +736,12 @@ def test_kills_at_any_moment(short, short_environ, tmp_path):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(random.uniform(0.5, 0.9 * length if trial % 2 else 0.5 * length))
-        except subprocess.TimeoutExpired:
-            pass
         family = whole_family(psutil.Process(process.pid)) if process.poll() is None else []
         for victim in family[1:][-1:] if trial % 2 and len(family) > 1 else family[:1]:  # a kernel, or the pipeline
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
-            except psutil.NoSuchProcess:
-                pass
         process.wait(120)
         for folder in runs_of(short_environ) if runs_there(short_environ) else []:
             assert_nothing_half(folder)
@@ -760,10 +763,8 @@ def ours(environ):
     "Processes that work in these runs."
     found = []
     for p in psutil.process_iter():
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             found += [p] if p.environ().get("AEREC_RUNS_DIR") == environ["AEREC_RUNS_DIR"] else []
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            pass
     return found
 
 
@@ -782,7 +783,8 @@ def assert_nothing_half(folder):
 
 @pytest.mark.xdist_group("short")
 def test_two_runs_at_once(short, short_environ, tmp_path):
-    to, stages = ("--to", "modeling" if STRESS else "model_preprocessing"), PART[1 : 5 if STRESS else 4]
+    to = ("--to", "modeling" if STRESS else "model_preprocessing")
+    stages = PART[1 : 5 if STRESS else 4]
     both = [
         subprocess.Popen(
             [BIN / "aerec", "run", *to],

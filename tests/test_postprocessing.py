@@ -2,6 +2,7 @@
 change; steps of one's own.
 """
 
+import contextlib
 import itertools
 import os
 import time
@@ -22,7 +23,8 @@ from aerec_nb.limits import Deadline, DeadlineExceeded
 from aerec_nb.modeling import create_model
 from aerec_nb.postprocessing import BanList, Catalogue, Chain, IdIndex, Request, ban_list, check_chain, filter_items
 
-N, STRESS = 60, bool(os.environ.get("STRESS"))
+N = 60
+STRESS = bool(os.environ.get("STRESS"))
 GENRES = ["A", "B", "A|B", "C", "B|C", ""]
 TABLE = pd.DataFrame(
     {
@@ -52,12 +54,10 @@ OPTIONS = {
     "promote": {"where": {"all": [{"genres": "C"}]}, "places": [2]},
     "explore": {"slots": [2, 5], "pool": 6},
 }
-REMOVING, RANKING, CUTTING, PLACING = (
-    ["exclude_seen", "ban_list", "available"],
-    ["mmr", "calibrate", "freshness", "temper_popularity", "boost"],
-    ["min_score", "max_per_category"],
-    ["pins", "promote"],
-)
+REMOVING = ["exclude_seen", "ban_list", "available"]
+RANKING = ["mmr", "calibrate", "freshness", "temper_popularity", "boost"]
+CUTTING = ["min_score", "max_per_category"]
+PLACING = ["pins", "promote"]
 numbers = st.lists(st.integers(0, N - 1), max_size=25, unique=True)
 
 
@@ -89,11 +89,13 @@ def asked(draw, cutting=True):
 
 def eligible(chain, r):
     "Numbers of what may be shown, said once more in plain Python."
-    banned, seen = set(chain.banned_items), {*r.history.tolist(), *r.disliked.tolist()}
+    banned = set(chain.banned_items)
+    seen = {*r.history.tolist(), *r.disliked.tolist()}
 
     def may(n):
         row = TABLE.iloc[n]
-        early, late = row.available_from > r.now, row.available_until <= r.now
+        early = row.available_from > r.now
+        late = row.available_until <= r.now
         genres = (row.genres or "").split("|") if isinstance(row.genres, str) else []
         passes = {
             0: True,
@@ -212,7 +214,8 @@ def test_large_filters_cost_no_more_than_they_may():
 @given(asked(cutting=False))
 def test_exactly_k_of_what_is_eligible_whatever_the_order(case):
     chain, request, scores = case
-    done, may = chain.run(scores, request), eligible(chain, request)
+    done = chain.run(scores, request)
+    may = eligible(chain, request)
     assert len(done) == min(request.k, len(may)) == len(set(done.items.tolist())) and set(done.items.tolist()) <= may
     assert np.isfinite(done.scores).all() and ((done.propensities > 0) & (done.propensities <= 1)).all()
     again = chain.run(scores, request)
@@ -242,7 +245,8 @@ def test_a_part_of_the_catalogue_gives_the_list_of_the_whole(case):
 @given(asked())
 def test_pins_keep_their_place_or_it_is_said_why_not(case):
     chain, request, scores = case
-    done, may = chain.run(scores, request), eligible(chain, request)
+    done = chain.run(scores, request)
+    may = eligible(chain, request)
     wanted = (
         dict(enumerate(request.pins, 1)) if request.pins else OPTIONS["pins"]["places"] if "pins" in chain.steps else {}
     )
@@ -262,7 +266,8 @@ def test_maximum_per_category_against_plain_python(scores, most):
     done = Chain(["max_per_category"], index=few, options={"max_per_category": {"most": most}}).run(
         np.array(scores, np.float32), Request(k=12)
     )
-    kept, shown = [], {}
+    kept = []
+    shown = {}
     for n in sorted(range(12), key=lambda n: (-scores[n], n)):
         genres = TABLE.genres[n].split("|") if isinstance(TABLE.genres[n], str) else []
         if all(shown.get(g, 0) < most for g in genres):
@@ -279,12 +284,16 @@ def test_propensities_are_those_of_many_draws():
         options={"explore": {"slots": [1, 3], "epsilon": 0.7, "temperature": 0.4, "pool": 6}},
         seed=5,
     )
-    scores, counts, told, draws = np.linspace(1, 0, N).astype(np.float32), {}, {}, 6000
+    scores = np.linspace(1, 0, N).astype(np.float32)
+    counts = {}
+    told = {}
+    draws = 6000
     for draw in range(draws):
         done = chain.run(scores, Request(k=4, user="ann", draw=draw))
         for place in (1, 3):
             key = place, int(done.items[place - 1])
-            counts[key], told[key] = counts.get(key, 0) + 1, done.propensities[place - 1]
+            counts[key] = counts.get(key, 0) + 1
+            told[key] = done.propensities[place - 1]
     # by enumeration: candidates 4 to 9 are dealt to the slots, three cards each, weights exp(r/T) with r from 1 to 0
     # over the six
     for n, place in enumerate((1, 3)):
@@ -311,7 +320,8 @@ def recommender(**kw):
 
 def test_a_running_recommender_follows_ban_file_and_table(tmp_path, caplog):
     caplog.set_level("WARNING", logger="aerec_nb")  # the test environment says errors only
-    file, url = tmp_path / "bans.txt", f"sqlite:///{tmp_path}/bans.db"
+    file = tmp_path / "bans.txt"
+    url = f"sqlite:///{tmp_path}/bans.db"
     file.write_text("# none\n")
     engine = sa.create_engine(url)
     with engine.begin() as c:
@@ -503,14 +513,14 @@ NUMBERS = [
 @pytest.mark.parametrize("column", ODD.columns)
 def test_any_end_of_a_range_is_answered_or_refused(column):
     for op, end in itertools.product(("ge", "lt"), TIMES + NUMBERS):
-        try:
+        with contextlib.suppress(AerecError):
             filter_items(ODD_CATALOGUE, {"all": [{column: {op: end}}]})
-        except AerecError:
-            pass
 
 
 def test_dates_beyond_nanoseconds_and_words_for_dates():
-    items = lambda **r: np.count_nonzero(filter_items(ODD_CATALOGUE, {"all": [{"date": r}]})[0])
+    def items(**r):
+        return np.count_nonzero(filter_items(ODD_CATALOGUE, {"all": [{"date": r}]})[0])
+
     assert items(ge="1600-01-01") == 30 and items(ge="2020-01-31") == 20 and items(lt="9999-12-31") == 30
     for wrong in ("now", "today", "NaT", "9999999-01-01", "9" * 4000):
         with pytest.raises(AerecError):

@@ -60,7 +60,8 @@ def slow_deduplicate(rows, deduplicate="last"):
 def slow_bots(rows, bot_interactions=None, bot_hours=24.0, bot_policy="drop"):
     if bot_interactions is None:
         return rows
-    gone, bots = set(), set()
+    gone = set()
+    bots = set()
     for r in rows:
         earlier = [
             o
@@ -164,7 +165,8 @@ def slow_run(frame, knobs):
         {**{names.get(k, k): v for k, v in r.items()}, "row": n, "weight": r.get("count", 1.0)}
         for n, r in enumerate(frame.to_dict("records"))
     ]
-    scale, gone = (frame.rating.min(), frame.rating.max()) if "rating" in frame else None, {}
+    scale = (frame.rating.min(), frame.rating.max()) if "rating" in frame else None
+    gone = {}
     for name in knobs.get("rules", RULE_KNOBS):
         given = {k: v for k, v in knobs.items() if k in RULE_KNOBS[name]} | (
             {"scale": scale} if name in ("positive_threshold", "weight_by_rating") else {}
@@ -200,7 +202,10 @@ TIMED = [
 @st.composite
 def frames(draw, values=("rating", "count", None), times=None):
     n = draw(st.integers(4, 30))
-    column = lambda options: draw(st.lists(st.sampled_from(options), min_size=n, max_size=n))
+
+    def column(options):
+        return draw(st.lists(st.sampled_from(options), min_size=n, max_size=n))
+
     frame = pd.DataFrame({"user_id": column([10, 11, 12]), "item_id": column([20, 21, 22, 23, 24])})
     value = draw(st.sampled_from(values))
     if value:
@@ -265,7 +270,10 @@ def test_rules_do_what_the_slow_ones_do(group, data):
     assert result.dropped.row.is_unique and len(result.dropped) + len(made) == len(
         frame
     )  # every row is an interaction, or dropped once
-    pairs = lambda f: Counter(zip(f.user_id, f.item_id))
+
+    def pairs(f):
+        return Counter(zip(f.user_id, f.item_id))
+
     assert pairs(frame.iloc[result.dropped.row]) == pairs(result.dropped)
     low = {(frame.user_id[r], frame.item_id[r]) for r, rule in gone.items() if rule == "positive_threshold"}
     negatives = {(u, i) for u, i in low if u in set(made.user_id)} - set(zip(made.user_id, made.item_id))
@@ -313,7 +321,10 @@ def test_k_core_is_idempotent_and_knows_no_order(frame, knobs, seed):
     pd.testing.assert_frame_equal(again.interactions, first.interactions)
     assert again.report.note.iloc[-1] == "0 rounds"
     shuffled = run_rules(frame.sample(frac=1, random_state=seed), knobs).interactions
-    pairs = lambda f: Counter(zip(f.user_id, f.item_id))
+
+    def pairs(f):
+        return Counter(zip(f.user_id, f.item_id))
+
     assert pairs(shuffled) == pairs(first.interactions)
 
 
@@ -446,9 +457,10 @@ def test_a_threshold_off_a_scale_that_only_the_data_know(own_project, monkeypatc
     (own_project / "ratings.csv").write_text(
         "user,item,rating\n" + "".join(f"{u},{i},{(u + i) % 10 + 1}\n" for u in range(6) for i in range(6))
     )
-    begin = lambda **kw: open_run(
-        env="test", source=str(own_project / "ratings.csv"), runs_dir=str(own_project / "runs"), **kw
-    )
+
+    def begin(**kw):
+        return open_run(env="test", source=str(own_project / "ratings.csv"), runs_dir=str(own_project / "runs"), **kw)
+
     begin().ensure("data_import")
     monkeypatch.setattr(pd, "read_parquet", lambda *a, **kw: pytest.fail("ratings were read"))
     for knobs, why in (
@@ -591,7 +603,8 @@ def disliking():
         columns=["user_id", "item_id", "rating"],
     )
     result = run_rules(ratings, {"positive_threshold": 4})
-    users, items = result.interactions.user_id.unique(), result.interactions.item_id.unique()
+    users = result.interactions.user_id.unique()
+    items = result.interactions.item_id.unique()
     history = csr_matrix(pair_matrix(result.interactions, users, items), dtype=np.float32)
     return Recommender(
         create_model("ease", lam=5.0).fit(history),

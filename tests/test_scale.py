@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -154,10 +154,8 @@ def test_closed_forms_are_equal_to_the_bit(engine, split, n_workers):
         ("rdlae", {"user_power": 0.3}, None),
         ("ease", {"feature_weight": 3.0, "form": "primal"}, features),
     ):
-        local, there = (
-            create_model(name, **{"form": "primal", **hp}).fit(split.train, given),
-            create_model(name, **{"form": "primal", **hp}),
-        )
+        local = create_model(name, **{"form": "primal", **hp}).fit(split.train, given)
+        there = create_model(name, **{"form": "primal", **hp})
         scale.fit_model(there, split.train, given, ScaleSettings(engine="ray", n_workers=n_workers))
         if hp.get("user_power"):
             np.testing.assert_allclose(
@@ -197,10 +195,8 @@ def difference(one, other):
 @pytest.mark.parametrize("name", list(NETS) if STRESS else ["mult_vae"])
 def test_two_workers_learn_what_one_process_does(engine, split, name, tmp_path):
     local, there, one = (create_model(name, num_epoch=1, **NETS[name]) for _ in range(3))
-    alone, together = (
-        training.train(local, split, progress=False),
-        scale.train(there, split, progress=False, scale=TWO, checkpoints=tmp_path / "kept"),
-    )
+    alone = training.train(local, split, progress=False)
+    together = scale.train(there, split, progress=False, scale=TWO, checkpoints=tmp_path / "kept")
     assert difference(there, local) < 1e-4
     pd.testing.assert_frame_equal(together, alone, rtol=1e-4, check_dtype=False)
     assert set(scale.taken_figures().phase) >= {f"training {name}"}
@@ -221,10 +217,8 @@ def test_a_killed_worker_of_a_training_is_replaced(engine, split):
     undisturbed = create_model("mult_vae", **hp)
     training.train(undisturbed, split, patience=99, progress=False)
     for trial in range(KILLS):
-        model, killer = (
-            create_model("mult_vae", **hp),
-            Killer("RayTrainWorker", "TrainWorker", after=(1.0, 3.0), seed=trial),
-        )
+        model = create_model("mult_vae", **hp)
+        killer = Killer("RayTrainWorker", "TrainWorker", after=(1.0, 3.0), seed=trial)
         table = scale.train(model, split, patience=99, progress=False, checkpoint_s=0, scale=TWO)
         assert killer.end(), "nobody was killed"
         assert len(table) == 30 and difference(model, undisturbed) < 1e-3, (
@@ -250,7 +244,8 @@ def bundle(ratings, tmp_path_factory):
 
 
 def test_lists_are_the_same_files(engine, bundle, tmp_path):
-    r, seen = load_bundle(bundle), []
+    r = load_bundle(bundle)
+    seen = []
     here = r.recommend_batch(folder=tmp_path / "here", k=7, shard_users=50, now=1.7e9)
     there = scale.recommend_batch(
         bundle, folder=tmp_path / "there", k=7, shard_users=50, now=1.7e9, scale=TWO, progress=seen.append
@@ -436,7 +431,9 @@ def cluster(folder, env):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    short, address = tempfile.mkdtemp(prefix="ray-"), f"127.0.0.1:{port}"  # names of sockets must be short
+    # names of sockets must be short
+    short = tempfile.mkdtemp(prefix="ray-")
+    address = f"127.0.0.1:{port}"
     head = subprocess.Popen(
         [
             BIN / "ray",
@@ -476,10 +473,8 @@ def cluster(folder, env):
             else []
         )
         for pid in family:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         head.wait(10)
         shutil.rmtree(short, ignore_errors=True)
 

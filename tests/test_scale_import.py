@@ -73,10 +73,7 @@ def small_pieces(monkeypatch):
 def table():
     "A million ratings, or the sample; times are made up, since the stored set has none."
     rng = np.random.default_rng(0)
-    if ML_1M.is_file():
-        table = pd.read_csv(ML_1M)
-    else:
-        table = pd.read_csv(io.BytesIO(di._sample_files()["ratings.csv"]))
+    table = pd.read_csv(ML_1M) if ML_1M.is_file() else pd.read_csv(io.BytesIO(di._sample_files()["ratings.csv"]))
     return table.assign(timestamp=956703932 + rng.integers(0, 3 * 10**7, len(table)) // 50 * 50)
 
 
@@ -87,7 +84,8 @@ def found(path):
 def shards_of(table, folder, n=5, kind="parquet"):
     folder.mkdir()
     for i, part in enumerate(np.array_split(np.arange(len(table)), n)):
-        path, rows = folder / f"part-{i}.{kind}", table.iloc[part]
+        path = folder / f"part-{i}.{kind}"
+        rows = table.iloc[part]
         rows.to_parquet(path) if kind == "parquet" else rows.to_csv(path, index=False)
     return folder if kind == "parquet" else f"{folder}/*.csv"
 

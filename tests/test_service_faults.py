@@ -90,7 +90,8 @@ class Asker:
     def __init__(self, url, method, path, gap, **kw):
         self.answers, self._stop = [], threading.Event()
         self._ask = lambda client: client.request(method, path, **kw).status_code
-        self._url, self._gap = url, gap
+        self._url = url
+        self._gap = gap
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
 
@@ -160,8 +161,11 @@ def test_a_log_that_hangs_holds_up_no_list(bundle, fresh_database, tmp_path):
 
 def fill_log(path, n, n_of_one_user, n_items):
     "Write feedback of many users, and much of one."
-    log, rng, now = EventLog(path), np.random.default_rng(0), time.time()
-    users, items = rng.integers(50_000, size=n), rng.integers(1600, size=n)
+    log = EventLog(path)
+    rng = np.random.default_rng(0)
+    now = time.time()
+    users = rng.integers(50_000, size=n)
+    items = rng.integers(1600, size=n)
     events = [
         {
             "event_id": f"e{i}",
@@ -204,7 +208,8 @@ def test_start_up_reads_the_log_in_linear_time(tmp_path, n, n_of_one_user, n_ite
     state = create_app(
         recommender(), load_settings("test", var_dir=str(tmp_path / "var"), require_auth=False), log
     ).state.service
-    wall, began = time.monotonic(), time.thread_time()
+    wall = time.monotonic()
+    began = time.thread_time()
     state._read_log()
     took = time.thread_time() - began
     print(f"{n + n_of_one_user:,} events: {took:.2f} s of the processor, {time.monotonic() - wall:.2f} s")
@@ -220,7 +225,8 @@ def test_start_up_reads_the_log_in_linear_time(tmp_path, n, n_of_one_user, n_ite
 def test_ready_only_after_the_log_was_read(bundle, tmp_path):
     "While it is read: live answers, ready and lists say 503."
     log = EventLog(tmp_path / "events.db")
-    release, read = threading.Event(), log.erased_since
+    release = threading.Event()
+    read = log.erased_since
 
     def slow(seq):
         release.wait(20)
@@ -321,7 +327,8 @@ def test_a_full_disk_changes_nothing_and_stops_nothing(bundle, small_disk):
         httpx.Client(base_url=s.url, trust_env=False) as client,
     ):
         (small_disk / "fill").write_bytes(b"x" * 1_200_000)
-        accepted, refused = set(), 0
+        accepted = set()
+        refused = 0
         for n in range(400):
             events = [{**feedback(f"e{n}-{i}", user=3), "payload": {"x": "y" * 100}} for i in range(50)]
             status = client.post("/v1/events", json=events).status_code

@@ -209,7 +209,7 @@ def test_other_wrong_requests(running):
         is_problem(
             running.post(
                 "/v1/events",
-                content='{{"event_id": "p", "kind": "feedback", "payload": {}}}'.format(payload),
+                content=f'{{"event_id": "p", "kind": "feedback", "payload": {payload}}}',
                 headers={"content-type": "application/json"},
             ),
             status,
@@ -284,7 +284,8 @@ def committed(client):
 
 def test_events_answered_survive_kill_9(bundle, log_url):
     "Three times (thirty under STRESS): report as fast as possible, kill -9 in the middle; whatever was answered 2xx is in the log, whole."
-    answered, asked = set(), 0
+    answered = set()
+    asked = 0
     for life in range(3 * TRIALS):
         with service(bundle, log_url, variables={"AEREC_SERVING__REQUIRE_AUTH": "false"}) as s:
             lock = threading.Lock()
@@ -521,13 +522,19 @@ def workers_of(s):
 
 def test_workers_killed_under_load(bundle, log_url):
     "kill -9 of a worker, again and again, while events and requests arrive: what was accepted is in the log, and there is an answer within 5 seconds."
-    accepted, gaps, kills, stop, lock = set(), [], 3 * TRIALS, threading.Event(), threading.Lock()
+    accepted = set()
+    gaps = []
+    kills = 3 * TRIALS
+    stop = threading.Event()
+    lock = threading.Lock()
     with service(bundle, log_url, variables=OPEN, workers=2) as s:
 
         def send(worker):
-            last, n = time.monotonic(), 0
+            last = time.monotonic()
+            n = 0
             while not stop.is_set():
-                events, n = report(3, f"{worker}-{n}-"), n + 1
+                events = report(3, f"{worker}-{n}-")
+                n = n + 1
                 try:
                     with httpx.Client(base_url=s.url, trust_env=False, timeout=5) as client:
                         while not stop.is_set():
@@ -539,7 +546,8 @@ def test_workers_killed_under_load(bundle, log_url):
                                 if ok:
                                     accepted.update(e["event_id"] for e in events)
                                 gaps.append(time.monotonic() - last)
-                            last, n = time.monotonic(), n + 1
+                            last = time.monotonic()
+                            n = n + 1
                             events = report(3, f"{worker}-{n}-")
                 except httpx.TransportError:
                     continue  # the worker of this connection is gone: connect again
@@ -547,7 +555,8 @@ def test_workers_killed_under_load(bundle, log_url):
         senders = [threading.Thread(target=send, args=(w,)) for w in range(4)]
         for t in senders:
             t.start()
-        rng, died = np.random.default_rng(0), set()
+        rng = np.random.default_rng(0)
+        died = set()
         for _ in range(kills):
             time.sleep(0.8)
             victim = workers_of(s)[int(rng.integers(2)) % len(workers_of(s))]
@@ -700,14 +709,18 @@ def published(bundle, tmp_path):
 def test_swaps_under_load(published, log_url):
     "Twenty promotions while requests arrive: none fails, and every answer is one version's, whole."
     registry, versions, expected, variables = published
-    stop, failed, seen, lock = threading.Event(), [], dict.fromkeys(expected, 0), threading.Lock()
+    stop = threading.Event()
+    failed = []
+    seen = dict.fromkeys(expected, 0)
+    lock = threading.Lock()
     with service(None, log_url, variables=variables, alias="test", env="test", workers=2) as s:
 
         def ask(worker):
             with httpx.Client(base_url=s.url, trust_env=False, timeout=30) as client:
                 n = 0
                 while not stop.is_set():
-                    user, n = 1000 + (worker * 7 + n) % 20, n + 1
+                    user = 1000 + (worker * 7 + n) % 20
+                    n = n + 1
                     a = client.get(f"/v1/recommend/{user}")
                     ok = a.status_code == 200 and [i["item_id"] for i in a.json()["items"]] == expected.get(
                         a.json()["version"], {}
@@ -725,7 +738,8 @@ def test_swaps_under_load(published, log_url):
             for swap in range(20):
                 wanted = versions[(swap + 1) % 2]
                 registry.promote(wanted, "test", by="ann")
-                served, end = set(), time.monotonic() + 20
+                served = set()
+                end = time.monotonic() + 20
                 while served != {wanted} and time.monotonic() < end:
                     served = {httpx.get(f"{s.url}/version", trust_env=False).json()["number"] for _ in range(6)}
                 assert served == {wanted}
@@ -768,7 +782,10 @@ def test_a_bad_bundle_is_not_served(published, log_url):
 
 def test_saturation(bundle, log_url):
     "As many requests as go through, for five minutes (thirty seconds in `make test`): nothing but 429 and 503 fails, and memory does not grow."
-    seconds, statuses, stop, lock = 30 * TRIALS, {}, threading.Event(), threading.Lock()
+    seconds = 30 * TRIALS
+    statuses = {}
+    stop = threading.Event()
+    lock = threading.Lock()
     with service(bundle, log_url, variables={**OPEN, "AEREC_SERVING__MAX_CONCURRENCY": "8"}) as s:
         worker = workers_of(s)[0]
 
@@ -926,7 +943,8 @@ def test_a_damaged_blocklist_shows_nothing_that_was_banned(bundle, log_url, tmp_
 
 def test_no_start_with_a_damaged_blocklist(bundle, log_url, tmp_path):
     "One line says what is wrong with the list that the service kept."
-    variables, path = {**OPEN, "AEREC_PATHS__VAR_DIR": str(tmp_path / "var")}, tmp_path / "var" / "bans-test.txt"
+    variables = {**OPEN, "AEREC_PATHS__VAR_DIR": str(tmp_path / "var")}
+    path = tmp_path / "var" / "bans-test.txt"
     with service(bundle, log_url, variables=variables, env="test") as s:
         assert httpx.put(f"{s.url}/v1/bans/20", trust_env=False).status_code == 200
     whole = path.read_bytes()
@@ -969,10 +987,8 @@ def forgotten(s, user):
 
 def test_a_deleted_user_is_forgotten(bundle, log_url, tmp_path):
     "In every worker, after a restart, in the files of the log, and in what the service writes; feedback dated in the future too."
-    secret, variables = (
-        "zz-secret-user-zz",
-        {**OPEN, "AEREC_PATHS__VAR_DIR": str(tmp_path / "var"), "AEREC_SERVING__ACCESS_LOG": "true"},
-    )
+    secret = "zz-secret-user-zz"
+    variables = {**OPEN, "AEREC_PATHS__VAR_DIR": str(tmp_path / "var"), "AEREC_SERVING__ACCESS_LOG": "true"}
     events = [
         {
             "event_id": f"d{n}",

@@ -172,7 +172,8 @@ def test_a_server_that_accepts_and_is_silent_is_given_up():
 @on_postgres
 def test_the_stage_reads_a_database_once_and_keeps_it_for_the_run(shop, tmp_path, monkeypatch):
     monkeypatch.setenv("AEREC_DATA__SOURCE", shop)
-    asked, ask = [], data_import._ask
+    asked = []
+    ask = data_import._ask
     monkeypatch.setattr(data_import, "_ask", lambda database, query: (asked.append(query), ask(database, query))[1])
     more = "select customer as user_id, i as item_id, 4.0 as rating from rated, generate_series(1, 9) i"
     first = open_run(

@@ -43,7 +43,8 @@ def frames(draw, times=None, unique_times=False):
     "A small frame: repeated pairs, integers, texts or categories for ids, with or without weights and times."
     n = draw(st.integers(60, 160))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    users, items = draw(st.integers(4, 14)), draw(st.integers(8, 30))
+    users = draw(st.integers(4, 14))
+    items = draw(st.integers(8, 30))
     frame = pd.DataFrame(
         {"user_id": random.integers(users, size=n) * 7 + 3, "item_id": (random.random(n) ** 2 * items).astype(int) * 5}
     )
@@ -90,7 +91,8 @@ def made(data, **kw):
 
 def pairs(split, *parts):
     "Pairs of ids that play some parts."
-    x, of = split.interactions, np.isin(split.part, parts)
+    x = split.interactions
+    of = np.isin(split.part, parts)
     return set(zip(x.users[x.rows[of]].tolist(), x.items[x.matrix.indices[of]].tolist()))
 
 
@@ -139,8 +141,10 @@ def test_no_target_leaks(data):
         ):
             if fold is None:
                 continue
-            seen, asked = named(fold.users, s.items, fold.input), named(fold.users, s.items, fold.target)
-            known, with_history = set(s.items.tolist()), set(fold.users.tolist())
+            seen = named(fold.users, s.items, fold.input)
+            asked = named(fold.users, s.items, fold.target)
+            known = set(s.items.tolist())
+            with_history = set(fold.users.tolist())
             assert not asked & seen and not asked & train and not pairs(s, target) & train
             assert asked == {(u, i) for u, i in pairs(s, target) if i in known and u in with_history}
             assert seen == {(u, i) for u, i in pairs(s, *inputs) if i in known and u in with_history}
@@ -148,7 +152,7 @@ def test_no_target_leaks(data):
             held_out = pd.Series([u for u, _ in pairs(s, target)]).value_counts()
             assert fold.n_targets.tolist() == [held_out[u] for u in fold.users.tolist()]
             # who is not asked is counted
-            cold = {u for u in held_out.index} - {u for u, i in pairs(s, *inputs) if i in known}
+            cold = set(held_out.index) - {u for u, i in pairs(s, *inputs) if i in known}
             idle = {u for u, _ in pairs(s, *inputs)} - set(held_out.index)
             assert (fold.n_without_history, fold.n_without_target, fold.n_left_out) == (
                 len(cold),
@@ -212,7 +216,10 @@ def test_another_seed_is_another_split_where_anything_is_drawn(kind):
 def test_in_time_nothing_is_learned_from_the_future(data):
     frame, _, arguments, split = made(data, times=True, kinds=("temporal",))
     times, (valid, test) = split.interactions.times, split.cuts
-    of = lambda part: times[split.part == part]
+
+    def of(part):
+        return times[split.part == part]
+
     assert of(TRAIN).max() < valid <= of(VALID).min() and of(VALID).max() < test <= of(TEST).min()
     n = max(1, int(arguments["heldout_share"] * len(times)))
     assert (split.part == TEST).sum() >= n and (times > test).sum() < n, "the share, and the rest of its first second"
@@ -231,7 +238,8 @@ def test_leave_last_takes_the_latest_of_each_user(data):
         in_time = split.part[of[np.lexsort((x.position[of], x.times[of]))]]
         rank = np.select([in_time == VALID, in_time == TEST], [1, 2], 0)
         assert (np.diff(rank) >= 0).all()
-        n_test, n_valid = (in_time == TEST).sum(), (in_time == VALID).sum()
+        n_test = (in_time == TEST).sum()
+        n_valid = (in_time == VALID).sum()
         assert n_test == n_valid and (n_test >= 1) == (len(of) >= 3) and n_test + n_valid < max(1, len(of))
 
 
@@ -263,14 +271,17 @@ def slow_strong(frame, n_heldout, seed):
     users = sorted(set(frame.user_id.tolist()))
     np.random.seed(seed)
     users = [users[k] for k in np.random.permutation(len(users))]
-    train, valid, test = users[: -2 * n_heldout], users[-2 * n_heldout : -n_heldout], users[-n_heldout:]
+    train = users[: -2 * n_heldout]
+    valid = users[-2 * n_heldout : -n_heldout]
+    test = users[-n_heldout:]
     rows = list(zip(frame.user_id.tolist(), frame.item_id.tolist()))
     learned = {(u, i) for u, i in rows if u in train}
     known = {i for _, i in learned}
     folds = []
     for held_out in (valid, test):
         np.random.seed(seed)
-        seen, target = set(), set()
+        seen = set()
+        target = set()
         for user in sorted(held_out):
             items = [i for u, i in rows if u == user and i in known]
             drawn = (
@@ -295,7 +306,8 @@ def once(frame):
 def test_lecture_holds_out_what_the_lecture_holds_out(data):
     # of a repeated pair the last row stays, at its place; users and items keep their numbers by the first
     frame = once(data.draw(frames()))
-    n, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 999))
+    n = data.draw(st.integers(1, 4))
+    seed = data.draw(st.integers(0, 999))
     try:
         split = split_interactions(frame, "lecture", valid_sample_size=n, seed=seed)
     except AerecError:
@@ -323,7 +335,8 @@ def test_lecture_holds_out_what_the_lecture_holds_out(data):
 @given(st.data())
 def test_strong_is_the_one_of_liang(data):
     frame = once(data.draw(frames()))
-    n, seed = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 999))
+    n = data.draw(st.integers(1, 2))
+    seed = data.draw(st.integers(0, 999))
     try:
         split = split_interactions(frame, "strong", n_heldout_users=n, seed=seed)
     except AerecError:
@@ -371,18 +384,20 @@ if (SHARED / "reference" / "splits.py").exists() and (SHARED / "data" / "ml-1m" 
             frame = frame[frame.rating >= 3]
             frame = frame[frame.groupby("user_id").item_id.transform("size") >= 15]
         split = split_interactions(frame[["user_id", "item_id"]], "lecture", valid_sample_size=n)
-        x, ids, train, test = (
-            split.interactions,
-            reference(f"{name}_ids"),
-            reference(f"{name}_train"),
-            reference(f"{name}_test"),
-        )
+        x = split.interactions
+        ids = reference(f"{name}_ids")
+        train = reference(f"{name}_train")
+        test = reference(f"{name}_test")
         assert (x.users == ids["users"]).all() and (x.items == ids["items"]).all()
-        only = lambda *parts: sparse.csr_matrix(
-            (np.isin(split.part, parts).astype(np.float32), x.matrix.indices, x.matrix.indptr), x.matrix.shape
-        )
+
+        def only(*parts):
+            return sparse.csr_matrix(
+                (np.isin(split.part, parts).astype(np.float32), x.matrix.indices, x.matrix.indptr), x.matrix.shape
+            )
+
         assert same(only(TEST), test) and same(only(TRAIN, VALID), train)
-        refit, known = split.refit(), np.asarray(train.sum(0)).ravel() > 0
+        refit = split.refit()
+        known = np.asarray(train.sum(0)).ravel() > 0
         assert (
             same(refit.train, train[:, known])
             and same(refit.test.input, train[:, known])
@@ -468,7 +483,8 @@ def test_temporal_split_is_evaluated_and_audited():
     split = split_interactions(load_ratings("sample"), "temporal")
     for s, on in ((split, "valid"), (split.refit(), "test")):
         model = create_model("ease", lam=50.0).fit(s.train)
-        found, ends = evaluate(model, s, 10, on), bounds(s.train, getattr(s, on), 10, on)
+        found = evaluate(model, s, 10, on)
+        ends = bounds(s.train, getattr(s, on), 10, on)
         assert all(np.isfinite(v := found.metrics[m]).all() and (v >= 0).all() and (v <= 1).all() for m in METRICS)
         assert ends["random"].mean() < found.mean() < ends["oracle"].mean() <= 1
         assert not audit_leaks(s, model=model, on=on).leaks.any()
@@ -479,11 +495,9 @@ def test_stage_makes_the_split_and_the_features_that_are_asked_for(tmp_path, mon
     from aerec_nb.data_import import load_items, load_ratings
     from aerec_nb.runs import open_run
 
-    runs, items, times = (
-        {"env": "test", "runs_dir": str(tmp_path / "runs")},
-        load_items("sample"),
-        load_ratings("sample").timestamp,
-    )
+    runs = {"env": "test", "runs_dir": str(tmp_path / "runs")}
+    items = load_items("sample")
+    times = load_ratings("sample").timestamp
     tags = tmp_path / "tags.csv"
     cut = int(times.quantile(0.8))
     pd.DataFrame(
@@ -497,7 +511,8 @@ def test_stage_makes_the_split_and_the_features_that_are_asked_for(tmp_path, mon
     run = open_run(**runs, split="temporal", cut_time=str(cut), tags_file=str(tags), max_categories=3)
     run.quiet = True
     stage = run.execute("model_preprocessing")
-    split, features = Split.load(stage / "split"), ItemFeatures.load(stage / "features")
+    split = Split.load(stage / "split")
+    features = ItemFeatures.load(stage / "features")
     assert (
         split.kind == "temporal"
         and split.cuts[1] == cut

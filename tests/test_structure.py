@@ -41,7 +41,10 @@ ALLOWED = {
     "scale": ["events", "training", "packaging"],
     "pipeline": ["training", "serving", "monitoring", "scale"],
 }
-ids = lambda p: p.stem
+
+
+def ids(p):
+    return p.stem
 
 
 def cells(path):

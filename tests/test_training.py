@@ -138,7 +138,7 @@ def test_a_killed_stage_goes_on_in_its_run_and_in_its_log(environ, tmp_path):
     assert outputs[0] == outputs[1] and "mult_dae/model.safetensors" in outputs[0]
     assert not kept.parent.parent.exists()
     assert len(logged) == 2, logged  # the killed training is one run of the log, not two
-    for status, width, fingerprint, steps, pictures in logged:
+    for status, width, _fingerprint, steps, pictures in logged:
         assert (status, width, sorted(steps), pictures) == ("FINISHED", "8", list(range(1, 41)), ["curves.png"]), logged
 
 

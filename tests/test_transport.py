@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import numpy as np
@@ -49,7 +49,9 @@ class Running:
     "A service of one worker, its log, and ways to speak to it."
 
     def __init__(self, process, log, host):
-        self.process, self.log, self.host = process, log, host
+        self.process = process
+        self.log = log
+        self.host = host
         self.port = int(self._url().rsplit(":", 1)[1])
 
     def _url(self):
@@ -385,7 +387,10 @@ def ask_meanwhile(running, read, n_held, seconds):
     """Times of requests on fresh connections while others hold many; how much the log has grown; most descriptors of
     the worker.
     """
-    before, stop, times, files = running.log.stat().st_size, threading.Event(), [], 0
+    before = running.log.stat().st_size
+    stop = threading.Event()
+    times = []
+    files = 0
     holder = threading.Thread(target=hold, args=(running, n_held, stop))
     holder.start()
     time.sleep(1)
@@ -424,14 +429,13 @@ if STRESS:  # takes a minute
 
 
 def test_unfinished_heads_take_little_memory(edge, read):
-    before, connections = edge.worker.memory_info().rss, []
+    before = edge.worker.memory_info().rss
+    connections = []
     for size in [250_000] * 90 + [500_000] * 60:
         connection = edge.connect()
         connections.append(connection)
-        try:
+        with suppress(OSError):
             connection.sendall(b"GET /x HTTP/1.1\r\nHost: x\r\nX-a: " + b"a" * size)
-        except OSError:
-            pass
     with edge.client(read) as client:
         assert client.get("/v1/recommend/1").status_code == 200
     grown = (edge.worker.memory_info().rss - before) / 2**20
@@ -456,7 +460,8 @@ def test_clients_that_do_not_read(edge, read):
     with edge.client(read) as client:
         client.get("/v1/recommend/1")
     time.sleep(1)
-    before, connections = edge.worker.num_fds(), []
+    before = edge.worker.num_fds()
+    connections = []
     for _ in range(10):
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -575,10 +580,8 @@ def test_random_bytes(edge, read):
             else:
                 del text[at : at + int(rng.integers(1, 20))]
         with edge.connect() as connection:
-            try:
+            with suppress(OSError):
                 connection.sendall(text)
-            except OSError:
-                pass
             seen |= {int(status) for status in re.findall(rb"HTTP/1\.1 (\d\d\d)", read_all(connection, seconds=0.1))}
     with edge.client(read) as client:
         assert client.get("/v1/recommend/1").status_code == 200
@@ -589,7 +592,8 @@ def test_random_bytes(edge, read):
 
 
 def test_many_headers_hold_up_nobody(edge):
-    worst, stop = [0.0], threading.Event()
+    worst = [0.0]
+    stop = threading.Event()
 
     def flood():
         while not stop.is_set():

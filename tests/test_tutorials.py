@@ -38,6 +38,7 @@ def test_the_lecture_revisited(tmp_path, data, monkeypatch):
     figures = dict(
         part.rsplit(" ", 1) for part in next(line for line in said.splitlines() if " -> " in line).split(" -> ")
     )
-    leaky, honest = float(figures["list best first"]), float(figures["trained without the hidden items"])
+    leaky = float(figures["list best first"])
+    honest = float(figures["trained without the hidden items"])
     assert leaky > honest, "who has seen the answers knows more of them"
     assert sum("image/png" in o.get("data", {}) for c in made.cells for o in c.get("outputs", [])) == 1, "the waterfall"

@@ -88,12 +88,15 @@ def test_block_size_changes_nothing_on_given_scores(tied):
 
 def test_list_metrics_equal_plain_loops():
     random = np.random.default_rng(3)
-    counts, features = random.integers(0, 50, 70), random.random((70, 5)) * (random.random((70, 5)) < 0.4)
+    counts = random.integers(0, 50, 70)
+    features = random.random((70, 5)) * (random.random((70, 5)) < 0.4)
     top = np.argsort(random.random((40, 70)), axis=1)[:, :12]
     top[3, 5:] = -1
     top[4] = -1
     found = list_metrics(top, counts, 60, sparse.csr_matrix(features), k=(4, 12))
-    order, held, head = np.argsort(-counts, kind="stable"), 0, set()
+    order = np.argsort(-counts, kind="stable")
+    held = 0
+    head = set()
     for item in order:  # the fewest items that hold 80 %
         if held < 0.8 * counts.sum():
             head.add(item)
@@ -144,7 +147,9 @@ def ratings(n_users=120, n_items=90, seed=5):
 
 def test_intervals_hold_what_they_promise():
     "Of two hundred comparisons of equals about 95 % of the intervals hold zero, and their p is spread evenly."
-    random, inside, p = np.random.default_rng(6), [], []
+    random = np.random.default_rng(6)
+    inside = []
+    p = []
     for i in range(200):
         d = compare(
             [Evaluation(name, "valid", 10, np.arange(150), {"ndcg": random.beta(0.5, 2, 150)}) for name in "ab"],

@@ -56,11 +56,10 @@ def serve(package, prepare, models):
     """Do the job in the folder that is named on the command line; `models` has a pair of functions by name: fit(data,
     setting, look), rank(model, histories, users, k).
     """
-    resting, folder, clock = (
-        memory("VmRSS"),
-        Path(sys.argv[1]),
-        time.process_time,
-    )  # CPU seconds of all threads: what else the machine does is not counted
+    # CPU seconds of all threads: what else the machine does is not counted
+    resting = memory("VmRSS")
+    folder = Path(sys.argv[1])
+    clock = time.process_time
     job = json.loads((folder / "job.json").read_text())
     train, histories = (sparse.load_npz(folder / f"{name}.npz") for name in ("train", "histories"))
     users = np.load(folder / "users.npy")  # rows of train, -1 for somebody who is not in it
@@ -72,14 +71,16 @@ def serve(package, prepare, models):
         asked = json.loads(
             line
         )  # setting; epoch: only this one is looked at, None: all that are due; repeats: rankings that are timed
-        start, aside = clock(), 0.0
+        start = clock()
+        aside = 0.0
 
         def look(model, epoch=0, last=True):
             "Show the lists of a model; whether to go on."
             nonlocal aside
             if not (epoch == asked["epoch"] if asked["epoch"] else last or due(epoch)):
                 return True
-            began, seconds = clock(), []
+            began = clock()
+            seconds = []
             for _ in range(asked["repeats"]):
                 again = clock()
                 top = rank(model, histories, users, job["k"])

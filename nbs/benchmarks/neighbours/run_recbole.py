@@ -19,7 +19,9 @@ torch.set_num_threads(1)
 
 
 def config(model, folder, **setting):
-    arguments, sys.argv = sys.argv, sys.argv[:1]  # which RecBole would read as its own
+    # which RecBole would read as its own
+    arguments = sys.argv
+    sys.argv = sys.argv[:1]
     try:
         return Config(
             model=model,
@@ -59,10 +61,8 @@ def net(name):
         c = config(name, data[1].name, **setting)
         init_seed(c["seed"], True)
         model = get_model(name)(c, data[0]).to("cpu")
-        loader, trainer = (
-            get_dataloader(c, "train")(c, data[0], None, shuffle=True),
-            get_trainer(c["MODEL_TYPE"], name)(c, model),
-        )
+        loader = get_dataloader(c, "train")(c, data[0], None, shuffle=True)
+        trainer = get_trainer(c["MODEL_TYPE"], name)(c, model)
         for epoch in range(1, c["epochs"] + 1):
             model.train()
             trainer._train_epoch(loader, epoch - 1)

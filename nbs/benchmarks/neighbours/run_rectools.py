@@ -32,7 +32,8 @@ def rank(fitted, histories, users, k):  # somebody unknown is a user more in the
     model, data = fitted
     if (users < 0).any():
         train = data.get_user_item_matrix()
-        data, users = dataset(sparse.vstack([train, histories], format="csr")), train.shape[0] + np.arange(len(users))
+        data = dataset(sparse.vstack([train, histories], format="csr"))
+        users = train.shape[0] + np.arange(len(users))
     found = model.recommend(users, data, k=k, filter_viewed=True)
     at = pd.Series(np.arange(len(users)), users)[found.user_id].to_numpy()
     top = np.full((len(users), k), -1, np.int64)
