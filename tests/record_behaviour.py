@@ -5,7 +5,8 @@
 
 A record holds, for each data set: the sha256 of every artifact file, the metrics of every stage, the OpenAPI document,
 the events of the simulated traffic, and 1,000 lists from the packed bundle. Times, ids that are drawn at random,
-measured seconds and the hashes of files that hold such values are left out. Two records of the same code on the same machine are equal.
+measured seconds and the hashes of files that hold such values are left out. Two records of the same code on the same
+machine are equal.
 """
 
 import argparse

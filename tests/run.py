@@ -11,7 +11,9 @@ class Counts:
     "Counts outcomes; a failed set-up or tear-down is a failure, and reasons of skips are kept."
 
     def __init__(self):
-        self.passed, self.failed, self.skipped = set(), set(), {}
+        self.passed = set()
+        self.failed = set()
+        self.skipped = {}
 
     def pytest_runtest_logreport(self, report):
         if report.failed:

@@ -107,7 +107,8 @@ sys.path.insert(0, sys.argv[2])
 from test_auto import people
 from aerec_nb.model_preprocessing import split_interactions
 from aerec_nb.training import tune
-found = tune('mult_dae', split_interactions(people(), 'leave_last', valid_sample_size=3), 8, storage=sys.argv[1], progress=False, num_epoch=8, batch_size=32)
+split = split_interactions(people(), 'leave_last', valid_sample_size=3)
+found = tune('mult_dae', split, 8, storage=sys.argv[1], progress=False, num_epoch=8, batch_size=32)
 print(found.value)
 """
 

@@ -11,8 +11,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
-from pathlib import Path
 
 import pytest
 from conftest import BIN, ROOT, run, variables

@@ -36,7 +36,10 @@ class Server:
         self.modified = None
         self.ranges = True
         self.if_range = True
-        self.doing, self.asked, self.sent, self.released = [], [], 0, threading.Event()
+        self.doing = []
+        self.asked = []
+        self.sent = 0
+        self.released = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -321,7 +324,7 @@ def test_a_password_goes_to_its_host_only_and_is_not_shown(server, tmp_path):
 
 
 # --- the published sets
-# -------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 RATINGS = [(1, 10, 4.0, 964982703), (1, 11, 3.0, 964981247), (2, 10, 5.0, 964980000)]
 FILMS = [(10, "Amélie, Le fabuleux destin (2001)", ["Comedy", "Romance"]), (11, "Nothing (1999)", [])]
@@ -421,7 +424,7 @@ def test_a_set_that_breaks_off_goes_on_when_asked_for_again(grouplens, tmp_path)
 
 
 def test_a_disk_that_is_full_while_unpacking_leaves_nothing(grouplens, tmp_path, monkeypatch):
-    server = grouplens("ml-1m")
+    grouplens("ml-1m")
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -533,7 +536,7 @@ def test_a_first_run_without_grouplens_says_what_happened_then(server, tmp_path,
 
 
 # --- any web address
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_zip_from_a_web_address(server, tmp_path, monkeypatch):

@@ -45,7 +45,9 @@ from aerec_nb.events import EventLog, new_event
 name, url = sys.argv[1:3]
 log = EventLog(url)
 for n in range(10**6):
-    log.append([new_event('request', event_id=f'{name}-{n}-{i}', request_id=f'{name}-{n}-{i}', payload={'items': list(range(10))}) for i in range(20)]); print(n, flush=True)
+    ids = [f'{name}-{n}-{i}' for i in range(20)]
+    log.append([new_event('request', event_id=id_, request_id=id_, payload={'items': list(range(10))}) for id_ in ids])
+    print(n, flush=True)
 """
 
 
@@ -128,10 +130,12 @@ from aerec_nb.modeling import create_model
 from aerec_nb.serving import create_app
 x = csr_matrix(np.array([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]], np.float32))
 log = EventLog(sys.argv[1])
-app = create_app(Recommender(create_model('popularity').fit(x), [10, 20, 30, 40, 50], list('abcd'), x), load_settings('test'), log)
+recommender = Recommender(create_model('popularity').fit(x), [10, 20, 30, 40, 50], list('abcd'), x)
+app = create_app(recommender, load_settings('test'), log)
 with TestClient(app) as client:
     ask = lambda: client.get('/v1/recommend/a?k=3').status_code
-    post = lambda n: client.post('/v1/events', json={'event_id': f'p{n}', 'kind': 'feedback', 'user_id': 'a', 'item_id': 30, 'value': 1, 'payload': {'note': 'x'*2000}}).status_code
+    liked = {'kind': 'feedback', 'user_id': 'a', 'item_id': 30, 'value': 1, 'payload': {'note': 'x'*2000}}
+    post = lambda n: client.post('/v1/events', json={'event_id': f'p{n}', **liked}).status_code
     before = [(ask(), post(n)) for n in range(3)]
     time.sleep(.3)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY)) # not one byte more: the disk is full
@@ -205,7 +209,9 @@ import sys
 from aerec_nb.events import EventLog, new_event
 url, name, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
 log = EventLog(url)
-for start in range(0, n, 50): log.append([new_event('feedback', event_id=f'{name}-{i}', user_id=name, item_id=i, value=1) for i in range(start, start+50)])
+for start in range(0, n, 50):
+    numbers = range(start, start+50)
+    log.append([new_event('feedback', event_id=f'{name}-{i}', user_id=name, item_id=i, value=1) for i in numbers])
 log.append([new_event('feedback', event_id=f'shared-{i}', user_id='x', item_id=i) for i in range(20)])
 """
 
@@ -224,7 +230,7 @@ def writers_and_a_reader(url, folder, n):
     while True:
         alive = any(p.poll() is None for p in running)
         batch, last = log.feedback_since(last)
-        seen += zip(batch.user_id, batch.item_id)
+        seen += zip(batch.user_id, batch.item_id, strict=True)
         if not alive and not len(batch):
             break
         time.sleep(0.01)
@@ -709,7 +715,8 @@ HARM = {
 @pytest.mark.parametrize("harm", HARM)
 def test_no_event_is_accepted_by_a_log_that_is_not_the_one_it_was(harm, tmp_path):
     (tmp_path / "var").mkdir()
-    path, (hurt, codes) = tmp_path / "var" / "events.db", HARM[harm]
+    path = tmp_path / "var" / "events.db"
+    hurt, codes = HARM[harm]
     log = EventLog(path, statement_timeout_s=0.5)
     log.append([event(f"a{n}") for n in range(500)])
     checkpoint(path)
@@ -824,7 +831,9 @@ def limit(n): resource.setrlimit(resource.RLIMIT_FSIZE, (n, resource.RLIM_INFINI
 def tried(name, call):
     try: results[name] = call()
     except EventLogUnavailable as e: results[name] = str(e.code)
-    except AerecError as e: results[name] = 'AerecError' if str(e).startswith('cannot open event log') and chr(10) not in str(e) else str(e)
+    except AerecError as e:
+        one_line = chr(10) not in str(e)
+        results[name] = 'AerecError' if str(e).startswith('cannot open event log') and one_line else str(e)
 """
 
 FULL_DISK = (
@@ -832,7 +841,8 @@ FULL_DISK = (
     + """
 log = EventLog(folder/'events.db')
 log.append([new_event('feedback') for _ in range(50)])
-with sqlite3.connect(log.path) as db: db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall() # so that a small row fits in
+with sqlite3.connect(log.path) as db:
+    db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall() # so that a small row fits in
 limit(60_000)
 tried('nearly full', log.check_writable)
 limit(4096)
@@ -956,7 +966,9 @@ class Proxy:
     "Forwards connections to a server, and stops when told to, as a network that drops packets."
 
     def __init__(self, port):
-        self.port, self.frozen, self.sockets = port, threading.Event(), []
+        self.port = port
+        self.frozen = threading.Event()
+        self.sockets = []
         self.server = socket.create_server(("127.0.0.1", 0))
         self.address = self.server.getsockname()
         threading.Thread(target=self.accept, daemon=True).start()
@@ -1033,7 +1045,8 @@ def test_a_silent_network_is_given_up_in_time_and_then_used_again(proxied, fresh
         begun = time.monotonic()
         with pytest.raises((EventLogUnavailable, AerecError)) as refused:
             calls[name]()
-        took[name], codes[name] = time.monotonic() - begun, getattr(refused.value, "code", str(refused.value))
+        took[name] = time.monotonic() - begun
+        codes[name] = getattr(refused.value, "code", str(refused.value))
 
     for idle in (0, 1.2):  # a connection that was idle is tried first
         time.sleep(idle)

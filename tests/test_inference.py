@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from aerec_nb.configuration import AerecError, load_settings
+from aerec_nb.configuration import AerecError
 from aerec_nb.inference import Recommender, Segments, unrated_items, with_cold_items
 from aerec_nb.modeling import create_model
 from aerec_nb.postprocessing import Chain
@@ -102,7 +101,9 @@ def test_random_requests(part):
     }
     r, table, rng = world(model, part)
     genres = [set(g.split("|")) if isinstance(g, str) else set() for g in table.genres]
-    passes = {name: np.array([rule(g, y) for g, y in zip(genres, table.year)]) for name, rule in FILTERS.items()}
+    passes = {
+        name: np.array([rule(g, y) for g, y in zip(genres, table.year, strict=True)]) for name, rule in FILTERS.items()
+    }
     seen = (r.histories.toarray() > 0) | r.negatives.toarray()
     checked = short = 0
     while checked < REQUESTS:
@@ -132,9 +133,11 @@ def test_random_requests(part):
             left = rng.integers(0, N_ITEMS, 5)
             among = rng.integers(0, N_ITEMS, 60)
             if rng.random() < 0.2:
-                q["exclude"], may = [f"i{n}" for n in left], may & ~np.isin(np.arange(N_ITEMS), left)
+                q["exclude"] = [f"i{n}" for n in left]
+                may = may & ~np.isin(np.arange(N_ITEMS), left)
             if rng.random() < 0.1:
-                q["candidates"], may = [f"i{n}" for n in among], may & np.isin(np.arange(N_ITEMS), among)
+                q["candidates"] = [f"i{n}" for n in among]
+                may = may & np.isin(np.arange(N_ITEMS), among)
             if rng.random() < 0.2:
                 q["exclude_seen"] = False
             else:
@@ -147,10 +150,10 @@ def test_random_requests(part):
             batch.append(q)
             expected.append(may)
         answers = r.recommend_each(batch[:125]) + [r.recommend(**q) for q in batch[125:]]
-        for q, may, answer in zip(batch, expected, answers):
+        for q, may, answer in zip(batch, expected, answers, strict=True):
             ids = answer.item_ids
             assert len(ids) == len(set(ids)) == min(q["k"], int(may.sum())), (q, answer.warnings)
-            assert all(may[int(id[1:])] for id in ids), q
+            assert all(may[int(item[1:])] for item in ids), q
             assert (len(ids) < q["k"]) == any("no more are eligible" in w for w in answer.warnings)
             if "pins" in q and ids and may[int(q["pins"][0][1:])]:
                 assert ids[0] == q["pins"][0]
@@ -288,7 +291,8 @@ import time
 from pathlib import Path
 from aerec_nb.packaging import load_bundle
 r = load_bundle(Path({bundle!r}))
-r.recommend_batch(k=5, folder=Path({folder!r}), shard_users=7, progress=lambda n: (print(n, flush=True), time.sleep(.004)))
+def progress(n): print(n, flush=True); time.sleep(.004)
+r.recommend_batch(k=5, folder=Path({folder!r}), shard_users=7, progress=progress)
 """
 
 
@@ -308,7 +312,7 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path):
             text=True,
             env=env,
         )
-        lines = [process.stdout.readline()]  # it has begun
+        process.stdout.readline()  # it has begun
         time.sleep(0.1 * rng.random())
         process.kill()
         process.wait()
@@ -388,7 +392,7 @@ def test_new_items_are_found_better_than_by_chance():
     above = np.concatenate(
         [
             (s[h][:, None] > s[~h]).ravel() + 0.5 * (s[h][:, None] == s[~h]).ravel()
-            for s, h in zip(scores, has)
+            for s, h in zip(scores, has, strict=True)
             if h.any() and not h.all()
         ]
     )

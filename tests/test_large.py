@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import uuid
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,11 +24,10 @@ from scipy.sparse import coo_matrix
 from aerec_nb import data_import
 from aerec_nb.configuration import AerecError
 from aerec_nb.data_import import CONTRACT, ON_DUPLICATE, VERSION, Source, check_source, load_ratings, write_handover
-from aerec_nb.model_preprocessing import Interactions
 from aerec_nb.runs import open_run, read_json
 
 # --- the two ways
-# -------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def decoded(ratings):
@@ -76,7 +74,7 @@ def same_both_ways(path, **options):
 
 
 # --- shapes of text
-# -----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 U = [str(uuid.UUID(int=i)) for i in range(4)]
 NULL = "\x00"
@@ -164,7 +162,7 @@ def test_duplicates(rule, values, tmp_path):
                 *(["x"] if not values else []),
                 *(
                     str(v)
-                    for c, v in zip(("rating", "timestamp"), (value, at))
+                    for c, v in zip(("rating", "timestamp"), (value, at), strict=True)
                     if c in values.replace("plays", "rating")
                 ),
             ]
@@ -217,7 +215,7 @@ def test_encoding_as_said(encoding, works, tmp_path):
 
 
 # --- Parquet, parts, hand-over
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 PARQUETS = {
     "integers": {
@@ -337,7 +335,7 @@ def test_handover(events, options, tmp_path):
 
 
 # --- any table
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 FIELDS = {
     "user": ["1", "2", "3", "12", "007", "ann", " 2", "", "1.0", "-4", '"a,b"', "é"],
@@ -367,7 +365,7 @@ def test_any_table(tmp_path, table, on_duplicate, on_bad):
 
 
 # --- through the door
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_setting_decides_and_the_stage_works(tmp_path, monkeypatch):
@@ -396,18 +394,21 @@ def test_the_setting_decides_and_the_stage_works(tmp_path, monkeypatch):
 
 
 # --- two million rows
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 MEASURED = r"""
 import json, sys
 import numpy as np
 from aerec_nb.data_import import load_ratings
 from aerec_nb.model_preprocessing import Interactions
-def mib(what): return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(what)))/2**10 # of this process alone, not of its parent
+def mib(what): # of this process alone, not of its parent
+    return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(what)))/2**10
 before = mib('VmRSS')
 ratings = load_ratings(sys.argv[1])
 data = Interactions.from_frame(ratings)
-print(json.dumps(dict(mib=mib('VmHWM')-before, coded=str(ratings.user_id.dtype) == 'category', users=data.users.tolist(), items=data.items.tolist())))
+peak = mib('VmHWM')-before
+coded = str(ratings.user_id.dtype) == 'category'
+print(json.dumps(dict(mib=peak, coded=coded, users=data.users.tolist(), items=data.items.tolist())))
 np.savez(sys.argv[2], data=data.matrix.data, indices=data.matrix.indices, indptr=data.matrix.indptr, times=data.times)
 """
 
@@ -461,11 +462,13 @@ def test_two_million_rows_become_the_same_matrix_in_less_memory(kind, tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        found[way], made[way] = json.loads(done.stdout), np.load(tmp_path / f"{way}.npz")
+        found[way] = json.loads(done.stdout)
+        made[way] = np.load(tmp_path / f"{way}.npz")
     assert not found["small"]["coded"] and found["large"]["coded"]
 
     last = table.sort_values("timestamp").drop_duplicates(["userId", "movieId"], keep="last").sort_index()
-    (u, users), (i, items) = pd.factorize(last.userId), pd.factorize(last.movieId)
+    u, users = pd.factorize(last.userId)
+    i, items = pd.factorize(last.movieId)
     expected = coo_matrix((last.timestamp, (u, i))).tocsr()
     expected.sort_indices()
     for way in ("small", "large"):

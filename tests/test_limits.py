@@ -106,7 +106,7 @@ REQUESTS = {  # path, body; a few stand for the others in `make test`
     "names in a filter": ("/v1/recommend", '{{"filter":{{{}}}}}'.format(",".join(f'"f{n}":[]' for n in range(95_000)))),
     "conditions of a filter": (
         "/v1/recommend",
-        '{{"filter":{{"any":[{}]}}}}'.format(",".join('{"title":"x%d"}' % n for n in range(100_000))),
+        '{{"filter":{{"any":[{}]}}}}'.format(",".join(f'{{"title":"x{n}"}}' for n in range(100_000))),
     ),
     "one column, many conditions": (
         "/v1/recommend",
@@ -236,7 +236,9 @@ class Watch:
     "Asks for /health/live again and again, and remembers the longest answer."
 
     def __init__(self, url):
-        self.longest_s, self._url, self._stop = 0.0, url, threading.Event()
+        self.longest_s = 0.0
+        self._url = url
+        self._stop = threading.Event()
 
     def __enter__(self):
         self._thread = threading.Thread(target=self._ask)

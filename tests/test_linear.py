@@ -1,7 +1,6 @@
 "Closed-form models and baselines: defined on every kind of data, the same in every block, no larger than foreseen."
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,7 +161,8 @@ sys.path.insert(0, sys.argv[1])
 from test_linear import skewed
 from aerec_nb.modeling import create_model, plan, score_blocks
 def status(key): return 1024*int(next(line for line in open('/proc/self/status') if line.startswith(key)).split()[1])
-create_model('ease').fit(skewed(60, 60, 400)).score(skewed(60, 60, 400)) # what libraries take at their first use is nobody's
+# what libraries take at their first use is nobody's
+create_model('ease').fit(skewed(60, 60, 400)).score(skewed(60, 60, 400))
 create_model('item_knn').fit(skewed(60, 60, 400)).score(skewed(60, 60, 400))
 for case in json.loads(sys.argv[2]):
     read, write = os.pipe()

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -299,7 +298,7 @@ def test_real_and_simulated_never_mix(recommender, tmp_path):
 
 
 # --- alerts
-# -----------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Hook(http.server.BaseHTTPRequestHandler):
@@ -558,7 +557,7 @@ def test_prometheus_takes_the_rules_and_the_gauges(recommender, visitors, tmp_pa
 
 
 # --- report and loop
-# --------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_is_one_page_with_the_lights_on_top(recommender, visitors):

@@ -1,4 +1,7 @@
-"Bundles that lie, a registry that is killed, a real MLflow server, ONNX against the models, and the Dockerfile as plain commands. Loopback only."
+"""Bundles that lie, a registry that is killed, a real MLflow server, ONNX against the models, and the Dockerfile.
+
+The Dockerfile runs as plain commands. Loopback only.
+"""
 
 import hashlib
 import json
@@ -26,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BIN, ROOT, run, variables
+from conftest import ROOT, run, variables
 from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix
@@ -107,7 +110,7 @@ def bundles(tmp_path_factory):
     return [save_bundle(recommender(n), folder / str(n), card(n), key=PRIVATE) for n in range(3)]
 
 
-# --- bundles ------------------------------------------------------------------------------------------------------------------------------------------
+# --- bundles ----------------------------------------------------------------------------------------------------------
 
 
 def one_line(error):
@@ -281,7 +284,7 @@ def test_a_zip_that_others_made_is_read(bundle, tmp_path):
     assert load_bundle(tmp_path / "z.zip").info["id"] == bundle_id(bundle)
 
 
-# --- the registry -------------------------------------------------------------------------------------------------------------------------------------
+# --- the registry -----------------------------------------------------------------------------------------------------
 
 
 def registry_at(folder, policy=POLICY, **kw):
@@ -315,7 +318,9 @@ def in_child(work):
 
 
 def check_whole(folder, before=None, after=None):
-    "Everything that is registered verifies, the history ends where the alias points, nothing half made is in the way; -> what live is."
+    """Everything that is registered verifies, the history ends where the alias points, nothing half made is in the way;
+    -> what live is.
+    """
     r = registry_at(folder)
     assert (r.verify().result == "ok").all(), r.verify()
     live = r.current("live")
@@ -344,7 +349,7 @@ def test_killed_while_registering_and_promoting(bundles, home):
     for n in range(20 * TRIALS):
         target = bundles[n % 2 + 1]
 
-        def work():
+        def work(target=target, n=n):
             mine = registry_at(home)
             version = mine.register(target)
             mine.promote(version, "live", by="bob", why=f"trial {n}")
@@ -436,7 +441,8 @@ def test_gates_decide(bundles, home):
     tight = registry_at(home, policy=PackagingSettings(gate_size_mib=0.001, gate_latency_ms=1e-9, bundle_keys=[PUBLIC]))
     with pytest.raises(
         AerecError,
-        match="version 2 may not become live: latency: .* ms a recommendation, asked is at most 1e-09 ms .*; size: .* MiB",
+        match="version 2 may not become live: "
+        "latency: .* ms a recommendation, asked is at most 1e-09 ms .*; size: .* MiB",
     ):
         tight.promote(2, "live", by="bob")
     with pytest.raises(AerecError, match="live is never forced"):
@@ -460,7 +466,9 @@ def test_a_registry_of_before_goes_on(bundles, home):
     del r
     with sqlite3.connect(home / "registry.db") as db:
         db.executescript(
-            "CREATE TABLE old AS SELECT * FROM aerec_alias_history; DROP TABLE aerec_alias_history; DROP TABLE aerec_alias_done; ALTER TABLE old DROP COLUMN gates; ALTER TABLE old RENAME TO aerec_alias_history;"
+            "CREATE TABLE old AS SELECT * FROM aerec_alias_history; DROP TABLE aerec_alias_history; "
+            "DROP TABLE aerec_alias_done; ALTER TABLE old DROP COLUMN gates; "
+            "ALTER TABLE old RENAME TO aerec_alias_history;"
         )
     r = registry_at(home)
     assert r.history()[["action", "alias", "to", "gates"]].values.tolist() == [["promote", "dev", 1, ""]]
@@ -468,7 +476,7 @@ def test_a_registry_of_before_goes_on(bundles, home):
         db.execute("UPDATE aerec_alias_history SET why = 'x'")
 
 
-# --- a real MLflow server -----------------------------------------------------------------------------------------------------------------------------
+# --- a real MLflow server ---------------------------------------------------------------------------------------------
 
 SERVER_PINS = ROOT / "tests" / "mlflow_server.txt"
 
@@ -643,7 +651,7 @@ def test_a_real_mlflow_server_by_its_uri(mlflow_server, bundles, tmp_path, capfd
         Registry(f"{mlflow_server}/nothing", tmp_path / "x" / "bundles", "films")
 
 
-# --- bundles that break later -------------------------------------------------------------------------------------------------------------------------
+# --- bundles that break later -----------------------------------------------------------------------------------------
 
 
 def reseal(folder):
@@ -1015,7 +1023,11 @@ def test_columns_of_the_items_are_the_same_after_packing(tmp_path):
     rng = np.random.default_rng(3)
     x = csr_matrix((rng.random((30, 12)) < 0.4).astype(np.float32))
     shuffled = csr_matrix(
-        (x.data, np.concatenate([rng.permutation(x.indices[a:b]) for a, b in zip(x.indptr, x.indptr[1:])]), x.indptr),
+        (
+            x.data,
+            np.concatenate([rng.permutation(x.indices[a:b]) for a, b in zip(x.indptr, x.indptr[1:], strict=False)]),
+            x.indptr,
+        ),
         shape=x.shape,
     )
     table = pd.DataFrame(
@@ -1046,6 +1058,7 @@ def test_columns_of_the_items_are_the_same_after_packing(tmp_path):
                 np.repeat(np.arange(30), np.diff(r.histories.indptr)).tolist(),
                 r.histories.indices.tolist(),
                 np.asarray(r.times).tolist(),
+                strict=True,
             )
         }
 
@@ -1077,7 +1090,7 @@ def test_what_cannot_be_packed_says_so_and_leaves_nothing(tmp_path):
     assert load_bundle(save_bundle(r, tmp_path / "b")).n_users == 200
 
 
-# --- code that a bundle names -------------------------------------------------------------------------------------------------------------------------
+# --- code that a bundle names -----------------------------------------------------------------------------------------
 
 STEPS = """
 from pathlib import Path
@@ -1278,7 +1291,7 @@ def test_the_bytes_that_are_hashed_are_the_bytes_that_run(shop, monkeypatch):
         own_object("evil:even", "x")
 
 
-# --- signatures ---------------------------------------------------------------------------------------------------------------------------------------
+# --- signatures -------------------------------------------------------------------------------------------------------
 
 
 def poisoned(folder, key=None):
@@ -1437,7 +1450,7 @@ def test_a_server_that_is_not_there(bundles, tmp_path, monkeypatch):
         assert one_line(e) and "s3cret" not in str(e.value)
 
 
-# --- full disks and missing rights --------------------------------------------------------------------------------------------------------------------
+# --- full disks and missing rights ------------------------------------------------------------------------------------
 
 
 def in_strange_conditions(work, n_bytes=None, user=None):
@@ -1447,7 +1460,7 @@ def in_strange_conditions(work, n_bytes=None, user=None):
     if not pid:
         code = 1
         try:
-            sys.stdout = open(theirs, "w")
+            sys.stdout = open(theirs, "w")  # noqa: SIM115 (open until the child exits)
             if n_bytes is not None:
                 resource.setrlimit(
                     resource.RLIMIT_FSIZE, (n_bytes, n_bytes)
@@ -1584,7 +1597,7 @@ def test_missing_rights(bundles, empty):
             p.chmod(0o755)
 
 
-# --- ONNX ---------------------------------------------------------------------------------------------------------------------------------------------
+# --- ONNX -------------------------------------------------------------------------------------------------------------
 
 
 def fitted_models():
@@ -1651,7 +1664,7 @@ def test_onnx_says_what_it_cannot_do(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-# --- the container ------------------------------------------------------------------------------------------------------------------------------------
+# --- the container ----------------------------------------------------------------------------------------------------
 
 
 def instructions(text):
@@ -1683,7 +1696,9 @@ def test_the_dockerfile_is_of_two_stages_and_ends_without_rights():
 
 
 def test_the_dockerfile_as_plain_commands(bundle, tmp_path):
-    "Its steps one after another in temporary folders, packages borrowed from this environment; its command then serves a bundle. What needs root (useradd) is left out."
+    """Its steps one after another in temporary folders, packages borrowed from this environment; its command then
+    serves a bundle. What needs root (useradd) is left out.
+    """
     places = {
         "/src": tmp_path / "src",
         "/opt/venv": tmp_path / "venv",
@@ -1751,7 +1766,8 @@ def test_the_dockerfile_as_plain_commands(bundle, tmp_path):
     sign_bundle(bundle, PRIVATE)
     env["AEREC_SERVING__API_KEYS"] = f"read:sha256:{hashlib.sha256(key.encode()).hexdigest()}"
     script = (
-        "import sys; from aerec_nb.configuration import load_settings; from aerec_nb.packaging import Registry; r = Registry.from_settings(load_settings()); "
+        "import sys; from aerec_nb.configuration import load_settings; from aerec_nb.packaging import Registry; "
+        "r = Registry.from_settings(load_settings()); "
         "print(r.promote(r.register(sys.argv[1]), 'live', by='release-manager', why='first'))"
     )
     moved = run("python", "-c", script, bundle, env=env, cwd=tmp_path / "app")

@@ -72,14 +72,12 @@ class Killer(threading.Thread):
 
     def __init__(self, *names, times=1, after=(0.05, 0.6), seed=0):
         super().__init__(daemon=True)
-        self.names, self.times, self.after, self.random, self.killed, self.over = (
-            names,
-            times,
-            after,
-            np.random.default_rng(seed),
-            [],
-            False,
-        )
+        self.names = names
+        self.times = times
+        self.after = after
+        self.random = np.random.default_rng(seed)
+        self.killed = []
+        self.over = False
         self.start()
 
     def run(self):
@@ -308,7 +306,7 @@ def test_a_killed_worker_of_a_gram_matrix_is_replaced(engine, split, monkeypatch
 
 
 # --- the pipeline
-# -------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -382,7 +380,7 @@ def test_the_pipeline_on_ray(short_environ, tmp_path):
 
 
 # --- mistakes
-# -----------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def fails(words, env, cwd):

@@ -1,7 +1,6 @@
 "Import and rules on Ray: the same as in one process, whatever the pieces and shards, and whatever happens to workers."
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -17,13 +16,13 @@ import pytest
 pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 
-from conftest import ROOT
+from conftest import ROOT  # noqa: E402
 
-from aerec_nb import business_preprocessing as bp
-from aerec_nb import data_import as di
-from aerec_nb import scale
-from aerec_nb.configuration import AerecError, ScaleSettings, load_settings
-from aerec_nb.model_preprocessing import Interactions
+from aerec_nb import business_preprocessing as bp  # noqa: E402
+from aerec_nb import data_import as di  # noqa: E402
+from aerec_nb import scale  # noqa: E402
+from aerec_nb.configuration import AerecError, ScaleSettings, load_settings  # noqa: E402
+from aerec_nb.model_preprocessing import Interactions  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray")
 SCALE = ScaleSettings(engine="ray", n_workers=2, object_store_gib=0.5)
@@ -214,7 +213,8 @@ def test_text_ids_in_one_shard(tmp_path):
 
 def test_bad_rows(tmp_path):
     table = SMALL.astype(str)
-    table.loc[7, "rating"], table.loc[4, "user_id"] = "nonsense", ""
+    table.loc[7, "rating"] = "nonsense"
+    table.loc[4, "user_id"] = ""
     source = found(shards_of(table, tmp_path / "parts", 4, "csv"))
     with pytest.raises(AerecError) as local:
         di.check_source(source)
@@ -456,7 +456,9 @@ def watch():
     while not list(Path({str(tmp_path / "out")!r}).glob('shard-*.json')): time.sleep(.002)
     os.kill(os.getpid(), signal.SIGKILL)
 threading.Thread(target=watch, daemon=True).start()
-scale.import_shards(di._locate({str(sources["one"].ratings)!r}, load_settings(), [Path.cwd()]), {str(tmp_path / "out")!r}, None, 24, scale=ScaleSettings(engine='ray', object_store_gib=.5))
+source = di._locate({str(sources["one"].ratings)!r}, load_settings(), [Path.cwd()])
+on_ray = ScaleSettings(engine='ray', object_store_gib=.5)
+scale.import_shards(source, {str(tmp_path / "out")!r}, None, 24, scale=on_ray)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

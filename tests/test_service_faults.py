@@ -12,7 +12,6 @@ import time
 import httpx
 import numpy as np
 import pytest
-from conftest import BIN
 from scipy.sparse import csr_matrix
 
 from aerec_nb.configuration import load_settings
@@ -47,7 +46,8 @@ class Proxy:
     "A TCP proxy that can stop forwarding, as a network does that drops packets."
 
     def __init__(self, host, port):
-        self._to, self._running = (host, port), threading.Event()
+        self._to = (host, port)
+        self._running = threading.Event()
         self._running.set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -88,7 +88,8 @@ class Asker:
     "Asks for the same thing again and again, and keeps each status and how long it took."
 
     def __init__(self, url, method, path, gap, **kw):
-        self.answers, self._stop = [], threading.Event()
+        self.answers = []
+        self._stop = threading.Event()
         self._ask = lambda client: client.request(method, path, **kw).status_code
         self._url = url
         self._gap = gap
@@ -349,7 +350,9 @@ def test_a_full_disk_changes_nothing_and_stops_nothing(bundle, small_disk):
         for _ in range(60):
             assert client.get("/v1/recommend/1001").status_code == 200
         dropped = next(
-            l for l in client.get("/metrics").text.splitlines() if l.startswith("aerec_request_events_dropped_total ")
+            line
+            for line in client.get("/metrics").text.splitlines()
+            if line.startswith("aerec_request_events_dropped_total ")
         )
         assert float(dropped.split()[-1]) >= 30
         (small_disk / "fill").unlink()

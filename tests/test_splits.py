@@ -4,7 +4,6 @@ matrices.
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -93,16 +92,17 @@ def pairs(split, *parts):
     "Pairs of ids that play some parts."
     x = split.interactions
     of = np.isin(split.part, parts)
-    return set(zip(x.users[x.rows[of]].tolist(), x.items[x.matrix.indices[of]].tolist()))
+    return set(zip(x.users[x.rows[of]].tolist(), x.items[x.matrix.indices[of]].tolist(), strict=True))
 
 
 def named(users, items, matrix):
-    return set(zip(np.asarray(users)[matrix.nonzero()[0]].tolist(), np.asarray(items)[matrix.nonzero()[1]].tolist()))
+    row, column = matrix.nonzero()
+    return set(zip(np.asarray(users)[row].tolist(), np.asarray(items)[column].tolist(), strict=True))
 
 
 def last_rows(frame):
     "Each pair's last row: pair -> its place in the frame."
-    return {(u, i): n for n, (u, i) in enumerate(zip(frame.user_id.tolist(), frame.item_id.tolist()))}
+    return {(u, i): n for n, (u, i) in enumerate(zip(frame.user_id.tolist(), frame.item_id.tolist(), strict=True))}
 
 
 # ---- what must hold for every split ----
@@ -117,7 +117,11 @@ def test_every_interaction_plays_one_part_and_none_is_invented(data):
     assert set().union(*everything) == set(last_rows(frame))
     x = split.interactions
     for u, i, w, p in zip(
-        x.users[x.rows].tolist(), x.items[x.matrix.indices].tolist(), x.matrix.data.tolist(), x.position.tolist()
+        x.users[x.rows].tolist(),
+        x.items[x.matrix.indices].tolist(),
+        x.matrix.data.tolist(),
+        x.position.tolist(),
+        strict=True,
     ):
         assert p == last_rows(frame)[u, i] and w == (frame.weight.iloc[p] if "weight" in frame else 1)
         assert x.times is None or x.times[np.flatnonzero(x.position == p)[0]] == frame.timestamp.iloc[p]
@@ -215,7 +219,8 @@ def test_another_seed_is_another_split_where_anything_is_drawn(kind):
 @given(st.data())
 def test_in_time_nothing_is_learned_from_the_future(data):
     frame, _, arguments, split = made(data, times=True, kinds=("temporal",))
-    times, (valid, test) = split.interactions.times, split.cuts
+    times = split.interactions.times
+    valid, test = split.cuts
 
     def of(part):
         return times[split.part == part]
@@ -274,7 +279,7 @@ def slow_strong(frame, n_heldout, seed):
     train = users[: -2 * n_heldout]
     valid = users[-2 * n_heldout : -n_heldout]
     test = users[-n_heldout:]
-    rows = list(zip(frame.user_id.tolist(), frame.item_id.tolist()))
+    rows = list(zip(frame.user_id.tolist(), frame.item_id.tolist(), strict=True))
     learned = {(u, i) for u, i in rows if u in train}
     known = {i for _, i in learned}
     folds = []
@@ -313,7 +318,7 @@ def test_lecture_holds_out_what_the_lecture_holds_out(data):
     except AerecError:
         assume(False)
     tested = slow_lecture(frame, n, seed)
-    rest = frame[[p not in tested for p in zip(frame.user_id, frame.item_id)]]
+    rest = frame[[p not in tested for p in zip(frame.user_id, frame.item_id, strict=True)]]
     assert pairs(split, TEST) == tested and split.seeds == {"test": seed, "valid": seed + 1}
     order = (
         frame.user_id.drop_duplicates().tolist()
@@ -462,7 +467,9 @@ def test_batches_are_the_rows(frame, batch_size, shuffle, seed):
     m = Interactions.from_frame(frame).matrix
     got = list(batches(m, batch_size, shuffle, seed))
     rows = [
-        (i[a:b].tolist(), w[a:b].tolist()) for i, o, w in got for a, b in zip(o.tolist(), [*o.tolist()[1:], len(i)])
+        (i[a:b].tolist(), w[a:b].tolist())
+        for i, o, w in got
+        for a, b in zip(o.tolist(), [*o.tolist()[1:], len(i)], strict=True)
     ]
     order = np.random.default_rng(seed).permutation(m.shape[0]) if shuffle else range(m.shape[0])
     assert rows == [
@@ -485,7 +492,8 @@ def test_temporal_split_is_evaluated_and_audited():
         model = create_model("ease", lam=50.0).fit(s.train)
         found = evaluate(model, s, 10, on)
         ends = bounds(s.train, getattr(s, on), 10, on)
-        assert all(np.isfinite(v := found.metrics[m]).all() and (v >= 0).all() and (v <= 1).all() for m in METRICS)
+        values = [found.metrics[m] for m in METRICS]
+        assert all(np.isfinite(v).all() and (v >= 0).all() and (v <= 1).all() for v in values)
         assert ends["random"].mean() < found.mean() < ends["oracle"].mean() <= 1
         assert not audit_leaks(s, model=model, on=on).leaks.any()
 

@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import shutil
 import subprocess
 
 import nbformat

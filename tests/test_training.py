@@ -27,7 +27,8 @@ KILLED = textwrap.dedent("""
     from aerec_nb.model_preprocessing import split_interactions
     from aerec_nb.modeling import create_model
     from aerec_nb.training import train
-    folder, name, hp, seed, kills = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+    folder, name, hp = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    seed, kills = int(sys.argv[4]), int(sys.argv[5])
     dice = random.Random(seed)
 
     def attempt(checkpoints, result):
@@ -35,7 +36,8 @@ KILLED = textwrap.dedent("""
         rows, cols = np.nonzero(rng.random((300, 80)) < .2*np.linspace(2, .2, 80))
         split = split_interactions(pd.DataFrame(dict(user_id=rows, item_id=cols)), 'holdout', seed=1)
         model = create_model(name, **hp)
-        history = train(model, split, patience=99, progress=False, checkpoints=checkpoints, checkpoint_s=0 if checkpoints else 60)
+        checkpoint_s = 0 if checkpoints else 60
+        history = train(model, split, patience=99, progress=False, checkpoints=checkpoints, checkpoint_s=checkpoint_s)
         (folder/result).write_bytes(save(model.state()) + json.dumps(history.to_dict('list')).encode())
 
     def child(*args, after=None):
@@ -52,7 +54,8 @@ KILLED = textwrap.dedent("""
     killed = [child(folder/'kept', 'resumed', after=dice.uniform(.02, .5)*took) for _ in range(kills)]
     assert child(folder/'kept', 'resumed') == 0
     same = (folder/'resumed').read_bytes() == (folder/'whole').read_bytes() == (folder/'timed').read_bytes()
-    print(json.dumps(dict(killed=sum(os.WIFSIGNALED(k) for k in killed), failed=[k for k in killed if k and not os.WIFSIGNALED(k)], same=same,
+    failed = [k for k in killed if k and not os.WIFSIGNALED(k)]
+    print(json.dumps(dict(killed=sum(os.WIFSIGNALED(k) for k in killed), failed=failed, same=same,
                           left=sorted(p.suffix for p in (folder/'kept').iterdir()))))
 """)
 

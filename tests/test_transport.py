@@ -90,10 +90,8 @@ class Running:
         "Send bytes, and return what comes back until the end or for ten seconds."
         connection = connection or self.connect()
         with connection:
-            try:
+            with suppress(OSError):  # it was refused while it was still being sent
                 connection.sendall(text.encode("latin-1") if isinstance(text, str) else text)
-            except OSError:
-                pass  # it was refused while it was still being sent
             return read_all(connection)
 
     def head(self, method, path, *lines, host=None, key=None):

@@ -3,7 +3,6 @@ lecture's data where they lie beside it.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import papermill

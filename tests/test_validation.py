@@ -36,10 +36,11 @@ def test_metrics_equal_an_independent_librarys(tied):
     found = evaluate(scores, fold, (1, 5, 10, 60))
     best = [
         np.lexsort((np.arange(80), -np.where(h > 0, -np.inf, s)))[: (h == 0).sum()]
-        for s, h in zip(scores, fold.input.toarray())
+        for s, h in zip(scores, fold.input.toarray(), strict=True)
     ]  # ties by item index, histories out
     targets = [
-        t.indices.tolist() + [f"unknown {j}" for j in range(n - t.nnz)] for t, n in zip(fold.target, fold.n_targets)
+        t.indices.tolist() + [f"unknown {j}" for j in range(n - t.nnz)]
+        for t, n in zip(fold.target, fold.n_targets, strict=True)
     ]
     qrels = ranx.Qrels({f"u{i:05}": {str(t): 1 for t in items} for i, items in enumerate(targets)})
     run = ranx.Run(
@@ -192,7 +193,9 @@ def test_seeds_are_compared_person_by_person():
     splits = [split_interactions(ratings(), "lecture", valid_sample_size=4, seed=s) for s in (1, 2, 3)]
     found = [evaluate(create_model(m).fit(s.train), s, 5) for s in splits for m in ("ease", "popularity")]
     d = compare(found).iloc[0]
-    by_hand = np.concatenate([a.metrics["ndcg"] - b.metrics["ndcg"] for a, b in zip(found[::2], found[1::2])])
+    by_hand = np.concatenate(
+        [a.metrics["ndcg"] - b.metrics["ndcg"] for a, b in zip(found[::2], found[1::2], strict=True)]
+    )
     assert abs(d.difference) == pytest.approx(abs(by_hand.mean()), abs=1e-12)
     with pytest.raises(AerecError, match="the same splits and seeds"):
         compare(found[:-1])
