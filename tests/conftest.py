@@ -115,7 +115,6 @@ def pytest_collection_modifyitems(config, items):
 
 
 # --- a PostgreSQL of our own
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def postgres_program(name):

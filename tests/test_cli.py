@@ -162,7 +162,6 @@ def test_doctor(here, capsys, monkeypatch):
 
 
 # --- what the machine refuses: one line, exit code 1, and nothing half-written
-# ---------------------------------------------------------------------------
 
 UNPRIVILEGED = (
     ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []

@@ -324,7 +324,6 @@ def test_a_password_goes_to_its_host_only_and_is_not_shown(server, tmp_path):
 
 
 # --- the published sets
-# ----------------------------------------------------------------------------------------------------------------------
 
 RATINGS = [(1, 10, 4.0, 964982703), (1, 11, 3.0, 964981247), (2, 10, 5.0, 964980000)]
 FILMS = [(10, "Amélie, Le fabuleux destin (2001)", ["Comedy", "Romance"]), (11, "Nothing (1999)", [])]
@@ -536,7 +535,6 @@ def test_a_first_run_without_grouplens_says_what_happened_then(server, tmp_path,
 
 
 # --- any web address
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_zip_from_a_web_address(server, tmp_path, monkeypatch):

@@ -27,7 +27,6 @@ from aerec_nb.data_import import CONTRACT, ON_DUPLICATE, VERSION, Source, check_
 from aerec_nb.runs import open_run, read_json
 
 # --- the two ways
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def decoded(ratings):
@@ -74,7 +73,6 @@ def same_both_ways(path, **options):
 
 
 # --- shapes of text
-# ----------------------------------------------------------------------------------------------------------------------
 
 U = [str(uuid.UUID(int=i)) for i in range(4)]
 NULL = "\x00"
@@ -215,7 +213,6 @@ def test_encoding_as_said(encoding, works, tmp_path):
 
 
 # --- Parquet, parts, hand-over
-# ----------------------------------------------------------------------------------------------------------------------
 
 PARQUETS = {
     "integers": {
@@ -335,7 +332,6 @@ def test_handover(events, options, tmp_path):
 
 
 # --- any table
-# ----------------------------------------------------------------------------------------------------------------------
 
 FIELDS = {
     "user": ["1", "2", "3", "12", "007", "ann", " 2", "", "1.0", "-4", '"a,b"', "é"],
@@ -365,7 +361,6 @@ def test_any_table(tmp_path, table, on_duplicate, on_bad):
 
 
 # --- through the door
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_setting_decides_and_the_stage_works(tmp_path, monkeypatch):
@@ -394,7 +389,6 @@ def test_the_setting_decides_and_the_stage_works(tmp_path, monkeypatch):
 
 
 # --- two million rows
-# ----------------------------------------------------------------------------------------------------------------------
 
 MEASURED = r"""
 import json, sys

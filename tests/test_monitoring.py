@@ -298,7 +298,6 @@ def test_real_and_simulated_never_mix(recommender, tmp_path):
 
 
 # --- alerts
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Hook(http.server.BaseHTTPRequestHandler):
@@ -557,7 +556,6 @@ def test_prometheus_takes_the_rules_and_the_gauges(recommender, visitors, tmp_pa
 
 
 # --- report and loop
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_is_one_page_with_the_lights_on_top(recommender, visitors):

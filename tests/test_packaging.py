@@ -989,8 +989,9 @@ def test_files_that_are_no_files(bundle, tmp_path):
 
 
 def test_a_file_that_becomes_a_link_or_changes_while_it_is_read(bundle, tmp_path, monkeypatch):
-    "What is parsed is what was hashed: nothing is read a second time, and a link that takes a file's place is not"
-    "followed."
+    """What is parsed is what was hashed: nothing is read a second time, and a link that takes a file's place is not
+    followed.
+    """
     from aerec_nb import packaging
 
     folder = Path(shutil.copytree(bundle, tmp_path / "b"))
@@ -1018,8 +1019,9 @@ def test_a_file_that_becomes_a_link_or_changes_while_it_is_read(bundle, tmp_path
 
 
 def test_columns_of_the_items_are_the_same_after_packing(tmp_path):
-    "A column popularity, no column genres, ids of histories in any order: the lists are the same; new items keep the"
-    "column as well."
+    """A column popularity, no column genres, ids of histories in any order: the lists are the same; new items keep the
+    column as well.
+    """
     rng = np.random.default_rng(3)
     x = csr_matrix((rng.random((30, 12)) < 0.4).astype(np.float32))
     shuffled = csr_matrix(
@@ -1178,8 +1180,9 @@ PLACES = {  # where a name can stand in a bundle
 
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
-    "A project with a plugin that nothing names, and the same file where it does not belong; each leaves a mark when"
-    "it is run."
+    """A project with a plugin that nothing names, and the same file where it does not belong; each leaves a mark when
+    it is run.
+    """
     (tmp_path / "shop" / "drop").mkdir(parents=True)
     for path in ("evil.py", "drop/evil.py"):
         (tmp_path / "shop" / path).write_text(STEPS)
@@ -1207,8 +1210,9 @@ def test_no_name_in_a_bundle_runs_code(place, rich, shop, tmp_path):
 
 
 def test_a_plugin_is_run_where_the_operator_lists_or_names_it(shop, tmp_path):
-    "The same bundle: refused with the line that would allow it, taken with it, refused again once the file has"
-    "changed."
+    """The same bundle: refused with the line that would allow it, taken with it, refused again once the file has
+    changed.
+    """
     x = recommender().histories
     r = Recommender(
         create_model("evil:Flat").fit(x),
@@ -1347,8 +1351,9 @@ def test_the_signature_is_checked_before_anything_else_is_read(bundles, tmp_path
 
 
 def test_a_signature_survives_what_is_done_with_bundles(bundles, home):
-    "Packed, unpacked, registered as a folder and as a zip, shown, verified, promoted, rolled back; a copy that was"
-    "kept unsigned gets it."
+    """Packed, unpacked, registered as a folder and as a zip, shown, verified, promoted, rolled back; a copy that was
+    kept unsigned gets it.
+    """
     zipped = pack_zip(bundles[0], home / "b.zip")
     live = default_settings("live", bundle_keys=[PUBLIC])
     (home / "unpacked").mkdir()
@@ -1495,8 +1500,9 @@ def tried(*actions):
 
 
 def test_a_full_disk(bundles, home, tmp_path):
-    "No file may have more than 8 KiB (RLIMIT_FSIZE, which needs no rights): one line each, and nothing half written"
-    "is left."
+    """No file may have more than 8 KiB (RLIMIT_FSIZE, which needs no rights): one line each, and nothing half written
+    is left.
+    """
     r = recommender()
     registry = registry_at(home)
     registry.register(bundles[0])

@@ -405,7 +405,7 @@ def test_the_site_is_built_offline(project, environ):
     assert 'href="03_training.html"' in index and 'src="images/stages.svg"' in index
 
 
-# --- cache, resume, kills: on notebooks that are only their parameters and their last cells, so that a stage takes
+# --- cache, resume, kills: short notebooks, so that a stage takes seconds
 # seconds ---------------------------------
 
 PART = [

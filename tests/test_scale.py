@@ -306,7 +306,6 @@ def test_a_killed_worker_of_a_gram_matrix_is_replaced(engine, split, monkeypatch
 
 
 # --- the pipeline
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -380,7 +379,6 @@ def test_the_pipeline_on_ray(short_environ, tmp_path):
 
 
 # --- mistakes
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def fails(words, env, cwd):
