@@ -1,7 +1,8 @@
 """What the runners beside it share.
 
-A runner lives in its library's own environment, is started with a folder that holds a job, and then answers lines of JSON: it is told a setting, fits it, and
-shows the ranked lists it has come to. It chooses nothing, since only the notebook knows the held-out items and the clock."""
+A runner lives in its library's own environment, is started with a folder that holds a job, and then answers lines of
+JSON: it is told a setting, fits it, and shows the ranked lists it has come to. It chooses nothing, since only the
+notebook knows the held-out items and the clock."""
 
 import importlib.metadata
 import json
@@ -49,7 +50,11 @@ def in_blocks(score, histories, users, k, size=200):
 
 def due(epoch):  # 2, 4, ..., 10, 15, 20, 30, ...
     "Whether a net is looked at after this epoch."
-    return epoch % 2 == 0 if epoch <= 10 else epoch % 5 == 0 if epoch <= 20 else epoch % 10 == 0
+    if epoch <= 10:
+        return epoch % 2 == 0
+    if epoch <= 20:
+        return epoch % 5 == 0
+    return epoch % 10 == 0
 
 
 def serve(package, prepare, models):
@@ -67,10 +72,11 @@ def serve(package, prepare, models):
     start = clock()
     data = prepare(train)
     say(version=importlib.metadata.version(package), data_s=clock() - start)
-    for line in iter(sys.stdin.readline, ""):
-        asked = json.loads(
-            line
-        )  # setting; epoch: only this one is looked at, None: all that are due; repeats: rankings that are timed
+
+    def fit_one(line):
+        "Fit one setting, and show its lists."
+        # setting; epoch: only this one is looked at, None: all that are due; repeats: rankings that are timed
+        asked = json.loads(line)
         start = clock()
         aside = 0.0
 
@@ -105,3 +111,6 @@ def serve(package, prepare, models):
             say(failed=f"{type(e).__name__}: {e}".splitlines()[0][:200], spent_s=clock() - start)
         else:
             say(done=True, spent_s=clock() - start)
+
+    for line in iter(sys.stdin.readline, ""):
+        fit_one(line)

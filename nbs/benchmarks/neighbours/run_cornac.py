@@ -6,14 +6,14 @@ import torch
 from common import in_blocks, serve
 from cornac.data import Dataset
 from cornac.models import EASE, VAECF
-from scipy import sparse
 
 torch.set_num_threads(1)
 
 
 def prepare(train):
     rows = np.repeat(np.arange(train.shape[0]), np.diff(train.indptr))
-    data = Dataset.from_uir(list(zip(rows.tolist(), train.indices.tolist(), train.data.tolist())), seed=42)
+    ratings = list(zip(rows.tolist(), train.indices.tolist(), train.data.tolist(), strict=True))
+    data = Dataset.from_uir(ratings, seed=42)
     items = np.array([data.iid_map[i] for i in range(train.shape[1])])  # Cornac's column of each of ours
     return data, items, np.array([data.uid_map[u] for u in range(train.shape[0])])
 

@@ -47,12 +47,11 @@ def prepare(train):
     rows = np.repeat(np.arange(train.shape[0]), np.diff(train.indptr))
     with open(Path(folder.name) / "ml" / "ml.inter", "w") as f:
         f.write("user_id:token\titem_id:token\n")
-        f.writelines(f"{u}\t{i}\n" for u, i in zip(rows.tolist(), train.indices.tolist()))
+        f.writelines(f"{u}\t{i}\n" for u, i in zip(rows.tolist(), train.indices.tolist(), strict=True))
     data = create_dataset(config("MultiVAE", folder.name))
     data._change_feat_format()  # tables of tensors, as after RecBole's own split; here all of it is for training
-    items = np.array(
-        [data.token2id("item_id", str(i)) for i in range(train.shape[1])]
-    )  # RecBole's column of each of ours; its column 0 is padding
+    # RecBole's column of each of ours; its column 0 is padding
+    items = np.array([data.token2id("item_id", str(i)) for i in range(train.shape[1])])
     return data, folder, items, np.array([data.token2id("user_id", str(u)) for u in range(train.shape[0])])
 
 
