@@ -67,7 +67,7 @@ class ItemKNN(Model):
     def __init__(
         self,
         n_neighbors: int = 100,  # neighbours kept of each item
-        shrink: float = 10.0,  # added to the denominator: distrust of similarities that few people stand behind; not for bm25
+        shrink: float = 10.0,  # added to the denominator, against similarities that few users support; not for bm25
         similarity: str = "cosine",  # cosine, tfidf or bm25
         k1: float = 1.2,  # bm25: how soon more of the same stops counting
         b: float = 0.2,  # bm25: how far popular items are weighed down, 0 to 1
@@ -189,7 +189,7 @@ class IALS(Model):
         for start in range(0, len(X), step):
             rows = history[start : start + step]
             A = np.repeat(always[None], rows.shape[0], 0)
-            for u, (first, last) in enumerate(zip(rows.indptr, rows.indptr[1:])):
+            for u, (first, last) in enumerate(zip(rows.indptr, rows.indptr[1:], strict=False)):
                 y = Y[rows.indices[first:last]]
                 A[u] += (y.T * (self.alpha * rows.data[first:last])) @ y
                 X[start + u] = (1 + self.alpha * rows.data[first:last]) @ y

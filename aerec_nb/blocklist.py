@@ -59,7 +59,7 @@ def _read_database(url: str, query: str) -> list:  # item ids
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as e:
         reason = hide_secrets(str(getattr(e, "orig", None) or e).strip().splitlines()[0])
         raise AerecError(f"postprocessing.ban_url {hide_secrets(url)}: {reason}") from None
-    return [id for id in rows if id is not None]
+    return [item_id for item_id in rows if item_id is not None]
 
 
 class _Read:
@@ -121,9 +121,11 @@ class BanList:
         self._read = None
         self._read_at = 0.0
         if self.file:
-            self._stamp, self._file_ids = self._file_stamp(), self._read_file()
+            self._stamp = _file_stamp(self.file)
+            self._file_ids = self._read_file()
         if self.url:
-            self._table_ids, self._read_at = self._first_read(), time.monotonic()
+            self._table_ids = _first_read(self.url, self.query)
+            self._read_at = time.monotonic()
         self._merge()
 
     @property
@@ -179,14 +181,6 @@ class BanList:
         self.ids = self._merged()
         self.version += 1
 
-    def _file_stamp(self):
-        "Return what changes when the file changes; None without a file."
-        try:
-            s = self.file.stat()
-        except OSError:
-            return None
-        return s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino
-
     def _read_file(self) -> list:
         return read_ids(self.file, "item_id", "postprocessing.ban_file", may_be_empty=True)
 
@@ -194,19 +188,13 @@ class BanList:
         "Read the file if it changed; one that failed is tried again every second."
         if not self.file:
             return False
-        stamp = self._file_stamp()
+        stamp = _file_stamp(self.file)
         if stamp == self._stamp and not ("file" in self._errors and time.monotonic() >= self._retry_at):
             return False
-        self._stamp, self._retry_at = stamp, time.monotonic() + 1
+        self._stamp = stamp
+        self._retry_at = time.monotonic() + 1
         self._file_ids = self._read_file()
         return True
-
-    def _first_read(self) -> list:
-        "Read the table for the first time."
-        read = _Read(self.url, self.query)
-        if not read.wait(_FIRST_READ_S):
-            raise AerecError(f"postprocessing.ban_url {hide_secrets(self.url)}: no answer within {_FIRST_READ_S:g} s")
-        return read.ids()
 
     def _newer_table(self, wait_s: float) -> bool:
         "Start a read where the last one is old, and take its result once it is there."
@@ -215,7 +203,8 @@ class BanList:
         if self._read is None:
             if time.monotonic() - self._read_at < self.refresh_s:
                 return False
-            self._read, self._read_at = _Read(self.url, self.query), time.monotonic()
+            self._read = _Read(self.url, self.query)
+            self._read_at = time.monotonic()
             self._read.wait(wait_s)
         if not self._read.wait(0):
             if time.monotonic() - self._read.started > _CONNECT_S + _STATEMENT_S:
@@ -225,3 +214,22 @@ class BanList:
         self._read = None
         self._table_ids = read.ids()
         return True
+
+# %% ../nbs/04b_blocklist.ipynb #01b61e38
+def _file_stamp(
+    file: Path,  # may be missing
+) -> tuple | None:
+    "Return what changes when the file changes; None without a file."
+    try:
+        s = file.stat()
+    except OSError:
+        return None
+    return s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino
+
+
+def _first_read(url: str, query: str) -> list:
+    "Read the table for the first time."
+    read = _Read(url, query)
+    if not read.wait(_FIRST_READ_S):
+        raise AerecError(f"postprocessing.ban_url {hide_secrets(url)}: no answer within {_FIRST_READ_S:g} s")
+    return read.ids()

@@ -13,10 +13,9 @@ __all__ = ['OFF', 'RULES', 'SCALES', 'Verdict', 'register_rule', 'codes_of', 'se
 # %% ../nbs/01a_business_preprocessing.ipynb #0b09c015
 import importlib.util
 import inspect
-import re
 import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -48,7 +47,7 @@ RULES = {}  # name -> function(ratings, knobs) -> mask, frame, Verdict or OFF
 def register_rule(
     name: str,  # what settings call it
     negatives: bool = False,  # are the rows it drops explicit dislikes? They are kept then, for exclusion
-    per_user: bool = False,  # is what it says of a user's rows the same without the other users? Workers (section scale) share the users then
+    per_user: bool = False,  # is a user's result independent of others? Workers (section scale) then share the users
 ):  # a decorator
     "Add a rule to those that settings may name; the same name again replaces it."
 
@@ -118,13 +117,12 @@ def _without(ids, excluded):
         return OFF
     codes, names = codes_of(ids)
     text = names.astype(str)
-    wanted = {str(id) for id in excluded}
+    wanted = set(map(str, excluded))
     absent = sorted(wanted - set(text[np.bincount(codes, minlength=len(names)) > 0]))
-    note = (
-        f"not in the data: {', '.join(absent[:10])}{f' and {len(absent) - 10:,} more' if len(absent) > 10 else ''}"
-        if absent
-        else ""
-    )
+    note = ""
+    if absent:
+        more = f" and {len(absent) - 10:,} more" if len(absent) > 10 else ""
+        note = f"not in the data: {', '.join(absent[:10])}{more}"
     return Verdict(~text.isin(wanted)[codes], f"{len(wanted):,} id{'s' if len(wanted) > 1 else ''}", note, bool(absent))
 
 
@@ -567,9 +565,8 @@ def _knobs(rules):
 
 def _list_files(rules):
     "The list files that are set; a relative path is taken from the project's folder."
-    return {
-        name: project_dir() / Path(path).expanduser() for name in _LISTS if (path := getattr(rules, f"{name}_file"))
-    }
+    paths = {name: getattr(rules, f"{name}_file") for name in _LISTS}
+    return {name: project_dir() / Path(path).expanduser() for name, path in paths.items() if path}
 
 
 def _steps(rules, knobs, elsewhere=False):
@@ -680,11 +677,13 @@ def _walk(ratings, rules, scale):
     "Apply one rule after the other and yield what each leaves; rules that are off are passed over."
     steps = _steps(rules, _knobs(rules) | {"scale": scale})
     left = ratings.reset_index(drop=True)
-    left = left.assign(
-        weight=(
-            left["count"] if "count" in left else left.weight if "weight" in left else pd.Series(1, left.index)
-        ).astype(np.float32)
-    )
+    if "count" in left:
+        weight = left["count"]
+    elif "weight" in left:
+        weight = left.weight
+    else:
+        weight = pd.Series(1, left.index)
+    left = left.assign(weight=weight.astype(np.float32))
     yield _Step("ratings", left, np.array([], np.int64), False, Verdict(None, "as imported"), False)
     for name, function, arguments in steps:
         said = _ask(name, function, arguments, left)
@@ -889,23 +888,26 @@ def plot_waterfall(
         1, 3, figsize=(11, 1.2 + 0.44 * len(labels)), sharey=True, width_ratios=(2, 1, 1), layout="constrained"
     )
     for ax, what, before, after in zip(
-        axes, ("rows", "users", "items"), ("rows_before", "users_before", "items_before"), ("kept", "users", "items")
+        axes,
+        ("rows", "users", "items"),
+        ("rows_before", "users_before", "items_before"),
+        ("kept", "users", "items"),
+        strict=True,
     ):
         level = report[after].to_numpy()
         dropped = (report[before] - report[after]).to_numpy()
         ax.barh(y[[0, -1]], level[[0, -1]], color="#0072B2", height=0.7)
         ax.barh(y[1:-1], level[1:], color="#0072B2", alpha=0.25, height=0.7)
         ax.barh(y[1:-1], dropped[1:], left=level[1:], color="#D55E00", height=0.7)
-        for at, value, lost in zip(y, [*level, level[-1]], [*dropped, 0]):
-            said = (
-                f"{value:,}"
-                if at == 0
-                else f"{value:,} ({value / level[0]:.1%})"
-                if at == y[-1]
-                else f"-{lost:,} ({lost / level[0]:.1%})"
-                if lost
-                else "0"
-            )
+        for at, value, lost in zip(y, [*level, level[-1]], [*dropped, 0], strict=True):
+            if at == 0:
+                said = f"{value:,}"
+            elif at == y[-1]:
+                said = f"{value:,} ({value / level[0]:.1%})"
+            elif lost:
+                said = f"-{lost:,} ({lost / level[0]:.1%})"
+            else:
+                said = "0"
             if what == "rows" and at < y[-1] and "mean weight" in report.note[at]:
                 said = f"{said}, mean weight {report.mean_weight[at]:.3g}"
             ax.annotate(said, (value + lost, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)

@@ -33,7 +33,7 @@ from configparser import ConfigParser
 from configparser import Error as ConfigError
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import UTC, date, datetime, timezone
+from datetime import UTC, date, datetime
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,9 +73,12 @@ def _assigned(source: str) -> list:
     "Names that a cell assigns at its top level."
     found = []
     for node in ast.parse(source).body:
-        targets = (
-            [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
-        )
+        if isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Assign):
+            targets = node.targets
+        else:
+            targets = []
         found += [t.id for t in targets if isinstance(t, ast.Name)]
     return found
 
@@ -138,8 +141,9 @@ def own_file(
     name: str,  # module:name
     setting: str,  # that names it, for the error
 ) -> Path:
-    "Find the file of a plugin, in the project or in an installed package, without importing anything; raises"
-    "`AerecError` where there is none."
+    """Find the file of a plugin, in the project or in an installed package, without importing anything; raises
+    `AerecError` where there is none.
+    """
     module = check_name(name, setting).split(":")[0]
     path = project_dir() / f"{module.replace('.', '/')}.py"
     if path.is_file():
@@ -215,8 +219,9 @@ def named_plugins(
 def plugin_hashes(
     settings,  # from `load_settings`
 ) -> dict:  # module:name -> sha256
-    "Return the plugins that may be run, with the hashes of their files; a process that gets them as `plugins.trusted`"
-    "may run the same."
+    """Return the plugins that may be run, with the hashes of their files; a process that gets them as `plugins.trusted`
+    may run the same.
+    """
     named = (
         {}
         if settings.env in ("stage", "live")
@@ -292,8 +297,9 @@ def own_object(
     name: str,  # module:name
     setting: str,  # that names it, for the error
 ):  # -> function or class
-    "Load a function or class of a plugin; raises `AerecError` where the file may not be run, cannot be run, or has no"
-    "such name."
+    """Load a function or class of a plugin; raises `AerecError` where the file may not be run, cannot be run, or has no
+    such name.
+    """
     made = plugin_module(name, setting)
     own = name.split(":")[1]
     found = getattr(made, own, None)
@@ -718,7 +724,9 @@ class SplitSettings(Section):
     )
     valid_cut_time: Annotated[str | int | None, BeforeValidator(_before_the_cut)] = Field(
         None,
-        description="temporal with cut_time: validation begins here; None: as long before cut_time as the data go on after it",
+        description=(
+            "temporal with cut_time: validation begins here; None: as long before cut_time as the data go on after it"
+        ),
     )
     short_histories: Literal["train", "drop"] = Field(
         "train", description="users with too few items to hold any out: train learns from them, drop leaves them out"
@@ -941,7 +949,13 @@ class PackagingSettings(Section):
     @field_validator("bundle_keys", "signing_key")
     @classmethod
     def _are_keys(cls, value):
-        for text in value if isinstance(value, list) else [value.get_secret_value()] if value else []:
+        if isinstance(value, list):
+            keys = value
+        elif value:
+            keys = [value.get_secret_value()]
+        else:
+            keys = []
+        for text in keys:
             try:
                 valid = len(base64.b64decode(text, validate=True)) == 32
             except (binascii.Error, ValueError):
@@ -1000,7 +1014,9 @@ class ServingSettings(Section):
     )
     trusted_proxies: Texts = Field(
         [],
-        description="addresses of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto headers are used; empty: none",
+        description=(
+            "addresses of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto headers are used; empty: none"
+        ),
     )
     max_k: int = Field(1000, ge=1, description="longest list a client may ask for")
     queue_size: int = Field(10000, ge=1, description="request events that may wait for the log")
@@ -1059,6 +1075,11 @@ class ServingSettings(Section):
     access_log: bool = Field(False, description="a line of JSON on stderr for every request")
     n_requests: int = Field(200, ge=1, description="simulated requests of the stage")
 
+# %% ../nbs/00_configuration.ipynb #6c501b74
+def _share(default: float, description: str):  # -> a pydantic field
+    "Declare a setting from 0 to 1."
+    return Field(default, ge=0, le=1, description=description)
+
 # %% ../nbs/00_configuration.ipynb #42fbe03f
 class MonitoringSettings(Section):
     "When `06_monitoring` raises an alert."
@@ -1079,72 +1100,45 @@ class MonitoringSettings(Section):
         allow_inf_nan=False,
         description="a request counts for clicks once it is so old, and a click counts for so long",
     )
-    min_availability: float = Field(
-        0.99, ge=0, le=1, description="least share of five-minute spans in which most requests were answered"
-    )
-    max_error_share: float = Field(0.01, ge=0, le=1, description="share of requests that may fail")
-    max_client_error_share: float = Field(
-        0.1, ge=0, le=1, description="share of requests that may be refused for a mistake of the client"
-    )
+    min_availability: float = _share(0.99, "least share of five-minute spans in which most requests were answered")
+    max_error_share: float = _share(0.01, "share of requests that may fail")
+    max_client_error_share: float = _share(0.1, "share of requests that may be refused for a mistake of the client")
     max_latency_p50_ms: float = Field(100.0, gt=0, description="median latency, milliseconds")
     max_latency_p95_ms: float = Field(250.0, gt=0, description="95th percentile of latency, milliseconds")
     max_latency_p99_ms: float = Field(1000.0, gt=0, description="99th percentile of latency, milliseconds")
-    max_fallback_share: float = Field(0.2, ge=0, le=1, description="most of the lists that popularity may make")
-    max_unknown_share: float = Field(
-        0.3, ge=0, le=1, description="most of the requests with a user id that may be by users the bundle does not know"
+    max_fallback_share: float = _share(0.2, "most of the lists that popularity may make")
+    max_unknown_share: float = _share(
+        0.3, "most of the requests with a user id that may be by users the bundle does not know"
     )
-    max_version_skew: float = Field(
-        0.05, ge=0, le=1, description="most of the latest answers that may come from another bundle"
-    )
+    max_version_skew: float = _share(0.05, "most of the latest answers that may come from another bundle")
     max_model_age_days: float = Field(90.0, gt=0, description="days after which a bundle is too old")
-    max_empty_share: float = Field(0.01, ge=0, le=1, description="most of the lists that may be empty")
-    max_short_share: float = Field(0.05, ge=0, le=1, description="most of the lists that may be shorter than asked for")
-    max_bad_score_share: float = Field(
-        0.01, ge=0, le=1, description="most of the model's lists whose scores may all be the same or no numbers"
+    max_empty_share: float = _share(0.01, "most of the lists that may be empty")
+    max_short_share: float = _share(0.05, "most of the lists that may be shorter than asked for")
+    max_bad_score_share: float = _share(
+        0.01, "most of the model's lists whose scores may all be the same or no numbers"
     )
-    min_overlap: float = Field(0.05, ge=0, le=1, description="least part of a list that the bundle before shows too")
-    min_coverage: float = Field(0.02, ge=0, le=1, description="least share of the catalogue that is shown")
-    max_popularity_share: float = Field(
-        0.8, ge=0, le=1, description="most of what is shown that may be the top 1 % of items"
-    )
+    min_overlap: float = _share(0.05, "least part of a list that the bundle before shows too")
+    min_coverage: float = _share(0.02, "least share of the catalogue that is shown")
+    max_popularity_share: float = _share(0.8, "most of what is shown that may be the top 1 % of items")
     max_list_change: float = Field(
         0.25,
         gt=0,
         le=1,
         description="relative change for the worse of what lists look like, against the reference, that is an alert",
     )
-    max_churn: float = Field(
-        0.95, ge=0, le=1, description="most of a user's list that may be new since the earlier window"
-    )
-    max_group_gap: float = Field(
-        0.75, ge=0, le=1, description="how much less often one group of users may click than another, relative"
-    )
-    min_volume_ratio: float = Field(
-        0.3, ge=0, le=1, description="least requests an hour, relative to the earlier window"
-    )
+    max_churn: float = _share(0.95, "most of a user's list that may be new since the earlier window")
+    max_group_gap: float = _share(0.75, "how much less often one group of users may click than another, relative")
+    min_volume_ratio: float = _share(0.3, "least requests an hour, relative to the earlier window")
     max_volume_ratio: float = Field(3.0, gt=1, description="most requests an hour, relative to the earlier window")
     max_silence_hours: float = Field(24.0, gt=0, description="hours without any event")
-    min_feedback_ratio: float = Field(
-        0.4, ge=0, le=1, description="least feedback a list, relative to the earlier window"
-    )
-    max_duplicate_share: float = Field(
-        0.02, ge=0, le=1, description="most of the reports that may repeat another one under a new id"
-    )
-    max_new_item_share: float = Field(
-        0.1, ge=0, le=1, description="most of the feedback that may be on items the bundle does not know"
-    )
-    max_user_share: float = Field(0.1, ge=0, le=1, description="most of the requests that one user may make")
-    max_clock_skew: float = Field(
-        0.02, ge=0, le=1, description="most of the reports that may be dated before their own request"
-    )
-    max_drift: float = Field(
-        0.1, ge=0, le=1, description="Jensen-Shannon divergence (0 to 1) from the earlier window that is an alert"
-    )
-    max_item_drift: float = Field(
-        0.15,
-        ge=0,
-        le=1,
-        description="Jensen-Shannon divergence of shown items from the earlier window that is an alert",
+    min_feedback_ratio: float = _share(0.4, "least feedback a list, relative to the earlier window")
+    max_duplicate_share: float = _share(0.02, "most of the reports that may repeat another one under a new id")
+    max_new_item_share: float = _share(0.1, "most of the feedback that may be on items the bundle does not know")
+    max_user_share: float = _share(0.1, "most of the requests that one user may make")
+    max_clock_skew: float = _share(0.02, "most of the reports that may be dated before their own request")
+    max_drift: float = _share(0.1, "Jensen-Shannon divergence (0 to 1) from the earlier window that is an alert")
+    max_item_drift: float = _share(
+        0.15, "Jensen-Shannon divergence of shown items from the earlier window that is an alert"
     )
     max_psi: float = Field(
         0.25, gt=0, description="population stability index against the earlier window that is an alert"
@@ -1203,7 +1197,9 @@ class PipelineSettings(Section):
     n_parallel: int = Field(
         2,
         ge=1,
-        description="notebooks at once: independent stages, and those whose inputs are still being made; 1: one after another",
+        description=(
+            "notebooks at once: independent stages, and those whose inputs are still being made; 1: one after another"
+        ),
     )
     stage_timeout_s: float | None = Field(
         None, gt=0, description="seconds after which a stage's notebook is ended; None: each stage's own limit"
@@ -1514,10 +1510,13 @@ def _from_layers(env: str, layers: list) -> Settings:
             _one_line(e, sources) if isinstance(e, ValidationError) else f"a setting is not valid JSON: {e}"
         ) from None
     _check_queries(settings, layers)
-    settings._sources = {
-        "env": "AEREC_ENV" if os.environ.get("AEREC_ENV") == env else "argument" if env != "dev" else "default",
-        **sources,
-    }
+    if os.environ.get("AEREC_ENV") == env:
+        env_source = "AEREC_ENV"
+    elif env != "dev":
+        env_source = "argument"
+    else:
+        env_source = "default"
+    settings._sources = {"env": env_source, **sources}
     return settings
 
 # %% ../nbs/00_configuration.ipynb #710e6644
@@ -1570,7 +1569,13 @@ def show_value(
         return f"{len(value)} hidden"
     if isinstance(value, str) and value.startswith("sqlite:///"):
         return value.replace(f"{project_dir().as_posix()}/", "")
-    return hide_secrets(json.dumps(value) if isinstance(value, (list, dict)) else "-" if value is None else str(value))
+    if isinstance(value, (list, dict)):
+        text = json.dumps(value)
+    elif value is None:
+        text = "-"
+    else:
+        text = str(value)
+    return hide_secrets(text)
 
 # %% ../nbs/00_configuration.ipynb #0dcb5377
 def settings_table(

@@ -42,7 +42,7 @@ import uuid
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
@@ -285,7 +285,7 @@ def _trimmed(table):
     """Without blanks around the values, a value of nothing else missing; None where a blank has hidden a quote from the
     parser.
     """
-    for i, (name, column) in enumerate(zip(table.column_names, table.columns)):
+    for i, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
         bare = pc.ascii_trim_whitespace(column)
         if bare.equals(column):
             continue
@@ -422,7 +422,7 @@ def _read_table(path, positions, encoding=None):
     )
 
 # %% ../nbs/01_data_import.ipynb #d91bb57d
-NAMES = {
+_ID_NAMES = {
     "user_id": [
         "user_id",
         "user",
@@ -490,6 +490,11 @@ NAMES = {
         "object_id",
         "entity_id",
     ],
+}
+
+# %% ../nbs/01_data_import.ipynb #95e88169
+NAMES = {
+    **_ID_NAMES,
     "rating": [
         "rating",
         "ratings",
@@ -637,13 +642,12 @@ _NO_IDS = {
 def _ids(s, where, own):
     "Ids of one type, missing where there is none that can be used."
     s = _numpy(s)
-    kind = (
-        pd.api.types.infer_dtype(s)
-        if s.dtype == object
-        else s.dtype.kind
-        if isinstance(s.dtype, np.dtype)
-        else "string"
-    )
+    if s.dtype == object:
+        kind = pd.api.types.infer_dtype(s)
+    elif isinstance(s.dtype, np.dtype):
+        kind = s.dtype.kind
+    else:
+        kind = "string"
     if kind in ("string", "empty"):
         return _text_ids(s.astype("str"))
     if kind == "bytes":
@@ -838,9 +842,9 @@ def _convert(raw, found, where):
     "The standard columns of a table in their types; missing where a value cannot be used."
     return pd.DataFrame(
         {
-            s: make(raw[own], where, own) if make is _ids else make(raw[own])
+            s: make(raw[found[s]], where, found[s]) if make is _ids else make(raw[found[s]])
             for s, make in _MAKE.items()
-            if (own := found.get(s)) is not None
+            if found.get(s) is not None
         }
     )
 
@@ -921,9 +925,12 @@ def _refusal(problems, where, n_rows, rules=ON_BAD):
     "The one line about a table's bad rows."
     told = "; ".join(map(_told, _kinds(problems).itertuples()))
     n_bad = problems.row.nunique()
-    count = (
-        f"{n_bad:,} of {n_rows:,} rows" if n_bad < n_rows else f"all {n_rows:,} rows" if n_rows > 1 else "the only row"
-    )
+    if n_bad < n_rows:
+        count = f"{n_bad:,} of {n_rows:,} rows"
+    elif n_rows > 1:
+        count = f"all {n_rows:,} rows"
+    else:
+        count = "the only row"
     todo = "correct them" + (
         ", or set on_bad to quarantine to set them aside" if n_bad < n_rows and "quarantine" in rules else ""
     )
@@ -1011,18 +1018,17 @@ def _standard_columns(raw, where, columns):
     value = next((s for s in ("rating", "count") if s in found and s not in empty), None)
     if value == "rating":
         empty.append("count")
-    why = (
-        f"column {found[value]} holds {value}s"
-        if value
-        else "no column of ratings or counts" + (f"; {found['rating']} is empty" if "rating" in found else "")
-    )
+    if value:
+        why = f"column {found[value]} holds {value}s"
+    else:
+        why = "no column of ratings or counts" + (f"; {found['rating']} is empty" if "rating" in found else "")
     return {s: own for s, own in found.items() if s not in empty}, why
 
 
 def check_ratings(
     raw: pd.DataFrame,  # as it was read
     where: str,  # its name, for errors
-    columns: dict = None,  # own column name -> user_id, item_id, rating, count, timestamp or ingested_at; None: recognised by name
+    columns: dict = None,  # own column name -> user_id, item_id, rating, count, timestamp or ingested_at; None: by name
     on_duplicate: str = "last",  # last, first, max, mean, sum or raise
     on_bad: str = "raise",  # raise, or quarantine
     as_of=None,  # only what was known at this moment; None: everything
@@ -1253,7 +1259,7 @@ def _from_arrow(table, handed_over=False):
 
 
 def write_handover(
-    frame: pd.DataFrame,  # user_id, item_id (, rating or count) (, timestamp, ingested_at: seconds or times) (, event_id), maybe more
+    frame: pd.DataFrame,  # user_id, item_id (, rating/count, event_id, more; timestamp, ingested_at: seconds or times)
     path: Path,  # of the Parquet file
 ):
     "Write a table by the contract, stamped; what breaks it raises `AerecError`, and nothing is written."
@@ -1387,7 +1393,7 @@ _SECOND = [
     "Witness",
 ]
 
-
+# %% ../nbs/01_data_import.ipynb #5278e9f0
 def generate_sample(
     seed: int = 610,  # of everything; the committed files were made with the default
     n_users: int = 500,  # people
@@ -1433,16 +1439,16 @@ def generate_sample(
     ratings = pd.concat(rows).sort_values(["userId", "movieId"], kind="stable", ignore_index=True)
     names = [f"{a} {b}" for a in _FIRST for b in _SECOND]
     names += [f"The {name}" for name in names]
-    titles = [f"{names[i]} ({y})" for i, y in zip(random.permutation(len(names)), year)]
+    titles = [f"{names[i]} ({y})" for i, y in zip(random.permutation(len(names)), year, strict=False)]
     n_genres = 1 + (random.random((n_items, 1)) > [0.35, 0.8]).sum(1)
-    genres = ["|".join(GENRES[g] for g in sorted(niche_genres[k][:n])) for k, n in zip(niche, n_genres)]
+    genres = ["|".join(GENRES[g] for g in sorted(niche_genres[k][:n])) for k, n in zip(niche, n_genres, strict=True)]
     return ratings, pd.DataFrame({"movieId": np.arange(1, n_items + 1), "title": titles, "genres": genres})
 
 # %% ../nbs/01_data_import.ipynb #05667963
 @lru_cache(maxsize=1)
 def _sample_files():
     "Name -> bytes of the sample's two files."
-    tables = zip(("ratings.csv", "movies.csv"), generate_sample())
+    tables = zip(("ratings.csv", "movies.csv"), generate_sample(), strict=True)
     return {name: table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables}
 
 
@@ -1485,10 +1491,7 @@ class Source:
 
     def hashes(self):
         "Label -> sha256 of each table."
-        return {
-            k: sha256_bytes(v) if isinstance(v, bytes) else sha256_file(v) if isinstance(v, Path) else v.sha256()
-            for k, v in self.tables().items()
-        }
+        return {k: _table_sha256(v) for k, v in self.tables().items()}
 
     def files(self, which):
         "The files that hold a table, for readers that take files one by one; None where it is in none."
@@ -1502,6 +1505,12 @@ class Source:
     @property
     def notes(self):
         return [n for t in self.tables().values() for n in getattr(t, "notes", [])]  # what was left out in reading
+
+
+def _table_sha256(table):
+    if isinstance(table, bytes):
+        return sha256_bytes(table)
+    return sha256_file(table) if isinstance(table, Path) else table.sha256()
 
 # %% ../nbs/01_data_import.ipynb #cd76bc5e
 _GENRES_100K = [
@@ -1678,12 +1687,19 @@ def _from_folder(folder):
 _PATTERN = re.compile(r"[*?\[]")
 
 
+def _tables_at(path):
+    "The Parquet files of a folder; a file itself, if it is a table."
+    if path.is_dir():
+        return _parquet_in(path)
+    return [path] if _is_table(path) else []
+
+
 def _from_pattern(folder, pattern, given):
     "What a pattern finds, as one table; None if it finds nothing."
     fixed = Path(*itertools.takewhile(lambda part: not _PATTERN.search(part), (folder / pattern).parts))
     below = (folder / pattern).relative_to(fixed).as_posix()
     found = sorted(p for p in fixed.glob(below) if fixed.is_dir() and not p.name.startswith((".", "_")))
-    paths = [file for p in found for file in (_parquet_in(p) if p.is_dir() else [p] if _is_table(p) else [])]
+    paths = [file for p in found for file in _tables_at(p)]
     if not paths:
         return None
     kinds = sorted({"Parquet" if p.suffix == ".parquet" else "text" for p in paths})
@@ -1984,7 +2000,11 @@ def _open(url, headers, timeout):
 def _continue(url, part, timeout, has_checksum, progress):
     "One try: append to the part what is missing; raises if not all of it came."
     mark = part.mark(url, has_checksum)
-    headers = {} if mark is None else {"Range": f"bytes={part.size}-"} | ({"If-Range": mark} if mark else {})
+    headers = {}
+    if mark is not None:
+        headers["Range"] = f"bytes={part.size}-"
+    if mark:
+        headers["If-Range"] = mark
     try:
         answer = _open(url, headers, timeout)
     except urllib.error.HTTPError as e:
@@ -2365,10 +2385,12 @@ class Database:
         "The database's own words, in one line."
         lines = [line.strip() for line in str(getattr(error, "orig", None) or error).splitlines()]
         said = [
-            l
-            for l in lines
-            if l
-            and not re.match(r"(LINE \d+:|\^|\[SQL|\(Background|Multiple connection attempts|Is the server running)", l)
+            line
+            for line in lines
+            if line
+            and not re.match(
+                r"(LINE \d+:|\^|\[SQL|\(Background|Multiple connection attempts|Is the server running)", line
+            )
         ]
         text = hide_secrets("; ".join(said[:3]))
         for secret in {
@@ -2431,7 +2453,8 @@ def _arrow(values):
         whole = all(
             v is None or isinstance(v, int) or isinstance(v, Decimal) and v == v.to_integral_value() for v in values
         )
-        values = [None if v is None else int(v) if whole else float(v) for v in values]
+        number = int if whole else float
+        values = [None if v is None else number(v) for v in values]
     try:
         return pyarrow.array(values)
     except (pyarrow.ArrowException, OverflowError):
@@ -2443,15 +2466,14 @@ def _one_table(pieces):
     several types text.
     """
     columns = []
-    for arrays in zip(*pieces):
+    for arrays in zip(*pieces, strict=True):
         kinds = {a.type for a in arrays if a.type != pyarrow.null()} or {pyarrow.null()}
-        kind = (
-            kinds.pop()
-            if len(kinds) == 1
-            else pyarrow.float64()
-            if kinds == {pyarrow.int64(), pyarrow.float64()}
-            else pyarrow.string()
-        )
+        if len(kinds) == 1:
+            kind = kinds.pop()
+        elif kinds == {pyarrow.int64(), pyarrow.float64()}:
+            kind = pyarrow.float64()
+        else:
+            kind = pyarrow.string()
 
         def texts(a):
             return pyarrow.array([None if v is None else str(v) for v in a.to_pylist()], pyarrow.string())
@@ -2488,7 +2510,7 @@ def _ask(database, query):
             raise AerecError(
                 f"{database.name}: the query gives two columns named {twice[0]!r}; name them apart with AS"
             )
-        pieces = [[_arrow(list(column)) for column in zip(*piece)] for piece in rows.partitions(_PIECE)]
+        pieces = [[_arrow(list(column)) for column in zip(*piece, strict=True)] for piece in rows.partitions(_PIECE)]
     return _to_frame(names, _one_table(pieces)) if pieces else pd.DataFrame({n: [] for n in names}, dtype=object)
 
 
@@ -2708,9 +2730,8 @@ def _find(source, settings, base, query=None, items_query=None):
         return _from_url(source, dataset_dir, timeout)
     path = _path(source, base)
     if not path.exists() and _PATTERN.search(source):
-        found = next(
-            (f for folder in base if (f := _from_pattern(folder, str(Path(source).expanduser()), source))), None
-        )
+        pattern = str(Path(source).expanduser())
+        found = next(filter(None, (_from_pattern(folder, pattern, source) for folder in base)), None)
         if found is None:
             raise AerecError(f"source {source}: the pattern finds no table")
         return found
@@ -2774,7 +2795,8 @@ class SourceFiles(dict):
 
     def __init__(self, source):
         super().__init__(source.hashes())
-        self.source, self.live = source, source.live
+        self.source = source
+        self.live = source.live
 
 
 def source_files(
@@ -2871,8 +2893,10 @@ class _Ids:
     limit = 2**24  # of the table
 
     def __init__(self, expected=2**16):
-        self.codes, self.table = _Growing(np.int32, expected), np.full(2**16, -1, np.int32)
-        self.found, self.digits = np.empty(0, np.int64), np.empty(0, np.int64)
+        self.codes = _Growing(np.int32, expected)
+        self.table = np.full(2**16, -1, np.int32)
+        self.found = np.empty(0, np.int64)
+        self.digits = np.empty(0, np.int64)
         self.values = self.type = None  # values: Arrow array, once the table does not do
         self.n_missing = 0
 
@@ -2968,7 +2992,8 @@ class _Values:
         for part in column.chunks:
             values = self._convert(part)
             if len(values):
-                self.least, self.most = np.minimum(self.least, values.min()), np.maximum(self.most, values.max())
+                self.least = np.minimum(self.least, values.min())
+                self.most = np.maximum(self.most, values.max())
             if self.empty and not self._nothing(part, values):
                 self.empty = False
                 self.values.add(np.full(self.n, self.missing))
@@ -3030,10 +3055,8 @@ def _duckdb(folder):
             "autoinstall_known_extensions": False,
         }
     )
-    try:
+    with suppress(duckdb.InvalidInputException):  # in a notebook without ipywidgets it is off, and cannot be set
         con.execute("set enable_progress_bar = false")  # or it would write to what others read
-    except duckdb.InvalidInputException:
-        pass  # in a notebook without ipywidgets it is off, and cannot be set
     con.execute(
         "set preserve_insertion_order = true; set streaming_buffer_size = '64MB'"
     )  # parsed ahead while a piece is worked on
@@ -3065,6 +3088,34 @@ def _written(column, width=None):
         least, most = (len(str(m)) for m in (numbers.min(initial=10**9), numbers.max(initial=0)))
         n += least * len(numbers) + sum(np.count_nonzero(numbers >= 10**k) for k in range(least, most))
     return int(n)
+
+# %% ../nbs/01_data_import.ipynb #9f6eba98
+def _csv_query(path, layout, packed, columns, types):
+    "The SELECT by which DuckDB reads columns of a text file."
+
+    def quoted(text):
+        return "'" + str(text).replace("'", "''") + "'"
+
+    quote = "''" if layout.sep == "::" else quoted('"')
+    options = {
+        "delim": quoted(layout.sep),
+        "quote": quote,
+        "escape": quote,
+        "nullstr": "''",
+        "comment": "''",
+        "skip": layout.skip,
+        "header": "false",
+        "auto_detect": "false",
+        "compression": quoted(packed),
+        "columns": "{"
+        + ", ".join(f"'c{i}': '{types.get(c, ('VARCHAR', None))[0]}'" for i, c in enumerate(layout.names))
+        + "}",
+    }
+    name = quoted(re.sub(r"([*?\[])", r"[\1]", str(path)))  # a name is no pattern
+    return (
+        f"select {', '.join(f'c{layout.names.index(c)}' for c in columns)} from read_csv({name}, "
+        f"{', '.join(f'{k}={v}' for k, v in options.items())})"
+    )
 
 # %% ../nbs/01_data_import.ipynb #a4ae68be
 @dataclass
@@ -3116,9 +3167,11 @@ class _TextFile:
             return {}
         lines = head.decode(errors="replace").split("\n")[self.layout.skip : -1]
         fields = zip(
-            *(line.split(self.layout.sep) for line in lines if line.count(self.layout.sep) == len(self.header) - 1)
+            *(line.split(self.layout.sep) for line in lines if line.count(self.layout.sep) == len(self.header) - 1),
+            strict=True,
         )
-        values = {c: {v for v in column if v} for c, column in zip(self.header, fields)}
+        # no fields at all where no line is whole
+        values = {c: {v for v in column if v} for c, column in zip(self.header, fields, strict=False)}
         whole = {
             c: max(abs(int(v)) for v in vs)
             for c, vs in values.items()
@@ -3161,32 +3214,9 @@ class _TextFile:
                 raise _Stumbled
 
     def _by_duckdb(self, columns, types):
-        def quoted(text):
-            return "'" + str(text).replace("'", "''") + "'"
-
         if self.packed != "none":
             _check_whole(self.path)
-        l = self.layout
-        quote = "''" if self.layout.sep == "::" else quoted('"')
-        options = {
-            "delim": quoted(l.sep),
-            "quote": quote,
-            "escape": quote,
-            "nullstr": "''",
-            "comment": "''",
-            "skip": l.skip,
-            "header": "false",
-            "auto_detect": "false",
-            "compression": quoted(self.packed),
-            "columns": "{"
-            + ", ".join(f"'c{i}': '{types.get(c, ('VARCHAR', None))[0]}'" for i, c in enumerate(l.names))
-            + "}",
-        }
-        name = quoted(re.sub(r"([*?\[])", r"[\1]", str(self.path)))  # a name is no pattern
-        query = (
-            f"select {', '.join(f'c{l.names.index(c)}' for c in columns)} from read_csv({name}, "
-            f"{', '.join(f'{k}={v}' for k, v in options.items())})"
-        )
+        query = _csv_query(self.path, self.layout, self.packed, columns, types)
         with tempfile.TemporaryDirectory(prefix="aerec_nb-") as folder, _duckdb(folder) as con:
             batches = None
             while True:
@@ -3202,10 +3232,9 @@ class _TextFile:
                 yield pyarrow.Table.from_batches(piece).rename_columns(columns)
 
     def _by_lines(self, columns):
-        l = self.layout
         place = [self.layout.names.index(c) for c in columns]
         with open_table(self.path) as f:
-            records = _line_records(f, l, self.name)
+            records = _line_records(f, self.layout, self.name)
             while piece := list(itertools.islice(records, _LINES)):
                 texts = [pyarrow.array([values[i] for values, _ in piece], pyarrow.string()) for i in place]
                 yield pyarrow.table(
@@ -3249,70 +3278,76 @@ class _ParquetFile:
         except (OSError, pyarrow.ArrowException) as e:
             raise _no_parquet(self.name, e) from None
 
+# %% ../nbs/01_data_import.ipynb #ea5720d7
+def _part_name(path, root):
+    return path.name if root is None else path.relative_to(root).as_posix()
+
+
+def _parquet_files(paths, root, name):
+    "The Parquet files of a source, in types that every part fits in, and whether one declares the contract."
+    handed_over = False
+    schemas = {}
+    hives = {}
+    rows = {}
+    for path in paths:
+        try:
+            rows[path] = (f := pq.ParquetFile(path)).metadata.num_rows
+            schema = f.schema_arrow
+        except (OSError, pyarrow.ArrowException) as e:
+            raise _no_parquet(_part_name(path, root), e) from None
+        handed_over |= check_handover(schema, _part_name(path, root))
+        hives[path] = {c: v for c, v in (_hive(path, root) if root else {}).items() if c not in schema.names}
+        schemas[path] = pyarrow.schema([*schema, *(pyarrow.field(c, pyarrow.string()) for c in hives[path])])
+    try:
+        whole = pyarrow.unify_schemas(list(schemas.values()), promote_options="permissive")
+    except pyarrow.ArrowException as e:
+        raise AerecError(f"{name}: the parts do not fit together: {_first_line(e)}") from None
+    files = [
+        _ParquetFile(
+            p, _part_name(p, root), pyarrow.schema([whole.field(c) for c in schemas[p].names]), hives[p], rows[p]
+        )
+        for p in paths
+    ]
+    return files, handed_over
+
+
+def _packing(path, head):
+    "How a text file is packed whose unpacked text begins with `head`: none, gzip, zstd or else."
+    with open(path, "rb") as f:
+        if f.read(len(head)) == head:
+            return "none"
+        f.seek(0)
+        return {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(f.read(2), "else")
+
 # %% ../nbs/01_data_import.ipynb #3c15e510
 class _Large:
     "The files of a large source, and the ways in which they are read."
 
     def __init__(self, paths, root, name, encoding, where=None):  # where: the name for errors, if it is another
-        self.paths, self.root, self.name, self.encoding, self.tried = (
-            paths,
-            root,
-            name,
-            encoding,
-            dict.fromkeys(paths, 0),
-        )
+        self.paths = paths
+        self.root = root
+        self.name = name
+        self.encoding = encoding
+        self.tried = dict.fromkeys(paths, 0)
         self.where = where or name
         with open_table(paths[0]) as f:
             self.is_parquet = f.read(4) == b"PAR1" or paths[0].name.endswith(".parquet")
         self.handed_over = False
         if self.is_parquet:
-            self._open_parquet()
+            self.files, self.handed_over = _parquet_files(paths, root, name)
         else:
             self.files = [self._open_text(p) for p in paths]
         _same_columns(name, {f.name: sorted(f.header) if self.is_parquet else f.header for f in self.files})
-        self.header, self.expected = self.files[0].header, max(2**16, sum(f.expected for f in self.files))
+        self.header = self.files[0].header
+        self.expected = max(2**16, sum(f.expected for f in self.files))
         _check_names(self.header, self.where)
-
-    def _name(self, path):
-        return path.name if self.root is None else path.relative_to(self.root).as_posix()
-
-    def _open_parquet(self):
-        schemas = {}
-        hives = {}
-        rows = {}
-        for path in self.paths:
-            try:
-                rows[path] = (f := pq.ParquetFile(path)).metadata.num_rows
-                schema = f.schema_arrow
-            except (OSError, pyarrow.ArrowException) as e:
-                raise _no_parquet(self._name(path), e) from None
-            self.handed_over |= check_handover(schema, self._name(path))
-            hives[path] = {
-                c: v for c, v in (_hive(path, self.root) if self.root else {}).items() if c not in schema.names
-            }
-            schemas[path] = pyarrow.schema([*schema, *(pyarrow.field(c, pyarrow.string()) for c in hives[path])])
-        try:
-            whole = pyarrow.unify_schemas(list(schemas.values()), promote_options="permissive")
-        except pyarrow.ArrowException as e:
-            raise AerecError(f"{self.name}: the parts do not fit together: {_first_line(e)}") from None
-        self.files = [
-            _ParquetFile(
-                p, self._name(p), pyarrow.schema([whole.field(c) for c in schemas[p].names]), hives[p], rows[p]
-            )
-            for p in self.paths
-        ]
 
     def _open_text(self, path):
         "The file in the first way that was not tried in vain."
-        name = self._name(path)
+        name = _part_name(path, self.root)
         with open_table(path) as f:
             head = f.read(2**16)
-        with open(path, "rb") as f:
-            packed = (
-                "none"
-                if f.read(len(head)) == head
-                else {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(open(path, "rb").read(2), "else")
-            )
+        packed = _packing(path, head)
         encodings = _encodings(head, name, self.encoding)
         ways = [
             (encoding, way)
@@ -3389,7 +3424,7 @@ class _Large:
         if self.is_parquet:
             return _from_arrow(table, self.handed_over)
         return pyarrow.table(
-            [c if name == _FAULT else _bare(c) for name, c in zip(table.column_names, table.columns)],
+            [c if name == _FAULT else _bare(c) for name, c in zip(table.column_names, table.columns, strict=True)],
             table.column_names,
         ).to_pandas()
 
@@ -3417,13 +3452,11 @@ class _Columns:
         self.faults = []
 
         def make(s):
-            return (
-                _Ids(expected)
-                if s in ("user_id", "item_id")
-                else _Hashes()
-                if s == "event_id"
-                else _Values(s, not large.handed_over, not large.is_parquet, expected)
-            )
+            if s in ("user_id", "item_id"):
+                return _Ids(expected)
+            if s == "event_id":
+                return _Hashes()
+            return _Values(s, not large.handed_over, not large.is_parquet, expected)
 
         self.columns = {s: make(s) for s in found}
 
@@ -3576,7 +3609,8 @@ def _is_bad(taken, large):
 # %% ../nbs/01_data_import.ipynb #8a9f03b3
 def _set_apart(large, maybe, found, on_bad, n):
     "The rows that are bad among those that may be, as `_set_aside` gives them, and the mask of the others."
-    rows, raw = np.flatnonzero(maybe), large.rows(maybe, _MOST_BAD)
+    rows = np.flatnonzero(maybe)
+    raw = large.rows(maybe, _MOST_BAD)
     problems = _problems(raw, _convert(raw, found, large.where), found)
     row = rows[problems.row - 1] + 1
     good = np.ones(n, bool)
@@ -3633,6 +3667,7 @@ def check_large(
         zip(
             ("user_id", "item_id"),
             side_by_side(lambda s, column: _categories(column, large, found[s], good), ("user_id", "item_id"), ids),
+            strict=True,
         )
     )
     del ids
@@ -3712,11 +3747,11 @@ def load_ratings(
     columns: dict = None,  # own column name -> user_id, item_id, rating, count or timestamp; None: recognised by name
     on_duplicate: str = "last",  # last, first, max, mean, sum or raise
     max_users: int = None,  # only the first so many users, by first appearance; None: all
-    on_bad: str = "raise",  # rows that cannot be used: raise, or quarantine (leave them out; `validate` also returns them)
+    on_bad: str = "raise",  # unusable rows: raise, or quarantine (leave them out; `validate` also returns them)
     as_of=None,  # only what was known at this moment: ISO 8601, or seconds since 1970; None: everything
-    query: str = None,  # of a database: a SELECT, or the name of a table; None: found by the names that files would have
+    query: str = None,  # of a database: a SELECT, or a table's name; None: found by the names that files would have
     encoding: str = None,  # of text; None: UTF-8 (or what the file's mark says), else cp1252
-) -> pd.DataFrame:  # user_id, item_id (, rating or count) (, timestamp: int64 seconds); ids of a large source (`data.large_mb`) are categorical
+) -> pd.DataFrame:  # user_id, item_id (, rating/count, timestamp: int64 seconds); categorical ids over `data.large_mb`
     "Ratings from anywhere as one validated frame; rows stay in their order."
     if isinstance(source, pd.DataFrame):
         checked = check_ratings(source, "the DataFrame", columns, on_duplicate, on_bad, as_of)
@@ -3746,8 +3781,8 @@ def _first_users(ratings, n):
 def load_items(
     source,  # a DataFrame, a folder, a file, a URL, or a named set; a file of ratings has its items beside it
     columns: dict = None,  # own column name -> item_id, title or genres; None: recognised by name
-    on_bad: str = "raise",  # rows that cannot be used: raise, or quarantine (leave them out; `validate_items` also returns them)
-    query: str = None,  # of a database: a SELECT, or the name of a table; None: found by the names that files would have
+    on_bad: str = "raise",  # unusable rows: raise, or quarantine (leave them out; `validate_items` also returns them)
+    query: str = None,  # of a database: a SELECT, or a table's name; None: found by the names that files would have
     encoding: str = None,  # of text; None: UTF-8 (or what the file's mark says), else cp1252
 ) -> pd.DataFrame:  # item_id (, title) (, genres: `|` between them), and what else there is; None where there are none
     "Side information of items from anywhere."
@@ -3761,7 +3796,9 @@ def feedback_of(
     ratings: pd.DataFrame,  # a ratings frame
 ) -> str:  # explicit, counts or unary
     "What kind of feedback a ratings frame holds, told by its columns."
-    return "explicit" if "rating" in ratings else "counts" if "count" in ratings else "unary"
+    if "rating" in ratings:
+        return "explicit"
+    return "counts" if "count" in ratings else "unary"
 
 
 def _codes(ids):
@@ -3789,7 +3826,7 @@ def _concentration(amounts):
     return {
         "gini": _gini(amounts),
         "half": int(np.searchsorted(total, 0.5)),
-        "top": {f"{p:g}": float(v) for p, v in zip(_PERCENT, top)},
+        "top": {f"{p:g}": float(v) for p, v in zip(_PERCENT, top, strict=True)},
     }
 
 # %% ../nbs/01_data_import.ipynb #55c5e958
@@ -3799,7 +3836,7 @@ def _amounts_histogram(amounts):
     edges = np.concatenate([[0, 1], *([2.0**k, 1.5 * 2**k] for k in range(1, 2 + int(np.log2(max(2, amounts.max())))))])
     n = np.bincount(np.searchsorted(edges, amounts, "right") - 1)
     first = int(np.flatnonzero(n)[0])
-    return {f"{e:.15g}": int(v) for e, v in zip(edges[first:], n[first:])}
+    return {f"{e:.15g}": int(v) for e, v in zip(edges[first:], n[first:], strict=False)}
 
 
 def _grid_step(low, high, n=20):
@@ -3889,7 +3926,7 @@ _QUARTILES = ("min", "25 %", "median", "75 %", "max")
 
 
 def _quartiles(values):
-    return dict(zip(_QUARTILES, np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()))
+    return dict(zip(_QUARTILES, np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True))
 
 
 def _by_number(amounts):
@@ -3932,7 +3969,8 @@ def ratings_facts(
     """The figures that the lecture gives for its data, and those behind `describe_ratings`, the plots and
     `compare_ratings`.
     """
-    (user, users), (item, items) = _codes(ratings.user_id), _codes(ratings.item_id)
+    user, users = _codes(ratings.user_id)
+    item, items = _codes(ratings.item_id)
     all_users = np.bincount(user, minlength=len(users))
     all_items = np.bincount(item, minlength=len(items))
     per_user = all_users[all_users > 0]
@@ -4031,9 +4069,14 @@ def describe_ratings(
 def log_axis(axis, low, high):
     "A logarithmic axis with plain numbers, as many as can be read."
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(
-        LogLocator(subs=(1, 2, 5) if high / max(low, 1) < 30 else (1, 3) if high / max(low, 1) < 1000 else (1,))
-    )
+    ratio = high / max(low, 1)
+    if ratio < 30:
+        subs = (1, 2, 5)
+    elif ratio < 1000:
+        subs = (1, 3)
+    else:
+        subs = (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -4123,7 +4166,7 @@ def _plot_newcomers(ax, activity):
 
 
 def _plot_by_user(ax, by_user):
-    edges, users = zip(*_by_number(by_user["means"]))
+    edges, users = zip(*_by_number(by_user["means"]), strict=True)
     ax.bar(edges, users, width=by_user["step"], align="edge", color="#CC79A7", edgecolor="white")
     ax.axvline(
         by_user["mean"]["median"],
@@ -4138,7 +4181,7 @@ def _plot_by_user(ax, by_user):
 def _plot_concentration(ax, facts):
     for what, color in (("item", "#009E73"), ("user", "#D55E00")):
         c = facts[f"{what}_concentration"]
-        shares, held = zip(*_by_number(c["top"]))
+        shares, held = zip(*_by_number(c["top"]), strict=True)
         ax.plot(shares, 100 * np.array(held), color=color, label=f"{what}s (Gini {c['gini']:.2f})")
     ax.plot([0, 100], [0, 100], color=".6", lw=1, ls="--", label="all alike")
     ax.set(title="Concentration", xlabel="most active, % of them", ylabel="% of interactions")
@@ -4164,7 +4207,7 @@ def plot_activity(
     fig, axes = plt.subplots(
         rows, columns, figsize=(11 if columns == 3 else 4.5 * columns, 3.2 * rows), layout="constrained", squeeze=False
     )
-    for draw, ax in zip(panels, axes.flat):
+    for draw, ax in zip(panels, axes.flat, strict=False):
         draw(ax)
         ax.spines[["top", "right"]].set_visible(False)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
@@ -4225,7 +4268,7 @@ def _rating_histograms(old, new):
 
 def _common_popularity(old, new):
     "Interactions of the items that are popular in both: (items, old, new)."
-    a, b = (dict(zip(f["popular"]["items"], f["popular"]["interactions"])) for f in (old, new))
+    a, b = (dict(zip(f["popular"]["items"], f["popular"]["interactions"], strict=True)) for f in (old, new))
     common = [i for i in a if i in b]
     return common, np.array([a[i] for i in common], float), np.array([b[i] for i in common], float)
 
@@ -4284,11 +4327,12 @@ def compare_ratings(
     new: dict,  # facts of another
 ) -> pd.DataFrame:  # a row a figure that both have: old, new, change (new - old), relative (new/old - 1)
     "How the figures of two data sets differ."
-    rows = {
-        name: (a, b)
-        for path, name in _FIGURES.items()
-        if (a := _look_up(old, path)) is not None and (b := _look_up(new, path)) is not None
-    }
+    rows = {}
+    for path, name in _FIGURES.items():
+        a = _look_up(old, path)
+        b = _look_up(new, path)
+        if a is not None and b is not None:
+            rows[name] = (a, b)
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["old", "new"], dtype=float)
     return table.assign(
         change=table.new - table.old, relative=(table.new / table.old - 1).where(table.old != 0)
@@ -4358,7 +4402,7 @@ def plot_comparison(
     )
     for ax in axes.flat[len(found) :]:
         ax.set_axis_off()
-    for ax, (name, (bins, p, q)) in zip(axes.flat, found.items()):
+    for ax, (name, (bins, p, q)) in zip(axes.flat, found.items(), strict=False):
         _plot_popularity(ax, bins, p, q, names) if name.startswith("popularity") else _plot_pair(
             ax, name, bins, p, q, names
         )

@@ -356,7 +356,7 @@ def _crypt_salt(key: bytes, user_hash: str, salt: str) -> str:
     "Encrypt a salt of the version before, or decrypt it: the same operation."
     data = bytes.fromhex(salt)
     stream = hashlib.blake2b(user_hash.encode(), key=key, digest_size=len(data), person=b"aerec salt").digest()
-    return bytes(a ^ b for a, b in zip(data, stream)).hex()
+    return bytes(a ^ b for a, b in zip(data, stream, strict=True)).hex()
 
 
 class ErasedUsers:
@@ -422,7 +422,9 @@ class Watchdog:
     IDLE_S = 5.0  # seconds without calls after which the thread ends
 
     def __init__(self):
-        self._guards, self._lock, self._thread = set(), threading.Lock(), None
+        self._guards = set()
+        self._lock = threading.Lock()
+        self._thread = None
 
     def watch(self, connection, seconds: float) -> Guard:  # of the driver; time for the call
         "Begin a deadline."
@@ -609,7 +611,8 @@ class EventLog:
         self.engine = open_engine(url, connect_timeout_s, statement_timeout_s, self._watchdog)
         self.url = hide_secrets(self.engine.url.render_as_string(hide_password=True))
         self.path = sqlite_path(self.engine.url)  # None: no file
-        self.table, self._lock = _tables().tables["events"], threading.Lock()
+        self.table = _tables().tables["events"]
+        self._lock = threading.Lock()
         insert = (sqlite if self._is_sqlite else postgresql).insert(self.table)
         self._insert = insert.on_conflict_do_nothing(index_elements=["event_id"])
         self.log_id = None
@@ -1220,7 +1223,7 @@ def _scan(self: EventLog, last: int, columns: tuple, *conditions, step: int = 10
         found = sa.select(*columns).where(c.seq.between(start, min(start + step - 1, last)), *conditions)
         with self._session() as (db, _):
             rows += db.execute(found).all()
-    return [list(column) for column in zip(*rows)] or [[] for _ in columns]
+    return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in columns]
 
 
 @patch
@@ -1335,7 +1338,7 @@ def chunks(
         yield pa.table(
             [
                 pa.array([bool(v) for v in column] if pa.types.is_boolean(t) else column, t)
-                for column, t in zip(zip(*part), types)
+                for column, t in zip(zip(*part, strict=True), types, strict=True)
             ],
             names=list(columns),
         )
@@ -1502,7 +1505,9 @@ def simulated_reaction(
     "What a made-up visitor does with a list."
     looked_at = rng.random(len(item_ids)) < 1 / np.log2(np.arange(len(item_ids)) + 2)
     clicked = looked_at & (rng.random(len(item_ids)) < attraction)
-    about = [{"request_id": request_id, "user_id": user_id, "item_id": id, "simulated": True} for id in item_ids]
+    about = [
+        {"request_id": request_id, "user_id": user_id, "item_id": item_id, "simulated": True} for item_id in item_ids
+    ]
     shown = [
         new_event("impression", event_id=f"{request_id}-i{n}", time=when, value=n + 1, **a) for n, a in enumerate(about)
     ]

@@ -156,7 +156,8 @@ def read_ids(
     if not lines and not any(line for _, line in numbered):
         raise AerecError(f"{where}: there is nothing in it; {_OR_NONE}")
     is_table = lines and _is_table(path, lines, column, where)
-    ids = [id for id in (_ids_of_table(lines, column, where) if is_table else _ids_of_text(lines, where)) if id]
+    found = _ids_of_table(lines, column, where) if is_table else _ids_of_text(lines, where)
+    ids = [text for text in found if text]
     if not ids and not may_be_empty:
         raise AerecError(f"{where}: there is no id in it; write one a line, or leave the setting out")
     return list(dict.fromkeys(ids))

@@ -27,7 +27,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import patch
-from scipy.sparse import csr_matrix, hstack
+from scipy.sparse import csr_matrix
 
 from .configuration import AerecError, project_dir
 from .limits import Deadline, DeadlineExceeded, did_you_mean, preview
@@ -64,12 +64,9 @@ class Recommendations:
     version: str = None  # of the bundle it came from; None: of no bundle
     steps: list = field(default_factory=list)  # dicts, one a step of the chain: step, removed, moved, placed, left
     unknown_user: bool = False  # was a user asked for of whom nothing is known?
-    trails: dict = field(
-        default_factory=dict
-        # With explain: item_id -> what each step did to it, see `Processed.trail`; also of what the scores alone would
-        # have
-        # shown
-    )
+    # With explain: item_id -> what each step did to it, see `Processed.trail`; also of what the scores alone would have
+    # shown
+    trails: dict = field(default_factory=dict)
 
     @property
     def item_ids(self):
@@ -99,11 +96,10 @@ class Recommendations:
     def _repr_html_(self):
         notes = "".join(f"<p>&#9888; {html.escape(w)}</p>" for w in self.warnings)
         frame = self.to_frame()
-        made = (
-            f"<p><small>{html.escape(self.model)}{f', version {html.escape(self.version)}' if self.version else ''}</small></p>"
-            if self.model
-            else ""
-        )
+        made = ""
+        if self.model:
+            version = f", version {html.escape(self.version)}" if self.version else ""
+            made = f"<p><small>{html.escape(self.model)}{version}</small></p>"
         return notes + frame.loc[:, frame.notna().any()].to_html(index=False, float_format="{:.3f}".format) + made
 
     def __repr__(self):
@@ -219,12 +215,14 @@ class Recommender:
         chain: Chain = None,  # postprocessing; None: exclude seen items, nothing banned
         item_table: pd.DataFrame = None,  # item_id, and if there title and genres; None: ids only
         info: dict = None,  # what is known of the bundle it came from
-        negatives: csr_matrix = None,  # bool [n_users, n_items]: what each user rated too low to want it, see `pair_matrix`; None: nothing
+        negatives: csr_matrix = None,  # bool [n_users, n_items]: rated too low, see `pair_matrix`; None: nothing
         times: np.ndarray = None,  # of the entries of `histories`, seconds since 1970; None: unknown
         features: csr_matrix = None,  # [n_items, n_features], see `ItemFeatures`; None: there are none
         segments: Segments = None,  # what is popular where, for those of whom nothing else is known; None: nothing
     ):
-        self.model, self.item_index, self.user_index = model, IdIndex(items), IdIndex(users)
+        self.model = model
+        self.item_index = IdIndex(items)
+        self.user_index = IdIndex(users)
         self.histories = (
             csr_matrix((len(self.user_index), len(self.item_index)), dtype=np.float32)
             if histories is None
@@ -240,23 +238,22 @@ class Recommender:
             raise AerecError(f"negatives are {self.negatives.shape}, but histories are {self.histories.shape}")
         counts = np.bincount(self.histories.indices, minlength=len(self.item_index))
         self.popularity = np.asarray(counts if popularity is None else popularity, np.float32)
-        self.times, self.info = times, dict(info or {})
+        self.times = times
+        self.info = dict(info or {})
         if times is not None and len(times) != self.histories.nnz:
             raise AerecError(f"{len(times)} times, but histories have {self.histories.nnz} entries")
         self.catalogue = Catalogue(self.item_index, item_table, self.popularity, features)
         self.chain = (chain or Chain()).bind(self.catalogue)
         self.item_table = _lined_up(item_table, self.item_index)
         self._titles, self._genres = (self.item_table[c].tolist() for c in ("title", "genres"))
-        self.recent = (
-            None  # `Recent`: what a service has heard since; `recommend_batch` looks at the packed histories only
-        )
-        self.segments, self._more = segments, _columns_of(self.catalogue.table)
+        # `Recent`: what a service has heard since; `recommend_batch` looks at the packed histories only
+        self.recent = None
+        self.segments = segments
+        self._more = _columns_of(self.catalogue.table)
         if segments is not None and segments.matrix.shape[1] != self.n_items:
             raise AerecError(f"segments are over {segments.matrix.shape[1]} items, but there are {self.n_items}")
-        self._model_name, self._version = (
-            str(getattr(getattr(model, "model", model), "name", None) or type(model).__name__),
-            self.info.get("id", "")[:16] or None,
-        )
+        self._model_name = str(getattr(getattr(model, "model", model), "name", None) or type(model).__name__)
+        self._version = self.info.get("id", "")[:16] or None
 
     @property
     def n_items(self):
@@ -292,7 +289,7 @@ def _plain(value):  # -> text, number or bool; None for a number that JSON does 
 def _columns_of(table: pd.DataFrame) -> list:  # (name, values)
     "The columns of the items besides title and genres, in plain types; None where nothing is known."
     return [
-        (str(c), [None if none else _plain(v) for v, none in zip(table[c].tolist(), table[c].isna())])
+        (str(c), [None if none else _plain(v) for v, none in zip(table[c].tolist(), table[c].isna(), strict=True)])
         for c in table
         if c not in ("item_id", "title", "genres")
     ]
@@ -394,7 +391,7 @@ def known_numbers(
     if not ids:
         return _NONE
     numbers = recommender.item_index.numbers(ids)
-    unknown = list(dict.fromkeys(map(_hashable, (id for id, n in zip(ids, numbers) if n < 0))))
+    unknown = list(dict.fromkeys(map(_hashable, (given for given, n in zip(ids, numbers, strict=True) if n < 0))))
     if unknown:
         warnings.append(
             f"{what}: {len(unknown)} unknown item{'s' if len(unknown) > 1 else ''} left out: {_named(unknown)}"
@@ -402,10 +399,10 @@ def known_numbers(
     return np.unique(numbers[numbers >= 0])
 
 
-def _hashable(id):
+def _hashable(given):
     "Return an id as it is, or a text for what cannot be one."
-    id = id.item() if isinstance(id, np.generic) else id
-    return id if isinstance(id, (str, int, float, type(None))) else preview(id)
+    given = given.item() if isinstance(given, np.generic) else given
+    return given if isinstance(given, (str, int, float, type(None))) else preview(given)
 
 # %% ../nbs/04_inference.ipynb #01b7aca7
 class Recent:
@@ -493,7 +490,7 @@ class Recent:
             return None
         numbers = index.numbers([item for item, _ in of_user])
         # Of two spellings of one item the later event counts.
-        latest = {n: event for n, (_, event) in zip(numbers.tolist(), of_user) if n >= 0}
+        latest = {n: event for n, (_, event) in zip(numbers.tolist(), of_user, strict=True) if n >= 0}
         order = sorted(latest)
         liked = np.array([latest[n][0] for n in order], bool)
         when = np.array([np.nan if latest[n][1] is None else latest[n][1] for n in order], float)
@@ -625,8 +622,8 @@ def _add_reasons(
     "Name the three items of the history that add most to each score."
     numbers = r.item_index.numbers([item["item_id"] for item in shown])
     values, rows = _largest(_contribution_blocks(r.model, items, weights, numbers, deadline), len(shown))
-    for item, added, positions in zip(shown, values.T.tolist(), rows.T.tolist()):
-        reasons = [(items[n], value) for n, value in zip(positions, added) if value > 0]
+    for item, added, positions in zip(shown, values.T.tolist(), rows.T.tolist(), strict=True):
+        reasons = [(items[n], value) for n, value in zip(positions, added, strict=True) if value > 0]
         item["reasons"] = [
             {"item_id": r.items[i], "title": r._titles[i], "contribution": value} for i, value in reasons
         ]
@@ -651,13 +648,13 @@ def recommend(
     exclude=(),  # further item ids to leave out of this answer
     fallback: str = "popular",  # 'popular': where nothing is known, popular items; 'none': raise `UnknownUser`
     candidates=None,  # item ids to choose among; None: all
-    filter: dict = None,  # which items may be shown, such as {'any': [{'genres': 'Comedy'}]}; None: all
+    filter: dict = None,  # which items may be shown, such as {'any': [{'genres': 'Comedy'}]}; None: all  # noqa: A002
     pins=(),  # item ids for the first places, or {place: item id}
     diversity: float = None,  # 0 to 1; None: as the chain has it
     max_per_category: int = None,  # most items of one genre; None: as the chain has it
     min_score: float = None,  # what scores less is not shown; None: as the chain has it
     explain: bool = False,  # give the trail of each item through the chain, and the items of the history that carry it
-    context: dict = None,  # what else is known of the visitor, such as {'country': 'KR'}; where nothing better is known the segment decides what is popular
+    context: dict = None,  # such as {'country': 'KR'}: the segment decides what is popular if nothing better is known
     now: float = None,  # seconds since 1970; None: the clock
     draw: int = 0,  # another number: another draw of what is explored
     deadline: Deadline = None,  # raise `DeadlineExceeded` when the time is over; None: it may take any time
@@ -725,7 +722,8 @@ def _scores_of_each(r: Recommender, asked: dict, deadline):  # yields (number of
         block = scored[start : start + size]
         ends = np.append(0, np.cumsum([len(asked[n].items) for n in block])).astype(np.int32)
         entries = np.concatenate([asked[n].weights for n in block]), np.concatenate([asked[n].items for n in block])
-        yield from zip(block, r.model.score(csr_matrix((*entries, ends), shape=(len(block), r.n_items))))
+        histories = csr_matrix((*entries, ends), shape=(len(block), r.n_items))
+        yield from zip(block, r.model.score(histories), strict=True)
     yield from ((n, a.popular) for n, a in asked.items() if a.fallback_used)
 
 
@@ -868,13 +866,15 @@ def _answered(
     is_full: bool = True,  # name it in a warning where the list is shorter than k
 ) -> Recommendations:
     "Let the chain make a list of the scores."
-    request, k = asked.request, asked.request.k
+    request = asked.request
+    k = request.k
     done = r.chain.run(scores, request, source=asked.source)
     warnings = asked.warnings + ([asked.why_popular] if asked.why_popular else []) + done.warnings
     if is_full and len(done) < k:
         warnings.append(f"{len(done)} items instead of {k}: no more are eligible")
-    shown = [r._item(*of) for of in zip(done.items.tolist(), range(1, k + 1), done.scores.tolist(), done.sources)]
-    for item, p in zip(shown, done.propensities.tolist()):
+    columns = (done.items.tolist(), range(1, k + 1), done.scores.tolist(), done.sources)
+    shown = [r._item(*of) for of in zip(*columns, strict=False)]
+    for item, p in zip(shown, done.propensities.tolist(), strict=False):
         if p < 1:
             item["propensity"] = p
     if request.explain and not asked.fallback_used:
@@ -1015,7 +1015,7 @@ def recommend_batch(
     shard_users: int = 50_000,  # users a shard
     progress=None,  # function(users done), called after each block of users
     now: float = None,  # seconds since 1970; None: the clock. A job that goes on keeps the moment when it began
-) -> pd.DataFrame:  # user_id, item_id, rank, score, source; k rows a user unless fewer are eligible. With a folder: a row a shard, see `write_shards`
+) -> pd.DataFrame:  # user_id, item_id, rank, score, source; at most k rows a user. With a folder: see `write_shards`
     "Lists for many users, a block at a time; users of whom nothing is known get popular items."
     k = check_k(k)
     user_ids = self.users if user_ids is None else _id_list(user_ids, "user_ids")
@@ -1120,7 +1120,7 @@ def write_shards(
     shard_users: int = 50_000,  # users a shard
     progress=None,  # function(users done)
     now: float = None,  # of a job that begins; None: the clock
-    make=None,  # function(list of (path, first user, users), now, progress) makes the shards that are missing; None: here, one after another
+    make=None,  # function(list of (path, first user, users), now, progress) makes missing shards; None: here, in turn
 ) -> pd.DataFrame:  # file, users, rows, bytes, sha256, made (now, or earlier)
     "Lists of many users as Parquet shards with a manifest; goes on where it was stopped."
     if isinstance(shard_users, bool) or not isinstance(shard_users, int) or shard_users < 1:
@@ -1328,7 +1328,7 @@ def pair_matrix(
 def load_recommender(
     run,  # `Run` from `aerec_nb.runs`, with validation done
     chain: Chain = None,  # postprocessing; None: exclude seen items, nothing banned
-    artifact: Path = None,  # folder with segments.parquet and cold_items.parquet where there are any; None: what the stage inference wrote
+    artifact: Path = None,  # folder of segments.parquet and cold_items.parquet, if any; None: what `inference` wrote
 ) -> Recommender:
     "The chosen model with all that is known of users and items."
     artifact = run.need("inference") if artifact is None else artifact
@@ -1483,7 +1483,7 @@ def unrated_items(
 # %% ../nbs/04_inference.ipynb #0314c664
 def build_inference(
     run,  # `Run` from `aerec_nb.runs`
-    folder: Path,  # where to write candidates.parquet and, where there is what they are about, valid_candidates.parquet, segments.parquet and cold_items.parquet
+    folder: Path,  # gets candidates.parquet; as far as they apply, valid_candidates, segments, cold_items.parquet
 ) -> dict:  # key figures for the manifest
     "Candidates of (up to 2,000) users from the chosen model."
     if run.settings.inference.segments_file:
@@ -1603,13 +1603,11 @@ class Explorer:
     "A user's history and list side by side, and handles to move."
 
     def __init__(self, recommender: Recommender, user_id=None, k: int = 10, diversity: float = None, genre: str = None):
-        self.recommender, self.user_id, self.k, self.diversity, self.genre = (
-            recommender,
-            example_user(recommender) if user_id is None else user_id,
-            k,
-            diversity,
-            genre,
-        )
+        self.recommender = recommender
+        self.user_id = example_user(recommender) if user_id is None else user_id
+        self.k = k
+        self.diversity = diversity
+        self.genre = genre
 
     def answer(self) -> Recommendations:
         "The list as the handles stand."

@@ -74,7 +74,7 @@ LAPACK_ROWS = 20_000  # larger matrices go to torch
 
 
 def invert(
-    G: np.ndarray,  # [n, n] C-ordered, float32 or float64; the lower triangle of a symmetric positive matrix; overwritten
+    G: np.ndarray,  # [n, n] C-ordered, float32 or float64; lower triangle of a symmetric positive matrix; overwritten
 ) -> np.ndarray:  # [n, n] whole, in the same memory
     "The inverse of a symmetric positive matrix by Cholesky; raises `AerecError` if it is not positive."
     if len(G) > LAPACK_ROWS:
@@ -203,13 +203,11 @@ class Rows:
     """
 
     def __init__(self, X: sparse.csr_matrix):  # [n_users, n_items]
-        self.X, self.shape, self.nnz, self.lengths, self.counts = (
-            X,
-            X.shape,
-            X.nnz,
-            np.diff(X.indptr),
-            np.bincount(X.indices, minlength=X.shape[1]),
-        )
+        self.X = X
+        self.shape = X.shape
+        self.nnz = X.nnz
+        self.lengths = np.diff(X.indptr)
+        self.counts = np.bincount(X.indices, minlength=X.shape[1])
 
     def squares(self, weights) -> np.ndarray:  # float64 [n_items]
         "diag X'WX: the weight of each item."
@@ -660,7 +658,8 @@ def _from_spectrum(model, system, spectrum):
     strength = model.lam + added
     g = -1 / (values + model.lam) if system.form == "primal" else 1 / (model.lam * (values + model.lam))
     through = (R * R) @ g
-    model.R, model.g = R, g.astype(np.float32)
+    model.R = R
+    model.g = g.astype(np.float32)
     model._vectors(
         -through if system.form == "primal" else 1 / strength - through, through, 1.0, strength, system.counts
     )
@@ -682,18 +681,18 @@ def solve_path(
     if model.max_items is not None:
         raise AerecError(f"{model.name}: a path takes all items; leave max_items out")
     train = model._begin(train)
-    (m, n), eigen = train.shape, len(values.get("lam", ())) >= EIGEN_PAYS
-    check_memory(
-        f"a path of {model.name}",
-        (36 if eigen else 12) * n**2 if model.cost(m, n, train.nnz)[0] == "primal" else 24 * m**2 + 12 * m * n * eigen,
-        model.max_memory_gib,
-        "fit fewer models, one after another",
-    )
+    m, n = train.shape
+    eigen = len(values.get("lam", ())) >= EIGEN_PAYS
+    if model.cost(m, n, train.nnz)[0] == "primal":
+        n_bytes = 36 * n**2 if eigen else 12 * n**2
+    else:
+        n_bytes = 24 * m**2 + 12 * m * n * eigen
+    check_memory(f"a path of {model.name}", n_bytes, model.max_memory_gib, "fit fewer models, one after another")
     grid = {k: [v] for k, v in model.hyperparameters.items()} | {k: list(v) for k, v in values.items()}
 
     def models(base, *names):
         for hp in product(*(grid.get(k, [None]) for k in names)):
-            made = type(model)(**base.hyperparameters | {k: v for k, v in zip(names, hp) if k in grid})
+            made = type(model)(**base.hyperparameters | {k: v for k, v in zip(names, hp, strict=True) if k in grid})
             made.name = model.name
             made.max_memory_gib = model.max_memory_gib
             made.n_items = train.shape[1]
@@ -719,7 +718,7 @@ def solve_path(
 def update(
     self: LinearAutoEncoder,
     rows: sparse.csr_matrix,  # [n, n_items or more] histories of new users; columns more than the model's are new items
-    item_features: sparse.csr_matrix = None,  # [items, n_features] of all items; needed where items are added to a model with features
+    item_features: sparse.csr_matrix = None,  # [all items, n_features]; needed for new items if fitted with features
 ) -> LinearAutoEncoder:  # itself
     "Learn from more users, as if they had been there from the start."
     rows = check_histories(rows, what="rows")
@@ -756,7 +755,11 @@ def _resolve(self: LinearAutoEncoder, G, F, counts, lengths):
     "The primal form once more, from a Gram matrix that is kept."
     system = _System("primal", None, None, F, None, counts, lengths, G=G.copy())
     self._weigh(system, *self._solve(system))
-    self.G, self.F, self.counts, self.lengths, self.n_items = G, F, counts, lengths, len(counts)
+    self.G = G
+    self.F = F
+    self.counts = counts
+    self.lengths = lengths
+    self.n_items = len(counts)
     return self
 
 

@@ -12,7 +12,7 @@ __all__ = ['TRAIN', 'VALID', 'TEST', 'VALID_INPUT', 'TEST_INPUT', 'LEFT_OUT', 'S
 import hashlib
 import re
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -72,20 +72,23 @@ def _as_ids(ids):
 def _factorize(ids, what):
     "int32 codes and vocabulary of a Series of ids; categories are not decoded."
     categorical = isinstance(ids.dtype, pd.CategoricalDtype)
-    values = (
-        ids.array.codes
-        if categorical
-        else ids.to_numpy()
-        if isinstance(ids.dtype, np.dtype) and ids.dtype.kind in "iu" and ids.dtype != np.uint64
-        else None
-    )
+    values = None
+    if categorical:
+        values = ids.array.codes
+    elif isinstance(ids.dtype, np.dtype) and ids.dtype.kind in "iu" and ids.dtype != np.uint64:
+        values = ids.to_numpy()
     if categorical:
         low = 0
         span = len(ids.cat.categories)
     elif values is not None and len(values):
         low = int(values.min())
         span = int(values.max()) - int(values.min()) + 1
-    missing = int((values < 0).sum()) if categorical else 0 if values is not None else int(ids.isna().sum())
+    if categorical:
+        missing = int((values < 0).sum())
+    elif values is not None:
+        missing = 0
+    else:
+        missing = int(ids.isna().sum())
     if missing:
         raise AerecError(f"{what} is missing in {missing:,} rows: fill it or drop them")
     if values is None or not len(values) or not categorical and span > 2**20 + len(values):
@@ -281,8 +284,8 @@ def _encode(ids, vocabulary, what):
 @patch(cls_method=True)
 def from_frame(
     cls: Interactions,
-    df: pd.DataFrame,  # user_id, item_id, and if there weight (else 1) and timestamp (seconds); ids of any type, also categories
-    users: np.ndarray = None,  # ids whose rows come first, in this order; new ones follow. None: order of first appearance
+    df: pd.DataFrame,  # user_id, item_id (, weight: else 1) (, timestamp: seconds); ids of any type, also categories
+    users: np.ndarray = None,  # ids of the first rows, in this order; new ones follow. None: order of first appearance
     items: np.ndarray = None,  # the same for the columns
 ) -> Interactions:  # the last of a repeated pair stays
     "A frame of interactions or ratings as a sparse matrix."
@@ -553,7 +556,9 @@ def _draw_each(counts, sizes, seed):
     random = np.random.RandomState(seed)
     start = np.cumsum(counts) - counts
     drawn = [
-        random.permutation(n)[:k] + s for s, n, k in zip(start.tolist(), counts.tolist(), sizes.tolist()) if k >= 0
+        random.permutation(n)[:k] + s
+        for s, n, k in zip(start.tolist(), counts.tolist(), sizes.tolist(), strict=True)
+        if k >= 0
     ]
     return np.concatenate([np.empty(0, np.int64), *drawn])
 
@@ -714,10 +719,10 @@ def _seconds(name, value):
 def split_interactions(
     interactions: Interactions,  # or a frame with user_id, item_id (, weight, timestamp)
     kind: str = "auto",  # lecture, holdout, leave_last, temporal or strong; auto: leave_last with times, else holdout
-    valid_sample_size: int = None,  # lecture, holdout, leave_last: held-out items per user; None: 10 for lecture, else 5
+    valid_sample_size: int = None,  # lecture, holdout, leave_last: held-out items per user; None: 10 (lecture) or 5
     n_heldout_users: int = None,  # strong: users for valid, and as many for test; None: a tenth
     seed: int = 42,  # of the random splits
-    heldout_share: float = None,  # holdout, leave_last: share of each history; temporal: of all interactions (None: .1); strong: of a held-out history (None: .2)
+    heldout_share: float = None,  # holdout, leave_last, strong (None: .2): per user; temporal (None: .1): of all rows
     cut_time=None,  # temporal: test begins here, a date or seconds; None: by share
     valid_cut_time=None,  # temporal with cut_time: validation begins here; None: as long before as the data go on after
     short_histories: str = "train",  # train learns from users with too few items to hold any out, drop leaves them out
@@ -770,7 +775,7 @@ def _check_targets(split):
 @patch
 def redraw_valid(
     self: Split,
-    share: float = 0.125,  # of what train and valid have of each user, at least one item; never more than the split's own n
+    share: float = 0.125,  # of each user's items in train and valid, at least one; never more than the split's own n
     seed: int = 0,  # of the draw; `leave_last` takes the last by time
 ) -> Split:  # strong and temporal, which hold out no share of histories: the split itself
     "The split with a smaller validation fold."
@@ -857,7 +862,9 @@ def describe_parts(
     table = split.report().set_index("part")
 
     def text(name, v):
-        return "-" if pd.isna(v) else f"{v:.1%}" if name == "share" else f"{v:,}"
+        if pd.isna(v):
+            return "-"
+        return f"{v:.1%}" if name == "share" else f"{v:,}"
 
     shown = pd.DataFrame(
         {part: [text(name, table.at[part, name]) for name in table] for part in table.index},
@@ -886,7 +893,8 @@ def describe_split(
         "holdout": lambda: f"{each} held out at random" + ("" if share else ", never more than a fifth"),
         "temporal": lambda: f"validation begins at {_utc(split.cuts[0])} and test at {_utc(split.cuts[1])} UTC",
     }[split.kind]()
-    test, unknown = split.test, int(split.test.n_targets.sum()) - split.test.target.nnz
+    test = split.test
+    unknown = int(test.n_targets.sum()) - test.target.nnz
     cold = f", without a history {test.n_without_history:,}" if test.n_without_history else ""
     new = (
         len(np.setdiff1d(split.interactions.matrix.indices[split.part == TEST], np.flatnonzero(split._columns >= 0)))
@@ -908,7 +916,7 @@ _LINES = {"valid": {"color": _PARTS["valid"], "lw": 3.5, "alpha": 0.7}, "test": 
 
 def _plot_parts(ax, split, folds):
     "Bars: interactions learned from and held out."
-    names, counts = zip(("train", split.train.nnz), *((n, int(f.n_targets.sum())) for n, f in folds))
+    names, counts = zip(("train", split.train.nnz), *((n, int(f.n_targets.sum())) for n, f in folds), strict=True)
     bars = ax.barh(names, counts, color=[_PARTS[n] for n in names])
     ax.bar_label(bars, [f"{v:,} ({v / split.interactions.nnz:.1%})" for v in counts], padding=3)
     ax.set(title="Interactions learned from and held out", xlabel="interactions", xlim=(0, 1.5 * max(counts)))
@@ -1049,7 +1057,7 @@ def batches(
         ends = block.indptr[::batch_size].tolist()
         if block.shape[0] % batch_size:
             ends.append(block.nnz)
-        for k, (a, b) in enumerate(zip(ends, ends[1:])):
+        for k, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
             rows = bounds[k * batch_size : min((k + 1) * batch_size, block.shape[0])]
             yield indices[a:b], rows - a, weights[a:b]
 
@@ -1107,7 +1115,7 @@ class AEDataSet:
         entries = entries[keep[entries]]
         ends = np.append(0, np.cumsum(np.bincount(inter.rows[entries], minlength=inter.n_users))).tolist()
         items = inter.matrix.indices[entries].tolist()
-        return {u: items[a:b] for u, (a, b) in enumerate(zip(ends, ends[1:]))}
+        return {u: items[a:b] for u, (a, b) in enumerate(zip(ends, ends[1:], strict=False))}
 
     @cached_property
     def user_item_dict(self):
@@ -1167,7 +1175,7 @@ class ItemFeatures:
 
 
 @patch
-def over(
+def over(  # noqa: F811
     self: ItemFeatures,
     vocabulary: np.ndarray,  # item ids
 ) -> ItemFeatures:  # a row for each of them; empty where nothing is known
@@ -1324,7 +1332,8 @@ def item_features(
         [n for _, names in blocks for n in names],
         unused,
     )
-    made.matrix.indices, made.matrix.indptr = made.matrix.indices.astype(np.int32), made.matrix.indptr.astype(np.int32)
+    made.matrix.indices = made.matrix.indices.astype(np.int32)
+    made.matrix.indptr = made.matrix.indptr.astype(np.int32)
     return made if vocabulary is None else made.over(vocabulary)
 
 # %% ../nbs/01b_model_preprocessing.ipynb #66ba95a5
@@ -1360,7 +1369,9 @@ def tag_features(
         .reset_index()
         .rename(columns={"item_id": "user_id", "tag": "item_id"})
     )
-    items, names, tf = x.users, x.items.astype(object), x.matrix
+    items = x.users
+    names = x.items.astype(object)
+    tf = x.matrix
     df = np.bincount(tf.indices, minlength=len(names))
     order = np.lexsort((names.astype(str), -df))
     order = order[df[order] >= 2][:max_tags]
@@ -1417,7 +1428,9 @@ def plot_features(
     a.set(title="Items that a group says something of", xlabel="share of the items", xlim=(0, 1.2))
     counts = np.bincount(features.matrix.indices, minlength=len(features.names))
     most = np.argsort(-counts, kind="stable")[:n][::-1]
-    colours = dict(zip(features.groups, ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"] * 20))
+    colours = dict(
+        zip(features.groups, ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"] * 20, strict=False)
+    )
     b.barh(
         [features.names[c] for c in most],
         counts[most] / max(1, len(features.items)),
@@ -1435,7 +1448,7 @@ def plot_features(
 
 # %% ../nbs/01b_model_preprocessing.ipynb #11f706b7
 @patch
-def save(
+def save(  # noqa: F811
     self: ItemFeatures,
     folder: Path,  # made if it is not there
 ):
@@ -1452,12 +1465,13 @@ def save(
 
 
 @patch(cls_method=True)
-def load(
+def load(  # noqa: F811
     cls: ItemFeatures,
     folder: Path,  # one that `save` wrote
 ) -> ItemFeatures:
     "Read features back."
-    folder, a = Path(folder), load_file(Path(folder) / "features.safetensors")
+    folder = Path(folder)
+    a = load_file(folder / "features.safetensors")
     items = load_vocabulary(folder / "items.parquet")
     names = load_vocabulary(folder / "names.parquet").tolist()
     return cls(

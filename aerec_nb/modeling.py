@@ -12,8 +12,8 @@ __all__ = ['AUTO', 'check_histories', 'check_value', 'check_device', 'Model', 'c
 # %% ../nbs/02_modeling.ipynb #e910e62b
 import importlib
 import inspect
-import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -66,7 +66,7 @@ def check_value(
     low: float,  # least value
     high: float = math.inf,  # no value from here on
     kind: type = float,  # float or int
-    open: bool = False,  # is `low` itself too low?
+    open: bool = False,  # is `low` itself too low?  # noqa: A002
 ):
     "The hyperparameter as a number in [low, high), or `AerecError`."
     ok = (
@@ -169,8 +169,10 @@ def check_csr(
     shape: tuple,  # (n_rows, n_columns)
     what: str,  # how the error names it
 ) -> None:
-    "Refuse arrays that are no CSR matrix with sorted columns, each once a row; raises `AerecError`. Compiled code"
-    "reads beyond its memory where they are not."
+    """Refuse arrays that are no CSR matrix with sorted columns, each once a row; raises `AerecError`.
+
+    Compiled code reads beyond its memory where they are not.
+    """
 
     def check(holds, why):
         if not holds:
@@ -300,13 +302,11 @@ def _plan(model, n_users, n_items, nnz):
 def free_gib() -> float:  # GiB
     "Memory that may be taken: what the machine, or the container, has left."
     free = psutil.virtual_memory().available
-    try:
+    with suppress(OSError, ValueError):  # no container limit
         free = min(
             free,
             int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()),
         )
-    except (OSError, ValueError):
-        pass  # no container limit
     return max(0, free) / 2**30
 
 
@@ -683,7 +683,8 @@ class Blend(Model):
         if len({m.n_items for m in models}) != 1 or models[0].n_items is None:
             raise AerecError("blend: its members must be fitted, and on the same items")
         blend = cls([{"name": m.name, "hyperparameters": m.hyperparameters} for m in models], weights)
-        blend.models, blend.n_items = list(models), models[0].n_items
+        blend.models = list(models)
+        blend.n_items = models[0].n_items
         return blend
 
     def cost(self, n_users, n_items, nnz):
@@ -703,7 +704,7 @@ class Blend(Model):
 
     def _score(self, history):
         total = np.zeros(history.shape, np.float32)
-        for m, weight in zip(self.models, self.weights):
+        for m, weight in zip(self.models, self.weights, strict=True):
             scores = standardise(m.score(history), history)
             scores *= np.float32(weight)
             total += scores
@@ -752,7 +753,7 @@ class ColdItems(Model):
         cls,
         model: Model,  # fitted on the items that come first
         features: sparse.csr_matrix,  # [n_known + n_new, n_features], the model's items first, see `ItemFeatures`
-        popularity: np.ndarray = None,  # [n_known]: of items that are alike the more popular ones count; None: the first ones
+        popularity: np.ndarray = None,  # [n_known]: among alike items the more popular count; None: the first ones
         n_neighbours: int = 30,  # items that a new one is scored by
     ):  # -> ColdItems, fitted
         "New items beside a fitted model."
@@ -819,9 +820,7 @@ def alike(
     known: sparse.csr_matrix,  # [n_known, n_features]
     n: int = 30,  # neighbours of a new item
     popularity: np.ndarray = None,  # [n_known], which of several that are as near comes first; None: by number
-) -> (
-    sparse.csr_matrix
-):  # float32 [n_new, n_known], what each neighbour counts; rows add up to 1, or to 0 where nothing is alike
+) -> sparse.csr_matrix:  # float32 [n_new, n_known], neighbours' weights; rows add up to 1, or to 0 if none is alike
     "The nearest items by cosine of their features."
 
     def unit(m):
@@ -1023,15 +1022,24 @@ def plot_plan(
     folder: Path,  # what `build_modeling` wrote
 ):  # -> matplotlib Figure
     "Foreseen memory and time of each model."
+
+    def shown(v):
+        if v <= 1e-3:
+            return "< 0.001"
+        return f"{v:.2g}" if v < 10 else f"{v:,.0f}"
+
     table = pd.read_parquet(Path(folder) / "plan.parquet").set_index("model")[::-1]
     fig, axes = plt.subplots(1, 2, figsize=(8, 1.2 + 0.35 * len(table)), layout="constrained", sharey=True)
     for ax, values, label in zip(
-        axes, (table.memory_mib, table.seconds.clip(lower=1e-3)), ("memory at the peak, MiB", "time to fit, seconds")
+        axes,
+        (table.memory_mib, table.seconds.clip(lower=1e-3)),
+        ("memory at the peak, MiB", "time to fit, seconds"),
+        strict=True,
     ):
         bars = ax.barh(table.index, values, color="#0072b2", height=0.6)
         ax.bar_label(
             bars,
-            ["< 0.001" if v <= 1e-3 else f"{v:.2g}" if v < 10 else f"{v:,.0f}" for v in values],
+            [shown(v) for v in values],
             padding=3,
             fontsize=8,
         )

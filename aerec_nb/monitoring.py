@@ -31,7 +31,7 @@ import threading
 import time
 import urllib.request
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +88,7 @@ _PAYLOAD = json.dumps(
 
 def _payloads(texts, fields: str) -> pa.Table:
     "The fields of JSON payloads as columns; what is missing, or of another type, is null."
-    asked = pa.table({"payload": texts})
+    asked = pa.table({"payload": texts})  # noqa: F841 DuckDB finds it by its name
     with duckdb.connect() as db:
         return db.sql(f"SELECT unnest(json_transform(payload, '{fields}')) FROM asked").to_arrow_table()
 
@@ -112,10 +112,10 @@ class Window:
 
     def __init__(
         self,
-        events,  # DataFrame as `EventLog.read` gives them, or a function (kind) -> Arrow tables as `EventLog.chunks` gives them
+        events,  # DataFrame as of `EventLog.read`, or a function (kind) -> Arrow tables as of `EventLog.chunks`
         recommender: Recommender,  # with vocabularies, histories, popularity and ban list
         end: float = None,  # of the span, UTC seconds; None: the newest event
-        maturity: float = 1800.0,  # a request counts for clicks once it is so old, and a click counts for so long, seconds
+        maturity: float = 1800.0,  # a request counts for clicks once it is so old, a click counts for so long, seconds
     ):
         self.recommender = recommender
         self.maturity = maturity
@@ -124,10 +124,8 @@ class Window:
         self.last = None
         tables = events if callable(events) else _as_tables(events)
         _read_requests(self, tables("request"))
-        self.feedback, self.impressions = (
-            _read_reports(self, tables("feedback")),
-            _read_reports(self, tables("impression")),
-        )
+        self.feedback = _read_reports(self, tables("feedback"))
+        self.impressions = _read_reports(self, tables("impression"))
         newest = [f.time.max() for f in (self.requests, self.feedback, self.impressions) if len(f)]
         self.end = end if end is not None else max(newest, default=0.0)
         self.begin = min(
@@ -157,7 +155,7 @@ class Window:
     @cached_property
     def personal(
         self,
-    ):  # bool, a value a request: lists that a model makes of all items for one visitor; not similar or popular items, nor given ones in order
+    ):  # bool, a value a request: a list made of all items for one visitor, not popular, similar or ranked items
         return ~self.requests.endpoint.isin(["popular", "similar", "rank"]).to_numpy()
 
     @property
@@ -170,23 +168,25 @@ def _as_tables(events: pd.DataFrame):
 
     def tables(kind):
         of = events[events.kind == kind] if len(events) else events
-        texts = [json.dumps(p) if isinstance(p, dict) else p for p in of.payload] if len(of) else []
+        texts = []
+        if len(of):
+            texts = [json.dumps(p) if isinstance(p, dict) else p for p in of.payload]
         columns = {
             name: pd.Series(texts if name == "payload" else of[name], dtype=object)
             .where(lambda s: s.notna(), None)
             .tolist()
             for name in COLUMNS
         }
-        yield pa.table(
-            {
-                name: pa.array([v if v is None else str(v) for v in values], pa.string())
-                if SCHEMA.field(name).type == pa.string()
-                else pa.array(values, SCHEMA.field(name).type)
-                for name, values in columns.items()
-            }
-        )
+        yield pa.table({name: _as_array(values, SCHEMA.field(name).type) for name, values in columns.items()})
 
     return tables
+
+
+def _as_array(values: list, kind: pa.DataType) -> pa.Array:
+    "Values as an Arrow array of a type; what is not text becomes text where the type is text."
+    if kind == pa.string():
+        values = [v if v is None else str(v) for v in values]
+    return pa.array(values, kind)
 
 # %% ../nbs/06_monitoring.ipynb #4f89578b
 def _read_requests(w: Window, tables) -> None:
@@ -382,14 +382,14 @@ def between(
     places = np.repeat(keep, self.lengths)
     at = np.where(places, np.cumsum(places) - 1, -1)
     part.number = self.number[keep]
-    part.requests, part.offsets = (
-        self.requests[keep].reset_index(drop=True),
-        np.append(0, np.cumsum(self.lengths[keep])),
-    )
+    part.requests = self.requests[keep].reset_index(drop=True)
+    part.offsets = np.append(0, np.cumsum(self.lengths[keep]))
     part.item = self.item[places]
     part.score = self.score[places]
-    part.sent_row, part.sent = new[self.sent_row[keep[self.sent_row]]], self.sent[keep[self.sent_row]]
-    part.drawn, part.propensity = at[self.drawn[places[self.drawn]]], self.propensity[places[self.drawn]]
+    part.sent_row = new[self.sent_row[keep[self.sent_row]]]
+    part.sent = self.sent[keep[self.sent_row]]
+    part.drawn = at[self.drawn[places[self.drawn]]]
+    part.propensity = self.propensity[places[self.drawn]]
 
     def reports(f):
         own = (
@@ -398,12 +398,10 @@ def between(
         )
         return f[own].assign(request=np.append(new, -1)[f.request.to_numpy()[own]]).reset_index(drop=True)
 
-    part.feedback, part.impressions, part.begin, part.end = (
-        reports(self.feedback),
-        reports(self.impressions),
-        begin,
-        end,
-    )
+    part.feedback = reports(self.feedback)
+    part.impressions = reports(self.impressions)
+    part.begin = begin
+    part.end = end
     part.reference = None
     return part
 
@@ -912,7 +910,8 @@ def bad_scores(w):
         return Figure(None, 0)
     begin = w.offsets[:-1][w.lengths > 0]
     high, low = (np.zeros(len(w.requests)) for _ in range(2))
-    high[w.lengths > 0], low[w.lengths > 0] = np.fmax.reduceat(w.score, begin), np.fmin.reduceat(w.score, begin)
+    high[w.lengths > 0] = np.fmax.reduceat(w.score, begin)
+    low[w.lengths > 0] = np.fmin.reduceat(w.score, begin)
     return share(((high == low) | (n_told < w.lengths))[judged])
 
 
@@ -1227,7 +1226,7 @@ def calibration(w):
         shape=(len(rows), r.n_items),
     )
     histories = r.histories[w.requests.user.to_numpy()[rows]]
-    found = [miscalibration(p, q) for p, q in zip(mixes(histories), mixes(lists)) if p.sum() > 0.5]
+    found = [miscalibration(p, q) for p, q in zip(mixes(histories), mixes(lists), strict=True) if p.sum() > 0.5]
     return mean(found) if found else Figure(None, 0)
 
 
@@ -1732,7 +1731,15 @@ def _status(m: Monitor, f: Figure, limit, window: Window) -> str:
     edge = f.low if m.fires == "above" else f.high
     if edge is None:
         edge = f.value
-    return "firing" if (edge > limit if m.fires == "above" else edge < limit) else "ok"
+    fires = edge > limit if m.fires == "above" else edge < limit
+    return "firing" if fires else "ok"
+
+
+def _limit_of(m: Monitor, window: Window, monitoring):  # a number; None: no limit
+    "The limit of a monitor: a function of the window, the name of a setting, or a number."
+    if callable(m.limit):
+        return m.limit(window, monitoring)
+    return getattr(monitoring, m.limit) if isinstance(m.limit, str) else m.limit
 
 
 def measure_window(
@@ -1747,13 +1754,7 @@ def measure_window(
         definition = m.definition
         try:
             f = Figure(*m.measure(window))
-            limit = (
-                m.limit(window, monitoring)
-                if callable(m.limit)
-                else getattr(monitoring, m.limit)
-                if isinstance(m.limit, str)
-                else m.limit
-            )
+            limit = _limit_of(m, window, monitoring)
             status = _status(m, f, limit, window)
         except Exception as e:
             if m.group in GROUPS:
@@ -1792,15 +1793,12 @@ def make_window(
     simulated: bool = None,  # of a log: only simulated (True) or only real (False) events; None: both
 ) -> Window:  # with the earlier window as its reference
     "The events of the last hours, and of the hours before."
-    end = (
-        now
-        if now is not None
-        else events.last_time(simulated)
-        if _is_log(events)
-        else events.time.max()
-        if len(events)
-        else None
-    )
+    if now is not None:
+        end = now
+    elif _is_log(events):
+        end = events.last_time(simulated)
+    else:
+        end = events.time.max() if len(events) else None
     end = 0.0 if end is None or np.isnan(end) else float(end)
     begin = np.nextafter(end - 3600 * monitoring.window_hours, np.inf)
     after = np.nextafter(end, np.inf)
@@ -1826,7 +1824,8 @@ def make_window(
         return whole
     w = whole.between(begin, after)
     reference = whole.between(max(first, whole.begin), begin)
-    w.end, w.reference = end, reference if len(reference.requests) else None
+    w.end = end
+    w.reference = reference if len(reference.requests) else None
     return w
 
 
@@ -1904,11 +1903,11 @@ def last_headline(
     return {**found, "paired": _paired_difference(own, folder, found["metric"]) if own else None}
 
 
-def _has_packed(folder: Path, id: str) -> bool:
+def _has_packed(folder: Path, identity: str) -> bool:
     "Tell whether a run made the bundle of this id."
     path = folder / "packaging" / "bundle" / "manifest.sha256"
     with file_errors(path):
-        return path.exists() and path.read_bytes().split()[:1] == [id.encode()]
+        return path.exists() and path.read_bytes().split()[:1] == [identity.encode()]
 
 
 def _paired_difference(own: Path, other: Path, metric: str) -> dict | None:  # low, high, users
@@ -1957,7 +1956,7 @@ def monitor_trend(
         return pd.DataFrame(columns=["time", *MONITORS], dtype=float)
     edges = np.linspace(w.requests.time.min(), np.nextafter(w.requests.time.max(), np.inf), n + 1)
     rows = []
-    for a, b in zip(edges, edges[1:]):
+    for a, b in zip(edges, edges[1:], strict=False):
         span = w.between(a, b)
         span.end = w.end  # clicks of the time after belong to their requests
         found = {
@@ -2058,7 +2057,7 @@ def make_traffic(
     now: float = 0.0,  # end of that time, UTC seconds
     faults=(),  # names of `FAULTS`
     arms: dict = None,  # arm -> share of the users; the arm 'popularity' gets popular lists
-    explore: float = 0.0,  # probability with which the last place is drawn from all that is eligible and not in the list
+    explore: float = 0.0,  # probability that the last place is drawn from all that is eligible and not in the list
     error_share: float = 0.002,  # of requests that fail
     impressions: bool = True,  # do clients report what was seen?
     prefix: str = "",  # of the ids
@@ -2159,13 +2158,15 @@ def _faulty_lists(v: Visitors, faults, rng):
 
 def _explored(v, top, who, explore, rng):
     "The last place drawn from what is eligible and not in the list, with a probability that is kept."
-    top, propensity = top.copy(), np.ones(top.shape)
+    top = top.copy()
+    propensity = np.ones(top.shape)
     for n in np.flatnonzero((who >= 0) & (top[:, -1] >= 0)):
         pool = np.setdiff1d(np.flatnonzero(v.eligible[who[n]]), top[n])
         if not len(pool):
             continue
         if rng.random() < explore:
-            top[n, -1], propensity[n, -1] = rng.choice(pool), explore / len(pool)
+            top[n, -1] = rng.choice(pool)
+            propensity[n, -1] = explore / len(pool)
         else:
             propensity[n, -1] = 1 - explore
     return top, propensity
@@ -2181,12 +2182,11 @@ def _written(r, requests, places, prefix, late, impressions, feedback, k, _rows)
     split = np.searchsorted(places.request.to_numpy(), np.arange(len(requests) + 1))
     shown = ids[items]
     rank = places["rank"].to_numpy()
-    looked = places.looked.to_numpy()
     clicked = places.clicked.to_numpy()
     propensity = places.propensity.to_numpy()
     for n, q in enumerate(requests.itertuples(index=False)):
         own = slice(split[n], split[n + 1])
-        id = f"{prefix}-{n}"
+        request_id = f"{prefix}-{n}"
         user = r.users[q.user] if q.user >= 0 else f"stranger-{n}"
         payload = {
             "status": int(q.status),
@@ -2206,28 +2206,28 @@ def _written(r, requests, places, prefix, late, impressions, feedback, k, _rows)
             payload["arm"] = q.arm
         if q.status >= 400:
             payload["error"] = "internal"
-        drawn = {str(j): float(p) for j, p in zip(rank[own].tolist(), propensity[own]) if p < 1}
+        drawn = {str(j): float(p) for j, p in zip(rank[own].tolist(), propensity[own], strict=True) if p < 1}
         if drawn:
             payload["propensities"] = drawn
-        about = {"request_id": id, "user_id": user, "simulated": True}
-        events.append({"event_id": id, "kind": "request", "time": float(q.time), "payload": payload, **about})
+        about = {"request_id": request_id, "user_id": user, "simulated": True}
+        events.append({"event_id": request_id, "kind": "request", "time": float(q.time), "payload": payload, **about})
         at = float(q.time) - late[n]
         if impressions:
             events += [
                 {
-                    "event_id": f"{id}-i{j}",
+                    "event_id": f"{request_id}-i{j}",
                     "kind": "impression",
                     "time": at + 0.5,
                     "item_id": item,
                     "value": float(j),
                     **about,
                 }
-                for j, item in zip(rank[own].tolist(), shown[own].tolist())
+                for j, item in zip(rank[own].tolist(), shown[own].tolist(), strict=True)
             ]
         if feedback:
             events += [
                 {
-                    "event_id": f"{id}-c{j}",
+                    "event_id": f"{request_id}-c{j}",
                     "kind": "feedback",
                     "time": at + 1 + j,
                     "item_id": item,
@@ -2235,7 +2235,7 @@ def _written(r, requests, places, prefix, late, impressions, feedback, k, _rows)
                     "payload": {"type": "click"},
                     **about,
                 }
-                for j, item, yes in zip(rank[own].tolist(), shown[own].tolist(), clicked[own])
+                for j, item, yes in zip(rank[own].tolist(), shown[own].tolist(), clicked[own], strict=True)
                 if yes
             ]
     return events
@@ -2303,26 +2303,28 @@ def ground_truth(
     for place in p.itertuples():
         shown[place.item] = shown.get(place.item, 0) + 1
     surprise = [
-        sum(math.log2(users / max(1.0, float(r.popularity[x.item]))) for x in l) / len(l) for l in lists.values() if l
+        sum(math.log2(users / max(1.0, float(r.popularity[x.item]))) for x in own) / len(own)
+        for own in lists.values()
+        if own
     ]
     counts = sorted([0] * (r.n_items - len(shown)) + list(shown.values()))
-    mature = [l for n, l in lists.items() if l and q.time[n] <= before]
-    clicks = sum(x.clicked for l in mature for x in l) if traffic.reported else 0
+    mature = [own for n, own in lists.items() if own and q.time[n] <= before]
+    clicks = sum(x.clicked for own in mature for x in own) if traffic.reported else 0
     n_places = sum(map(len, mature))
 
-    def gain(l):
-        c = [x for x in l if x.clicked and traffic.reported]
+    def gain(own):
+        c = [x for x in own if x.clicked and traffic.reported]
         return (
             sum(1 / math.log2(x.rank + 1) for x in c) / sum(1 / math.log2(j + 2) for j in range(len(c))) if c else 0.0
         )
 
-    drawn = [x for l in mature for x in l if x.propensity < 1]
+    drawn = [x for own in mature for x in own if x.propensity < 1]
     weights = [(x.propensity >= 0.5) / x.propensity for x in drawn]
-    gained = sum(w * x.clicked for w, x in zip(weights, drawn)) if traffic.reported else 0
+    gained = sum(w * x.clicked for w, x in zip(weights, drawn, strict=True)) if traffic.reported else 0
     return {
         "errors": failed / len(q),
         "fallback share": float(sum(q.fallback) / (len(q) - failed)),
-        "latency p95": float(np.quantile([m for m, s in zip(q.ms, q.status) if s < 400], 0.95)),
+        "latency p95": float(np.quantile([m for m, s in zip(q.ms, q.status, strict=True) if s < 400], 0.95)),
         "coverage": len(shown) / r.n_items,
         "novelty": math.fsum(surprise) / len(surprise),
         "concentration": sum((2 * (i + 1) - len(counts) - 1) * c for i, c in enumerate(counts))
@@ -2330,7 +2332,7 @@ def ground_truth(
         "popularity share": sum(bool(head_items(r.popularity)[x]) * c for x, c in shown.items()) / sum(shown.values()),
         "ban violations": sum(c for x, c in shown.items() if r.chain.banned[x]),
         "CTR": clicks / n_places,
-        "hit rate": sum(any(x.clicked and traffic.reported for x in l) for l in mature) / len(mature),
+        "hit rate": sum(any(x.clicked and traffic.reported for x in own) for own in mature) / len(mature),
         "NDCG": math.fsum(map(gain, mature)) / len(mature),
         **({"IPS": gained / len(drawn), "SNIPS": gained / sum(weights)} if drawn else {}),
     }
@@ -2356,13 +2358,9 @@ def alerts(
 
 def shown(value: float) -> str:
     "A number as people read it."
-    return (
-        "-"
-        if value is None or np.isnan(value)
-        else f"{value:,.0f}"
-        if abs(value) >= 100 or value == int(value)
-        else f"{value:.3g}"
-    )
+    if value is None or np.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 # %% ../nbs/06_monitoring.ipynb #6c90311b
 class AlertBook:
@@ -2446,18 +2444,12 @@ class AlertBook:
             told = change.setdefault("told", [])
             words = {k: v for k, v in change.items() if k != "told"} | (more or {})
             if "log" not in told:
-                log.log(
-                    logging.INFO
-                    if change["state"] == "resolved"
-                    else logging.CRITICAL
-                    if change["severity"] == "critical"
-                    else logging.WARNING,
-                    "alert %s: %s",
-                    change["state"],
-                    change["text"],
-                )
+                log.log(_log_level(change), "alert %s: %s", change["state"], change["text"])
                 told.append("log")
-            for way, tell in (("file", lambda: _add_line(file, words)), ("webhook", lambda: _post(url, words))):
+            for way, tell in (
+                ("file", lambda words=words: _add_line(file, words)),
+                ("webhook", lambda words=words: _post(url, words)),
+            ):
                 if way in told or not open_ways[way]:
                     continue
                 try:
@@ -2476,6 +2468,13 @@ class AlertBook:
                 done += 1
             self.save()
         return done
+
+
+def _log_level(change: dict) -> int:
+    "Level at which a change of an alert is logged."
+    if change["state"] == "resolved":
+        return logging.INFO
+    return logging.CRITICAL if change["severity"] == "critical" else logging.WARNING
 
 # %% ../nbs/06_monitoring.ipynb #e79e96db
 def _add_line(file, words: dict) -> None:
@@ -2534,13 +2533,13 @@ def prometheus_rules(
             "annotations": {"summary": words},
         }
 
+    def limit(m):
+        return getattr(monitoring, m.limit) if isinstance(m.limit, str) else m.limit
+
     service = [
         rule(
             name,
-            expr.replace(
-                "{limit}",
-                f"{getattr(monitoring, MONITORS[name].limit) if isinstance(MONITORS[name].limit, str) else MONITORS[name].limit:g}",
-            ),
+            expr.replace("{limit}", f"{limit(MONITORS[name]):g}"),
             MONITORS[name].severity,
             MONITORS[name].definition,
             300,
@@ -2653,7 +2652,8 @@ def monitor(
         window = make_window(log, recommender, settings.monitoring, now, simulated=False)
     finally:
         log.close()
-    window.packed_chain, window.last = packed.chain, last_headline(settings.paths.runs_dir, packed)
+    window.packed_chain = packed.chain
+    window.last = last_headline(settings.paths.runs_dir, packed)
     with using_settings(settings):
         window.previous = _bundle_before(settings, window.last)
     if book is not None:
@@ -2666,11 +2666,11 @@ def monitor(
 def _banned_since(book: AlertBook, recommender, ids, now: float) -> dict:  # item number -> UTC seconds
     "Since when items are banned, as far as a watch saw it; what was banned at its first look always was."
     since = book.book.setdefault("banned_since", {})
-    for id in map(str, ids):
-        since.setdefault(id, now if book.book["looks"] else 0.0)
-    for id in set(since) - set(map(str, ids)):
-        del since[id]
-    return {n: t for n, t in ((recommender.item_index.number(id), t) for id, t in since.items()) if n >= 0}
+    for item_id in map(str, ids):
+        since.setdefault(item_id, now if book.book["looks"] else 0.0)
+    for item_id in set(since) - set(map(str, ids)):
+        del since[item_id]
+    return {n: t for n, t in ((recommender.item_index.number(item_id), t) for item_id, t in since.items()) if n >= 0}
 
 
 def _bundle_before(settings, last: dict | None) -> Recommender | None:
@@ -2705,7 +2705,7 @@ def describe_window(
 # %% ../nbs/06_monitoring.ipynb #de1de22b
 def watch(
     settings,  # from `load_settings`
-    bundle,  # folder of the bundle that is served, a `Recommender`, or a function that gives one of them, asked at each look
+    bundle,  # folder of the bundle that is served, a `Recommender`, or a function that gives one at each look
     interval: float = 60.0,  # seconds from look to look
     once: bool = False,  # look once and come back
     stop: threading.Event = None,  # set it to end the watch; None: it ends with the process
@@ -2909,7 +2909,7 @@ class Lights:
 
     def _repr_html_(self):
         n = self.table.status.value_counts()
-        worst = "firing" if n.get("firing") else "ok" if n.get("ok") else "no data"
+        worst = next((status for status in ("firing", "ok") if n.get(status)), "no data")
         critical = int(((self.table.status == "firing") & (self.table.severity == "critical")).sum())
         words = {
             "firing": (
@@ -2935,7 +2935,7 @@ class Lights:
 
 def _card(title: str, of: pd.DataFrame) -> str:
     "A group of monitors; those that fire first, those without data in one line."
-    status = "firing" if (of.status == "firing").any() else "ok" if (of.status == "ok").any() else "no data"
+    status = next((s for s in ("firing", "ok") if (of.status == s).any()), "no data")
     rows = "".join(_light(m) for m in of[of.status != "no data"].sort_values("status", kind="stable").itertuples())
     silent = ", ".join(
         m.monitor if np.isnan(m.value) else f"{m.monitor} {shown(m.value)}"
@@ -2960,11 +2960,11 @@ def _card(title: str, of: pd.DataFrame) -> str:
 def _light(m) -> str:
     weight = "600" if m.status == "firing" else "400"
     sense = "at most" if m.fires == "above" else "at least"
+    critical = " <small>(critical)</small>" if m.status == "firing" and m.severity == "critical" else ""
     return (
         f'<div title="{html.escape(m.definition)}" style="display:flex;gap:8px;font-weight:{weight};border-top:1px '
         f'solid #f0f3f6;padding:1px 0"><span style="color:{COLORS[m.status]};width:1em">{SIGNS[m.status]}</span>'
-        f"<span "
-        f'style="flex:1">{html.escape(m.monitor)}{" <small>(critical)</small>" if m.status == "firing" and m.severity == "critical" else ""}</span><span '
+        f'<span style="flex:1">{html.escape(m.monitor)}{critical}</span><span '
         f'style="font-variant-numeric:tabular-nums">{shown(m.value)}</span>'
         f'<span style="color:#8a949e;font-size:12px;width:8.5em;white-space:nowrap;text-align:right">{sense} '
         f"{shown(m.threshold)}</span></div>"
@@ -2988,7 +2988,7 @@ def plot_monitors(
         ax.axis("off")
     if not moving:
         axes[0, 0].text(0, 0.5, "no monitor has data")
-    for ax, m in zip(axes.ravel(), moving):
+    for ax, m in zip(axes.ravel(), moving, strict=False):
         _panel(ax, m, trend)
     if trend is not None and len(trend):
         fig.supxlabel(f"{_passed(trend)[1]} since the first span; band: 99.7 % interval; dashed: the limit", fontsize=8)
@@ -2999,13 +2999,11 @@ def plot_monitors(
 def _passed(trend) -> tuple:
     "Time since the first span, and its unit."
     passed = trend.time - trend.time.iloc[0]
-    return (
-        (passed / 3600, "hours")
-        if passed.iloc[-1] > 3 * 3600
-        else (passed / 60, "minutes")
-        if passed.iloc[-1] > 180
-        else (passed, "seconds")
-    )
+    if passed.iloc[-1] > 3 * 3600:
+        return passed / 3600, "hours"
+    if passed.iloc[-1] > 180:
+        return passed / 60, "minutes"
+    return passed, "seconds"
 
 
 def _panel(ax, m, trend) -> None:
@@ -3043,13 +3041,35 @@ def _panel(ax, m, trend) -> None:
     return None
 
 # %% ../nbs/06_monitoring.ipynb #a4112c72
-_REPORT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>Monitoring</title><style>
-body{{font:14px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1d2733;max-width:1040px;margin:0 auto;padding:16px 20px 40px;background:#fff}} h1{{font-size:24px;margin:.2em 0 .4em}} h2{{font-size:17px;margin:26px 0 6px;border-bottom:1px solid #dfe5ec}}
-table{{border-collapse:collapse;font-size:12px;width:100%}} td,th{{border-bottom:1px solid #e8edf2;padding:3px 7px;text-align:right;vertical-align:top}} th{{background:#f4f6f8}} td:first-child,th:first-child,td.text,th.text{{text-align:left}}
-img{{max-width:100%}} p.soft{{color:#5d6b7a}} @media print{{body{{padding:0;font-size:11px}} h2{{break-after:avoid}} tr,img{{break-inside:avoid}} @page{{margin:14mm}}}}
-</style></head><body><h1>Monitoring</h1>{lights}<p class="soft">{notes}</p><h2>How each number moved</h2>{trend}<h2>Groups of users</h2>{segments}<h2>Items that were shown most</h2>{items}<h2>Requests to look at</h2>{requests}
-<h2>What each number means</h2>{definitions}</body></html>
-"""
+_REPORT = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width,initial-scale=1"><title>Monitoring</title><style>\n'
+    'body{{font:14px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1d2733;max-width:1040px;'
+    "margin:0 auto;padding:16px 20px 40px;background:#fff}} h1{{font-size:24px;margin:.2em 0 .4em}} "
+    "h2{{font-size:17px;margin:26px 0 6px;border-bottom:1px solid #dfe5ec}}\n"
+    "table{{border-collapse:collapse;font-size:12px;width:100%}} td,th{{border-bottom:1px solid #e8edf2;"
+    "padding:3px 7px;text-align:right;vertical-align:top}} th{{background:#f4f6f8}} "
+    "td:first-child,th:first-child,td.text,th.text{{text-align:left}}\n"
+    "img{{max-width:100%}} p.soft{{color:#5d6b7a}} @media print{{body{{padding:0;font-size:11px}} "
+    "h2{{break-after:avoid}} tr,img{{break-inside:avoid}} @page{{margin:14mm}}}}\n"
+    '</style></head><body><h1>Monitoring</h1>{lights}<p class="soft">{notes}</p><h2>'
+    "How each number moved</h2>{trend}<h2>Groups of users</h2>{segments}<h2>Items that were shown most</h2>"
+    "{items}<h2>Requests to look at</h2>{requests}\n"
+    "<h2>What each number means</h2>{definitions}</body></html>\n"
+)
+
+
+def _cell(v) -> str:
+    "A value in a table of the report."
+    if v is None or v is pd.NaT or isinstance(v, float) and np.isnan(v):
+        return "-"
+    if isinstance(v, float):
+        return f"{v:.3g}"
+    if isinstance(v, (int, np.integer)) and not isinstance(v, bool):
+        return f"{v:,}"
+    if not isinstance(v, (bool, np.bool_)):
+        return str(v)
+    return "yes" if v else ""
 
 
 def report_html(
@@ -3065,28 +3085,13 @@ def report_html(
         if not len(t):
             return '<p class="soft">none</p>'
 
-        def cell(v):
-            return (
-                "-"
-                if v is None or v is pd.NaT or isinstance(v, float) and np.isnan(v)
-                else f"{v:.3g}"
-                if isinstance(v, float)
-                else f"{v:,}"
-                if isinstance(v, (int, np.integer)) and not isinstance(v, bool)
-                else str(v)
-                if not isinstance(v, (bool, np.bool_))
-                else "yes"
-                if v
-                else ""
-            )
-
         lines = [
-            [(html.escape(cell(v)), isinstance(v, str)) for v in row]
+            [(html.escape(_cell(v)), isinstance(v, str)) for v in row]
             for row in t.astype(object).itertuples(index=False, name=None)
         ]
         heads = [
             f"<th{' class=text' if is_text else ''}>{html.escape(str(c))}</th>"
-            for c, (_, is_text) in zip(t.columns, lines[0])
+            for c, (_, is_text) in zip(t.columns, lines[0], strict=True)
         ]
         return (
             f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>"
@@ -3238,7 +3243,8 @@ def build_monitoring(
         window = make_window(log, recommender, settings, now, simulated=False)
         what = f"the real log {log.url}"
         log.close()
-    window.last, window.previous = last, _bundle_before(run.settings, last)
+    window.last = last
+    window.previous = _bundle_before(run.settings, last)
     table = measure_window(window, settings)
     decision = retrain_decision(
         table, recommender, int((window.feedback.item >= 0).sum()) if settings.event_source == "real" else 0, settings

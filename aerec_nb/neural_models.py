@@ -167,7 +167,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         sums = history.sums(history.weights)
         loss = hidden.new_zeros(())
         ends = [*history.offsets[::step].tolist(), len(rows)]
-        for start, first, last in zip(range(0, n, step), ends[:-1], ends[1:]):
+        for start, first, last in zip(range(0, n, step), ends[:-1], ends[1:], strict=True):
             block = slice(start, start + step)
             x = history.weights[first:last]
             who = rows[first:last] - start
@@ -190,7 +190,8 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grads, ctx.grads = ctx.grads, None  # nobody else holds them: they become the parameters' .grad without a copy
+        grads = ctx.grads
+        ctx.grads = None  # nobody else holds them: they become the parameters' .grad without a copy
         return *(g if g is None or grad == 1 else g * grad for g in grads), None, None
 
 # %% ../nbs/02b_neural_models.ipynb #f82a4854
@@ -220,7 +221,7 @@ class ItemRows(nn.Module):
         scale = np.divide(1, largest, out=np.zeros_like(largest), where=largest > 0)
         matrix = sparse.csr_matrix(features.multiply(scale[None]), dtype=np.float32)
         self.shape = matrix.shape
-        for name, tensor in zip(("indices", "offsets", "values"), History.of(matrix)):
+        for name, tensor in zip(("indices", "offsets", "values"), History.of(matrix), strict=True):
             self.register_buffer(name, tensor, persistent=False)
         bare = np.bincount(matrix.nonzero()[0], minlength=len(warm)) == 0
         for name, which in {"bare": bare, "has_own": warm | bare, "known": warm | bare}.items():
@@ -362,17 +363,11 @@ class GradientModel(Model):
         train = self._begin(train)
         self.generator = BatchGenerator().manual_seed(self.random_seed)
         self.net = self.build(train.shape[1], self.generator)
-        self.items = (
-            None
-            if features is None
-            else with_features(
-                self.net,
-                self.item_rows,
-                features,
-                (np.bincount(train.indices, minlength=train.shape[1]) if self.share is None else self.share.counts) > 0,
-                self.first_rows,
-            )
-        )
+        if features is None:
+            self.items = None
+        else:
+            counts = np.bincount(train.indices, minlength=train.shape[1]) if self.share is None else self.share.counts
+            self.items = with_features(self.net, self.item_rows, features, counts > 0, self.first_rows)
         self.net.to(self.device)
         self.changed()
         learned = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
@@ -502,7 +497,7 @@ class Share:
 
     def __init__(
         self,
-        rows: np.ndarray,  # int, sorted: which users, by their number in the whole data, the rows of this process's histories are
+        rows: np.ndarray,  # int, sorted: the users of this process's histories, numbered as in the whole data
         lengths: np.ndarray,  # int [n_users] interactions of every user
         counts: np.ndarray,  # int [n_items] interactions with every item
         add,  # function(tensor): adds it up over all processes, in place
@@ -533,17 +528,14 @@ class Share:
             at = np.repeat(
                 ends[mine] - self.lengths[users[mine]] - block.indptr[:-1], np.diff(block.indptr)
             ) + np.arange(block.nnz)
-            generator.rows, generator.items = (
-                (torch.from_numpy(mine), len(users)),
-                (torch.from_numpy(at), int(ends[-1])),
-            )
+            generator.rows = (torch.from_numpy(mine), len(users))
+            generator.items = (torch.from_numpy(at), int(ends[-1]))
             self.weight = len(mine) / len(users)
             bounds = block.indptr
             if not len(mine):
-                generator.rows, bounds = (
-                    (torch.zeros(1, dtype=torch.int64), len(users)),
-                    np.zeros(2, np.int64),
-                )  # an empty history that counts nothing: noise must be drawn all the same
+                # an empty history that counts nothing: noise must be drawn all the same
+                generator.rows = (torch.zeros(1, dtype=torch.int64), len(users))
+                bounds = np.zeros(2, np.int64)
             self.n = len(users)
             yield (
                 torch.from_numpy(block.indices.astype(np.int64)),
@@ -751,14 +743,10 @@ class DAENet(LectureNet):
 
     def __init__(self, n_items, hidden_dim, generator):
         nn.Module.__init__(self)
-        self.encoder_weight, self.encoder_bias = (
-            _xavier(n_items, hidden_dim, generator=generator),
-            nn.Parameter(torch.zeros(hidden_dim)),
-        )
-        self.decoder_weight, self.decoder_bias = (
-            _xavier(n_items, hidden_dim, generator=generator),
-            nn.Parameter(torch.zeros(n_items)),
-        )
+        self.encoder_weight = _xavier(n_items, hidden_dim, generator=generator)
+        self.encoder_bias = nn.Parameter(torch.zeros(hidden_dim))
+        self.decoder_weight = _xavier(n_items, hidden_dim, generator=generator)
+        self.decoder_bias = nn.Parameter(torch.zeros(n_items))
 
 # %% ../nbs/02b_neural_models.ipynb #345a2165
 class MultDAE(GradientModel):
@@ -813,10 +801,8 @@ class VAENet(nn.Module):
             self.register_parameter(f"{name}_weight", _xavier(n_out, n_in, generator=generator))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(n_out)))
 
-        self.encoder_weight, self.encoder_bias = (
-            _xavier(n_items, hidden_dim, generator=generator),
-            nn.Parameter(torch.zeros(hidden_dim)),
-        )
+        self.encoder_weight = _xavier(n_items, hidden_dim, generator=generator)
+        self.encoder_bias = nn.Parameter(torch.zeros(hidden_dim))
         layer("latent", hidden_dim, 2 * latent_dim)
         if not linear_decoder:
             layer("hidden", latent_dim, hidden_dim)
@@ -924,22 +910,18 @@ class RecEncoder(nn.Module):
 
     def __init__(self, n_items, hidden_dim, latent_dim, generator):
         super().__init__()
-        self.encoder_weight, self.encoder_bias = (
-            _xavier(n_items, hidden_dim, generator=generator),
-            nn.Parameter(torch.zeros(hidden_dim)),
-        )
+        self.encoder_weight = _xavier(n_items, hidden_dim, generator=generator)
+        self.encoder_bias = nn.Parameter(torch.zeros(hidden_dim))
         self.weights = nn.ParameterList([_xavier(hidden_dim, hidden_dim, generator=generator) for _ in range(4)])
         self.biases = nn.ParameterList([nn.Parameter(torch.zeros(hidden_dim)) for _ in range(4)])
         self.norms = nn.ModuleList([nn.LayerNorm(hidden_dim, eps=0.1) for _ in range(5)])
-        self.latent_weight, self.latent_bias = (
-            _xavier(2 * latent_dim, hidden_dim, generator=generator),
-            nn.Parameter(torch.zeros(2 * latent_dim)),
-        )
+        self.latent_weight = _xavier(2 * latent_dim, hidden_dim, generator=generator)
+        self.latent_bias = nn.Parameter(torch.zeros(2 * latent_dim))
 
     def forward(self, history: History) -> tuple:  # (mu, logvar), each [n, latent_dim]
         before = h = self.norms[0](F.silu(bag(history, self.encoder_weight) + self.encoder_bias))
-        for weight, bias, norm in zip(self.weights, self.biases, self.norms[1:]):
-            h = norm(F.silu(linear(h, weight, bias) + before))
+        for weight, bias, normalise in zip(self.weights, self.biases, self.norms[1:], strict=True):
+            h = normalise(F.silu(linear(h, weight, bias) + before))
             before = before + h
         return linear(h, self.latent_weight, self.latent_bias).chunk(2, 1)
 
@@ -951,10 +933,8 @@ class RecNet(nn.Module):
         super().__init__()
         self.encoder = RecEncoder(n_items, hidden_dim, latent_dim, generator)
         self.old = RecEncoder(n_items, hidden_dim, latent_dim, generator).requires_grad_(False)
-        self.decoder_weight, self.decoder_bias = (
-            _xavier(n_items, latent_dim, generator=generator),
-            nn.Parameter(torch.zeros(n_items)),
-        )
+        self.decoder_weight = _xavier(n_items, latent_dim, generator=generator)
+        self.decoder_bias = nn.Parameter(torch.zeros(n_items))
 
     def encode(self, history):
         return self.encoder(history)[0]
@@ -972,7 +952,9 @@ def log_composite_prior(
 ) -> torch.Tensor:  # [n, latent_dim]
     "Logarithm of the mixture, dimension by dimension."
     parts = (log_normal(z, 0.0, 0.0), log_normal(z, mu_old, logvar_old), log_normal(z, 0.0, 10.0))
-    return torch.logsumexp(torch.stack([p + math.log(w) for p, w in zip(parts, (3 / 20, 3 / 4, 1 / 10))]), 0)
+    return torch.logsumexp(
+        torch.stack([p + math.log(w) for p, w in zip(parts, (3 / 20, 3 / 4, 1 / 10), strict=True)]), 0
+    )
 
 # %% ../nbs/02b_neural_models.ipynb #34b7b16b
 class RecVAE(GradientModel):

@@ -135,10 +135,10 @@ def same_answer(
     if not then:
         return True
     close = tolerance * max(abs(score) for _, score in then)
-    if not all(abs(a[1] - b[1]) <= close for a, b in zip(then, now)):
+    if not all(abs(a[1] - b[1]) <= close for a, b in zip(then, now, strict=True)):
         return False  # also where one is not a number
     scores = dict(map(tuple, then))
-    return all(abs(scores.get(id, then[-1][1]) - score) <= 2 * close for id, score in now)
+    return all(abs(scores.get(item_id, then[-1][1]) - score) <= 2 * close for item_id, score in now)
 
 # %% ../nbs/05_packaging.ipynb #75f5de86
 def head_items(
@@ -196,7 +196,9 @@ def list_figures(
         "novelty": mean(figures.get("novelty")),
         "diversity": mean(figures.get("diversity")),
         "fallback_share": float(np.mean(popular)) if popular is not None and len(popular) else None,
-        "score_quantiles": {f"{q:g}": float(v) for q, v in zip(_QUANTILES, np.quantile(scores, _QUANTILES))}
+        "score_quantiles": {
+            f"{q:g}": float(v) for q, v in zip(_QUANTILES, np.quantile(scores, _QUANTILES), strict=True)
+        }
         if len(scores)
         else None,
         "item_popularity": {
@@ -286,15 +288,13 @@ def _shown(value) -> str:
         return f"{value[0]:.4g} to {value[1]:.4g}"
     if isinstance(value, list):
         return ", ".join(map(_shown, value)) or "-"
-    return (
-        "-"
-        if value is None
-        else f"{value:.4g}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else str(value).replace("|", "\\|").replace("\n", " ")
-    )
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
 # %% ../nbs/05_packaging.ipynb #e41db63e
 @contextmanager
@@ -774,8 +774,8 @@ def _manifest(files) -> tuple:  # id, what it says of each file
     "The manifest of an opened bundle, if it is one that this package reads."
     data = _read_manifest(files)
     path = files.path
-    id = sha256_bytes(data)
-    if (files.small("manifest.sha256", 2**10) or b"")[:64] != id.encode():
+    identity = sha256_bytes(data)
+    if (files.small("manifest.sha256", 2**10) or b"")[:64] != identity.encode():
         raise AerecError(
             f"bundle {path}: manifest.json is not the one that manifest.sha256 was made for; take the bundle from its "
             "source again"
@@ -789,13 +789,12 @@ def _manifest(files) -> tuple:  # id, what it says of each file
     schema = manifest.get("schema")
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
-        reader = (
-            f"{ascii(manifest.get('made_by', 'a later aerec_nb'))[1:-1][:40]} or later"
-            if newer
-            else _READ_BY.get(schema, "an earlier aerec_nb")
-            if isinstance(schema, int)
-            else "no aerec_nb"
-        )
+        if newer:
+            reader = f"{ascii(manifest.get('made_by', 'a later aerec_nb'))[1:-1][:40]} or later"
+        elif isinstance(schema, int):
+            reader = _READ_BY.get(schema, "an earlier aerec_nb")
+        else:
+            reader = "no aerec_nb"
         raise AerecError(
             f"bundle {path}: its layout is version {ascii(schema)[:20]}, which {reader} reads; this is aerec_nb "
             f"{package_versions()['aerec_nb']}, which reads version {SCHEMA}: "
@@ -810,7 +809,7 @@ def _manifest(files) -> tuple:  # id, what it says of each file
             f"bundle {path}: manifest.json does not say size and sha256 of each file; take the bundle from its source "
             "again"
         )
-    return id, listed
+    return identity, listed
 
 
 def _verify(
@@ -821,9 +820,9 @@ def _verify(
 ) -> tuple:  # id, {name: bytes as a uint8 array}; {} unless kept
     "Check an opened bundle: its manifest, its signature, then every file."
     with _Files(folder, path) as files:
-        id, listed = _manifest(files)
+        identity, listed = _manifest(files)
         try:
-            _check_signature(files.small("signature.json", 2**16), id, policy)
+            _check_signature(files.small("signature.json", 2**16), identity, policy)
         except AerecError as e:
             raise AerecError(f"bundle {path}: {e}") from None
         there = {name: found for name, found in files.stats().items() if name not in _SEALS}
@@ -852,7 +851,7 @@ def _verify(
             f"bundle {path} does not verify: {ascii('; '.join(dict.fromkeys(problems)))[1:-1][:400]}; take it from its "
             "source again"
         )
-    return id, contents
+    return identity, contents
 
 
 def _size_fault(name: str, found: os.stat_result, n_said: int) -> str | None:
@@ -870,8 +869,9 @@ def verify_bundle(
     path: Path,  # a bundle: folder or zip
     limit_mib: float = LIMIT_MIB,  # MiB that all files may have
 ) -> str:  # its id
-    "Check every file of a bundle against its manifest, without loading it or judging its signature; raises"
-    "`AerecError` naming what does not fit."
+    """Check every file of a bundle against its manifest, without loading it or judging its signature; raises
+    `AerecError` naming what does not fit.
+    """
     with _opened(path, limit_mib) as folder:
         return _verify(folder, path, LoadPolicy(limit_mib))[0]
 
@@ -928,8 +928,9 @@ def _parse_arrays(
     data: np.ndarray,  # uint8, a whole file
     name: str,  # of the file, for errors
 ) -> dict:  # name -> array over the same memory
-    "Parse safetensors: the arrays must cover the file, without gaps or overlaps, with the bytes that their shapes ask"
-    "for; raises `AerecError`."
+    """Parse safetensors: the arrays must cover the file, without gaps or overlaps, with the bytes that their shapes ask
+    for; raises `AerecError`.
+    """
     n = int.from_bytes(data[:8].tobytes(), "little")
     _check(len(data) >= 8 and n <= min(len(data) - 8, _SMALL), f"{name} is no safetensors file")
     header = _parse_document(data[8 : 8 + n], f"the header of {name}")
@@ -1045,7 +1046,7 @@ def _parse_table(
                     dtype,
                     f"{name}: column {ascii(c.name)[:80]}",
                 )
-                for c, dtype in zip(schema, _nullable_types(schema))
+                for c, dtype in zip(schema, _nullable_types(schema), strict=True)
             },
             index=range(n),
         )
@@ -1164,7 +1165,7 @@ def _check_reference(ref) -> None:
             isinstance(edges, list)
             and edges
             and all(map(_is_number, edges))
-            and all(a < b for a, b in zip(edges, edges[1:])),
+            and all(a < b for a, b in zip(edges, edges[1:], strict=False)),
             f"reference.json: {key} must have rising edges",
         )
         for part in parts:
@@ -1330,8 +1331,9 @@ def _check_segments(table: pd.DataFrame, n_items: int) -> None:
 def check_structure(
     contents: dict,  # file of a bundle -> its bytes (uint8 array), as the manifest has them
 ) -> dict:  # documents, arrays and tables, by file
-    "Check everything about the files of a bundle, and that they fit together, before anything is made of them; raises"
-    "`AerecError` with the file and what is wrong."
+    """Check everything about the files of a bundle, and that they fit together, before anything is made of them; raises
+    `AerecError` with the file and what is wrong.
+    """
     found = {name: _parse_document(data, name) for name, data in contents.items() if name.endswith(".json")}
     _check_card(found["card.json"])
     _check_reference(found["reference.json"])
@@ -1426,8 +1428,9 @@ def _matrix(data, indices, indptr, shape) -> csr_matrix:
 
 
 def _check_scores(r: Recommender) -> None:
-    "Refuse a model that does not give a finite score for each item: for an empty history, for one with every item,"
-    "and for the longest one."
+    """Refuse a model that does not give a finite score for each item: for an empty history, for one with every item,
+    and for the longest one.
+    """
     heaviest = (
         r.histories[[int(np.diff(r.histories.indptr).argmax())]]
         if r.n_users
@@ -1452,8 +1455,9 @@ def load_bundle(
     limit_mib: float = None,  # MiB that all files may have; None: packaging.bundle_limit_mib
     settings=None,  # from `load_settings`: plugins, keys and limits; None: as configured
 ) -> Recommender:  # its `info` has id, card and reference
-    "Verify a bundle, load it, and replay its golden requests; raises `AerecError` if anything is not as it was"
-    "packed. No code runs but plugins that the settings list or name."
+    """Verify a bundle, load it, and replay its golden requests; raises `AerecError` if anything is not as it was
+    packed. No code runs but plugins that the settings list or name.
+    """
     policy = load_policy(current_settings() if settings is None else settings)
     if limit_mib is not None:
         policy = replace(policy, limit_mib=limit_mib)
@@ -1480,11 +1484,11 @@ def _load(path: Path, policy: LoadPolicy) -> _Load:
 
 def _load_folder(folder: Path, path: Path, policy: LoadPolicy) -> _Load:
     "Verify a folder, check its structure, make the recommender, and ask its golden requests."
-    id, contents = _verify(folder, path, policy, keep=True)
+    identity, contents = _verify(folder, path, policy, keep=True)
     try:
         found = check_structure(contents)
         with using_settings(policy.settings, policy.from_bundle):
-            recommender = _recommender(found, {"id": id, "folder": str(path)})
+            recommender = _recommender(found, {"id": identity, "folder": str(path)})
         _check_scores(recommender)
         changed = _replay(found["golden.json"], found["versions.json"], recommender)
     except AerecError as e:
@@ -1570,12 +1574,12 @@ def signing_key_id(
 
 # %% ../nbs/05_packaging.ipynb #7faca50d
 def _signature(
-    id: str,  # of a bundle
+    identity: str,  # of a bundle
     key,  # private key
 ) -> dict:  # signature.json
     "Sign the identity of a bundle."
     private = _private_key(key)
-    signature = private.sign(_SIGNED + id.encode())
+    signature = private.sign(_SIGNED + identity.encode())
     return {
         "algorithm": "ed25519",
         "key_id": key_id(private.public_key().public_bytes_raw()),
@@ -1585,7 +1589,7 @@ def _signature(
 
 def _check_signature(
     data: bytes | None,  # signature.json; None: there is none
-    id: str,  # of the bundle
+    identity: str,  # of the bundle
     policy,  # `LoadPolicy`
 ) -> None:
     "Refuse a bundle whose signature is missing where it is required, or wrong; raises `AerecError`."
@@ -1622,7 +1626,7 @@ def _check_signature(
         )
     try:
         Ed25519PublicKey.from_public_bytes(trusted[found["key_id"]]).verify(
-            base64.b64decode(found["signature"], validate=True), _SIGNED + id.encode()
+            base64.b64decode(found["signature"], validate=True), _SIGNED + identity.encode()
         )
     except (InvalidSignature, ValueError):
         raise AerecError(
@@ -1823,12 +1827,15 @@ class Registry:
         bundles_dir: Path,  # where registered bundles are kept
         name: str = "aerec",  # of the registered model
         promoters=(),  # who may promote: names, or a function of an alias that gives them; empty: anyone
-        policy=None,  # `PackagingSettings`, or a function of an alias that gives them: gates, limits, keys; None: defaults
+        policy=None,  # `PackagingSettings` (gates, limits, keys), or a function alias -> these; None: defaults
         settings=None,  # function of an alias that gives the `Settings` which judge plugins; None: as configured
     ):
         if not re.fullmatch(r"[\w .-]{1,200}", name):
             raise AerecError(f"packaging.model_name {name!r}: use letters, digits, blanks and . _ - only")
-        self.uri, self.bundles_dir, self.name, self.promoters = uri, Path(bundles_dir).absolute(), name, promoters
+        self.uri = uri
+        self.bundles_dir = Path(bundles_dir).absolute()
+        self.name = name
+        self.promoters = promoters
         self.policy = policy if callable(policy) else lambda alias: policy or PackagingSettings()
         self.settings = settings or (lambda alias: current_settings())
         own = sa.make_url(uri) if uri.startswith("sqlite") else None
@@ -2025,11 +2032,11 @@ def register(
     "Verify a bundle, keep a copy of it, and give it a version."
     policy = load_policy(self.settings(None), None, self.policy(None))
     recommender = _loaded(bundle, policy)
-    id = recommender.info["id"]
+    identity = recommender.info["id"]
     with self._alone():
-        kept, signed = _keep_copy(Path(bundle), self.bundles_dir, id, bool(policy.keys))
+        kept, signed = _keep_copy(Path(bundle), self.bundles_dir, identity, bool(policy.keys))
         for v in self.versions():
-            if v.tags.get("bundle") != id:
+            if v.tags.get("bundle") != identity:
                 continue
             if "archived" in v.tags:
                 raise AerecError(
@@ -2041,33 +2048,33 @@ def register(
             return int(v.version)
         headline = recommender.info["card"].get("headline") or {}
         tags = {
-            "bundle": id,
+            "bundle": identity,
             "model": str(recommender.model.name),
             **{f"headline.{k}": str(v) for k, v in headline.items()},
         }
-        source, run_id = _upload(self, kept, id) if self._on_server else (kept.as_uri(), None)
+        source, run_id = _upload(self, kept, identity) if self._on_server else (kept.as_uri(), None)
         return int(self._mlflow.create_model_version(self.name, source, run_id, tags=tags).version)
 
 
 def _keep_copy(
     bundle: Path,
     bundles_dir: Path,
-    id: str,
+    identity: str,
     checked: bool = False,  # was its signature verified?
 ) -> tuple:  # folder in the store, was a signature added to a copy that was there?
     "The copy of a bundle in the store, made whole or not at all."
-    target = bundles_dir / id[:16]
+    target = bundles_dir / identity[:16]
     if target.exists():
-        if verify_bundle(target) == id:
+        if verify_bundle(target) == identity:
             return target, _keep_signature(bundle, target, checked)
         raise AerecError(f"{target}: another bundle is kept there, whose identity begins alike; move it away")
     bundles_dir.mkdir(parents=True, exist_ok=True)
-    work = bundles_dir / f".{id[:16]}.{os.getpid()}"
+    work = bundles_dir / f".{identity[:16]}.{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
     try:
         with _opened(bundle) as folder, _disk_errors("registry", bundles_dir):
             _copy_files(folder, work)
-        if verify_bundle(work) != id:
+        if verify_bundle(work) != identity:
             raise AerecError(f"{bundle}: it changed while it was copied; try again")
         for p in [*work.iterdir(), work]:
             _to_disk(p)
@@ -2108,17 +2115,17 @@ def _to_disk(path: Path) -> None:
         os.close(number)
 
 # %% ../nbs/05_packaging.ipynb #31c9f616
-def _upload(registry: Registry, kept: Path, id: str) -> tuple:  # (source, id of the run that holds it)
+def _upload(registry: Registry, kept: Path, identity: str) -> tuple:  # (source, id of the run that holds it)
     "A bundle as a zip on the MLflow server."
     client = mlflow_module("mlflow.tracking").MlflowClient(registry.uri, registry.uri)
     experiment = f"{registry.name} bundles"
     try:
         found = client.get_experiment_by_name(experiment)
         run = client.create_run(
-            found.experiment_id if found else client.create_experiment(experiment), run_name=id[:16]
+            found.experiment_id if found else client.create_experiment(experiment), run_name=identity[:16]
         )
         with tempfile.TemporaryDirectory() as d, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            client.log_artifact(run.info.run_id, str(pack_zip(kept, Path(d) / f"{id[:16]}.zip")))
+            client.log_artifact(run.info.run_id, str(pack_zip(kept, Path(d) / f"{identity[:16]}.zip")))
         client.update_run(run.info.run_id, "FINISHED")
     except Exception as e:
         raise AerecError(
@@ -2127,7 +2134,7 @@ def _upload(registry: Registry, kept: Path, id: str) -> tuple:  # (source, id of
                 f"({(str(e).splitlines() or [type(e).__name__])[0][:200]}); start it with --artifacts-destination"
             )
         ) from None
-    return f"{run.info.artifact_uri}/{id[:16]}.zip", run.info.run_id
+    return f"{run.info.artifact_uri}/{identity[:16]}.zip", run.info.run_id
 
 
 def _upload_again(registry: Registry, version, kept: Path) -> None:
@@ -2151,20 +2158,20 @@ def sign(
     "Sign the bundle of a version; its identity and its version stay the same."
     folder = self.resolve(version)
     with self._alone():
-        id = sign_bundle(folder, key)
+        signer = sign_bundle(folder, key)
     if self._on_server:
         registered = next(v for v in self.versions() if v.tags.get("bundle", "")[:16] == folder.name)
         _upload_again(self, registered, folder)
-    return f"{self.name}: version {version} is signed by the key {id}"
+    return f"{self.name}: version {version} is signed by the key {signer}"
 
 
-def _download(registry: Registry, version, id: str) -> None:
+def _download(registry: Registry, version, identity: str) -> None:
     "Fetch a bundle that the server has and this machine has not."
     client = mlflow_module("mlflow.tracking").MlflowClient(registry.uri, registry.uri)
     with tempfile.TemporaryDirectory() as d:
         try:
             with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-                path = client.download_artifacts(version.run_id, f"{id[:16]}.zip", d)
+                path = client.download_artifacts(version.run_id, f"{identity[:16]}.zip", d)
         except Exception as e:
             raise AerecError(
                 hide_secrets(
@@ -2172,13 +2179,13 @@ def _download(registry: Registry, version, id: str) -> None:
                     f"({(str(e).splitlines() or [type(e).__name__])[0][:200]})"
                 )
             ) from None
-        if bundle_id(path) != id:
+        if bundle_id(path) != identity:
             raise AerecError(
                 f"{registry.name} version {version.version}: the server has another bundle than was registered; "
                 f"register it again from its source"
             )
         with registry._alone():
-            _keep_copy(Path(path), registry.bundles_dir, id)
+            _keep_copy(Path(path), registry.bundles_dir, identity)
 
 # %% ../nbs/05_packaging.ipynb #f051dbb0
 def compare_headlines(
@@ -2292,9 +2299,10 @@ def _check_alias(alias: str) -> None:
 @patch
 def _check_promoter(self: Registry, alias: str, by: str, promoters=None) -> None:
     "Refuse who may not move this alias."
-    allowed = (
-        promoters if promoters is not None else self.promoters(alias) if callable(self.promoters) else self.promoters
-    )
+    if promoters is not None:
+        allowed = promoters
+    else:
+        allowed = self.promoters(alias) if callable(self.promoters) else self.promoters
     if allowed and by not in allowed:
         raise AerecError(f"'{by}' may not move {alias}: packaging.promoters names {', '.join(allowed)}")
 
@@ -2403,9 +2411,9 @@ def _stack(self: Registry, alias: str) -> list:
                 m.to_version
             ]
     current = self.current(alias)
-    return (
-        stack if stack and stack[-1] == current else [*stack, *([current] if current else [])]
-    )  # somebody moved it by MLflow's own means
+    if stack and stack[-1] == current:
+        return stack
+    return [*stack, *([current] if current else [])]  # somebody moved it by MLflow's own means
 
 
 @patch
@@ -2437,7 +2445,9 @@ def rollback(
 
 # %% ../nbs/05_packaging.ipynb #cc732e60
 @patch
-def list(self: Registry) -> pd.DataFrame:  # a row a version: model, headline metric, aliases, bundle
+def list(  # noqa: A001
+    self: Registry,
+) -> pd.DataFrame:  # a row a version: model, headline metric, aliases, bundle
     "Everything that is registered."
     points = self._mlflow.get_registered_model(self.name).aliases
     rows = [
@@ -2472,14 +2482,14 @@ def _flat(value, name="") -> dict:  # dotted name -> value
 def _about(self: Registry, version) -> dict:  # what -> value
     "What a version is, by its card and its files."
     folder = self.resolve(version)
-    id, contents = _verify(folder, folder, LoadPolicy(self.policy(None).bundle_limit_mib), keep=True)
+    identity, contents = _verify(folder, folder, LoadPolicy(self.policy(None).bundle_limit_mib), keep=True)
     card = _parse_document(contents["card.json"], "card.json")
     _check_card(card)
     files = {
         f"file {name}": f"{sha256_bytes(data)[:16]}, {len(data):,} bytes" for name, data in sorted(contents.items())
     }
     card = {k: v for k, v in card.items() if k not in ("metrics", "slices", "comparison", "limitations")}
-    return {"bundle": id[:16], "MiB": round(_mib(folder), 3)} | _flat(card) | files
+    return {"bundle": identity[:16], "MiB": round(_mib(folder), 3)} | _flat(card) | files
 
 
 @patch
@@ -2725,7 +2735,9 @@ def model_card(
 
 def _metrics_row(row: dict, k: int, pick: str) -> dict:
     "A model, or a bound, with its intervals."
-    role = "bound" if row.get("bound") else "chosen" if row["model"] == pick else "candidate"
+    role = "chosen" if row["model"] == pick else "candidate"
+    if row.get("bound"):
+        role = "bound"
     found = {
         "model": row["model"],
         "role": role,
@@ -2747,7 +2759,8 @@ def _comparison(folder: Path, pick: str) -> list:  # sentences
     pairs = pd.read_parquet(folder / "comparison.parquet")
     said = []
     for p in pairs[(pairs.better == pick) | (pairs.worse == pick)].itertuples():
-        better, other = p.better == pick, p.worse if p.better == pick else p.better
+        better = p.better == pick
+        other = p.worse if better else p.better
         said.append(
             f"{'ahead of' if better else 'behind'} {other} by {p.difference:.4f} on test (95 % interval {p.low:.4f} "
             f"to {p.high:.4f}): {p.verdict}"
@@ -2830,10 +2843,13 @@ class _Graph:
 
     def __call__(self, kind, *inputs, **attributes):  # -> name
         "One operation; arrays among the inputs become constants."
-        inputs = [
-            i if isinstance(i, str) else self.const(i, i.dtype if isinstance(i, np.ndarray) else np.float32)
-            for i in inputs
-        ]
+
+        def named(i):
+            if isinstance(i, str):
+                return i
+            return self.const(i, i.dtype if isinstance(i, np.ndarray) else np.float32)
+
+        inputs = [named(i) for i in inputs]
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [f"v{len(self.nodes)}"], **attributes))
         return self.nodes[-1].output[0]
 
@@ -2946,7 +2962,7 @@ def _blend_graph(m, g, x):
         return g("Div", g("ReduceSum", g("Mul", v, unseen), np.array([1]), keepdims=1), n)
 
     total = None
-    for member, weight in zip(m.models, m.weights):
+    for member, weight in zip(m.models, m.weights, strict=True):
         scores = g.to(_scores_graph(member, g, x), np.float64)
         middle = mean(scores)
         scores = g("Sub", scores, middle)
@@ -3052,10 +3068,10 @@ def build_packaging(
     except AerecError as e:
         moved = False
         said = f"registered only: {e}"
-    id = bundle_id(folder / "bundle")
+    identity = bundle_id(folder / "bundle")
     write_json(
         folder / "registered.json",
-        {"name": registry.name, "version": version, "alias": alias if moved else None, "bundle": id},
+        {"name": registry.name, "version": version, "alias": alias if moved else None, "bundle": identity},
     )
     write_json(
         folder / "measured.json",
@@ -3066,7 +3082,7 @@ def build_packaging(
         "version": version,
         "alias": alias if moved else None,
         "outcome": str(said),
-        "bundle": id[:16],
+        "bundle": identity[:16],
         "signed": (folder / "bundle" / "signature.json").exists(),
         "bytes": sum(p.stat().st_size for p in (folder / "bundle").iterdir()),
     }
@@ -3138,7 +3154,9 @@ def plot_packaging(
     left.margins(x=0.2)
     left.xaxis.set_major_formatter("{x:,.0f}")
     known = table[table.value.notna()].tail(20)
-    for (metric, rows), color in zip(known.groupby("metric"), ["#0072B2", "#E69F00", "#009E73", "#CC79A7"] * 5):
+    for (metric, rows), color in zip(
+        known.groupby("metric"), ["#0072B2", "#E69F00", "#009E73", "#CC79A7"] * 5, strict=False
+    ):
         right.errorbar(
             rows.version, rows.value, yerr=rows.se.fillna(0) * 1.96, fmt="o", capsize=3, label=metric, color=color
         )
@@ -3163,11 +3181,13 @@ def plot_reference(
     ref = recommender.info["reference"]
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 
+    def name(a, b):
+        if b - a == 1:
+            return f"{a:,}"
+        return f"{a:,}+" if b == np.inf else f"{a:,}-{b - 1:,}"
+
     def names(edges):
-        return [
-            f"{a:,}" if b - a == 1 else f"{a:,}+" if b == np.inf else f"{a:,}-{b - 1:,}"
-            for a, b in zip(edges, [*edges[1:], np.inf])
-        ]
+        return [name(a, b) for a, b in zip(edges, [*edges[1:], np.inf], strict=True)]
 
     bins = ref["item_popularity"]
     at = np.arange(len(ref["item_popularity"]["edges"]))

@@ -28,8 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -106,16 +105,15 @@ class Job:
     "A notebook that is executed in a kernel of its own, watched by a thread."
 
     def __init__(self, source: Path, target: Path, parameters: dict, mark=None):
-        self.source, self.target, self.parameters, self.mark, self.pids, self.ended_by = (
-            Path(source),
-            Path(target),
-            parameters,
-            mark,
-            [],
-            "",
-        )
+        self.source = Path(source)
+        self.target = Path(target)
+        self.parameters = parameters
+        self.mark = mark
+        self.pids = []
+        self.ended_by = ""
         self.hidden = self.target.with_name(f".{os.getpid()}.{self.target.name}")
-        self.began, self.outcome = time.perf_counter(), Outcome(self.source.stem, "failed")
+        self.began = time.perf_counter()
+        self.outcome = Outcome(self.source.stem, "failed")
         self.thread = threading.Thread(target=self._execute, daemon=True)
 
     def start(self):
@@ -220,7 +218,8 @@ def _keep(job) -> None:
             nb["metadata"]["aerec_nb"] = job.mark()
             write_json(job.hidden, nb)
     except (RuntimeError, AerecError) as e:  # no silent success
-        job.outcome.state, job.outcome.error = "failed", job.outcome.error or str(e)
+        job.outcome.state = "failed"
+        job.outcome.error = job.outcome.error or str(e)
         if not _is_readable(job.hidden):
             return job.hidden.unlink()
     with file_errors(job.target):
@@ -385,7 +384,9 @@ class _Eye:
 
     def step(self, name: str, made: dict, force: bool = False, folders: list = None) -> Step:
         "Reuse a stage or run it, and why; of several reasons to run it, damage comes first, then the fewest changes."
-        stage, (key, wanted), faults = STAGES[name], self.key(name, made), []
+        stage = STAGES[name]
+        key, wanted = self.key(name, made)
+        faults = []
         if force:
             return Step(stage, "run", "asked for")
 
@@ -482,13 +483,12 @@ def _short(value) -> str:
         return " ".join(f"{k} {_short(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return " ".join(map(_short, value))
-    text = (
-        f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else f"{value:.4g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, int) and not isinstance(value, bool):
+        text = f"{value:,}"
+    elif isinstance(value, float):
+        text = f"{value:.4g}"
+    else:
+        text = str(value)
     return text if len(text) <= 40 else text[:12] + "…"
 
 # %% ../nbs/07_pipeline.ipynb #10267851
@@ -572,27 +572,47 @@ def plan_table(
 # %% ../nbs/07_pipeline.ipynb #a4ec6343
 _STYLE = """
 :root{--ink:#1d2733;--soft:#5d6b7a;--line:#dfe5ec;--back:#f7f9fb;--accent:#0072b2;--good:#007a5a;--bad:#c44e00}
-*{box-sizing:border-box} body{margin:0;background:var(--back);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
+*{box-sizing:border-box}
+body{margin:0;background:var(--back);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:1000px;margin:0 auto;padding:24px 20px 80px} a{color:var(--accent)} a.anchor-link,.prompt{display:none}
 h1{font-size:1.9em;margin:.4em 0 .1em} h2{margin-top:1.8em;border-bottom:1px solid var(--line);padding-bottom:.2em}
-blockquote{margin:.2em 0 1em;color:var(--soft);font-size:1.1em} code,pre{font:13px/1.5 ui-monospace,Menlo,Consolas,monospace}
-.input_area,.output_text pre,.output_stream pre,pre.log{background:#fff;border:1px solid var(--line);border-radius:6px;padding:8px 12px;overflow-x:auto;margin:6px 0}
-.output_subarea{overflow-x:auto} img{max-width:100%;height:auto} table{border-collapse:collapse;font-size:13px;margin:8px 0;background:#fff}
-th,td{border:1px solid var(--line);padding:4px 9px;text-align:right;vertical-align:top} thead th{background:#eef2f6} tbody th{text-align:left;font-weight:600}
-td:first-child,th:first-child{text-align:left} .bar{position:sticky;top:0;background:#fffd;border-bottom:1px solid var(--line);padding:8px 20px;display:flex;gap:18px;align-items:center;z-index:2}
+blockquote{margin:.2em 0 1em;color:var(--soft);font-size:1.1em}
+code,pre{font:13px/1.5 ui-monospace,Menlo,Consolas,monospace}
+.input_area,.output_text pre,.output_stream pre,pre.log{background:#fff;border:1px solid var(--line);\
+border-radius:6px;padding:8px 12px;overflow-x:auto;margin:6px 0}
+.output_subarea{overflow-x:auto}
+img{max-width:100%;height:auto}
+table{border-collapse:collapse;font-size:13px;margin:8px 0;background:#fff}
+th,td{border:1px solid var(--line);padding:4px 9px;text-align:right;vertical-align:top}
+thead th{background:#eef2f6} tbody th{text-align:left;font-weight:600}
+td:first-child,th:first-child{text-align:left}
+.bar{position:sticky;top:0;background:#fffd;border-bottom:1px solid var(--line);padding:8px 20px;\
+display:flex;gap:18px;align-items:center;z-index:2}
 #code:not(:checked)~main .input{display:none} .cards{display:flex;flex-wrap:wrap;gap:14px;margin:16px 0}
-.card{background:#fff;border:1px solid var(--line);border-radius:8px;padding:12px 16px;min-width:150px} .card b{display:block;font-size:1.5em} .card span{color:var(--soft);font-size:.85em}
-.done,.reused{color:var(--good);font-weight:600} .failed,.firing,.damaged{color:var(--bad);font-weight:600} .missing,.outdated{color:var(--soft)}
+.card{background:#fff;border:1px solid var(--line);border-radius:8px;padding:12px 16px;min-width:150px}
+.card b{display:block;font-size:1.5em}
+.card span{color:var(--soft);font-size:.85em}
+.done,.reused{color:var(--good);font-weight:600}
+.failed,.firing,.damaged{color:var(--bad);font-weight:600} .missing,.outdated{color:var(--soft)}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(440px,1fr));gap:16px}
-.gallery figure{margin:0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:10px} figcaption{font-size:.85em;color:var(--soft)}
-img.math{vertical-align:middle;max-width:none} p.math{text-align:center;overflow-x:auto} details{margin:10px 0} summary{cursor:pointer;color:var(--accent)}
-.graph{background:#fff;border:1px solid var(--line);border-radius:8px;width:100%;height:auto} .graph text{font-size:13px;fill:var(--ink)} .left td{text-align:left}
+.gallery figure{margin:0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:10px}
+figcaption{font-size:.85em;color:var(--soft)}
+img.math{vertical-align:middle;max-width:none}
+p.math{text-align:center;overflow-x:auto}
+details{margin:10px 0} summary{cursor:pointer;color:var(--accent)}
+.graph{background:#fff;border:1px solid var(--line);border-radius:8px;width:100%;height:auto}
+.graph text{font-size:13px;fill:var(--ink)}
+.left td{text-align:left}
 @media print{.bar{display:none} body{background:#fff}}
 """
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{{ title }}</title><style>{{ style }}{{ pygments }}</style></head><body>
-<input type="checkbox" id="code" style="display:none"{% if code %} checked{% endif %}><div class="bar"><a href="{{ home }}">&#8592; {{ back }}</a>{% if result %}<a href="#Run-this-stage">the result</a>{% endif %}
-<label for="code" style="cursor:pointer;color:var(--accent)">show / hide code</label></div><main>{{ body }}</main></body></html>"""
+<input type="checkbox" id="code" style="display:none"{% if code %} checked{% endif %}>\
+<div class="bar"><a href="{{ home }}">&#8592; {{ back }}</a>\
+{% if result %}<a href="#Run-this-stage">the result</a>{% endif %}
+<label for="code" style="cursor:pointer;color:var(--accent)">show / hide code</label></div>\
+<main>{{ body }}</main></body></html>"""
 
 # %% ../nbs/07_pipeline.ipynb #99b6aacc
 _TEX = [
@@ -611,7 +631,7 @@ _TEX = [
 
 
 @lru_cache(maxsize=1000)
-def _formula(tex: str, display: bool) -> str:
+def _formula(tex: str, is_display: bool) -> str:
     "A formula as a picture within the page; its source where it cannot be drawn."
     import io
 
@@ -634,7 +654,7 @@ def _formula(tex: str, display: bool) -> str:
         f'<img class="math" style="vertical-align:{-depth * 1.25:.1f}px" alt="{html.escape(tex, quote=True)}" '
         f'src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
     )
-    return f'<p class="math">{picture}</p>' if display else picture
+    return f'<p class="math">{picture}</p>' if is_display else picture
 
 
 def _with_formulas(markdown: str) -> str:
@@ -743,13 +763,16 @@ class _Loop:
     "Executes the steps of a plan."
 
     def __init__(self, run: Run, steps: list, say=print):
-        self.run, self.say, self.eye = run, say, _Eye(run)
+        self.run = run
+        self.say = say
+        self.eye = _Eye(run)
         self.made = {}
         self.todo = {}
         self.jobs = {}
         self.outcomes = []
         self.opened = {}
-        self.gates, self.ran = set(), set()
+        self.gates = set()
+        self.ran = set()
         for p in steps:
             if p.action == "reuse":
                 self._reuse(p, say if p.artifact.parent != run.folder else None)
@@ -759,36 +782,15 @@ class _Loop:
 
     def _reuse(self, p, say=None):
         "Take an artifact and its executed notebook as they are."
-        name = p.stage.name
-        source = p.artifact
-        if source.parent != self.run.folder:
-            if adopt(self.run, name, source) is None:
-                raise AerecError(f"run {source.parent.name} was deleted or damaged meanwhile: start again")
-            with atomic_path(executed(self.run.folder, p.stage)) as temporary:
-                link_file(executed(source.parent, p.stage), temporary)
-        self.made[name] = p.manifest
+        if p.artifact.parent != self.run.folder:
+            _adopt_step(self.run, p)
+        self.made[p.stage.name] = p.manifest
         self._outcome(Outcome(p.stage.notebook, "reused", why=p.why), say)
 
     def _outcome(self, outcome, say=None):
         self.outcomes.append(outcome)
-        at = [s.notebook for s in STAGES.values()].index(outcome.stage) + 1
-        said = {"done": lambda: _figures_line(self.run, outcome.stage), "failed": lambda: outcome.error}.get(
-            outcome.state, lambda: outcome.why
-        )()
         if say:
-            say(
-                f"[{at:2}/{len(STAGES)}] {outcome.stage:26}"
-                + (f"{outcome.seconds:6.1f} s  " if outcome.seconds else f"{outcome.state:>8}  ")
-                + said
-            )
-
-    def _ready(self, p):
-        return all(i in self.made for i in p.stage.inputs if i in STAGES)
-
-    def _lost(self, p):
-        "A stage it needs has failed."
-        gone = {o.stage for o in self.outcomes if o.state in ("failed", "not run")}
-        return next((STAGES[i].notebook for i in p.stage.inputs if STAGES[i].notebook in gone), None)
+            say(_outcome_line(self.run, outcome))
 
     def execute(self):
         "Until nothing is left to do."
@@ -806,11 +808,11 @@ class _Loop:
     def _begin(self):
         "Start what can start; open gates; give up what has lost its inputs."
         for name, p in list(self.todo.items()):
-            if lost := self._lost(p):
+            if lost := _lost_input(p, self.outcomes):
                 self._end(name, drop=True)
                 self._outcome(Outcome(p.stage.notebook, "not run", why=f"{lost} failed"), self.say)
                 del self.todo[name]
-            elif self._ready(p) and name not in self.opened:
+            elif _is_ready(p, self.made) and name not in self.opened:
                 self._open(name, p)
             elif name not in self.jobs and len(self.jobs) < self.limit and self.limit > 1:
                 self._start(name, p, ahead=True)
@@ -841,20 +843,15 @@ class _Loop:
             self.gates.add(name)
         source = _source(p.stage)
         self.jobs[name] = Job(
-            source, executed(self.run.folder, p.stage), {"run": str(self.run.folder)}, lambda: self._marked(p.stage)
+            source,
+            executed(self.run.folder, p.stage),
+            {"run": str(self.run.folder)},
+            lambda: _checked_mark(p.stage, self.run),
         ).start()
 
     def _unlock(self, name):
         self.gates.discard(name)
         gate(self.run.folder, name).unlink(missing_ok=True)
-
-    def _marked(self, stage):
-        "The mark of a notebook that ended well; the artifact must be whole."
-        manifest = self.run.manifest(stage.name)
-        missing = ["manifest.json"] if manifest is None else lacks(self.run.folder / stage.name, manifest)
-        if missing:
-            raise RuntimeError(f"it ended without writing {stage.name}/{', '.join(missing)}")
-        return _mark(stage, self.run.folder / stage.name)
 
     def _look(self):
         "See what has ended, and end what takes too long."
@@ -877,19 +874,65 @@ class _Loop:
             self._outcome(job.outcome, self.say)
 
     def _end(self, name, drop=False):
-        "End a notebook that is not wanted; what it has written so far goes."
+        "End the notebook of a stage that is not wanted."
         if name not in self.jobs:
             return
-        job = self.jobs.pop(name)
-        job.end("it was ended")
-        job.target = job.hidden.with_name(f"{job.hidden.name}.ended")
-        job.thread.join()
-        job.target.unlink(missing_ok=True)
+        _discard(self.jobs.pop(name))
         self._unlock(name)
 
     def _end_all(self):
         for name in list(self.jobs):
             self._end(name)
+
+# %% ../nbs/07_pipeline.ipynb #1e7f6248
+def _adopt_step(run: Run, step: Step) -> None:
+    "Link an artifact of an earlier run and its executed notebook."
+    source = step.artifact
+    if adopt(run, step.stage.name, source) is None:
+        raise AerecError(f"run {source.parent.name} was deleted or damaged meanwhile: start again")
+    with atomic_path(executed(run.folder, step.stage)) as temporary:
+        link_file(executed(source.parent, step.stage), temporary)
+
+
+def _outcome_line(run: Run, outcome: Outcome) -> str:
+    "The line of progress for a stage that has ended."
+    at = [s.notebook for s in STAGES.values()].index(outcome.stage) + 1
+    took = f"{outcome.seconds:6.1f} s  " if outcome.seconds else f"{outcome.state:>8}  "
+    if outcome.state == "done":
+        said = _figures_line(run, outcome.stage)
+    elif outcome.state == "failed":
+        said = outcome.error
+    else:
+        said = outcome.why
+    return f"[{at:2}/{len(STAGES)}] {outcome.stage:26}" + took + said
+
+
+def _is_ready(step: Step, made: dict) -> bool:
+    "Tell whether the inputs of a stage are made."
+    return all(i in made for i in step.stage.inputs if i in STAGES)
+
+
+def _lost_input(step: Step, outcomes: list) -> str | None:
+    "The notebook of an input that has failed, or None."
+    gone = {o.stage for o in outcomes if o.state in ("failed", "not run")}
+    return next((STAGES[i].notebook for i in step.stage.inputs if STAGES[i].notebook in gone), None)
+
+
+def _checked_mark(stage: Stage, run: Run) -> dict:
+    "The mark of a notebook that ended well; the artifact must be whole."
+    manifest = run.manifest(stage.name)
+    missing = ["manifest.json"] if manifest is None else lacks(run.folder / stage.name, manifest)
+    if missing:
+        raise RuntimeError(f"it ended without writing {stage.name}/{', '.join(missing)}")
+    return _mark(stage, run.folder / stage.name)
+
+
+def _discard(job: Job) -> None:
+    "End a notebook; what it has written so far goes."
+    job.end("it was ended")
+    job.target = job.hidden.with_name(f"{job.hidden.name}.ended")
+    job.thread.join()
+    job.target.unlink(missing_ok=True)
 
 # %% ../nbs/07_pipeline.ipynb #ffd980cd
 def _figures_line(run: Run, notebook: str) -> str:
@@ -1092,16 +1135,10 @@ def papermill_command(
     "The plain papermill command that runs one stage by itself."
     s = STAGES[stage_name(stage)]
     target = executed(run.folder, s) if run else Path(f"{s.notebook}.out.ipynb")
-    words = [
-        "papermill",
-        _near(_source(s)),
-        _near(target),
-        *(
-            ["-p", "run", _near(run.folder) if run.folder.parent != run.settings.paths.runs_dir else run.name]
-            if run
-            else []
-        ),
-    ]
+    words = ["papermill", _near(_source(s)), _near(target)]
+    if run:
+        is_elsewhere = run.folder.parent != run.settings.paths.runs_dir
+        words += ["-p", "run", _near(run.folder) if is_elsewhere else run.name]
     return " ".join(shlex.quote(str(w)) for w in words)
 
 
@@ -1124,6 +1161,7 @@ def stage_table(
         manifest = manifests[stage.name]
         o = said.get(stage.notebook)
         p = planned.get(stage.notebook)
+        seen = o or p
         measured = (manifest or {}).get("measured", {})
         metrics = (manifest or {}).get("metrics", {})
         figures = o.error if o and o.error else ", ".join(f"{k} {_short(v)}" for k, v in list(metrics.items())[:4])
@@ -1136,7 +1174,7 @@ def stage_table(
                 measured.get("seconds"),
                 measured.get("peak_memory_mib"),
                 figures,
-                o.why if o else p.why if p else "",
+                seen.why if seen else "",
             )
         )
     return pd.DataFrame(rows, columns=["notebook", "stage", "state", "seconds", "peak MiB", "key figures", "why"])
@@ -1164,20 +1202,40 @@ def _whole_artifact(
     return run.folder / stage if manifest and not file_faults(run.folder / stage, manifest) else None
 
 # %% ../nbs/07_pipeline.ipynb #3cf8fd9d
-_INDEX = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>aerec_nb run {{ run }}</title><style>{{ style }}</style></head><body><main><h1>Run {{ run }}</h1><blockquote>{{ data|e }}</blockquote>
-<div class="cards">{% for name, value in cards %}<div class="card"><b>{{ value|e }}</b><span>{{ name|e }}</span></div>{% endfor %}</div>
-{% for f in failures %}<h2 class="failed">{{ f.stage }} failed</h2><p>{{ f.error|e }}</p>{% if f.traceback %}<pre class="log">{{ f.traceback|e }}</pre>{% endif %}
-<p>What it had done until then: <a href="report/{{ f.stage }}.html">{{ f.stage }}</a>. To go on: <code>aerec run --resume</code>; that stage alone: <code>{{ commands[f.stage]|e }}</code></p>{% endfor %}
-<h2>Stages</h2>{{ graph }}<table><thead><tr><th>notebook</th><th>state</th><th>seconds</th><th>peak MiB</th><th>key figures</th><th>why</th></tr></thead><tbody>
-{% for s in stages %}<tr><td>{% if s.page %}<a href="{{ s.page }}">{{ s.notebook }}</a>{% else %}{{ s.notebook }}{% endif %}</td><td class="{{ s.state|replace(' ', '-') }}">{{ s.state }}</td>
-<td>{{ s.seconds }}</td><td>{{ s.memory }}</td><td style="text-align:left">{{ s.figures|e }}</td><td style="text-align:left">{{ s.why|e }}</td></tr>{% endfor %}</tbody></table>
-{% if leaderboard %}<h2>Leaderboard</h2>{{ leaderboard }}{% endif %}{% if recommendations %}<h2>For user {{ user|e }}</h2>{{ recommendations }}{% endif %}
-<h2>Pictures</h2><div class="gallery">{% for title, page, png in pictures %}<figure><a href="{{ page }}#Run-this-stage"><img alt="{{ title }}" src="data:image/png;base64,{{ png }}"></a><figcaption>{{ title }}</figcaption></figure>{% endfor %}</div>
+_INDEX = """<!doctype html><html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>aerec_nb run {{ run }}</title><style>{{ style }}</style></head><body>\
+<main><h1>Run {{ run }}</h1><blockquote>{{ data|e }}</blockquote>
+<div class="cards">{% for name, value in cards %}\
+<div class="card"><b>{{ value|e }}</b><span>{{ name|e }}</span></div>{% endfor %}</div>
+{% for f in failures %}<h2 class="failed">{{ f.stage }} failed</h2><p>{{ f.error|e }}</p>\
+{% if f.traceback %}<pre class="log">{{ f.traceback|e }}</pre>{% endif %}
+<p>What it had done until then: <a href="report/{{ f.stage }}.html">{{ f.stage }}</a>. \
+To go on: <code>aerec run --resume</code>; \
+that stage alone: <code>{{ commands[f.stage]|e }}</code></p>{% endfor %}
+<h2>Stages</h2>{{ graph }}<table>\
+<thead><tr><th>notebook</th><th>state</th><th>seconds</th><th>peak MiB</th>\
+<th>key figures</th><th>why</th></tr></thead><tbody>
+{% for s in stages %}<tr>\
+<td>{% if s.page %}<a href="{{ s.page }}">{{ s.notebook }}</a>{% else %}{{ s.notebook }}{% endif %}</td>\
+<td class="{{ s.state|replace(' ', '-') }}">{{ s.state }}</td>
+<td>{{ s.seconds }}</td><td>{{ s.memory }}</td>\
+<td style="text-align:left">{{ s.figures|e }}</td>\
+<td style="text-align:left">{{ s.why|e }}</td></tr>{% endfor %}</tbody></table>
+{% if leaderboard %}<h2>Leaderboard</h2>{{ leaderboard }}{% endif %}\
+{% if recommendations %}<h2>For user {{ user|e }}</h2>{{ recommendations }}{% endif %}
+<h2>Pictures</h2><div class="gallery">{% for title, page, png in pictures %}\
+<figure><a href="{{ page }}#Run-this-stage"><img alt="{{ title }}" src="data:image/png;base64,{{ png }}"></a>\
+<figcaption>{{ title }}</figcaption></figure>{% endfor %}</div>
 {% if workers %}<h2>Workers</h2>{{ workers }}{% endif %}
-<h2>Where it comes from</h2><table class="left"><tbody>{% for what, value in lineage %}<tr><th>{{ what|e }}</th><td><code>{{ value|e }}</code></td></tr>{% endfor %}</tbody></table>
-<h2>Warnings</h2>{% if warned %}<table class="left"><tbody>{% for stage, line in warned %}<tr><th>{{ stage }}</th><td>{{ line|e }}</td></tr>{% endfor %}</tbody></table>{% else %}<p>none</p>{% endif %}
-<h2>Settings that are not defaults</h2>{{ settings }}<details><summary>all {{ n_settings }} settings</summary>{{ all_settings }}</details>
+<h2>Where it comes from</h2><table class="left"><tbody>\
+{% for what, value in lineage %}<tr><th>{{ what|e }}</th><td><code>{{ value|e }}</code></td></tr>\
+{% endfor %}</tbody></table>
+<h2>Warnings</h2>{% if warned %}<table class="left"><tbody>\
+{% for stage, line in warned %}<tr><th>{{ stage }}</th><td>{{ line|e }}</td></tr>\
+{% endfor %}</tbody></table>{% else %}<p>none</p>{% endif %}
+<h2>Settings that are not defaults</h2>{{ settings }}\
+<details><summary>all {{ n_settings }} settings</summary>{{ all_settings }}</details>
 <details><summary>each stage by itself</summary><pre class="log">{% for c in commands.values() %}{{ c|e }}
 {% endfor %}</pre></details></main></body></html>"""
 
@@ -1192,7 +1250,8 @@ def write_report(
     with file_errors(pages):
         pages.mkdir(exist_ok=True)
     for stage in STAGES.values():
-        notebook, page = executed(run.folder, stage), pages / f"{stage.notebook}.html"
+        notebook = executed(run.folder, stage)
+        page = pages / f"{stage.notebook}.html"
         is_new = page.exists() and page.stat().st_mtime_ns >= notebook.stat().st_mtime_ns
         if not is_new and _is_readable(notebook):
             _write(page, notebook_page(notebook))
@@ -1390,7 +1449,7 @@ def _leaderboard(run: Run):
     k = run.manifest("validation")["settings"]["validation.topk"]["value"]
 
     def with_error(value, error):
-        return [f"{v:.4f} ± {e:.4f}" for v, e in zip(board[value], board[error])]
+        return [f"{v:.4f} ± {e:.4f}" for v, e in zip(board[value], board[error], strict=True)]
 
     return pd.DataFrame(
         {
@@ -1445,7 +1504,8 @@ def summary(
 
 
 def _said(run: Run) -> list:
-    board, (user, recommended) = _leaderboard(run), _example_list(run)
+    board = _leaderboard(run)
+    user, recommended = _example_list(run)
     lines = [_data_line(run)]
     if board is not None:
         lines += ["", "Leaderboard (chosen on validation, test read once)", board.to_string(index=False)]
@@ -1477,7 +1537,7 @@ def sweep_points(
     of_models = {h for name in model_names() for h in hyperparameters(name)}
     points = []
     for values in itertools.product(*grid.values()):
-        point = dict(zip(grid, values))
+        point = dict(zip(grid, values, strict=True))
         models = [point["model"]] if point.get("model") else None
         if models and all(m in model_names() for m in models):
             point = {
@@ -1702,9 +1762,13 @@ def plot_sweep(
     return fig
 
 # %% ../nbs/07_pipeline.ipynb #4ca39bb1
-_SWEEP = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>aerec_nb sweep {{ name }}</title><style>{{ style }}</style></head><body><main><h1>Sweep {{ name }}</h1><blockquote>{{ n }} points; the best one: <code>{{ command|e }}</code></blockquote>
-{{ table }}<p>Intervals: 95 %, over seeds (Student's t), or over users where there is one seed.</p><img alt="parallel coordinates" src="data:image/png;base64,{{ png }}"></main></body></html>"""
+_SWEEP = """<!doctype html><html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>aerec_nb sweep {{ name }}</title><style>{{ style }}</style></head><body>\
+<main><h1>Sweep {{ name }}</h1><blockquote>{{ n }} points; \
+the best one: <code>{{ command|e }}</code></blockquote>
+{{ table }}<p>Intervals: 95 %, over seeds (Student's t), or over users where there is one seed.</p>\
+<img alt="parallel coordinates" src="data:image/png;base64,{{ png }}"></main></body></html>"""
 
 
 def _png(fig) -> str:
@@ -1915,7 +1979,7 @@ def plot_stages(
 
     table = stage_table(folder).iloc[::-1]
     fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-    for ax, column, color in zip(axes, ["seconds", "peak MiB"], ["#0072b2", "#e69f00"]):
+    for ax, column, color in zip(axes, ["seconds", "peak MiB"], ["#0072b2", "#e69f00"], strict=True):
         ax.barh(table.notebook, table[column].fillna(0), color=color)
         ax.set(xlabel=column)
         ax.spines[["top", "right"]].set_visible(False)
@@ -1987,11 +2051,19 @@ def _signatures(source: str) -> list:
     return found
 
 
-_REFERENCE = """<h1>Reference</h1><blockquote>What each module exports, from the comments beside its parameters.</blockquote>
-<p>{% for module, _, found in modules %}<a href="#{{ module }}">{{ module }}</a>{{ " · " if not loop.last }}{% endfor %}</p>
-{% for module, page, found in modules %}<h2 id="{{ module }}">aerec_nb.{{ module }} <small>(<a href="{{ page }}.html">{{ page }}</a>)</small></h2>
-{% for name, signature, doc, rows in found %}<h4 id="{{ module }}.{{ name }}"><code>{{ signature }}</code></h4><p>{{ doc|code }}</p>{% if rows %}<table class="left"><thead><tr><th>parameter</th><th>type</th><th>default</th><th>meaning</th></tr></thead><tbody>
-{% for p, kind, default, meaning in rows %}<tr><td><code>{{ p }}</code></td><td>{{ kind }}</td><td>{{ default }}</td><td>{{ meaning|code }}</td></tr>{% endfor %}</tbody></table>{% endif %}{% endfor %}{% endfor %}"""
+_REFERENCE = """<h1>Reference</h1>\
+<blockquote>What each module exports, from the comments beside its parameters.</blockquote>
+<p>{% for module, _, found in modules %}\
+<a href="#{{ module }}">{{ module }}</a>{{ " · " if not loop.last }}{% endfor %}</p>
+{% for module, page, found in modules %}<h2 id="{{ module }}">aerec_nb.{{ module }} \
+<small>(<a href="{{ page }}.html">{{ page }}</a>)</small></h2>
+{% for name, signature, doc, rows in found %}\
+<h4 id="{{ module }}.{{ name }}"><code>{{ signature }}</code></h4><p>{{ doc|code }}</p>\
+{% if rows %}<table class="left">\
+<thead><tr><th>parameter</th><th>type</th><th>default</th><th>meaning</th></tr></thead><tbody>
+{% for p, kind, default, meaning in rows %}\
+<tr><td><code>{{ p }}</code></td><td>{{ kind }}</td><td>{{ default }}</td><td>{{ meaning|code }}</td></tr>\
+{% endfor %}</tbody></table>{% endif %}{% endfor %}{% endfor %}"""
 
 # %% ../nbs/07_pipeline.ipynb #02534c0b
 def build_docs(
@@ -2021,7 +2093,11 @@ def build_docs(
             target / f"{path.stem}.html",
             _on_site(_page_of(_readable(path), path.stem, "index.html", True, "home"), nav, links),
         )
-    modules = [(m, p.stem, _signatures(m)) for p in notebooks if (m := _exports(p))]
+    modules = []
+    for p in notebooks:
+        module = _exports(p)
+        if module:
+            modules.append((module, p.stem, _signatures(module)))
     pages = jinja2.Environment(autoescape=True)
     pages.filters["code"] = lambda text: jinja2.filters.do_mark_safe(
         re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
@@ -2040,9 +2116,16 @@ def build_docs(
     return target / "index.html"
 
 # %% ../nbs/07_pipeline.ipynb #0f7d8cd4
-_NAV = """<nav><a href="index.html"><b>aerec_nb</b></a><a href="reference.html">Reference</a>{% for group, pages in groups.items() %}<h5>{{ group }}</h5>{% for stem, title in pages %}<a href="{{ stem }}.html">{{ title }}</a>{% endfor %}{% endfor %}</nav>
-<style>nav{position:fixed;left:0;top:0;bottom:0;width:230px;overflow-y:auto;background:#eef2f6;padding:14px;font-size:13px;z-index:3} nav a{display:block;padding:2px 0;text-decoration:none} nav h5{margin:14px 0 2px;color:#5d6b7a;text-transform:uppercase;font-size:11px}
-h4{margin:1.4em 0 .2em} body{padding-left:230px} @media(max-width:900px){nav{position:static;width:auto} body{padding-left:0}} @media print{nav{display:none} body{padding-left:0}}</style>"""
+_NAV = """<nav><a href="index.html"><b>aerec_nb</b></a><a href="reference.html">Reference</a>\
+{% for group, pages in groups.items() %}<h5>{{ group }}</h5>\
+{% for stem, title in pages %}<a href="{{ stem }}.html">{{ title }}</a>{% endfor %}{% endfor %}</nav>
+<style>nav{position:fixed;left:0;top:0;bottom:0;width:230px;\
+overflow-y:auto;background:#eef2f6;padding:14px;font-size:13px;z-index:3}
+nav a{display:block;padding:2px 0;text-decoration:none}
+nav h5{margin:14px 0 2px;color:#5d6b7a;text-transform:uppercase;font-size:11px}
+h4{margin:1.4em 0 .2em} body{padding-left:230px}
+@media(max-width:900px){nav{position:static;width:auto} body{padding-left:0}}
+@media print{nav{display:none} body{padding-left:0}}</style>"""
 
 
 def _readable(path: Path):
@@ -2063,13 +2146,9 @@ def _group(path: Path) -> str:
         return {"tutorials": "Tutorials", "how_to": "How to", "benchmarks": "Benchmarks"}.get(
             path.parts[0], path.parts[0]
         )
-    return (
-        "Stages"
-        if path.stem in {s.notebook for s in STAGES.values()}
-        else "Library"
-        if path.stem[:2].isdigit()
-        else "Start"
-    )
+    if path.stem in {s.notebook for s in STAGES.values()}:
+        return "Stages"
+    return "Library" if path.stem[:2].isdigit() else "Start"
 
 
 def _title(path: Path) -> str:
@@ -2083,14 +2162,11 @@ def _title(path: Path) -> str:
 
 def _exports(path: Path) -> str | None:
     "The module that a notebook is the source of."
-    return next(
-        (
-            m[1]
-            for c in read_json(path)["cells"]
-            if (m := re.search(r"(?m)^#\s*\|\s*default_exp (\w+)", "".join(c["source"])))
-        ),
-        None,
-    )
+    for c in read_json(path)["cells"]:
+        found = re.search(r"(?m)^#\s*\|\s*default_exp (\w+)", "".join(c["source"]))
+        if found:
+            return found[1]
+    return None
 
 
 def _on_site(page: str, nav: str, links: dict) -> str:
@@ -2134,17 +2210,22 @@ doctor:
 """
 _READ_ME = """# {name}
 
-A recommender made with aerec_nb. Put `ratings.csv` (user, item; and, if you have them, rating and time) into `dataset/`, then
+A recommender made with aerec_nb. Put `ratings.csv` (user, item; and, if you have them, \
+rating and time) into `dataset/`, then
 
 ```sh
-aerec run          # the twelve stages of nbs/; prints where the report is. Without a ratings.csv of yours: MovieLens, or a sample
+aerec run          # the twelve stages of nbs/; prints where the report is. \
+Without a ratings.csv of yours: MovieLens, or a sample
 aerec recommend 1  # ten items for user 1
 aerec serve        # the same over HTTP
 ```
 
-- `nbs/` has a notebook for each stage: change a knob in its parameters cell, or its last cells, and run it by hand or with `aerec run`.
-- `config/` has what differs between dev, stage, live and test; `aerec config` shows every setting with its meaning and where it came from.
-- Rules, models and steps of your own go into a file of this folder and are named in the settings as `my_rules:weekends_only`.
+- `nbs/` has a notebook for each stage: change a knob in its parameters cell, \
+or its last cells, and run it by hand or with `aerec run`.
+- `config/` has what differs between dev, stage, live and test; `aerec config` shows every setting \
+with its meaning and where it came from.
+- Rules, models and steps of your own go into a file of this folder \
+and are named in the settings as `my_rules:weekends_only`.
 - `aerec doctor` says what is missing, `aerec --help` what else there is.
 """
 
@@ -2238,12 +2319,16 @@ def _required(extra: str = None) -> list:
 # %% ../nbs/07_pipeline.ipynb #10cf810d
 def _look_at_packages():
     missing, other = _packages_fault(_required())
-    yield (
-        "packages",
-        "fault" if missing else "note" if other else "fine",
-        f"missing: {', '.join(missing)}" if missing else ", ".join(other) or f"{len(_required())} packages, as tested",
-        "pip install -c constraints.txt aerec_nb",
-    )
+    if missing:
+        state = "fault"
+        found = f"missing: {', '.join(missing)}"
+    elif other:
+        state = "note"
+        found = ", ".join(other)
+    else:
+        state = "fine"
+        found = f"{len(_required())} packages, as tested"
+    yield "packages", state, found, "pip install -c constraints.txt aerec_nb"
     for extra, what in (
         ("onnx", "models as ONNX files"),
         ("ray", "more than one machine"),
@@ -2525,9 +2610,10 @@ def _asked(args) -> dict:
     }
     if given["force"] and "" in given["force"]:
         given["force"] = ["all"]
+    engine = {k: getattr(args, k, None) for k in ("engine", "address")}
     return {
         **given,
-        **{k: v for k in ("engine", "address") if (v := getattr(args, k, None)) is not None},
+        **{k: v for k, v in engine.items() if v is not None},
         **dict(args.p or []),
     }
 
@@ -2595,7 +2681,10 @@ def _cmd_sweep(args) -> int:
     fixed = {}
     for knob, text in args.p or []:
         values = [text] if text.lstrip().startswith(("[", "{")) else [v.strip() for v in text.split(",") if v.strip()]
-        (grid if len(values) > 1 else fixed)[knob] = values if len(values) > 1 else values[0] if values else ""
+        if len(values) > 1:
+            grid[knob] = values
+        else:
+            fixed[knob] = values[0] if values else ""
     if not grid and args.seeds < 2:
         raise AerecError(
             "a sweep needs a knob with several values between commas, or several seeds: aerec sweep -p model "
@@ -2643,7 +2732,10 @@ def _cmd_runs(args) -> int:
         _show(compare_runs(folder(args.first), folder(args.second)), args)
     else:
         gone = prune_runs(runs_dir, args.keep)
-        print(json.dumps(gone) if args.json else f"removed {len(gone)} runs{': ' if gone else ''}{', '.join(gone)}")
+        if args.json:
+            print(json.dumps(gone))
+        else:
+            print(f"removed {len(gone)} runs{': ' if gone else ''}{', '.join(gone)}")
     return 0
 
 
@@ -2837,18 +2929,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="aerec",
         description="From a table of ratings to a monitored recommendation service.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="a first hour:\n  aerec new my_recommender && cd my_recommender\n  aerec run\n  aerec recommend 1\n  aerec serve\n\n"
+        epilog="a first hour:\n  aerec new my_recommender && cd my_recommender\n  aerec run\n  aerec recommend 1\n"
+        "  aerec serve\n\n"
         "exit codes: 0 fine, 1 a stage failed, the doctor found a fault or a file cannot be used, 2 a mistake in what "
         'was asked, 3 a monitor fires, 130 Ctrl-C\ntab completion: eval "$(aerec completion bash)"',
     )
     parser.add_argument("--version", action="version", version=f"aerec_nb {importlib.metadata.version('aerec_nb')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, function, help, *examples, among=commands, env=True, json=True):
+    def command(name, function, about, *examples, among=commands, env=True, json=True):
         p = among.add_parser(
             name,
-            **({"help": help} if help else {}),
-            description=help,
+            **({"help": about} if about else {}),
+            description=about,
             epilog="examples:\n" + "\n".join(f"  {e}" for e in examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -2861,6 +2954,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _run_parsers(command)
     _bundle_parsers(command)
+    _model_parsers(command)
     p = command(
         "config",
         _cmd_config,
@@ -2904,8 +2998,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run_parsers(command) -> None:
     "The commands that execute notebooks."
 
-    def knobs(p, help="a setting for this run; may be repeated"):
-        p.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help=help)
+    def knobs(p, about="a setting for this run; may be repeated"):
+        p.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help=about)
 
     def engine(p):
         p.add_argument(
@@ -2992,7 +3086,7 @@ def _run_parsers(command) -> None:
 
 # %% ../nbs/07_pipeline.ipynb #18f77fd4
 def _bundle_parsers(command) -> None:
-    "The commands that use a bundle or the registry."
+    "The commands that use a bundle."
     p = command(
         "recommend",
         _cmd_recommend,
@@ -3037,6 +3131,10 @@ def _bundle_parsers(command) -> None:
         help="again and again (default every 60 s); who must know of an alert is told",
     )
     p.add_argument("--once", action="store_true", help="one look of a watch, for cron")
+
+# %% ../nbs/07_pipeline.ipynb #38ce562c
+def _model_parsers(command) -> None:
+    "The commands that use the registry."
     among = command(
         "models",
         None,
@@ -3047,8 +3145,8 @@ def _bundle_parsers(command) -> None:
         json=False,
     ).add_subparsers(dest="what", required=True, metavar="WHAT")
 
-    def model(name, help, example, *arguments, by=False, json=True, **options):
-        p = command(name, _cmd_models, help, example, json=json, **options)
+    def model(name, about, example, *arguments, by=False, json=True, **options):
+        p = command(name, _cmd_models, about, example, json=json, **options)
         p.set_defaults(what=name)
         for a in arguments:
             p.add_argument(a, **({"choices": ["dev", "stage", "live", "test"]} if a == "alias" else {}))
@@ -3131,7 +3229,8 @@ def _bundle_parsers(command) -> None:
 
 # %% ../nbs/07_pipeline.ipynb #bf877a9f
 _BASH = """{zsh}_aerec() {{
-  local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" said="${{COMP_WORDS[1]}} ${{COMP_WORDS[2]}}" words
+  local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" \
+said="${{COMP_WORDS[1]}} ${{COMP_WORDS[2]}}" words
   case "$before" in
     -p) words="{knobs}" ;;
     --env|--diff) words="dev stage live test" ;;

@@ -50,44 +50,43 @@ class IdIndex:
         ids,  # ids in the order of their numbers
     ):
         self.ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)  # in Python's own types
-        self._number = {id: n for n, id in enumerate(self.ids)}
+        self._number = {key: n for n, key in enumerate(self.ids)}
         if len(self._number) != len(self.ids):
             raise AerecError(f"vocabulary: {len(self.ids) - len(self._number)} ids occur twice")
-        self.integer = bool(self.ids) and all(isinstance(id, int) for id in self.ids)
+        self.integer = bool(self.ids) and all(isinstance(key, int) for key in self.ids)
 
     def __len__(self):
         return len(self.ids)
 
     def number(
         self,
-        id,  # of any type
+        key,  # an id of any type
     ) -> int:  # -1 where unknown
         "Number of one id; text finds an integer, and an integer finds text."
-        if isinstance(id, bool):
+        if isinstance(key, bool):
             return -1
         try:
-            found = self._number.get(id)
+            found = self._number.get(key)
         except TypeError:
             return -1  # a list, a dictionary: no id
-        return self._number.get(self._twin(id), -1) if found is None else found
+        return self._number.get(self._twin(key), -1) if found is None else found
 
     def numbers(
         self,
         ids,  # list of ids
     ) -> np.ndarray:  # int32, -1 where unknown
         "Numbers of many ids."
-        return np.fromiter((self.number(id) for id in ids), np.int32, len(ids))
+        return np.fromiter((self.number(key) for key in ids), np.int32, len(ids))
 
-    def _twin(self, id):
+    def _twin(self, key):
         "The same id in the vocabulary's type: '50' is 50, but '050' is not."
         if not self.integer:
-            return (
-                str(id) if isinstance(id, (int, np.integer)) and -(2**63) <= id < 2**64 else None
-            )  # str() refuses longer ones
-        if not isinstance(id, str) or len(id) > 20:
+            # str() refuses longer ones
+            return str(key) if isinstance(key, (int, np.integer)) and -(2**63) <= key < 2**64 else None
+        if not isinstance(key, str) or len(key) > 20:
             return None
         try:
-            return int(id) if str(int(id)) == id else None
+            return int(key) if str(int(key)) == key else None
         except ValueError:
             return None
 
@@ -137,7 +136,8 @@ class Catalogue:
         popularity=None,  # [n_items] users of each item; None: 0
         features: csr_matrix = None,  # [n_items, n_features] vectors, see `ItemFeatures`; None: there are none
     ):
-        self.index, self.n = index, len(index)
+        self.index = index
+        self.n = len(index)
         self.table = _by_number(table, index)
         self.popularity = np.zeros(self.n, np.float32) if popularity is None else np.asarray(popularity, np.float32)
         self.features = features
@@ -379,13 +379,15 @@ def _condition_mask(
     wanted = wanted if isinstance(wanted, list) else [wanted]
     if column == "item_id":
         numbers = catalogue.index.numbers(wanted)
-        unknown += [(column, value, None) for value, n in zip(wanted, numbers) if n < 0]
+        unknown += [(column, value, None) for value, n in zip(wanted, numbers, strict=True) if n < 0]
         found = np.zeros(catalogue.n, bool)
         found[numbers[numbers >= 0]] = True
         return found
     categories = catalogue.categories(column)
     texts = [str(int(v)) if isinstance(v, float) and v % 1 == 0 else str(v) for v in wanted]
-    unknown += [(column, value, text) for value, text in zip(wanted, texts) if not categories.has_value(text)]
+    unknown += [
+        (column, value, text) for value, text in zip(wanted, texts, strict=True) if not categories.has_value(text)
+    ]
     return categories.items_with(texts)
 
 
@@ -508,9 +510,7 @@ class Candidates:
     items: np.ndarray  # int, item numbers, each once
     scores: np.ndarray  # float, what the order came from; steps that only reorder leave it
     sources: np.ndarray = None  # 'model', 'popular', 'pin', 'promotion' or 'explore'; None: all 'model'
-    propensities: np.ndarray = (
-        None  # probability with which the item stands where it stands; None: 1, nothing was drawn
-    )
+    propensities: np.ndarray = None  # probability of the item where it stands; None: 1, nothing was drawn
 
     def __post_init__(self):
         if self.sources is None:
@@ -597,7 +597,9 @@ class Request:
     def refused_by(self, item: int) -> str | None:
         "The removing step that an item does not pass: the ban list, or else the first."
         names = [name for name, passed in self.verdicts if not passed[item]]
-        return "ban_list" if "ban_list" in names else names[0] if names else None
+        if "ban_list" in names:
+            return "ban_list"
+        return names[0] if names else None
 
 # %% ../nbs/04a_postprocessing.ipynb #d36d8e65
 class OnItems:
@@ -866,14 +868,15 @@ def _boosts(catalogue, rules) -> tuple:
 _LARGE = 1e300  # products of large factors and scores stay finite
 
 
+_BoostRules = Annotated[list[Boost], OnItems(_boosts)]
+
+
 @step("boost", "rank", pool=None)
 def boost(
     candidates: Candidates,
     request: Request,
     *,
-    rules: Annotated[
-        list[Boost], OnItems(_boosts)
-    ],  # such as [{'where': {'all': [{'genres': 'Drama'}]}, 'factor': 1.5}]
+    rules: _BoostRules,  # such as [{'where': {'all': [{'genres': 'Drama'}]}, 'factor': 1.5}]
 ) -> Candidates:
     "Lift or lower the scores of some items."
     factor, add = rules
@@ -1043,7 +1046,9 @@ def calibrate(
 def _placed(candidates: Candidates, places: dict, scores, source: str) -> Candidates:
     "Candidates with some items (place -> number) at their places, counted from 1; the others close up around them."
     rest = candidates.take(~np.isin(candidates.items, list(places.values())))
-    items, at, n = [], iter(rest.items.tolist()), 1
+    items = []
+    at = iter(rest.items.tolist())
+    n = 1
     for place in sorted(places):
         for item in itertools.islice(at, place - n):
             items.append(item)
@@ -1070,6 +1075,7 @@ def _as_places(pins):
 
 
 Place = Annotated[int, Field(ge=1)]
+_Places = Annotated[dict[Place, int | str], BeforeValidator(_as_places)]
 
 
 @step("pins", "place")
@@ -1077,33 +1083,32 @@ def pins(
     candidates: Candidates,
     request: Request,
     *,
-    places: Annotated[
-        dict[Place, int | str], BeforeValidator(_as_places)
-    ],  # place -> item id, or ids for the first places
+    places: _Places,  # place -> item id, or ids for the first places
 ) -> Candidates:
     "Put items at fixed places."
     good = {}
     pinned = set()
     index = request.catalogue.index
-    for place, id in sorted(places.items()):
-        item = index.number(id)
-        why = (
-            f"place {place} is behind the end of the list"
-            if place > request.k
-            else "it is not in the catalogue"
-            if item < 0
-            else f"{request.refused_by(item)} leaves it out"
-            if not request.allowed[item]
-            else "it is pinned to an earlier place"
-            if item in pinned
-            else None
-        )
+    for place, item_id in sorted(places.items()):
+        item = index.number(item_id)
+        why = _why_not_pinned(place, item, request, pinned)
         if why is None:
             good[place] = item
             pinned.add(item)
         else:
-            request.warnings.append(f"pin {preview(id)} at place {place} is not shown: {why}")
+            request.warnings.append(f"pin {preview(item_id)} at place {place} is not shown: {why}")
     return _placed(candidates, good, request.scores, "pin") if good else candidates
+
+
+def _why_not_pinned(place: int, item: int, request: Request, pinned: set) -> str | None:
+    "Say why an item number cannot be pinned to a place; None where it can."
+    if place > request.k:
+        return f"place {place} is behind the end of the list"
+    if item < 0:
+        return "it is not in the catalogue"
+    if not request.allowed[item]:
+        return f"{request.refused_by(item)} leaves it out"
+    return "it is pinned to an earlier place" if item in pinned else None
 
 # %% ../nbs/04a_postprocessing.ipynb #aeb43e0e
 @step("promote", "place")
@@ -1123,7 +1128,7 @@ def promote(
     for place in places:
         fixed = {
             n: i
-            for n, (i, s) in enumerate(zip(candidates.items.tolist(), candidates.sources), 1)
+            for n, (i, s) in enumerate(zip(candidates.items.tolist(), candidates.sources, strict=False), 1)
             if s in ("pin", "promotion")
         }
         taken = {*candidates.items[: place - 1].tolist(), *fixed.values()}
@@ -1164,7 +1169,9 @@ def explore(
 ) -> Candidates:
     "Show items from behind the list at some places, and keep with what probability."
     k = request.k
-    rng = _generator(request, (request.chain.seed if request.chain else 0) if seed is None else seed)
+    if seed is None:
+        seed = request.chain.seed if request.chain else 0
+    rng = _generator(request, seed)
     slots = [
         s
         for s in sorted(set(slots))
@@ -1190,7 +1197,8 @@ def explore(
             p = np.full(len(cards), 1 / len(cards))
         card = int(cards[np.searchsorted(np.cumsum(p), chosen * p.sum(), side="right").clip(max=len(cards) - 1)])
         if drawn < epsilon:
-            order[slot - 1], order[card] = card, slot - 1
+            order[slot - 1] = card
+            order[card] = slot - 1
             propensity[slot - 1] = epsilon * p[np.flatnonzero(cards == card)[0]]
             sources[card] = "explore"
         else:
@@ -1247,7 +1255,7 @@ def _step_of_file(name: str) -> Step:
             )
         return found
     finally:
-        for r, kept in zip(registries, before):
+        for r, kept in zip(registries, before, strict=True):
             r.clear()
             r.update(kept)
 
@@ -1265,7 +1273,9 @@ class Chain:
         bans=(),  # further `BanList`s, which follow changes
         found: list = None,  # `Step` of each name, where they are known already; None: looked up
     ):
-        self.steps, self.options, self.seed = list(steps), {n: dict(o) for n, o in (options or {}).items()}, seed
+        self.steps = list(steps)
+        self.options = {n: dict(o) for n, o in (options or {}).items()}
+        self.seed = seed
         self.bans = [BanList(banned_items), *bans] if len(banned_items) or not bans else list(bans)
         self._found = [find_step(name) for name in self.steps] if found is None else list(found)
         if left := set(self.options) - set(self.steps):
@@ -1277,17 +1287,18 @@ class Chain:
             raise AerecError(
                 "postprocessing.steps lacks 'ban_list', but items are banned: add the step, or empty the ban list"
             )
-        for name, s in zip(self.steps, self._found):
+        for name, s in zip(self.steps, self._found, strict=True):
             _options(s, self.options.get(name, {}), "postprocessing.step_options")
         self.catalogue = index if isinstance(index, Catalogue) or index is None else Catalogue(index)
-        self._kept, self._lock = {}, threading.Lock()  # what requests asked for, made once
+        self._kept = {}  # what requests asked for, made once
+        self._lock = threading.Lock()
         if self.catalogue is not None:
             self._bind()
 
     def _bind(self):
         bound = [
             replace(bind_step(s, self.options.get(n, {}), self.catalogue), name=n)
-            for n, s in zip(self.steps, self._found)
+            for n, s in zip(self.steps, self._found, strict=True)
         ]
         self._all = np.arange(self.catalogue.n)
         self._removing = [b for b in bound if b.kind == "remove"]
@@ -1303,8 +1314,11 @@ class Chain:
         numbers = self.catalogue.index.numbers(ids)
         banned = np.zeros(self.catalogue.n, bool)
         banned[numbers[numbers >= 0]] = True
-        self.unknown_bans = [id for id, n in zip(ids, numbers) if n < 0]  # ids that the vocabulary does not have
-        self._banned, self._banned_numbers = banned, np.flatnonzero(banned)
+        # ids that the vocabulary does not have
+        self.unknown_bans = [item_id for item_id, n in zip(ids, numbers, strict=True) if n < 0]
+        banned_numbers = np.flatnonzero(banned)
+        self._banned = banned
+        self._banned_numbers = banned_numbers
 
     @property
     def banned_numbers(self) -> np.ndarray:  # int item numbers, as of now
@@ -1318,7 +1332,7 @@ class Chain:
 
     @property
     def banned_items(self):
-        return list(dict.fromkeys(id for b in self.bans for id in b.ids))
+        return list(dict.fromkeys(item_id for b in self.bans for item_id in b.ids))
 
     @property
     def banned(self) -> np.ndarray:  # bool by item number, as of now
@@ -1386,7 +1400,7 @@ def _check_spec(spec: dict) -> None:
         check_name(name, "chain.json: options of step")
     is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
     check(is_seed, "seed must be a whole number of at least 0")
-    has_ids = isinstance(banned, list) and all(isinstance(id, (int, str)) for id in banned)
+    has_ids = isinstance(banned, list) and all(isinstance(item_id, (int, str)) for item_id in banned)
     check(has_ids, "banned_items must be a list of ids")
 
 # %% ../nbs/04a_postprocessing.ipynb #a5567e47
@@ -1453,8 +1467,9 @@ def _as_pins(pins) -> dict:  # position -> item id
     if len(pins) > MAX_PINS:
         raise AerecError(f"request: at most {MAX_PINS:,} pins are allowed, not {len(pins):,}")
     found = {}
-    for position, id in _as_places(pins).items():
-        found[_as_integer(position, "position")] = id if isinstance(id, str) else _as_integer(id, "item id")
+    for position, item_id in _as_places(pins).items():
+        number = _as_integer(position, "position")
+        found[number] = item_id if isinstance(item_id, str) else _as_integer(item_id, "item id")
     return found
 
 
@@ -1533,23 +1548,9 @@ class Processed:
             self._positions = _positions_of([items for _, items, _ in self.snapshots])
         rows = []
         before = (None, None)
-        for n, ((name, _, scores), positions) in enumerate(zip(self.snapshots, self._positions)):
+        for n, ((name, _, scores), positions) in enumerate(zip(self.snapshots, self._positions, strict=True)):
             at = positions[item] if item < len(positions) else -1
             after = (int(at) + 1, float(scores[at])) if at >= 0 else (None, None)
-            if n == 0 or after != before:
-                what = (
-                    "candidate"
-                    if n == 0 and after[0]
-                    else "removed"
-                    if after[0] is None
-                    else "placed"
-                    if before[0] is None
-                    else "moved"
-                    if after[0] != before[0]
-                    else "rescored"
-                )
-            else:
-                what = "stayed"
             if n == 0 or before[0] is not None or after[0] is not None:
                 rows.append(
                     {
@@ -1558,11 +1559,24 @@ class Processed:
                         "score_before": before[1],
                         "place_after": after[0],
                         "score_after": after[1],
-                        "what": what,
+                        "what": _what_happened(n == 0, before, after),
                     }
                 )
             before = after
         return rows
+
+
+def _what_happened(is_first: bool, before: tuple, after: tuple) -> str:
+    "Name what a step did to an item; `before` and `after` are place and score, None where it is not there."
+    if not is_first and after == before:
+        return "stayed"
+    if is_first and after[0]:
+        return "candidate"
+    if after[0] is None:
+        return "removed"
+    if before[0] is None:
+        return "placed"
+    return "moved" if after[0] != before[0] else "rescored"
 
 
 def _positions_of(snapshots: list) -> list:  # of int32 [highest item number + 1]
@@ -1603,7 +1617,7 @@ def _best_first(scores, n) -> np.ndarray:
 
 # %% ../nbs/04a_postprocessing.ipynb #c80c48cf
 @patch
-def run(
+def run(  # noqa: F811
     self: Chain,
     scores: np.ndarray,  # float, one a candidate: [n_items], or as many as `items`
     request: Request,  # what is known and asked for
@@ -1617,12 +1631,10 @@ def run(
     if not finite and np.isnan(scores).any():
         raise RuntimeError("the model gave a score that is not a number")
     request = copy(request)  # the caller's stays as it was
-    request.chain, request.catalogue, request.warnings, request.verdicts = (
-        self,
-        self.catalogue,
-        list(request.warnings),
-        [],
-    )
+    request.chain = self
+    request.catalogue = self.catalogue
+    request.warnings = list(request.warnings)
+    request.verdicts = []
     if request.now is None:
         request.now = time.time()
     request.check_time()
@@ -1744,20 +1756,21 @@ def _go_through(rest, request, c: Candidates, everything: bool) -> tuple:
     snapshots = []
     for n, b in enumerate(rest):
         request.check_time()
-        wanted = len(c) if b.pool is None else b.pool if b.kind == "rank" else request.k + b.behind
+        if b.pool is None:
+            wanted = len(c)
+        elif b.kind == "rank":
+            wanted = b.pool
+        else:
+            wanted = request.k + b.behind
         if not everything and b.kind in ("rank", "place") and len(c) < wanted:
             return c, [], [], True
         before = c
         c = _one_step(b, request, c, last=n == len(rest) - 1)
         k = request.k
         placed = int(np.count_nonzero(~np.isin(c.items[:k], before.items[:k]))) if b.kind == "place" else 0
-        moved = (
-            0
-            if b.kind == "cut"
-            else int(np.count_nonzero(c.items[: min(k, len(before))] != before.items[: min(k, len(c))]))
-            if len(c) >= len(before)
-            else 0
-        )
+        moved = 0
+        if b.kind != "cut" and len(c) >= len(before):
+            moved = int(np.count_nonzero(c.items[: min(k, len(before))] != before.items[: min(k, len(c))]))
         report.append(
             {
                 "step": b.name,
@@ -1853,14 +1866,14 @@ def run_block(
     self: Chain,
     scores: np.ndarray,  # float32 [n, n_items]; written into
     requests: list,  # of `Request`, one a row; they all ask for the same k and nothing else
-) -> tuple:  # item numbers int64 [n, k], -1 where a list is shorter; scores [n, k]; sources [n, k] or None where all are the model's
+) -> tuple:  # item numbers int64 [n, k], -1: list is shorter; scores [n, k]; sources [n, k], None: all the model's
     "Lists of a block of users."
     k = min(requests[0].k, self.catalogue.n) if requests else 0
     items = np.full((len(requests), k), -1)
     values = np.zeros((len(requests), k), np.float32)
     if not self.is_plain():
         sources = np.full((len(requests), k), None, object)
-        for n, (row, request) in enumerate(zip(scores, requests)):
+        for n, (row, request) in enumerate(zip(scores, requests, strict=True)):
             done = self.run(row, request)
             items[n, : len(done)] = done.items
             values[n, : len(done)] = done.scores
@@ -1875,7 +1888,7 @@ def run_block(
     shared = replace(requests[0], chain=self, catalogue=self.catalogue, now=now, history=_none(), disliked=_none())
     _remove(self, [b for b in self._removing if b.name != "exclude_seen"], shared, np.arange(self.catalogue.n))
     scores[:, ~shared.allowed] = -np.inf
-    for n, (row, r) in enumerate(zip(scores, requests)):
+    for n, (row, r) in enumerate(zip(scores, requests, strict=True)):
         if r.exclude_seen and "exclude_seen" in self.steps:
             row[r.history] = row[r.disliked] = -np.inf
         best = best_first(row, k)
@@ -1910,7 +1923,7 @@ def apply_chain(
     k: int,  # length of the lists
     histories=None,  # `Interactions` over that vocabulary; None: what was seen
     now: float = None,  # seconds since 1970; None: the last moment of the histories, or the clock
-) -> tuple:  # recommendations (user_id, item_id, rank, score, source, propensity) and report (step, removed, moved, placed, left)
+) -> tuple:  # lists (user_id, item_id, rank, score, source, propensity), report (step, removed, moved, placed, left)
     "The list of every user, and what each step did to all of them together."
     if now is None and histories is not None and histories.times is not None:
         now = float(histories.times.max())
@@ -1964,7 +1977,7 @@ def _requests(candidates, chain, k, histories, now):
         if histories is not None
         else np.full(len(starts), -1)
     )
-    for start, end, row in zip(starts, [*starts[1:], len(users)], rows):
+    for start, end, row in zip(starts, [*starts[1:], len(users)], rows, strict=False):
         here = slice(start, end)
         request = Request(k=k, user=users[start], now=now)
         if row >= 0:
@@ -2083,7 +2096,8 @@ def tradeoff_curves(
 
 def _tradeoff(step, parameter, strength, measured, plain) -> dict:
     "One row of the curves; `change` is against the lists without the step, paired by user."
-    (figures, coverage), change = measured, measured[0].ndcg - plain[0].ndcg
+    figures, coverage = measured
+    change = figures.ndcg - plain[0].ndcg
     root = np.sqrt(max(1, len(figures)))
     return {
         "step": step,
@@ -2116,12 +2130,14 @@ def plot_tradeoffs(
             ("coverage", "Coverage", "share of the catalogue, %"),
             ("miscalibration", "Miscalibration (less is better)", "KL(history || list), nats"),
         ),
+        strict=True,
     ):
         scale = 100 if figure == "coverage" else 1
         for (step, c), color, mark in zip(
             curves[curves.parameter != ""].groupby("step", sort=False),
             ("#0072B2", "#E69F00", "#009E73", "#CC79A7"),
             "osd^",
+            strict=False,
         ):
             ax.plot(
                 c.strength,
@@ -2169,17 +2185,22 @@ def describe_tradeoffs(
     return pd.DataFrame(
         {
             "step": shown.step,
-            "strength": [f"{p} {s:g}" if p else "" for p, s in zip(shown.parameter, shown.strength)],
+            "strength": [f"{p} {s:g}" if p else "" for p, s in zip(shown.parameter, shown.strength, strict=True)],
             "NDCG": [f"{v:.4f}" for v in shown.ndcg],
             "change": [
-                f"{c:+.4f} ± {s:.4f}" + (f" ({c / level:+.1%})" if level > 0 else "") if n != "none" else ""
-                for c, s, n in zip(shown.change, shown.change_se, shown.step)
+                "" if n == "none" else _change_in_words(c, s, level)
+                for c, s, n in zip(shown.change, shown.change_se, shown.step, strict=True)
             ],
             "diversity": shown.diversity.map("{:.3f}".format),
             "coverage": shown.coverage.map("{:.1%}".format),
             "miscalibration": shown.miscalibration.map("{:.3f}".format),
         }
     ).reset_index(drop=True)
+
+
+def _change_in_words(change: float, se: float, level: float) -> str:
+    "Write a change with its standard error, and its share of a level above 0."
+    return f"{change:+.4f} ± {se:.4f}" + (f" ({change / level:+.1%})" if level > 0 else "")
 
 # %% ../nbs/04a_postprocessing.ipynb #be4d3db6
 def check_chain(
@@ -2207,7 +2228,7 @@ def chain_files(
     if bans.file:
         found["ban_file"] = sha256_file(bans.file)
     if bans.url:
-        found["ban_url"] = sha256_json([str(id) for id in bans._of_table])
+        found["ban_url"] = sha256_json([str(item_id) for item_id in bans._of_table])
     return found
 
 
@@ -2269,7 +2290,7 @@ def build_postprocessing(
         "n_unknown_bans": len(chain.unknown_bans),
         "n_tradeoff_users": 0 if curves is None else int(curves.n_users.iloc[0]),
         "n_short_lists": short_lists(lists, n_users, k),
-        **{f"removed_{s}": int(n) for s, n in zip(report.step[1:-1], report.removed[1:-1])},
+        **{f"removed_{s}": int(n) for s, n in zip(report.step[1:-1], report.removed[1:-1], strict=True)},
     }
 
 
@@ -2338,7 +2359,8 @@ def before_after(
     return with_titles(
         of_user.assign(
             became=[
-                "shown" if s == s else became.get(i, "left out") for i, s in zip(of_user.item_id, of_user["shown as"])
+                "shown" if s == s else became.get(i, "left out")
+                for i, s in zip(of_user.item_id, of_user["shown as"], strict=True)
             ],
             **{"shown as": of_user["shown as"].astype("Int32")},
         ),
@@ -2357,10 +2379,11 @@ def _became(run, candidates, k) -> dict:
     now = None if histories.times is None else float(histories.times.max())
     ((_, items, scores, request),) = _requests(candidates, chain, k, histories, now)
     done = chain.run(scores, replace(request, explain=True), items)
+    last_steps = {i: done.trail(i)[-1] for i in items.tolist()}
     return {
         chain.index.ids[i]: f"taken out by {last['step']}"
-        for i in items.tolist()
-        if (last := done.trail(i)[-1])["what"] == "removed"
+        for i, last in last_steps.items()
+        if last["what"] == "removed"
     }
 
 # %% ../nbs/04a_postprocessing.ipynb #d6be39ea
@@ -2385,7 +2408,7 @@ def plot_steps(
     fig, ax = plt.subplots(figsize=(8, 0.55 * len(report) + 1.2), layout="constrained")
     ax.barh(report.step, report.left, color="#0072b2")
     ax.barh(report.step, report.removed, left=report.left, color="#e69f00", label="taken out here")
-    for y, (left, removed) in enumerate(zip(report.left, report.removed)):
+    for y, (left, removed) in enumerate(zip(report.left, report.removed, strict=True)):
         ax.annotate(
             f"{left:,}" + (f"  (-{removed:,})" if removed else ""),
             (left + removed, y),

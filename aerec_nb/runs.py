@@ -35,7 +35,7 @@ import time
 import warnings
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -687,7 +687,9 @@ class FileHashes:
         self,
         folder: Path,  # of a run
     ):
-        self.folder, self.path, self.is_changed = Path(folder), Path(folder) / ".hashes.json", False
+        self.folder = Path(folder)
+        self.path = self.folder / ".hashes.json"
+        self.is_changed = False
         try:
             known = read_json(self.path)
         except FileError:
@@ -974,11 +976,8 @@ class Run:
             for name in s.inputs
         }
         settings = _counting_settings(_setting_values(self.settings if s.arguments else self.configured, s.reads))
-        engine = (
-            {} if settings.get("scale.engine", "local") == "local" else {"aerec_nb.scale": _module("aerec_nb.scale")[1]}
-        )
         return {
-            "code": code_parts(s.module) | engine,
+            "code": code_parts(s.module) | _engine_code(settings),
             "cells": changed or {},
             "settings": settings,
             "outside": dict(outside),
@@ -1002,7 +1001,7 @@ class Run:
             self._ensure_one(name)
 
     def _ensure_one(self, stage):
-        own = self._own_artifact(stage)
+        own = _own_artifact(self, stage)
         if own and own.get("live") and own["fingerprint"] == self.fingerprint(stage, found=own["outside"]):
             return self.folder / stage
         found = self.outside(stage)
@@ -1017,31 +1016,11 @@ class Run:
         self._say(f"{stage}: building")
         return _build(self, stage, STAGES[stage].builder(), wanted, found=found)
 
-    def _own_artifact(self, stage) -> dict | None:
-        "The manifest of this run's own artifact; None where there is none or where it is damaged, which is said."
-        manifest = readable_manifest(self.folder / stage)
-        faults = file_faults(self.folder / stage, manifest) if manifest else {}
-        if not faults:
-            return manifest
-
-        if _changed_by_hand(manifest):
-            raise FileError(
-                f"run {self.name}: {stage} is damaged ({describe_faults(faults)}) and was made from changed cells of "
-                f"its "
-                f"notebook: run {STAGES[stage].notebook}.ipynb again with -p run {self.name}"
-            )
-        warn_of_damage(self.folder / stage, faults)
-        return None
-
     def execute(self, stage: str, build=None, notebook: dict = None) -> Path:
         """Build a stage anew, with `build` or the module's own function, after its inputs; `notebook` is the caller's
         globals().
         """
-        if not self.settings.training.trains and stage in ("training", "validation"):
-            raise AerecError(
-                f"environment {self.env} does not train: promote a bundle that dev has trained (aerec models "
-                f"promote), or set training.trains"
-            )
+        _check_trains(self.settings, stage)
         check_stages(self.settings, [*upstream(stage), stage])
         changed = unexported_changes(STAGES[stage].module, notebook.get("In", [])) if notebook else {}
         begun = not self.folder.exists()
@@ -1062,6 +1041,38 @@ class Run:
     def _say(self, text):
         if not self.quiet:
             print(text)
+
+# %% ../nbs/00a_runs.ipynb #881e2aa5
+def _own_artifact(run: Run, stage: str) -> dict | None:
+    "The manifest of a run's own artifact; None where there is none or where it is damaged, which is said."
+    manifest = readable_manifest(run.folder / stage)
+    faults = file_faults(run.folder / stage, manifest) if manifest else {}
+    if not faults:
+        return manifest
+
+    if _changed_by_hand(manifest):
+        raise FileError(
+            f"run {run.name}: {stage} is damaged ({describe_faults(faults)}) and was made from changed cells of its "
+            f"notebook: run {STAGES[stage].notebook}.ipynb again with -p run {run.name}"
+        )
+    warn_of_damage(run.folder / stage, faults)
+    return None
+
+
+def _engine_code(settings: dict) -> dict:  # module -> its hash; {} for the local engine
+    "Return the code of the engine that the settings of a stage name."
+    if settings.get("scale.engine", "local") == "local":
+        return {}
+    return {"aerec_nb.scale": _module("aerec_nb.scale")[1]}
+
+
+def _check_trains(settings: Settings, stage: str) -> None:
+    "Refuse the stages of training in an environment that does not train."
+    if not settings.training.trains and stage in ("training", "validation"):
+        raise AerecError(
+            f"environment {settings.env} does not train: promote a bundle that dev has trained (aerec models "
+            f"promote), or set training.trains"
+        )
 
 # %% ../nbs/00a_runs.ipynb #f5d9deaf
 def _changed_by_hand(manifest: dict) -> bool:
@@ -1168,7 +1179,7 @@ def is_held(
     "Tell whether a run is being worked on; it need not be writable."
     with file_errors(folder):
         try:
-            lock = open(Path(folder) / ".lock", "rb")
+            lock = open(Path(folder) / ".lock", "rb")  # noqa: SIM115 - closed by `with lock`
         except FileNotFoundError:
             return False
         with lock:

@@ -35,6 +35,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet as pq
 import torch
+from fastcore.basics import patch
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from tqdm import tqdm
@@ -328,7 +329,7 @@ def _row_groups(rows, most=PIECE_ROWS):
             bounds.append(group)
             n = 0
         n += own
-    return list(zip(bounds, [*bounds[1:], len(rows)]))
+    return list(zip(bounds, [*bounds[1:], len(rows)], strict=True))
 
 
 def _line_bounds(path, size=PIECE_BYTES):
@@ -385,7 +386,7 @@ def pieces_of(
 
 def _cut(large, size):
     pieces = []
-    for path, file in zip(large.paths, large.files):
+    for path, file in zip(large.paths, large.files, strict=True):
         name = large._name(path)
         if large.is_parquet:
             meta = pq.ParquetFile(path).metadata
@@ -393,7 +394,7 @@ def _cut(large, size):
             pieces += [Piece(path, name, a, b, schema=file.schema, hive=file.hive) for a, b in groups]
         elif file.packed == "none" and path.stat().st_size > 1.5 * size and _may_be_cut(path, file.head, file.layout):
             bounds = _line_bounds(path, size)
-            pieces += [Piece(path, name, a, b, file.layout) for a, b in zip(bounds, bounds[1:])]
+            pieces += [Piece(path, name, a, b, file.layout) for a, b in zip(bounds, bounds[1:], strict=False)]
         else:
             pieces.append(Piece(path, name))
     return pieces
@@ -471,7 +472,8 @@ def _check_piece(piece, where, columns, at, encoding, header, handed_over, found
     rows = {"row": typed.index.to_numpy(np.int32)}
     for c in ("user_id", "item_id"):
         rows[c], ids = pd.factorize(typed[c])
-        rows[c], facts[c] = rows[c].astype(np.int32), pd.Series(ids)
+        rows[c] = rows[c].astype(np.int32)
+        facts[c] = pd.Series(ids)
     facts["rows_of"] = np.bincount(rows["user_id"], minlength=len(facts["user_id"]))  # of each user
     rows |= {c: typed[c].to_numpy() for c in ("rating", "count", "timestamp") if c in typed}
     return facts | {
@@ -578,7 +580,7 @@ class _Pieces:
         return int(self.starts[-1])
 
     def numbers(self):
-        return [(u, i, s) for u, i, s in zip(self.users[1], self.items[1], self.starts)]
+        return [(u, i, s) for u, i, s in zip(self.users[1], self.items[1], self.starts, strict=False)]
 
     def checked(self, ratings, n_duplicates):
         "What the one-process import says of the table."
@@ -707,22 +709,22 @@ def _without_needless(found, at):
     return {s: own for s, own in found.items() if s != "event_id" and (s != "ingested_at" or at is not None)}
 
 
+def _lines_on(line, value):
+    "A value of a problem, whose line is counted on from a number of lines."
+    if not isinstance(value, str):
+        return value
+    return re.sub(r" in line (\d+)", lambda m: f" in line {int(m[1]) + line}", value)
+
+
 def _through(pieces, facts, starts):
     "Problems and rows set aside of all pieces, rows and lines counted through."
     all_problems = []
     all_bad = []
     line = 0
     last = None
-    for piece, f, start in zip(pieces, facts, starts):
+    for piece, f, start in zip(pieces, facts, starts, strict=False):
         line = line if piece.path == last else 0
-
-        def told(value):
-            return (
-                re.sub(r" in line (\d+)", lambda m: f" in line {int(m[1]) + line}", value)
-                if isinstance(value, str)
-                else value
-            )
-
+        told = partial(_lines_on, line)
         problems, bad = (t.assign(row=t.row + start) for t in (f["problems"], f["bad"]))
         if line:
             problems, bad = (
@@ -929,7 +931,8 @@ class _Everywhere:
         self.decode = decode
         self.by_user = by_user
         self.rating_scale = scale_of
-        self.n_items, self.shared = len(shared.items), self.ray.put(shared)
+        self.n_items = len(shared.items)
+        self.shared = self.ray.put(shared)
         self.facts = self._add(self._each(_count_shard, self.n_items))
 
     def _each(self, function, *arguments):
@@ -982,93 +985,98 @@ class _Everywhere:
             )
             yield name, function, verdict, dropped, any(t.reweighed for t in told)
 
-    def across(self, name, function, arguments):
-        "A rule that looks across users."
-        if function is bp.leave_out_rare_items:
-            yield from self._rare(name, function, arguments, 1, arguments["min_item_interactions"], False)
-        elif function is bp.keep_core:
-            yield from self._rare(
-                name,
-                function,
-                arguments,
-                *(arguments[k] or arguments["k_core"] or 1 for k in ("k_core_users", "k_core_items")),
-                True,
-            )
-        elif function is bp.decay:
-            yield from self.own(
-                [(name, function, arguments | {"last": self.facts["times"] and self.facts["times"][1]})]
-            )
+# %% ../nbs/06a_scale.ipynb #ff5fce44
+@patch
+def across(self: _Everywhere, name, function, arguments):
+    "A rule that looks across users."
+    if function is bp.leave_out_rare_items:
+        yield from self._rare(name, function, arguments, 1, arguments["min_item_interactions"], False)
+    elif function is bp.keep_core:
+        yield from self._rare(
+            name,
+            function,
+            arguments,
+            *(arguments[k] or arguments["k_core"] or 1 for k in ("k_core_users", "k_core_items")),
+            True,
+        )
+    elif function is bp.decay:
+        yield from self.own([(name, function, arguments | {"last": self.facts["times"] and self.facts["times"][1]})])
+    else:
+        yield from self._whole(name, function, arguments)
+
+
+@patch
+def _rare(self: _Everywhere, name, function, arguments, k_users, k_items, again):
+    "Drop what has too few rows, once or until all have enough."
+    if k_users <= 1 and k_items <= 1:
+        return
+    before = self._each(_positions) if self.keep_positions else None
+    counts = self.facts["items"]
+    n = self.facts["n"]
+    rounds = []
+    while n:
+        said = self._pass(_core_round, counts, k_users, k_items)
+        keep_figures([figures for *_, figures in said])
+        counts = sum(c for c, *_ in said)
+        left = sum(m for _, m, _ in said)
+        if again and left == n:
+            break
+        rounds.append(n - left)
+        n = left
+        if not again:
+            break
+    dropped = sum(rounds)
+    if self.keep_positions:
+        dropped = np.sort(
+            np.setdiff1d(np.concatenate(before), np.concatenate(self._each(_positions)), assume_unique=True)
+        )
+    self.facts = self._add(self._each(_count_shard, self.n_items))
+    few = pd.DataFrame({"user_id": [0], "item_id": [0]})
+    verdict = function(few, **arguments)
+    if again:
+        verdict.note = f"{len(rounds):,} round{'' if len(rounds) == 1 else 's'}"
+        if rounds:
+            more = ", ..." if len(rounds) > 6 else ""
+            verdict.note += f": {', '.join(f'{n:,}' for n in rounds[:6])}{more} rows"
+    yield name, function, replace(verdict, rows=None), dropped, False
+
+
+@patch
+def _whole(self: _Everywhere, name, function, arguments):
+    "A rule of which nothing is known, on all rows in one place."
+    rows = pd.concat(self.ray.get(self.shards)).sort_index()
+    shown = pd.concat([self.decode(rows), rows.drop(columns=["user", "item"])], axis=1)
+    said = bp._ask(name, function, arguments, shown)
+    if isinstance(said, str) and said == bp.OFF:
+        return
+    if not hasattr(said, "rows"):
+        said = bp.Verdict(said, ", ".join(f"{k} {v}" for k, v in arguments.items()))
+    left = bp._kept_rows(name, said.rows, shown)
+    stays = rows.index.isin(left.index)
+    reweighed = bool((left.weight.to_numpy() != rows.weight.to_numpy()[stays]).any())
+    gone = rows.index.to_numpy()[~stays]
+    rows = pd.concat([rows.loc[stays, ["user", "item"]], left.drop(columns=["user_id", "item_id"])], axis=1)
+    shard = self.by_user[rows.user.to_numpy()]
+    self.shards = [self.ray.put(rows[shard == n]) for n in range(len(self.shards))]
+    self.facts = self._add([_facts(rows, self.n_items)])
+    yield name, function, replace(said, rows=None), gone if self.keep_positions else len(gone), reweighed
+
+
+@patch
+def walk(self: _Everywhere, steps):
+    "All rules in their order; those that need no others' rows together."
+    waiting = []
+    for step in steps:
+        if getattr(step[1], "per_user", False):
+            waiting.append(step)
         else:
-            yield from self._whole(name, function, arguments)
-
-    def _rare(self, name, function, arguments, k_users, k_items, again):
-        "Drop what has too few rows, once or until all have enough."
-        if k_users <= 1 and k_items <= 1:
-            return
-        before = self._each(_positions) if self.keep_positions else None
-        counts = self.facts["items"]
-        n = self.facts["n"]
-        rounds = []
-        while n:
-            said = self._pass(_core_round, counts, k_users, k_items)
-            keep_figures([figures for *_, figures in said])
-            counts = sum(c for c, *_ in said)
-            left = sum(m for _, m, _ in said)
-            if again and left == n:
-                break
-            rounds.append(n - left)
-            n = left
-            if not again:
-                break
-        dropped = sum(rounds)
-        if self.keep_positions:
-            dropped = np.sort(
-                np.setdiff1d(np.concatenate(before), np.concatenate(self._each(_positions)), assume_unique=True)
-            )
-        self.facts = self._add(self._each(_count_shard, self.n_items))
-        few = pd.DataFrame({"user_id": [0], "item_id": [0]})
-        verdict = function(few, **arguments)
-        if again:
-            verdict.note = f"{len(rounds):,} round{'' if len(rounds) == 1 else 's'}" + (
-                f": {', '.join(f'{n:,}' for n in rounds[:6])}{', ...' if len(rounds) > 6 else ''} rows"
-                if rounds
-                else ""
-            )
-        yield name, function, replace(verdict, rows=None), dropped, False
-
-    def _whole(self, name, function, arguments):
-        "A rule of which nothing is known, on all rows in one place."
-        rows = pd.concat(self.ray.get(self.shards)).sort_index()
-        shown = pd.concat([self.decode(rows), rows.drop(columns=["user", "item"])], axis=1)
-        said = bp._ask(name, function, arguments, shown)
-        if isinstance(said, str) and said == bp.OFF:
-            return
-        if not hasattr(said, "rows"):
-            said = bp.Verdict(said, ", ".join(f"{k} {v}" for k, v in arguments.items()))
-        left = bp._kept_rows(name, said.rows, shown)
-        stays = rows.index.isin(left.index)
-        reweighed = bool((left.weight.to_numpy() != rows.weight.to_numpy()[stays]).any())
-        gone = rows.index.to_numpy()[~stays]
-        rows = pd.concat([rows.loc[stays, ["user", "item"]], left.drop(columns=["user_id", "item_id"])], axis=1)
-        shard = self.by_user[rows.user.to_numpy()]
-        self.shards = [self.ray.put(rows[shard == n]) for n in range(len(self.shards))]
-        self.facts = self._add([_facts(rows, self.n_items)])
-        yield name, function, replace(said, rows=None), gone if self.keep_positions else len(gone), reweighed
-
-    def walk(self, steps):
-        "All rules in their order; those that need no others' rows together."
-        waiting = []
-        for step in steps:
-            if getattr(step[1], "per_user", False):
-                waiting.append(step)
-            else:
-                if waiting:
-                    yield from self.own(waiting)
-                waiting = []
-                if self.facts["n"]:
-                    yield from self.across(*step)
-        if waiting and self.facts["n"]:
-            yield from self.own(waiting)
+            if waiting:
+                yield from self.own(waiting)
+            waiting = []
+            if self.facts["n"]:
+                yield from self.across(*step)
+    if waiting and self.facts["n"]:
+        yield from self.own(waiting)
 
 # %% ../nbs/06a_scale.ipynb #ff5fce44
 def _portable(function):
@@ -1083,7 +1091,7 @@ def _verdict(name, function, arguments, told, before):
     "What is said of a rule when all workers have done it; the rule itself says it, of few rows that stand for all."
     errors = [t.error for t in told if t.error]
     if function in _EXCLUDING:
-        seen = sorted({id for t in told for id in t.seen})
+        seen = sorted({excluded for t in told for excluded in t.seen})
         return replace(
             function(pd.DataFrame({_EXCLUDING[function][0]: pd.Series(seen, dtype=object)}), **arguments), rows=None
         )
@@ -1158,11 +1166,10 @@ def _waterfall(everywhere, rules, scale):
 
 
 def _weighed(rows):
-    return rows.assign(
-        weight=(
-            rows["count"] if "count" in rows else rows.weight if "weight" in rows else pd.Series(1, rows.index)
-        ).astype(np.float32)
-    )
+    weight = rows.weight if "weight" in rows else pd.Series(1, rows.index)
+    if "count" in rows:
+        weight = rows["count"]
+    return rows.assign(weight=weight.astype(np.float32))
 
 
 def _asks_for_users(rules):
@@ -1194,7 +1201,10 @@ def run_rules(
         )
     )
     shard = by_user[users[0]]
-    decode = lambda some: ratings.loc[some.index, ["user_id", "item_id"]]
+
+    def decode(some):
+        return ratings.loc[some.index, ["user_id", "item_id"]]
+
     shards = [ray.put(rows[shard == n]) for n in range(n_shards)]
     del rows
     shared = _Shared(items[1], users[1] if _asks_for_users(rules) else None)
@@ -1341,7 +1351,7 @@ class _ByUser:
         numbers = ray_module().get(self.numbers)
         by_user = ray_module().get(self.by_user)
         made = []
-        for n, rows in zip(batch["number"], batch["rows"]):
+        for n, rows in zip(batch["number"], batch["rows"], strict=True):
             if not rows:
                 continue
             whole = _globally(_unpacked(rows), numbers[n])
@@ -1397,15 +1407,17 @@ def _unpack(block, counted):
     )
     if rows is None:
         return None
-    return _weighed(rows.assign(count=rows["count"].fillna(1.0) if "count" in rows else 1.0) if counted else rows)
+    if counted:
+        rows = rows.assign(count=rows["count"].fillna(1.0) if "count" in rows else 1.0)
+    return _weighed(rows)
 
 
 def _shared_out(pieces, on_duplicate, n_shards):
     "Rows by user, duplicates settled: (references to shards, shard of each user, duplicates that went)."
     ray = ray_module()
-    data = _data()
+    _data()  # sets how Ray Data shuffles
     counts = np.zeros(len(pieces.users[0]), np.int64)
-    for f, own in zip(pieces.facts, pieces.users[1]):
+    for f, own in zip(pieces.facts, pieces.users[1], strict=True):
         np.add.at(counts, own, f["rows_of"])
     by_user = _shard_of_users(counts, n_shards)
     encode = _ByUser(ray.put(pieces.numbers()), ray.put(by_user))
@@ -1437,7 +1449,7 @@ def _shared_out(pieces, on_duplicate, n_shards):
     unpack = ray.remote(max_retries=-1)(_unpack)
     refs = [unpack.remote(block, counted) for block in settled.to_arrow_refs()]
     there = ray.get([ray.remote(max_retries=-1)(_has_rows).remote(ref) for ref in refs])
-    return [ref for ref, has in zip(refs, there) if has], by_user, n, figures
+    return [ref for ref, has in zip(refs, there, strict=True) if has], by_user, n, figures
 
 
 def _has_rows(rows):
@@ -1636,13 +1648,14 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
         isinstance(source.ratings, bytes) or source.files("ratings") and _has_event_ids(source)
     ):  # small, or of a kind that is read in one place
         checked = di.check_source(source, columns, on_duplicate, on_bad, as_of, encoding)
-        ratings, bad, n_rows, n_duplicates = checked.ratings, checked.bad, len(checked.ratings), checked.n_duplicates
+        ratings = checked.ratings
+        bad = checked.bad
+        n_rows = len(ratings)
+        n_duplicates = checked.n_duplicates
         (u, users), (i, items) = (bp.codes_of(ratings[c]) for c in ("user_id", "item_id"))
-        users, items, by_user = (
-            pd.Series(users),
-            pd.Series(items),
-            _shard_of_users(np.bincount(u, minlength=len(users)), n_shards),
-        )
+        users = pd.Series(users)
+        items = pd.Series(items)
+        by_user = _shard_of_users(np.bincount(u, minlength=len(users)), n_shards)
         rows = _weighed(pd.DataFrame({"user": u, "item": i}).join(ratings.drop(columns=["user_id", "item_id"])))
         shards = [ray.put(rows[by_user[u] == n]) for n in range(n_shards)]
         kinds = list(ratings)
@@ -1686,8 +1699,11 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
     item_first = np.full(len(items), n_rows, np.int64)
     for ends in everywhere._each(_ends, n_rows, len(items)):
         bits = bits | ends[0]
-        firsts[ends[1]], counts[ends[1]], item_first = ends[2], ends[3], np.minimum(item_first, ends[4])
-    (user_numbers, user_order), (item_numbers, item_order) = _in_order(firsts, n_rows), _in_order(item_first, n_rows)
+        firsts[ends[1]] = ends[2]
+        counts[ends[1]] = ends[3]
+        item_first = np.minimum(item_first, ends[4])
+    user_numbers, user_order = _in_order(firsts, n_rows)
+    item_numbers, item_order = _in_order(item_first, n_rows)
     if not len(user_order):
         raise AerecError("no interactions: the table is empty, or every row was dropped by the business rules")
     shard = np.unique(_shard_of_users(counts[user_order], n_shards), return_inverse=True)[1].astype(np.int32)
@@ -1759,7 +1775,7 @@ def _parts(
     ray = ray_module()
     if sparse.issparse(histories):
         bounds = np.linspace(0, histories.shape[0], n + 1).astype(int)
-        return [ray.put(histories[a:b]) for a, b in zip(bounds, bounds[1:]) if b > a]
+        return [ray.put(histories[a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
     read = ray.remote(lambda folder, number: Shards.open(folder).read(number))
     return [read.remote(str(histories.folder), number) for number in range(histories.n_shards)]
 
@@ -1823,20 +1839,25 @@ class RowsOnRay(Rows):
         self.X = histories
         self.groups = _grouped(_parts(histories, scale.n_workers), scale.n_workers)
         found = self._ask(_count, self.groups)
-        self.lengths, self.counts = np.concatenate([l for l, _, _ in found]), sum(c for _, c, _ in found)
+        self.lengths = np.concatenate([lengths for lengths, _, _ in found])
+        self.counts = sum(c for _, c, _ in found)
         keep_figures([f for *_, f in found])
-        self.shape, self.nnz = (len(self.lengths), len(self.counts)), int(self.lengths.sum())
-        self.starts = np.cumsum([0, *(len(l) for l, _, _ in found)])
+        self.shape = (len(self.lengths), len(self.counts))
+        self.nnz = int(self.lengths.sum())
+        self.starts = np.cumsum([0, *(len(lengths) for lengths, _, _ in found)])
 
     def _ask(self, function, arguments):
         made = self.ray.remote(max_retries=-1)(function)
         return self.ray.get([made.remote(*a) for a in arguments])
 
     def _own(self, values):
-        return [None if values is None else self.ray.put(values[a:b]) for a, b in zip(self.starts, self.starts[1:])]
+        return [
+            None if values is None else self.ray.put(values[a:b])
+            for a, b in zip(self.starts, self.starts[1:], strict=False)
+        ]
 
     def _added(self, what, weights):
-        found = self._ask(_sum_of, [(what, w, *g) for w, g in zip(self._own(weights), self.groups)])
+        found = self._ask(_sum_of, [(what, w, *g) for w, g in zip(self._own(weights), self.groups, strict=True)])
         keep_figures([f for _, f in found])
         return sum(part for part, _ in found)
 
@@ -1868,7 +1889,8 @@ class RowsOnRay(Rows):
                 while starts and len(waiting) < 3:  # panels on their way: enough to keep all workers busy
                     start = starts.pop(0)
                     made = [
-                        panel.remote(start, min(start + width, n), dtype, r, *g) for r, g in zip(roots, self.groups)
+                        panel.remote(start, min(start + width, n), dtype, r, *g)
+                        for r, g in zip(roots, self.groups, strict=True)
                     ]
                     waiting.append((start, _tree([part for part, _ in made], add), [f for _, f in made]))
                 start, total, figures = waiting.pop(0)
@@ -1951,7 +1973,6 @@ def _worker(config):
 
     context = ray_train.get_context()
     rank = context.get_world_rank()
-    world = context.get_world_size()
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))  # the cores that Ray gave it
@@ -2079,7 +2100,9 @@ def _watch(trainer, queue, model, options, after_epoch, progress):
         file=sys.stdout,
         mininterval=1,
         disable=not progress,
-        bar_format="{desc} |{bar:20}| {n} of {total} epochs at most, {elapsed} so far, {remaining} left at most{postfix}",
+        bar_format=(
+            "{desc} |{bar:20}| {n} of {total} epochs at most, {elapsed} so far, {remaining} left at most{postfix}"
+        ),
     ) as bar:
         while thread.is_alive() or not queue.empty():
             try:
@@ -2120,15 +2143,13 @@ def _own_error(error, what):
             getattr(e, "cause", None),
             *(getattr(e, "worker_failures", None) or {}).values(),
         ]
-    said = [
-        m[2]
-        for line in str(error).splitlines()
-        if (m := re.match(r"\s*(?:\w+\.)*(\w*(?:AerecError|Diverged))(?:\(\))?: (.*)", line))
-    ]
-    other = [
-        line.strip() for line in str(error).splitlines() if re.match(r"\s*(?:\w+\.)*\w*(?:Error|Exception)\b.*: ", line)
-    ]
-    return AerecError(said[-1] if said else f"{what}: the workers failed: {other[-1] if other else _last_line(error)}")
+    lines = str(error).splitlines()
+    found = [re.match(r"\s*(?:\w+\.)*(\w*(?:AerecError|Diverged))(?:\(\))?: (.*)", line) for line in lines]
+    said = [m[2] for m in found if m]
+    if said:
+        return AerecError(said[-1])
+    other = [line.strip() for line in lines if re.match(r"\s*(?:\w+\.)*\w*(?:Error|Exception)\b.*: ", line)]
+    return AerecError(f"{what}: the workers failed: {other[-1] if other else _last_line(error)}")
 
 
 def _some_of(fold, rows):
@@ -2174,7 +2195,7 @@ def train(
     metric: str = "ndcg",
     item_features=None,
     max_valid_users: int = 10_000,
-    checkpoints: Path = None,  # folder that all workers see, to keep checkpoints in and to go on from; None: a temporary one on this machine
+    checkpoints: Path = None,  # folder shared by workers, of checkpoints to continue from; None: a temporary one here
     checkpoint_s: float = 60,
     after_epoch=None,
     scale: ScaleSettings = None,  # of the settings; None: the defaults
@@ -2221,15 +2242,16 @@ class _Lists:
         began = time.perf_counter()
         self.recommender = load_bundle(bundle)
         self.options = options
-        self.users = (
-            self.recommender.users if users is None else users if isinstance(users, list) else ray_module().get(users)
-        )  # Ray may have looked it up
+        if users is None:
+            self.users = self.recommender.users
+        else:  # Ray may have looked it up
+            self.users = users if isinstance(users, list) else ray_module().get(users)
         self.loading = [task_figures("loading the bundle", 0, began)]
 
     def __call__(self, rows):
         figures = self.loading
         self.loading = []
-        for path, start, n in zip(rows["path"], rows["start"], rows["n"]):
+        for path, start, n in zip(rows["path"], rows["start"], rows["n"], strict=True):
             began = time.perf_counter()
             make_shards(
                 self.recommender,

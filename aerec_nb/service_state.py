@@ -137,7 +137,9 @@ class LogReader:
         self._read_new = read_new
         self._version = version
         self._on_change = on_change
-        self._lock, self._wake, self._stopped = threading.Lock(), threading.Event(), False
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopped = False
         self._thread = None
         self._waiting = []
         self._slow = False
@@ -370,7 +372,7 @@ def change_bans(
         ids = banned_through_service(path)
         if (item_id in ids) == banned:
             return False
-        _write_bans(path, [*ids, item_id] if banned else [id for id in ids if id != item_id])
+        _write_bans(path, [*ids, item_id] if banned else [i for i in ids if i != item_id])
     return True
 
 
@@ -378,7 +380,7 @@ def _write_bans(path: Path, ids: list) -> None:
     "Write the list whole, or leave it as it was; an id is put in quotes where it would be read as something else."
     lines = [
         BAN_COMMENT,
-        *(f'"{id}"' if id[:1] + id[-1:] == '""' or "#" in id or id != id.strip() else id for id in ids),
+        *(f'"{i}"' if i[:1] + i[-1:] == '""' or "#" in i or i != i.strip() else i for i in ids),
     ]
     with atomic_path(path) as temporary:
         temporary.write_bytes(("\n".join(lines) + "\n").encode("utf-8", "replace"))

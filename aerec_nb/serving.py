@@ -223,7 +223,9 @@ class RecommendBody(_Strict):
     candidates: Ids | None = Field(None, description="item ids to choose among; missing: all")
     filter: Annotated[dict[str, Any], Field(max_length=10)] | None = Field(
         None,
-        description="which items may be shown: {'any' | 'all' | 'none': [{column: value, values, or {'ge': .., 'lt': ..}}]}",
+        description=(
+            "which items may be shown: {'any' | 'all' | 'none': [{column: value, values, or {'ge': .., 'lt': ..}}]}"
+        ),
     )
     pins: Annotated[list[Id], Field(max_length=100, fail_fast=True)] = Field(
         [], description="item ids for the first places"
@@ -310,7 +312,9 @@ def check_payload(
     while waiting:
         part = waiting.pop()
         seen = seen + 1
-        inside = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        inside = part if isinstance(part, list) else ()
+        if isinstance(part, dict):
+            inside = part.values()
         if seen + len(waiting) + len(inside) > MAX_PAYLOAD:
             raise PydanticCustomError("too_long", "a payload has at most {n} values", {"n": MAX_PAYLOAD})
         waiting += inside
@@ -554,7 +558,9 @@ class Shared:
             self.BUCKETS,
             offset=8 * self.WORKERS,
         )
-        self._lock, self._file, self.worker = threading.Lock(), tempfile.TemporaryFile(), 0
+        self._lock = threading.Lock()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 it stays open as long as the service
+        self.worker = 0
 
     def tell(self) -> None:
         "There is something new in the log."
@@ -641,7 +647,10 @@ class EventWriter:
         self.committed = 0
         self.dropped = 0
         self.last_error = None
-        self._waiting, self._changed, self._closing, self._thread = deque(), threading.Condition(), False, None
+        self._waiting = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = None
         self._places = 0  # that the waiting events take
 
     def offer(self, event: dict) -> bool:  # False: dropped, for the queue is full
@@ -725,7 +734,8 @@ class Metrics:
         self,
         folder: Path = None,  # that workers share, see `share_metrics`; None: of this process alone
     ):
-        self.folder, self.registry = folder, CollectorRegistry()
+        self.folder = folder
+        self.registry = CollectorRegistry()
         make = {"registry": self.registry}
         self.requests = Counter("aerec_http_requests_total", "Answers by route and status", ["route", "status"], **make)
         self.seconds = Histogram(
@@ -871,155 +881,172 @@ class RequestMiddleware:
                 scope, receive, exchange.send
             )
 
-    def _timeout_response(self, id: str, arrived: bool) -> JSONResponse:
+    def _timeout_response(self, request_id: str, arrived: bool) -> JSONResponse:
         "Return the answer to a request that takes too long."
         seconds = f"{self.state.timeout:g} s"
         if arrived:
             return problem(
-                503, f"there was no answer within {seconds}; ask for less, or again later", id, {"Retry-After": "1"}
+                503,
+                f"there was no answer within {seconds}; ask for less, or again later",
+                request_id,
+                {"Retry-After": "1"},
             )
-        return problem(408, f"the body did not arrive within {seconds}; send it again", id)
+        return problem(408, f"the body did not arrive within {seconds}; send it again", request_id)
 
-    def _reject(self, scope, exchange, route) -> JSONResponse | None:  # None: it may be answered
-        "Refuse a request by its head alone; for an unknown path or a wrong method the app does it, without the body."
-        s = self.state
-        headers = exchange.headers
-        id = exchange.id
-        if not self.hosts.allows(headers.get(b"host")) and not scope["path"].startswith("/health/"):
-            s.metrics.refused.labels("host").inc()
-            return problem(
-                421,
-                (
-                    "this service does not answer for the host of the request; name it in serving.allowed_hosts, or "
-                    "use another address"
-                ),
-                id,
-            )
-        if route is None:
-            return None
-        if required_role(_path(route)) is None:
-            return self._reject_busy(route, id)
-        return (
-            self._reject_unauthorized(scope, exchange, route)
-            or self._reject_busy(route, id)
-            or self._reject_content(exchange, route)
-        )
-
-    def _reject_unauthorized(self, scope, exchange, route) -> JSONResponse | None:
-        "Check the key and the rate of a request."
-        s = self.state
-        id = exchange.id
-        needed = required_role(_path(route))
-        address = client_network((scope.get("client") or ("local",))[0])
-        client = address
-        if s.keys:
-            given = exchange.headers.get(b"x-api-key", b"")
-            roles, number = s.keys.roles(given)
-            if not roles & {needed, "admin"}:
-                s.metrics.refused.labels("key").inc()
-                if roles:
-                    return problem(
-                        403,
-                        (
-                            f"this key may {' and '.join(sorted(roles))}; {scope['method']} {scope['path'][:40]} "
-                            f"needs a key with the role {needed}"
-                        ),
-                        id,
-                    )
-                # a valid key is never refused for the wrong ones of others at its address: keys have 256 random bits,
-                # what is saved here is work
-                rate = s.rate_limit or MAX_WRONG_KEYS
-                wait = s.shared.take(f"wrong keys of {address}", rate) if given else 0
-                if wait:
-                    return self._too_many(f"more than {rate:g} wrong keys a second", wait, id)
-                return problem(401, "send a valid key in the header X-API-Key", id, {"WWW-Authenticate": "ApiKey"})
-            client = f"key {number}"
-        scope["charge"] = partial(
-            s.shared.charge, client, s.rate_limit
-        )  # for an endpoint that does the work of several requests
-        wait = s.shared.take(client, s.rate_limit) if s.rate_limit else 0
-        return self._too_many(f"more than {s.rate_limit:g} requests a second", wait, id) if wait else None
-
-    def _too_many(self, what: str, wait: float, id: str) -> JSONResponse:
-        "Return the answer to a client that is too fast."
-        seconds = max(1, round(wait))
-        self.state.metrics.refused.labels("rate").inc()
-        return problem(429, f"{what}; ask again in {seconds} s", id, {"Retry-After": str(seconds)})
-
-    def _reject_busy(self, route, id: str) -> JSONResponse | None:
-        "Refuse a request where as many are being answered as may be."
-        slot = _slot(route)
-        most = {"key": self.state.max_concurrency, "open": MAX_OPEN}.get(slot)
-        if most is None or self.busy[slot] < most:
-            return None
-        self.state.metrics.refused.labels("busy").inc()
+# %% ../nbs/05a_serving.ipynb #b0fa44d3
+@patch
+def _reject(self: RequestMiddleware, scope, exchange, route) -> JSONResponse | None:  # None: it may be answered
+    "Refuse a request by its head alone; for an unknown path or a wrong method the app does it, without the body."
+    s = self.state
+    headers = exchange.headers
+    request_id = exchange.id
+    if not self.hosts.allows(headers.get(b"host")) and not scope["path"].startswith("/health/"):
+        s.metrics.refused.labels("host").inc()
         return problem(
-            503,
-            f"{self.busy[slot]} requests are being answered, that is all at a time; ask again in a moment",
-            id,
-            {"Retry-After": "1"},
+            421,
+            (
+                "this service does not answer for the host of the request; name it in serving.allowed_hosts, or "
+                "use another address"
+            ),
+            request_id,
         )
-
-    def _reject_content(self, exchange, route) -> JSONResponse | None:
-        "Refuse a body that is no JSON, or too long, by what the head says of it."
-        if not reads_body(route):
-            return None
-        length = exchange.headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > MAX_BODY:
-            return problem(
-                413, f"the body has {int(length):,} bytes, {MAX_BODY:,} are allowed; send less at a time", exchange.id
-            )
-        kind = exchange.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-        if takes_json(route) and kind != b"application/json":
-            return problem(415, "send JSON, with the header Content-Type: application/json", exchange.id)
+    if route is None:
         return None
+    if required_role(_path(route)) is None:
+        return self._reject_busy(route, request_id)
+    return (
+        self._reject_unauthorized(scope, exchange, route)
+        or self._reject_busy(route, request_id)
+        or self._reject_content(exchange, route)
+    )
 
-    def _log_error(self, id: str, error: Exception) -> None:
-        "Write a traceback, but not the same one for every request."
-        lines = traceback.extract_tb(error.__traceback__)
-        held = self.errors.admit((type(error), lines[-1].filename, lines[-1].lineno))
-        if held is not None:
-            say("error", request_id=id, error="".join(traceback.format_exception(error)), more_before=held)
 
-    def _log_request(self, scope, status: int, seconds: float) -> None:
-        "Count the request, and log it if it was one for a list."
-        s = self.state
-        route = getattr(scope.get("route"), "path", None) or "other"
-        requests, histogram = s.counters(route, status)
-        requests.inc()
-        histogram.observe(seconds)
-        if s.access_log:
-            say(
-                "request",
-                request_id=scope["request_id"],
-                method=scope["method"],
-                route=route,
-                status=status,
-                ms=round(1000 * seconds, 3),
-            )
-        if route not in LOGGED:
-            return
-        for note in scope.get("notes") or [{}]:
-            if note.get("dry_run"):
-                continue
-            payload = {
-                "status": status,
-                "ms": round(1000 * seconds, 3),
-                "endpoint": LOGGED[route],
-                **note.get("payload", {"version": s.live.version, "model": s.live.model}),
-            }
-            if status >= 400:
-                payload["error"] = TITLES.get(status, "other")
-            s.writer.offer(
-                new_event(
-                    "request",
-                    event_id=s.fresh_id(),
-                    request_id=note.get("request_id", scope["request_id"]),
-                    user_id=note.get("user_id"),
-                    payload=payload,
-                    simulated=s.simulated,
+@patch
+def _reject_unauthorized(self: RequestMiddleware, scope, exchange, route) -> JSONResponse | None:
+    "Check the key and the rate of a request."
+    s = self.state
+    request_id = exchange.id
+    needed = required_role(_path(route))
+    address = client_network((scope.get("client") or ("local",))[0])
+    client = address
+    if s.keys:
+        given = exchange.headers.get(b"x-api-key", b"")
+        roles, number = s.keys.roles(given)
+        if not roles & {needed, "admin"}:
+            s.metrics.refused.labels("key").inc()
+            if roles:
+                return problem(
+                    403,
+                    (
+                        f"this key may {' and '.join(sorted(roles))}; {scope['method']} {scope['path'][:40]} "
+                        f"needs a key with the role {needed}"
+                    ),
+                    request_id,
                 )
+            # a valid key is never refused for the wrong ones of others at its address: keys have 256 random bits,
+            # what is saved here is work
+            rate = s.rate_limit or MAX_WRONG_KEYS
+            wait = s.shared.take(f"wrong keys of {address}", rate) if given else 0
+            if wait:
+                return self._too_many(f"more than {rate:g} wrong keys a second", wait, request_id)
+            return problem(401, "send a valid key in the header X-API-Key", request_id, {"WWW-Authenticate": "ApiKey"})
+        client = f"key {number}"
+    scope["charge"] = partial(
+        s.shared.charge, client, s.rate_limit
+    )  # for an endpoint that does the work of several requests
+    wait = s.shared.take(client, s.rate_limit) if s.rate_limit else 0
+    return self._too_many(f"more than {s.rate_limit:g} requests a second", wait, request_id) if wait else None
+
+
+@patch
+def _too_many(self: RequestMiddleware, what: str, wait: float, request_id: str) -> JSONResponse:
+    "Return the answer to a client that is too fast."
+    seconds = max(1, round(wait))
+    self.state.metrics.refused.labels("rate").inc()
+    return problem(429, f"{what}; ask again in {seconds} s", request_id, {"Retry-After": str(seconds)})
+
+
+@patch
+def _reject_busy(self: RequestMiddleware, route, request_id: str) -> JSONResponse | None:
+    "Refuse a request where as many are being answered as may be."
+    slot = _slot(route)
+    most = {"key": self.state.max_concurrency, "open": MAX_OPEN}.get(slot)
+    if most is None or self.busy[slot] < most:
+        return None
+    self.state.metrics.refused.labels("busy").inc()
+    return problem(
+        503,
+        f"{self.busy[slot]} requests are being answered, that is all at a time; ask again in a moment",
+        request_id,
+        {"Retry-After": "1"},
+    )
+
+
+@patch
+def _reject_content(self: RequestMiddleware, exchange, route) -> JSONResponse | None:
+    "Refuse a body that is no JSON, or too long, by what the head says of it."
+    if not reads_body(route):
+        return None
+    length = exchange.headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length) > MAX_BODY:
+        return problem(
+            413, f"the body has {int(length):,} bytes, {MAX_BODY:,} are allowed; send less at a time", exchange.id
+        )
+    kind = exchange.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if takes_json(route) and kind != b"application/json":
+        return problem(415, "send JSON, with the header Content-Type: application/json", exchange.id)
+    return None
+
+# %% ../nbs/05a_serving.ipynb #99570c34
+@patch
+def _log_error(self: RequestMiddleware, request_id: str, error: Exception) -> None:
+    "Write a traceback, but not the same one for every request."
+    lines = traceback.extract_tb(error.__traceback__)
+    held = self.errors.admit((type(error), lines[-1].filename, lines[-1].lineno))
+    if held is not None:
+        say("error", request_id=request_id, error="".join(traceback.format_exception(error)), more_before=held)
+
+
+@patch
+def _log_request(self: RequestMiddleware, scope, status: int, seconds: float) -> None:
+    "Count the request, and log it if it was one for a list."
+    s = self.state
+    route = getattr(scope.get("route"), "path", None) or "other"
+    requests, histogram = s.counters(route, status)
+    requests.inc()
+    histogram.observe(seconds)
+    if s.access_log:
+        say(
+            "request",
+            request_id=scope["request_id"],
+            method=scope["method"],
+            route=route,
+            status=status,
+            ms=round(1000 * seconds, 3),
+        )
+    if route not in LOGGED:
+        return
+    for note in scope.get("notes") or [{}]:
+        if note.get("dry_run"):
+            continue
+        payload = {
+            "status": status,
+            "ms": round(1000 * seconds, 3),
+            "endpoint": LOGGED[route],
+            **note.get("payload", {"version": s.live.version, "model": s.live.model}),
+        }
+        if status >= 400:
+            payload["error"] = TITLES.get(status, "other")
+        s.writer.offer(
+            new_event(
+                "request",
+                event_id=s.fresh_id(),
+                request_id=note.get("request_id", scope["request_id"]),
+                user_id=note.get("user_id"),
+                payload=payload,
+                simulated=s.simulated,
             )
+        )
 
 # %% ../nbs/05a_serving.ipynb #e00073b6
 LOGGED = {
@@ -1122,11 +1149,9 @@ class Live:
             )  # says so where something is banned and the chain would not care
         recommender.recent = recent
         card = recommender.info.get("card", {})
-        self.recommender, self.model, self.version = (
-            recommender,
-            str(card.get("name") or recommender.model.name),
-            recommender.info.get("id", "unpacked")[:16],
-        )
+        self.recommender = recommender
+        self.model = str(card.get("name") or recommender.model.name)
+        self.version = recommender.info.get("id", "unpacked")[:16]
         recommender._model_name = self.model
 
 # %% ../nbs/05a_serving.ipynb #89f0672b
@@ -1173,39 +1198,40 @@ class State:
         metrics: Path = None,
     ):
         s = settings.serving
-        self.settings, self.log, self.simulated, self.shared, self.metrics = (
-            settings,
-            log,
-            simulated,
-            shared or Shared(),
-            Metrics(metrics),
-        )
+        self.settings = settings
+        self.log = log
+        self.simulated = simulated
+        self.shared = shared or Shared()
+        self.metrics = Metrics(metrics)
         self.keys = ApiKeys(settings)
         self.timeout = s.timeout_s
         self.max_concurrency = s.max_concurrency
         self.rate_limit = s.rate_limit
         self.access_log = s.access_log
-        self.max_k, self.default_k = s.max_k, min(s.max_k, settings.validation.topk)
+        self.max_k = s.max_k
+        self.default_k = min(s.max_k, settings.validation.topk)
         self.ban_file = ban_file(settings)
-        self._bans, self.recent, self._children = (
-            [ban_list(settings), ServiceBans(file=self.ban_file, on_error=settings.postprocessing.on_blocklist_error)],
-            Recent(s.max_feedback_per_user),
-            {},
-        )
-        self._blocklist_error, self._blocklist_lock = None, threading.Lock()
-        self._seq, self._erased_seq, self._reading = 0, 0, threading.Lock()
+        self._bans = [
+            ban_list(settings),
+            ServiceBans(file=self.ban_file, on_error=settings.postprocessing.on_blocklist_error),
+        ]
+        self.recent = Recent(s.max_feedback_per_user)
+        self._children = {}
+        self._blocklist_error = None
+        self._blocklist_lock = threading.Lock()
+        self._seq = 0
+        self._erased_seq = 0
+        self._reading = threading.Lock()
         self._warnings = Throttle()
         self._random = random.Random(secrets.token_bytes(32))
-        self.swap_error, self.stopping, self.together = None, threading.Event(), Together()
-        self.list_threads, self.log_threads, self.operation_threads = (
-            RequestThreads(LIST_THREADS, "lists"),
-            RequestThreads(LOG_THREADS, "log"),
-            RequestThreads(1, "operation"),
-        )
-        self.reader, self.log_health = (
-            LogReader(self._read_log, self.shared.news, self._reading_changed),
-            LogHealth(log.check_writable, patience_s=min(1.0, s.timeout_s / 2)),
-        )
+        self.swap_error = None
+        self.stopping = threading.Event()
+        self.together = Together()
+        self.list_threads = RequestThreads(LIST_THREADS, "lists")
+        self.log_threads = RequestThreads(LOG_THREADS, "log")
+        self.operation_threads = RequestThreads(1, "operation")
+        self.reader = LogReader(self._read_log, self.shared.news, self._reading_changed)
+        self.log_health = LogHealth(log.check_writable, patience_s=min(1.0, s.timeout_s / 2))
         self.writer = EventWriter(log, s.queue_size, count=lambda what, n: self.metrics.logged[what].inc(n))
         self.live = None
         self._serve(Live(recommender, settings, self._bans, self.recent))
@@ -1263,11 +1289,11 @@ class State:
     def _patience(self) -> float:  # seconds
         return PATIENCE_S if self.reader.ready else self.timeout
 
-    def warn(self, text: str, error: Exception, id: str) -> None:
+    def warn(self, text: str, error: Exception, request_id: str) -> None:
         "Log why a change was refused; errors that are alike are logged once a minute."
         held = self._warnings.admit((text, type(error), getattr(error, "code", None)))
         if held is not None:
-            say("alert", text=text, error=first_line(error), request_id=id, more_before=held)
+            say("alert", text=text, error=first_line(error), request_id=request_id, more_before=held)
 
     async def told(self) -> None:
         "Let the next answer of every worker rest on what was just committed."
@@ -1319,7 +1345,7 @@ def _forget(self: State, recommender: Recommender, seq: int) -> int:  # the numb
     if not gone:
         return seq
     users = [*recommender.users, *self.recent.users]
-    for user, is_gone in zip(users, gone.has_many(users)):
+    for user, is_gone in zip(users, gone.has_many(users), strict=True):
         if is_gone:
             self.recent.erase(user)
     return seq
@@ -1400,10 +1426,13 @@ def _respond(
     return _json(found) if isinstance(found, dict) else found
 
 
-def _no_blocklist(id: str) -> Response:
+def _no_blocklist(request_id: str) -> Response:
     "Refuse to recommend; what is wrong with the list goes to the alerts."
     return problem(
-        503, "a list of banned items cannot be read; nothing is recommended until it can be", id, {"Retry-After": "5"}
+        503,
+        "a list of banned items cannot be read; nothing is recommended until it can be",
+        request_id,
+        {"Retry-After": "5"},
     )
 
 
@@ -1412,7 +1441,7 @@ def _json(content) -> Response:
     return Response(to_json(content, inf_nan_mode="null"), media_type="application/json")
 
 
-def _list_of(state: State, live: Live, id: str, ask, user_id, k, page, dry_run, arm, note: dict) -> tuple:
+def _list_of(state: State, live: Live, request_id: str, ask, user_id, k, page, dry_run, arm, note: dict) -> tuple:
     "The answer, or a problem, and what to log."
     k = state.default_k if k is None else k
     payload = {
@@ -1422,24 +1451,24 @@ def _list_of(state: State, live: Live, id: str, ask, user_id, k, page, dry_run, 
         **({"arm": arm} if arm else {}),
         **{name: v for name, v in note.items() if v is not None},
     }
-    about = {"user_id": user_id, "request_id": id, "dry_run": dry_run, "payload": payload}
+    about = {"user_id": user_id, "request_id": request_id, "dry_run": dry_run, "payload": payload}
     if k > state.max_k:
-        return problem(422, f"k is {k}, but a list has at most {state.max_k} items here", id), about
+        return problem(422, f"k is {k}, but a list has at most {state.max_k} items here", request_id), about
     try:
         before = shown_before(page) if page else []
         answer = ask(live.recommender, k, before)
     except DeadlineExceeded:
         raise  # it is an AerecError too
     except BlocklistUnavailable:
-        return _no_blocklist(id), about
+        return _no_blocklist(request_id), about
     except UnknownUser as e:
-        return problem(404, str(e), id), about
+        return problem(404, str(e), request_id), about
     except AerecError as e:
-        return problem(422, str(e), id), about
-    return _as_answer(state, live, id, user_id, answer, before, payload), about
+        return problem(422, str(e), request_id), about
+    return _as_answer(state, live, request_id, user_id, answer, before, payload), about
 
 # %% ../nbs/05a_serving.ipynb #fc952dcb
-def _as_answer(state: State, live: Live, id: str, user_id, answer, before: list, payload: dict) -> dict:
+def _as_answer(state: State, live: Live, request_id: str, user_id, answer, before: list, payload: dict) -> dict:
     "What goes over the wire; `payload` gets what was shown."
     ids = answer.item_ids
     payload |= {
@@ -1452,15 +1481,15 @@ def _as_answer(state: State, live: Live, id: str, user_id, answer, before: list,
     drawn = {str(item["rank"]): item["propensity"] for item in answer if "propensity" in item}
     if drawn:
         payload["propensities"] = drawn  # place -> probability of what was shown there
-    state.metrics.lists.labels(
-        "model"
-        if not answer.fallback_used
-        else answer.items[0]["source"]
-        if ids and answer.items[0]["source"] == "segment"
-        else "popular"
-    ).inc()
+    if not answer.fallback_used:
+        source = "model"
+    elif ids and answer.items[0]["source"] == "segment":
+        source = "segment"
+    else:
+        source = "popular"
+    state.metrics.lists.labels(source).inc()
     return {
-        "request_id": id,
+        "request_id": request_id,
         "model": live.model,
         "version": live.version,
         "user_id": user_id,
@@ -1479,7 +1508,7 @@ def _pages_before(token) -> list:
         return []
 
 
-def _wishes(body: RecommendBody, id: str, k: int, before: list) -> dict:
+def _wishes(body: RecommendBody, request_id: str, k: int, before: list) -> dict:
     "Arguments of `recommend`."
     asked = {
         name: getattr(body, name)
@@ -1502,7 +1531,7 @@ def _wishes(body: RecommendBody, id: str, k: int, before: list) -> dict:
         "k": k,
         "exclude": [*body.exclude, *before],
         "pins": () if before else body.pins,
-        "draw": zlib.crc32(id.encode()),
+        "draw": zlib.crc32(request_id.encode()),
     }  # what is explored is drawn anew for every request
 
 # %% ../nbs/05a_serving.ipynb #95a57c28
@@ -1537,20 +1566,18 @@ class Together:
         return future
 
     def _answer(self) -> None:
-        waiting, self._waiting, self._last = (
-            [w for w in self._waiting if not w[2].done()],
-            [],
-            len(self._waiting),
-        )  # one that was given up is not answered
-        for live in {id(l): l for l, _, _ in waiting}.values():  # two while a bundle is replaced
-            of = [(request, future) for l, request, future in waiting if l is live]
+        self._last = len(self._waiting)
+        waiting = [w for w in self._waiting if not w[2].done()]  # one that was given up is not answered
+        self._waiting = []
+        for live in {id(own): own for own, _, _ in waiting}.values():  # two while a bundle is replaced
+            of = [(request, future) for own, request, future in waiting if own is live]
             try:
                 answers = live.recommender.recommend_each([request for request, _ in of], errors="return")
             except Exception as e:
                 for _, future in of:
                     future.set_exception(e)
                 continue
-            for (_, future), answer in zip(of, answers):
+            for (_, future), answer in zip(of, answers, strict=True):
                 future.set_result(answer)
 
 # %% ../nbs/05a_serving.ipynb #22d3b1a4
@@ -1595,8 +1622,8 @@ def _described(
 ) -> dict:  # for FastAPI's `openapi_extra`
     "The parameters that `read_query` reads, for the description of the API."
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    id = {"type": "string", "minLength": 1, "maxLength": MAX_ID, "pattern": r"^[^\x00]*$"}
-    path = [] if in_path is None else [{"name": in_path, "in": "path", "required": True, "schema": id}]
+    schema_of_id = {"type": "string", "minLength": 1, "maxLength": MAX_ID, "pattern": r"^[^\x00]*$"}
+    path = [] if in_path is None else [{"name": in_path, "in": "path", "required": True, "schema": schema_of_id}]
     query = [
         {
             "name": name,
@@ -1692,7 +1719,7 @@ def create_app(
     simulated: bool = False,  # mark every event as simulated
     shared: Shared = None,  # what workers share; None: there is one
     metrics: Path = None,  # folder in which workers count together, see `share_metrics`; None: there is one
-    look=None,  # function() -> (version, bundle folder) that ought to be served, asked every `serving.follow_s`; None: it stays
+    look=None,  # function() -> (version, bundle folder) to serve, asked every `serving.follow_s`; None: it stays
 ) -> FastAPI:
     """The service as an ASGI app; raises `AerecError` if keys are required and there are none, the bundle does not
     verify, or an allowed host is no host name.
@@ -1725,6 +1752,7 @@ def create_app(
     app.state.service = state
     app.router.route_class = DirectRoute
     _add_lists(app, state)
+    _add_other_lists(app, state)
     _add_changes(app, state)
     _add_operation(app, state)
     add_docs(app)
@@ -1849,7 +1877,7 @@ def _add_lists(app: FastAPI, state: State) -> None:
         "A list for one user."
         user_id = request.path_params["user_id"]
         query = read_query(Wishes, request)
-        id = request.scope["request_id"]
+        request_id = request.scope["request_id"]
         wishes = {
             "user_id": user_id,
             "exclude_seen": query.exclude_seen,
@@ -1858,7 +1886,7 @@ def _add_lists(app: FastAPI, state: State) -> None:
             "max_per_category": query.max_per_category,
             "min_score": query.min_score,
             "explain": query.explain,
-            "draw": zlib.crc32(id.encode()),
+            "draw": zlib.crc32(request_id.encode()),
         }
         about = {
             "user_id": user_id,
@@ -1898,12 +1926,12 @@ def _add_lists(app: FastAPI, state: State) -> None:
     @app.post("/v1/recommend", tags=["lists"], dependencies=key, responses=body_problems, response_class=Response)
     async def recommend_history(request: Request, body: RecommendBody):
         "A list for a history, a user or both, with everything that can be said."
-        id = request.scope["request_id"]
+        request_id = request.scope["request_id"]
         history = body.history
         return await _answer(
             state,
             request,
-            lambda r, k, before, deadline: r.recommend(**_wishes(body, id, k, before), deadline=deadline),
+            lambda r, k, before, deadline: r.recommend(**_wishes(body, request_id, k, before), deadline=deadline),
             user_id=body.user_id,
             k=body.k,
             page=body.page,
@@ -1929,6 +1957,11 @@ def _add_lists(app: FastAPI, state: State) -> None:
         return await state.list_threads.run(
             lambda: _answer_batch(state, request, live, body.requests, deadline), deadline
         )
+
+# %% ../nbs/05a_serving.ipynb #94543e6b
+def _add_other_lists(app: FastAPI, state: State) -> None:
+    "Add the routes for similar, popular and ranked items, and the search by title."
+    key = _key(state)
 
     @app.get(
         "/v1/similar/{item_id:path}",
@@ -1971,7 +2004,13 @@ def _add_lists(app: FastAPI, state: State) -> None:
             k=query.k,
         )
 
-    @app.post("/v1/rank", tags=["lists"], dependencies=key, responses=body_problems, response_class=Response)
+    @app.post(
+        "/v1/rank",
+        tags=["lists"],
+        dependencies=key,
+        responses={**_LIST, **problems(404, 413, 415)},
+        response_class=Response,
+    )
     async def rank(request: Request, body: RankBody):
         "A given list in the order of a user."
         n = len(body.items)
@@ -2008,34 +2047,37 @@ def _add_lists(app: FastAPI, state: State) -> None:
 # %% ../nbs/05a_serving.ipynb #103ddbd4
 def _answer_batch(state: State, request: Request, live: Live, asked: list, deadline: Deadline) -> Response:
     "Answer the requests of a batch, and note what their request events say."
-    id = request.scope["request_id"]
+    request_id = request.scope["request_id"]
     ks = [state.default_k if q.k is None else q.k for q in asked]
     if sum(ks) > 10 * state.max_k:
         return problem(
             422,
             f"the lists have {sum(ks):,} items together, {10 * state.max_k:,} are allowed: ask for less at a time",
-            id,
+            request_id,
         )
     if max(ks) > state.max_k:
         return problem(
-            422, f"request {ks.index(max(ks)) + 1}: k is {max(ks)}, but a list has at most {state.max_k} items here", id
+            422,
+            f"request {ks.index(max(ks)) + 1}: k is {max(ks)}, but a list has at most {state.max_k} items here",
+            request_id,
         )
     try:
         before = [shown_before(q.page) if q.page else [] for q in asked]
         answers = live.recommender.recommend_each(
-            [_wishes(q, f"{id}.{n}", k, b) for n, (q, k, b) in enumerate(zip(asked, ks, before))], deadline=deadline
+            [_wishes(q, f"{request_id}.{n}", k, b) for n, (q, k, b) in enumerate(zip(asked, ks, before, strict=True))],
+            deadline=deadline,
         )
     except DeadlineExceeded:
         raise  # it is an AerecError too
     except BlocklistUnavailable:
-        return _no_blocklist(id)
+        return _no_blocklist(request_id)
     except UnknownUser as e:
-        return problem(404, str(e), id)
+        return problem(404, str(e), request_id)
     except AerecError as e:
-        return problem(422, str(e), id)
+        return problem(422, str(e), request_id)
     done = []
     notes = []
-    for n, (q, k, b, answer) in enumerate(zip(asked, ks, before, answers)):
+    for n, (q, k, b, answer) in enumerate(zip(asked, ks, before, answers, strict=True)):
         payload = {
             "k": k,
             "model": live.model,
@@ -2044,10 +2086,12 @@ def _answer_batch(state: State, request: Request, live: Live, asked: list, deadl
             **({"arm": q.arm} if q.arm else {}),
             **({} if q.history is None else {"n_history": len(q.history), "history": q.history[:200]}),
         }
-        done.append(_as_answer(state, live, f"{id}.{n}", q.user_id, answer, b, payload))
-        notes.append({"user_id": q.user_id, "request_id": f"{id}.{n}", "dry_run": q.dry_run, "payload": payload})
+        done.append(_as_answer(state, live, f"{request_id}.{n}", q.user_id, answer, b, payload))
+        notes.append(
+            {"user_id": q.user_id, "request_id": f"{request_id}.{n}", "dry_run": q.dry_run, "payload": payload}
+        )
     request.scope["notes"] = notes
-    return _json({"request_id": id, "answers": done})
+    return _json({"request_id": request_id, "answers": done})
 
 
 def search_items(
@@ -2086,7 +2130,7 @@ def _add_changes(app: FastAPI, state: State) -> None:
     )
     async def events(request: Request, body: Annotated[Report, Body()]):
         "Store impressions and feedback; they are on disk when this is answered, and the next answer rests on them."
-        id = request.scope["request_id"]
+        request_id = request.scope["request_id"]
         try:
             accepted = await state.log_threads.run(
                 lambda: state.log.append(
@@ -2097,15 +2141,15 @@ def _add_changes(app: FastAPI, state: State) -> None:
                 )
             )
         except AerecError as e:
-            return problem(422, str(e), id)
+            return problem(422, str(e), request_id)
         except LOG_ERRORS as e:
-            return _log_unavailable(state, e, "nothing was stored, send the same events again", id)
+            return _log_unavailable(state, e, "nothing was stored, send the same events again", request_id)
         state.log_health.note(None)
         if any(event.kind == "feedback" for event in body):
             await state.told()
         state.metrics.posted.labels("accepted").inc(accepted)
         state.metrics.posted.labels("duplicate").inc(len(body) - accepted)
-        return JSONResponse({"request_id": id, "accepted": accepted, "duplicates": len(body) - accepted})
+        return JSONResponse({"request_id": request_id, "accepted": accepted, "duplicates": len(body) - accepted})
 
     @app.delete(
         "/v1/users/{user_id:path}",
@@ -2118,18 +2162,20 @@ def _add_changes(app: FastAPI, state: State) -> None:
         """Forget a user: events are removed from the log, and neither they nor the packed history count any more, in
         any worker, nor after a restart.
         """
-        id = request.scope["request_id"]
+        request_id = request.scope["request_id"]
         try:
             removed = await state.log_threads.run(lambda: state.log.delete_user(user_id))
         except AerecError as e:
-            return problem(422, str(e), id)
+            return problem(422, str(e), request_id)
         except LOG_ERRORS as e:
             state.shared.tell()  # it may have got half way
-            return _log_unavailable(state, e, "ask again until it is answered 200: only then the user is forgotten", id)
+            return _log_unavailable(
+                state, e, "ask again until it is answered 200: only then the user is forgotten", request_id
+            )
         state.recent.erase(user_id)
         state.log_health.note(None)
         await state.told()
-        return JSONResponse({"request_id": id, "user_id": user_id, "events_removed": removed})
+        return JSONResponse({"request_id": request_id, "user_id": user_id, "events_removed": removed})
 
     @app.get(
         "/v1/bans",
@@ -2140,30 +2186,30 @@ def _add_changes(app: FastAPI, state: State) -> None:
     )
     async def bans(request: Request):
         "What was banned through the service, and how many items are banned in all."
-        id = request.scope["request_id"]
+        request_id = request.scope["request_id"]
         try:
             items = await state.operation_threads.run(lambda: banned_through_service(state.ban_file))
         except AerecError as e:
-            return _bans_unavailable(state, e, id)
+            return _bans_unavailable(state, e, request_id)
         return JSONResponse(
-            {"request_id": id, "items": items, "n_banned": int(state.live.recommender.chain.banned.sum())}
+            {"request_id": request_id, "items": items, "n_banned": int(state.live.recommender.chain.banned.sum())}
         )
 
     async def change(request, item_id, banned):
-        id = request.scope["request_id"]
+        request_id = request.scope["request_id"]
         r = state.live.recommender
         if "ban_list" not in r.chain.steps:
-            return problem(422, "the chain of this bundle has no step ban_list: nothing can be banned", id)
+            return problem(422, "the chain of this bundle has no step ban_list: nothing can be banned", request_id)
         try:
             changed = await state.log_threads.run(lambda: change_bans(state.ban_file, item_id, banned))
         except BadItemId as e:
-            return problem(422, str(e), id)
+            return problem(422, str(e), request_id)
         except AerecError as e:
-            return _bans_unavailable(state, e, id)
+            return _bans_unavailable(state, e, request_id)
         known = r.item_index.number(item_id) >= 0
         return JSONResponse(
             {
-                "request_id": id,
+                "request_id": request_id,
                 "item_id": item_id,
                 "banned": banned,
                 "changed": changed,
@@ -2194,17 +2240,17 @@ def _add_changes(app: FastAPI, state: State) -> None:
         return await change(request, item_id, False)
 
 # %% ../nbs/05a_serving.ipynb #0e7836f2
-def _bans_unavailable(state: State, error: AerecError, id: str) -> Response:
+def _bans_unavailable(state: State, error: AerecError, request_id: str) -> Response:
     "Answer a request about the list of banned items that cannot be read or written."
-    state.warn("the list of banned items could not be read or written", error, id)
-    return problem(503, "the list of banned items cannot be read or written now; nothing was changed", id)
+    state.warn("the list of banned items could not be read or written", error, request_id)
+    return problem(503, "the list of banned items cannot be read or written now; nothing was changed", request_id)
 
 
-def _log_unavailable(state: State, error: Exception, advice: str, id: str) -> Response:
+def _log_unavailable(state: State, error: Exception, advice: str, request_id: str) -> Response:
     "Answer a request for a change that the event log could not take."
     state.log_health.note(error)
-    state.warn("the event log could not be written", error, id)
-    return problem(503, f"the event log cannot be written now; {advice}", id, {"Retry-After": "5"})
+    state.warn("the event log could not be written", error, request_id)
+    return problem(503, f"the event log cannot be written now; {advice}", request_id, {"Retry-After": "5"})
 
 # %% ../nbs/05a_serving.ipynb #3069f2fe
 def _add_operation(app: FastAPI, state: State) -> None:
@@ -2679,13 +2725,10 @@ def drive_service(
 
         for n in range(n_requests):
             what = rng.choice(["known user", "bare history", "unknown user"], p=[0.8, 0.15, 0.05])
-            user = (
-                user_ids[rng.integers(len(user_ids))]
-                if what == "known user"
-                else f"stranger-{n}"
-                if what == "unknown user"
-                else None
-            )
+            if what == "known user":
+                user = user_ids[rng.integers(len(user_ids))]
+            else:
+                user = f"stranger-{n}" if what == "unknown user" else None
             history = (
                 [item_ids[i] for i in rng.choice(len(item_ids), min(len(item_ids), int(rng.integers(1, 9))), p=p)]
                 if user is None

@@ -39,7 +39,6 @@ from aerec_nb.modeling import (
     hyperparameters,
     mask_history,
     model_class,
-    model_files,
     save_model,
     score_blocks,
     standardise,
@@ -88,7 +87,9 @@ class Progress:
         self.total = 0.0
         self.history.append(row)
         if row[metric] > self.best:
-            self.best, self.best_epoch, self.weights = row[metric], row["epoch"], model.weights()
+            self.best = row[metric]
+            self.best_epoch = row["epoch"]
+            self.weights = model.weights()
 
 # %% ../nbs/03_training.ipynb #1f28956a
 class Checkpoints:
@@ -100,7 +101,10 @@ class Checkpoints:
         fingerprint: str,  # of model, settings, data and code
         every_s: float = 60,  # seconds between checkpoints; 0: after every batch
     ):
-        self.folder, self.fingerprint, self.every_s, self.last = Path(folder), fingerprint, every_s, time.monotonic()
+        self.folder = Path(folder)
+        self.fingerprint = fingerprint
+        self.every_s = every_s
+        self.last = time.monotonic()
 
     def due(self) -> bool:
         return time.monotonic() - self.last >= self.every_s
@@ -178,7 +182,7 @@ def train(
     model,  # not yet fitted, from `create_model`
     split: Split,  # learns from `split.train`, is watched on `split.valid`
     num_epoch: int = None,  # most epochs; None: the model's own `num_epoch`
-    patience: int = None,  # epochs without improvement before it stops; None: 15, on small data as many as give 60 steps
+    patience: int = None,  # epochs without improvement before it stops; None: 15, on small data enough for 60 steps
     topk: int = 10,  # length of the lists that validation looks at
     progress: bool = True,  # show a bar
     metric: str = "ndcg",  # what decides the best epoch: ndcg, or another of the accuracies of `evaluate`
@@ -292,7 +296,7 @@ def _watched(model, fold, topk, names):
     found = evaluate(model, fold, topk).metrics if len(fold) else {m: np.zeros(0) for m in names}
     sums = torch.tensor([len(fold), *(found[m].sum() for m in names)], dtype=torch.float64)
     share.add(sums)
-    return {m: float(total / sums[0]) for m, total in zip(names, sums[1:])}
+    return {m: float(total / sums[0]) for m, total in zip(names, sums[1:], strict=True)}
 
 
 def same_place(model, at):
@@ -377,12 +381,10 @@ class Tuning:
     value: float  # its validation metric; the mean, where there are several splits
     best_epoch: int  # the epoch with that metric, 1 for closed forms; the median, where there are several splits
     trials: pd.DataFrame  # a row a trial: number, state, value, seconds, best_epoch, and what was tried
-    models: list = field(
-        repr=False, default=None
-    )  # the best one as fitted, one a split; None where an earlier process fitted it
-    per_user: list = field(
-        repr=False, default=()
-    )  # of each trial of a closed form, its metric for every validation user of every split
+    # the best one as fitted, one a split; None where an earlier process fitted it
+    models: list = field(repr=False, default=None)
+    # of each trial of a closed form, its metric for every validation user of every split
+    per_user: list = field(repr=False, default=())
 
 # %% ../nbs/03_training.ipynb #88f2eee7
 def _optuna():
@@ -449,7 +451,7 @@ def tune(
     name: str,  # model, one of `model_names()`
     split,  # `Split`, or several: then the mean over them decides
     n_trials: int = 30,  # trials, with those that `storage` has already
-    budget_s: float = None,  # seconds; no trial is begun that would not end in time, and the epochs end with them; None: no limit
+    budget_s: float = None,  # seconds; no trial begins that cannot end in time, epochs end with them; None: no limit
     topk: int = 10,  # length of the lists that validation looks at
     metric: str = "ndcg",  # what decides: ndcg, or another of the accuracies of `evaluate`
     space: dict = None,  # hyperparameter -> (low, high, 'log', 'linear' or 'int'); None: the model's own `tune_space`
@@ -461,7 +463,7 @@ def tune(
     max_memory_gib: float = None,  # what a model may use, GiB; None: 80 % of what is free
     item_features=None,  # [n_items, n_features] CSR for models that use them
     device: str = "cpu",  # torch device of gradient-trained models
-    patience: int = None,  # epochs without improvement before a training stops; None: 15, on small data as many as give 60 steps
+    patience: int = None,  # epochs without improvement before it stops; None: 15, on small data enough for 60 steps
     **fixed,  # hyperparameters that are not searched
 ) -> Tuning:
     "Search for a model's best hyperparameters on validation; raises `AerecError` if no trial can be fitted."
@@ -564,7 +566,7 @@ def _try(name, hp, splits, trial, left, topk, metric, max_valid_users, max_memor
         model = create_model(name, **hp).to(device)
         model.max_memory_gib = max_memory_gib
 
-        def after_epoch(row):
+        def after_epoch(row, i=i):
             if i or len(trial.params) == 0:
                 return  # epochs of the first split are compared
             trial.report(row[metric], int(row["epoch"]))
@@ -618,7 +620,7 @@ def plot_tuning(
     axes[0].set(xlabel="trial", ylabel=f"{metric.upper()} on validation")
     axes[0].legend(frameon=False, fontsize=8)
     best = t.loc[t.value.idxmax()]
-    for ax, knob in zip(axes[1:], knobs):
+    for ax, knob in zip(axes[1:], knobs, strict=True):
         ax.plot(t[knob].astype(float), t.value, "o", ms=4, color="#56B4E9")
         ax.plot(float(best[knob]), best.value, "o", ms=9, mfc="none", color="#D55E00")
         limits = model_class(name).tune_space.get(knob)
@@ -1053,8 +1055,8 @@ def auto(
     max_memory_gib: float = None,  # what a model may use, GiB; None: 80 % of what is free
     item_features=None,  # [n_items, n_features] CSR over `split.items`, for models that use them
     random_seed: int = 42,  # of draws, searches and bags
-    refit: bool = True,  # learn from validation's targets too once all is decided, on the items of train; False: only from `split.train`
-    max_valid_users: int = 3_000,  # users that validation looks at, of a catalogue above 10,000 items fewer; more are sampled
+    refit: bool = True,  # at last learn from validation's targets too, on the items of train; False: `split.train` only
+    max_valid_users: int = 3_000,  # users that validation looks at, fewer above 10,000 items; more are sampled
     progress: bool = True,  # say what is done
 ) -> Model:  # fitted, on the items of `split.train`; `candidates` is a table of what was tried, `why` says why this one
     "Find, tune, choose and blend models by validation within a time budget."
@@ -1067,47 +1069,34 @@ def auto(
         look(search)
     if not search.found:
         raise AerecError("no model could be fitted: " + "; ".join(f"{s['model']}: {s['why']}" for s in search.skipped))
-    found, lists = (
-        search.found,
-        Shortlists.together(
-            [
-                Shortlists.of([f.models[i] for f in search.found], fold, max(100, 2 * topk))
-                for i, fold in enumerate(search.folds)
-            ]
-        ),
+    found = search.found
+    lists = Shortlists.together(
+        [Shortlists.of([f.models[i] for f in found], fold, max(100, 2 * topk)) for i, fold in enumerate(search.folds)]
     )
-    singles, (gain, gain_se) = (
-        np.array([lists.ndcg(w, topk).mean() for w in np.eye(len(found))]),
-        blend_gain(lists, topk, random_seed=random_seed),
-    )
-    pays = (
-        gain > gain_se / 2
-    )  # a blend takes its time with every request: that it gains must be more likely than not by a margin
-    weights = (
-        _affordable(blend_weights(lists, topk, random_seed=random_seed), found, search)
-        if pays
-        else np.eye(len(found))[singles.argmax()]
-    )
+    singles = np.array([lists.ndcg(w, topk).mean() for w in np.eye(len(found))])
+    gain, gain_se = blend_gain(lists, topk, random_seed=random_seed)
+    # a blend takes its time with every request: that it gains must be more likely than not by a margin
+    pays = gain > gain_se / 2
+    if pays:
+        weights = _affordable(blend_weights(lists, topk, random_seed=random_seed), found, search)
+    else:
+        weights = np.eye(len(found))[singles.argmax()]
     blended = lists.ndcg(weights, topk).mean()
     best = found[int(singles.argmax())].name
-    why = (
-        (
+    if (weights > 0).sum() > 1:
+        why = (
             f"a blend is better than {best} alone by {gain:.4f} ± {gain_se:.4f} NDCG@{topk} for people that it was "
             f"not chosen on"
         )
-        if (weights > 0).sum() > 1
-        else f"{best} has the best NDCG@{topk} on validation, {singles.max():.4f}"
-        + (
-            ""
-            if pays
-            else (
+    elif weights[singles.argmax()]:
+        why = f"{best} has the best NDCG@{topk} on validation, {singles.max():.4f}"
+        if not pays:
+            why += (
                 f"; a blend would gain {gain:.4f} ± {gain_se:.4f} for people that it was not chosen on, too little to "
                 f"be sure"
             )
-        )
-        if weights[singles.argmax()]
-        else "it is what there is time to fit again"
-    )
+    else:
+        why = "it is what there is time to fit again"
     search.say(why)
     model = _fit_again(split, found, weights, refit, max_memory_gib, item_features)
     order = np.argsort(-singles, kind="stable")
@@ -1135,8 +1124,9 @@ def auto(
             for s in search.skipped
         ]
     )
-    model.why, model.valid_ndcg = why, float(blended)
-    search.say("fitted " + " + ".join(f"{w:.2f} {f.name}" for f, w in zip(found, weights) if w))
+    model.why = why
+    model.valid_ndcg = float(blended)
+    search.say("fitted " + " + ".join(f"{w:.2f} {f.name}" for f, w in zip(found, weights, strict=True) if w))
     return model
 
 # %% ../nbs/03_training.ipynb #6ab94bb7
@@ -1160,7 +1150,7 @@ def _epochs_again(found):
 
 def _fit_again(split, found, weights, refit, max_memory_gib, item_features):
     "The chosen models on all that they may learn from."
-    chosen = [(f, w) for f, w in zip(found, weights) if w]
+    chosen = [(f, w) for f, w in zip(found, weights, strict=True) if w]
     rows = split.train_and_valid if refit else split.train
     models = []
     for f, _ in chosen:
@@ -1188,6 +1178,7 @@ def plot_history(
         zip(
             histories,
             ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#666666"] * (1 + len(histories) // 7),
+            strict=False,
         )
     )
     for name, h in histories.items():
@@ -1195,9 +1186,8 @@ def plot_history(
             axes[1].axhline(h[metric].iloc[0], color=colors[name], ls="--", lw=1.2, label=f"{name} (at once)")
             continue
         marker = "." if len(h) > 1 else "o"
-        loss = (
-            h.loss / h.loss.iloc[0] if len(gradient) > 1 else h.loss
-        )  # losses of different models have different scales
+        # losses of different models have different scales
+        loss = h.loss / h.loss.iloc[0] if len(gradient) > 1 else h.loss
         axes[0].plot(h.epoch, loss, color=colors[name], marker=marker, label=name)
         axes[1].plot(h.epoch, h[metric], color=colors[name], marker=marker, label=name)
         best = h[h.best].iloc[0]
@@ -1261,11 +1251,11 @@ class ExperimentLog:
             with alone(file) if file else nullcontext():
                 self._client = _mlflow_client(uri)
                 known = self._client.get_experiment_by_name(name)
-                self.experiment_id = (
-                    known.experiment_id
-                    if known
-                    else self._client.create_experiment(name, artifacts.absolute().as_uri() if artifacts else None)
-                )
+                if known:
+                    self.experiment_id = known.experiment_id
+                else:
+                    location = artifacts.absolute().as_uri() if artifacts else None
+                    self.experiment_id = self._client.create_experiment(name, location)
         except AerecError:
             raise
         except Exception as e:
@@ -1603,9 +1593,7 @@ def hyperparameter_table(
 
 def describe_search(
     folder: Path,  # what `build_training` wrote
-) -> (
-    pd.DataFrame
-):  # a row a candidate of `auto` and a row a trial of the tuned models, best first; None where nothing was searched
+) -> pd.DataFrame:  # a row a candidate of `auto`, a row a trial of `tune`, best first; None where nothing was searched
     "What was tried to find models and hyperparameters."
     folder = Path(folder)
     tables = []
@@ -1626,7 +1614,10 @@ def describe_search(
     for path in sorted(folder.glob("*/trials.parquet")):
         t = pd.read_parquet(path).sort_values("value", ascending=False).head(10)
         knobs = [c for c in t.columns if c not in ("number", "state", "value", "seconds", "best_epoch", "why")]
-        shown = [", ".join(f"{k} {v:.3g}" for k, v in zip(knobs, row)) for row in t[knobs].itertuples(index=False)]
+        shown = [
+            ", ".join(f"{k} {v:.3g}" for k, v in zip(knobs, row, strict=True))
+            for row in t[knobs].itertuples(index=False)
+        ]
         tables.append(
             pd.DataFrame(
                 {

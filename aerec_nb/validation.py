@@ -13,9 +13,8 @@ __all__ = ['METRICS', 'LIST_METRICS', 'PALETTE', 'get_ndcg', 'get_hit', 'ranking
 import hashlib
 import json
 import os
-import time
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timezone
+from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 
@@ -80,7 +79,7 @@ def _at(k, default):
 def ranking_metrics(
     top: np.ndarray,  # [n, k] item indices, best first; -1 where a list is shorter
     target: sparse.csr_matrix,  # [n, n_items] held-out items
-    n_targets: np.ndarray = None,  # [n] held-out items of each user, also those outside the columns; None: those in `target`
+    n_targets: np.ndarray = None,  # [n] held-out items of each user, outside the columns too; None: those in `target`
     k: tuple = None,  # where the lists are cut, one length or several; None: their length, and plain names
 ) -> dict:  # metric, or metric@k where k is given -> float64 [n]
     "The accuracy of every user's list."
@@ -96,20 +95,20 @@ def ranking_metrics(
     precisions = np.where(hits, n_hits / place, 0).cumsum(1)
     first = np.where(hits.any(1), hits.argmax(1) + 1, np.inf) if top.shape[1] else np.full(len(top), np.inf)
     ideal = np.cumsum(1 / np.log2(np.arange(2, max(ks) + 2)))
+
+    def last(sums, cut):
+        return sums[:, min(cut, sums.shape[1]) - 1] if sums.shape[1] else np.zeros(len(sums))
+
     for cut in ks:
-
-        def last(sums):
-            return sums[:, min(cut, sums.shape[1]) - 1] if sums.shape[1] else np.zeros(len(sums))
-
         reachable = np.minimum(n_targets, cut)
-        n_found = last(n_hits)
+        n_found = last(n_hits, cut)
         values = {
-            "ndcg": last(gain) / ideal[reachable - 1],
+            "ndcg": last(gain, cut) / ideal[reachable - 1],
             "recall": n_found / reachable,
             "hit": n_found / n_targets,
             "hit_rate": (n_found > 0).astype(np.float64),
             "precision": n_found / cut,
-            "map": last(precisions) / reachable,
+            "map": last(precisions, cut) / reachable,
             "mrr": np.where(first <= cut, 1 / first, 0.0),
         }
         found |= {name if k is None else f"{name}@{cut}": v for name, v in values.items()}
@@ -576,7 +575,7 @@ def _by_model(evaluations):
                 f"{name} was evaluated {len(theirs)} times and {first} {len(ours)} times: give every model the same "
                 f"splits and seeds"
             )
-        for a, b in zip(ours, theirs):
+        for a, b in zip(ours, theirs, strict=True):
             if not np.array_equal(a.users, b.users) or a.on != b.on:
                 raise AerecError(f"{name} and {first} were evaluated on different users: evaluate both on one fold")
     return groups
@@ -586,7 +585,7 @@ def _differences(ours, theirs, metric, people):
     "Sum of a person's differences over the repetitions, and how many there are, both [n_people]."
     total = np.zeros(len(people))
     n = np.zeros(len(people))
-    for a, b in zip(ours, theirs):
+    for a, b in zip(ours, theirs, strict=False):
         d = a.metrics[metric] - b.metrics[metric]
         at = people.get_indexer(pd.Index(a.users))[~np.isnan(d)]
         np.add.at(total, at, d[~np.isnan(d)])
@@ -610,7 +609,7 @@ def _paired(pairs, metric, n_bootstrap, seed):
     "Difference, 95 % interval and p of pairs of groups of evaluations."
     people = pd.Index(np.unique(np.concatenate([e.users for e in pairs[0][0]])))
     both = [_differences(a, b, metric, people) for a, b in pairs]
-    total, n = (np.array(v) for v in zip(*both))
+    total, n = (np.array(v) for v in zip(*both, strict=True))
     mean = total.sum(1) / np.maximum(1, n.sum(1))
     left = total - mean[:, None] * n
     size = len(people)
@@ -638,13 +637,11 @@ def _verdict(better, worse, low, p, corrected, n_pairs, n_people):
 
 
 def compare(
-    evaluations: list,  # of `Evaluation` on the same users; several of one name are repetitions (splits, seeds), in the same order for every model
+    evaluations: list,  # of `Evaluation` on the same users; same name: repetitions (splits, seeds), ordered alike
     metric: str = "ndcg",  # any that they have, as ndcg or ndcg@20
     n_bootstrap: int = 1000,  # resamples
     seed: int = 42,  # of the resampling
-) -> (
-    pd.DataFrame
-):  # a row a pair, models first, bounds last: better, worse, difference, low, high (95 %), p, p_holm, verdict
+) -> pd.DataFrame:  # pairs, models first, bounds last: better, worse, difference, low, high (95 %), p, p_holm, verdict
     """Paired differences between every two models, between each of them and popularity, and between the best and what
     is random or perfect.
     """
@@ -680,7 +677,9 @@ def compare(
             "high": high,
             "p": p,
             "p_holm": corrected,
-            "verdict": [_verdict(a, b, *v, len(pairs), n_people) for (a, b), *v in zip(pairs, low, p, corrected)],
+            "verdict": [
+                _verdict(a, b, *v, len(pairs), n_people) for (a, b), *v in zip(pairs, low, p, corrected, strict=True)
+            ],
         }
     )
 
@@ -718,11 +717,10 @@ def _last_times(split, users, on):
     inter = split.interactions
     if inter.times is None:
         return None
-    seen = (
-        np.isin(split.part, [TRAIN] if on == "valid" else [TRAIN, VALID])
-        if split.kind != "strong"
-        else ~np.isin(split.part, [VALID, TEST])
-    )
+    if split.kind == "strong":
+        seen = ~np.isin(split.part, [VALID, TEST])
+    else:
+        seen = np.isin(split.part, [TRAIN] if on == "valid" else [TRAIN, VALID])
     last = np.zeros(inter.n_users, np.int64)
     np.maximum.at(last, inter.rows[seen], inter.times[seen].astype(np.int64))
     return last[pd.Index(inter.users).get_indexer(pd.Index(users))]
@@ -856,15 +854,8 @@ def _ids_and_entries(split, learned_from, on):
     new, _ = pd.factorize(learned_from.item_id[c < 0])
     c[c < 0] = new + len(items)
     times = learned_from.timestamp.to_numpy() if "timestamp" in learned_from else _known_times(inter, r, c)
-    return (
-        np.concatenate([inter.users, np.asarray(ids, inter.users.dtype if inter.users.dtype != object else object)])
-        if len(ids)
-        else inter.users,
-        r,
-        c,
-        times,
-        max(inter.n_items, int(c.max(initial=-1)) + 1),
-    )
+    of_rows = np.concatenate([inter.users, np.asarray(ids, inter.users.dtype)]) if len(ids) else inter.users
+    return of_rows, r, c, times, max(inter.n_items, int(c.max(initial=-1)) + 1)
 
 
 def _known_times(inter, r, c):
@@ -938,7 +929,9 @@ def twins(
         same = np.flatnonzero(key[order][1:] == key[order][:-1])
         candidates.append(np.sort(np.stack([order[same], order[same + 1]], 1), axis=1))
     a, b = worth[np.unique(np.concatenate(candidates), axis=0).T]
-    a, b = a[ids[a] != ids[b]], b[ids[a] != ids[b]]
+    differ = ids[a] != ids[b]
+    a = a[differ]
+    b = b[differ]
     if not len(a):
         return np.empty((0, 2), int)
     sets = sparse.csr_matrix((np.ones(rows.nnz, np.float32), rows.indices, rows.indptr), shape=rows.shape)
@@ -991,7 +984,7 @@ def _told(split, on, statistics):
 # %% ../nbs/03a_validation.ipynb #67980e11
 def audit_leaks(
     split: Split,  # what was to be learned and asked
-    learned_from=None,  # what the model really learned from: a frame with user_id and item_id, or CSR laid out as the split's; None: the split's own train
+    learned_from=None,  # really learned from: frame with user_id, item_id, or CSR as the split's; None: `split.train`
     fold: Fold = None,  # what it is really asked; None: the split's own folds
     statistics: dict = None,  # name -> a value an item that was computed beforehand: popularity, normalisers
     model=None,  # fitted: its own values an item are statistics too
@@ -1014,7 +1007,7 @@ def audit_leaks(
         ignore_index=True,
     )
 
-
+# %% ../nbs/03a_validation.ipynb #3d429fa1
 def _audit(split, on, learned_from, fold, statistics, min_items):
     "The five questions about one fold."
     ids, r, c, times, n_items = _ids_and_entries(split, learned_from, on)
@@ -1095,7 +1088,8 @@ def _later(split, on, r, times, history, target):
         at = np.asarray(entry[np.repeat(np.arange(m.shape[0]), np.diff(m.indptr)), m.indices]).ravel()
         return np.repeat(np.arange(m.shape[0]), np.diff(m.indptr))[at > 0], inter.times[at[at > 0] - 1]
 
-    (u, shown), (v, wanted) = when(history), when(target)
+    u, shown = when(history)
+    v, wanted = when(target)
     if split.kind == "temporal":
         cut = split.cuts[0 if on == "valid" else 1]
         return np.unique(np.append(r[times >= cut], u[shown >= cut])), ""
@@ -1161,7 +1155,8 @@ def readings_of_test(
     log = Path(log)
     if not log.exists():
         return []
-    return [r for line in log.read_text().splitlines() if (r := _reading(line)) is not None and r["rows"] == rows]
+    readings = [_reading(line) for line in log.read_text().splitlines()]
+    return [r for r in readings if r is not None and r["rows"] == rows]
 
 
 def _reading(line):
@@ -1297,7 +1292,7 @@ def plot_replay(
     names = t.way.str.replace(", list worst", ",\nlist worst").str.replace(
         "the same training without", "the same training,\nwithout"
     )
-    for ax, metric in zip(axes, ("ndcg", "hit")):
+    for ax, metric in zip(axes, ("ndcg", "hit"), strict=True):
         bars = ax.barh(
             names,
             t[metric],
@@ -1347,7 +1342,7 @@ def leaderboard(
             **figures,
         )
 
-    ordered = sorted(zip(valid, test), key=lambda pair: -pair[0].mean())
+    ordered = sorted(zip(valid, test, strict=True), key=lambda pair: -pair[0].mean())
     return pd.DataFrame([row(v, t, False) for v, t in ordered] + [row(v, t, True) for v, t in ends])
 
 # %% ../nbs/03a_validation.ipynb #6ff3ab7a
@@ -1355,7 +1350,9 @@ def _refit_all(split, trained, features, device, costs, keep, fit=fit_model):
     "Each model fitted on train and validation, when its turn comes; what it cost is noted, and the pick is kept."
     for name, m in trained.items():
         hp = m["hyperparameters"] | ({"num_epoch": m["best_epoch"]} if "num_epoch" in m["hyperparameters"] else {})
-        model, seconds, memory = measured(lambda: fit(create_model(name, **hp).to(device), split.train, features))
+        model, seconds, memory = measured(
+            lambda name=name, hp=hp: fit(create_model(name, **hp).to(device), split.train, features)
+        )
         costs[name] = {
             "params": sum(a.size for a in model.state().values()),
             "seconds": round(seconds, 3),
@@ -1502,7 +1499,7 @@ def describe_leaderboard(
     board, choice = _board(folder)
 
     def pm(value, se):
-        return [f"{v:.4f} ± {s:.4f}" for v, s in zip(board[value], board[se])]
+        return [f"{v:.4f} ± {s:.4f}" for v, s in zip(board[value], board[se], strict=True)]
 
     def number(column, form):
         return [form.format(v) if np.isfinite(v) else "-" for v in board[column]]
@@ -1524,9 +1521,13 @@ def describe_leaderboard(
         },
         index=board.index,
     )
-    return table.rename(
-        index=lambda m: f"{m} (chosen)" if m == choice["model"] else f"{m} (bound)" if board.bound[m] else m
-    )
+
+    def label(model):
+        if model == choice["model"]:
+            return f"{model} (chosen)"
+        return f"{model} (bound)" if board.bound[model] else model
+
+    return table.rename(index=label)
 
 
 def describe_lengths(
@@ -1553,7 +1554,7 @@ def describe_comparison(
             "better": t.better,
             "worse": t.worse,
             "difference": t.difference.map("{:.4f}".format),
-            "95 % interval": [f"{a:.4f} to {b:.4f}" for a, b in zip(t.low, t.high)],
+            "95 % interval": [f"{a:.4f} to {b:.4f}" for a, b in zip(t.low, t.high, strict=True)],
             "p, corrected": t.p_holm.map(lambda p: "< .001" if p < 0.001 else f"{p:.3f}"),
             "in words": t.verdict,
         }
@@ -1564,13 +1565,14 @@ def say_which(
     folder: Path,  # what `build_validation` wrote
 ) -> str:  # a few sentences
     "Which model to ship, and why, with what it costs."
-    (board, choice), pairs = _board(folder), pd.read_parquet(Path(folder) / "comparison.parquet")
+    board, choice = _board(folder)
+    pairs = pd.read_parquet(Path(folder) / "comparison.parquet")
     pick = choice["model"]
     row = board.loc[choice["model"]]
     models = set(board.index[~board.bound])
     equals = [
         a if b == pick else b
-        for a, b, p in zip(pairs.better, pairs.worse, pairs.p_holm)
+        for a, b, p in zip(pairs.better, pairs.worse, pairs.p_holm, strict=True)
         if pick in (a, b) and {a, b} <= models and p >= 0.05
     ]
     said = (
@@ -1579,9 +1581,10 @@ def say_which(
     )
     cheaper = [m for m in equals if board.seconds[m] < row.seconds]
     if equals:
-        said += f" On test nothing tells it from {', '.join(equals)}" + (
-            f"; of these {', '.join(cheaper)} {'fits' if len(cheaper) == 1 else 'fit'} faster." if cheaper else "."
-        )
+        said += f" On test nothing tells it from {', '.join(equals)}"
+        if cheaper:
+            said += f"; of these {', '.join(cheaper)} {'fits' if len(cheaper) == 1 else 'fit'} faster"
+        said += "."
     return said
 
 # %% ../nbs/03a_validation.ipynb #3c8e9908
@@ -1594,7 +1597,8 @@ def plot_leaderboard(
     """Forest plot: NDCG of every model on validation and on test between bounds, and on test its difference to the
     pick, all with 95 % intervals.
     """
-    (board, choice), pairs = _board(folder), pd.read_parquet(Path(folder) / "comparison.parquet")
+    board, choice = _board(folder)
+    pairs = pd.read_parquet(Path(folder) / "comparison.parquet")
     models = board[~board.bound][::-1]
     ends = board[board.bound]
     pick = choice["model"]
@@ -1634,7 +1638,8 @@ def plot_leaderboard(
         d = pairs[((pairs.better == m) & (pairs.worse == pick)) | ((pairs.better == pick) & (pairs.worse == m))]
         if m == pick or not len(d):
             continue
-        d, sign = d.iloc[0], 1 if d.iloc[0].better == m else -1
+        d = d.iloc[0]
+        sign = 1 if d.better == m else -1
         low, high = sorted((sign * d.low, sign * d.high))
         diff.errorbar(
             sign * d.difference,
@@ -1660,7 +1665,8 @@ def plot_tradeoffs(
     folder: Path,  # what `build_validation` wrote
 ):  # -> matplotlib Figure
     "Accuracy against coverage, and by history length and item popularity, on test."
-    (board, choice), parts = _board(folder), pd.read_parquet(Path(folder) / "slices.parquet")
+    board, choice = _board(folder)
+    parts = pd.read_parquet(Path(folder) / "slices.parquet")
     models = board[~board.bound]
     k = choice["k"]
     color = {m: PALETTE[i % len(PALETTE)] for i, m in enumerate(models.index)}
@@ -1704,13 +1710,7 @@ def plot_tradeoffs(
         n = these.drop_duplicates("part").set_index("part").n
         ax.set_xticks(
             range(len(names)),
-            [
-                (
-                    f"{p.replace(' (', chr(10) + '(').replace('; ', ';' + chr(10)).replace(' to ', ' to' + chr(10))}\n{n[p]:,} "
-                    f"users"
-                )
-                for p in names
-            ],
+            [f"{_in_lines(p)}\n{n[p]:,} users" for p in names],
             fontsize=7,
         )
         ax.set(ylabel=label, ylim=(0, None), title=f"by {by}")
@@ -1721,3 +1721,8 @@ def plot_tradeoffs(
     fig.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=8, frameon=False)
     plt.close(fig)
     return fig
+
+
+def _in_lines(part: str) -> str:
+    "Break the name of a slice into lines."
+    return part.replace(" (", "\n(").replace("; ", ";\n").replace(" to ", " to\n")
