@@ -24,7 +24,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -104,11 +103,12 @@ _COLORS = re.compile("\x1b\\[[0-9;]*m")  # of a terminal
 class Job:
     "A notebook that is executed in a kernel of its own, watched by a thread."
 
-    def __init__(self, source: Path, target: Path, parameters: dict, mark=None):
+    def __init__(self, source: Path, target: Path, parameters: dict, mark=None, warm=None):
         self.source = Path(source)
         self.target = Path(target)
         self.parameters = parameters
         self.mark = mark
+        self.warm = warm  # `WarmParent` that forks its kernel; None: a new process
         self.pids = []
         self.ended_by = ""
         self.hidden = self.target.with_name(f".{os.getpid()}.{self.target.name}")
@@ -151,34 +151,38 @@ def _papermill(job) -> None:
     "Execute the notebook, noting the kernel's process."
     import papermill
     from jupyter_client import AsyncKernelManager
+    from papermill.engines import papermill_engines
+
+    from aerec_nb.warm_kernels import WarmProvisioner
+
+    def started(pid):
+        job.pids.append(pid)
+        if job.ended_by:
+            job.end("")
 
     class Manager(AsyncKernelManager):
-        async def _async_launch_kernel(self, *args, **kwargs):
-            kwargs["env"] = {
-                "OMP_WAIT_POLICY": "PASSIVE",
-                **(kwargs.get("env") or os.environ),
-            }  # two kernels on two processors: threads that wait must not spin
-            await super()._async_launch_kernel(
-                *args, **kwargs, stderr=subprocess.DEVNULL
-            )  # what a kernel mutters when it is ended belongs to nobody; what a cell prints comes as a message
-            job.pids.append(self.provisioner.pid)
-            if job.ended_by:
-                job.end("")
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.provisioner = WarmProvisioner(self, job.warm, started)
 
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
-    plain = [
-        re.sub(r"([{}])", r"\1\1", str(path)) for path in (job.source, job.hidden)
-    ]  # a brace would be a field to fill in
+    papermill_engines.register("aerec", _engine_class())
+    # A brace would be a field to fill in.
+    source, target = (re.sub(r"([{}])", r"\1\1", str(path)) for path in (job.source, job.hidden))
     for left in reversed(range(_STARTS)):
         try:
             return papermill.execute_notebook(
-                *plain,
+                source,
+                target,
                 parameters=job.parameters,
                 kernel_name="python3",
+                engine_name="aerec",
+                partial=job.hidden,
                 progress_bar=False,
                 kernel_manager_class=Manager,
+                request_save_on_cell_execute=False,
                 extra_arguments=["--log-level=50"],
-            )  # what goes wrong in the kernel stands in the notebook
+            )
         except RuntimeError as e:
             if not left or job.ended_by or not str(e).startswith("Kernel died before replying"):
                 raise
@@ -186,8 +190,31 @@ def _papermill(job) -> None:
 
 
 # A kernel is told free ports, and another process may take one before it does: then it ends at once, and no cell has
-# run
+# run.
 _STARTS = 3
+
+
+@lru_cache(maxsize=1)
+def _engine_class():
+    "Return the papermill engine of the pipeline."
+    import nbformat
+    from papermill.engines import NBClientEngine
+
+    class Engine(NBClientEngine):
+        """Write the notebook once, at its end, instead of twice a cell.
+
+        What has run of it is written too when the kernel dies.
+        """
+
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, partial, **options):
+            try:
+                super().execute_managed_notebook(nb_man, kernel_name, **options)
+            except Exception:
+                nbformat.write(nb_man.nb, partial)
+                raise
+
+    return Engine
 
 
 def _explain(outcome, problem, ended_by) -> None:
@@ -762,10 +789,12 @@ class PipelineResult:
 class _Loop:
     "Executes the steps of a plan."
 
-    def __init__(self, run: Run, steps: list, say=print):
+    def __init__(self, run: Run, steps: list, say=print, warm=None):
         self.run = run
         self.say = say
         self.eye = _Eye(run)
+        self.warm = warm
+        self.started = 0
         self.made = {}
         self.todo = {}
         self.jobs = {}
@@ -841,13 +870,14 @@ class _Loop:
             with file_errors(gate(self.run.folder, name)):
                 gate(self.run.folder, name).write_text(str(os.getpid()))
             self.gates.add(name)
-        source = _source(p.stage)
         self.jobs[name] = Job(
-            source,
+            _source(p.stage),
             executed(self.run.folder, p.stage),
             {"run": str(self.run.folder)},
             lambda: _checked_mark(p.stage, self.run),
+            self.warm if self.started else None,  # the first one does not wait until the parent has imported
         ).start()
+        self.started += 1
 
     def _unlock(self, name):
         self.gates.discard(name)
@@ -1010,8 +1040,9 @@ def run_pipeline(
         say(f"run {opened.name}, environment {opened.env}")
         with alone_with_run(opened):
             _sweep_run(opened.folder)
-            loop = _Loop(opened, steps, say)
-            result = PipelineResult(opened, loop.execute(), plan=steps)
+            with _warm_parent(steps) as warm:
+                loop = _Loop(opened, steps, say, warm)
+                result = PipelineResult(opened, loop.execute(), plan=steps)
             mistake = next((o for o in result.outcomes if o.is_mistake), None)
             if not (mistake and begun and "training" not in loop.ran):
                 result.report = write_report(opened, result.outcomes, steps)
@@ -1023,6 +1054,28 @@ def run_pipeline(
             + (f" (run {opened.name} is kept: aerec run --resume goes on with it)" if result.report else "")
         )
     return result
+
+# %% ../nbs/07_pipeline.ipynb #3b3033ce
+_FEW = 3  # notebooks for which the imports of a parent take less time than those of their kernels
+
+
+@contextmanager
+def _warm_parent(steps: list):
+    "The parent that forks the kernels of these steps, or None."
+    from aerec_nb.warm_kernels import WarmParent, is_supported
+
+    running = [p.stage for p in steps if p.action == "run"]
+    if len(running) < _FEW or not is_supported():
+        yield None
+        return
+    modules = ["ipykernel.kernelapp", "fastcore.test", *(s.module for s in running)]
+    if any(s.name == "training" for s in running):
+        modules.append("mlflow")
+    warm = WarmParent(modules)
+    try:
+        yield warm
+    finally:
+        warm.close()
 
 # %% ../nbs/07_pipeline.ipynb #6ac8d0d5
 @contextmanager

@@ -39,6 +39,7 @@ from aerec_nb.modeling import (
     hyperparameters,
     mask_history,
     model_class,
+    model_files,  # noqa: F401 (re-exported: the stage is asked for it by name)
     save_model,
     score_blocks,
     standardise,

@@ -23,8 +23,9 @@ from pathlib import Path
 import jupyter_client
 from jupyter_client.provisioning import LocalProvisioner
 
-# %% ../nbs/00e_warm_kernels.ipynb #d2d0c228
+# %% ../nbs/00e_warm_kernels.ipynb #29c15cff
 _NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+_QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 _INLINE = "module://matplotlib_inline.backend_inline"  # what ipykernel chooses; matplotlib reads it when imported
 _PR_SET_PDEATHSIG = 1  # option of prctl(2): the signal that a process gets when its parent ends
 
@@ -115,7 +116,7 @@ def main() -> None:
     if request:
         become_kernel(request)
 
-# %% ../nbs/00e_warm_kernels.ipynb #204aef97
+# %% ../nbs/00e_warm_kernels.ipynb #ac3379ac
 class WarmParent:
     "A process that has imported modules and forks kernels."
 
@@ -126,7 +127,7 @@ class WarmParent:
         self.lock = threading.Lock()
         self.control, theirs = socket.socketpair()
         self.stream = self.control.makefile("rwb")
-        env = {"MPLBACKEND": _INLINE, "OMP_WAIT_POLICY": "PASSIVE", **os.environ, **_NO_THREADS}
+        env = {"MPLBACKEND": _INLINE, "OMP_WAIT_POLICY": "PASSIVE", **_QUIET, **os.environ, **_NO_THREADS}
         command = "from aerec_nb.warm_kernels import main; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", command, str(theirs.fileno()), *modules],
@@ -212,20 +213,25 @@ class WarmProvisioner(LocalProvisioner):
         self,
         manager: jupyter_client.KernelManager,  # of one kernel, not yet started
         warm: WarmParent | None,  # None: start it as always
+        started=None,  # called with the process id of the kernel
     ):
         super().__init__(kernel_id=str(uuid.uuid4()), kernel_spec=manager.kernel_spec, parent=manager)
         self.warm = warm
+        self.started = started
 
     async def launch_kernel(self, cmd, **options):
         "Fork the kernel, or start it as always where that fails; what it writes to stderr is dropped."
         # Two kernels on two processors: threads that wait must not spin.
         env = {"OMP_WAIT_POLICY": "PASSIVE", **(options.pop("env", None) or os.environ)}
         forked = self.warm and self.warm.launch(cmd, env, str(options.get("cwd") or Path.cwd()))
-        if not forked:
-            return await super().launch_kernel(cmd, env=env, stderr=subprocess.DEVNULL, **options)
-        self.process = forked
-        self.pid = forked.pid
-        self.pgid = None  # the kernel makes a session of its own, a moment later
+        if forked:
+            self.process = forked
+            self.pid = forked.pid
+            self.pgid = None  # the kernel makes a session of its own, a moment later
+        else:
+            await super().launch_kernel(cmd, env=env, stderr=subprocess.DEVNULL, **options)
+        if self.started:
+            self.started(self.pid)
         return self.connection_info
 
 # %% ../nbs/00e_warm_kernels.ipynb #24ab9caa

@@ -17,6 +17,7 @@ STAGES = [p for p in NUMBERED if any(p.name.startswith(prefix) for prefix in PRO
 ALLOWED = {
     "configuration": [],
     "runs": ["configuration"],
+    "warm_kernels": [],
     "events": ["configuration"],
     "transport": ["configuration"],
     "limits": ["configuration"],
@@ -38,7 +39,7 @@ ALLOWED = {
     "serving": ["events", "packaging", "transport", "service_state"],
     "monitoring": ["events", "data_import", "validation", "packaging"],
     "scale": ["events", "training", "packaging"],
-    "pipeline": ["training", "serving", "monitoring", "scale"],
+    "pipeline": ["training", "serving", "monitoring", "scale", "warm_kernels"],
 }
 
 
@@ -71,6 +72,7 @@ def test_the_table_of_notebooks_is_whole():
         "00b_events",
         "00c_id_lists",
         "00d_limits",
+        "00e_warm_kernels",
         "02a_linear_models",
         "02b_neural_models",
         "02c_baselines",
