@@ -1,5 +1,7 @@
-"What the tests share: the project, its virtual environment, and a scratch copy of what git tracks."
+"What the tests share: the project, its virtual environment, processes, and a scratch copy of what git tracks."
 
+import contextlib
+import logging
 import os
 import pwd
 import shutil
@@ -9,21 +11,27 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import urllib.parse
 import uuid
 from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = (
-    # Before anything loads torch: as many tests run at once as there are processors, and threads that wait for one
-    # another take the processors from the others
-    "1"
-)
+# Set before anything loads torch. As many tests run at once as there are processors: more threads would only compete.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes import the package: it is compiled once
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+STRESS = bool(os.environ.get("STRESS"))  # `make stress`: the long load and fault trials, and every variant
+# A folder with real data (data/, reference/). Tests marked `data` run only where this variable names one.
+TEST_DATA_DIR = os.environ.get("TEST_DATA_DIR")
+
+
+def real_data(name=""):
+    "Return a file or folder of the real data; for tests marked `data`."
+    return Path(TEST_DATA_DIR or "TEST_DATA_DIR is not set") / name
 
 
 def tracked(pattern="*"):
@@ -78,6 +86,78 @@ def run(*command, env, cwd, timeout=280):
     return done
 
 
+def forked(function, *arguments, env, cwd, timeout=280):
+    """Call a function in a fork of this process, which has imported the package already.
+
+    The fork is a process with its own variables, working folder and output. Returns what `subprocess.run` returns; the
+    exit code is what the function returns, 0 for None.
+    """
+    assert "ray" not in sys.modules, "Ray's threads do not survive a fork"
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                _become_process(out, err, env, cwd)
+                code = function(*arguments) or 0
+            except SystemExit as e:
+                code = e.code if isinstance(e.code, int) else int(e.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                with contextlib.suppress(Exception):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(code)
+        code = _wait_for(pid, timeout)
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess([function.__name__, *arguments], code, out.read(), err.read())
+
+
+def _become_process(out, err, env, cwd):
+    "Give this fork a session, variables, a working folder and output of its own."
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
+    logging.getLogger().handlers.clear()  # pytest's
+    os.environ.clear()
+    os.environ.update({k: str(v) for k, v in env.items()})
+    os.chdir(cwd)
+
+
+def _wait_for(pid, timeout):
+    "Return the exit code of a fork; kill its session when it takes too long."
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise subprocess.TimeoutExpired(f"a fork of {os.getpid()}", timeout)
+
+
+def aerec(*words, env, cwd, timeout=600):
+    "Run the `aerec` command; in a fork, which spares its imports, unless every variant is asked for."
+    if STRESS or "ray" in sys.modules:
+        return run(BIN / "aerec", *words, env=env, cwd=cwd, timeout=timeout)
+    from aerec_nb import pipeline
+
+    return forked(pipeline.main, [str(w) for w in words], env=env, cwd=cwd, timeout=timeout)
+
+
+def papermill(source, target, *options, env, cwd, timeout=280):
+    "Run the `papermill` command."
+    return run(BIN / "papermill", "--no-progress-bar", source, target, *options, env=env, cwd=cwd, timeout=timeout)
+
+
 # Groups and tests that take longest, longest first, so that at the end no worker waits for one that has just begun a
 # long one; the others follow in their order.
 LONGEST = [
@@ -105,6 +185,10 @@ def pytest_collection_modifyitems(config, items):
     xdist 3.8 appends the group to `_nodeid`, which pytest 9.2 no longer reads: without this a group's costly fixture is
     made by every worker.
     """
+    if not TEST_DATA_DIR:
+        left_out = [i for i in items if i.get_closest_marker("data")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [i for i in items if not i.get_closest_marker("data")]
     if not config.getoption("loadgroup", False):
         return
     items.sort(key=place)  # keeps the order of equals

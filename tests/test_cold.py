@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import real_data
 from scipy import sparse
 
 from aerec_nb import training
@@ -15,8 +15,8 @@ from aerec_nb.configuration import AerecError
 from aerec_nb.model_preprocessing import item_features, split_interactions
 from aerec_nb.modeling import create_model, load_model, save_model
 
-DATA = ROOT.parent / "shared" / "data" / "ml-latest-small"
-pytestmark = pytest.mark.xdist_group("cold")
+DATA = real_data("data/ml-latest-small")
+pytestmark = [pytest.mark.data, pytest.mark.xdist_group("cold")]
 NETS = {
     "autoencoder": {"hidden_dim": 12},
     "mult_dae": {"hidden_dim": 12},
@@ -31,8 +31,6 @@ def data():
     """The lecture's split, a tenth of the items taken out of every history, features of all of them from genres, year
     and tags.
     """
-    if not (DATA / "movies.csv").exists():
-        pytest.skip("ml-latest-small is not in ../shared/data")
     ratings, movies, tags = (
         pd.read_csv(DATA / f"{name}.csv").rename(columns={"userId": "user_id", "movieId": "item_id"})
         for name in ("ratings", "movies", "tags")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, variables
+from conftest import real_data, variables
 from scipy import sparse
 
 from aerec_nb.configuration import AerecError
@@ -15,8 +15,6 @@ from aerec_nb.linear_models import EASE, RDLAE, solve_path
 from aerec_nb.modeling import create_model, load_model, save_model
 
 LINEAR = ["ease", "dlae", "edlae", "rlae", "rdlae"]
-DATA = ROOT.parent / "shared" / "data"
-REFERENCE = ROOT.parent / "shared" / "reference"
 
 
 def skewed(n_users, n_items, nnz, seed=0):
@@ -210,17 +208,18 @@ def test_memory_is_what_was_foreseen(tmp_path):
         )
 
 
-@pytest.mark.skipif(not (DATA / "ml-latest-small").exists() or not REFERENCE.exists(), reason="no shared data")
+@pytest.mark.data
 def test_quality_on_the_lecture_split():
     """NDCG@10 on the reference's split by its own evaluator, where EASE has .2154, RLAE .2169, BM25 .1770, popularity
     .0861 in the neighbours' libraries.
     """
-    sys.path.insert(0, str(REFERENCE))
+    reference = str(real_data("reference"))
+    sys.path.insert(0, reference)
     try:
         import evaluator
     finally:
-        sys.path.remove(str(REFERENCE))
-    train, test = evaluator.seed_split(evaluator.load(DATA / "ml-latest-small" / "ratings.csv"))
+        sys.path.remove(reference)
+    train, test = evaluator.seed_split(evaluator.load(real_data("data/ml-latest-small/ratings.csv")))
     for least, name, hp in [
         (0.2114, "ease", {"lam": 150}),
         (0.2129, "rlae", {"lam": 300, "xi": 0.3}),

@@ -1,7 +1,10 @@
 "Every notebook that git tracks passes nbdev_test, whatever the reader has set; a stray executed copy is not a test."
 
+import sys
+
 import pytest
-from conftest import BIN, ROOT, run, tracked
+from conftest import BIN, ROOT, STRESS, forked, run, tracked
+from nbdev.test import nbdev_test
 
 NOTEBOOKS = [p for p in tracked("nbs/*.ipynb") if not {"benchmarks", "tutorials"} & set(p.parts)]
 # Test cells run in every pipeline, with the settings of its project: none may lean on a default.
@@ -42,14 +45,18 @@ SETTINGS = {
 }
 
 
+LITERAL = ["index"]  # in a process of its own, as a contributor types it; the others in a fork with the same function
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(path, environ):
-    environ.pop("AEREC_RUNS_DIR")
-    environ.pop("AEREC_PATHS__VAR_DIR")
-    environ.pop("AEREC_ENV")  # nbdev_test brings its own environment
+    for name in ("AEREC_RUNS_DIR", "AEREC_PATHS__VAR_DIR", "AEREC_ENV"):
+        environ.pop(name)  # nbdev_test brings its own environment
     if path.parent.name == "nbs":
-        environ.update(
-            (f"AEREC_{name}", value) for name, value in SETTINGS.items()
-        )  # a how-to page tells what comes of the defaults
-    done = run(BIN / "nbdev_test", "--path", path, "--n_workers", "0", env=environ, cwd=ROOT)
+        # A how-to page tells what comes of the defaults.
+        environ.update((f"AEREC_{name}", value) for name, value in SETTINGS.items())
+    if STRESS or path.stem in LITERAL or "ray" in sys.modules:
+        done = run(BIN / "nbdev_test", "--path", path, "--n_workers", "0", env=environ, cwd=ROOT)
+    else:
+        done = forked(nbdev_test, path, "", 0, env=environ, cwd=ROOT)
     assert done.returncode == 0 and "Success" in done.stdout, (done.stdout + done.stderr)[-6000:]

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -18,17 +17,10 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import BIN, ROOT, run, variables
+from conftest import BIN, ROOT, STRESS, aerec, forked, papermill, real_data, run, variables
+from short import PART, execute_here, left_after, sample, short_project
 
-from aerec_nb.pipeline import new_project
-from aerec_nb.runs import STAGES
-
-REAL = ROOT.parent / "shared" / "data"
-STRESS = os.environ.get("STRESS")
-
-
-def aerec(*words, env, cwd, timeout=600):
-    return run(BIN / "aerec", *words, env=env, cwd=cwd, timeout=timeout)
+from aerec_nb.runs import STAGES, open_run
 
 
 def only_run(environ):
@@ -36,15 +28,15 @@ def only_run(environ):
     return found
 
 
-def sample():
-    return pd.read_csv(ROOT / "dataset" / "sample" / "ratings.csv")
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    "The pipeline, run once on the sample: its variables, folder and what it printed."
+    """The pipeline, run once on the sample: its variables, folder and what it printed. With the whole notebooks under
+    STRESS, else without their library part, which `test_notebooks.py` runs.
+    """
     folder = tmp_path_factory.mktemp("finished")
     environ = variables(folder)
+    if not STRESS:
+        environ["AEREC_PROJECT"] = str(short_project(folder / "project", shows=True))
     done = aerec("run", env=environ, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return environ, only_run(environ), done.stdout
@@ -174,40 +166,24 @@ def wait_for(url, process, seconds=60):
 @pytest.mark.xdist_group("finished")
 def test_a_run_goes_on(finished, tmp_path):
     environ, folder, said = finished
-    done = run(
-        BIN / "papermill",
-        "--no-progress-bar",
-        ROOT / "nbs" / "06_monitoring.ipynb",
-        tmp_path / "out.ipynb",
-        "-p",
-        "run",
-        folder.name,
-        env=environ,
-        cwd=tmp_path,
-    )
+    notebook = Path(environ.get("AEREC_PROJECT", ROOT)) / "nbs" / "06_monitoring.ipynb"
+    done = papermill(notebook, tmp_path / "out.ipynb", "-p", "run", folder.name, env=environ, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "building" not in (tmp_path / "out.ipynb").read_text(), "an upstream stage was built again"
+
+
+def ensure(stage, **settings):
+    "Build a stage and what it needs, in the run folder that the variables name."
+    open_run(**settings).ensure(stage)
 
 
 def test_users_with_few_ratings_are_counted(environ, tmp_path):
     (tmp_path / "mine").mkdir()
     data = sample().iloc[:8000]
-    pd.concat(
-        [
-            data,
-            pd.DataFrame(
-                {"userId": [900001, 900002], "movieId": data.movieId[:2].to_numpy(), "rating": 5.0, "timestamp": 1}
-            ),
-        ]
-    ).to_csv(tmp_path / "mine" / "ratings.csv", index=False)
-    done = run(
-        BIN / "papermill",
-        "--no-progress-bar",
-        ROOT / "nbs" / "01b_model_preprocessing.ipynb",
-        tmp_path / "o.ipynb",
-        env={**environ, "AEREC_DATA__SOURCE": str(tmp_path / "mine")},
-        cwd=tmp_path,
-    )
+    few = {"userId": [900001, 900002], "movieId": data.movieId[:2].to_numpy(), "rating": 5.0, "timestamp": 1}
+    pd.concat([data, pd.DataFrame(few)]).to_csv(tmp_path / "mine" / "ratings.csv", index=False)
+    env = {**environ, "AEREC_DATA__SOURCE": str(tmp_path / "mine")}
+    done = forked(ensure, "model_preprocessing", env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     manifest = json.loads((only_run(environ) / "model_preprocessing" / "manifest.json").read_text())
     assert any("without" in k and v >= 2 for k, v in manifest["metrics"].items()), manifest["metrics"]
@@ -224,12 +200,16 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
+FEW_BAD = ["missing file", "a rating that is no number", "too few for any split"]  # test_malformed.py has the others
+
+
+@pytest.mark.parametrize("what", BAD if STRESS else FEW_BAD)
 def test_bad_input_gives_one_line_and_changes_nothing(what, short, environ, tmp_path):
-    "Of one mistake, and under STRESS of all, with the whole notebooks."
+    "With the whole notebooks under STRESS."
     text, said = BAD[what]
-    if not STRESS and what != "a rating that is no number":
+    if not STRESS:
         environ["AEREC_PROJECT"] = str(short / "project")
+    last = "model_preprocessing" if what == "too few for any split" else "data_import"
     if text is not None:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "ratings.csv").write_text(text)
@@ -238,7 +218,7 @@ def test_bad_input_gives_one_line_and_changes_nothing(what, short, environ, tmp_
         return sorted(p.relative_to(ROOT) for p in (ROOT / "dataset").rglob("*"))
 
     before = listing()
-    done = aerec("run", "--data", "mine", env=environ, cwd=tmp_path)
+    done = aerec("run", "--data", "mine", "--to", last, env=environ, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and said in done.stderr, done.stderr
     assert "mine" in done.stderr or "ratings.csv" in done.stderr or "interactions" in done.stderr, (
@@ -247,23 +227,16 @@ def test_bad_input_gives_one_line_and_changes_nothing(what, short, environ, tmp_
     assert not Path(environ["AEREC_RUNS_DIR"]).exists() and listing() == before
 
 
-def test_duplicates_follow_the_stated_policy(short, environ, tmp_path):
+def test_duplicates_follow_the_stated_policy(environ, tmp_path):
     (tmp_path / "mine").mkdir()
     data = sample().iloc[:3000]
     pd.concat([data, data.iloc[:7]]).to_csv(tmp_path / "mine" / "ratings.csv", index=False)
     env = {**environ, "AEREC_DATA__SOURCE": str(tmp_path / "mine")}
-    notebook = (ROOT if STRESS else short / "project") / "nbs" / "01_data_import.ipynb"
-    assert run(BIN / "papermill", "--no-progress-bar", notebook, "o.ipynb", env=env, cwd=tmp_path).returncode == 0
+    assert forked(ensure, "data_import", env=env, cwd=tmp_path).returncode == 0
     assert json.loads((only_run(environ) / "data_import" / "source.json").read_text())["n_duplicates"] == 7
-    refused = run(
-        BIN / "papermill",
-        "--no-progress-bar",
-        notebook,
-        "o.ipynb",
-        env={**env, "AEREC_DATA__ON_DUPLICATE": "raise"},
-        cwd=tmp_path,
-    )
-    assert refused.returncode != 0 and "AerecError" in refused.stderr and "duplicate" in refused.stderr
+    env["AEREC_DATA__ON_DUPLICATE"] = "raise"
+    refused = forked(ensure, "data_import", env=env, cwd=tmp_path)
+    assert refused.returncode == 1 and "AerecError" in refused.stderr and "duplicate" in refused.stderr
 
 
 def test_mistakes_of_the_command_line(environ, tmp_path):
@@ -310,11 +283,11 @@ def test_environments_differ(environ, tmp_path):
     } <= names
 
 
-@pytest.mark.parametrize("data", [p for p in [REAL / "ml-latest-small"] if p.exists()])
-def test_the_lectures_facts(data, environ, tmp_path):
+@pytest.mark.data
+def test_the_lectures_facts(environ, tmp_path):
+    data = real_data("data/ml-latest-small")
     if not STRESS:
-        short_project(tmp_path / "project", shows=True)
-        environ["AEREC_PROJECT"] = str(tmp_path / "project")
+        environ["AEREC_PROJECT"] = str(short_project(tmp_path / "project", shows=True))
     done = aerec(
         "run",
         "--data",
@@ -408,72 +381,14 @@ def test_the_site_is_built_offline(project, environ):
 # --- cache, resume, kills: short notebooks, so that a stage takes seconds
 # seconds ---------------------------------
 
-PART = [
-    "configuration",
-    "data_import",
-    "business_preprocessing",
-    "model_preprocessing",
-    "modeling",
-    "training",
-    "validation",
-]
-
-
-def strip(source, target, stage, shows=False):
-    """A stage's notebook without its library part: the installed module stands for it; with or without the cells that
-    show what came of it.
-    """
-    nb = nbformat.read(source, as_version=4)
-    cells = [c for c in nb.cells if c.cell_type == "code"]
-    at = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
-    begin = next(
-        i
-        for i, c in enumerate(cells)
-        if i > at and "open_run(run, env=env" in c.source and not c.source.startswith("#| export")
-    )
-    imports = [
-        c
-        for c in cells[at + 2 : begin]
-        if not c.source.startswith("#| export")
-        and all(line.startswith(("import ", "from ", "#")) for line in c.source.splitlines())
-    ]
-    # The notebook's run is the one that is asked for
-    library = (
-        f"import {STAGES[stage].module} as module\nglobals().update({{k: v for k, v in vars(module).items() if k != "
-        f'"run" and not k.startswith("__")}})'
-    )
-    short = map(
-        nbformat.v4.new_code_cell,
-        [
-            (
-                "from aerec_nb.configuration import check_parameters\nfrom aerec_nb.runs import "
-                "open_run\ncheck_parameters(In)"
-            ),
-            f"run = open_run(run, env=env)\nrun.execute({stage!r}).name",
-        ],
-    )
-    nb.cells = [
-        cells[at],
-        *([cells[at + 1], nbformat.v4.new_code_cell(library), *imports, *cells[begin:]] if shows else short),
-    ]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nb, target)
-
-
-def short_project(folder, shows=False):
-    new_project(folder)
-    for s in STAGES.values():
-        strip(ROOT / "nbs" / f"{s.notebook}.ipynb", folder / "nbs" / f"{s.notebook}.ipynb", s.name, shows)
-
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
     "A project of short notebooks, and 60 users to run them on."
     folder = tmp_path_factory.mktemp("short")
     short_project(folder / "project")
-    data = sample()
     (folder / "mine").mkdir()
-    data[data.userId.isin(data.userId.drop_duplicates()[:60])].to_csv(folder / "mine" / "ratings.csv", index=False)
+    sample(60).to_csv(folder / "mine" / "ratings.csv", index=False)
     return folder
 
 
@@ -501,16 +416,6 @@ def without_times(data):
     return data.drop(columns="timestamp")
 
 
-ONE_PROCESS = """
-import sys, nbformat
-from IPython.core.interactiveshell import InteractiveShell
-shell = InteractiveShell.instance()
-for path in sys.argv[1:]:
-    shell.reset()
-    for cell in nbformat.read(path, as_version=4).cells: shell.run_cell(cell.source, store_history=True).raise_error()
-"""
-
-
 @pytest.mark.parametrize(
     "make, said",
     [
@@ -523,25 +428,20 @@ def test_data_of_another_shape_runs_through(make, said, environ, tmp_path):
     """All twelve stages and all that they show, in one process for the sake of time; under STRESS, by the command and
     with the whole notebooks.
     """
-    data = sample()
     (tmp_path / "mine").mkdir()
-    make(data.iloc[:8000] if STRESS else data[data.userId.isin(data.userId.drop_duplicates()[:60])]).to_csv(
-        tmp_path / "mine" / "ratings.csv", index=False
-    )
-    if not STRESS:
-        short_project(tmp_path / "project", shows=True)
-        environ["AEREC_PROJECT"] = str(tmp_path / "project")
+    make(sample().iloc[:8000] if STRESS else sample(60)).to_csv(tmp_path / "mine" / "ratings.csv", index=False)
     if STRESS:
         done = aerec("run", "--data", "mine", env=environ, cwd=tmp_path)
     else:
-        done = run(
-            BIN / "python",
-            "-c",
-            ONE_PROCESS,
-            *(tmp_path / "project" / "nbs" / f"{s.notebook}.ipynb" for s in STAGES.values()),
-            env={**environ, "MPLBACKEND": "agg", "AEREC_DATA__SOURCE": str(tmp_path / "mine")},
-            cwd=tmp_path,
-        )
+        project = short_project(tmp_path / "project", shows=True)
+        environ = {
+            **environ,
+            "AEREC_PROJECT": str(project),
+            "AEREC_DATA__SOURCE": str(tmp_path / "mine"),
+            "MPLBACKEND": "agg",
+        }
+        notebooks = [project / "nbs" / f"{s.notebook}.ipynb" for s in STAGES.values()]
+        done = forked(execute_here, *notebooks, env=environ, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert said in done.stdout, done.stdout
     assert {p.parent.name for p in Path(environ["AEREC_RUNS_DIR"]).glob("*/*/manifest.json")} == set(STAGES)
@@ -754,19 +654,7 @@ def test_kills_at_any_moment(short, short_environ, tmp_path):
             folder = runs_of(short_environ)[-1]
             assert contents(folder, stages) == wanted, f"trial {trial}"
             assert not list(folder.glob(".*.gate")) + list(folder.glob("notebooks/.*")), "hidden files are left"
-    deadline = time.time() + 20
-    while (left := ours(short_environ)) and time.time() < deadline:
-        time.sleep(0.2)
-    assert not left, "kernels outlive their pipeline"
-
-
-def ours(environ):
-    "Processes that work in these runs."
-    found = []
-    for p in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            found += [p] if p.environ().get("AEREC_RUNS_DIR") == environ["AEREC_RUNS_DIR"] else []
-    return found
+    assert not left_after(20, short_environ), "kernels outlive their pipeline"
 
 
 def runs_there(environ):

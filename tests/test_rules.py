@@ -10,7 +10,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BIN, ROOT, run
+from conftest import BIN, ROOT, real_data, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
@@ -29,7 +29,6 @@ quick = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-REAL = ROOT.parent / "shared" / "data" / "ml-latest-small"
 
 # --- the rules once more, a row at a time ---
 
@@ -387,9 +386,9 @@ def test_a_capped_window_never_has_more_and_weights_never_vanish():
     assert 0 < len(left) < 400 and (left.weight > 0).all() and left.weight.max() == 1
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="MovieLens is not beside the checkout")
+@pytest.mark.data
 def test_the_lectures_rule_on_the_lectures_data():
-    ratings = data_import.load_ratings(REAL)
+    ratings = data_import.load_ratings(real_data("data/ml-latest-small"))
     result = run_rules(ratings)
     assert round(result.report.kept_share.iloc[-1], 6) == 0.810851 and result.report.rule.tolist() == [
         "ratings",

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import BIN, ROOT, run
+from conftest import BIN, ROOT, STRESS, run
+from short import left_after, short_project
 
 from aerec_nb import scale, training
 from aerec_nb.business_preprocessing import apply_rules
@@ -30,8 +31,6 @@ from aerec_nb.modeling import create_model
 from aerec_nb.packaging import load_bundle, save_bundle
 
 pytestmark = pytest.mark.xdist_group("ray")
-STRESS = os.environ.get("STRESS")
-REAL = ROOT.parent / "shared" / "data" / "ml-1m"
 TWO = ScaleSettings(engine="ray", n_workers=2)
 KILLS = 10 if STRESS else 1
 
@@ -55,11 +54,11 @@ def split(ratings):
 
 
 def workers(*names):
-    "Ray's processes that do something of these names at the moment."
+    "Ray's processes below this one that do something of these names at the moment."
     found = []
-    for p in psutil.process_iter(["cmdline"]):
+    for p in psutil.Process().children(recursive=True):
         try:
-            said = " ".join(p.info["cmdline"] or [])
+            said = " ".join(p.cmdline())
         except psutil.Error:
             continue
         if said.startswith("ray::") and any(n in said for n in names):
@@ -313,8 +312,6 @@ def short_environ(environ, tmp_path):
     """Variables for pipelines of short notebooks on files of one's own: the named sample is so small that nobody is
     asked.
     """
-    from test_pipeline import short_project
-
     short_project(tmp_path / "project")
     (tmp_path / "mine").mkdir()
     shutil.copy(ROOT / "dataset" / "sample" / "ratings.csv", tmp_path / "mine" / "ratings.csv")
@@ -323,7 +320,6 @@ def short_environ(environ, tmp_path):
 
 def test_the_pipeline_on_ray(short_environ, tmp_path):
     "The same stages, the same run folder, the same figures, and what each worker did."
-    before = {p.pid for p in workers("")}
     environ = {
         **short_environ,
         "AEREC_MODEL__MODELS": "popularity,ease,mult_dae",
@@ -375,7 +371,7 @@ def test_the_pipeline_on_ray(short_environ, tmp_path):
         and "writing shards" not in page
         and "<h2>Workers</h2>" not in (here / "index.html").read_text()
     )
-    assert {p.pid for p in workers("")} <= before, "Ray outlives its pipeline"
+    assert not left_after(20, environ), "Ray outlives its pipeline"
 
 
 # --- mistakes

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 
-from conftest import ROOT  # noqa: E402
+from conftest import ROOT, STRESS, TEST_DATA_DIR, real_data  # noqa: E402
 
 from aerec_nb import business_preprocessing as bp  # noqa: E402
 from aerec_nb import data_import as di  # noqa: E402
@@ -26,7 +26,7 @@ from aerec_nb.model_preprocessing import Interactions  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray")
 SCALE = ScaleSettings(engine="ray", n_workers=2, object_store_gib=0.5)
-ML_1M = ROOT.parent / "shared" / "data" / "ml-1m" / "ratings.csv.gz"
+LARGE = STRESS and TEST_DATA_DIR  # a million ratings instead of the sample
 ALL_RULES = {
     "rules": [
         "deduplicate",
@@ -65,14 +65,15 @@ def engine():
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(scale, "PIECE_BYTES", 2**22)
+    monkeypatch.setattr(scale, "PIECE_BYTES", 2**22 if LARGE else 2**18)
 
 
 @pytest.fixture(scope="module")
 def table():
     "A million ratings, or the sample; times are made up, since the stored set has none."
     rng = np.random.default_rng(0)
-    table = pd.read_csv(ML_1M) if ML_1M.is_file() else pd.read_csv(io.BytesIO(di._sample_files()["ratings.csv"]))
+    file = real_data("data/ml-1m/ratings.csv.gz") if LARGE else io.BytesIO(di._sample_files()["ratings.csv"])
+    table = pd.read_csv(file)
     return table.assign(timestamp=956703932 + rng.integers(0, 3 * 10**7, len(table)) // 50 * 50)
 
 
@@ -131,7 +132,7 @@ def sources(table, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["one", "csv", "parquet"])
 def test_checked_as_in_one_process(sources, kind):
-    if kind == "one" and ML_1M.is_file():
+    if kind == "one":
         assert len(scale.pieces_of(sources[kind])) > 2
     same_checked(di.check_source(sources[kind]), scale.check_source(sources[kind], scale=SCALE))
 
@@ -421,7 +422,7 @@ def workers():
     return found
 
 
-@pytest.mark.parametrize("after", np.linspace(0.1, 3, 10 if os.environ.get("STRESS") else 1).tolist())
+@pytest.mark.parametrize("after", np.linspace(0.1, 3, 10 if STRESS else 1).tolist())
 def test_a_killed_worker_is_replaced(sources, tmp_path, after):
     killed = []
 

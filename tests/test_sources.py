@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import psycopg
 import pytest
-from conftest import ROOT
+from conftest import real_data
 
 from aerec_nb import data_import
 from aerec_nb.configuration import AerecError, load_settings
@@ -317,13 +317,8 @@ def test_parquet_folder_pattern_and_hive_through_load_ratings(tmp_path, monkeypa
     ]
 
 
-REAL = ROOT.parent / "shared" / "data"
-
-
+@pytest.mark.data
 def test_the_published_zip_on_disk_gives_what_the_loose_files_give():
-    if not REAL.exists():
-        return  # the data lie beside the checkout, or nowhere
+    folder = real_data("data/ml-latest-small")
     for load in (load_ratings, load_items):
-        pd.testing.assert_frame_equal(
-            load(REAL / "ml-latest-small" / "ml-latest-small.zip"), load(REAL / "ml-latest-small")
-        )
+        pd.testing.assert_frame_equal(load(folder / "ml-latest-small.zip"), load(folder))

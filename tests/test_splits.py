@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import real_data
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -30,7 +30,6 @@ from aerec_nb.model_preprocessing import (
     split_interactions,
 )
 
-SHARED = ROOT.parent / "shared"
 TIMED = ("leave_last", "temporal")
 quick = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -358,77 +357,81 @@ def test_strong_is_the_one_of_liang(data):
 
 # ---- the neighbours' own matrices ----
 
-if (SHARED / "reference" / "splits.py").exists() and (SHARED / "data" / "ml-1m" / "ratings.csv.gz").exists():
-    pytestmark_reference = pytest.mark.xdist_group("reference")
 
-    @pytest.fixture(scope="module")
-    def reference(tmp_path_factory):
-        folder = tmp_path_factory.mktemp("reference")
-        done = subprocess.run(
-            [sys.executable, SHARED / "reference" / "splits.py", folder], capture_output=True, text=True, timeout=120
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    done = subprocess.run(
+        [sys.executable, real_data("reference/splits.py"), folder], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return lambda name: (
+        sparse.load_npz(folder / f"{name}.npz") if not name.endswith("ids") else np.load(folder / f"{name}.npz")
+    )
+
+
+def read(name):
+    frame = pd.read_csv(real_data("data") / name, usecols=["userId", "movieId", "rating"]).rename(
+        columns={"userId": "user_id", "movieId": "item_id"}
+    )
+    return frame.assign(size=frame.groupby("user_id").item_id.transform("size"))
+
+
+def same(a, b):
+    return a.shape == b.shape and (a != b).nnz == 0
+
+
+@pytest.mark.data
+@pytest.mark.xdist_group("reference")
+@pytest.mark.parametrize("name, n", [("P1", 10), ("P1b", 5)])
+def test_lecture_gives_the_matrices_of_the_reference(reference, name, n):
+    frame = read("ml-latest-small/ratings.csv")
+    if name == "P1b":
+        frame = frame[frame.rating >= 3]
+        frame = frame[frame.groupby("user_id").item_id.transform("size") >= 15]
+    split = split_interactions(frame[["user_id", "item_id"]], "lecture", valid_sample_size=n)
+    x = split.interactions
+    ids = reference(f"{name}_ids")
+    train = reference(f"{name}_train")
+    test = reference(f"{name}_test")
+    assert (x.users == ids["users"]).all() and (x.items == ids["items"]).all()
+
+    def only(*parts):
+        return sparse.csr_matrix(
+            (np.isin(split.part, parts).astype(np.float32), x.matrix.indices, x.matrix.indptr), x.matrix.shape
         )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return lambda name: (
-            sparse.load_npz(folder / f"{name}.npz") if not name.endswith("ids") else np.load(folder / f"{name}.npz")
-        )
 
-    def read(name):
-        frame = pd.read_csv(SHARED / "data" / name, usecols=["userId", "movieId", "rating"]).rename(
-            columns={"userId": "user_id", "movieId": "item_id"}
-        )
-        return frame.assign(size=frame.groupby("user_id").item_id.transform("size"))
+    assert same(only(TEST), test) and same(only(TRAIN, VALID), train)
+    refit = split.refit()
+    known = np.asarray(train.sum(0)).ravel() > 0
+    assert (
+        same(refit.train, train[:, known])
+        and same(refit.test.input, train[:, known])
+        and same(refit.test.target, test[:, known])
+    )
+    assert (refit.test.n_targets == n).all() and refit.test.n_targets.sum() - refit.test.target.nnz == test[
+        :, ~known
+    ].nnz
 
-    def same(a, b):
-        return a.shape == b.shape and (a != b).nnz == 0
 
-    @pytestmark_reference
-    @pytest.mark.parametrize("name, n", [("P1", 10), ("P1b", 5)])
-    def test_lecture_gives_the_matrices_of_the_reference(reference, name, n):
-        frame = read("ml-latest-small/ratings.csv")
-        if name == "P1b":
-            frame = frame[frame.rating >= 3]
-            frame = frame[frame.groupby("user_id").item_id.transform("size") >= 15]
-        split = split_interactions(frame[["user_id", "item_id"]], "lecture", valid_sample_size=n)
-        x = split.interactions
-        ids = reference(f"{name}_ids")
-        train = reference(f"{name}_train")
-        test = reference(f"{name}_test")
-        assert (x.users == ids["users"]).all() and (x.items == ids["items"]).all()
-
-        def only(*parts):
-            return sparse.csr_matrix(
-                (np.isin(split.part, parts).astype(np.float32), x.matrix.indices, x.matrix.indptr), x.matrix.shape
-            )
-
-        assert same(only(TEST), test) and same(only(TRAIN, VALID), train)
-        refit = split.refit()
-        known = np.asarray(train.sum(0)).ravel() > 0
-        assert (
-            same(refit.train, train[:, known])
-            and same(refit.test.input, train[:, known])
-            and same(refit.test.target, test[:, known])
-        )
-        assert (refit.test.n_targets == n).all() and refit.test.n_targets.sum() - refit.test.target.nnz == test[
-            :, ~known
-        ].nnz
-
-    @pytestmark_reference
-    def test_strong_gives_the_matrices_of_the_reference(reference):
-        frame = read("ml-1m/ratings.csv.gz")
-        frame = frame[frame.rating >= 4]
-        frame = frame[frame.groupby("user_id").item_id.transform("size") >= 5]
-        split = split_interactions(frame[["user_id", "item_id"]], "strong", n_heldout_users=500, seed=98765)
-        ids = reference("P3_ids")
-        assert (split.users == ids["train"]).all() and (split.items == ids["items"]).all()
-        assert (split.valid.users == np.sort(ids["val"])).all() and (split.test.users == np.sort(ids["test"])).all()
-        for ours, theirs in (
-            (split.train, "train"),
-            (split.valid.input, "val_in"),
-            (split.valid.target, "val_out"),
-            (split.test.input, "test_in"),
-            (split.test.target, "test_out"),
-        ):
-            assert same(ours, reference(f"P3_{theirs}")), theirs
+@pytest.mark.data
+@pytest.mark.xdist_group("reference")
+def test_strong_gives_the_matrices_of_the_reference(reference):
+    frame = read("ml-1m/ratings.csv.gz")
+    frame = frame[frame.rating >= 4]
+    frame = frame[frame.groupby("user_id").item_id.transform("size") >= 5]
+    split = split_interactions(frame[["user_id", "item_id"]], "strong", n_heldout_users=500, seed=98765)
+    ids = reference("P3_ids")
+    assert (split.users == ids["train"]).all() and (split.items == ids["items"]).all()
+    assert (split.valid.users == np.sort(ids["val"])).all() and (split.test.users == np.sort(ids["test"])).all()
+    for ours, theirs in (
+        (split.train, "train"),
+        (split.valid.input, "val_in"),
+        (split.valid.target, "val_out"),
+        (split.test.input, "test_in"),
+        (split.test.target, "test_out"),
+    ):
+        assert same(ours, reference(f"P3_{theirs}")), theirs
 
 
 # ---- matrices, vocabularies, batches ----

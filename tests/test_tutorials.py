@@ -2,20 +2,18 @@
 lecture's data where they lie beside it.
 """
 
-import os
 from pathlib import Path
 
 import papermill
 import pytest
+from conftest import STRESS, TEST_DATA_DIR, real_data
 
 from aerec_nb.configuration import project_dir
-
-BESIDE = project_dir().parent / "shared" / "data" / "ml-latest-small"
 
 
 @pytest.mark.parametrize(
     "data",
-    ["sample", *([str(BESIDE)] if os.environ.get("STRESS") and BESIDE.exists() else [])],
+    ["sample", *([str(real_data("data/ml-latest-small"))] if STRESS and TEST_DATA_DIR else [])],
     ids=lambda d: Path(d).name,
 )
 def test_the_lecture_revisited(tmp_path, data, monkeypatch):
