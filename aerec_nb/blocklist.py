@@ -117,14 +117,14 @@ class BanList:
         self._file_ids = []
         self._stamp = None
         self._retry_at = 0.0
-        self._table_ids = []
+        self.table_ids = []  # that the table bans
         self._read = None
         self._read_at = 0.0
         if self.file:
             self._stamp = _file_stamp(self.file)
             self._file_ids = self._read_file()
         if self.url:
-            self._table_ids = _first_read(self.url, self.query)
+            self.table_ids = _first_read(self.url, self.query)
             self._read_at = time.monotonic()
         self._merge()
 
@@ -175,7 +175,7 @@ class BanList:
         return False
 
     def _merged(self) -> list:
-        return list(dict.fromkeys([*self.fixed, *self._file_ids, *self._table_ids]))
+        return list(dict.fromkeys([*self.fixed, *self._file_ids, *self.table_ids]))
 
     def _merge(self) -> None:
         self.ids = self._merged()
@@ -212,7 +212,7 @@ class BanList:
             return False
         read = self._read
         self._read = None
-        self._table_ids = read.ids()
+        self.table_ids = read.ids()
         return True
 
 # %% ../nbs/04b_blocklist.ipynb #01b61e38

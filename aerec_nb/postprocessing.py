@@ -2228,7 +2228,7 @@ def chain_files(
     if bans.file:
         found["ban_file"] = sha256_file(bans.file)
     if bans.url:
-        found["ban_url"] = sha256_json([str(item_id) for item_id in bans._of_table])
+        found["ban_url"] = sha256_json([str(item_id) for item_id in bans.table_ids])
     return found
 
 

@@ -39,7 +39,7 @@ from aerec_nb.modeling import (
     hyperparameters,
     mask_history,
     model_class,
-    model_files,  # noqa: F401 (re-exported: the stage is asked for it by name)
+    model_files,  # noqa: F401 (re-export: the stage looks it up by name)
     save_model,
     score_blocks,
     standardise,

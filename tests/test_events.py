@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sqlalchemy as sa
-from conftest import ROOT, variables
+from conftest import ROOT, STRESS, variables
 
 from aerec_nb import events
 from aerec_nb.configuration import AerecError, default_settings, load_settings
@@ -36,7 +36,6 @@ from aerec_nb.events import (
     sqlite_url,
 )
 
-STRESS = bool(os.environ.get("STRESS"))
 on_postgres = pytest.mark.xdist_group("postgres")
 
 WRITER = """

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, variables
+from conftest import ROOT, STRESS, variables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
@@ -20,7 +20,6 @@ from aerec_nb.inference import Recommender, Segments, unrated_items, with_cold_i
 from aerec_nb.modeling import create_model
 from aerec_nb.postprocessing import Chain
 
-STRESS = bool(os.environ.get("STRESS"))
 N_USERS = 300
 N_ITEMS = 240
 PARTS = 4

@@ -11,9 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import BIN, ROOT, run
+from conftest import BIN, ROOT, STRESS, run
 
-STRESS = os.environ.get("STRESS")
 BUILD = 'import sys; from setuptools import build_meta; print(getattr(build_meta, "build_" + sys.argv[1])(sys.argv[2]))'
 
 

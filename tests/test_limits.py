@@ -21,7 +21,6 @@ from aerec_nb.modeling import create_model
 from aerec_nb.packaging import save_bundle
 from aerec_nb.serving import MAX_BODY, MAX_HISTORY, MAX_PAGED, service
 
-STRESS = bool(os.environ.get("STRESS"))
 TIMEOUT_S = 5.0
 MAX_LIVE_S = 0.1  # the longest that /health/live may take meanwhile
 MAX_MIB = 100  # the most that a request may add to the memory of a worker

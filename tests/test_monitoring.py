@@ -55,7 +55,6 @@ from aerec_nb.monitoring import (
 from aerec_nb.packaging import Registry, load_bundle, save_bundle
 from aerec_nb.postprocessing import Chain
 
-STRESS = bool(os.environ.get("STRESS"))
 DAY = 86400.0
 NOW = 1.7e9
 SETTINGS = load_settings("test", window_hours=24.0).monitoring

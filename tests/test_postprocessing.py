@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sqlalchemy as sa
-from conftest import BIN, ROOT, run
+from conftest import BIN, ROOT, STRESS, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
@@ -21,10 +21,19 @@ from aerec_nb.configuration import AerecError, load_settings
 from aerec_nb.inference import Recommender
 from aerec_nb.limits import Deadline, DeadlineExceeded
 from aerec_nb.modeling import create_model
-from aerec_nb.postprocessing import BanList, Catalogue, Chain, IdIndex, Request, ban_list, check_chain, filter_items
+from aerec_nb.postprocessing import (
+    BanList,
+    Catalogue,
+    Chain,
+    IdIndex,
+    Request,
+    ban_list,
+    chain_files,
+    check_chain,
+    filter_items,
+)
 
 N = 60
-STRESS = bool(os.environ.get("STRESS"))
 GENRES = ["A", "B", "A|B", "C", "B|C", ""]
 TABLE = pd.DataFrame(
     {
@@ -318,6 +327,20 @@ def recommender(**kw):
         item_table=TABLE,
         **kw,
     )
+
+
+def test_the_stage_depends_on_what_the_table_bans(tmp_path):
+    url = f"sqlite:///{tmp_path}/bans.db"
+    engine = sa.create_engine(url)
+    seen = []
+    with engine.begin() as c:
+        c.execute(sa.text("create table bans (item_id text)"))
+    for banned in ("i1", "i2"):
+        with engine.begin() as c:
+            c.execute(sa.text("insert into bans values (:id)"), {"id": banned})
+        seen.append(chain_files(load_settings("test", ban_url=url)))
+    engine.dispose()
+    assert [list(found) for found in seen] == [["ban_url"], ["ban_url"]] and seen[0] != seen[1]
 
 
 def test_a_running_recommender_follows_ban_file_and_table(tmp_path, caplog):

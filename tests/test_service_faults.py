@@ -21,7 +21,6 @@ from aerec_nb.modeling import create_model
 from aerec_nb.packaging import save_bundle
 from aerec_nb.serving import create_app, service
 
-STRESS = bool(os.environ.get("STRESS"))
 OPEN = {"AEREC_SERVING__REQUIRE_AUTH": "false"}
 
 

@@ -28,7 +28,6 @@ from aerec_nb.pipeline import main as aerec_main
 from aerec_nb.serving import MAX_BODY, MAX_HEAD, MAX_WAIT, new_api_key
 from aerec_nb.serving import main as serving_main
 
-STRESS = bool(os.environ.get("STRESS"))
 JSON = "Content-Type: application/json\r\n"
 
 
