@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import STRESS
 from scipy.sparse import csr_matrix
 
 from aerec_nb.configuration import AerecError, load_settings

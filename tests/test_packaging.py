@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run, variables
+from conftest import ROOT, STRESS, run, variables
 from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix
@@ -55,9 +55,8 @@ from aerec_nb.packaging import (
 )
 from aerec_nb.postprocessing import Chain
 
-TRIALS = (
-    10 if os.environ.get("STRESS") else 1
-)  # `make stress` runs the fault trials in full, `make test` a tenth of them
+# `make stress` runs the fault trials in full, `make test` a tenth of them
+TRIALS = 10 if STRESS else 1
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 PRIVATE, PUBLIC = new_signing_key()
 POLICY = PackagingSettings(bundle_keys=[PUBLIC])

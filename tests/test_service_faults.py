@@ -3,7 +3,6 @@ what is known, and what is wrong is said in time.
 """
 
 import collections
-import os
 import socket
 import subprocess
 import threading
@@ -12,6 +11,7 @@ import time
 import httpx
 import numpy as np
 import pytest
+from conftest import STRESS
 from scipy.sparse import csr_matrix
 
 from aerec_nb.configuration import load_settings

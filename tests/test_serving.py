@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import BIN
+from conftest import BIN, STRESS
 from scipy.sparse import csr_matrix
 
 from aerec_nb.events import EventLog, sqlite_url
@@ -30,9 +30,8 @@ from aerec_nb.postprocessing import Chain
 from aerec_nb.serving import _bind, drive_service, new_api_key, service
 
 BANNED = [3, 5]
-TRIALS = (
-    10 if os.environ.get("STRESS") else 1
-)  # `make stress` runs the long load and fault trials in full, `make test` a tenth of them
+# `make stress` runs the long load and fault trials in full, `make test` a tenth of them
+TRIALS = 10 if STRESS else 1
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 "Training as a process: kill -9 at random moments and go on, to the last bit; the experiment log in MLflow."
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run
+from conftest import STRESS, run
 
 from aerec_nb.configuration import AerecError
 from aerec_nb.training import ExperimentLog
 
-TRIALS = 10 if os.environ.get("STRESS") else 1  # `make stress` kills ten times as often
+TRIALS = 10 if STRESS else 1  # `make stress` kills ten times as often
 
 # One process imports everything and forks: each attempt costs what it trains, not what Python imports. It computes
 # nothing itself, so forking is safe.

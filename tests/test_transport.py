@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from conftest import STRESS
 from scipy.sparse import csr_matrix
 
 from aerec_nb.events import sqlite_url
