@@ -1947,9 +1947,7 @@ def monitor_trend(
     events,  # DataFrame as `EventLog.read` gives them, or a `Window`
     recommender: Recommender,  # that answered
     n: int = 12,  # spans
-) -> (
-    pd.DataFrame
-):  # a row a span (its middle, UTC seconds), a column a monitor, and its interval in 'name low' and 'name high'
+) -> pd.DataFrame:  # a row a span (its middle, UTC seconds), a column a monitor, 'name low', 'name high' its interval
     "The same numbers, span by span, from the first request to the last."
     w = events if isinstance(events, Window) else Window(events, recommender)
     if not len(w.requests):

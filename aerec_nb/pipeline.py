@@ -1070,7 +1070,7 @@ def _warm_parent(steps: list):
         return
     modules = ["ipykernel.kernelapp", "fastcore.test", *(s.module for s in running)]
     if any(s.name == "training" for s in running):
-        modules.append("mlflow")
+        modules.append("mlflow.tracking")
     warm = WarmParent(modules)
     try:
         yield warm

@@ -387,7 +387,7 @@ def pieces_of(
 def _cut(large, size):
     pieces = []
     for path, file in zip(large.paths, large.files, strict=True):
-        name = large._name(path)
+        name = di._part_name(path, large.root)
         if large.is_parquet:
             meta = pq.ParquetFile(path).metadata
             groups = _row_groups([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
@@ -635,9 +635,9 @@ def _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding):
         if not large.encoding:
             large.encoding = "cp1252" if not any(map(di._mostly_utf8, strange)) else "utf-8"
         for path in strange:
-            tried = di._encodings(large.files[large.paths.index(path)].head, large._name(path), encoding)
+            tried = di._encodings(large.files[large.paths.index(path)].head, di._part_name(path, large.root), encoding)
             if large.encoding == "utf-8" or len(tried) == 1 or di.codecs.lookup(tried[-1]).name != "cp1252":
-                _undecodable(path, large._name(path), tried[:1] if large.encoding == "utf-8" else tried)
+                _undecodable(path, di._part_name(path, large.root), tried[:1] if large.encoding == "utf-8" else tried)
         pieces = [
             replace(p, layout=replace(p.layout, encoding="cp1252")) if p.path in strange and p.layout else p
             for p in pieces
@@ -1591,9 +1591,7 @@ def import_shards(
     as_of=None,  # only what was known at this moment; None: everything
     encoding: str = None,  # of text; None: the file's own mark, else UTF-8, else cp1252
     scale: ScaleSettings = None,  # of the settings; None: the defaults
-) -> (
-    Shards
-):  # with users.parquet, items.parquet, waterfall.parquet, quarantine.parquet (if any) and manifest.json beside them
+) -> Shards:  # with users, items, waterfall, quarantine (if any) as .parquet and manifest.json beside them
     "From files to matrices by workers, for data that no process could hold; begun again it goes on."
     scale = scale or ScaleSettings(engine="ray")
     rules = bp._as_rules(rules)

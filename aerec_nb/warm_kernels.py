@@ -33,9 +33,7 @@ _PR_SET_PDEATHSIG = 1  # option of prctl(2): the signal that a process gets when
 def serve_forks(
     control: socket.socket,  # connection to the process that asks for kernels
     modules: list,  # names of the modules to import first
-) -> (
-    dict | None
-):  # in a fork: the request, with the keys command, env, cwd; in the parent: None, when the other end closed
+) -> dict | None:  # in a fork: the request (command, env, cwd); in the parent: None when the other end closed
     """Import the modules, then fork for every request.
 
     A request is one line of JSON. `{"command": [...], "env": {...}, "cwd": "..."}` is answered with `{"pid": n}`, and

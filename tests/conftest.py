@@ -148,7 +148,10 @@ def aerec(*words, env, cwd, timeout=600):
     "Run the `aerec` command; in a fork, which spares its imports, unless every variant is asked for."
     if STRESS or "ray" in sys.modules:
         return run(BIN / "aerec", *words, env=env, cwd=cwd, timeout=timeout)
-    from aerec_nb import pipeline
+    import mlflow.tracking  # noqa: F401
+    import papermill  # noqa: F401
+
+    from aerec_nb import monitoring, pipeline, serving  # noqa: F401
 
     return forked(pipeline.main, [str(w) for w in words], env=env, cwd=cwd, timeout=timeout)
 

@@ -1,6 +1,7 @@
 "Short notebooks: projects whose stages take seconds, and what tests see of their processes."
 
 import contextlib
+import re
 import time
 
 import nbformat
@@ -40,7 +41,7 @@ def strip(source, target, stage, shows=False):
     begin = next(
         i
         for i, c in enumerate(cells)
-        if i > at and "open_run(run, env=env" in c.source and not c.source.startswith("#| export")
+        if i > at and re.search(r"open_run\(\s*run,\s*env=env", c.source) and not c.source.startswith("#| export")
     )
     imports = [
         c

@@ -36,7 +36,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     environ = variables(folder)
     if not STRESS:
-        environ["AEREC_PROJECT"] = str(short_project(folder / "project", shows=True))
+        project = short_project(folder / "project", shows=True)
+        environ |= {"AEREC_PROJECT": str(project), "AEREC_VALIDATION__N_BOOTSTRAP": "100"}
     done = aerec("run", env=environ, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return environ, only_run(environ), done.stdout
