@@ -27,6 +27,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -711,6 +712,7 @@ def notebook_page(
 def _page_of(nb, title: str, home: str, code: bool, back: str) -> str:
     "A notebook that was read as a page."
     from nbconvert import HTMLExporter
+    from nbconvert.filters import Highlight2HTML
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
     from pygments.formatters import HtmlFormatter
 
@@ -720,9 +722,20 @@ def _page_of(nb, title: str, home: str, code: bool, back: str) -> str:
             cell.source = _with_formulas(cell.source)
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-    exporter = HTMLExporter(template_name="basic")
+    # The exporter parses and sanitizes all that it writes. Highlighted code is most of a page and safe: it is put in
+    # afterwards, which takes a tenth of the time.
+    highlight = Highlight2HTML(pygments_lexer="ipython3")
+    highlighted = []
+    mark = uuid.uuid4().hex
+
+    def set_aside(source, **options):
+        highlighted.append(highlight(source, **options))
+        return f"{mark}:{len(highlighted) - 1};"
+
+    exporter = HTMLExporter(template_name="basic", filters={"highlight_code": set_aside})
     exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True)  # a progress bar becomes its last line
     body, _ = exporter.from_notebook_node(nb)
+    body = re.sub(rf"{mark}:(\d+);", lambda found: highlighted[int(found[1])], body)
     return jinja2.Template(_PAGE).render(
         title=title,
         style=_STYLE,
@@ -1068,7 +1081,7 @@ def _warm_parent(steps: list):
     if len(running) < _FEW or not is_supported():
         yield None
         return
-    modules = ["ipykernel.kernelapp", "fastcore.test", *(s.module for s in running)]
+    modules = ["ipykernel.kernelapp", "fastcore.test", *(s.module for s in running), "aerec_nb.runs:read_code"]
     if any(s.name == "training" for s in running):
         modules.append("mlflow.tracking")
     warm = WarmParent(modules)

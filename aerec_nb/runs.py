@@ -590,16 +590,28 @@ def code_hash(
     return sha256_json(code_parts(module))
 
 # %% ../nbs/00a_runs.ipynb #ac5df096
+@lru_cache(maxsize=4096)
 def _definitions(source: str) -> dict:
     "Top-level functions and classes of a source, each as its syntax tree; imports of this package in one form."
-    tree = ast.parse(re.sub(r"from \.(\w)", r"from aerec_nb.\1", source))
+    tree = ast.parse(_absolute(source))
     named = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)
     return {node.name: ast.dump(node) for node in tree.body if isinstance(node, named)}
 
 
-def _as_exported(cell: str) -> str:
-    "What nbdev makes of an exported cell."
-    return re.sub(r"(?m)^(\s*from )aerec_nb\.", r"\1.", re.sub(r"^(\s*#\s*\|.*\n)+", "", cell)).strip()
+def _absolute(source: str) -> str:
+    "Write imports of this package in one form: nbdev makes those of one line relative, and leaves longer ones."
+    return re.sub(r"(?m)^(\s*from )\.(\w)", r"\1aerec_nb.\2", source)
+
+
+def _without_directives(cell: str) -> str:
+    "Return what nbdev exports of a cell."
+    return re.sub(r"^(\s*#\s*\|.*\n)+", "", cell).strip()
+
+
+def read_code() -> None:
+    "Parse all modules of this package, which each process does once; forks of this one need not."
+    for stage in STAGES.values():
+        code_parts(stage.module)
 
 # %% ../nbs/00a_runs.ipynb #ee849941
 def unexported_changes(
@@ -607,9 +619,9 @@ def unexported_changes(
     cells: list,  # IPython's `In`
 ) -> dict:  # name -> syntax tree of each definition that differs from the module's
     "Exported definitions that were changed in the notebook and not exported since."
-    text = _module_file(module).read_text(encoding="utf-8")
+    text = _absolute(_module_file(module).read_text(encoding="utf-8"))
     cells = [c for c in cells if re.match(r"\s*#\s*\|\s*exporti?\b", c)]
-    if all(_as_exported(c) in text for c in cells):
+    if all(_without_directives(c) in text for c in cells):
         return {}  # nothing was touched: no need to parse
     exported = _definitions(text)
     latest = {}

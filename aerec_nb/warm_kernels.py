@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1  # option of prctl(2): the signal that a process gets when
 
 def serve_forks(
     control: socket.socket,  # connection to the process that asks for kernels
-    modules: list,  # names of the modules to import first
+    modules: list,  # modules to import, and functions to call as module:function, before the first fork
 ) -> dict | None:  # in a fork: the request (command, env, cwd); in the parent: None when the other end closed
     """Import the modules, then fork for every request.
 
@@ -40,7 +40,10 @@ def serve_forks(
     `{"wait": pid}` with `{"code": n}`: the exit code as `subprocess` gives it, or null while the fork runs.
     """
     for name in modules:
-        importlib.import_module(name)
+        module, _, function = name.partition(":")
+        module = importlib.import_module(module)
+        if function:
+            getattr(module, function)()
     if len(os.listdir("/proc/self/task")) > 1:
         return None  # a fork would lose the other threads: kernels are then started as always
     codes = {}
@@ -120,7 +123,7 @@ class WarmParent:
 
     def __init__(
         self,
-        modules: list,  # names of modules to import; one that fails ends the parent, and kernels are started as always
+        modules: list,  # see `serve_forks`; one that fails ends the parent, and kernels are started as always
     ):
         self.lock = threading.Lock()
         self.control, theirs = socket.socketpair()

@@ -151,8 +151,9 @@ def aerec(*words, env, cwd, timeout=600):
     import mlflow.tracking  # noqa: F401
     import papermill  # noqa: F401
 
-    from aerec_nb import monitoring, pipeline, serving  # noqa: F401
+    from aerec_nb import monitoring, pipeline, runs, serving  # noqa: F401
 
+    runs.read_code()
     return forked(pipeline.main, [str(w) for w in words], env=env, cwd=cwd, timeout=timeout)
 
 
@@ -175,6 +176,10 @@ LONGEST = [
 ]
 
 
+# Files whose tests share a service that takes seconds to start: each is one group.
+WITH_SERVICE = ["test_serving", "test_limits", "test_transport", "test_monitoring", "test_inference"]
+
+
 def place(item):
     group = item.get_closest_marker("xdist_group")
     name = group.args[0] if group else item.originalname
@@ -194,6 +199,9 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [i for i in items if not i.get_closest_marker("data")]
     if not config.getoption("loadgroup", False):
         return
+    for item in items:
+        if item.path.stem in WITH_SERVICE and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=place)  # keeps the order of equals
     for item in items:
         group = item.get_closest_marker("xdist_group")
