@@ -628,7 +628,7 @@ def test_kills_at_any_moment(short, short_environ, tmp_path):
     stages = PART[1:5] if STRESS else PART[1:3]
     wanted = contents(runs_of(undisturbed)[0], stages)
     random = np.random.default_rng(0)
-    for trial in range(100 if STRESS else 10):
+    for trial in range(100 if STRESS else 5):
         if trial % 5 == 0:
             shutil.rmtree(short_environ["AEREC_RUNS_DIR"], ignore_errors=True)  # begin anew
         process = subprocess.Popen(

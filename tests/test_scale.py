@@ -32,7 +32,7 @@ from aerec_nb.packaging import load_bundle, save_bundle
 
 pytestmark = pytest.mark.xdist_group("ray")
 TWO = ScaleSettings(engine="ray", n_workers=2)
-KILLS = 10 if STRESS else 1
+KILLS = 10
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_nodes_are_asked_what_they_have(engine, monkeypatch):
         scale._check_nodes(ray)
 
 
-@pytest.mark.parametrize("n_workers", [1, 2, 3])
+@pytest.mark.parametrize("n_workers", [1, 2, 3] if STRESS else [2])
 def test_closed_forms_are_equal_to_the_bit(engine, split, n_workers):
     features = (
         item_features(pd.read_csv(ROOT / "dataset" / "sample" / "movies.csv").rename(columns={"movieId": "item_id"}))
@@ -189,7 +189,8 @@ def difference(one, other):
     return max(float(np.abs(one.weights()[k] - w).max() / max(1, np.abs(w).max())) for k, w in other.weights().items())
 
 
-@pytest.mark.parametrize("name", list(NETS) if STRESS else ["mult_vae"])
+@pytest.mark.stress  # the pipeline on Ray trains a net on two workers too
+@pytest.mark.parametrize("name", list(NETS))
 def test_two_workers_learn_what_one_process_does(engine, split, name, tmp_path):
     local, there, one = (create_model(name, num_epoch=1, **NETS[name]) for _ in range(3))
     alone = training.train(local, split, progress=False)
@@ -200,15 +201,15 @@ def test_two_workers_learn_what_one_process_does(engine, split, name, tmp_path):
     assert [p.suffix for p in (tmp_path / "kept").iterdir() if p.suffix != ".json"] == [".safetensors"], (
         "Ray's own notes are left"
     )
-    if STRESS:  # starting workers takes a long time: one worker, and a refit
-        scale.train(one, split, progress=False, scale=ScaleSettings(engine="ray", n_workers=1))
-        assert difference(there, one) < 1e-4
-        local, there = (create_model(name, num_epoch=1, **NETS[name]) for _ in range(2))
-        scale.fit_model(there, split.train, scale=TWO)
-        assert difference(there, local.fit(split.train)) < 1e-4
-        np.testing.assert_allclose(there.score(split.train[:20]), local.score(split.train[:20]), atol=1e-3)
+    scale.train(one, split, progress=False, scale=ScaleSettings(engine="ray", n_workers=1))
+    assert difference(there, one) < 1e-4
+    local, there = (create_model(name, num_epoch=1, **NETS[name]) for _ in range(2))
+    scale.fit_model(there, split.train, scale=TWO)
+    assert difference(there, local.fit(split.train)) < 1e-4
+    np.testing.assert_allclose(there.score(split.train[:20]), local.score(split.train[:20]), atol=1e-3)
 
 
+@pytest.mark.stress
 def test_a_killed_worker_of_a_training_is_replaced(engine, split):
     hp = dict(NETS["mult_vae"], num_epoch=30)
     undisturbed = create_model("mult_vae", **hp)
@@ -224,6 +225,7 @@ def test_a_killed_worker_of_a_training_is_replaced(engine, split):
         np.testing.assert_allclose(model.score(split.train[:50]), undisturbed.score(split.train[:50]), atol=2e-2)
 
 
+@pytest.mark.stress
 def test_diverging_is_one_line(engine, split):
     with pytest.raises(AerecError, match="the loss is") as said:
         scale.train(
@@ -284,6 +286,7 @@ def test_a_bundle_that_workers_cannot_load_is_one_line(engine, bundle, tmp_path)
     assert "\n" not in str(said.value)
 
 
+@pytest.mark.stress
 def test_a_killed_worker_of_a_batch_is_replaced(engine, bundle, tmp_path):
     r = load_bundle(bundle)
     r.recommend_batch(folder=tmp_path / "here", shard_users=2, now=1.7e9)
@@ -295,6 +298,7 @@ def test_a_killed_worker_of_a_batch_is_replaced(engine, bundle, tmp_path):
         assert {p.name: p.read_bytes() for p in (tmp_path / f"there {trial}").glob("*.parquet")} == wanted
 
 
+@pytest.mark.stress
 def test_a_killed_worker_of_a_gram_matrix_is_replaced(engine, split, monkeypatch):
     monkeypatch.setattr(scale, "PANEL_BYTES", 2**16)  # many panels
     wanted = create_model("ease", form="primal").fit(split.train).B
@@ -471,6 +475,7 @@ def cluster(folder, env):
         shutil.rmtree(short, ignore_errors=True)
 
 
+@pytest.mark.stress
 def test_a_worker_without_the_package(environ, tmp_path):
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / "sitecustomize.py").write_text(HIDE.format(name="aerec_nb"))
@@ -480,6 +485,7 @@ def test_a_worker_without_the_package(environ, tmp_path):
     assert not Path(environ["AEREC_RUNS_DIR"]).exists()
 
 
+@pytest.mark.stress
 def test_a_cluster_that_asks_for_a_token(short_environ, tmp_path):
     "Import and rules on a cluster that somebody else started: with its token, and not with another."
     home = tmp_path / "home"

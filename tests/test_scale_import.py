@@ -143,7 +143,7 @@ def test_large_sources_have_categories(sources):
     )
 
 
-@pytest.mark.parametrize("n", [1, 3, 8])
+@pytest.mark.parametrize("n", [1, 3, 8] if STRESS else [3])
 def test_rules_and_shards(sources, table, tmp_path, n):
     ratings = di.check_source(sources["one"]).ratings
     same_result(bp.run_rules(ratings, ALL_RULES), scale.run_rules(ratings, ALL_RULES, n_shards=n, scale=SCALE))
