@@ -13,7 +13,7 @@ from dataclasses import fields
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import variables
+from conftest import STRESS, variables
 
 from aerec_nb.configuration import AerecError
 from aerec_nb.model_preprocessing import Split, split_interactions
@@ -45,7 +45,7 @@ class Blind(Split):
         raise AssertionError("test was looked at")
 
 
-@pytest.fixture(scope="module", params=["lecture", "leave_last", "strong"])
+@pytest.fixture(scope="module", params=["lecture", "leave_last", "strong"] if STRESS else ["leave_last"])
 def split(request):
     return split_interactions(
         people(),
@@ -113,6 +113,7 @@ print(found.value)
 """
 
 
+@pytest.mark.stress
 def test_a_killed_search_goes_on(tmp_path):
     path = tmp_path / "kept" / "tuning.db"
 

@@ -13,7 +13,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import BIN, ROOT, run, variables
+from conftest import BIN, ROOT, STRESS, run, variables
 
 from aerec_nb import pipeline
 from aerec_nb.runs import STAGES, all_runs, open_run
@@ -341,8 +341,9 @@ def test_an_interrupted_command_is_one_line(environ, tmp_path):
         [
             BIN / "python",
             "-c",
-            "from unittest.mock import patch\nfrom aerec_nb import pipeline\nimport time\ndef waits(args):\n    "
-            "print('here', flush=True)\n    time.sleep(60)\n"
+            "from unittest.mock import patch\nfrom aerec_nb import pipeline\nimport signal, time\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it\n"
+            "def waits(args):\n    print('here', flush=True)\n    time.sleep(60)\n"
             "with patch.object(pipeline, '_cmd_config', waits): raise SystemExit(pipeline.main(['config']))",
         ],
         env=environ,
@@ -358,17 +359,21 @@ def test_an_interrupted_command_is_one_line(environ, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
 def test_tab_completion(environ, tmp_path):
-    def completed(*words):
-        script = (
-            f'eval "$({BIN}/aerec completion bash)"; COMP_WORDS=({" ".join(map(repr, words))}); '
-            f'COMP_CWORD={len(words) - 1}; _aerec; echo "${{COMPREPLY[@]}}"'
-        )
-        return run("bash", "-c", script, env=environ, cwd=tmp_path).stdout.split()
-
-    assert completed("aerec", "swe") == ["sweep"]
-    assert completed("aerec", "run", "-p", "num_ep") == ["num_epoch"]
-    assert completed("aerec", "run", "--from", "train") == ["training"]
-    assert completed("aerec", "models", "roll") == ["rollback"] and "--resume" in completed("aerec", "run", "--re")
+    asked = [
+        ("aerec", "swe"),
+        ("aerec", "run", "-p", "num_ep"),
+        ("aerec", "run", "--from", "train"),
+        ("aerec", "models", "roll"),
+        ("aerec", "run", "--re"),
+    ]
+    script = [f'eval "$({BIN}/aerec completion bash)"']
+    for words in asked:
+        script.append(f"COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}; COMPREPLY=(); _aerec")
+        script.append('echo "${COMPREPLY[@]}"')
+    done = run("bash", "-c", "\n".join(script), env=environ, cwd=tmp_path)
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert found[:4] == [["sweep"], ["num_epoch"], ["training"], ["rollback"]], done.stdout + done.stderr
+    assert "--resume" in found[4]
 
 
 def test_a_reader_that_goes_away(environ, tmp_path):
@@ -392,7 +397,7 @@ def test_the_tutorial_on_ones_own_data(environ, tmp_path):
         )
     )
     for given in (
-        [],
+        *([[]] if STRESS else []),
         ["-p", "data", tmp_path / "mine.csv", "-y", "{columns: {person: user_id, thing: item_id, stars: rating}}"],
     ):
         done = run(

@@ -592,6 +592,7 @@ def mlflow_server(tmp_path):
         end(server)
 
 
+@pytest.mark.installs
 @pytest.mark.xdist_group("mlflow")
 def test_a_real_mlflow_server_by_its_uri(mlflow_server, bundles, tmp_path, capfd):
     "Two machines, one server: what one registers the other finds, fetches, verifies and serves."
