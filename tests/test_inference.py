@@ -23,7 +23,7 @@ from aerec_nb.postprocessing import Chain
 N_USERS = 300
 N_ITEMS = 240
 PARTS = 4
-REQUESTS = (1_000_000 if STRESS else 100_000) // PARTS
+REQUESTS = (1_000_000 if STRESS else 12_000) // PARTS
 GENRES = ["A", "B", "A|B", "C", "B|C", None, "D"]
 FILTERS = {
     None: lambda g, year: True,

@@ -438,6 +438,7 @@ def two_million(kind):
     )
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("kind", ["integers", "texts"])
 def test_two_million_rows_become_the_same_matrix_in_less_memory(kind, tmp_path):
     table = two_million(kind)
