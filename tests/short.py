@@ -7,7 +7,7 @@ import time
 import nbformat
 import pandas as pd
 import psutil
-from conftest import ROOT
+from conftest import ROOT, STRESS
 
 from aerec_nb.pipeline import new_project
 from aerec_nb.runs import STAGES
@@ -71,6 +71,16 @@ def short_project(folder, shows=False):
     for s in STAGES.values():
         strip(ROOT / "nbs" / f"{s.notebook}.ipynb", folder / "nbs" / f"{s.notebook}.ipynb", s.name, shows)
     return folder
+
+
+def stage_notebook(name, folder, shows=True):
+    "Return the notebook of a stage: the whole one under STRESS, else a short one that is written to a folder."
+    source = ROOT / "nbs" / f"{name}.ipynb"
+    if STRESS:
+        return source
+    stage = next(s.name for s in STAGES.values() if s.notebook == name)
+    strip(source, folder / source.name, stage, shows)
+    return folder / source.name
 
 
 def execute_here(*paths):

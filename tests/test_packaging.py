@@ -1701,6 +1701,7 @@ def test_the_dockerfile_is_of_two_stages_and_ends_without_rights():
                 assert any(line.startswith(f"!{name}") for line in ignored) and (ROOT / name).exists(), name
 
 
+@pytest.mark.installs
 def test_the_dockerfile_as_plain_commands(bundle, tmp_path):
     """Its steps one after another in temporary folders, packages borrowed from this environment; its command then
     serves a bundle. What needs root (useradd) is left out.

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import sqlalchemy as sa
-from conftest import BIN, ROOT, STRESS, run
+from conftest import STRESS, papermill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
+from short import stage_notebook
 
 from aerec_nb.blocklist import BlocklistUnavailable
 from aerec_nb.configuration import AerecError, load_settings
@@ -483,14 +484,8 @@ def test_a_bundle_keeps_the_whole_chain(tmp_path):
 def test_wrong_options_are_refused_by_the_stage_before_anything_runs(environ, tmp_path):
     environ["AEREC_POSTPROCESSING__STEP_OPTIONS"] = '{"mmr": {"diversity": 7}}'
     environ["AEREC_POSTPROCESSING__STEPS"] = "exclude_seen,ban_list,mmr"
-    done = run(
-        BIN / "papermill",
-        "--no-progress-bar",
-        ROOT / "nbs" / "04a_postprocessing.ipynb",
-        tmp_path / "out.ipynb",
-        env=environ,
-        cwd=tmp_path,
-    )
+    notebook = stage_notebook("04a_postprocessing", tmp_path / "short")
+    done = papermill(notebook, tmp_path / "out.ipynb", env=environ, cwd=tmp_path)
     assert (
         done.returncode != 0
         and "postprocessing.step_options: mmr.diversity = 7: Input should be less than or equal to 1" in done.stderr

@@ -10,10 +10,11 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BIN, ROOT, real_data, run
+from conftest import papermill, real_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
+from short import stage_notebook
 
 from aerec_nb import data_import
 from aerec_nb.business_preprocessing import RULES, apply_rules, preview_rules, register_rule, run_rules
@@ -549,20 +550,14 @@ def test_a_rule_that_is_known_here_only_is_refused_for_a_pipeline(monkeypatch, t
 # --- through the notebook ---
 
 
-def papermill(*options, env, cwd):
-    return run(
-        BIN / "papermill",
-        "--no-progress-bar",
-        ROOT / "nbs" / "01a_business_preprocessing.ipynb",
-        cwd / "out.ipynb",
-        *options,
-        env=env,
-        cwd=cwd,
-    )
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    return stage_notebook("01a_business_preprocessing", tmp_path_factory.mktemp("short"))
 
 
-def test_the_notebook_refuses_in_one_line(environ, tmp_path):
-    done = papermill("-p", "excluded_users_file", str(tmp_path / "nobody.txt"), env=environ, cwd=tmp_path)
+def test_the_notebook_refuses_in_one_line(notebook, environ, tmp_path):
+    missing = ["-p", "excluded_users_file", str(tmp_path / "nobody.txt")]
+    done = papermill(notebook, tmp_path / "out.ipynb", *missing, env=environ, cwd=tmp_path)
     said = [line for line in done.stderr.splitlines() if line.startswith("AerecError")]
     assert done.returncode != 0 and said == [
         (
@@ -573,8 +568,10 @@ def test_the_notebook_refuses_in_one_line(environ, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_dry_run_shows_the_waterfall_and_writes_nothing(environ, tmp_path):
+def test_a_dry_run_shows_the_waterfall_and_writes_nothing(notebook, environ, tmp_path):
     done = papermill(
+        notebook,
+        tmp_path / "out.ipynb",
         "-p",
         "dry_run",
         "True",
