@@ -381,6 +381,7 @@ class Step:
     why: str  # one phrase
     artifact: Path = None  # to reuse
     manifest: dict = None  # of it
+    waits: bool = False  # an input is made again, and may come out the same: decide then
 
 # %% ../nbs/07_pipeline.ipynb #adb9574b
 @dataclass
@@ -571,6 +572,7 @@ def plan_steps(
                 "run",
                 f"its input is made anew: {', '.join(ahead[:2])}"
                 + (f" and {len(ahead) - 2} more" if len(ahead) > 2 else ""),
+                waits=True,
             )
         elif ahead:
             step = Step(s, "leave out", "not asked for")
@@ -844,14 +846,15 @@ class _Loop:
                     break
                 time.sleep(0.02)
         finally:
-            self._end_all()
+            for name in list(self.jobs):
+                self._end(name)
         return self.outcomes
 
     def _begin(self):
         "Start what can start; open gates; give up what has lost its inputs."
         for name, p in list(self.todo.items()):
             if lost := _lost_input(p, self.outcomes):
-                self._end(name, drop=True)
+                self._end(name)
                 self._outcome(Outcome(p.stage.notebook, "not run", why=f"{lost} failed"), self.say)
                 del self.todo[name]
             elif _is_ready(p, self.made) and name not in self.opened:
@@ -861,13 +864,14 @@ class _Loop:
 
     def _open(self, name, p):
         "The inputs are there: leave the stage as it was, or let it run."
-        if p.why.startswith("its input is made anew"):  # it may have come out the same
+        if p.waits:
             now = self.eye.step(name, {i: self.made[i] for i in p.stage.inputs})
             if now.action == "reuse":
-                self._end(name, drop=True)
+                self._end(name)
                 del self.todo[name]
                 return self._reuse(now, self.say)
             p.why = now.why
+            p.waits = False
         if name in self.jobs:
             self._unlock(name)
         elif len(self.jobs) < self.limit:
@@ -916,16 +920,12 @@ class _Loop:
             del self.jobs[name]
             self._outcome(job.outcome, self.say)
 
-    def _end(self, name, drop=False):
+    def _end(self, name):
         "End the notebook of a stage that is not wanted."
         if name not in self.jobs:
             return
         _discard(self.jobs.pop(name))
         self._unlock(name)
-
-    def _end_all(self):
-        for name in list(self.jobs):
-            self._end(name)
 
 # %% ../nbs/07_pipeline.ipynb #1e7f6248
 def _adopt_step(run: Run, step: Step) -> None:
