@@ -42,7 +42,7 @@ import time
 import traceback
 import zlib
 from collections import deque
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -2515,7 +2515,7 @@ def supervise(
 
 
 def _signal(pid, sig) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with suppress(ProcessLookupError):
         os.kill(pid, sig)
 
 

@@ -130,6 +130,13 @@ def test_imports_follow_the_table_and_have_no_cycle():
         assert used <= reach(name) - {name}, f"{name} imports {sorted(used - reach(name))}"
 
 
+def test_exported_modules_define_what_they_use():
+    "A name that only a hidden cell imports is defined in the notebook, but not in its module."
+    ruff = [BIN / "ruff", "check", "--isolated", "--select", "F821,F402,F823", *tracked("aerec_nb/*.py")]
+    done = run(*ruff, env=None, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
 def test_notebooks_are_clean_and_the_package_is_in_sync(project):
     before = {
         p.relative_to(project): p.read_bytes()
