@@ -193,10 +193,8 @@ def pytest_collection_modifyitems(config, items):
     xdist 3.8 appends the group to `_nodeid`, which pytest 9.2 no longer reads: without this a group's costly fixture is
     made by every worker.
     """
-    installs = STRESS or "installs" in config.getoption("markexpr", "")
-    unwanted = [
-        name for name, wanted in (("data", TEST_DATA_DIR), ("installs", installs), ("stress", STRESS)) if not wanted
-    ]
+    slow = STRESS or "slow" in config.getoption("markexpr", "")
+    unwanted = [name for name, wanted in (("data", TEST_DATA_DIR), ("slow", slow), ("stress", STRESS)) if not wanted]
     left_out = [i for i in items if any(i.get_closest_marker(name) for name in unwanted)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [i for i in items if i not in left_out]

@@ -592,7 +592,7 @@ def mlflow_server(tmp_path):
         end(server)
 
 
-@pytest.mark.installs
+@pytest.mark.slow
 @pytest.mark.xdist_group("mlflow")
 def test_a_real_mlflow_server_by_its_uri(mlflow_server, bundles, tmp_path, capfd):
     "Two machines, one server: what one registers the other finds, fetches, verifies and serves."
@@ -1701,7 +1701,7 @@ def test_the_dockerfile_is_of_two_stages_and_ends_without_rights():
                 assert any(line.startswith(f"!{name}") for line in ignored) and (ROOT / name).exists(), name
 
 
-@pytest.mark.installs
+@pytest.mark.slow
 def test_the_dockerfile_as_plain_commands(bundle, tmp_path):
     """Its steps one after another in temporary folders, packages borrowed from this environment; its command then
     serves a bundle. What needs root (useradd) is left out.

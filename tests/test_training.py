@@ -59,24 +59,22 @@ KILLED = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize(
-    "name,hp",
-    [
-        ("mult_vae", {"hidden_dim": 24, "latent_dim": 8, "batch_size": 50, "num_epoch": 6, "anneal_steps": 20}),
-        (
-            "recvae",
-            {
-                "hidden_dim": 16,
-                "latent_dim": 6,
-                "batch_size": 100,
-                "num_epoch": 3,
-                "cosine_epochs": 3,
-                "clip_norm": 1.0,
-            },
-        ),
-    ],
-)
-def test_killed_at_any_moment_training_goes_on_to_the_last_bit(name, hp, tmp_path, environ):
+NETS = {
+    "mult_vae": {"hidden_dim": 24, "latent_dim": 8, "batch_size": 50, "num_epoch": 6, "anneal_steps": 20},
+    "recvae": {
+        "hidden_dim": 16,
+        "latent_dim": 6,
+        "batch_size": 100,
+        "num_epoch": 3,
+        "cosine_epochs": 3,
+        "clip_norm": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", NETS if STRESS else ["mult_vae"])
+def test_killed_at_any_moment_training_goes_on_to_the_last_bit(name, tmp_path, environ):
+    hp = NETS[name]
     for trial in range(TRIALS):
         folder = tmp_path / str(trial)
         folder.mkdir()
@@ -93,6 +91,7 @@ STAGE = (
 )
 
 
+@pytest.mark.slow
 def test_a_killed_stage_goes_on_in_its_run_and_in_its_log(environ, tmp_path):
     environ["AEREC_TRAINING__TRACKING_URI"] = f"sqlite:///{tmp_path}/var/registry.db"
 
