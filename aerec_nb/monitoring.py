@@ -43,7 +43,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from fastcore.basics import patch
-from scipy import sparse, stats
+from scipy import sparse
 
 from .configuration import AerecError, load_settings, own_file, own_object, project_dir, using_settings
 from .data_import import feedback_ratings
@@ -1644,6 +1644,8 @@ def sample_ratio(w):
         return Figure(None, 0)
     expected = np.array(list(shares.values())) / sum(shares.values())
     found = np.array([users.get(arm, 0) for arm in shares])
+    from scipy import stats  # takes as long to import as pandas
+
     return Figure(
         float(stats.chisquare(found, expected * found.sum()).pvalue) if found.sum() else None, int(found.sum())
     )

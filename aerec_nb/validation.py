@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from scipy import sparse, stats
+from scipy import sparse
 
 from .baselines import Popularity
 from .configuration import AerecError
@@ -625,6 +625,8 @@ def _paired(pairs, metric, n_bootstrap, seed):
         )
         draws.append(counts @ total.T / np.maximum(1, counts @ n.T))
     low, high = np.percentile(np.concatenate(draws), [2.5, 97.5], axis=0)
+    from scipy import stats  # takes as long to import as pandas
+
     return mean, low, high, 2 * stats.t.sf(t, df)
 
 

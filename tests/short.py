@@ -24,6 +24,15 @@ PART = [
 ]
 
 
+# Settings with which stages do little; for tests of what is around them.
+QUICK = {
+    "AEREC_MODEL__MODELS": "popularity,ease",
+    "AEREC_VALIDATION__N_BOOTSTRAP": "100",
+    "AEREC_VALIDATION__LECTURE_REPLAY": "off",
+    "AEREC_SERVING__N_REQUESTS": "20",
+}
+
+
 def sample(n_users=None):
     "The ratings of the generated sample, of its first users or of all."
     data = pd.read_csv(ROOT / "dataset" / "sample" / "ratings.csv")

@@ -18,7 +18,7 @@ import pandas as pd
 import psutil
 import pytest
 from conftest import BIN, ROOT, STRESS, aerec, forked, papermill, real_data, run, variables
-from short import PART, execute_here, left_after, sample, short_project
+from short import PART, QUICK, execute_here, left_after, sample, short_project
 
 from aerec_nb.runs import STAGES, open_run
 
@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
     environ = variables(folder)
     if not STRESS:
         project = short_project(folder / "project", shows=True)
-        environ |= {"AEREC_PROJECT": str(project), "AEREC_VALIDATION__N_BOOTSTRAP": "100"}
+        environ |= {"AEREC_PROJECT": str(project), **QUICK}
     done = aerec("run", env=environ, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return environ, only_run(environ), done.stdout
@@ -399,9 +399,7 @@ def short_environ(short, environ):
         **environ,
         "AEREC_PROJECT": str(short / "project"),
         "AEREC_DATA__SOURCE": str(short / "mine"),
-        "AEREC_MODEL__MODELS": "popularity,ease",
-        "AEREC_VALIDATION__N_BOOTSTRAP": "100",
-        "AEREC_VALIDATION__LECTURE_REPLAY": "off",
+        **QUICK,
     }
 
 
@@ -440,6 +438,7 @@ def test_data_of_another_shape_runs_through(make, said, environ, tmp_path):
             "AEREC_PROJECT": str(project),
             "AEREC_DATA__SOURCE": str(tmp_path / "mine"),
             "MPLBACKEND": "agg",
+            **QUICK,
         }
         notebooks = [project / "nbs" / f"{s.notebook}.ipynb" for s in STAGES.values()]
         done = forked(execute_here, *notebooks, env=environ, cwd=tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import BIN, ROOT, STRESS, papermill, run, variables
-from short import short_project
+from short import QUICK, short_project
 from test_structure import NOTEBOOKS, STAGES
 
 # Whole notebooks take half a minute each: `test_notebooks.py` runs their cells, and STRESS runs all of them here.
@@ -20,7 +20,7 @@ def shared(tmp_path_factory):
     """Variables for tests that share their runs and stores: what one has built, the next takes. Such tests are of one
     group, so that it is built once.
     """
-    return variables(tmp_path_factory.mktemp("shared"))
+    return {**variables(tmp_path_factory.mktemp("shared")), **({} if STRESS else QUICK)}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,11 @@ def test_stage_runs_alone_from_an_unrelated_folder(path, notebooks, shared, envi
     """The last one, and every one under STRESS, begins from nothing; the others may take what they need from the runs
     of those before.
     """
-    env = environ if STRESS or path == STAGES[-1] else shared
+    env = shared
+    if STRESS:
+        env = environ
+    elif path == STAGES[-1]:
+        env = {**environ, **QUICK}
     stage = path.stem.split("_", 1)[1]
     before = len(manifests(env, stage))
     done = papermill(notebooks / path.name, tmp_path / "out.ipynb", env=env, cwd=tmp_path)
@@ -63,7 +67,7 @@ def test_the_command_of_the_readme_in_nbs(project, shared, environ):
     "`papermill 03_training.ipynb out.ipynb -p lr 0.001`: lr arrives, and the copy left in nbs/ exports nothing."
     exported = {p.name: p.read_bytes() for p in (project / "aerec_nb").glob("*.py")}
     before = manifests(shared, "training")
-    env = {**shared, "PYTHONPATH": str(project)}
+    env = {**shared, "AEREC_MODEL__MODELS": "autoencoder", "PYTHONPATH": str(project)}
     done = papermill("03_training.ipynb", "out.ipynb", "-p", "lr", "0.001", env=env, cwd=project / "nbs")
     assert done.returncode == 0, done.stderr[-3000:]
     (manifest,) = [m for m in manifests(shared, "training") if m not in before]
@@ -79,7 +83,8 @@ def test_the_command_of_the_readme_in_nbs(project, shared, environ):
 def test_lr_arrives_from_the_root(notebooks, shared, tmp_path):
     before = manifests(shared, "training")
     out = tmp_path / "out.ipynb"
-    done = papermill(notebooks / "03_training.ipynb", out, "-p", "lr", "0.002", env=shared, cwd=ROOT)
+    env = {**shared, "AEREC_MODEL__MODELS": "autoencoder"}
+    done = papermill(notebooks / "03_training.ipynb", out, "-p", "lr", "0.002", env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     (manifest,) = [m for m in manifests(shared, "training") if m not in before]
     assert manifest["settings"]["training.lr"] == {"value": "0.002", "source": "argument"}
