@@ -1083,7 +1083,7 @@ def _warm_parent(steps: list):
         return
     modules = ["ipykernel.kernelapp", "fastcore.test", *(s.module for s in running), "aerec_nb.runs:read_code"]
     if any(s.name == "training" for s in running):
-        modules.append("mlflow.tracking")
+        modules.append("mlflow.store.tracking.sqlalchemy_store")
     warm = WarmParent(modules)
     try:
         yield warm

@@ -148,7 +148,8 @@ def aerec(*words, env, cwd, timeout=600):
     "Run the `aerec` command; in a fork, which spares its imports, unless every variant is asked for."
     if STRESS or "ray" in sys.modules:
         return run(BIN / "aerec", *words, env=env, cwd=cwd, timeout=timeout)
-    import mlflow.tracking  # noqa: F401
+    import mlflow.store.model_registry.sqlalchemy_store  # noqa: F401
+    import mlflow.store.tracking.sqlalchemy_store
     import papermill  # noqa: F401
 
     from aerec_nb import monitoring, pipeline, runs, serving  # noqa: F401
