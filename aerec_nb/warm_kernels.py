@@ -33,7 +33,7 @@ _PR_SET_PDEATHSIG = 1  # option of prctl(2): the signal that a process gets when
 def serve_forks(
     control: socket.socket,  # connection to the process that asks for kernels
     modules: list,  # modules to import, and functions to call as module:function, before the first fork
-) -> dict | None:  # in a fork: the request (command, env, cwd); in the parent: None when the other end closed
+) -> dict | None:  # in a fork: the request and its parent; in the parent: None when the other end closed
     """Import the modules, then fork for every request.
 
     A request is one line of JSON. `{"command": [...], "env": {...}, "cwd": "..."}` is answered with `{"pid": n}`, and
@@ -47,6 +47,7 @@ def serve_forks(
     if len(os.listdir("/proc/self/task")) > 1:
         return None  # a fork would lose the other threads: kernels are then started as always
     codes = {}
+    parent = os.getpid()
     stream = control.makefile("rwb")
     for line in stream:
         request = json.loads(line)
@@ -55,7 +56,7 @@ def serve_forks(
         else:
             pid = os.fork()
             if pid == 0:
-                return request
+                return {**request, "parent": parent}
             answer = {"pid": pid}
         stream.write(json.dumps(answer).encode() + b"\n")
         stream.flush()
@@ -73,16 +74,17 @@ def _exit_code(pid: int, codes: dict) -> int | None:
 
 # %% ../nbs/00e_warm_kernels.ipynb #e8de24b6
 def become_kernel(
-    request: dict,  # keys command (arguments of ipykernel_launcher from position 3), env, cwd
+    request: dict,  # command (arguments of ipykernel_launcher from position 3), env, cwd, parent (process id)
 ) -> None:
     "Turn this fork into an IPython kernel and run it until it ends."
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != request["parent"]:
+        os._exit(1)  # the parent ended before the signal was set
     os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    os.environ["JPY_PARENT_PID"] = str(parent)  # ipykernel ends when this is no longer its parent
+    os.environ["JPY_PARENT_PID"] = str(request["parent"])  # ipykernel ends when this is no longer its parent
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _set_threads()
     _set_seeds()

@@ -1,6 +1,7 @@
 "What the tests share: the project, its virtual environment, processes, and a scratch copy of what git tracks."
 
 import contextlib
+import importlib
 import logging
 import os
 import pwd
@@ -86,13 +87,17 @@ def run(*command, env, cwd, timeout=280):
     return done
 
 
+# What makes forks of this process unsafe from now on: tests that start Ray in it say so, for its threads.
+NO_FORKS = []
+
+
 def forked(function, *arguments, env, cwd, timeout=280):
     """Call a function in a fork of this process, which has imported the package already.
 
     The fork is a process with its own variables, working folder and output. Returns what `subprocess.run` returns; the
     exit code is what the function returns, 0 for None.
     """
-    assert "ray" not in sys.modules, "Ray's threads do not survive a fork"
+    assert not NO_FORKS, f"no fork after {NO_FORKS}"
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
         if pid == 0:
@@ -144,15 +149,22 @@ def _wait_for(pid, timeout):
     raise subprocess.TimeoutExpired(f"a fork of {os.getpid()}", timeout)
 
 
+IMPORTED_BEFORE_A_FORK = [
+    "aerec_nb.monitoring",
+    "aerec_nb.serving",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "papermill",
+]
+
+
 def aerec(*words, env, cwd, timeout=600):
     "Run the `aerec` command; in a fork, which spares its imports, unless every variant is asked for."
-    if STRESS or "ray" in sys.modules:
+    if STRESS or NO_FORKS:
         return run(BIN / "aerec", *words, env=env, cwd=cwd, timeout=timeout)
-    import mlflow.store.model_registry.sqlalchemy_store  # noqa: F401
-    import mlflow.store.tracking.sqlalchemy_store
-    import papermill  # noqa: F401
-
-    from aerec_nb import monitoring, pipeline, runs, serving  # noqa: F401
+    for name in IMPORTED_BEFORE_A_FORK:
+        importlib.import_module(name)
+    from aerec_nb import pipeline, runs
 
     runs.read_code()
     return forked(pipeline.main, [str(w) for w in words], env=env, cwd=cwd, timeout=timeout)

@@ -1,9 +1,7 @@
 "Every notebook that git tracks passes nbdev_test, whatever the reader has set; a stray executed copy is not a test."
 
-import sys
-
 import pytest
-from conftest import BIN, ROOT, STRESS, forked, run, tracked
+from conftest import BIN, NO_FORKS, ROOT, STRESS, forked, run, tracked
 from nbdev.test import nbdev_test
 
 NOTEBOOKS = [p for p in tracked("nbs/*.ipynb") if not {"benchmarks", "tutorials"} & set(p.parts)]
@@ -55,7 +53,7 @@ def test_notebook(path, environ):
     if path.parent.name == "nbs":
         # A how-to page tells what comes of the defaults.
         environ.update((f"AEREC_{name}", value) for name, value in SETTINGS.items())
-    if STRESS or path.stem in LITERAL or "ray" in sys.modules:
+    if STRESS or path.stem in LITERAL or NO_FORKS:
         done = run(BIN / "nbdev_test", "--path", path, "--n_workers", "0", env=environ, cwd=ROOT)
     else:
         done = forked(nbdev_test, path, "", 0, env=environ, cwd=ROOT)

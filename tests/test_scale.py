@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import BIN, ROOT, STRESS, run
+from conftest import BIN, NO_FORKS, ROOT, STRESS, run
 from short import left_after, short_project
 
 from aerec_nb import scale, training
@@ -33,6 +33,11 @@ from aerec_nb.packaging import load_bundle, save_bundle
 pytestmark = pytest.mark.xdist_group("ray")
 TWO = ScaleSettings(engine="ray", n_workers=2)
 KILLS = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_forks():
+    NO_FORKS.append("Ray")
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
-
-pytest.importorskip("ray")
-psutil = pytest.importorskip("psutil")
-
-from conftest import ROOT, STRESS, TEST_DATA_DIR, real_data  # noqa: E402
+from conftest import NO_FORKS, ROOT, STRESS, TEST_DATA_DIR, real_data  # noqa: E402
 
 from aerec_nb import business_preprocessing as bp  # noqa: E402
 from aerec_nb import data_import as di  # noqa: E402
@@ -58,6 +55,7 @@ ALL_RULES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def engine():
+    NO_FORKS.append("Ray")
     scale.start_engine(SCALE)
     yield
     scale.stop_engine()
