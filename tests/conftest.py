@@ -176,18 +176,18 @@ def papermill(source, target, *options, env, cwd, timeout=280):
 
 
 # Groups and tests that take longest, longest first, so that at the end no worker waits for one that has just begun a
-# long one; the others follow in their order.
+# long one; the others follow in their order. Those on Ray come after all that fork.
 LONGEST = [
     "stages",
     "finished",
     "short",
-    "ray",
-    "test_data_of_another_shape_runs_through",
     "test_notebook",
+    "test_data_of_another_shape_runs_through",
+    "ray",
+    "test_serving",
     "cold",
     "mlflow",
 ]
-
 
 # Files whose tests share a service that takes seconds to start: each is one group.
 WITH_SERVICE = ["test_serving", "test_limits", "test_transport", "test_monitoring", "test_inference"]
