@@ -46,13 +46,26 @@ SETTINGS = {
 LITERAL = ["index"]  # in a process of its own, as a contributor types it; the others in a fork with the same function
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook(path, environ):
+@pytest.fixture(scope="session")
+def together(tmp_path_factory):
+    "A folder of runs that all notebooks share, whichever worker runs them: what one has built, the next takes."
+    folder = tmp_path_factory.getbasetemp().parent / "notebooks"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def how_to(path):
+    return pytest.param(path, marks=pytest.mark.slow) if path.parent.name == "how_to" else path
+
+
+@pytest.mark.parametrize("path", map(how_to, NOTEBOOKS), ids=lambda p: p.stem)
+def test_notebook(path, together, environ):
     for name in ("AEREC_RUNS_DIR", "AEREC_PATHS__VAR_DIR", "AEREC_ENV"):
         environ.pop(name)  # nbdev_test brings its own environment
     if path.parent.name == "nbs":
         # A how-to page tells what comes of the defaults.
         environ.update((f"AEREC_{name}", value) for name, value in SETTINGS.items())
+        environ["AEREC_TEST_DIR"] = str(together)
     if STRESS or path.stem in LITERAL or NO_FORKS:
         done = run(BIN / "nbdev_test", "--path", path, "--n_workers", "0", env=environ, cwd=ROOT)
     else:

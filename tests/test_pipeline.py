@@ -415,14 +415,14 @@ def without_times(data):
     return data.drop(columns="timestamp")
 
 
-@pytest.mark.parametrize(
-    "make, said",
-    [
-        (two_columns, "every row is an interaction"),
-        (plays, "counts, which become weights"),
-        (without_times, "without times"),
-    ],
-)
+SHAPES = [
+    (plays, "counts, which become weights"),
+    (two_columns, "every row is an interaction"),
+    (without_times, "without times"),
+]
+
+
+@pytest.mark.parametrize("make, said", SHAPES if STRESS else SHAPES[:1])
 def test_data_of_another_shape_runs_through(make, said, environ, tmp_path):
     """All twelve stages and all that they show, in one process for the sake of time; under STRESS, by the command and
     with the whole notebooks.
