@@ -327,6 +327,7 @@ def short_environ(environ, tmp_path):
     return {**environ, "AEREC_PROJECT": str(tmp_path / "project"), "AEREC_DATA__SOURCE": str(tmp_path / "mine")}
 
 
+@pytest.mark.slow
 def test_the_pipeline_on_ray(short_environ, tmp_path):
     "The same stages, the same run folder, the same figures, and what each worker did."
     environ = {
