@@ -181,6 +181,7 @@ for case in json.loads(sys.argv[2]):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux")
+@pytest.mark.slow
 def test_memory_is_what_was_foreseen(tmp_path):
     cases = [
         ("ease", {"form": "primal"}, 2_000, 3_000, 200_000),

@@ -614,6 +614,7 @@ def whole_family(process):
 
 
 @pytest.mark.xdist_group("short")
+@pytest.mark.slow
 def test_kills_at_any_moment(short, short_environ, tmp_path):
     """The pipeline or one of its kernels is killed at a random moment, again and again; the run that goes on ends with
     the results of one that nobody disturbed.

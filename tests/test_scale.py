@@ -247,6 +247,7 @@ def bundle(ratings, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_lists_are_the_same_files(engine, bundle, tmp_path):
     r = load_bundle(bundle)
     seen = []

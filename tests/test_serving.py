@@ -523,6 +523,7 @@ def workers_of(s):
     ]
 
 
+@pytest.mark.slow
 def test_workers_killed_under_load(bundle, log_url):
     """kill -9 of a worker, again and again, while events and requests arrive: what was accepted is in the log, and
     there is an answer within 5 seconds.
@@ -622,6 +623,7 @@ def test_numbers_and_feedback_of_several_workers(bundle, log_url):
         fresh("DELETE", "/v1/bans/20")
 
 
+@pytest.mark.slow
 def test_rate_limit_over_all_workers(bundle, log_url):
     with service(bundle, log_url, variables={**OPEN, "AEREC_SERVING__RATE_LIMIT": "20"}, workers=2) as s:
         began = time.monotonic()
@@ -713,6 +715,7 @@ def published(bundle, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_swaps_under_load(published, log_url):
     "Promotions while requests arrive: none fails, and every answer is one version's, whole."
     n_promotions = 20 if STRESS else 6
@@ -850,6 +853,7 @@ def test_saturation(bundle, log_url):
     assert late < 1.05 * early, (early, late)
 
 
+@pytest.mark.slow
 def test_fuzzing_the_whole_api(bundle, log_url, tmp_path):
     "Whatever the description of the API allows, and what it does not: no 5xx, and every answer as described."
     examples = 10_000 if STRESS else 300

@@ -16,6 +16,7 @@ from aerec_nb.configuration import project_dir
     ["sample", *([str(real_data("data/ml-latest-small"))] if STRESS and TEST_DATA_DIR else [])],
     ids=lambda d: Path(d).name,
 )
+@pytest.mark.slow
 def test_the_lecture_revisited(tmp_path, data, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     source = project_dir() / "nbs" / "tutorials" / "lecture_revisited.ipynb"
