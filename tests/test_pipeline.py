@@ -518,6 +518,7 @@ def test_only_what_changed_is_run_again(short, short_environ, tmp_path):
 
 
 @pytest.mark.xdist_group("short")
+@pytest.mark.slow
 def test_a_full_disk(short, short_environ, tmp_path):
     """No file may grow beyond a limit: the stage that meets it says so in one line, leaves nothing half-written, and
     succeeds once there is room.
@@ -672,6 +673,7 @@ def assert_nothing_half(folder):
 
 
 @pytest.mark.xdist_group("short")
+@pytest.mark.slow
 def test_two_runs_at_once(short, short_environ, tmp_path):
     to = ("--to", "modeling" if STRESS else "model_preprocessing")
     stages = PART[1 : 5 if STRESS else 4]
@@ -716,6 +718,7 @@ def test_two_runs_at_once(short, short_environ, tmp_path):
 
 
 @pytest.mark.xdist_group("short")
+@pytest.mark.slow
 def test_a_sweep(short, short_environ, tmp_path):
     done = aerec(
         "sweep",

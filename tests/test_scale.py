@@ -396,6 +396,7 @@ def fails(words, env, cwd):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_ray_missing_and_an_address_that_does_not_answer(environ, tmp_path):
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / "sitecustomize.py").write_text(HIDE.format(name="ray"))

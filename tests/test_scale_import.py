@@ -444,6 +444,7 @@ def test_a_killed_worker_is_replaced(sources, tmp_path, after):
     same_interactions(local_interactions(sources["one"], ALL_RULES), made.gather())
 
 
+@pytest.mark.slow
 def test_a_killed_import_goes_on(sources, tmp_path):
     "The process that asked for the import dies when the first shard is there."
     code = f"""

@@ -281,6 +281,7 @@ def committed(client):
     )
 
 
+@pytest.mark.slow
 def test_events_answered_survive_kill_9(bundle, log_url):
     """Three times (thirty under STRESS): report as fast as possible, kill -9 in the middle; whatever was answered 2xx
     is in the log, whole.

@@ -12,7 +12,7 @@ from short import QUICK, short_project
 from test_structure import NOTEBOOKS, STAGES
 
 # Whole notebooks take half a minute each: `test_notebooks.py` runs their cells, and STRESS runs all of them here.
-FEW = [p for p in STAGES if STRESS or p.stem in ("00_configuration", "04a_postprocessing", "06_monitoring")]
+FEW = [p for p in STAGES if STRESS or p.stem in ("00_configuration", "06_monitoring")]
 
 
 @pytest.fixture(scope="module")
