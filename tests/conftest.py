@@ -196,6 +196,8 @@ WITH_SERVICE = ["test_serving", "test_limits", "test_transport", "test_monitorin
 def place(item):
     group = item.get_closest_marker("xdist_group")
     name = group.args[0] if group else item.originalname
+    if name not in LONGEST and item.path.stem == "test_pipeline":
+        name = "test_data_of_another_shape_runs_through"  # before those on Ray: its tests fork
     return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
