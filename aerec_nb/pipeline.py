@@ -876,9 +876,8 @@ class _Loop:
             self._unlock(name)
         elif len(self.jobs) < self.limit:
             self._start(name, p)
-        else:
-            return None
-        self.opened[name] = time.perf_counter()
+        if name in self.jobs:
+            self.opened[name] = time.perf_counter()
         return None
 
     def _start(self, name, p, ahead=False):

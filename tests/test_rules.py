@@ -591,7 +591,7 @@ def test_a_dry_run_shows_the_waterfall_and_writes_nothing(notebook, environ, tmp
         and "this was a dry run, nothing is written" in shown
         and "min_item_interactions" in shown
     )
-    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2
+    assert any("image/png" in o.get("data", {}) for o in outputs)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.ipynb"]
 
 
