@@ -295,6 +295,7 @@ r.recommend_batch(k=5, folder=Path({folder!r}), shard_users=7, progress=progress
 """
 
 
+@pytest.mark.slow
 def test_a_killed_batch_goes_on_where_it_was(tmp_path):
     "kill -9 at many moments: no half shard, finished ones stay, and in the end the lists of the undisturbed job."
     env = {**os.environ, **variables(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

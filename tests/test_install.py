@@ -32,6 +32,7 @@ def wheel(project, environ, tmp_path):
     return built("wheel", next((tmp_path / "unpacked").iterdir()), tmp_path, environ)
 
 
+@pytest.mark.slow
 def test_a_project_of_ones_own_from_the_wheel(wheel, environ, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert (

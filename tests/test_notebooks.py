@@ -54,11 +54,12 @@ def together(tmp_path_factory):
     return folder
 
 
-def how_to(path):
-    return pytest.param(path, marks=pytest.mark.slow) if path.parent.name == "how_to" else path
+def marked(path):
+    is_slow = path.parent.name == "how_to" or path.stem == "02b_neural_models"
+    return pytest.param(path, marks=pytest.mark.slow) if is_slow else path
 
 
-@pytest.mark.parametrize("path", map(how_to, NOTEBOOKS), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", map(marked, NOTEBOOKS), ids=lambda p: p.stem)
 def test_notebook(path, together, environ):
     for name in ("AEREC_RUNS_DIR", "AEREC_PATHS__VAR_DIR", "AEREC_ENV"):
         environ.pop(name)  # nbdev_test brings its own environment

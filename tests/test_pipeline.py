@@ -165,6 +165,7 @@ def wait_for(url, process, seconds=60):
 
 
 @pytest.mark.xdist_group("finished")
+@pytest.mark.slow
 def test_a_run_goes_on(finished, tmp_path):
     environ, folder, said = finished
     notebook = Path(environ.get("AEREC_PROJECT", ROOT)) / "nbs" / "06_monitoring.ipynb"
@@ -546,6 +547,7 @@ def test_a_full_disk(short, short_environ, tmp_path):
 
 
 @pytest.mark.xdist_group("short")
+@pytest.mark.slow
 def test_a_failing_stage(short, short_environ, tmp_path):
     """Exit code, one place for the traceback, the partial notebook, the rest of the report; stages behind it are not
     run.

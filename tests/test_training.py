@@ -73,6 +73,7 @@ NETS = {
 
 
 @pytest.mark.parametrize("name", NETS if STRESS else ["mult_vae"])
+@pytest.mark.slow
 def test_killed_at_any_moment_training_goes_on_to_the_last_bit(name, tmp_path, environ):
     hp = NETS[name]
     for trial in range(TRIALS):

@@ -30,6 +30,7 @@ def random_fold(n, n_items, seed=0, tied=False):
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.slow
 def test_metrics_equal_an_independent_librarys(tied):
     ranx = pytest.importorskip("ranx")
     n_users = 10_000 if STRESS else 1_000
