@@ -7,7 +7,7 @@ READY := .venv/.ready
 
 help:
 	@echo 'make run [DATA=folder] [ENV=dev]  set up, run the twelve stages, print where the report is'
-	@echo 'make test                         set up, run every test; ends with: N passed, N failed'
+	@echo 'make test                         set up, run the tests but the slow ones; ends with: N passed, N failed'
 	@echo 'make lab | serve | doctor | bench | docs | stress | readme | clean'
 
 setup: $(READY)
