@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from .configuration import AerecError
+from .core.errors import AerecError, SettingsError
 from .modeling import Model, check_value, scores_bytes, top_k
 
 # %% ../nbs/02c_baselines.ipynb #3b669571
@@ -73,7 +73,11 @@ class ItemKNN(Model):
         b: float = 0.2,  # bm25: how far popular items are weighed down, 0 to 1
     ):
         if similarity not in ("cosine", "tfidf", "bm25"):
-            raise AerecError(f"similarity = {similarity!r}: it must be cosine, tfidf or bm25")
+            raise SettingsError(
+                f"similarity = {similarity!r}: it must be cosine, tfidf or bm25",
+                code="unknown_name",
+                where="similarity",
+            )
         super().__init__(
             n_neighbors=check_value("n_neighbors", n_neighbors, 1, kind=int),
             shrink=check_value("shrink", shrink, 0),
@@ -166,7 +170,9 @@ class IALS(Model):
         except ImportError:
             raise AerecError(
                 "the model 'ials' needs the package implicit, which is not installed: pip install implicit, or take "
-                "another model"
+                "another model",
+                code="not_installed",
+                where="implicit",
             ) from None
         confidence = train.copy()
         confidence.data = 1 + np.float32(self.alpha) * confidence.data

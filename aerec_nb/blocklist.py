@@ -9,18 +9,21 @@ __all__ = ['log', 'BlocklistUnavailable', 'BanList']
 import logging
 import threading
 import time
+from copy import copy
 from pathlib import Path
 
 import sqlalchemy as sa
 
-from .configuration import AerecError, hide_secrets
-from .id_lists import read_ids
+from .core.errors import AerecError, DataError, SettingsError, mask_secrets
+from .data.id_lists import read_ids
 
 log = logging.getLogger("aerec_nb")
 
 # %% ../nbs/04b_blocklist.ipynb #bdc57a06
 class BlocklistUnavailable(AerecError):
     "Raised when a blocklist cannot be read and `on_error` is 'refuse'."
+
+    code = "blocklist_unavailable"
 
 # %% ../nbs/04b_blocklist.ipynb #fac174ff
 _CONNECT_S = 3  # seconds to wait for a connection
@@ -42,8 +45,19 @@ def _as_select(query: str) -> str:
     if not any(c.isspace() for c in query):
         return "SELECT item_id FROM " + ".".join(f'"{part}"' for part in query.split("."))
     if not query.lower().startswith(("select", "with")):
-        raise AerecError(f"postprocessing.ban_query is a SELECT or the name of a table, not {query!r}")
+        message = f"postprocessing.blocklist_query is a SELECT or the name of a table, not {query!r}"
+        raise SettingsError(message, code="not_allowed", where="postprocessing.blocklist_query")
     return query
+
+
+class _DatabaseError(DataError):
+    "Report a database that cannot be read; `reason` is what its driver says."
+
+    code = "unreadable"
+
+    def __init__(self, message: str, code: str = None, where: str = "postprocessing.blocklist_url", reason: str = None):
+        super().__init__(message, code, where)
+        self.reason = reason
 
 
 def _read_database(url: str, query: str) -> list:  # item ids
@@ -57,9 +71,15 @@ def _read_database(url: str, query: str) -> list:  # item ids
         finally:
             engine.dispose()
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as e:
-        reason = hide_secrets(str(getattr(e, "orig", None) or e).strip().splitlines()[0])
-        raise AerecError(f"postprocessing.ban_url {hide_secrets(url)}: {reason}") from None
+        reason = mask_secrets(str(getattr(e, "orig", None) or e).strip().splitlines()[0])
+        raise _DatabaseError(f"postprocessing.blocklist_url {mask_secrets(url)}: {reason}", reason=reason) from None
     return [item_id for item_id in rows if item_id is not None]
+
+
+def _unforeseen(url: str, error: Exception) -> _DatabaseError:
+    "Make the error for whatever a driver raises."
+    reason = mask_secrets(str(error))
+    return _DatabaseError(f"postprocessing.blocklist_url {mask_secrets(url)}: {reason}", reason=reason)
 
 
 class _Read:
@@ -76,10 +96,7 @@ class _Read:
         try:
             self._ids = _read_database(url, query)
         except Exception as e:  # whatever a driver raises is reported where the list is used
-            known = isinstance(e, AerecError)
-            self._error = (
-                e if known else AerecError(f"postprocessing.ban_url {hide_secrets(url)}: {hide_secrets(str(e))}")
-            )
+            self._error = e if isinstance(e, AerecError) else _unforeseen(url, e)
         self._done.set()
 
     def wait(self, seconds: float) -> bool:
@@ -112,7 +129,7 @@ class BanList:
         self.file = Path(file) if file else None
         self.url = url
         self.version = 0  # rises with every change
-        self._errors = {}  # 'file' or 'table' -> why it cannot be read now
+        self._errors = {}  # 'file' or 'table' -> the `AerecError` for which it cannot be read now
         self._lock = threading.Lock()
         self._file_ids = []
         self._stamp = None
@@ -136,12 +153,17 @@ class BanList:
     @property
     def error(self) -> str | None:
         "Say why a part of the list cannot be read now; None where all is well."
-        return "; ".join(self._errors.values()) or None
+        return _joined(self.errors) or None
+
+    @property
+    def errors(self) -> list:  # of `AerecError`: why parts of the list cannot be read now
+        return list(self._errors.values())
 
     def check(self) -> None:
         "Raise `BlocklistUnavailable` where the list cannot be read and `on_error` is 'refuse'."
-        if self.on_error == "refuse" and self._errors:
-            raise BlocklistUnavailable(f"{self.error}; nothing is recommended until the list can be read")
+        errors = self.errors
+        if self.on_error == "refuse" and errors:
+            raise _unavailable(errors)
 
     def refresh(
         self,
@@ -167,11 +189,9 @@ class BanList:
                 self._errors.pop(part, None)
                 return True
         except AerecError as e:
-            if self._errors.get(part) != str(e):
-                keeps = self.on_error == "keep_last"
-                effect = "the last known list is kept" if keeps else "nothing is recommended until it can be read"
-                log.warning("%s; %s", e, effect)
-            self._errors[part] = str(e)
+            if _cause(self._errors.get(part)) != _cause(e):
+                log.warning("%s; %s", e, _effect(self.on_error))
+            self._errors[part] = copy(e)  # without the traceback, which keeps what was read
         return False
 
     def _merged(self) -> list:
@@ -182,7 +202,7 @@ class BanList:
         self.version += 1
 
     def _read_file(self) -> list:
-        return read_ids(self.file, "item_id", "postprocessing.ban_file", may_be_empty=True)
+        return read_ids(self.file, "item_id", "postprocessing.blocklist_file", may_be_empty=True)
 
     def _newer_file(self) -> bool:
         "Read the file if it changed; one that failed is tried again every second."
@@ -208,10 +228,10 @@ class BanList:
             self._read.wait(wait_s)
         if not self._read.wait(0):
             if time.monotonic() - self._read.started > _CONNECT_S + _STATEMENT_S:
-                raise AerecError(f"postprocessing.ban_url {hide_secrets(self.url)}: no answer")
+                message = f"postprocessing.blocklist_url {mask_secrets(self.url)}: no answer"
+                raise _DatabaseError(message, code="no_answer")
             return False
-        read = self._read
-        self._read = None
+        read, self._read = self._read, None
         self.table_ids = read.ids()
         return True
 
@@ -227,9 +247,31 @@ def _file_stamp(
     return s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino
 
 
+def _joined(errors: list) -> str:
+    "Join the lines of errors."
+    return "; ".join(map(str, errors))
+
+
+def _unavailable(errors: list) -> BlocklistUnavailable:
+    "Make the error for a list of which a part cannot be read."
+    message = f"{_joined(errors)}; nothing is recommended until the list can be read"
+    return BlocklistUnavailable(message, where=errors[0].where)
+
+
+def _effect(on_error: str) -> str:
+    "Say what follows where a list cannot be read."
+    return "the last known list is kept" if on_error == "keep_last" else "nothing is recommended until it can be read"
+
+
+def _cause(error: AerecError | None) -> tuple | None:
+    "Return what tells one reason from another, so that each is logged once."
+    return None if error is None else (error.code, error.where, getattr(error, "reason", None))
+
+
 def _first_read(url: str, query: str) -> list:
     "Read the table for the first time."
     read = _Read(url, query)
     if not read.wait(_FIRST_READ_S):
-        raise AerecError(f"postprocessing.ban_url {hide_secrets(url)}: no answer within {_FIRST_READ_S:g} s")
+        message = f"postprocessing.blocklist_url {mask_secrets(url)}: no answer within {_FIRST_READ_S:g} s"
+        raise _DatabaseError(message, code="no_answer")
     return read.ids()

@@ -37,7 +37,8 @@ from fastcore.basics import patch
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable, DropTable
 
-from .configuration import AerecError, hide_secrets, project_dir
+from .core.errors import AerecError, DataError, SettingsError, mask_secrets
+from .core.project import project_dir
 
 # %% ../nbs/00b_events.ipynb #e7124788
 KINDS = ("request", "impression", "feedback")  # requested, displayed, done by users
@@ -61,7 +62,9 @@ def _id(name: str, value) -> str | None:
         return None
     text = str(value)
     if not 0 < len(text) <= MAX_ID:
-        raise AerecError(f"event: {name} must have 1 to {MAX_ID} characters, not {len(text)}")
+        raise DataError(
+            f"event: {name} must have 1 to {MAX_ID} characters, not {len(text)}", code="out_of_range", where=name
+        )
     return _storable(name, text)
 
 
@@ -72,7 +75,7 @@ def _storable(name: str, text: str) -> str:
     except UnicodeEncodeError:
         text = "\0"
     if "\0" in text:
-        raise AerecError(f"event: {name} holds a character that cannot be stored")
+        raise DataError(f"event: {name} holds a character that cannot be stored", code="not_supported", where=name)
     return text
 
 
@@ -85,7 +88,7 @@ def _number(name: str, value) -> float | None:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise AerecError(f"event: {name} must be a finite number, not {value!r}")
+        raise DataError(f"event: {name} must be a finite number, not {value!r}", code="not_a_number", where=name)
     return number
 
 
@@ -95,12 +98,18 @@ def _plausible_time(value, now: float) -> float:
     if when is None:
         return now
     if when > now + MAX_CLOCK_LEAD_S:
-        raise AerecError(
+        raise DataError(
             f"event: time {when!r} is more than a day ahead of the clock of the server. "
-            "Give seconds since 1970 in UTC, not milliseconds"
+            "Give seconds since 1970 in UTC, not milliseconds",
+            code="out_of_range",
+            where="time",
         )
     if when < MIN_TIME:
-        raise AerecError(f"event: time {when!r} is before 1990-01-01. Give seconds since 1970 in UTC")
+        raise DataError(
+            f"event: time {when!r} is before 1990-01-01. Give seconds since 1970 in UTC",
+            code="out_of_range",
+            where="time",
+        )
     return when
 
 # %% ../nbs/00b_events.ipynb #eaad6504
@@ -110,18 +119,34 @@ def check_event(
 ) -> dict:  # a row of the table, every column filled but `received_at`
     "Check one event and fill in what may be missing; raises `AerecError`."
     if not isinstance(event, dict):
-        raise AerecError(f"event: must be an object with {', '.join(COLUMNS)}, not {type(event).__name__}")
+        raise DataError(
+            f"event: must be an object with {', '.join(COLUMNS)}, not {type(event).__name__}",
+            code="wrong_type",
+            where="event",
+        )
     unknown = sorted(set(event) - set(COLUMNS))
     if unknown:
-        raise AerecError(f"event: unknown field '{unknown[0]}'; valid fields are {', '.join(COLUMNS)}")
+        raise DataError(
+            f"event: unknown field '{unknown[0]}'; valid fields are {', '.join(COLUMNS)}",
+            code="unknown_name",
+            where=str(unknown[0]),
+        )
     if event.get("kind") not in KINDS:
-        raise AerecError(f"event: kind must be one of {', '.join(KINDS)}, not {event.get('kind')!r}")
+        raise DataError(
+            f"event: kind must be one of {', '.join(KINDS)}, not {event.get('kind')!r}",
+            code="unknown_name",
+            where="kind",
+        )
     if event.get("event_id") is None:
-        raise AerecError("event: event_id is missing; choose one, so that the event can be sent twice and counts once")
+        raise DataError(
+            "event: event_id is missing; choose one, so that the event can be sent twice and counts once",
+            code="missing_value",
+            where="event_id",
+        )
     try:
         payload = json.dumps(event.get("payload") or {}, sort_keys=True, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as e:
-        raise AerecError(f"event: payload is not JSON: {e}") from None
+        raise DataError(f"event: payload is not JSON: {e}", code="wrong_type", where="payload") from None
     when = _plausible_time(event.get("time"), time.time() if now is None else now)
     return {
         "kind": event["kind"],
@@ -154,12 +179,18 @@ class LogErrorCode(StrEnum):
 class EventLogUnavailable(OSError):
     "Raised when the event log cannot be used now; `code` is a `LogErrorCode`."
 
-    def __init__(self, code: LogErrorCode, text: str):
+    def __init__(
+        self,
+        code: LogErrorCode,
+        text: str,  # one line
+        where: str = None,  # the log, or the file or column of it that is at fault; None: nowhere in particular
+    ):
         super().__init__(text)
         self.code = code
+        self.where = where
 
     def __reduce__(self):
-        return type(self), (self.code, str(self))
+        return type(self), (self.code, str(self), self.where)
 
 
 _MEANINGS = {
@@ -304,8 +335,10 @@ def derive_key(
 ) -> bytes:  # 32 bytes
     "Return the erasure key made from a secret; raises `AerecError`."
     if len(secret) < MIN_KEY_LENGTH:
-        raise AerecError(
-            f"the erasure key is too short: give at least {MIN_KEY_LENGTH} characters, see AEREC_EVENTS__ERASURE_KEY"
+        raise SettingsError(
+            f"the erasure key is too short: give at least {MIN_KEY_LENGTH} characters, see AEREC_EVENTS__ERASURE_KEY",
+            code="out_of_range",
+            where="events.erasure_key",
         )
     return hashlib.blake2b(secret, digest_size=32, person=b"aerec key").digest()
 
@@ -314,7 +347,7 @@ def read_key(path: Path) -> bytes:
     "Read a key file; raises `OSError`, or `ValueError` where it holds no key."
     key = bytes.fromhex(path.read_text(encoding="ascii").strip())
     if len(key) != 32:
-        raise ValueError(f"{len(key)} bytes instead of 32")
+        raise DataError(f"{len(key)} bytes instead of 32", code="damaged_file", where=str(path))
     return key
 
 
@@ -552,18 +585,28 @@ def open_engine(
     try:
         address = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError):
-        raise AerecError(
-            f"events_url {hide_secrets(url)!r} is not a URL; "
-            "write sqlite:////folder/events.db or postgresql://user@host/name"
+        raise SettingsError(
+            f"events_url {mask_secrets(url)!r} is not a URL; "
+            "write sqlite:////folder/events.db or postgresql://user@host/name",
+            code="not_a_url",
+            where="events.events_url",
         ) from None
     if address.get_backend_name() not in ("sqlite", "postgresql"):
-        raise AerecError(f"events_url: {address.get_backend_name()} is not supported; use sqlite or postgresql")
+        raise SettingsError(
+            f"events_url: {address.get_backend_name()} is not supported; use sqlite or postgresql",
+            code="not_supported",
+            where="events.events_url",
+        )
     try:
         driver = address.get_dialect().driver
     except (sa.exc.SQLAlchemyError, ImportError):
         driver = ""
     if driver not in _DRIVERS:
-        raise AerecError(f"events_url: driver of {address.drivername} not supported; use sqlite or postgresql+psycopg")
+        raise SettingsError(
+            f"events_url: driver of {address.drivername} not supported; use sqlite or postgresql+psycopg",
+            code="not_supported",
+            where="events.events_url",
+        )
     pool = {"pool_size": 5, "max_overflow": 10, "pool_timeout": connect_timeout_s}
     try:
         if address.get_backend_name() == "postgresql":
@@ -574,7 +617,11 @@ def open_engine(
             engine = sa.create_engine(address, **(pool if sqlite_path(address) else {}))
             _listen_sqlite(engine, statement_timeout_s)
     except ImportError as e:
-        raise AerecError(f"cannot open {hide_secrets(address.render_as_string(hide_password=True))}: {e}") from None
+        raise SettingsError(
+            f"cannot open {mask_secrets(address.render_as_string(hide_password=True))}: {e}",
+            code="missing_package",
+            where="events.events_url",
+        ) from None
     return engine
 
 
@@ -609,7 +656,7 @@ class EventLog:
         self._watchdog = Watchdog()
         url = sqlite_url(url) if isinstance(url, Path) else url
         self.engine = open_engine(url, connect_timeout_s, statement_timeout_s, self._watchdog)
-        self.url = hide_secrets(self.engine.url.render_as_string(hide_password=True))
+        self.url = mask_secrets(self.engine.url.render_as_string(hide_password=True))
         self.path = sqlite_path(self.engine.url)  # None: no file
         self.table = _tables().tables["events"]
         self._lock = threading.Lock()
@@ -685,10 +732,11 @@ class EventLog:
 
 # %% ../nbs/00b_events.ipynb #ddbd9d3d
 @patch
-def _unavailable(self: EventLog, code: LogErrorCode, reason="") -> EventLogUnavailable:
-    "Make the error that says why the log cannot be used."
-    reason = hide_secrets((str(reason).splitlines() or [""])[0])
-    return EventLogUnavailable(code, f"event log {self.url}: {_MEANINGS[code]}" + (f" ({reason})" if reason else ""))
+def _unavailable(self: EventLog, code: LogErrorCode, reason="", where=None) -> EventLogUnavailable:
+    "Make the error that says why the log cannot be used; `where` is the log itself unless given."
+    reason = mask_secrets((str(reason).splitlines() or [""])[0])
+    text = f"event log {self.url}: {_MEANINGS[code]}" + (f" ({reason})" if reason else "")
+    return EventLogUnavailable(code, text, str(where or self.url))
 
 
 @patch
@@ -772,7 +820,7 @@ def _check_files(self: EventLog, db) -> int:  # bytes of the main file
     try:
         main, journal, index = (os.stat(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm"))
     except FileNotFoundError as e:
-        raise self._unavailable(LogErrorCode.MISSING, Path(e.filename).name) from None
+        raise self._unavailable(LogErrorCode.MISSING, Path(e.filename).name, e.filename) from None
     if self._journal is None:
         self._journal = journal.st_ino, index.st_ino  # the same while a connection is open
     found = (main.st_dev, main.st_ino), (journal.st_ino, index.st_ino)
@@ -866,9 +914,14 @@ def _open(self: EventLog) -> None:
             if made and self.path.stat().st_size == 0:
                 self.path.unlink()
         error = e if isinstance(e, EventLogUnavailable) else self._unavailable(error_code(e), e)
-        raise AerecError(f"cannot open {error}") from None
+        raise _not_opened(error) from None
     if self.is_new:
         logger.info("a new event log was made: %s", self.url)
+
+
+def _not_opened(error: EventLogUnavailable) -> AerecError:
+    "Make the error for a log that cannot be opened, with the code and the place of the reason."
+    return AerecError(f"cannot open {error}", code=error.code.value, where=error.where)
 
 
 @patch
@@ -902,7 +955,7 @@ def _make_file(self: EventLog) -> bool:  # True: it was made now
     self.path.parent.mkdir(parents=True, exist_ok=True)
     journal = self.path.with_name(f"{self.path.name}-wal")
     if not self.path.exists() and journal.exists() and journal.stat().st_size:
-        raise self._unavailable(LogErrorCode.MISSING, f"its journal {journal.name} is still there")
+        raise self._unavailable(LogErrorCode.MISSING, f"its journal {journal.name} is still there", self.path)
     try:
         os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         return True
@@ -912,7 +965,7 @@ def _make_file(self: EventLog) -> bool:  # True: it was made now
     until = time.monotonic() + self.connect_timeout_s
     while self.path.stat().st_size == 0:
         if time.monotonic() > until:
-            raise self._unavailable(LogErrorCode.DAMAGED, "the file is empty; delete it to begin a new log")
+            raise self._unavailable(LogErrorCode.DAMAGED, "the file is empty; delete it to begin a new log", self.path)
         time.sleep(0.02)
     return False
 
@@ -964,7 +1017,9 @@ def _check_columns(self: EventLog, db, columns: set) -> None:
     "Refuse a table of another program; add the column that the version before lacks."
     lacking = [name for name in ("seq", *COLUMNS) if name not in columns]
     if lacking:
-        raise self._unavailable(LogErrorCode.SCHEMA, f"the table events has no column {lacking[0]}")
+        raise self._unavailable(
+            LogErrorCode.SCHEMA, f"the table events has no column {lacking[0]}", f"events.{lacking[0]}"
+        )
     if "received_at" not in columns:
         column = CreateColumn(self.table.c.received_at).compile(self.engine)
         db.exec_driver_sql(f"ALTER TABLE events ADD COLUMN {column}")
@@ -1030,14 +1085,14 @@ def _read_key(self: EventLog, make: bool) -> bytes:
     except (OSError, ValueError) as e:
         advice = "Make room for it there" if make else "Restore it"
         text = f"the erasure key {self.key_file} cannot be used ({e}). {advice}, or set {_KEY_VARIABLE}"
-        raise self._key_error(text) from e
+        raise self._key_error(text, self.key_file) from e
     return self._key
 
 
 @patch
-def _key_error(self: EventLog, text: str) -> EventLogUnavailable:
-    "Make the error that says what is wrong with the erasure key."
-    return EventLogUnavailable(LogErrorCode.ERASURE_KEY, f"event log {self.url}: {text}")
+def _key_error(self: EventLog, text: str, where) -> EventLogUnavailable:
+    "Make the error that says what is wrong with the erasure key, and where the key comes from."
+    return EventLogUnavailable(LogErrorCode.ERASURE_KEY, f"event log {self.url}: {text}", str(where))
 
 
 @patch
@@ -1046,7 +1101,7 @@ def _checked_key(self: EventLog, db) -> bytes:
     key = self._read_key(make=False)
     if hash_user(key, "") != self._get_meta(db, "key_check"):
         place = self.key_file or _KEY_VARIABLE
-        raise self._key_error(f"users were deleted with another erasure key. Restore that key in {place}")
+        raise self._key_error(f"users were deleted with another erasure key. Restore that key in {place}", place)
     return key
 
 
@@ -1177,7 +1232,7 @@ def delete_user(
     now = time.time() if now is None else now
     c = self.table.c
     if user_id is None:
-        raise AerecError("delete_user: give the id of a user")
+        raise DataError("delete_user: give the id of a user", code="missing_value", where="user_id")
     erased = self._tables("erased_users")
     with self._transaction() as db:  # what is appended after this one is new
         user_hash = hash_user(self._registered_key(db), user_id)
@@ -1256,7 +1311,7 @@ def _empty_journal(self: EventLog) -> None:
         busy = db.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
     if busy:
         text = "the events were deleted, but a reader keeps them in the journal. Delete again"
-        raise self._unavailable(LogErrorCode.LOCKED, text)
+        raise self._unavailable(LogErrorCode.LOCKED, text, f"{self.path}-wal")
 
 # %% ../nbs/00b_events.ipynb #8d876326
 @patch
@@ -1465,7 +1520,7 @@ def from_settings(
         log.check_erasure_key()
     except EventLogUnavailable as e:
         log.close()
-        raise AerecError(f"cannot open {e}") from None
+        raise _not_opened(e) from None
     if log.is_new:
         logger.warning("there was no event log: a new one was made, %s", log.url)
     return log

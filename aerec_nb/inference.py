@@ -29,14 +29,10 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 from scipy.sparse import csr_matrix
 
-from .configuration import AerecError, project_dir
-from .limits import Deadline, DeadlineExceeded, did_you_mean, preview
-from .model_preprocessing import Split, item_features
-from .modeling import ColdItems, block_rows, load_model, mask_history, score_blocks, top_k
-from .postprocessing import Catalogue, Chain, IdIndex, Request, histories_over, load_catalogue
-from aerec_nb.runs import (
-    alone,
+from .core.errors import AerecError, DataError, Notice
+from aerec_nb.core.files import (
     atomic_path,
+    file_lock,
     read_json,
     sha256_bytes,
     sha256_file,
@@ -44,10 +40,17 @@ from aerec_nb.runs import (
     write_json,
     write_parquet,
 )
+from .core.limits import Deadline, DeadlineExceeded, did_you_mean, preview
+from .core.project import project_dir
+from .model_preprocessing import Split, item_features
+from .modeling import ColdItems, block_rows, load_model, mask_history, score_blocks, top_k
+from .postprocessing import Catalogue, Chain, IdIndex, Request, histories_over, load_catalogue
 
 # %% ../nbs/04_inference.ipynb #651b96fe
 class UnknownUser(AerecError):
     "Nothing is known that a recommendation could rest on, and no fallback was wanted."
+
+    code = "unknown_user"
 
 # %% ../nbs/04_inference.ipynb #fed42e84
 @dataclass
@@ -57,7 +60,7 @@ class Recommendations:
     # Dicts: item_id, rank, score, title, genres, source ('model', 'popular', 'segment', 'pin', 'promotion' or
     # 'explore'), metadata (what else the items table says); what was drawn has its propensity; best first
     items: list
-    warnings: list = field(default_factory=list)  # sentences
+    warnings: list = field(default_factory=list)  # of `Notice`
     fallback_used: bool = False  # did popularity answer instead of the model?
     user_id: object = None  # as asked for
     model: str = None  # name of the model that answered
@@ -94,7 +97,7 @@ class Recommendations:
         )
 
     def _repr_html_(self):
-        notes = "".join(f"<p>&#9888; {html.escape(w)}</p>" for w in self.warnings)
+        notes = "".join(f"<p>&#9888; {html.escape(w.message)}</p>" for w in self.warnings)
         frame = self.to_frame()
         made = ""
         if self.model:
@@ -103,7 +106,7 @@ class Recommendations:
         return notes + frame.loc[:, frame.notna().any()].to_html(index=False, float_format="{:.3f}".format) + made
 
     def __repr__(self):
-        return "\n".join([*(f"warning: {w}" for w in self.warnings), self.to_frame().to_string(index=False)])
+        return "\n".join([*(f"warning: {w.message}" for w in self.warnings), self.to_frame().to_string(index=False)])
 
 # %% ../nbs/04_inference.ipynb #5c9c8cd8
 PRIOR = 20.0  # users who like what everybody likes, in every segment
@@ -182,24 +185,42 @@ def read_segments(
 ) -> pd.DataFrame:
     "A table of users; raises `AerecError` where it is none."
     path = Path(path)
+    _check_there(path)
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (OSError, ValueError) as e:
-        raise AerecError(
+        raise DataError(
             f"inference.segments_file {path}: {str(e).splitlines()[0]}; give a CSV or Parquet file with user_id and a "
-            f"column an attribute"
+            f"column an attribute",
+            code="damaged_file",
+            where=path.name,
         ) from None
     if "user_id" not in table or len(table.columns) < 2:
-        raise AerecError(
+        raise DataError(
             f"inference.segments_file {path}: it has the columns {', '.join(map(str, table.columns))}; it needs "
-            f"user_id and at least one more, such as country"
+            f"user_id and at least one more, such as country",
+            code="missing_column",
+            where=path.name,
         )
     if (twice := table.user_id.duplicated()).any():
-        raise AerecError(
+        raise DataError(
             f"inference.segments_file {path}: row {twice.idxmax() + 1}: user {table.user_id[twice.idxmax()]!r} is "
-            f"there twice; keep one row a user"
+            f"there twice; keep one row a user",
+            code="duplicate_id",
+            where=f"row {twice.idxmax() + 1}",
         )
     return table
+
+
+def _check_there(path: Path) -> None:
+    "Raise `DataError` where there is no table of users."
+    if not path.is_file():
+        raise DataError(
+            f"inference.segments_file: there is no file {path}; a CSV or Parquet file with user_id and a column an "
+            f"attribute",
+            code="missing_file",
+            where=path.name,
+        )
 
 # %% ../nbs/04_inference.ipynb #503dca19
 class Recommender:
@@ -231,17 +252,27 @@ class Recommender:
         if self.histories.shape != (len(self.user_index), len(self.item_index)):
             raise AerecError(
                 f"histories are {self.histories.shape}, but there are {len(self.user_index)} users and "
-                f"{len(self.item_index)} items"
+                f"{len(self.item_index)} items",
+                code="shape_mismatch",
+                where="histories",
             )
         self.negatives = csr_matrix(self.histories.shape, dtype=bool) if negatives is None else negatives
         if self.negatives.shape != self.histories.shape:
-            raise AerecError(f"negatives are {self.negatives.shape}, but histories are {self.histories.shape}")
+            raise AerecError(
+                f"negatives are {self.negatives.shape}, but histories are {self.histories.shape}",
+                code="shape_mismatch",
+                where="negatives",
+            )
         counts = np.bincount(self.histories.indices, minlength=len(self.item_index))
         self.popularity = np.asarray(counts if popularity is None else popularity, np.float32)
         self.times = times
         self.info = dict(info or {})
         if times is not None and len(times) != self.histories.nnz:
-            raise AerecError(f"{len(times)} times, but histories have {self.histories.nnz} entries")
+            raise AerecError(
+                f"{len(times)} times, but histories have {self.histories.nnz} entries",
+                code="shape_mismatch",
+                where="times",
+            )
         self.catalogue = Catalogue(self.item_index, item_table, self.popularity, features)
         self.chain = (chain or Chain()).bind(self.catalogue)
         self.item_table = _lined_up(item_table, self.item_index)
@@ -251,7 +282,11 @@ class Recommender:
         self.segments = segments
         self._more = _columns_of(self.catalogue.table)
         if segments is not None and segments.matrix.shape[1] != self.n_items:
-            raise AerecError(f"segments are over {segments.matrix.shape[1]} items, but there are {self.n_items}")
+            raise AerecError(
+                f"segments are over {segments.matrix.shape[1]} items, but there are {self.n_items}",
+                code="shape_mismatch",
+                where="segments",
+            )
         self._model_name = str(getattr(getattr(model, "model", model), "name", None) or type(model).__name__)
         self._version = self.info.get("id", "")[:16] or None
 
@@ -320,7 +355,11 @@ def check_k(
 ) -> int:
     "Return a whole number of at least one; raises `AerecError` for anything else."
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k < 2**31:
-        raise AerecError(f"k must be a whole number of at least 1 and below {2**31:,}, not {preview(k)}")
+        raise AerecError(
+            f"k must be a whole number of at least 1 and below {2**31:,}, not {preview(k)}",
+            code="out_of_range",
+            where="k",
+        )
     return int(k)
 
 
@@ -341,7 +380,7 @@ def _id_list(
     if ids is None:
         return []
     if isinstance(ids, (str, bytes, dict)) or not hasattr(ids, "__iter__") or getattr(ids, "ndim", 1) != 1:
-        raise AerecError(f"{what} must be a list of item ids, not {preview(ids)}")
+        raise AerecError(f"{what} must be a list of item ids, not {preview(ids)}", code="wrong_type", where=what)
     return ids.tolist() if hasattr(ids, "tolist") else list(ids)
 
 
@@ -364,25 +403,29 @@ def _check_kinds(asked: dict) -> None:
     now = asked["now"]
     if not (user_id is None or _is_attribute(user_id) or isinstance(user_id, (np.generic, uuid.UUID))):
         kinds = f"a text of at most {MAX_ID_TEXT:,} characters or a number of 64 bits"
-        raise AerecError(f"user_id must be {kinds}, not {preview(user_id)}")
+        raise AerecError(f"user_id must be {kinds}, not {preview(user_id)}", code="wrong_type", where="user_id")
     if not isinstance(fallback, str) or fallback not in ("popular", "none"):
-        raise AerecError(f"fallback must be 'popular' or 'none', not {preview(fallback)}")
+        raise AerecError(
+            f"fallback must be 'popular' or 'none', not {preview(fallback)}", code="unknown_name", where="fallback"
+        )
     for name in ("exclude_seen", "explain"):
         if not isinstance(asked[name], (bool, np.bool_)):
-            raise AerecError(f"{name} must be True or False, not {preview(asked[name])}")
+            raise AerecError(f"{name} must be True or False, not {preview(asked[name])}", code="wrong_type", where=name)
     if now is not None and not (isinstance(now, (float, np.floating)) and math.isfinite(now) or _is_whole(now)):
-        raise AerecError(f"now must be seconds since 1970, not {preview(now)}")
+        raise AerecError(f"now must be seconds since 1970, not {preview(now)}", code="not_a_time", where="now")
     if not _is_whole(asked["draw"]):
-        raise AerecError(f"draw must be a whole number, not {preview(asked['draw'])}")
+        raise AerecError(f"draw must be a whole number, not {preview(asked['draw'])}", code="wrong_type", where="draw")
     if asked["deadline"] is not None and not isinstance(asked["deadline"], Deadline):
-        raise AerecError(f"deadline must be a Deadline, not {preview(asked['deadline'])}")
+        raise AerecError(
+            f"deadline must be a Deadline, not {preview(asked['deadline'])}", code="wrong_type", where="deadline"
+        )
 
 # %% ../nbs/04_inference.ipynb #d66f3344
 def known_numbers(
     recommender: Recommender,  # whose vocabulary counts
     ids,  # item ids
     what: str,  # 'history' or 'exclude', for the warning
-    warnings: list,  # gets a sentence if some are unknown
+    warnings: list,  # gets a `Notice` if some are unknown
 ) -> np.ndarray:  # sorted, each once
     "Item numbers of those ids that are known."
     if isinstance(ids, tuple) and not ids:
@@ -393,9 +436,8 @@ def known_numbers(
     numbers = recommender.item_index.numbers(ids)
     unknown = list(dict.fromkeys(map(_hashable, (given for given, n in zip(ids, numbers, strict=True) if n < 0))))
     if unknown:
-        warnings.append(
-            f"{what}: {len(unknown)} unknown item{'s' if len(unknown) > 1 else ''} left out: {_named(unknown)}"
-        )
+        message = f"{what}: {len(unknown)} unknown item{'s' if len(unknown) > 1 else ''} left out: {_named(unknown)}"
+        warnings.append(Notice("unknown_items", message))
     return np.unique(numbers[numbers >= 0])
 
 
@@ -512,7 +554,7 @@ def _evidence(r: Recommender, user_id, history, warnings: list) -> tuple:
         if user >= 0 and r.recent.is_erased(user_id):
             user = -1
     if user_id is not None and user < 0 and recent is None:
-        warnings.append(f"user {_named([_hashable(user_id)])} is unknown")
+        warnings.append(Notice("unknown_user", f"user {_named([_hashable(user_id)])} is unknown"))
     items = known_numbers(r, history, "history", warnings) if history is not None else _NONE
     own = slice(r.histories.indptr[user], r.histories.indptr[user + 1]) if user >= 0 else slice(0, 0)
     if recent is None and not len(items):
@@ -709,7 +751,7 @@ def recommend_each(
     if errors == "raise":
         for n, f in enumerate(found, 1):
             if isinstance(f, AerecError):
-                raise type(f)(f"request {n}: {f}") from None
+                raise type(f)(f"request {n}: {f}", code=f.code, where=f.where) from None
     return found
 
 
@@ -730,10 +772,18 @@ def _scores_of_each(r: Recommender, asked: dict, deadline):  # yields (number of
 def _arguments(request: dict) -> dict:
     "Return arguments of `recommend`; raises `AerecError` for others."
     if not isinstance(request, dict):
-        raise AerecError(f"a request is a dict with arguments of recommend, not {preview(request)}")
+        raise AerecError(
+            f"a request is a dict with arguments of recommend, not {preview(request)}",
+            code="wrong_type",
+            where="request",
+        )
     unknown = next((name for name in request if name not in _ARGUMENTS), None)
     if unknown is not None:
-        raise AerecError(f"there is no argument {preview(unknown)}; valid ones are {', '.join(sorted(_ARGUMENTS))}")
+        raise AerecError(
+            f"there is no argument {preview(unknown)}; valid ones are {', '.join(sorted(_ARGUMENTS))}",
+            code="unknown_name",
+            where=preview(unknown),
+        )
     return request
 
 # %% ../nbs/04_inference.ipynb #4a310aed
@@ -769,9 +819,9 @@ class _Asked:
     fallback_used: bool
     popular: np.ndarray  # [n_items] what answers where the model cannot; None: the model can
     source: str  # 'model', 'popular' or 'segment'
-    warnings: list
+    warnings: list  # of `Notice`
     unknown_user: bool = False
-    why_popular: str = None  # sentence that says why popular items answer; None: nothing to say
+    why_popular: Notice = None  # says why popular items answer; None: nothing to say
 
 
 def _understand(
@@ -825,7 +875,11 @@ def _segments_of(r: Recommender, context: dict, warnings: list) -> list:  # of n
     "List the segments that a context names; raises `AerecError`."
     values = [*context, *(v for v in context.values() if v is not None)] if isinstance(context, dict) else []
     if not isinstance(context, dict) or len(context) > 20 or not all(map(_is_attribute, values)):
-        raise AerecError("context must be at most 20 names with a text or a number each, such as {'country': 'KR'}")
+        raise AerecError(
+            "context must be at most 20 names with a text or a number each, such as {'country': 'KR'}",
+            code="wrong_type",
+            where="context",
+        )
     if r.segments is None:
         return []
     found = []
@@ -835,21 +889,25 @@ def _segments_of(r: Recommender, context: dict, warnings: list) -> list:  # of n
         if f"{name}={value}" in r.segments._number:
             found.append(f"{name}={value}")
         else:
-            warnings.append(f"context: no segment {preview(f'{name}={value}')}")
+            warnings.append(Notice("unknown_segment", f"context: no segment {preview(f'{name}={value}')}"))
     return found
 
 
-def _reason_of_fallback(fallback: str, user_id, history: list, segments: list) -> str:
+def _reason_of_fallback(fallback: str, user_id, history: list, segments: list) -> Notice:
     "Say why popular items answer; raises `UnknownUser` where they are not wanted."
     if history:
         reason = "no item of the history is known"
+        where = "history"
     elif user_id is not None:
         reason = f"nothing is known of user {_named([_hashable(user_id)])}"
+        where = "user_id"
     else:
         reason = "neither a user nor a history was given"
+        where = None
     if fallback == "none":
-        raise UnknownUser(f"{reason}; send a history, or allow fallback=popular")
-    return f"{reason}: these are popular items{' of ' + ' and '.join(segments) if segments else ''}"
+        raise UnknownUser(f"{reason}; send a history, or allow fallback=popular", where=where)
+    of = f" of {' and '.join(segments)}" if segments else ""
+    return Notice("popular_fallback", f"{reason}: these are popular items{of}")
 
 # %% ../nbs/04_inference.ipynb #2c9bd2e1
 def _scores_of(r: Recommender, asked: _Asked) -> np.ndarray:  # [n_items]
@@ -871,7 +929,7 @@ def _answered(
     done = r.chain.run(scores, request, source=asked.source)
     warnings = asked.warnings + ([asked.why_popular] if asked.why_popular else []) + done.warnings
     if is_full and len(done) < k:
-        warnings.append(f"{len(done)} items instead of {k}: no more are eligible")
+        warnings.append(Notice("fewer_than_k", f"{len(done)} items instead of {k}: no more are eligible"))
     columns = (done.items.tolist(), range(1, k + 1), done.scores.tolist(), done.sources)
     shown = [r._item(*of) for of in zip(*columns, strict=False)]
     for item, p in zip(shown, done.propensities.tolist(), strict=False):
@@ -934,7 +992,11 @@ def similar_items(
 ) -> Recommendations:  # best first; raises `AerecError` for an unknown item
     "What the model recommends to somebody who has this item and no other."
     if self.item_index.number(item_id) < 0:
-        raise AerecError(f"item {_named([_hashable(item_id)])} is unknown: there is nothing to compare it with")
+        raise AerecError(
+            f"item {_named([_hashable(item_id)])} is unknown: there is nothing to compare it with",
+            code="unknown_item",
+            where="item_id",
+        )
     return self.recommend(history=[item_id], k=k, **request)
 
 # %% ../nbs/04_inference.ipynb #ca8c3d22
@@ -970,7 +1032,9 @@ def _check_segment(r: Recommender, segment: str) -> None:
             if names
             else "there are none: name a table of users in inference.segments_file"
         )
-        raise AerecError(f"there is no segment {preview(segment)}{hint}; {there}")
+        raise AerecError(
+            f"there is no segment {preview(segment)}{hint}; {there}", code="unknown_segment", where="segment"
+        )
 
 
 @patch
@@ -999,9 +1063,9 @@ def rank(
     )
     answer = _answered(self, asked, _scores_of(self, asked), is_full=False)
     left = [self.items[n] for n in np.setdiff1d(numbers, self.item_index.numbers(answer.item_ids))]
-    answer.warnings = (
-        warnings + answer.warnings + ([f"items: {len(left)} may not be shown: {_named(left)}"] if left else [])
-    )
+    answer.warnings = warnings + answer.warnings
+    if left:
+        answer.warnings.append(Notice("items_not_shown", f"items: {len(left)} may not be shown: {_named(left)}"))
     return answer
 
 # %% ../nbs/04_inference.ipynb #9d34d555
@@ -1124,12 +1188,18 @@ def write_shards(
 ) -> pd.DataFrame:  # file, users, rows, bytes, sha256, made (now, or earlier)
     "Lists of many users as Parquet shards with a manifest; goes on where it was stopped."
     if isinstance(shard_users, bool) or not isinstance(shard_users, int) or shard_users < 1:
-        raise AerecError(f"shard_users must be a whole number of at least 1, not {shard_users!r}")
+        raise AerecError(
+            f"shard_users must be a whole number of at least 1, not {shard_users!r}",
+            code="out_of_range",
+            where="shard_users",
+        )
     if len(kinds := {isinstance(u, str): u for u in user_ids}) > 1:
         raise AerecError(
-            f"user_ids: {kinds[True]!r} is a text and {kinds[False]!r} is not; a file of lists has one kind of ids"
+            f"user_ids: {kinds[True]!r} is a text and {kinds[False]!r} is not; a file of lists has one kind of ids",
+            code="mixed_types",
+            where="user_ids",
         )
-    with _disk_errors(folder), alone(folder / "job.json", 1):
+    with _disk_errors(folder), file_lock(folder / "job.json", 1):
         folder.mkdir(parents=True, exist_ok=True)
         now = _same_job(
             folder,
@@ -1183,7 +1253,9 @@ def _disk_errors(
     except OSError as e:
         why = e.strerror or str(e).splitlines()[0]
         advice = "free space there or choose another folder, and start again: whole files are kept"
-        raise AerecError(f"{folder}: the lists cannot be written ({why}); {advice}") from None
+        raise AerecError(
+            f"{folder}: the lists cannot be written ({why}); {advice}", code="not_writable", where=folder.name
+        ) from None
 
 
 def make_shards(
@@ -1208,8 +1280,10 @@ def _rows_in(path: Path) -> int:
     try:
         return pq.read_metadata(path).num_rows
     except (pa.ArrowException, OSError) as e:
-        raise AerecError(
-            f"{path} is no whole shard ({str(e).splitlines()[0]}): delete it and start again, it will be made anew"
+        raise DataError(
+            f"{path} is no whole shard ({str(e).splitlines()[0]}): delete it and start again, it will be made anew",
+            code="damaged_file",
+            where=path.name,
         ) from None
 
 
@@ -1234,7 +1308,11 @@ def _same_job(folder: Path, now, job: dict) -> float:
     """
     if not (folder / "job.json").exists():
         if any(p.suffix in (".parquet", ".json") for p in folder.iterdir()):
-            raise AerecError(f"{folder}: there are files that no job left here; choose another folder")
+            raise AerecError(
+                f"{folder}: there are files that no job left here; choose another folder",
+                code="foreign_files",
+                where=folder.name,
+            )
         write_json(folder / "job.json", {**job, "now": time.time() if now is None else now})
     kept = read_json(folder / "job.json")
     other = sorted(key for key in job if job[key] != kept.get(key))
@@ -1242,7 +1320,9 @@ def _same_job(folder: Path, now, job: dict) -> float:
         raise AerecError(
             f"{folder}: the lists there are of another job: "
             f"{', '.join(f'{key} was {kept.get(key)}, is {job[key]}' for key in other)}; choose another folder, or "
-            f"delete this one"
+            f"delete this one",
+            code="other_job",
+            where=", ".join(other),
         )
     return kept["now"]
 
@@ -1283,9 +1363,11 @@ def with_cold_items(
     if not len(new):
         return recommender
     if r.item_index.integer and not pd.api.types.is_integer_dtype(new["item_id"]):
-        raise AerecError(
+        raise DataError(
             f"new items: the ids of the known items are whole numbers, but {_named([new['item_id'].tolist()[0]])} is "
-            f"none"
+            f"none",
+            code="wrong_type",
+            where="item_id",
         )
     both = pd.concat([known, new.reindex(columns=known.columns)], ignore_index=True)
     features = item_features(both, columns=columns).matrix
@@ -1326,16 +1408,16 @@ def pair_matrix(
 
 # %% ../nbs/04_inference.ipynb #7d72c6b1
 def load_recommender(
-    run,  # `Run` from `aerec_nb.runs`, with validation done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with validation done
     chain: Chain = None,  # postprocessing; None: exclude seen items, nothing banned
     artifact: Path = None,  # folder of segments.parquet and cold_items.parquet, if any; None: what `inference` wrote
 ) -> Recommender:
     "The chosen model with all that is known of users and items."
-    artifact = run.need("inference") if artifact is None else artifact
-    split = Split.load(run.need("model_preprocessing") / "split")
+    artifact = run.artifact_dir("inference") if artifact is None else artifact
+    split = Split.load(run.artifact_dir("model_preprocessing") / "split")
     histories = histories_over(split.interactions, split.refit().items)
-    table = run.need("data_import") / "items.parquet"
-    negatives = pd.read_parquet(run.need("business_preprocessing") / "negatives.parquet")
+    table = run.artifact_dir("data_import") / "items.parquet"
+    negatives = pd.read_parquet(run.artifact_dir("business_preprocessing") / "negatives.parquet")
     features = load_catalogue(run, histories.items, None).features
     segments = (
         Segments.of(histories.matrix, histories.users, pd.read_parquet(artifact / "segments.parquet"))
@@ -1343,7 +1425,7 @@ def load_recommender(
         else None
     )
     found = Recommender(
-        load_model(run.need("validation") / "model"),
+        load_model(run.artifact_dir("validation") / "model"),
         histories.items,
         histories.users,
         histories.matrix,
@@ -1370,11 +1452,7 @@ def segment_files(
 
 def _segments_path(settings) -> Path:
     path = project_dir() / settings.inference.segments_file
-    if not path.is_file():
-        raise AerecError(
-            f"inference.segments_file: there is no file {path}; a CSV or Parquet file with user_id and a column an "
-            f"attribute"
-        )
+    _check_there(path)
     return path
 
 # %% ../nbs/04_inference.ipynb #d94b9884
@@ -1434,15 +1512,15 @@ def make_candidates(
 
 # %% ../nbs/04_inference.ipynb #22b8cb42
 def valid_candidates(
-    run,  # `Run` from `aerec_nb.runs`, with training and validation done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with training and validation done
     n: int = 250,  # candidates a user
     n_users: int = 1000,  # at most; more are sampled
 ) -> pd.DataFrame | None:  # user_id, item_id, rank, score; None without a validation fold
     "What the chosen model would have proposed to the users of the validation fold."
-    split = Split.load(run.need("model_preprocessing") / "split")
-    pick = read_json(run.need("validation") / "choice.json")["model"]
+    split = Split.load(run.artifact_dir("model_preprocessing") / "split")
+    pick = read_json(run.artifact_dir("validation") / "choice.json")["model"]
     fold = split.valid
-    path = run.need("training") / pick
+    path = run.artifact_dir("training") / pick
     if fold is None or not len(fold) or not path.exists():
         return None
     model = load_model(path)
@@ -1467,22 +1545,24 @@ def valid_candidates(
 
 # %% ../nbs/04_inference.ipynb #1f11f884
 def unrated_items(
-    run,  # `Run` from `aerec_nb.runs`, with data imported
+    run,  # `Run` from `aerec_nb.core.artifacts`, with data imported
 ) -> pd.DataFrame:  # rows of the items table
     "Items that nobody has rated, neither high nor low; raises `AerecError` where nothing is known of the items."
-    path = run.need("data_import") / "items.parquet"
+    path = run.artifact_dir("data_import") / "items.parquet"
     if not path.exists():
-        raise AerecError(
+        raise DataError(
             "inference.cold_items is on, but there is no table of items: put an items.csv beside the ratings, or turn "
-            "it off"
+            "it off",
+            code="missing_file",
+            where="items.csv",
         )
     items = pd.read_parquet(path)
-    rated = pd.read_parquet(run.need("data_import") / "ratings.parquet", columns=["item_id"]).item_id.unique()
+    rated = pd.read_parquet(run.artifact_dir("data_import") / "ratings.parquet", columns=["item_id"]).item_id.unique()
     return items[~items.item_id.isin(rated)].reset_index(drop=True)
 
 # %% ../nbs/04_inference.ipynb #0314c664
 def build_inference(
-    run,  # `Run` from `aerec_nb.runs`
+    run,  # `Run` from `aerec_nb.core.artifacts`
     folder: Path,  # gets candidates.parquet; as far as they apply, valid_candidates, segments, cold_items.parquet
 ) -> dict:  # key figures for the manifest
     "Candidates of (up to 2,000) users from the chosen model."
@@ -1514,7 +1594,7 @@ def build_inference(
 
 # %% ../nbs/04_inference.ipynb #e20ae9ef
 def describe_inference(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
 ) -> str:  # one paragraph
     "Which model proposed what."
     m = run.manifest("inference")["metrics"]
@@ -1553,10 +1633,10 @@ def show_history(
 
 # %% ../nbs/04_inference.ipynb #bd08b635
 def plot_candidates(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
 ):  # -> matplotlib Figure
     "How scores fall with rank, and how popular what is proposed is."
-    c = pd.read_parquet(run.need("inference") / "candidates.parquet")
+    c = pd.read_parquet(run.artifact_dir("inference") / "candidates.parquet")
     recommender = load_recommender(run)
     unseen = c[~c.seen].assign(place=lambda f: f.groupby("user_id", sort=False).cumcount() + 1)
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -1634,7 +1714,7 @@ class Explorer:
         shown = [
             (f"{item['rank']}.&ensp;{_film(item)}", html.escape(item.get("why") or item["source"])) for item in answer
         ]
-        notes = "".join(f"<p>&#9888; {html.escape(w)}</p>" for w in answer.warnings)
+        notes = "".join(f"<p>&#9888; {html.escape(w.message)}</p>" for w in answer.warnings)
         side = "<div style='flex:{} 1 20em;min-width:0'><b>{}</b>{}</div>"
         return (
             f"<div style='display:flex;flex-wrap:wrap;gap:1em "

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from scipy import sparse
 from scipy.linalg import lapack
 
-from .configuration import AerecError
+from .core.errors import AerecError, DataError, SettingsError
 from .modeling import Model, check_histories, check_memory, check_value, limit_gib, scores_bytes
 
 # %% ../nbs/02a_linear_models.ipynb #2f3fb245
@@ -76,7 +76,7 @@ LAPACK_ROWS = 20_000  # larger matrices go to torch
 def invert(
     G: np.ndarray,  # [n, n] C-ordered, float32 or float64; lower triangle of a symmetric positive matrix; overwritten
 ) -> np.ndarray:  # [n, n] whole, in the same memory
-    "The inverse of a symmetric positive matrix by Cholesky; raises `AerecError` if it is not positive."
+    "The inverse of a symmetric positive matrix by Cholesky; raises `SettingsError` if it is not positive."
     if len(G) > LAPACK_ROWS:
         # .mT: the same memory in the order of LAPACK, upper for lower
         A = torch.from_numpy(G).mT
@@ -90,7 +90,11 @@ def invert(
         if not failed:
             potri(G.T, lower=0, overwrite_c=1)
     if failed:
-        raise AerecError(f"a system of {len(G):,} rows is not positive definite in {G.dtype}: raise lam")
+        raise SettingsError(
+            f"a system of {len(G):,} rows is not positive definite in {G.dtype}: raise lam",
+            code="not_positive_definite",
+            where="lam",
+        )
     return _mirror(G)
 
 
@@ -137,9 +141,11 @@ class LinearAutoEncoder(Model):
 
     def __init__(self, form, keep_gram, max_items, **hp):
         if form not in ("auto", "primal", "dual"):
-            raise AerecError(f"form = {form!r}: it must be auto, primal or dual")
+            raise SettingsError(f"form = {form!r}: it must be auto, primal or dual", code="unknown_name", where="form")
         if not isinstance(keep_gram, bool):
-            raise AerecError(f"keep_gram = {keep_gram!r}: it must be True or False")
+            raise SettingsError(
+                f"keep_gram = {keep_gram!r}: it must be True or False", code="wrong_type", where="keep_gram"
+            )
         high = {"dropout": 1, "xi": 1}
         super().__init__(
             **{k: check_value(k, v, 0, high.get(k, np.inf), open=k == "lam") for k, v in hp.items()},
@@ -191,8 +197,11 @@ def _features(item_features, n_items, weight):
         return None
     F = check_histories(item_features, what="item_features")
     if F.shape[0] != n_items:
-        raise AerecError(
-            f"item_features: {F.shape[0]:,} rows for {n_items:,} items; lay them out on the vocabulary of the histories"
+        raise DataError(
+            f"item_features: {F.shape[0]:,} rows for {n_items:,} items; lay them out on the vocabulary of the "
+            f"histories",
+            code="shape_mismatch",
+            where="item_features",
         )
     return F
 
@@ -283,6 +292,7 @@ def _system(self: LinearAutoEncoder, train, item_features):
             n_bytes,
             self.max_memory_gib,
             "use fewer features",
+            self.name,
         )
     system = _System(form, rows.X, roots, F, squares, rows.counts, rows.lengths)
     size = condition(
@@ -291,9 +301,11 @@ def _system(self: LinearAutoEncoder, train, item_features):
     dtype = solver_dtype(size)
     if form == "dual":
         if size > 1e6 and n_rows > rows.shape[1]:
-            raise AerecError(
+            raise SettingsError(
                 f"form = {form!r}: it would lose its digits here (more rows than items, condition {size:.0e}): take "
-                f"auto or primal, or raise lam"
+                f"auto or primal, or raise lam",
+                code="ill_conditioned",
+                where="form",
             )
         return replace(system, dtype=dtype)
     if dtype is np.float64:
@@ -302,6 +314,7 @@ def _system(self: LinearAutoEncoder, train, item_features):
             (12 + 8 * self.keep_gram) * len(squares) ** 2,
             self.max_memory_gib,
             "raise lam, or scale the weights of the interactions down",
+            self.name,
         )
     return replace(system, X=None, dtype=dtype, G=rows.gram(roots, dtype))
 
@@ -329,7 +342,11 @@ def fit_rows(
     histories).
     """
     if self.n_head(rows.shape[1]) < rows.shape[1]:
-        raise AerecError(f"{self.name}: max_items needs all histories in one place; leave it out, or call fit")
+        raise SettingsError(
+            f"{self.name}: max_items needs all histories in one place; leave it out, or call fit",
+            code="not_supported",
+            where="max_items",
+        )
     self._agree(*rows.shape, rows.nnz)
     for name in self.fitted:
         setattr(self, name, None)
@@ -674,12 +691,16 @@ def solve_path(
     "The models of a grid, each as if it had been fitted alone, sharing what they can."
     unknown = [k for k in values if k not in model.hyperparameters or k in ("form", "keep_gram", "max_items")]
     if unknown:
-        raise AerecError(
+        raise SettingsError(
             f"{model.name} has no path over {unknown[0]}: it has "
-            + ", ".join(k for k in model.hyperparameters if k not in ("form", "keep_gram", "max_items"))
+            + ", ".join(k for k in model.hyperparameters if k not in ("form", "keep_gram", "max_items")),
+            code="unknown_parameter",
+            where=unknown[0],
         )
     if model.max_items is not None:
-        raise AerecError(f"{model.name}: a path takes all items; leave max_items out")
+        raise SettingsError(
+            f"{model.name}: a path takes all items; leave max_items out", code="not_supported", where="max_items"
+        )
     train = model._begin(train)
     m, n = train.shape
     eigen = len(values.get("lam", ())) >= EIGEN_PAYS
@@ -687,7 +708,9 @@ def solve_path(
         n_bytes = 36 * n**2 if eigen else 12 * n**2
     else:
         n_bytes = 24 * m**2 + 12 * m * n * eigen
-    check_memory(f"a path of {model.name}", n_bytes, model.max_memory_gib, "fit fewer models, one after another")
+    check_memory(
+        f"a path of {model.name}", n_bytes, model.max_memory_gib, "fit fewer models, one after another", model.name
+    )
     grid = {k: [v] for k, v in model.hyperparameters.items()} | {k: list(v) for k, v in values.items()}
 
     def models(base, *names):
@@ -725,19 +748,25 @@ def update(
     n_known = self._can_change()
     n_items = rows.shape[1]
     if n_items < n_known:
-        raise AerecError(
+        raise DataError(
             f"rows: they have {n_items:,} items, the model was fitted on {n_known:,}; lay them out on its vocabulary, "
-            f"new items at the end"
+            f"new items at the end",
+            code="shape_mismatch",
+            where="rows",
         )
     X, F = self._kept() if self.K is not None else (None, self.F)
     if item_features is not None:
         F = _features(item_features, n_items, self.feature_weight)
     elif F is not None and n_items > n_known:
-        raise AerecError(f"item_features: the model was fitted with features; give those of all {n_items:,} items")
+        raise DataError(
+            f"item_features: the model was fitted with features; give those of all {n_items:,} items",
+            code="missing_value",
+            where="item_features",
+        )
     if X is not None:
         X.resize(X.shape[0], n_items)
         return self.fit(sparse.vstack([X, rows], format="csr"), F)
-    check_memory(f"{self.name}, updated", 12 * n_items**2, self.max_memory_gib)
+    check_memory(f"{self.name}, updated", 12 * n_items**2, self.max_memory_gib, where=self.name)
     lengths = np.concatenate([self.lengths, np.diff(rows.indptr)])
     weights = user_weights(lengths, self.user_power)
     G = np.zeros((n_items, n_items), self.G.dtype)
@@ -767,13 +796,19 @@ def _resolve(self: LinearAutoEncoder, G, F, counts, lengths):
 def _can_change(self: LinearAutoEncoder):
     "The number of items, if the model has what it takes to change; `AerecError` otherwise."
     if self.n_items is None:
-        raise AerecError(f"{self.name} is not fitted: call fit(train)")
+        raise AerecError(f"{self.name} is not fitted: call fit(train)", code="not_fitted", where=self.name)
     if self.head is not None:
-        raise AerecError(f"{self.name}: with max_items, who is popular enough may change; fit it again")
+        raise SettingsError(
+            f"{self.name}: with max_items, who is popular enough may change; fit it again",
+            code="not_supported",
+            where="max_items",
+        )
     if self.K is None and self.G is None:
-        raise AerecError(
+        raise SettingsError(
             f"{self.name}: this model does not have the Gram matrix that changing it takes; fit it with "
-            f"keep_gram=True ({4 * self.n_items**2 / 2**30:.2g} GiB more), or fit it again on all users"
+            f"keep_gram=True ({4 * self.n_items**2 / 2**30:.2g} GiB more), or fit it again on all users",
+            code="not_supported",
+            where="keep_gram",
         )
     return self.n_items
 
@@ -795,19 +830,24 @@ def remove_items(
     n_items = self._can_change()
     items = np.unique(np.asarray(items, np.int64))
     if len(items) and not 0 <= items[0] <= items[-1] < n_items:
-        raise AerecError(
-            f"items: position {items[-1] if items[-1] >= n_items else items[0]} is not one of the {n_items:,} items"
+        position = items[-1] if items[-1] >= n_items else items[0]
+        raise DataError(
+            f"items: position {position} is not one of the {n_items:,} items",
+            code="out_of_range",
+            where=str(position),
         )
     stay = np.setdiff1d(np.arange(n_items), items)
     if not len(stay):
-        raise AerecError("items: none would stay")
+        raise DataError("items: none would stay", code="empty_data", where="items")
     if self.K is not None:
         X, F = self._kept()
         return self.fit(X[:, stay], None if F is None else F[stay])
     if self.user_power:
-        raise AerecError(
+        raise SettingsError(
             f"{self.name}: with user_power, the histories that become shorter weigh more, and the Gram matrix does "
-            f"not tell whose they are; fit it again without the items"
+            f"not tell whose they are; fit it again without the items",
+            code="not_supported",
+            where="user_power",
         )
     return self._resolve(
         np.ascontiguousarray(self.G[np.ix_(stay, stay)]),

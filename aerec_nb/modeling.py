@@ -30,9 +30,11 @@ from safetensors.numpy import load_file, save
 from scipy import sparse
 from torch import nn
 
-from .configuration import KNOBS, AerecError, check_name, exception_line, own_file, own_object
+from .core.custom import check_name, load_plugin, plugin_file
+from .core.errors import AerecError, DataError, PluginError, SettingsError, exception_line
+from .core.files import atomic_path, read_json, sha256_file, write_json, write_parquet
+from .core.settings import setting_sections
 from .model_preprocessing import Split
-from .runs import atomic_path, read_json, sha256_file, write_json, write_parquet
 
 # %% ../nbs/02_modeling.ipynb #45e20e05
 def check_histories(
@@ -40,20 +42,28 @@ def check_histories(
     n_items: int = None,  # columns it must have; None: any
     what: str = "history",  # how the error names it
 ) -> sparse.csr_matrix:  # float32, rows sorted by item
-    "Histories in the one form that models work on; raises `AerecError` for anything else."
+    "Bring histories into the one form that models work on; raises `DataError` for anything else."
     if not sparse.issparse(histories):
-        raise AerecError(
+        raise DataError(
             f"{what}: expected a scipy sparse matrix with a row a user, got {type(histories).__name__}; wrap it as "
-            f"scipy.sparse.csr_matrix(...)"
+            f"scipy.sparse.csr_matrix(...)",
+            code="wrong_type",
+            where=what,
         )
     histories = sparse.csr_matrix(histories, dtype=np.float32)
     if n_items is not None and histories.shape[1] != n_items:
-        raise AerecError(
+        raise DataError(
             f"{what}: it has {histories.shape[1]:,} items, the model was fitted on {n_items:,}; lay it out on the "
-            f"model's own vocabulary"
+            f"model's own vocabulary",
+            code="shape_mismatch",
+            where=what,
         )
     if not np.isfinite(histories.data).all():
-        raise AerecError(f"{what}: it holds a value that is not a number; drop or repair those interactions")
+        raise DataError(
+            f"{what}: it holds a value that is not a number; drop or repair those interactions",
+            code="not_a_number",
+            where=what,
+        )
     if not histories.has_canonical_format:
         histories = histories.copy()
         histories.sum_duplicates()
@@ -68,31 +78,32 @@ def check_value(
     kind: type = float,  # float or int
     open: bool = False,  # is `low` itself too low?  # noqa: A002
 ):
-    "The hyperparameter as a number in [low, high), or `AerecError`."
-    ok = (
-        isinstance(value, Real)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and low <= value < high
-        and (kind is float or value == int(value))
+    "Return the hyperparameter as a number in [low, high); raises `SettingsError` where it is none."
+    limit = f"above {low:g}" if open else f"at least {low:g}"
+    refusal = f"{name} = {value!r}: it must be a {'whole ' if kind is int else ''}number, {limit}" + (
+        f" and below {high:g}" if high < math.inf else ""
     )
-    if not ok or (open and value == low):
-        limit = f"above {low:g}" if open else f"at least {low:g}"
-        raise AerecError(
-            f"{name} = {value!r}: it must be a {'whole ' if kind is int else ''}number, {limit}"
-            + (f" and below {high:g}" if high < math.inf else "")
-        )
+    if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
+        raise SettingsError(refusal, code="not_a_number", where=name)
+    if math.isinf(value) or not low <= value < high or (open and value == low):
+        raise SettingsError(refusal, code="out_of_range", where=name)
+    if kind is int and value != int(value):
+        raise SettingsError(refusal, code="wrong_type", where=name)
     return kind(value)
 
 # %% ../nbs/02_modeling.ipynb #2abf6f4a
 def check_device(
     device: str,  # a torch device: cpu, cuda, cuda:1, mps
 ) -> str:  # the same
-    "A torch device that is there; raises `AerecError` otherwise."
+    "Return a torch device that is there; raises `SettingsError` otherwise."
     try:
         torch.empty(1, device=torch.device(device))
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):
-        raise AerecError(f"device = {device!r}: this machine has no such device; set device to 'cpu'") from None
+        raise SettingsError(
+            f"device = {device!r}: this machine has no such device; set device to 'cpu'",
+            code="not_found",
+            where="device",
+        ) from None
     return str(device)
 
 # %% ../nbs/02_modeling.ipynb #84ebfaf0
@@ -127,7 +138,11 @@ class Model:
         "What comes before any fitting: the histories checked, the memory asked for."
         train = check_histories(train, what="train")
         if not train.nnz:
-            raise AerecError("train: there is no interaction to learn from; look at what the rules and the split left")
+            raise DataError(
+                "train: there is no interaction to learn from; look at what the rules and the split left",
+                code="empty_data",
+                where="train",
+            )
         self._agree(*train.shape, train.nnz)
         return train
 
@@ -141,8 +156,11 @@ class Model:
     ) -> np.ndarray:  # float32 [n, n_items], dense for the rows given; the history is not masked
         "A value for every item, higher is better; a row without history gets a defined answer."
         if self.n_items is None:
+            name = self.name or type(self).__name__
             raise AerecError(
-                f"{self.name or type(self).__name__} is not fitted: call fit(train), or load it with load_model(folder)"
+                f"{name} is not fitted: call fit(train), or load it with load_model(folder)",
+                code="not_fitted",
+                where=name,
             )
         return self._score(check_histories(history, self.n_items))
 
@@ -169,29 +187,42 @@ def check_csr(
     shape: tuple,  # (n_rows, n_columns)
     what: str,  # how the error names it
 ) -> None:
-    """Refuse arrays that are no CSR matrix with sorted columns, each once a row; raises `AerecError`.
+    """Refuse arrays that are no CSR matrix with sorted columns, each once a row; raises `DataError`.
 
     Compiled code reads beyond its memory where they are not.
     """
 
-    def check(holds, why):
+    def check(holds, code, why):
         if not holds:
-            raise AerecError(f"{what}: {why}")
+            raise DataError(f"{what}: {why}", code=code, where=what)
 
     check(
         indptr.ndim == indices.ndim == 1 and indptr.dtype.kind == indices.dtype.kind == "i",
+        "wrong_type",
         "indptr and indices must be lists of integers",
     )
-    check(len(indptr) == shape[0] + 1, f"indptr has {len(indptr):,} values for {shape[0]:,} rows")
-    check(indptr[0] == 0 and indptr[-1] == len(indices), "indptr must begin at 0 and end at the number of indices")
-    check(indptr.min() >= 0 and indptr.max() <= len(indices) and (np.diff(indptr) >= 0).all(), "indptr must not fall")
+    check(len(indptr) == shape[0] + 1, "shape_mismatch", f"indptr has {len(indptr):,} values for {shape[0]:,} rows")
+    check(
+        indptr[0] == 0 and indptr[-1] == len(indices),
+        "shape_mismatch",
+        "indptr must begin at 0 and end at the number of indices",
+    )
+    check(
+        indptr.min() >= 0 and indptr.max() <= len(indices) and (np.diff(indptr) >= 0).all(),
+        "not_sorted",
+        "indptr must not fall",
+    )
     if not len(indices):
         return
-    check(indices.min() >= 0 and indices.max() < shape[1], f"an index is not within the {shape[1]:,} columns")
+    check(
+        indices.min() >= 0 and indices.max() < shape[1],
+        "out_of_range",
+        f"an index is not within the {shape[1]:,} columns",
+    )
     rises = np.diff(indices) > 0
     starts = indptr[1:-1]
     rises[starts[(starts > 0) & (starts < len(indices))] - 1] = True  # the first index of a row may be anything
-    check(rises.all(), "the indices of a row must be sorted, each once")
+    check(rises.all(), "not_sorted", "the indices of a row must be sorted, each once")
 
 # %% ../nbs/02_modeling.ipynb #0928ffb6
 def _pack(values):
@@ -241,10 +272,11 @@ def from_state(
     state: dict,  # what `state` gave
     **hyperparameters,  # what the model was made with
 ) -> Model:
-    "Make the fitted model again; raises `AerecError` for arrays that it does not have."
+    "Make the fitted model again; raises `DataError` for arrays that it does not have."
     other = sorted({key.partition(".")[0] for key in state} - {"n_items", *cls.fitted})
     if other:
-        raise AerecError(f"{cls.__name__} has no array {ascii(other[0])[:80]}")
+        array = ascii(other[0])[:80]
+        raise DataError(f"{cls.__name__} has no array {array}", code="unknown_name", where=array)
     model = cls(**hyperparameters)
     for name, value in _unpack(state).items():
         setattr(model, name, value)
@@ -322,13 +354,16 @@ def check_memory(
     n_bytes: float,  # what it would need
     max_memory_gib: float = None,  # GiB; None: 80 % of what is free
     way_out: str = "drop rare items with min_item_interactions",  # what else there is to do
+    where: str = None,  # model that would need it
 ):
-    "Refuse what will not fit, with numbers."
+    "Refuse what will not fit, with numbers; the code is `no_memory`."
     need = n_bytes / 2**30
     limit = limit_gib(max_memory_gib)
     if need > limit:
         raise AerecError(
-            f"{what} would need {need:.3g} GiB and may use {limit:.3g} GiB: {way_out}, or raise max_memory_gib"
+            f"{what} would need {need:.3g} GiB and may use {limit:.3g} GiB: {way_out}, or raise max_memory_gib",
+            code="no_memory",
+            where=where,
         )
 
 
@@ -352,6 +387,7 @@ def check_plan(
             plan.n_bytes,
             max_memory_gib,
             (f"take {best.model} instead, " if best else "") + "drop rare items with min_item_interactions",
+            plan.model,
         )
     return plan
 
@@ -387,9 +423,9 @@ def register_model(
     "Add a model of your own, or replace one."
     if ":" in check_name(name, "model"):
         why = "a registered name has no colon; a class in a file of the project needs no registration"
-        raise AerecError(f"model '{name}': {why}")
+        raise SettingsError(f"model '{name}': {why}", code="invalid_name", where=name)
     if isinstance(target, str) and target.count(":") != 1:
-        raise AerecError(f"model '{name}': {target!r} is not 'module:class'")
+        raise SettingsError(f"model '{name}': {target!r} is not 'module:class'", code="invalid_name", where=name)
     _MODELS[name] = target
 
 # %% ../nbs/02_modeling.ipynb #9aff40b3
@@ -400,7 +436,9 @@ def model_class(
     if ":" in check_name(name, "model"):
         return _class_of_file(name)
     if name not in {**_MODELS, **_AROUND}:
-        raise AerecError(f"unknown model '{name}': valid names are {', '.join(model_names())}")
+        raise SettingsError(
+            f"unknown model '{name}': valid names are {', '.join(model_names())}", code="unknown_model", where=name
+        )
     target = _MODELS.get(name) or _AROUND[name]
     if not isinstance(target, str):
         return target
@@ -408,15 +446,19 @@ def model_class(
     try:
         return getattr(importlib.import_module(module), cls)
     except (ImportError, AttributeError) as e:
-        raise AerecError(f"model '{name}': {target} cannot be imported ({e})") from None
+        raise PluginError(
+            f"model '{name}': {target} cannot be imported ({e})", code="import_failed", where=name
+        ) from None
 
 
 def _class_of_file(name):
     "A class of a file of the project: 'mine:Together'."
-    cls = own_object(name, "model")
+    cls = load_plugin(name, "model")
     if not (isinstance(cls, type) and hasattr(cls, "score") and hasattr(cls, "from_state")):
-        raise AerecError(
-            f"model '{name}' is no class with fit, score, state and from_state: derive it from aerec_nb.modeling.Model"
+        raise PluginError(
+            f"model '{name}' is no class with fit, score, state and from_state: derive it from aerec_nb.modeling.Model",
+            code="wrong_type",
+            where=name,
         )
     return cls
 
@@ -426,7 +468,7 @@ def model_files(
 ) -> dict:  # label -> sha256
     "Files of the project that hold models of one's own: what a stage depends on outside the run."
     names = [settings.model.model] if settings.model.model else settings.model.models
-    return {f"model {name}": sha256_file(own_file(name, "model.models")) for name in names if ":" in name}
+    return {f"model {name}": sha256_file(plugin_file(name, "model.models")) for name in names if ":" in name}
 
 
 def hyperparameters(
@@ -449,16 +491,20 @@ def create_model(
     valid = hyperparameters(name)
     presets = getattr(model_class(name), "presets", {})
     if preset is not None and preset not in presets:
-        raise AerecError(
+        raise SettingsError(
             f"model '{name}' has no preset '{preset}': "
-            + (f"valid ones are {', '.join(presets)}" if presets else "it has none")
+            + (f"valid ones are {', '.join(presets)}" if presets else "it has none"),
+            code="unknown_preset",
+            where=preset,
         )
     hp = presets.get(preset, {}) | hp
     for h in hp:
         if h not in valid:
-            raise AerecError(
+            raise SettingsError(
                 f"model '{name}' has no hyperparameter '{h}': "
-                + (f"valid ones are {', '.join(valid)}" if valid else "it has none")
+                + (f"valid ones are {', '.join(valid)}" if valid else "it has none"),
+                code="unknown_parameter",
+                where=h,
             )
     model = model_class(name)(**hp)
     model.name = name
@@ -496,7 +542,7 @@ def save_model(
 ):
     "Write `model.safetensors` and `model.json`."
     if model.n_items is None:
-        raise AerecError(f"{model!r} is not fitted: there is nothing to save")
+        raise AerecError(f"{model!r} is not fitted: there is nothing to save", code="not_fitted", where=model.name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {k: np.ascontiguousarray(v) for k, v in sorted(model.state().items())}
@@ -512,15 +558,23 @@ def load_model(
     folder: Path,  # one that `save_model` wrote
     device: str = "cpu",  # torch device of gradient-trained models
 ) -> Model:  # fitted
-    "Read a model back; raises `AerecError` if the folder holds none."
+    "Read a model back; raises `DataError` if the folder holds none."
     folder = Path(folder)
+
+    def refusal(e):
+        return (
+            f"{folder}: no model can be read from here ({exception_line(e)}); write one with save_model(model, folder)"
+        )
+
     try:
         about = read_json(folder / "model.json")
         arrays = load_file(folder / "model.safetensors")
+    except FileNotFoundError as e:
+        raise DataError(refusal(e), code="missing_file", where=str(folder)) from None
     except (OSError, ValueError, RecursionError, SafetensorError) as e:
-        raise AerecError(
-            f"{folder}: no model can be read from here ({exception_line(e)}); write one with save_model(model, folder)"
-        ) from None
+        if getattr(e, "errno", None):  # the system refuses; the content may be as it should
+            raise DataError(refusal(e), code="unreadable", where=str(folder)) from None
+        raise DataError(refusal(e), code="damaged_file", where=str(folder)) from None
     return restore_model(about, arrays, device)
 
 
@@ -531,7 +585,7 @@ def restore_model(
 ) -> Model:  # fitted
     "Make a fitted model of its parts; raises `AerecError` where they do not fit together."
     if not isinstance(about, dict):
-        raise AerecError("model.json holds no model")
+        raise DataError("model.json holds no model", code="damaged_file", where="model.json")
     name, hp, n_items = (about.get(key) for key in ("name", "hyperparameters", "n_items"))
     cls = model_class(name)
     try:
@@ -539,12 +593,16 @@ def restore_model(
     except AerecError:
         raise
     except Exception as e:  # arrays and hyperparameters of every kind reach the code of every model
-        raise AerecError(
-            f"model '{name}': its hyperparameters and arrays do not fit together ({exception_line(e)})"
+        raise DataError(
+            f"model '{name}': its hyperparameters and arrays do not fit together ({exception_line(e)})",
+            code="conflict",
+            where=name,
         ) from None
     if model.n_items != n_items or not isinstance(n_items, int) or n_items < 1:
-        raise AerecError(
-            f"model '{name}': its arrays are of {model.n_items} items, and model.json says {ascii(n_items)[:40]}"
+        raise DataError(
+            f"model '{name}': its arrays are of {model.n_items} items, and model.json says {ascii(n_items)[:40]}",
+            code="shape_mismatch",
+            where=name,
         )
     model.name = name
     return model.to(device)
@@ -555,11 +613,13 @@ def check_weights(
     arrays: dict,  # name -> array
     name: str,  # of the model
 ) -> None:
-    "Refuse a net that is much larger than its arrays, before it is allocated; raises `AerecError`."
+    "Refuse a net that is much larger than its arrays, before it is allocated; raises `DataError`."
     n_found = sum(a.size for a in arrays.values())
     if n_expected > 2 * n_found + 100_000:
-        raise AerecError(
-            f"model '{name}': its hyperparameters ask for {n_expected:,} weights, and its arrays have {n_found:,}"
+        raise DataError(
+            f"model '{name}': its hyperparameters ask for {n_expected:,} weights, and its arrays have {n_found:,}",
+            code="shape_mismatch",
+            where=name,
         )
 
 # %% ../nbs/02_modeling.ipynb #777a682f
@@ -666,9 +726,11 @@ class Blend(Model):
         members = [{"name": m, "hyperparameters": {}} if isinstance(m, str) else dict(m) for m in members]
         weights = [1.0] * len(members) if weights is None else [check_value("weights", w, -math.inf) for w in weights]
         if not members or len(weights) != len(members):
-            raise AerecError(
+            raise SettingsError(
                 f"blend: {len(members)} members and {len(weights)} weights; it takes one weight a member, and at "
-                f"least one member"
+                f"least one member",
+                code="conflict",
+                where="weights",
             )
         super().__init__(members=members, weights=weights)
         self.models = [create_model(m["name"], **m.get("hyperparameters", {})) for m in members]
@@ -680,8 +742,15 @@ class Blend(Model):
         weights: list = None,  # a number each; None: all alike
     ):  # -> Blend, fitted
         "A blend of models that are fitted."
-        if len({m.n_items for m in models}) != 1 or models[0].n_items is None:
-            raise AerecError("blend: its members must be fitted, and on the same items")
+        unfitted = [m.name for m in models if m.n_items is None]
+        if unfitted:
+            raise AerecError(
+                f"blend: its member {unfitted[0]} must be fitted, as all of them", code="not_fitted", where=unfitted[0]
+            )
+        if len({m.n_items for m in models}) != 1:
+            raise AerecError(
+                "blend: its members must be fitted on the same items", code="shape_mismatch", where="blend"
+            )
         blend = cls([{"name": m.name, "hyperparameters": m.hyperparameters} for m in models], weights)
         blend.models = list(models)
         blend.n_items = models[0].n_items
@@ -757,10 +826,14 @@ class ColdItems(Model):
         n_neighbours: int = 30,  # items that a new one is scored by
     ):  # -> ColdItems, fitted
         "New items beside a fitted model."
-        if model.n_items is None or features.shape[0] < model.n_items:
-            raise AerecError(
+        if model.n_items is None:
+            raise AerecError(f"cold_items: {model!r} is not fitted: fit it first", code="not_fitted", where=model.name)
+        if features.shape[0] < model.n_items:
+            raise DataError(
                 f"cold_items: {features.shape[0]} rows of features for {model.n_items} items of {model!r}; it takes a "
-                f"fitted model, and a row for each of its items and then the new ones"
+                f"row for each of its items and then the new ones",
+                code="shape_mismatch",
+                where="features",
             )
         self = cls({"name": model.name, "hyperparameters": model.hyperparameters})
         self.model = model
@@ -781,7 +854,9 @@ class ColdItems(Model):
     def _fit(self, train, item_features):
         raise AerecError(
             "cold_items is not fitted: fit the model, and put the new items beside it with ColdItems.of(model, "
-            "features)"
+            "features)",
+            code="not_supported",
+            where="cold_items",
         )
 
     def _score(self, history):
@@ -923,15 +998,19 @@ def configured_models(
     }
     for knob in knobs:
         if knob in asked and not any(knob in hp for hp in own.values()):
-            raise AerecError(
+            raise SettingsError(
                 f"{knob} = {knobs[knob]!r}: none of the models {', '.join(names)} has it; leave it out, or choose a "
-                f"model that does"
+                f"model that does",
+                code="not_supported",
+                where=f"{setting_sections()[knob]}.{knob}",
             )
     presets = {name: preset for name in own if preset in getattr(model_class(name), "presets", {})}
     if preset and not presets:
-        raise AerecError(
+        raise SettingsError(
             f"preset = {preset!r}: none of the models {', '.join(names)} has it; leave it out, or choose a model that "
-            f"does"
+            f"does",
+            code="not_supported",
+            where="model.preset",
         )
     knobs["random_seed"] = settings.run.random_seed
     made = {
@@ -943,7 +1022,7 @@ def configured_models(
         for name, hp in own.items()
     }
     looked_for = (
-        [{"name": AUTO, "hyperparameters": {"budget_s": settings.training.budget_s}, "given": []}]
+        [{"name": AUTO, "hyperparameters": {"time_budget_s": settings.training.time_budget_s}, "given": []}]
         if AUTO in names
         else []
     )
@@ -953,17 +1032,19 @@ def configured_models(
 
 # %% ../nbs/02_modeling.ipynb #8b91299f
 def build_modeling(
-    run,  # `Run` from `aerec_nb.runs`
+    run,  # `Run` from `aerec_nb.core.artifacts`
     folder: Path,  # where to write models.json and plan.parquet
 ) -> dict:  # key figures for the manifest
     "Settle which models compete, and plan each; refuse those that will not fit."
-    split = Split.load(run.need("model_preprocessing") / "split").refit()
-    asked = [k for k in run.overrides if KNOBS.get(k) != "training"]
+    split = Split.load(run.artifact_dir("model_preprocessing") / "split").refit()
+    asked = [k for k in run.overrides if setting_sections().get(k) != "training"]
     models = [
         {
             **m,
             "hyperparameters": {
-                k: v for k, v in m["hyperparameters"].items() if m["name"] == AUTO or KNOBS.get(k) != "training"
+                k: v
+                for k, v in m["hyperparameters"].items()
+                if m["name"] == AUTO or setting_sections().get(k) != "training"
             },
         }
         for m in configured_models(run.settings, asked)
@@ -977,7 +1058,7 @@ def build_modeling(
             "search",
             *split.train.shape,
             int(2**30 * limit_gib(run.settings.model.max_memory_gib)),
-            hp["budget_s"],
+            hp["time_budget_s"],
         )  # at most
 
     plans = [planned(m["name"], m["hyperparameters"]) for m in models]

@@ -14,10 +14,10 @@ __all__ = ['GROUPS', 'MONITORS', 'Z', 'MIN_LISTS', 'SAMPLE', 'log', 'STANDING', 
            'new_items', 'busiest_user', 'clock_skew', 'ctr', 'ndcg', 'hit_rate', 'lift', 'sample_ratio', 'ips',
            'offline_metric', 'measure_window', 'make_window', 'run_monitors', 'in_window', 'last_headline',
            'monitor_trend', 'Visitors', 'Traffic', 'make_traffic', 'events_of', 'simulate_traffic', 'ground_truth',
-           'alerts', 'shown', 'AlertBook', 'prometheus_rules', 'exposition', 'monitor', 'describe_window', 'watch',
-           'evidence_requests', 'evidence_segments', 'evidence_items', 'Lights', 'plot_monitors', 'report_html',
-           'Decision', 'retrain_decision', 'describe_decision', 'ratings_from_events', 'grown_ratings',
-           'build_monitoring', 'describe_monitoring']
+           'alerts', 'shown', 'AlertBookError', 'AlertBook', 'prometheus_rules', 'exposition', 'monitor',
+           'describe_window', 'watch', 'evidence_requests', 'evidence_segments', 'evidence_items', 'Lights',
+           'plot_monitors', 'report_html', 'Decision', 'retrain_decision', 'describe_decision', 'ratings_from_events',
+           'grown_ratings', 'build_monitoring', 'describe_monitoring']
 
 # %% ../nbs/06_monitoring.ipynb #8aadeba8
 import base64
@@ -45,24 +45,26 @@ import pyarrow.compute as pc
 from fastcore.basics import patch
 from scipy import sparse
 
-from .configuration import AerecError, load_settings, own_file, own_object, project_dir, using_settings
+from .core.artifacts import all_runs, read_run_file
+from .core.custom import load_plugin, plugin_file, using_settings
+from .core.errors import AerecError, DataError, Notice, PluginError, SettingsError
+from aerec_nb.core.files import (
+    FileError,
+    atomic_path,
+    file_errors,
+    file_lock,
+    read_json,
+    sha256_file,
+    write_json,
+    write_parquet,
+)
+from .core.project import project_dir
+from .core.settings import load_settings
 from .data_import import feedback_ratings
 from .events import COLUMNS, SCHEMA, EventLog, check_event, load_events, new_event
 from .inference import Recommender
 from .packaging import head_items, headline, load_bundle, same_answer
 from .postprocessing import ban_list, miscalibration
-from aerec_nb.runs import (
-    FileError,
-    all_runs,
-    alone,
-    atomic_path,
-    file_errors,
-    read_json,
-    read_run_file,
-    sha256_file,
-    write_json,
-    write_parquet,
-)
 from .validation import gini, list_metrics, long_tail
 
 # %% ../nbs/06_monitoring.ipynb #b9690a6b
@@ -573,8 +575,13 @@ def register_monitor(
     monitor: Monitor,  # the same name again replaces it
 ) -> None:
     "Add a monitor to those that run."
-    if monitor.fires not in ("above", "below") or monitor.severity not in ("critical", "warning"):
-        raise AerecError(f"monitor {monitor.name}: fires is 'above' or 'below', severity 'critical' or 'warning'")
+    for name, valid in (("fires", ("above", "below")), ("severity", ("critical", "warning"))):
+        if getattr(monitor, name) not in valid:
+            raise PluginError(
+                f"monitor {monitor.name}: fires is 'above' or 'below', severity 'critical' or 'warning'",
+                code="unknown_name",
+                where=name,
+            )
     MONITORS[monitor.name] = monitor
 
 
@@ -602,20 +609,26 @@ def take_own_monitors(
 ) -> None:
     "Register the monitors that the settings name in files of the project; raises `AerecError` where one cannot be."
     module = importlib.import_module("aerec_nb.monitoring")  # with which the file registers, whatever runs here
-    for name in monitoring.own_monitors:
+    for name in monitoring.custom_monitors:
         if ":" not in name:
-            raise AerecError(f"monitoring.own_monitors names '{name}': a monitor of your own is named module:function")
+            raise PluginError(
+                f"monitoring.custom_monitors names '{name}': a monitor of your own is named module:function",
+                code="unknown_name",
+                where="monitoring.custom_monitors",
+            )
         before = dict(module.MONITORS)
         try:
-            function = own_object(name, "monitoring.own_monitors")
+            function = load_plugin(name, "monitoring.custom_monitors")
             found = [m for m in module.MONITORS.values() if m.measure is function]
         finally:
             module.MONITORS.clear()
             module.MONITORS.update(before)
         if not found:
-            raise AerecError(
-                f"monitoring.own_monitors names '{name}', but its file registers no such monitor: put @register(...) "
-                f"over the function"
+            raise PluginError(
+                f"monitoring.custom_monitors names '{name}', but its file registers no such one: put @register(...) "
+                f"over the function",
+                code="not_found",
+                where="monitoring.custom_monitors",
             )
         for m in found:
             MONITORS[m.name] = module.MONITORS[m.name] = m
@@ -626,8 +639,8 @@ def monitor_files(
 ) -> dict:  # label -> sha256
     "Files of the project that hold monitors of one's own."
     return {
-        f"monitor {name}": sha256_file(own_file(name, "monitoring.own_monitors"))
-        for name in settings.monitoring.own_monitors
+        f"monitor {name}": sha256_file(plugin_file(name, "monitoring.custom_monitors"))
+        for name in settings.monitoring.custom_monitors
     }
 
 # %% ../nbs/06_monitoring.ipynb #0140a298
@@ -678,7 +691,7 @@ def percentile(values, q: float) -> Figure:
 # %% ../nbs/06_monitoring.ipynb #d5de4b66
 @register(
     "errors",
-    "max_error_share",
+    "max_error_rate",
     "above",
     "critical",
     "API",
@@ -707,7 +720,7 @@ def availability(w):
 
 @register(
     "client errors",
-    "max_client_error_share",
+    "max_client_error_rate",
     "above",
     "warning",
     "API",
@@ -755,7 +768,7 @@ def latency_p99(w):
 
 @register(
     "unknown users",
-    "max_unknown_share",
+    "max_unknown_rate",
     "above",
     "warning",
     "API",
@@ -767,7 +780,7 @@ def unknown_users(w):
 
 @register(
     "fallback share",
-    "max_fallback_share",
+    "max_fallback_rate",
     "above",
     "warning",
     "API",
@@ -806,14 +819,14 @@ def model_age(w):
     )
 
 # %% ../nbs/06_monitoring.ipynb #e59c3097
-@register("empty lists", "max_empty_share", "above", "warning", "answers", "share of answers without any item")
+@register("empty lists", "max_empty_rate", "above", "warning", "answers", "share of answers without any item")
 def empty_lists(w):
     return share(w.lengths[w.is_answered] == 0)
 
 
 @register(
     "short lists",
-    "max_short_share",
+    "max_short_rate",
     "above",
     "warning",
     "answers",
@@ -893,7 +906,7 @@ def duplicate_items(w):
 
 @register(
     "bad scores",
-    "max_bad_score_share",
+    "max_bad_score_rate",
     "above",
     "critical",
     "answers",
@@ -983,7 +996,7 @@ def reference_of(
     measure,  # a monitor's function
     key: str = None,  # of the bundle's reference figures; None: the bundle has none that is comparable
     sign: int = -1,  # -1: less is worse; 1: more is worse
-    setting: str = "max_list_change",  # of how much
+    setting: str = "max_relative_list_shift",  # of how much
 ):
     "A limit: the figure of the earlier window, or else of the bundle, and a relative change for the worse."
 
@@ -1035,7 +1048,7 @@ def coverage(w):
 # %% ../nbs/06_monitoring.ipynb #9fde95d6
 @register(
     "popularity share",
-    "max_popularity_share",
+    "max_popularity_rate",
     "above",
     "warning",
     "lists",
@@ -1063,7 +1076,7 @@ def _most_concentrated(w, s):
     "What is left to 1 may shrink by the limit, and by chance where fewer lists were shown than before."
     before = concentration(w.reference).value if w.reference is not None else None
     fewer = min(1.0, (len(w.item) / max(1, len(w.reference.item))) ** 0.5) if w.reference is not None else 1.0
-    return None if before is None else 1 - (1 - before) * (1 - s.max_list_change) * fewer
+    return None if before is None else 1 - (1 - before) * (1 - s.max_relative_list_shift) * fewer
 
 
 register_monitor(
@@ -1270,7 +1283,7 @@ def churn(w):
 # %% ../nbs/06_monitoring.ipynb #b28b2f41
 @register(
     "group gap",
-    "max_group_gap",
+    "max_ctr_gap",
     "above",
     "warning",
     "lists",
@@ -1499,7 +1512,7 @@ def feedback(w):
 
 @register(
     "duplicated events",
-    "max_duplicate_share",
+    "max_duplicate_rate",
     "above",
     "warning",
     "data",
@@ -1517,7 +1530,7 @@ def duplicated_events(w):
 
 @register(
     "new items",
-    "max_new_item_share",
+    "max_new_item_rate",
     "above",
     "warning",
     "data",
@@ -1529,7 +1542,7 @@ def new_items(w):
 
 @register(
     "busiest user",
-    "max_user_share",
+    "max_user_rate",
     "above",
     "warning",
     "data",
@@ -1624,7 +1637,7 @@ def lift(w):
 
 @register(
     "sample ratio",
-    "min_sample_ratio_p",
+    "srm_p_value",
     "below",
     "critical",
     "outcome",
@@ -1818,7 +1831,7 @@ def make_window(
             )
     else:
         source = events[(events.time >= first) & (events.time < after)] if len(events) else events
-    whole = Window(source, recommender, end, 60 * monitoring.maturity_minutes)
+    whole = Window(source, recommender, end, 60 * monitoring.attribution_window_minutes)
     if _is_log(events):
         _forget(whole, events)
     if whole.begin >= begin:
@@ -2064,7 +2077,9 @@ def make_traffic(
 ) -> Traffic:
     "Visitors that ask, look and click by a stated model."
     if unknown := sorted(set(faults) - set(FAULTS)):
-        raise AerecError(f"there is no fault '{unknown[0]}'; there are {', '.join(FAULTS)}")
+        raise SettingsError(
+            f"there is no fault '{unknown[0]}'; there are {', '.join(FAULTS)}", code="unknown_name", where=unknown[0]
+        )
     v = visitors
     r = visitors.recommender
     rng = np.random.default_rng(seed)
@@ -2097,7 +2112,11 @@ def make_traffic(
     if "banned_item" in faults:
         banned = np.flatnonzero(r.chain.banned)
         if not len(banned):
-            raise AerecError("simulate_traffic: the fault banned_item needs a banned item; give the chain one")
+            raise SettingsError(
+                "simulate_traffic: the fault banned_item needs a banned item; give the chain one",
+                code="conflict",
+                where="banned_item",
+            )
         top = top.copy()
         top[::50, -1] = banned[0]
     status = np.where(rng.random(n) < error_share, 500, 200)
@@ -2362,6 +2381,12 @@ def shown(value: float) -> str:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
+# %% ../nbs/06_monitoring.ipynb #5b0e7d21
+class AlertBookError(FileError):
+    "Report a file that holds no book of alerts."
+
+    code = "damaged_file"
+
 # %% ../nbs/06_monitoring.ipynb #6c90311b
 class AlertBook:
     "The state of each alert: ok, firing or resolved, kept in a file."
@@ -2376,10 +2401,12 @@ class AlertBook:
         if not isinstance(self.book, dict) or any(
             not isinstance(self.book.get(name), type(of)) for name, of in empty.items()
         ):
-            raise FileError(
+            error = AlertBookError(
                 f"{self.path}: it is not a book of alerts; restore it from a copy, or delete it: every alert then "
                 f"begins again"
             )
+            error.where = str(self.path)
+            raise error
 
     def look(
         self,
@@ -2396,11 +2423,13 @@ class AlertBook:
             if m.status == "no data":
                 continue
             a["firing"], a["fine"] = (a["firing"] + 1, 0) if m.status == "firing" else (0, a["fine"] + 1)
-            if a["state"] != "firing" and a["firing"] >= (1 if m.severity == "critical" else monitoring.alert_after):
+            if a["state"] != "firing" and a["firing"] >= (
+                1 if m.severity == "critical" else monitoring.fire_after_checks
+            ):
                 state = "firing"
-            elif a["state"] == "firing" and a["fine"] >= monitoring.resolve_after:
+            elif a["state"] == "firing" and a["fine"] >= monitoring.resolve_after_checks:
                 state = "resolved"
-            elif a["state"] == "resolved" and a["fine"] > monitoring.resolve_after:
+            elif a["state"] == "resolved" and a["fine"] > monitoring.resolve_after_checks:
                 state = "ok"
             else:
                 continue
@@ -2444,7 +2473,13 @@ class AlertBook:
             told = change.setdefault("told", [])
             words = {k: v for k, v in change.items() if k != "told"} | (more or {})
             if "log" not in told:
-                log.log(_log_level(change), "alert %s: %s", change["state"], change["text"])
+                log.log(
+                    _log_level(change),
+                    "alert %s: %s",
+                    change["state"],
+                    change["text"],
+                    extra={"alert_monitor": change["monitor"], "alert_state": change["state"]},
+                )
                 told.append("log")
             for way, tell in (
                 ("file", lambda words=words: _add_line(file, words)),
@@ -2570,7 +2605,7 @@ def prometheus_rules(
             f'aerec_monitor_firing{{monitor="{_escaped(m.name)}"}} == 1',
             m.severity,
             m.definition,
-            0 if m.severity == "critical" else interval * (monitoring.alert_after - 1),
+            0 if m.severity == "critical" else interval * (monitoring.fire_after_checks - 1),
         )
         for m in MONITORS.values()
     ]
@@ -2728,7 +2763,7 @@ def watch(
             of = bundle() if callable(bundle) else bundle
             if not hasattr(of, "recommend"):
                 kept = kept if kept[0] == str(of) else (str(of), load_bundle(of, settings=settings))
-            with alone(var / f"alerts-{settings.env}.json"):
+            with file_lock(var / f"alerts-{settings.env}.json"):
                 book = AlertBook(var / f"alerts-{settings.env}.json")
                 table = monitor(settings, of if hasattr(of, "recommend") else kept[1], book=book, say=lambda _: None)
                 changes = book.look(table, settings.monitoring, begun)
@@ -2763,12 +2798,12 @@ def watch(
 
 
 def _keep_only(settings) -> None:
-    "End the keeping of what is older than `events.keep_days`."
-    if settings.events.keep_days is None:
+    "End the keeping of what is older than `events.retention_days`."
+    if settings.events.retention_days is None:
         return
     events = EventLog.from_settings(settings)
     try:
-        events.prune(time.time() - 86400 * settings.events.keep_days)
+        events.prune(time.time() - 86400 * settings.events.retention_days)
     finally:
         events.close()
 
@@ -3141,7 +3176,7 @@ class Decision(NamedTuple):
     "Shall a model be trained again?"
 
     retrain: bool
-    reasons: list  # sentences; why not, where it shall not
+    reasons: list  # `Notice` objects with the codes drift, age and new_feedback; why not, where it shall not
 
 
 def retrain_decision(
@@ -3155,45 +3190,54 @@ def retrain_decision(
     reasons = []
     why_not = []
     moved = [name for name in DRIFTS if name in t.index and t.status[name] == "firing"]
-    (reasons if moved else why_not).append(
-        f"drift: {', '.join(f'{n} is {shown(t.value[n])}, the limit is {shown(t.threshold[n])}' for n in moved)}"
-        if moved
-        else "no drift"
-    )
+    far = ", ".join(f"{n} is {shown(t.value[n])}, the limit is {shown(t.threshold[n])}" for n in moved)
+    (reasons if moved else why_not).append(Notice("drift", f"drift: {far}" if moved else "no drift"))
     age = t.value.get("model age", np.nan)
     (reasons if age > monitoring.retrain_days else why_not).append(
-        f"age: the bundle is {shown(age)} days old, train again after {monitoring.retrain_days:g} "
-        f"(monitoring.retrain_days)"
+        Notice(
+            "age",
+            f"age: the bundle is {shown(age)} days old, train again after {monitoring.retrain_days:g} "
+            f"(monitoring.retrain_days)",
+        )
     )
     grown = n_feedback / max(1, recommender.histories.nnz)
     (reasons if grown >= monitoring.retrain_feedback_share else why_not).append(
-        f"new feedback: {n_feedback:,} on top of {recommender.histories.nnz:,} interactions, train again at "
-        f"{monitoring.retrain_feedback_share:.0%} (monitoring.retrain_feedback_share)"
+        Notice(
+            "new_feedback",
+            f"new feedback: {n_feedback:,} on top of {recommender.histories.nnz:,} interactions, train again at "
+            f"{monitoring.retrain_feedback_share:.0%} (monitoring.retrain_feedback_share)",
+        )
     )
     return Decision(bool(reasons), reasons or why_not)
 
 
 def describe_decision(d: Decision) -> str:
     "The decision in one line."
-    return (
-        f"Train again: {'; '.join(d.reasons)}." if d.retrain else f"No reason to train again ({'; '.join(d.reasons)})."
-    )
+    return _decision_line(d.retrain, [reason.message for reason in d.reasons])
+
+
+def _decision_line(retrain: bool, reasons: list) -> str:  # one line
+    "Join the reasons for or against another training."
+    said = "; ".join(reasons)
+    return f"Train again: {said}." if retrain else f"No reason to train again ({said})."
 
 
 def ratings_from_events(
     log: EventLog,  # with feedback
-    event_values: dict = None,  # type of feedback -> worth, see data.event_values; None: as configured
+    feedback_weights: dict = None,  # type of feedback -> worth, see data.feedback_weights; None: as configured
     since: float = None,  # UTC seconds; None: from the beginning
     simulated: bool = False,  # take simulated feedback, and only that: for rehearsals
 ) -> pd.DataFrame:  # user_id, item_id (, rating or count), timestamp: what `load_ratings` reads
     "What people did, as ratings; raises `AerecError` where there is nothing."
     found = log.read("feedback", since=since, simulated=simulated).assign(simulated=False)
-    ratings, left_out = feedback_ratings(found, event_values or load_settings().data.event_values)
+    ratings, left_out = feedback_ratings(found, feedback_weights or load_settings().data.feedback_weights)
     if not len(ratings):
-        raise AerecError(
+        raise DataError(
             f"{log.url}: no feedback to make ratings of "
             f"({', '.join(f'{n:,} {why}' for why, n in left_out.items()) or 'there is none'}); what counts is said by "
-            f"data.event_values"
+            f"data.feedback_weights",
+            code="empty_data",
+            where=log.url,
         )
     return ratings.assign(timestamp=ratings.timestamp.astype(np.int64))
 
@@ -3205,9 +3249,11 @@ def grown_ratings(
     "Old ratings and new ones together, for the next training."
     value = next((c for c in ("rating", "count") if c in ratings), None)
     if value and value not in new:
-        raise AerecError(
-            f"the ratings have a {value} and the new feedback has none: say in data.event_values what a click is "
-            f"worth, such as {{'click': 4}}"
+        raise DataError(
+            f"the ratings have a {value} and the new feedback has none: say in data.feedback_weights what a click is "
+            f"worth, such as {{'click': 4}}",
+            code="missing_column",
+            where=value,
         )
     new = new.copy()
     for c in ("user_id", "item_id"):
@@ -3222,19 +3268,19 @@ def grown_ratings(
 
 # %% ../nbs/06_monitoring.ipynb #47336ced
 def build_monitoring(
-    run,  # `Run` from `aerec_nb.runs`
+    run,  # `Run` from `aerec_nb.core.artifacts`
     folder: Path,  # where to write monitors.parquet, trend.parquet, alerts.json and the evidence
 ) -> dict:  # key figures for the manifest
     "Measure the simulated events of the run, or the real log."
     settings = run.settings.monitoring
-    recommender = load_bundle(run.need("packaging") / "bundle")
+    recommender = load_bundle(run.artifact_dir("packaging") / "bundle")
     now = None
     last = last_headline(run.settings.paths.runs_dir, recommender, run.folder)
     if settings.event_source == "simulated":
-        events = load_events(run.need("serving") / "events.parquet")
+        events = load_events(run.artifact_dir("serving") / "events.parquet")
         what = "simulated visitors of this run, not of people"
         settings = settings.model_copy(
-            update={"maturity_minutes": 0.25}
+            update={"attribution_window_minutes": 0.25}
         )  # they click within seconds, and the whole visit takes no longer
         window = make_window(events, recommender, settings, events.time.max() + 15 if len(events) else None)
     else:
@@ -3272,23 +3318,23 @@ def build_monitoring(
         "n_no_data": int(counts.get("no data", 0)),
         "compared_with": last["run"] if last else None,
         "retrain": decision.retrain,
-        "retrain_reasons": decision.reasons,
+        "retrain_reasons": [reason.message for reason in decision.reasons],
     }
 
 # %% ../nbs/06_monitoring.ipynb #8dc77aea
 def describe_monitoring(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
 ) -> str:  # a few lines
     "Which log was read, what fires, and what the model was compared with."
     m = run.manifest("monitoring")["metrics"]
-    firing = read_json(run.need("monitoring") / "alerts.json")
+    firing = read_json(run.artifact_dir("monitoring") / "alerts.json")
     against = (
         f"The model was compared with run {m['compared_with']}."
         if m["compared_with"]
         else "There is no earlier run on the same data and split to compare the model with."
     )
     lines = [f"{a['severity'].upper()}: {a['text']}" for a in firing]
-    again = describe_decision(Decision(m["retrain"], m["retrain_reasons"]))
+    again = _decision_line(m["retrain"], m["retrain_reasons"])
     return "\n".join(
         [
             m["events"],

@@ -22,7 +22,7 @@ from scipy import sparse
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .configuration import AerecError
+from .core.errors import AerecError, DataError
 from .model_preprocessing import batches
 from .modeling import AutoEncoder, Model, block_rows, check_histories, check_value, check_weights
 
@@ -273,7 +273,9 @@ def with_features(
 
 # %% ../nbs/02b_neural_models.ipynb #c07a387b
 class Diverged(AerecError):
-    "The loss is not a number any more."
+    "Report that the loss is not a number any more; `where` is the model."
+
+    code = "diverged"
 
 
 def given(
@@ -455,7 +457,8 @@ def train_epoch(
         if not math.isfinite(total):
             raise Diverged(
                 f"{self.name}: the loss is {total} in epoch {epoch}, batch {batch}; lower lr (now {self.lr:g}) or set "
-                f"clip_norm"
+                f"clip_norm",
+                where=self.name,
             )
         if after_batch:
             after_batch(epoch, batch, total)
@@ -587,9 +590,11 @@ def _checked(self: GradientModel, item_features, train):
     "Item features in the one form; None where there are none."
     features = None if item_features is None else check_histories(item_features, what="item_features")
     if features is not None and features.shape[0] != train.shape[1]:
-        raise AerecError(
+        raise DataError(
             f"item_features: {features.shape[0]:,} rows for {train.shape[1]:,} items; lay them out on the vocabulary "
-            f"of the histories"
+            f"of the histories",
+            code="shape_mismatch",
+            where="item_features",
         )
     if features is not None and not features.nnz:
         features = None

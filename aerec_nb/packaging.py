@@ -6,10 +6,10 @@
 __all__ = ['SCHEMA', 'LIMIT_MIB', 'MAX_DEPTH', 'MAX_NUMBER', 'MAX_WEIGHT', 'MAX_VALUE', 'MAX_TIME', 'MAX_GOLDEN_K', 'MAX_COLUMNS',
            'MAX_GROWTH', 'MIN_TEXT', 'ALIASES', 'LICENCES', 'golden_requests', 'same_answer', 'head_items', 'log_bins',
            'list_figures', 'reference_figures', 'card_markdown', 'save_bundle', 'pack_zip', 'unpack_zip', 'LoadPolicy',
-           'load_policy', 'bundle_id', 'verify_bundle', 'check_structure', 'load_bundle', 'new_signing_key', 'key_id',
-           'signing_key_id', 'sign_bundle', 'Registry', 'compare_headlines', 'recommend_ms', 'Moved', 'headline',
-           'model_card', 'export_onnx', 'build_packaging', 'describe_packaging', 'gates_table', 'bundle_files',
-           'plot_packaging', 'plot_reference']
+           'load_policy', 'bundle_id', 'BundleError', 'verify_bundle', 'check_structure', 'load_bundle',
+           'new_signing_key', 'key_id', 'signing_key_id', 'sign_bundle', 'Registry', 'compare_headlines',
+           'recommend_ms', 'GatesError', 'Moved', 'headline', 'model_card', 'export_onnx', 'build_packaging',
+           'describe_packaging', 'gates_table', 'bundle_files', 'plot_packaging', 'plot_reference']
 
 # %% ../nbs/05_packaging.ipynb #b0581a5b
 import base64
@@ -46,35 +46,28 @@ from pydantic import SecretStr
 from safetensors.numpy import save
 from scipy.sparse import csr_matrix, vstack
 
-from aerec_nb.configuration import (
-    AerecError,
-    PackagingSettings,
-    current_settings,
-    exception_line,
-    hide_secrets,
-    load_settings,
-    project_dir,
-    using_settings,
-)
-from .inference import Recommender, Segments, load_recommender
-from .modeling import check_csr, restore_model, save_model
-from .postprocessing import Chain
-from aerec_nb.runs import (
+from .core.artifacts import read_manifest
+from .core.custom import current_settings, using_settings
+from .core.errors import AerecError, DataError, Notice, PluginError, SettingsError, exception_line, mask_secrets
+from aerec_nb.core.files import (
     FileError,
-    alone,
     atomic_path,
-    mlflow_module,
+    file_lock,
     read_json,
-    read_manifest,
     sha256_bytes,
     sha256_file,
     sha256_json,
     write_json,
     write_parquet,
 )
-from aerec_nb.runs import (
-    versions as package_versions,
-)
+from .core.optional import import_mlflow
+from .core.profiling import versions as package_versions
+from .core.project import project_dir
+from .core.settings import load_settings
+from .inference import Recommender, Segments, load_recommender
+from .modeling import check_csr, restore_model, save_model
+from .postprocessing import Chain
+from .release.settings import PackagingSettings
 from .validation import gini, list_metrics
 
 # %% ../nbs/05_packaging.ipynb #edead49c
@@ -310,7 +303,21 @@ def _disk_errors(
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "free space there, or choose another folder" if full else "choose a folder that you may use"
-        raise AerecError(f"{what} {path}: {e.strerror or exception_line(e)}; {advice}") from None
+        raise AerecError(
+            f"{what} {path}: {e.strerror or exception_line(e)}; {advice}", code=_system_code(e), where=str(path)
+        ) from None
+
+
+_SYSTEM_CODES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "disk_full"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "not_allowed"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "missing_file"),
+}  # error number of the system -> code
+
+
+def _system_code(error: OSError) -> str:
+    "Give an error of the operating system a code."
+    return _SYSTEM_CODES.get(error.errno, "io_error")
 
 # %% ../nbs/05_packaging.ipynb #9efe8bd8
 def save_bundle(
@@ -325,7 +332,11 @@ def save_bundle(
     work = path.with_name(f".{path.name}.{os.getpid()}")
     with _disk_errors("bundle", path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise AerecError(f"{path}: there is something already; a bundle is written once, choose another folder")
+            raise AerecError(
+                f"{path}: there is something already; a bundle is written once, choose another folder",
+                code="already_exists",
+                where=str(path),
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
         try:
@@ -336,7 +347,7 @@ def save_bundle(
                 _write_signature(work, key)
             changed = _load_folder(work, path, LoadPolicy(limit_mib=math.inf, from_bundle=False)).changed
             if changed:
-                raise AerecError(f"bundle {path}: {changed}")
+                raise DataError(f"bundle {path}: {changed}", code="different_answer", where="golden.json")
             if path.suffix == ".zip":
                 return pack_zip(work, path)
             if path.exists():
@@ -389,7 +400,9 @@ def _golden(r: Recommender, k: int) -> list:  # of {request, answer}
         raise
     except Exception as e:  # models and steps of every kind
         raise AerecError(
-            f"the recommender cannot answer its golden requests ({exception_line(e)}); repair the model or the chain"
+            f"the recommender cannot answer its golden requests ({exception_line(e)}); repair the model or the chain",
+            code="cannot_answer",
+            where="golden.json",
         ) from None
 
 
@@ -403,7 +416,9 @@ def _write_document(path: Path, value) -> None:
     try:
         write_json(path, value)
     except (TypeError, ValueError, RecursionError) as e:
-        raise AerecError(f"{path.name}: JSON cannot say what is in it ({exception_line(e)})") from None
+        raise DataError(
+            f"{path.name}: JSON cannot say what is in it ({exception_line(e)})", code="wrong_type", where=path.name
+        ) from None
 
 
 def _write_table(path: Path, frame: pd.DataFrame) -> None:
@@ -411,9 +426,11 @@ def _write_table(path: Path, frame: pd.DataFrame) -> None:
     try:
         write_parquet(path, frame)
     except (pa.ArrowException, TypeError, ValueError) as e:
-        raise AerecError(
+        raise DataError(
             f"{path.name}: a column has values that a table cannot hold ({exception_line(e)}); give it values of one "
-            "kind"
+            "kind",
+            code="wrong_type",
+            where=path.name,
         ) from None
 
 
@@ -523,28 +540,40 @@ def pack_zip(
     return Path(path)
 
 
-def _wrong_member(m: zipfile.ZipInfo, seen: set) -> str | None:
-    "What is wrong with an entry of a zip; None if nothing."
+_LINK = Notice("is_link", "is a link")
+_NO_FILE = Notice("not_a_file", "is no plain file")
+_MISSING = Notice("missing_file", "is missing")
+_STRANGE = Notice("unexpected_file", "does not belong to it")
+_CHANGED = Notice("changed_file", "was changed")
+
+
+def _place_name(name) -> str:
+    "Give a name that others chose as the place of an error."
+    return ascii(str(name))[1:-1][:80]
+
+
+def _wrong_member(m: zipfile.ZipInfo, seen: set) -> Notice | None:
+    "Tell what is wrong with an entry of a zip; None if nothing."
     kind = stat.S_IFMT(m.external_attr >> 16)
     if PurePath(m.filename).is_absolute() or re.match(r"[\\/]|\w:", m.orig_filename):
-        return "is an absolute path"
+        return Notice("unsafe_path", "is an absolute path")
     if ".." in re.split(r"[\\/]", m.orig_filename):
-        return "leads out of the folder"
+        return Notice("unsafe_path", "leads out of the folder")
     if re.search(r"[\\/\0]", m.orig_filename):
-        return "is in a folder; a bundle has none"
+        return Notice("unsafe_path", "is in a folder; a bundle has none")
     if kind == stat.S_IFLNK:
-        return "is a link"
+        return _LINK
     if kind not in (0, stat.S_IFREG):
-        return "is no plain file"
+        return _NO_FILE
     if m.flag_bits & 1:
-        return "is encrypted"
+        return Notice("encrypted", "is encrypted")
     if m.filename in seen:
-        return "is there twice"
+        return Notice("duplicate_name", "is there twice")
     if m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return "is packed in a way that is not read here"
-    return None if m.filename in (*_FILES, *_OPTIONAL, *_SEALS) else "does not belong to it"
+        return Notice("not_supported", "is packed in a way that is not read here")
+    return None if m.filename in (*_FILES, *_OPTIONAL, *_SEALS) else _STRANGE
 
-
+# %% ../nbs/05_packaging.ipynb #5d2ade4a
 def unpack_zip(
     path: Path,  # of a zipped bundle
     folder: Path,  # an empty folder
@@ -561,12 +590,18 @@ def unpack_zip(
                 wrong = _wrong_member(m, seen)
                 if wrong:
                     name = ascii(m.orig_filename)[:80]
-                    raise AerecError(f"bundle {path}: {name} {wrong}; take the bundle from its source again")
+                    raise DataError(
+                        f"bundle {path}: {name} {wrong}; take the bundle from its source again",
+                        code=wrong.code,
+                        where=_place_name(m.orig_filename),
+                    )
                 seen.add(m.filename)
                 if m.filename.endswith((".json", ".md", ".sha256")) and m.file_size > _SMALL:
-                    raise AerecError(
+                    raise DataError(
                         f"bundle {path}: {m.filename} has {m.file_size / 2**20:,.1f} MiB, and may have "
-                        f"{_SMALL / 2**20:g}"
+                        f"{_SMALL / 2**20:g}",
+                        code="too_large",
+                        where=m.filename,
                     )
             _check_size(path, sum(m.file_size for m in members), limit_mib)
             for m in members:
@@ -574,9 +609,11 @@ def unpack_zip(
     except AerecError:
         raise
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as e:
-        raise AerecError(
+        raise DataError(
             f"bundle {path}: it is no zip that can be read "
-            f"({str(e).splitlines()[0] if str(e) else type(e).__name__}); take the bundle from its source again"
+            f"({str(e).splitlines()[0] if str(e) else type(e).__name__}); take the bundle from its source again",
+            code="damaged_file",
+            where=str(path),
         ) from None
     return Path(folder)
 
@@ -598,17 +635,21 @@ def _unpack_member(z: zipfile.ZipFile, m: zipfile.ZipInfo, target: Path, path: P
     finally:
         m.file_size = said
     if left:
-        raise AerecError(
+        raise DataError(
             f"bundle {path}: {m.filename} is {'larger' if left < 0 else 'smaller'} than the {said:,} bytes it states; "
-            f"take the bundle from its source again"
+            f"take the bundle from its source again",
+            code="wrong_size",
+            where=m.filename,
         )
 
 
 def _check_size(path: Path, n_bytes: int, limit_mib: float) -> None:
     if n_bytes > limit_mib * 2**20:
-        raise AerecError(
+        raise DataError(
             f"bundle {path}: its files have {n_bytes / 2**20:,.1f} MiB, and packaging.bundle_limit_mib allows "
-            f"{limit_mib:,.10g}; raise it if you trust where it came from"
+            f"{limit_mib:,.10g}; raise it if you trust where it came from",
+            code="too_large",
+            where="packaging.bundle_limit_mib",
         )
 
 # %% ../nbs/05_packaging.ipynb #887880b1
@@ -634,6 +675,15 @@ def load_policy(
     return LoadPolicy(p.bundle_limit_mib, tuple(p.bundle_keys), signed, settings)
 
 # %% ../nbs/05_packaging.ipynb #43a78f29
+def _no_bundle(path: Path) -> AerecError:
+    "Make the error for a folder that has no manifest, or is not there."
+    return DataError(
+        f"{path}: no bundle here (no manifest.json); name the folder or the zip that save_bundle wrote",
+        code="missing_file",
+        where="manifest.json",
+    )
+
+
 class _Files:
     "The files of a bundle's folder; each is opened once, without following links."
 
@@ -646,11 +696,11 @@ class _Files:
         try:
             self.number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
-            raise AerecError(
-                f"{path}: no bundle here (no manifest.json); name the folder or the zip that save_bundle wrote"
-            ) from None
+            raise _no_bundle(path) from None
         except OSError as e:
-            raise AerecError(f"bundle {path}: {e.strerror}; ask for the right to read it") from None
+            raise AerecError(
+                f"bundle {path}: {e.strerror}; ask for the right to read it", code=_system_code(e), where=str(path)
+            ) from None
 
     def __enter__(self):
         return self
@@ -672,9 +722,14 @@ class _Files:
                 else os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.number)
             )  # a pipe put there meanwhile does not block
         except OSError as e:
-            fault = "is missing" if isinstance(e, FileNotFoundError) else f"cannot be read: {e.strerror}"
+            unreadable = Notice(_system_code(e), f"cannot be read: {e.strerror}")
+            fault = _MISSING if isinstance(e, FileNotFoundError) else unreadable
         if fault:
-            raise AerecError(f"bundle {self.path}: {name} {fault}; take the bundle from its source again")
+            raise DataError(
+                f"bundle {self.path}: {name} {fault}; take the bundle from its source again",
+                code=fault.code,
+                where=_place_name(name),
+            )
         return open(number, "rb", buffering=0)
 
     def small(self, name: str, most: int = _SMALL) -> bytes | None:  # None: there is no such file
@@ -684,15 +739,17 @@ class _Files:
         with self.open(name) as f:
             n = os.fstat(f.fileno()).st_size
             if n > most:
-                raise AerecError(
+                raise DataError(
                     f"bundle {self.path}: {name} has {n / 2**20:,.1f} MiB, and may have {most / 2**20:g}; take the "
-                    "bundle from its source again"
+                    "bundle from its source again",
+                    code="too_large",
+                    where=name,
                 )
             return _read_all(f, np.empty(n, np.uint8)).tobytes()
 
     def contents(
         self, name: str, said: dict, keep: bool
-    ) -> tuple:  # its bytes (uint8 array; None unless kept), what is wrong with it (None: nothing)
+    ) -> tuple:  # its bytes (uint8 array; None unless kept), what is wrong with it (`Notice`; None: nothing)
         "Read a file once and compare it with what the manifest says."
         digest = hashlib.sha256()
         with self.open(name) as f:
@@ -700,7 +757,7 @@ class _Files:
                 f, np.empty(said["bytes"] if keep else min(said["bytes"], _CHUNK), np.uint8), digest, said["bytes"]
             )
             ends = not f.read(1)
-        return (data if keep else None), (None if ends and digest.hexdigest() == said["sha256"] else "was changed")
+        return (data if keep else None), (None if ends and digest.hexdigest() == said["sha256"] else _CHANGED)
 
 
 _CHUNK = 2**22  # bytes
@@ -727,11 +784,11 @@ def _read_all(
     return buffer[:at]
 
 
-def _file_fault(found: os.stat_result) -> str | None:
-    "What is wrong with a file that must be a plain one; None if nothing."
+def _file_fault(found: os.stat_result) -> Notice | None:
+    "Tell what is wrong with a file that must be a plain one; None if nothing."
     if stat.S_ISLNK(found.st_mode):
-        return "is a link"
-    return None if stat.S_ISREG(found.st_mode) else "is no plain file"
+        return _LINK
+    return None if stat.S_ISREG(found.st_mode) else _NO_FILE
 
 # %% ../nbs/05_packaging.ipynb #322c686c
 @contextmanager
@@ -748,7 +805,9 @@ def _opened(path: Path, limit_mib: float = LIMIT_MIB):  # yields the folder of a
             yield unpack_zip(path, Path(folder.name), limit_mib)
     except OSError as e:
         raise AerecError(
-            f"bundle {path}: it cannot be read ({exception_line(e)}); take the bundle from its source again"
+            f"bundle {path}: it cannot be read ({exception_line(e)}); take the bundle from its source again",
+            code=_system_code(e),
+            where=str(path),
         ) from None
 
 
@@ -756,9 +815,7 @@ def _read_manifest(files) -> bytes:
     "The bytes of the manifest; raises `AerecError` where there is none."
     data = files.small("manifest.json")
     if data is None:
-        raise AerecError(
-            f"{files.path}: no bundle here (no manifest.json); name the folder or the zip that save_bundle wrote"
-        )
+        raise _no_bundle(files.path)
     return data
 
 
@@ -776,42 +833,85 @@ def _manifest(files) -> tuple:  # id, what it says of each file
     path = files.path
     identity = sha256_bytes(data)
     if (files.small("manifest.sha256", 2**10) or b"")[:64] != identity.encode():
-        raise AerecError(
+        raise DataError(
             f"bundle {path}: manifest.json is not the one that manifest.sha256 was made for; take the bundle from its "
-            "source again"
+            "source again",
+            code="changed_file",
+            where="manifest.json",
         )
     try:
         manifest = _parse_document(data, "manifest.json")
     except AerecError as e:
-        raise AerecError(f"bundle {path}: {e}; take the bundle from its source again") from None
+        raise _of_bundle(e, path, "; take the bundle from its source again") from None
     if not isinstance(manifest, dict):
-        raise AerecError(f"bundle {path}: manifest.json is no manifest; take the bundle from its source again")
+        raise DataError(
+            f"bundle {path}: manifest.json is no manifest; take the bundle from its source again",
+            code="wrong_type",
+            where="manifest.json",
+        )
     schema = manifest.get("schema")
     if schema != SCHEMA:
-        newer = isinstance(schema, int) and schema > SCHEMA
-        if newer:
-            reader = f"{ascii(manifest.get('made_by', 'a later aerec_nb'))[1:-1][:40]} or later"
-        elif isinstance(schema, int):
-            reader = _READ_BY.get(schema, "an earlier aerec_nb")
-        else:
-            reader = "no aerec_nb"
-        raise AerecError(
-            f"bundle {path}: its layout is version {ascii(schema)[:20]}, which {reader} reads; this is aerec_nb "
-            f"{package_versions()['aerec_nb']}, which reads version {SCHEMA}: "
-            + ("install that version" if newer else "pack it again")
-        )
+        raise _other_layout(path, schema, manifest)
     listed = manifest.get("files")
     if not isinstance(listed, dict) or not all(
         isinstance(f, dict) and isinstance(f.get("bytes"), int) and f["bytes"] >= 0 and isinstance(f.get("sha256"), str)
         for f in listed.values()
     ):
-        raise AerecError(
+        raise DataError(
             f"bundle {path}: manifest.json does not say size and sha256 of each file; take the bundle from its source "
-            "again"
+            "again",
+            code="missing_value",
+            where="manifest.json:files",
         )
     return identity, listed
 
 
+def _other_layout(path: Path, schema, manifest: dict) -> AerecError:
+    "Make the error for a bundle whose layout this version does not read."
+    advice = "pack it again"
+    if isinstance(schema, int) and schema > SCHEMA:
+        code = "newer_layout"
+        reader = f"{ascii(manifest.get('made_by', 'a later aerec_nb'))[1:-1][:40]} or later"
+        advice = "install that version"
+    elif isinstance(schema, int):
+        code = "older_layout"
+        reader = _READ_BY.get(schema, "an earlier aerec_nb")
+    else:
+        code = "unknown_layout"
+        reader = "no aerec_nb"
+    return DataError(
+        f"bundle {path}: its layout is version {ascii(schema)[:20]}, which {reader} reads; this is aerec_nb "
+        f"{package_versions()['aerec_nb']}, which reads version {SCHEMA}: {advice}",
+        code=code,
+        where="manifest.json:schema",
+    )
+
+
+def _of_bundle(error: AerecError, path: Path, advice: str = "") -> AerecError:
+    "Name the bundle in an error about what is in it; its code and its place stay."
+    kind = PluginError if isinstance(error, PluginError) else DataError
+    return kind(f"bundle {path}: {_line(error)}{advice}", code=error.code, where=error.where)
+
+
+class BundleError(DataError):
+    """Report files of a bundle that are not those of its manifest.
+
+    `problems` has a pair of file and code for each of them; `where` and `code` are those of the first one.
+    """
+
+    code = "changed_bundle"
+
+    def __init__(
+        self,
+        message: str,  # what is wrong, where, and what to do
+        code: str = None,  # short name of what is wrong with the first file
+        where: str = None,  # the first file
+        problems=(),  # pairs of file and code
+    ):
+        super().__init__(message, code, where)
+        self.problems = tuple(problems)
+
+# %% ../nbs/05_packaging.ipynb #23703431
 def _verify(
     folder: Path,  # an opened bundle
     path: Path,  # how errors name it
@@ -824,14 +924,11 @@ def _verify(
         try:
             _check_signature(files.small("signature.json", 2**16), identity, policy)
         except AerecError as e:
-            raise AerecError(f"bundle {path}: {e}") from None
+            raise _of_bundle(e, path) from None
         there = {name: found for name, found in files.stats().items() if name not in _SEALS}
-        problems = [
-            f"{name} is missing" for name in sorted({*listed, *_FILES}) if name not in there or name not in listed
-        ]
+        problems = [(name, _MISSING) for name in sorted({*listed, *_FILES}) if name not in there or name not in listed]
         problems += [
-            f"{name} does not belong to it"
-            for name in sorted(set(there) - set(listed) | set(listed) - {*_FILES, *_OPTIONAL})
+            (name, _STRANGE) for name in sorted(set(there) - set(listed) | set(listed) - {*_FILES, *_OPTIONAL})
         ]
         _check_size(path, sum(s.st_size for s in there.values()), policy.limit_mib)
         sound = []
@@ -839,30 +936,34 @@ def _verify(
         for name in sorted(set(there) & set(listed)):
             fault = _size_fault(name, there[name], listed[name]["bytes"])
             if fault:
-                problems.append(f"{name} {fault}")
+                problems.append((name, fault))
             else:
                 sound.append(name)
         for name in sound:
             contents[name], fault = files.contents(name, listed[name], keep)
             if fault:
-                problems.append(f"{name} {fault}")
+                problems.append((name, fault))
     if problems:
-        raise AerecError(
-            f"bundle {path} does not verify: {ascii('; '.join(dict.fromkeys(problems)))[1:-1][:400]}; take it from its "
-            "source again"
+        said = "; ".join(dict.fromkeys(f"{name} {fault}" for name, fault in problems))
+        found = [(_place_name(name), fault.code) for name, fault in dict.fromkeys(problems)]
+        raise BundleError(
+            f"bundle {path} does not verify: {ascii(said)[1:-1][:400]}; take it from its source again",
+            code=found[0][1],
+            where=found[0][0],
+            problems=found,
         )
     return identity, contents
 
 
-def _size_fault(name: str, found: os.stat_result, n_said: int) -> str | None:
-    "What is wrong with a file before it is opened; None if nothing."
+def _size_fault(name: str, found: os.stat_result, n_said: int) -> Notice | None:
+    "Tell what is wrong with a file before it is opened; None if nothing."
     fault = _file_fault(found)
     n = found.st_size
     if fault:
         return fault
     if name.endswith((".json", ".md")) and n > _SMALL:
-        return f"has {n / 2**20:,.1f} MiB, and may have {_SMALL / 2**20:g}"
-    return None if n == n_said else f"was changed: it has {n:,} bytes instead of {n_said:,}"
+        return Notice("too_large", f"has {n / 2**20:,.1f} MiB, and may have {_SMALL / 2**20:g}")
+    return None if n == n_said else Notice("changed_file", f"was changed: it has {n:,} bytes instead of {n_said:,}")
 
 
 def verify_bundle(
@@ -884,17 +985,24 @@ MAX_TIME = 253_402_300_799  # seconds since 1970: the end of the year 9999
 MAX_GOLDEN_K = 1000  # longest list of a golden request
 
 
-def _check(holds, why: str) -> None:
+def _check(
+    holds,
+    why: str,  # what is wrong
+    code: str,
+    where: str,  # file, or file:part
+) -> None:
     "Refuse what does not hold; raises `AerecError`."
     if not holds:
-        raise AerecError(why)
+        raise DataError(why, code=code, where=where)
 
 
 def _parse_document(
     data,  # bytes, or a uint8 array
-    name: str,  # of the file, for errors
+    name: str,  # of what is parsed, for errors
+    where: str = None,  # file, for errors; None: the name
 ):  # -> what it says
     "Parse JSON whose depth and numbers are bounded; raises `AerecError`."
+    where = where or name
 
     def refuse(constant):
         raise ValueError(f"{constant} is no number")
@@ -902,11 +1010,11 @@ def _parse_document(
     try:
         value = json.loads(bytes(data).decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as e:
-        raise AerecError(f"{name} is no JSON document ({exception_line(e)})") from None
+        raise DataError(f"{name} is no JSON document ({exception_line(e)})", code="damaged_file", where=where) from None
     rest = [(value, 1)]
     while rest:
         found, depth = rest.pop()
-        _check(depth <= MAX_DEPTH, f"{name} is nested more than {MAX_DEPTH} deep")
+        _check(depth <= MAX_DEPTH, f"{name} is nested more than {MAX_DEPTH} deep", "too_deep", where)
         if isinstance(found, dict):
             rest += [(v, depth + 1) for pair in found.items() for v in pair]
         elif isinstance(found, list):
@@ -915,9 +1023,11 @@ def _parse_document(
             _check(
                 found.isascii() or found.encode("utf-8", "replace").decode() == found,
                 f"{name} has text that is no Unicode",
+                "not_text",
+                where,
             )
         elif found is not None:
-            _check(abs(found) <= MAX_NUMBER, f"{name} has a number beyond {MAX_NUMBER:g}")
+            _check(abs(found) <= MAX_NUMBER, f"{name} has a number beyond {MAX_NUMBER:g}", "out_of_range", where)
     return value
 
 # %% ../nbs/05_packaging.ipynb #f74540ba
@@ -932,32 +1042,36 @@ def _parse_arrays(
     for; raises `AerecError`.
     """
     n = int.from_bytes(data[:8].tobytes(), "little")
-    _check(len(data) >= 8 and n <= min(len(data) - 8, _SMALL), f"{name} is no safetensors file")
-    header = _parse_document(data[8 : 8 + n], f"the header of {name}")
+    _check(len(data) >= 8 and n <= min(len(data) - 8, _SMALL), f"{name} is no safetensors file", "damaged_file", name)
+    header = _parse_document(data[8 : 8 + n], f"the header of {name}", name)
     body = data[8 + n :]
     arrays = {}
-    _check(isinstance(header, dict), f"the header of {name} is no table of arrays")
+    _check(isinstance(header, dict), f"the header of {name} is no table of arrays", "wrong_type", name)
     places = []
     for key, about in header.items():
         if key == "__metadata__":
             continue
-        begin, end = _place(key, about, f"{name}: {ascii(key)[:80]}")
+        what = f"{name}: {ascii(key)[:80]}"
+        where = f"{name}:{_place_name(key)}"
+        begin, end = _place(about, what, where)
         places.append((begin, end))
-        _check(end <= len(body), f"{name}: {ascii(key)[:80]} ends behind the file")
-        arrays[key] = _array(body[begin:end], about, f"{name}: {ascii(key)[:80]}")
+        _check(end <= len(body), f"{what} ends behind the file", "shape_mismatch", where)
+        arrays[key] = _array(body[begin:end], about, what, where)
     covered = 0
     for begin, end in sorted(places):
-        _check(begin == covered, f"{name} has arrays with gaps or overlaps")
+        _check(begin == covered, f"{name} has arrays with gaps or overlaps", "shape_mismatch", name)
         covered = end
-    _check(covered == len(body), f"{name} has arrays with gaps or overlaps")
+    _check(covered == len(body), f"{name} has arrays with gaps or overlaps", "shape_mismatch", name)
     return arrays
 
 
-def _place(key: str, about, what: str) -> tuple:  # first byte, byte behind the last
+def _place(about, what: str, where: str) -> tuple:  # first byte, byte behind the last
     "Check an entry of the header before anything is made of it."
     _check(
         isinstance(about, dict) and about.get("dtype") in [*_DTYPES],
         f"{what} is not of a type that is read here ({', '.join(_DTYPES)})",
+        "not_supported",
+        where,
     )
     shape = about.get("shape")
     place = about.get("data_offsets")
@@ -970,19 +1084,23 @@ def _place(key: str, about, what: str) -> tuple:  # first byte, byte behind the 
     _check(
         counts(shape) and len(shape) <= 8 and counts(place) and len(place) == 2 and place[0] <= place[1],
         f"{what} has no shape and place",
+        "missing_value",
+        where,
     )
     _check(
         math.prod(shape) * np.dtype(_DTYPES[about["dtype"]]).itemsize == place[1] - place[0],
         f"{what} has a shape that its bytes do not fill",
+        "shape_mismatch",
+        where,
     )
     return place
 
 
-def _array(data: np.ndarray, about: dict, what: str) -> np.ndarray:
+def _array(data: np.ndarray, about: dict, what: str, where: str) -> np.ndarray:
     "Give bytes their type and shape; floats must be finite and bounded."
     dtype = np.dtype(_DTYPES[about["dtype"]])
     if dtype == np.bool_:
-        _check(data.max(initial=0) <= 1, f"{what} has bytes that are neither true nor false")
+        _check(data.max(initial=0) <= 1, f"{what} has bytes that are neither true nor false", "wrong_type", where)
     if data.ctypes.data % dtype.itemsize:
         data = data.copy()
     array = data.view(dtype).reshape(about["shape"])
@@ -990,6 +1108,8 @@ def _array(data: np.ndarray, about: dict, what: str) -> np.ndarray:
         _check(
             array.min() >= -MAX_WEIGHT and array.max() <= MAX_WEIGHT,
             f"{what} has values that are not finite, or beyond {MAX_WEIGHT:g}",
+            "out_of_range",
+            where,
         )
     return array
 
@@ -1018,18 +1138,30 @@ def _parse_table(
         _check(
             n <= 20 * len(data) + 1000 if n_rows is None else n == n_rows,
             f"{name} has {n:,} rows" + ("" if n_rows is None else f" instead of {n_rows:,}"),
+            "too_large" if n_rows is None else "shape_mismatch",
+            name,
         )
         _check(
-            len(schema) <= MAX_COLUMNS and len(set(schema.names)) == len(schema),
-            f"{name} has too many columns, or two of one name",
+            len(schema) <= MAX_COLUMNS,
+            f"{name} has {len(schema):,} columns, and may have {MAX_COLUMNS:,}",
+            "too_large",
+            name,
         )
+        _check(len(set(schema.names)) == len(schema), f"{name} has two columns of one name", "duplicate_name", name)
         for column in schema:
             _check(
                 _is_plain(column.type),
                 f"{name}: column {ascii(column.name)[:80]} is of the type {str(column.type)[:80]}; lists and objects "
                 "are not read here",
+                "wrong_type",
+                f"{name}:{_place_name(column.name)}",
             )
-        _check(n * len(schema) <= 100 * len(data) + 10_000_000, f"{name} has far more values than its file has bytes")
+        _check(
+            n * len(schema) <= 100 * len(data) + 10_000_000,
+            f"{name} has far more values than its file has bytes",
+            "too_large",
+            name,
+        )
         texts = [c.name for c in schema if pa.types.is_string(c.type) or pa.types.is_large_string(c.type)]
         table = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)), metadata=file.metadata, read_dictionary=texts).read(
             use_threads=False
@@ -1037,6 +1169,8 @@ def _parse_table(
         _check(
             sum(_text_bytes(table[c]) for c in texts) <= max(MIN_TEXT, MAX_GROWTH * len(data)),
             f"{name} has far more text than its file has bytes",
+            "too_large",
+            name,
         )
         table.validate(full=True)
         return pd.DataFrame(
@@ -1045,6 +1179,7 @@ def _parse_table(
                     table[c.name].cast(c.type) if c.name in texts else table[c.name],
                     dtype,
                     f"{name}: column {ascii(c.name)[:80]}",
+                    f"{name}:{_place_name(c.name)}",
                 )
                 for c, dtype in zip(schema, _nullable_types(schema), strict=True)
             },
@@ -1053,9 +1188,11 @@ def _parse_table(
     except AerecError:
         raise
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as e:
-        raise AerecError(f"{name} is no table that can be read ({exception_line(e)[:200]})") from None
+        raise DataError(
+            f"{name} is no table that can be read ({exception_line(e)[:200]})", code="damaged_file", where=name
+        ) from None
 
-
+# %% ../nbs/05_packaging.ipynb #772f51b8
 def _is_plain(kind: pa.DataType) -> bool:
     "Is it a type whose values are single numbers, texts or times?"
     t = pa.types
@@ -1096,10 +1233,13 @@ def _nullable_types(schema: pa.Schema) -> list:  # dtype of each column; None: a
     return [columns.get(name) for name in schema.names]
 
 
-def _series(column: pa.ChunkedArray, dtype, what: str) -> pd.Series:
+def _series(column: pa.ChunkedArray, dtype, what: str, where: str) -> pd.Series:
     "A column in pandas; floats must be finite or unknown."
     _check(
-        not pa.types.is_floating(column.type) or not pc.any(pc.is_inf(column)).as_py(), f"{what} has an infinite number"
+        not pa.types.is_floating(column.type) or not pc.any(pc.is_inf(column)).as_py(),
+        f"{what} has an infinite number",
+        "out_of_range",
+        where,
     )
     return column.to_pandas() if dtype is None else column.to_pandas(types_mapper=lambda kind: dtype)
 
@@ -1118,12 +1258,22 @@ def _is_line(v, most: int = 500) -> bool:
 
 def _check_card(card) -> None:
     "Refuse a card that the registry, the service or a monitor could not read."
-    _check(isinstance(card, dict), "card.json is no card")
+    _check(isinstance(card, dict), "card.json is no card", "wrong_type", "card.json")
     _check(
-        _is_line(card.get("name", "aerec"), 200) and isinstance(card.get("purpose", ""), str),
-        "card.json: name must be a line of text, and purpose a text",
+        _is_line(card.get("name", "aerec"), 200),
+        "card.json: name must be a line of text",
+        "wrong_type",
+        "card.json:name",
     )
-    _check(card.get("packed") is None or _is_number(card["packed"]), "card.json: packed must be seconds since 1970")
+    _check(
+        isinstance(card.get("purpose", ""), str), "card.json: purpose must be a text", "wrong_type", "card.json:purpose"
+    )
+    _check(
+        card.get("packed") is None or _is_number(card["packed"]),
+        "card.json: packed must be seconds since 1970",
+        "wrong_type",
+        "card.json:packed",
+    )
     h = card.get("headline")
     if h is None:
         return
@@ -1134,10 +1284,14 @@ def _check_card(card) -> None:
             for k, v in h.items()
         ),
         "card.json: headline must have names with a number or a line of text each",
+        "wrong_type",
+        "card.json:headline",
     )
     _check(
         _is_line(h.get("metric")) and _is_number(h.get("value")) and (h.get("se") is None or _is_number(h["se"])),
         "card.json: headline must have a metric, its value, and its standard error or null",
+        "missing_value",
+        "card.json:headline",
     )
 
 
@@ -1146,17 +1300,26 @@ def _check_reference(ref) -> None:
     _check(
         isinstance(ref, dict) and _is_count(ref.get("n_users")) and _is_count(ref.get("k")),
         "reference.json must have n_users and k",
+        "missing_value",
+        "reference.json",
     )
     for key in ("coverage", "popularity_share"):
-        _check(_is_number(ref.get(key)), f"reference.json: {key} must be a number")
+        _check(
+            _is_number(ref.get(key)), f"reference.json: {key} must be a number", "not_a_number", f"reference.json:{key}"
+        )
     for key in ("gini", "novelty", "diversity", "fallback_share"):
         _check(
-            key in ref and (ref[key] is None or _is_number(ref[key])), f"reference.json: {key} must be a number or null"
+            key in ref and (ref[key] is None or _is_number(ref[key])),
+            f"reference.json: {key} must be a number or null",
+            "not_a_number",
+            f"reference.json:{key}",
         )
     quantiles = ref.get("score_quantiles", 0)
     _check(
         quantiles is None or isinstance(quantiles, dict) and all(map(_is_number, quantiles.values())),
         "reference.json: score_quantiles must have numbers",
+        "not_a_number",
+        "reference.json:score_quantiles",
     )
     for key, parts in (("history_length", ("users",)), ("item_popularity", ("items", "shown"))):
         bins = ref.get(key)
@@ -1167,31 +1330,47 @@ def _check_reference(ref) -> None:
             and all(map(_is_number, edges))
             and all(a < b for a, b in zip(edges, edges[1:], strict=False)),
             f"reference.json: {key} must have rising edges",
+            "out_of_range",
+            f"reference.json:{key}.edges",
         )
         for part in parts:
             _check(
                 isinstance(bins.get(part), list) and len(bins[part]) == len(edges) and all(map(_is_count, bins[part])),
                 f"reference.json: {key}.{part} must have a count for each edge",
+                "missing_value",
+                f"reference.json:{key}.{part}",
             )
 
-
+# %% ../nbs/05_packaging.ipynb #ea4d15e0
 def _check_golden(golden) -> None:
     "Refuse golden requests that are missing, that nothing answers, or that ask for too much."
     _check(
         isinstance(golden, list) and 0 < len(golden) <= 1000,
         "golden.json must have 1 to 1,000 requests with their answers",
+        "out_of_range",
+        "golden.json",
     )
     for g in golden:
         request, answer = (g.get(key) for key in ("request", "answer")) if isinstance(g, dict) else (None, None)
         _check(
             isinstance(request, dict) and isinstance(answer, list),
             "golden.json: each entry has a request and an answer",
+            "missing_value",
+            "golden.json",
         )
         other = sorted(set(request) - set(_ARGUMENTS))
-        _check(not other, f"golden.json: there is no argument {ascii(other[:1])[1:-1][:80]} of recommend")
+        _check(
+            not other,
+            f"golden.json: there is no argument {ascii(other[:1])[1:-1][:80]} of recommend",
+            "unknown_name",
+            f"golden.json:{_place_name(other[0]) if other else ''}",
+        )
         k = request.get("k", 10)
         _check(
-            _is_count(k) and 1 <= k <= MAX_GOLDEN_K, f"golden.json: k must be a whole number from 1 to {MAX_GOLDEN_K}"
+            _is_count(k) and 1 <= k <= MAX_GOLDEN_K,
+            f"golden.json: k must be a whole number from 1 to {MAX_GOLDEN_K}",
+            "out_of_range",
+            "golden.json:k",
         )
         _check(
             all(
@@ -1200,6 +1379,8 @@ def _check_golden(golden) -> None:
                 if isinstance(request.get(key), (list, dict))
             ),
             "golden.json: a list has more than 100,000 ids",
+            "too_large",
+            "golden.json",
         )
         _check(
             len(answer) <= k
@@ -1208,6 +1389,8 @@ def _check_golden(golden) -> None:
                 for pair in answer
             ),
             "golden.json: an answer has at most k pairs of id and score",
+            "wrong_type",
+            "golden.json:answer",
         )
 
 
@@ -1244,28 +1427,59 @@ def _check_histories(
         _check(
             key in _HISTORY_TYPES and array.dtype == _HISTORY_TYPES[key] and array.ndim == 1,
             f"{name}: {ascii(key)[:80]} is not expected, or not of its type",
+            "wrong_type",
+            f"{name}:{_place_name(key)}",
         )
     for group in _TOGETHER:
-        _check(len(found := {*group} & {*h}) in (0, len(group)), f"{name} lacks {', '.join(sorted({*group} - found))}")
-    _check("indptr" in h and len(h["indptr"]) > 0, f"{name} lacks indptr, indices and data")
+        lacking = sorted({*group} - {*h})
+        _check(
+            len(lacking) in (0, len(group)),
+            f"{name} lacks {', '.join(lacking)}",
+            "missing_value",
+            f"{name}:{', '.join(lacking)}",
+        )
+    _check(
+        "indptr" in h and len(h["indptr"]) > 0,
+        f"{name} lacks indptr, indices and data",
+        "missing_value",
+        f"{name}:indptr",
+    )
     n_users = len(h["indptr"]) - 1
-    check_csr(h["indptr"], h["indices"], (n_users, n_items), name)
+    _check_matrix(h["indptr"], h["indices"], (n_users, n_items), name, f"{name}:indices")
     _check(
         len(h["data"]) == len(h["indices"]) and _within(h["data"], MAX_VALUE),
         f"{name}: data must have a finite value for each index",
+        "out_of_range",
+        f"{name}:data",
     )
     if "times" in h:
         _check(
             len(h["times"]) == len(h["indices"]) and _within(h["times"], MAX_TIME),
             f"{name}: times must have a time before the year 10,000 for each index",
+            "out_of_range",
+            f"{name}:times",
         )
     if "popularity" in h:
         _check_popularity(h["popularity"], n_items, name)
     if "negatives.indptr" in h:
-        check_csr(h["negatives.indptr"], h["negatives.indices"], (n_users, n_items), f"{name}: negatives")
+        _check_matrix(
+            h["negatives.indptr"],
+            h["negatives.indices"],
+            (n_users, n_items),
+            f"{name}: negatives",
+            f"{name}:negatives.indices",
+        )
     if "features.shape" in h:
         _check_features(h, n_items, name)
     return n_users
+
+
+def _check_matrix(indptr, indices, shape: tuple, what: str, where: str) -> None:
+    "Refuse arrays that are no CSR matrix; raises `AerecError` with the array."
+    try:
+        check_csr(indptr, indices, shape, what)
+    except AerecError as e:
+        raise DataError(str(e), code=e.code, where=where) from None
 
 
 def _within(values: np.ndarray, most: float) -> bool:
@@ -1277,6 +1491,8 @@ def _check_popularity(values: np.ndarray, n_items: int, name: str) -> None:
     _check(
         len(values) == n_items and _within(values, 2.0**53) and (not n_items or values.min() >= 0),
         f"{name}: popularity must have a number of at least 0 for each item",
+        "out_of_range",
+        f"{name}:popularity",
     )
 
 
@@ -1286,22 +1502,34 @@ def _check_features(h: dict, n_items: int, name: str) -> None:
     _check(
         len(shape) == 2 and shape[0] == n_items and 0 <= shape[1] <= max(100_000, len(data)),
         f"{name}: features.shape must have the items, and no more columns than values",
+        "shape_mismatch",
+        f"{name}:features.shape",
     )
-    check_csr(h["features.indptr"], h["features.indices"], tuple(shape.tolist()), f"{name}: features")
+    _check_matrix(
+        h["features.indptr"],
+        h["features.indices"],
+        tuple(shape.tolist()),
+        f"{name}: features",
+        f"{name}:features.indices",
+    )
     _check(
         len(data) == len(h["features.indices"]) and _within(data, MAX_VALUE),
         f"{name}: features.data must have a finite value for each index",
+        "out_of_range",
+        f"{name}:features.data",
     )
 
-
-def _check_ids(ids: pd.Series, name: str) -> None:
+# %% ../nbs/05_packaging.ipynb #ec7ced4e
+def _check_ids(ids: pd.Series, name: str, where: str) -> None:
     "Refuse ids of a vocabulary unless they are whole numbers or texts, each once."
     kind = pd.api.types.infer_dtype(ids, skipna=False)
     _check(
         kind in ("integer", "string") and not ids.isna().any() or not len(ids),
         f"{name}: ids must be whole numbers or texts, none of them missing; these are {kind}",
+        "wrong_type",
+        where,
     )
-    _check(ids.is_unique, f"{name}: an id is there twice")
+    _check(ids.is_unique, f"{name}: an id is there twice", "duplicate_name", where)
 
 
 def _check_segments(table: pd.DataFrame, n_items: int) -> None:
@@ -1310,6 +1538,8 @@ def _check_segments(table: pd.DataFrame, n_items: int) -> None:
     _check(
         [*table.columns] == ["segment", "item", "users"] and not table.isna().any(axis=None),
         f"{name} must have segment, item and users, and no gaps",
+        "missing_value",
+        name,
     )
     _check(
         not len(table)
@@ -1317,14 +1547,20 @@ def _check_segments(table: pd.DataFrame, n_items: int) -> None:
         and pd.api.types.is_numeric_dtype(table.users)
         and table.segment.map(lambda s: isinstance(s, str) and "=" in s).all(),
         f"{name} has a column of the wrong type",
+        "wrong_type",
+        name,
     )
     _check(
         table.item.between(-1, n_items - 1).all() and table.users.between(0, 2.0**53).all(),
         f"{name} has a number that is out of range",
+        "out_of_range",
+        name,
     )
     _check(
         not table.duplicated(["segment", "item"]).any() and set(table.segment) == set(table.segment[table.item == -1]),
         f"{name} must have one row for the size of each segment, and one for each of its items",
+        "duplicate_name",
+        name,
     )
 
 # %% ../nbs/05_packaging.ipynb #0d3e3a15
@@ -1341,13 +1577,17 @@ def check_structure(
     _check(
         isinstance(made_with, dict) and all(_is_line(v) for pair in made_with.items() for v in pair),
         "versions.json must have a version for each package",
+        "wrong_type",
+        "versions.json",
     )
-    _check(_is_text(contents["card.md"]), "card.md is no text")
+    _check(_is_text(contents["card.md"]), "card.md is no text", "not_text", "card.md")
     n_items = found["model.json"].get("n_items") if isinstance(found["model.json"], dict) else None
     n_bytes = sum(map(len, contents.values()))
     _check(
         _is_count(n_items) and 1 <= n_items <= 10 * n_bytes,
         "model.json must have the number of items, and no more than the files can hold",
+        "out_of_range",
+        "model.json:n_items",
     )
     for name in ("model.safetensors", "histories.safetensors"):
         found[name] = _parse_arrays(contents[name], name)
@@ -1355,8 +1595,8 @@ def check_structure(
     for name, n in (("users.parquet", n_users), ("items.parquet", n_items)):
         found[name] = _parse_table(contents[name], name, n)
     for name, column in (("users.parquet", "user_id"), ("items.parquet", "item_id")):
-        _check(column in found[name], f"{name} must have {column}")
-        _check_ids(found[name][column], name)
+        _check(column in found[name], f"{name} must have {column}", "missing_column", f"{name}:{column}")
+        _check_ids(found[name][column], name, f"{name}:{column}")
     _check_golden(found["golden.json"])
     if "segments.parquet" in contents:
         found["segments.parquet"] = _parse_table(contents["segments.parquet"], "segments.parquet")
@@ -1396,6 +1636,8 @@ def _recommender(
         _check(
             "popularity" in items and pd.api.types.is_numeric_dtype(items.popularity),
             "items.parquet must have popularity",
+            "missing_column",
+            "items.parquet:popularity",
         )
         popularity = items.pop("popularity").to_numpy(np.float32, na_value=np.nan)
         _check_popularity(popularity, len(item_ids), "items.parquet")
@@ -1447,6 +1689,8 @@ def _check_scores(r: Recommender) -> None:
         and scores.dtype.kind == "f"
         and np.isfinite(scores).all(),
         "the model does not give a finite score for each item",
+        "out_of_range",
+        "model.safetensors",
     )
 
 # %% ../nbs/05_packaging.ipynb #999103cf
@@ -1468,7 +1712,7 @@ def _loaded(path: Path, policy: LoadPolicy) -> Recommender:
     "A bundle that answers its golden requests."
     found = _load(path, policy)
     if found.changed:
-        raise AerecError(f"bundle {path}: {found.changed}")
+        raise DataError(f"bundle {path}: {found.changed}", code="different_answer", where="golden.json")
     return found.recommender
 
 
@@ -1492,10 +1736,12 @@ def _load_folder(folder: Path, path: Path, policy: LoadPolicy) -> _Load:
         _check_scores(recommender)
         changed = _replay(found["golden.json"], found["versions.json"], recommender)
     except AerecError as e:
-        raise AerecError(f"bundle {path}: {_line(e)}") from None
+        raise _of_bundle(e, path) from None
     except Exception as e:  # parts that fit the checks still reach the code of every model and step
-        raise AerecError(
-            f"bundle {path}: its files do not fit together ({_line(exception_line(e))}); pack it again"
+        raise DataError(
+            f"bundle {path}: its files do not fit together ({_line(exception_line(e))}); pack it again",
+            code="damaged_bundle",
+            where=str(path),
         ) from None
     return _Load(recommender, changed, len(found["golden.json"]))
 
@@ -1559,9 +1805,11 @@ def _private_key(key):  # -> Ed25519PrivateKey
             base64.b64decode(key, validate=True) if isinstance(key, str) else bytes(key)
         )
     except (TypeError, ValueError):
-        raise AerecError(
+        raise SettingsError(
             "the signing key is no Ed25519 private key: give 32 bytes, or their base64; make a pair with "
-            "new_signing_key(), or: aerec models new-key"
+            "new_signing_key(), or: aerec models new-key",
+            code="invalid_key",
+            where="packaging.signing_key",
         ) from None
 
 
@@ -1595,9 +1843,11 @@ def _check_signature(
     "Refuse a bundle whose signature is missing where it is required, or wrong; raises `AerecError`."
     if data is None:
         if policy.require_signature:
-            raise AerecError(
+            raise DataError(
                 "it is not signed, and packaging.require_signature asks for a signature; sign it with save_bundle(..., "
-                "key=...), or: aerec models sign VERSION"
+                "key=...), or: aerec models sign VERSION",
+                code="not_signed",
+                where="signature.json",
             )
         return
     found = _parse_document(data, "signature.json")
@@ -1607,12 +1857,16 @@ def _check_signature(
         and all(isinstance(v, str) for v in found.values())
         and found["algorithm"] == "ed25519",
         "signature.json is no Ed25519 signature",
+        "wrong_type",
+        "signature.json",
     )
     if not policy.keys:
         if policy.require_signature:
-            raise AerecError(
+            raise DataError(
                 f"it is signed by the key {found['key_id'][:16]!r}, and no key is trusted: list the public key in "
-                "packaging.bundle_keys, or in the variable AEREC_BUNDLE_KEYS"
+                "packaging.bundle_keys, or in the variable AEREC_BUNDLE_KEYS",
+                code="no_trusted_key",
+                where="packaging.bundle_keys",
             )
         return
     from cryptography.exceptions import InvalidSignature
@@ -1620,18 +1874,22 @@ def _check_signature(
 
     trusted = {key_id(key): base64.b64decode(key) for key in policy.keys}
     if found["key_id"] not in trusted:
-        raise AerecError(
+        raise DataError(
             f"it is signed by the key {found['key_id'][:16]!r}, which packaging.bundle_keys does not list; it lists "
-            f"{', '.join(trusted)}"
+            f"{', '.join(trusted)}",
+            code="untrusted_key",
+            where=_place_name(found["key_id"][:16]),
         )
     try:
         Ed25519PublicKey.from_public_bytes(trusted[found["key_id"]]).verify(
             base64.b64decode(found["signature"], validate=True), _SIGNED + identity.encode()
         )
     except (InvalidSignature, ValueError):
-        raise AerecError(
+        raise DataError(
             f"its signature is not one of the key {found['key_id']} on these files; take the bundle from its source "
-            "again"
+            "again",
+            code="wrong_signature",
+            where="signature.json",
         ) from None
 
 
@@ -1667,8 +1925,8 @@ class _Client:
     def __init__(self, uri: str):
         self._uri = uri
         _quiet()
-        with _registry_errors(uri, "MLflow cannot open it"):
-            self._client = mlflow_module("mlflow.tracking._model_registry.client").ModelRegistryClient(uri, uri)
+        with _registry_errors(uri, "MLflow cannot open it", "cannot_open"):
+            self._client = import_mlflow("mlflow.tracking._model_registry.client").ModelRegistryClient(uri, uri)
 
     def __getattr__(self, name):
         method = getattr(self._client, name)
@@ -1684,6 +1942,7 @@ class _Client:
 def _registry_errors(
     uri: str,
     what: str = "it cannot be used",  # what failed
+    code: str = "registry_failed",
 ):  # context manager
     "Report in one line what a registry's file, database or server says."
     try:
@@ -1695,10 +1954,12 @@ def _registry_errors(
             (line for line in str(getattr(e, "orig", None) or e).splitlines() if line.strip()), type(e).__name__
         )
         raise AerecError(
-            hide_secrets(
+            mask_secrets(
                 f"packaging.registry_uri {uri}: {what} ({text[:200]}); see that it is there, that there is space, and "
                 "that you may write it, or restore it from a backup"
-            )
+            ),
+            code=code,
+            where="packaging.registry_uri",
         ) from None
 
 
@@ -1708,13 +1969,19 @@ def _check_registry_file(path: Path) -> None:
         if not path.exists():
             return
         if not path.is_file():
-            raise AerecError(f"registry {path}: it is no file; set packaging.registry_uri to another place")
+            raise DataError(
+                f"registry {path}: it is no file; set packaging.registry_uri to another place",
+                code="not_a_file",
+                where=str(path),
+            )
         with open(path, "rb") as f:
             head = f.read(16)
     if head != b"SQLite format 3\0":
-        raise AerecError(
+        raise DataError(
             f"registry {path}: it is {'empty' if not head else 'no SQLite database'}; restore it from a backup, or "
-            "move it away to begin a new registry"
+            "move it away to begin a new registry",
+            code="empty_data" if not head else "damaged_file",
+            where=str(path),
         )
 
 # %% ../nbs/05_packaging.ipynb #fb9bce11
@@ -1831,7 +2098,11 @@ class Registry:
         settings=None,  # function of an alias that gives the `Settings` which judge plugins; None: as configured
     ):
         if not re.fullmatch(r"[\w .-]{1,200}", name):
-            raise AerecError(f"packaging.model_name {name!r}: use letters, digits, blanks and . _ - only")
+            raise SettingsError(
+                f"packaging.model_name {name!r}: use letters, digits, blanks and . _ - only",
+                code="invalid_name",
+                where="packaging.model_name",
+            )
         self.uri = uri
         self.bundles_dir = Path(bundles_dir).absolute()
         self.name = name
@@ -1846,7 +2117,7 @@ class Registry:
             if own is not None:
                 _check_registry_file(self._file)
             self._mlflow = _Client(uri)
-            with _registry_errors(uri, "nothing answers there as an MLflow registry does"):
+            with _registry_errors(uri, "nothing answers there as an MLflow registry does", "no_answer"):
                 found = self._mlflow._client.search_registered_models(f"name = '{name}'")
             known = any(m.name == name for m in found)
             if not known:
@@ -1857,7 +2128,7 @@ class Registry:
     @contextmanager
     def _alone(self):  # context manager
         "Hold the registry's lock; a full disk or a missing right is one line."
-        with _disk_errors("registry", self._file), alone(self._file):
+        with _disk_errors("registry", self._file), file_lock(self._file):
             yield
 
     @classmethod
@@ -1890,7 +2161,7 @@ class Registry:
         return self.uri.startswith(("http://", "https://"))
 
     def __repr__(self):
-        return f"Registry({self.name}, {hide_secrets(self.uri)})"
+        return f"Registry({self.name}, {mask_secrets(self.uri)})"
 
 # %% ../nbs/05_packaging.ipynb #2fad0270
 @patch
@@ -1903,7 +2174,11 @@ def _load(
     folder = self.resolve(version)
     found = _load(folder, load_policy(self.settings(alias), alias, self.policy(alias)))
     if found.recommender.info["id"][:16] != folder.name:
-        raise AerecError(f"{self.name}: {folder} is not the bundle that was registered; restore it from a backup")
+        raise DataError(
+            f"{self.name}: {folder} is not the bundle that was registered; restore it from a backup",
+            code="other_bundle",
+            where=str(version),
+        )
     return found
 
 
@@ -1912,7 +2187,7 @@ def _load_sound(self: Registry, version, alias: str = None) -> Recommender:
     "Load the bundle of a version that answers its golden requests."
     found = self._load(version, alias)
     if found.changed:
-        raise AerecError(f"{self.name} version {version}: {found.changed}")
+        raise DataError(f"{self.name} version {version}: {found.changed}", code="different_answer", where=str(version))
     return found.recommender
 
 # %% ../nbs/05_packaging.ipynb #a18a9570
@@ -1985,12 +2260,11 @@ def _write_down(
 @patch
 def _move(
     self: Registry, action: str, alias: str, before: int | None, version: int, by: str, why: str, gates: list = None
-) -> str:
+) -> None:
     "Write down the move of an alias, then move it."
     row = self._write_down(action, alias, before, version, by, why, gates)
     self._mlflow.set_registered_model_alias(self.name, alias, str(version))
     self._log.finish(row)
-    return f"{self.name}: {alias} is version {version}" + (f" (was {before})" if before else "")
 
 
 @patch
@@ -2041,7 +2315,9 @@ def register(
             if "archived" in v.tags:
                 raise AerecError(
                     f"{self.name}: this bundle is version {v.version}, which was archived ({v.tags['archived']}); "
-                    f"pack a new one"
+                    f"pack a new one",
+                    code="archived",
+                    where=str(v.version),
                 )
             if signed and self._on_server:
                 _upload_again(self, v, kept)
@@ -2067,7 +2343,11 @@ def _keep_copy(
     if target.exists():
         if verify_bundle(target) == identity:
             return target, _keep_signature(bundle, target, checked)
-        raise AerecError(f"{target}: another bundle is kept there, whose identity begins alike; move it away")
+        raise DataError(
+            f"{target}: another bundle is kept there, whose identity begins alike; move it away",
+            code="other_bundle",
+            where=str(target),
+        )
     bundles_dir.mkdir(parents=True, exist_ok=True)
     work = bundles_dir / f".{identity[:16]}.{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
@@ -2075,7 +2355,9 @@ def _keep_copy(
         with _opened(bundle) as folder, _disk_errors("registry", bundles_dir):
             _copy_files(folder, work)
         if verify_bundle(work) != identity:
-            raise AerecError(f"{bundle}: it changed while it was copied; try again")
+            raise DataError(
+                f"{bundle}: it changed while it was copied; try again", code="changed_bundle", where=str(bundle)
+            )
         for p in [*work.iterdir(), work]:
             _to_disk(p)
         os.rename(work, target)
@@ -2117,7 +2399,7 @@ def _to_disk(path: Path) -> None:
 # %% ../nbs/05_packaging.ipynb #31c9f616
 def _upload(registry: Registry, kept: Path, identity: str) -> tuple:  # (source, id of the run that holds it)
     "A bundle as a zip on the MLflow server."
-    client = mlflow_module("mlflow.tracking").MlflowClient(registry.uri, registry.uri)
+    client = import_mlflow("mlflow.tracking").MlflowClient(registry.uri, registry.uri)
     experiment = f"{registry.name} bundles"
     try:
         found = client.get_experiment_by_name(experiment)
@@ -2129,19 +2411,21 @@ def _upload(registry: Registry, kept: Path, identity: str) -> tuple:  # (source,
         client.update_run(run.info.run_id, "FINISHED")
     except Exception as e:
         raise AerecError(
-            hide_secrets(
+            mask_secrets(
                 f"{registry.uri}: the server does not take the bundle "
                 f"({(str(e).splitlines() or [type(e).__name__])[0][:200]}); start it with --artifacts-destination"
-            )
+            ),
+            code="upload_failed",
+            where="packaging.registry_uri",
         ) from None
     return f"{run.info.artifact_uri}/{identity[:16]}.zip", run.info.run_id
 
 
 def _upload_again(registry: Registry, version, kept: Path) -> None:
     "Put a bundle that was signed in the place of the one on the server."
-    client = mlflow_module("mlflow.tracking").MlflowClient(registry.uri, registry.uri)
+    client = import_mlflow("mlflow.tracking").MlflowClient(registry.uri, registry.uri)
     with (
-        _registry_errors(registry.uri, "the server does not take the bundle"),
+        _registry_errors(registry.uri, "the server does not take the bundle", "upload_failed"),
         tempfile.TemporaryDirectory() as d,
         redirect_stderr(io.StringIO()),
         redirect_stdout(io.StringIO()),
@@ -2167,22 +2451,26 @@ def sign(
 
 def _download(registry: Registry, version, identity: str) -> None:
     "Fetch a bundle that the server has and this machine has not."
-    client = mlflow_module("mlflow.tracking").MlflowClient(registry.uri, registry.uri)
+    client = import_mlflow("mlflow.tracking").MlflowClient(registry.uri, registry.uri)
     with tempfile.TemporaryDirectory() as d:
         try:
             with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
                 path = client.download_artifacts(version.run_id, f"{identity[:16]}.zip", d)
         except Exception as e:
             raise AerecError(
-                hide_secrets(
+                mask_secrets(
                     f"{registry.name} version {version.version}: {registry.uri} does not give its bundle "
                     f"({(str(e).splitlines() or [type(e).__name__])[0][:200]})"
-                )
+                ),
+                code="download_failed",
+                where=str(version.version),
             ) from None
         if bundle_id(path) != identity:
-            raise AerecError(
+            raise DataError(
                 f"{registry.name} version {version.version}: the server has another bundle than was registered; "
-                f"register it again from its source"
+                f"register it again from its source",
+                code="other_bundle",
+                where=str(version.version),
             )
         with registry._alone():
             _keep_copy(Path(path), registry.bundles_dir, identity)
@@ -2293,7 +2581,9 @@ def _whoami(by: str = None) -> str:
 
 def _check_alias(alias: str) -> None:
     if alias not in ALIASES:
-        raise AerecError(f"no alias '{alias}': choose one of {', '.join(ALIASES)}")
+        raise SettingsError(
+            f"no alias '{alias}': choose one of {', '.join(ALIASES)}", code="unknown_name", where=str(alias)
+        )
 
 
 @patch
@@ -2304,15 +2594,52 @@ def _check_promoter(self: Registry, alias: str, by: str, promoters=None) -> None
     else:
         allowed = self.promoters(alias) if callable(self.promoters) else self.promoters
     if allowed and by not in allowed:
-        raise AerecError(f"'{by}' may not move {alias}: packaging.promoters names {', '.join(allowed)}")
+        raise AerecError(
+            f"'{by}' may not move {alias}: packaging.promoters names {', '.join(allowed)}",
+            code="not_allowed",
+            where=alias,
+        )
+
+
+class GatesError(AerecError):
+    "Refuse a promotion because gates failed; `where` is the alias."
+
+    code = "gates_failed"
+
+    def __init__(
+        self,
+        message: str,  # what is wrong, where, and what to do
+        code: str = None,  # None: the one of the class
+        where: str = None,  # alias
+        gates=(),  # dicts of gate, result, found and asked, as `check_gates` has them
+    ):
+        super().__init__(message, code, where)
+        self.gates = list(gates)
+
+    @property
+    def failed(self) -> list:  # names of gates
+        "Name the gates that failed."
+        return [g["gate"] for g in self.gates if g["result"] == "failed"]
 
 
 class Moved(str):
-    """One line that says what points where now; `gates` is the table of the gates it went through, None where there
-    were none.
-    """
+    "Say in one line what points where now; the same is in its attributes."
 
-    gates = None
+    alias = None  # dev, stage, live or test
+    version = None  # that it points to
+    before = None  # version that it pointed to; None: nowhere
+    gates = None  # table of the gates that the version went through; None where there were none
+
+
+def _moved(name: str, alias: str, version: int, before: int | None, gates=None) -> Moved:
+    "Say that an alias points to a version."
+    was = f" (was {before})" if before else ""
+    said = Moved(f"{name}: {alias} is version {version}" + (" already" if before == version else was))
+    said.alias = alias
+    said.version = version
+    said.before = before
+    said.gates = gates
+    return said
 
 
 @patch
@@ -2330,13 +2657,15 @@ def promote(
     by = _whoami(by)
     self._check_promoter(alias, by, promoters)
     if force and alias == "live":
-        raise AerecError("live is never forced: repair what the gates name, or roll back")
+        raise AerecError(
+            "live is never forced: repair what the gates name, or roll back", code="never_forced", where=alias
+        )
     if force and not why.strip():
-        raise AerecError(f"forcing a version onto {alias} needs a reason: say why")
+        raise AerecError(f"forcing a version onto {alias} needs a reason: say why", code="missing_value", where="why")
     self.resolve(version)
     if self.current(alias) == version:
         self._load_sound(version, alias)
-        return Moved(f"{self.name}: {alias} is version {version} already")
+        return _moved(self.name, alias, version, version)
     gated = alias in self.policy(alias).gated_aliases
     gates = self.check_gates(version, alias) if gated else self._load_sound(version, alias) and None
     with self._alone():
@@ -2347,13 +2676,14 @@ def promote(
         failed = [] if gates is None else [g for g in rows if g["result"] == "failed"]
         if failed and not force:
             self._log.finish(self._write_down("refuse", alias, before, version, by, why, rows))
-            raise AerecError(
+            raise GatesError(
                 f"{self.name}: version {version} may not become {alias}: "
-                + "; ".join(f"{g['gate']}: {g['found']}, asked is {g['asked']}" for g in failed)
+                + "; ".join(f"{g['gate']}: {g['found']}, asked is {g['asked']}" for g in failed),
+                where=alias,
+                gates=rows,
             )
-        said = Moved(self._move("promote", alias, before, version, by, f"forced: {why}" if failed else why, rows))
-    said.gates = gates
-    return said
+        self._move("promote", alias, before, version, by, f"forced: {why}" if failed else why, rows)
+    return _moved(self.name, alias, version, before, gates)
 
 # %% ../nbs/05_packaging.ipynb #b35a135b
 @patch
@@ -2369,24 +2699,38 @@ def resolve(
     if number is None:
         raise AerecError(
             f"{self.name}: the alias '{version}' points to nothing yet; run the pipeline (aerec run), or promote a "
-            f"version"
+            f"version",
+            code="empty_alias",
+            where=str(version),
         )
     if number not in known:
-        raise AerecError(f"{self.name}: no version {number}; there are {', '.join(map(str, known)) or 'none'}")
+        raise AerecError(
+            f"{self.name}: no version {number}; there are {', '.join(map(str, known)) or 'none'}",
+            code="not_found",
+            where=str(number),
+        )
     tags = known[number].tags
     if "archived" in tags:
-        raise AerecError(f"{self.name} version {number} was archived ({tags['archived']}): promote another version")
+        raise AerecError(
+            f"{self.name} version {number} was archived ({tags['archived']}): promote another version",
+            code="archived",
+            where=str(number),
+        )
     folder = self.bundles_dir / tags["bundle"][:16]
     if not folder.is_dir() and self._on_server:
         _download(self, known[number], tags["bundle"])
     if not folder.is_dir():
         raise AerecError(
             f"{self.name} version {number}: its bundle {folder} is gone; restore it from a backup, or promote another "
-            f"version"
+            f"version",
+            code="missing_bundle",
+            where=str(number),
         )
     if bundle_id(folder) != tags["bundle"]:
         raise AerecError(
-            f"{self.name} version {number}: {folder} is not the bundle that was registered; restore it from a backup"
+            f"{self.name} version {number}: {folder} is not the bundle that was registered; restore it from a backup",
+            code="other_bundle",
+            where=str(number),
         )
     return folder
 
@@ -2433,15 +2777,20 @@ def rollback(
         archived = self._archived()
         earlier = [v for v in stack[:-1] if v not in archived]
         if not earlier:
-            raise AerecError(f"{self.name}: {alias} has no earlier version to go back to")
+            raise AerecError(
+                f"{self.name}: {alias} has no earlier version to go back to", code="no_earlier_version", where=alias
+            )
     self._load_sound(earlier[-1], alias)
     with self._alone():
         if self.current(alias) != stack[-1]:
             raise AerecError(
                 f"{self.name}: {alias} was moved by somebody else just now; look at the history, and roll back again "
-                f"if that is still wanted"
+                f"if that is still wanted",
+                code="moved_meanwhile",
+                where=alias,
             )
-        return Moved(self._move("rollback", alias, stack[-1], earlier[-1], by, why))
+        self._move("rollback", alias, stack[-1], earlier[-1], by, why)
+    return _moved(self.name, alias, earlier[-1], stack[-1])
 
 # %% ../nbs/05_packaging.ipynb #cc732e60
 @patch
@@ -2527,17 +2876,18 @@ def diff(
 def verify(
     self: Registry,
     version=None,  # a registered version, or an alias; None: all that are not archived
-) -> pd.DataFrame:  # version, result ('ok', or what is wrong)
+) -> pd.DataFrame:  # version, result ('ok', or what is wrong), code of the error ('' where there is none)
     "Check every byte of registered bundles, and replay their golden requests."
     wanted = [int(v.version) for v in self.versions() if "archived" not in v.tags] if version is None else [version]
 
     def result(v):
         try:
-            return self._load_sound(v) and "ok"
+            self._load_sound(v)
         except AerecError as e:
-            return str(e)
+            return v, str(e), e.code
+        return v, "ok", ""
 
-    return pd.DataFrame([(v, result(v)) for v in wanted], columns=["version", "result"])
+    return pd.DataFrame([result(v) for v in wanted], columns=["version", "result", "code"])
 
 # %% ../nbs/05_packaging.ipynb #204a5c65
 @patch
@@ -2557,7 +2907,9 @@ def archive(
         held = [a for a, v in points.items() if int(v) == version]
         if held:
             raise AerecError(
-                f"{self.name}: version {version} is {', '.join(held)}; promote another version there first"
+                f"{self.name}: version {version} is {', '.join(held)}; promote another version there first",
+                code="in_use",
+                where=str(version),
             )
         for alias in ALIASES:
             if version in self._stack(alias):
@@ -2580,7 +2932,7 @@ def _needed(self: Registry) -> dict:  # beginning of a bundle's id -> why it sta
     for alias in ALIASES:
         needed |= {
             of[v]: f"{alias} has come from version {v}"
-            for v in self._stack(alias)[:-1][-self.policy(alias).rollback_depth :]
+            for v in self._stack(alias)[:-1][-self.policy(alias).kept_rollback_versions :]
             if v in archived and v in of
         }
     return needed | {of[int(v)]: a for a, v in points.items() if int(v) in of}
@@ -2661,7 +3013,7 @@ LICENCES = {
 
 def _without_folders(text: str) -> str:
     "A sentence without the folders of somebody's machine."
-    return hide_secrets(
+    return mask_secrets(
         re.sub(r"(?<![\w:/])(?:[A-Za-z]:)?(?:[\\/][^\\/\s,;]+)+", lambda m: re.split(r"[\\/]", m[0])[-1], text)
     )
 
@@ -2673,8 +3025,8 @@ def _interval(value, se) -> list | None:
 
 def _data_part(run, r: Recommender) -> dict:
     "Where the numbers come from."
-    source = read_json(run.need("data_import") / "source.json")
-    facts = read_json(run.need("data_import") / "description.json")
+    source = read_json(run.artifact_dir("data_import") / "source.json")
+    facts = read_json(run.artifact_dir("data_import") / "description.json")
     times = (
         [str(pd.Timestamp(int(t), unit="s").date()) for t in (r.times.min(), r.times.max())]
         if r.times is not None and len(r.times)
@@ -2691,17 +3043,17 @@ def _data_part(run, r: Recommender) -> dict:
         "users": r.n_users,
         "items": r.n_items,
         **({"from": times[0], "to": times[1]} if times else {}),
-        "fingerprint": sha256_json(read_manifest(run.need("data_import"))["outputs"])[:16],
+        "fingerprint": sha256_json(read_manifest(run.artifact_dir("data_import"))["outputs"])[:16],
     }
 
 # %% ../nbs/05_packaging.ipynb #d3fa29b1
 def model_card(
-    run,  # `Run` from `aerec_nb.runs`, with validation and postprocessing done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with validation and postprocessing done
     recommender: Recommender,  # to be packed
 ) -> dict:  # JSON
     "What the bundle is, what it was made from, how well it does, and where it ends."
-    folder = run.need("validation")
-    split = read_json(run.need("model_preprocessing") / "split" / "split.json")
+    folder = run.artifact_dir("validation")
+    split = read_json(run.artifact_dir("model_preprocessing") / "split" / "split.json")
     choice = read_json(folder / "choice.json")
     board = pd.read_parquet(folder / "leaderboard.parquet")
     k = choice["k"]
@@ -2822,7 +3174,9 @@ class _Graph:
             import onnx
         except ImportError:
             raise AerecError(
-                "export_onnx needs the extra onnx, which is not installed: pip install 'aerec_nb[onnx]'"
+                "export_onnx needs the extra onnx, which is not installed: pip install 'aerec_nb[onnx]'",
+                code="missing_package",
+                where="onnx",
             ) from None
         self.onnx = onnx
         self.nodes = []
@@ -2836,7 +3190,8 @@ class _Graph:
         if self.n_bytes > 2**31 - 2**20:
             raise AerecError(
                 f"export_onnx: the graph would have {self.n_bytes / 2**30:.1f} GiB, and one ONNX file holds 2: take a "
-                f"model with fewer numbers, such as elsa, or fewer items"
+                f"model with fewer numbers, such as elsa, or fewer items",
+                code="too_large",
             )
         self.constants.append(self.onnx.numpy_helper.from_array(array, f"c{len(self.constants)}"))
         return self.constants[-1].name
@@ -3007,7 +3362,9 @@ def _scores_graph(m, g, x):
     if m.name not in _GRAPHS:
         raise AerecError(
             f"export_onnx: the model '{m.name}' has no graph (a fold-in that solves equations, or one's own class); "
-            f"those that have one are {', '.join(_GRAPHS)}"
+            f"those that have one are {', '.join(_GRAPHS)}",
+            code="not_supported",
+            where=str(m.name),
         )
     return _GRAPHS[m.name](m, g, x)
 
@@ -3019,7 +3376,7 @@ def export_onnx(
     "Write history -> scores as an ONNX graph; raises `AerecError` without the extra, or if the model has no graph."
     model = getattr(model, "model", model) if isinstance(model, Recommender) else model
     if model.n_items is None:
-        raise AerecError(f"export_onnx: {model!r} is not fitted")
+        raise AerecError(f"export_onnx: {model!r} is not fitted", code="not_fitted", where=str(model.name))
     g = _Graph()
     g("Identity", _scores_graph(model, g, "history"))
     g.nodes[-1].output[0] = "scores"
@@ -3045,11 +3402,11 @@ def export_onnx(
 
 # %% ../nbs/05_packaging.ipynb #969e2983
 def build_packaging(
-    run,  # `Run` from `aerec_nb.runs`
+    run,  # `Run` from `aerec_nb.core.artifacts`
     folder: Path,  # where to write bundle/, gates.parquet and registered.json
 ) -> dict:  # key figures for the manifest
     "Pack what was chosen, register it, and point the alias to it if whoever runs this may and the gates let it."
-    recommender = load_recommender(run, Chain.from_spec(read_json(run.need("postprocessing") / "chain.json")))
+    recommender = load_recommender(run, Chain.from_spec(read_json(run.artifact_dir("postprocessing") / "chain.json")))
     save_bundle(
         recommender,
         folder / "bundle",
@@ -3089,7 +3446,7 @@ def build_packaging(
 
 # %% ../nbs/05_packaging.ipynb #fd95a3d0
 def describe_packaging(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
 ) -> str:  # one paragraph
     "What was packed and where it is registered."
     m = run.manifest("packaging")["metrics"]
@@ -3105,10 +3462,10 @@ def describe_packaging(
 
 
 def gates_table(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
 ) -> pd.DataFrame:  # gate, result, found, asked
     "What the gates said when the stage ran."
-    return pd.DataFrame(read_json(run.need("packaging") / "measured.json")["gates"])
+    return pd.DataFrame(read_json(run.artifact_dir("packaging") / "measured.json")["gates"])
 
 
 _WHAT = {
@@ -3128,10 +3485,10 @@ _WHAT = {
 
 
 def bundle_files(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
 ) -> pd.DataFrame:  # file, KiB, what, sha256 (its beginning)
     "What is in the bundle."
-    files = read_json(run.need("packaging") / "bundle" / "manifest.json")["files"]
+    files = read_json(run.artifact_dir("packaging") / "bundle" / "manifest.json")["files"]
     return pd.DataFrame(
         [
             {"file": name, "KiB": round(f["bytes"] / 1024, 1), "what it is": _WHAT[name], "sha256": f["sha256"][:16]}
@@ -3141,7 +3498,7 @@ def bundle_files(
 
 # %% ../nbs/05_packaging.ipynb #fd128583
 def plot_packaging(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
     registry: Registry,  # where it is registered
 ):  # -> matplotlib Figure
     "What takes the space, and how versions compare."

@@ -36,10 +36,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from scipy.sparse import csr_matrix
 
 from .blocklist import BanList
-from .configuration import AerecError, check_name, own_file, plugin_module, project_dir
-from .limits import Deadline, DeadlineExceeded, did_you_mean, preview
+from .core.custom import check_name, plugin_file, plugin_module
+from .core.errors import AerecError, DataError, Notice, PluginError, SettingsError
+from .core.files import read_json, sha256_file, sha256_json, write_json, write_parquet
+from .core.limits import Deadline, DeadlineExceeded, did_you_mean, preview
+from .core.project import project_dir
 from .model_preprocessing import NOTHING, Interactions, ItemFeatures, Split, _with_year
-from .runs import read_json, sha256_file, sha256_json, write_json, write_parquet
 
 # %% ../nbs/04a_postprocessing.ipynb #5eaa1f5b
 class IdIndex:
@@ -52,7 +54,8 @@ class IdIndex:
         self.ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)  # in Python's own types
         self._number = {key: n for n, key in enumerate(self.ids)}
         if len(self._number) != len(self.ids):
-            raise AerecError(f"vocabulary: {len(self.ids) - len(self._number)} ids occur twice")
+            message = f"vocabulary: {len(self.ids) - len(self._number)} ids occur twice"
+            raise DataError(message, code="duplicate_name", where="vocabulary")
         self.integer = bool(self.ids) and all(isinstance(key, int) for key in self.ids)
 
     def __len__(self):
@@ -146,9 +149,11 @@ class Catalogue:
     def column(self, name: str) -> pd.Series:
         "One column of the items; raises `AerecError` naming those there are."
         if name not in self.table:
-            raise AerecError(
+            raise DataError(
                 f"the items have no column {preview(name)}{did_you_mean(name, self.table.columns)}; they have "
-                f"{', '.join(self.table.columns)}"
+                f"{', '.join(self.table.columns)}",
+                code="missing_column",
+                where=_place(name),
             )
         return self.table[name]
 
@@ -161,8 +166,13 @@ class Catalogue:
                 self._made[key] = e
         found = self._made[key]
         if isinstance(found, AerecError):
-            raise AerecError(str(found))
+            raise copy(found)
         return found
+
+
+def _place(name) -> str:
+    "Write a name that a request chose as the place of an error: briefly, and as text that can be encoded."
+    return preview(name)[1:-1] if isinstance(name, str) else preview(name)
 
 
 def _by_number(table, index) -> pd.DataFrame:
@@ -224,7 +234,8 @@ def _as_numbers(column: pd.Series) -> np.ndarray:
     found = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
     wrong = column[np.isnan(found) & column.notna().to_numpy()]
     if len(wrong):
-        raise AerecError(f"the items' column '{column.name}' has no numbers: {preview(str(wrong.iloc[0]))} is none")
+        message = f"the items' column '{column.name}' has no numbers: {preview(str(wrong.iloc[0]))} is none"
+        raise DataError(message, code="not_a_number", where=column.name)
     return found
 
 # %% ../nbs/04a_postprocessing.ipynb #a0b994e1
@@ -240,7 +251,8 @@ def moments(
 
 def _as_moments(column: pd.Series) -> np.ndarray:
     if pd.api.types.is_bool_dtype(column):
-        raise AerecError(f"the items' column '{column.name}' has no dates, but True and False")
+        message = f"the items' column '{column.name}' has no dates, but True and False"
+        raise DataError(message, code="not_a_time", where=column.name)
     values = (
         column.where(~column.isin(NOTHING))
         if column.dtype == object or pd.api.types.is_string_dtype(column)
@@ -268,9 +280,11 @@ def _as_moments(column: pd.Series) -> np.ndarray:
         parsed = pd.to_datetime(values, errors="coerce", utc=True, format="ISO8601")
         wrong = values[parsed.isna() & values.notna()]
         if len(wrong):
-            raise AerecError(
+            raise DataError(
                 f"the items' column '{column.name}' has no dates: {preview(str(wrong.iloc[0]))} is neither one such "
-                f"as 2020-01-31, nor seconds since 1970"
+                f"as 2020-01-31, nor seconds since 1970",
+                code="not_a_time",
+                where=column.name,
             )
         values = parsed
     if getattr(values.dtype, "tz", None) is not None:
@@ -286,12 +300,12 @@ def vectors(
     "What the likeness of two items is measured on."
     if of is None:
         if "genres" not in self.table and self.features is None:
-            raise AerecError("the items have neither a column 'genres' nor features to tell how alike they are")
+            message = "the items have neither a column 'genres' nor features to tell how alike they are"
+            raise DataError(message, code="missing_column", where="genres")
         of = "genres" if "genres" in self.table else "features"
     if of == "features" and self.features is None:
-        raise AerecError(
-            "the items have no features: give a table of items with columns that are fit for it, or name a column"
-        )
+        message = "the items have no features: give a table of items with columns that are fit for it, or name a column"
+        raise DataError(message, code="missing_column", where="features")
     rows = csr_matrix(self.features) if of == "features" else self.categories(of).matrix
     return self.once(("vectors", of), lambda: _unit_rows(rows))
 
@@ -311,16 +325,17 @@ MAX_TEXT = 1_000  # characters of a value, or of a column's name
 def _conditions(spec: dict) -> list:  # of (group, condition)
     "List the conditions of a filter; raises `AerecError` where it is no filter."
     if not isinstance(spec, dict) or not spec:
-        raise AerecError(f"a filter is a dictionary such as {{'any': [{{'genres': 'Comedy'}}]}}, not {preview(spec)}")
+        message = f"a filter is a dictionary such as {{'any': [{{'genres': 'Comedy'}}]}}, not {preview(spec)}"
+        raise SettingsError(message, code="wrong_type", where="filter")
     for group, conditions in spec.items():
         if group not in ("any", "all", "none"):
             advice = f"write {{'all': [{{{preview(group)}: ...}}]}} if that is a column"
-            raise AerecError(f"a filter has any, all and none, not {preview(group)}: {advice}")
+            message = f"a filter has any, all and none, not {preview(group)}: {advice}"
+            raise SettingsError(message, code="unknown_name", where=_place(group))
         if not isinstance(conditions, list) or not conditions or not all(isinstance(c, dict) and c for c in conditions):
             example = "{'genres': 'Comedy'} or {'year': {'ge': 1990}}"
-            raise AerecError(
-                f"'{group}' of a filter is a list of conditions such as {example}, not {preview(conditions)}"
-            )
+            message = f"'{group}' of a filter is a list of conditions such as {example}, not {preview(conditions)}"
+            raise SettingsError(message, code="wrong_type", where=group)
         for condition in conditions:
             for column, wanted in condition.items():
                 _check_wanted(column, wanted)
@@ -330,17 +345,22 @@ def _conditions(spec: dict) -> list:  # of (group, condition)
 def _check_wanted(column, wanted) -> None:
     "Refuse what a column cannot be compared with."
     if not isinstance(column, str) or len(column) > MAX_TEXT:
-        raise AerecError(f"a condition names a column of the items, not {preview(column)}")
+        message = f"a condition names a column of the items, not {preview(column)}"
+        raise SettingsError(message, code="wrong_type", where=_place(column))
     if isinstance(wanted, dict):
         unknown = [op for op in wanted if op not in RANGES]
-        if unknown or not wanted:
-            found = preview(unknown[0]) if unknown else "nothing"
-            raise AerecError(f"a range of {preview(column)} has {', '.join(RANGES)}, not {found}")
+        has = f"a range of {preview(column)} has {', '.join(RANGES)}"
+        if unknown:
+            raise SettingsError(f"{has}, not {preview(unknown[0])}", code="unknown_name", where=_place(column))
+        if not wanted:
+            raise SettingsError(f"{has}, not nothing", code="missing_value", where=_place(column))
         for op, end in wanted.items():
             if isinstance(end, bool) or not _is_value(end):
-                raise AerecError(f"{preview(column)} {op} {preview(end)}: a range ends at a number or a date")
+                message = f"{preview(column)} {op} {preview(end)}: a range ends at a number or a date"
+                raise SettingsError(message, code="wrong_type", where=_place(column))
     elif wanted == [] or not all(map(_is_value, wanted if isinstance(wanted, list) else [wanted])):
-        raise AerecError(f"{preview(column)} must be a value, a list of values or a range, not {preview(wanted)}")
+        message = f"{preview(column)} must be a value, a list of values or a range, not {preview(wanted)}"
+        raise SettingsError(message, code="wrong_type", where=_place(column))
 
 
 def _is_value(value) -> bool:
@@ -357,13 +377,14 @@ def _check_size(conditions: list) -> None:
     wanted = [wanted for _, condition in conditions for wanted in condition.values()]
     sizes = [len(values) if isinstance(values, list) else 1 for values in wanted]
     limits = (
-        (len(sizes), MAX_CONDITIONS, "conditions"),
-        (max(sizes), MAX_VALUES, "values in one condition"),
-        (sum(sizes), MAX_FILTER_VALUES, "values"),
+        (len(sizes), MAX_CONDITIONS, "conditions", "filter.conditions"),
+        (max(sizes), MAX_VALUES, "values in one condition", "filter.condition"),
+        (sum(sizes), MAX_FILTER_VALUES, "values", "filter.values"),
     )
-    for n, most, what in limits:
+    for n, most, what, where in limits:
         if n > most:
-            raise AerecError(f"a filter of a request has at most {most:,} {what}, not {n:,}")
+            message = f"a filter of a request has at most {most:,} {what}, not {n:,}"
+            raise SettingsError(message, code="too_large", where=where)
 
 # %% ../nbs/04a_postprocessing.ipynb #e8976ba8
 def _condition_mask(
@@ -375,7 +396,7 @@ def _condition_mask(
     "Find the items whose column is as wanted."
     if isinstance(wanted, dict):
         values = _comparable(catalogue, column, wanted)
-        return np.logical_and.reduce([RANGES[op](values, _range_end(end)) for op, end in wanted.items()])
+        return np.logical_and.reduce([RANGES[op](values, _range_end(end, column)) for op, end in wanted.items()])
     wanted = wanted if isinstance(wanted, list) else [wanted]
     if column == "item_id":
         numbers = catalogue.index.numbers(wanted)
@@ -395,11 +416,12 @@ def _comparable(catalogue: Catalogue, column: str, wanted: dict) -> np.ndarray: 
     "Return the values of a range: timestamps if it ends at dates, else numbers."
     are_dates = {isinstance(end, str) for end in wanted.values()}
     if len(are_dates) > 1:
-        raise AerecError(f"the range of '{column}' is of numbers or of dates, not of both")
+        message = f"the range of '{column}' is of numbers or of dates, not of both"
+        raise SettingsError(message, code="conflict", where=_place(column))
     return catalogue.moments(column) if True in are_dates else catalogue.numbers(column)
 
 
-def _range_end(end) -> float:  # a number, or seconds since 1970
+def _range_end(end, column: str) -> float:  # a number, or seconds since 1970
     "Read the end of a range; raises `AerecError` for a text that is no date."
     if not isinstance(end, str):
         return float(end)
@@ -408,20 +430,23 @@ def _range_end(end) -> float:  # a number, or seconds since 1970
             raise ValueError
         return pd.to_datetime(end, utc=True, format="ISO8601").timestamp()
     except (ValueError, OverflowError):
-        raise AerecError(f"{preview(end)} is no date such as 2020-01-31") from None
+        message = f"{preview(end)} is no date such as 2020-01-31"
+        raise SettingsError(message, code="not_a_time", where=_place(column)) from None
 
 
-def _describe_unknown(catalogue: Catalogue, unknown: list) -> list:  # of sentences, at most 4
+def _describe_unknown(catalogue: Catalogue, unknown: list) -> list:  # of `Notice`, at most 4
     "Name the first values that no item has, one of them with a suggestion."
     said = []
     hint = None
     for column, value, text in unknown[:3]:
         if text is None:
-            said.append(f"item {preview(value)} is not in the catalogue")
+            said.append(Notice("unknown_item", f"item {preview(value)} is not in the catalogue"))
             continue
         hint = did_you_mean(text, catalogue.categories(column).values) if hint is None else ""
-        said.append(f"no item has {column} {preview(value)}{hint}")
-    return said + ([f"{len(unknown) - 3:,} more values that no item has"] if len(unknown) > 3 else [])
+        said.append(Notice("unknown_filter_value", f"no item has {column} {preview(value)}{hint}"))
+    if len(unknown) > 3:
+        said.append(Notice("unknown_filter_value", f"{len(unknown) - 3:,} more values that no item has"))
+    return said
 
 # %% ../nbs/04a_postprocessing.ipynb #5ce241b4
 def _refuse_contradictions(conditions: list) -> None:
@@ -432,14 +457,17 @@ def _refuse_contradictions(conditions: list) -> None:
     excluded = set(texts["none"])
     both = next((text for text in texts["all"] if text in excluded), None)
     if both is not None:
-        raise AerecError(f"a contradictory filter: {preview(both)} is in all and in none")
+        message = f"a contradictory filter: {preview(both)} is in all and in none"
+        raise SettingsError(message, code="conflict", where="all")
     if texts["any"] and excluded.issuperset(texts["any"]):
-        raise AerecError("a contradictory filter: everything in any is in none as well")
+        message = "a contradictory filter: everything in any is in none as well"
+        raise SettingsError(message, code="conflict", where="any")
     required = [c for group, c in conditions if group == "all"]
     alternatives = [[c] for group, c in conditions if group == "any"] or [[]]
     if all(_is_empty(required + alternative) for alternative in alternatives):
         ranges = [c for c in required + alternatives[0] if any(isinstance(v, dict) for v in c.values())]
-        raise AerecError(f"a contradictory filter: no value is within {' and '.join(preview(c) for c in ranges[:3])}")
+        message = f"a contradictory filter: no value is within {' and '.join(preview(c) for c in ranges[:3])}"
+        raise SettingsError(message, code="conflict", where="filter")
 
 
 def _is_empty(conditions: list) -> bool:
@@ -448,7 +476,7 @@ def _is_empty(conditions: list) -> bool:
     for condition in conditions:
         for column, wanted in condition.items():
             for op, end in wanted.items() if isinstance(wanted, dict) else ():
-                ranges.setdefault((column, isinstance(end, str)), []).append((op, _range_end(end)))
+                ranges.setdefault((column, isinstance(end, str)), []).append((op, _range_end(end, column)))
     return any(map(_is_empty_range, ranges.values()))
 
 
@@ -463,7 +491,7 @@ def _find_items(
     catalogue: Catalogue,  # the items
     conditions: list,  # (group, condition)
     deadline: Deadline = None,  # None: it may take any time
-) -> tuple:  # bool [n_items], sentences about values that no item has
+) -> tuple:  # bool [n_items], a `Notice` of each value that no item has, at most 4
     "Find the items that meet conditions; raises `AerecError`."
     _refuse_contradictions(conditions)
     passed = np.ones(catalogue.n, bool)
@@ -485,7 +513,7 @@ def filter_items(
     catalogue: Catalogue,  # the items
     spec: dict,  # the filter, as a request sent it
     deadline: Deadline = None,  # of the request; None: it may take any time
-) -> tuple:  # bool [n_items]: which items pass; sentences about values that no item has
+) -> tuple:  # bool [n_items]: which items pass; a `Notice` of each value that no item has, at most 4
     "Find the items that pass a filter; raises `AerecError` where it is wrong, too large or contradictory."
     conditions = _conditions(spec)
     _check_size(conditions)
@@ -499,7 +527,7 @@ def settled_filter(
     "Find the items that pass a filter of the settings; raises `AerecError` also for values that no item has."
     passed, unknown = _find_items(catalogue, _conditions(spec))
     if unknown:
-        raise AerecError(unknown[0])
+        raise SettingsError(unknown[0].message, code=unknown[0].code)
     return passed
 
 # %% ../nbs/04a_postprocessing.ipynb #ae4fb395
@@ -580,7 +608,7 @@ class Request:
     scores: np.ndarray = None  # by item number, what the model said; NaN: not a candidate
     allowed: np.ndarray = None  # bool by item number: who passed all removing steps
     verdicts: list = field(default_factory=list)  # (name of removing step, mask of who passed)
-    warnings: list = field(default_factory=list)  # sentences
+    warnings: list = field(default_factory=list)  # of `Notice`
     depth: int = None  # how many places a ranking step must fill with care
 
     def __copy__(self):
@@ -630,7 +658,8 @@ def step(
 ):  # -> decorator
     "Add a function to the steps that settings may name; the same name again replaces it."
     if kind not in ("remove", "cut", "rank", "place"):
-        raise AerecError(f"step '{name}': kind is remove, cut, rank or place, not {kind!r}")
+        message = f"step '{name}': kind is remove, cut, rank or place, not {kind!r}"
+        raise PluginError(message, code="unknown_name", where=name)
 
     def register(function):
         STEPS[name] = Step(name, kind, function, _options_model(name, kind, function, pool), pool)
@@ -643,7 +672,8 @@ def _options_model(name, kind, function, pool) -> type:
     "The parameters of a step as a pydantic model."
     parameters = list(inspect.signature(function, eval_str=True).parameters.values())
     if len(parameters) < 2 or any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters):
-        raise AerecError(f"step '{name}': its function takes candidates, request, and then parameters by name")
+        message = f"step '{name}': its function takes candidates, request, and then parameters by name"
+        raise PluginError(message, code="wrong_signature", where=name)
     fields = {
         p.name: (Any if p.annotation is p.empty else p.annotation, ... if p.default is p.empty else p.default)
         for p in parameters[2:]
@@ -673,16 +703,36 @@ def _options(s: Step, given: dict, where: str):
     except ValidationError as e:
         error = e.errors()[0]
     name = ".".join(map(str, error["loc"]))
+    place = f"{s.name}.{name}"
     if error["type"] == "extra_forbidden":
-        raise AerecError(
+        raise SettingsError(
             f"{where}: the step {s.name} has no parameter '{name}'{did_you_mean(name, s.options.model_fields)}; it "
-            f"has {', '.join(s.options.model_fields) or 'none'}"
+            f"has {', '.join(s.options.model_fields) or 'none'}",
+            code="unknown_parameter",
+            where=place,
         )
     if error["type"] == "missing":
-        raise AerecError(f"{where}: the step {s.name} needs {name}: set it as {{{s.name} = {{{name} = ...}}}}")
-    raise AerecError(
-        f"{where}: {s.name}.{name} = {preview(error['input'])}: {error['msg'].removeprefix('Value error, ')}"
-    )
+        message = f"{where}: the step {s.name} needs {name}: set it as {{{s.name} = {{{name} = ...}}}}"
+        raise SettingsError(message, code="missing_value", where=place)
+    message = f"{where}: {place} = {preview(error['input'])}: {error['msg'].removeprefix('Value error, ')}"
+    if error["type"] in _OUT_OF_RANGE:
+        raise SettingsError(message, code="out_of_range", where=place)
+    if error["type"] in _NOT_ALLOWED:
+        raise SettingsError(message, code="not_allowed", where=place)
+    raise SettingsError(message, code="wrong_type", where=place)
+
+
+# pydantic's names of errors
+_NOT_ALLOWED = ("literal_error", "enum", "value_error", "assertion_error")
+_OUT_OF_RANGE = (
+    "greater_than",
+    "greater_than_equal",
+    "less_than",
+    "less_than_equal",
+    "finite_number",
+    "too_short",
+    "too_long",
+)
 
 
 def bind_step(
@@ -701,7 +751,8 @@ def bind_step(
             try:
                 value = resolver.make(catalogue, value)
             except AerecError as e:
-                raise AerecError(f"{where}: {s.name}.{name}: {e}") from None
+                message = f"{where}: {s.name}.{name}: {e}"
+                raise SettingsError(message, code=e.code, where=e.where or f"{s.name}.{name}") from None
         arguments[name] = value
     pool = arguments.get("pool")
     if "pool" not in inspect.signature(s.function).parameters:
@@ -716,8 +767,10 @@ def ban_list(
 ) -> BanList:  # it follows changes
     "Build the blocklist of the settings; raises `AerecError` where file or table cannot be read."
     p = settings.postprocessing
-    file = project_dir() / Path(p.ban_file).expanduser() if p.ban_file else None
-    return BanList(p.banned_items, file, p.ban_url, p.ban_query, p.ban_refresh_s, p.on_blocklist_error)
+    file = project_dir() / Path(p.blocklist_file).expanduser() if p.blocklist_file else None
+    return BanList(
+        p.banned_items, file, p.blocklist_url, p.blocklist_query, p.blocklist_refresh_s, p.on_blocklist_error
+    )
 
 
 def load_ban_list(
@@ -858,7 +911,8 @@ def _boosts(catalogue, rules) -> tuple:
     add = np.zeros(catalogue.n)
     for n, rule in enumerate(rules, 1):
         if (rule.items is None) == (rule.where is None):
-            raise AerecError(f"rule {n} needs either items or where")
+            message = f"rule {n} needs either items or where"
+            raise SettingsError(message, code="conflict", where=f"boost.rules.{n - 1}")
         meant = settled_filter(catalogue, rule.where if rule.items is None else {"all": [{"item_id": rule.items}]})
         factor[meant] *= rule.factor
         add[meant] += rule.add
@@ -1096,7 +1150,8 @@ def pins(
             good[place] = item
             pinned.add(item)
         else:
-            request.warnings.append(f"pin {preview(item_id)} at place {place} is not shown: {why}")
+            message = f"pin {preview(item_id)} at place {place} is not shown: {why}"
+            request.warnings.append(Notice("pin_not_shown", message))
     return _placed(candidates, good, request.scores, "pin") if good else candidates
 
 
@@ -1208,21 +1263,23 @@ def explore(
 # %% ../nbs/04a_postprocessing.ipynb #d3650a3b
 def find_step(
     name: str,  # as settings name it
-    elsewhere: bool = False,  # shall it be known in other processes too?
+    in_subprocess: bool = False,  # shall it be known in other processes too?
 ) -> Step:
     "The step behind a name; raises `AerecError` naming those there are."
     if ":" in check_name(name, "step"):
         return _step_of_file(name)
-    if name in STEPS and not (elsewhere and _is_foreign(STEPS[name])):
+    if name in STEPS and not (in_subprocess and _is_foreign(STEPS[name])):
         return STEPS[name]
-    why = (
-        "which is registered in this process only" if name in STEPS else f"and there is none{did_you_mean(name, STEPS)}"
-    )
-    raise AerecError(
-        f"postprocessing.steps names the step '{name}', {why}: there are "
-        f"{', '.join(sorted(n for n in STEPS if not _is_foreign(STEPS[n])))}; "
+    named = f"postprocessing.steps names the step '{name}'"
+    advice = (
+        f"there are {', '.join(sorted(n for n in STEPS if not _is_foreign(STEPS[n])))}; "
         "one of your own goes into a file of the project, and is named module:step"
     )
+    if name in STEPS:
+        message = f"{named}, which is registered in this process only: {advice}"
+        raise SettingsError(message, code="not_supported", where="postprocessing.steps")
+    message = f"{named}, and there is none{did_you_mean(name, STEPS)}: {advice}"
+    raise SettingsError(message, code="unknown_step", where="postprocessing.steps")
 
 
 def _is_foreign(s: Step) -> bool:
@@ -1249,9 +1306,11 @@ def _step_of_file(name: str) -> Step:
         found = next((s for r in registries for s in r.values() if s.function is function), None)
         if found is None:
             advice = f"put @step('{own}') over its function"
-            raise AerecError(
+            raise PluginError(
                 f"postprocessing.steps names '{name}', but {Path(made.__file__).name} registers no step '{own}': "
-                f"{advice}"
+                f"{advice}",
+                code="unknown_step",
+                where="postprocessing.steps",
             )
         return found
     finally:
@@ -1279,14 +1338,15 @@ class Chain:
         self.bans = [BanList(banned_items), *bans] if len(banned_items) or not bans else list(bans)
         self._found = [find_step(name) for name in self.steps] if found is None else list(found)
         if left := set(self.options) - set(self.steps):
-            raise AerecError(
+            raise SettingsError(
                 f"postprocessing.step_options: steps does not name {', '.join(sorted(left))}: add it there, or leave "
-                f"this out"
+                f"this out",
+                code="conflict",
+                where="postprocessing.step_options",
             )
         if any(b.ids or b.changes for b in self.bans) and "ban_list" not in self.steps:
-            raise AerecError(
-                "postprocessing.steps lacks 'ban_list', but items are banned: add the step, or empty the ban list"
-            )
+            message = "postprocessing.steps lacks 'ban_list', but items are banned: add the step, or empty the ban list"
+            raise SettingsError(message, code="conflict", where="postprocessing.steps")
         for name, s in zip(self.steps, self._found, strict=True):
             _options(s, self.options.get(name, {}), "postprocessing.step_options")
         self.catalogue = index if isinstance(index, Catalogue) or index is None else Catalogue(index)
@@ -1381,27 +1441,29 @@ class Chain:
 def _check_spec(spec: dict) -> None:
     "Refuse what is no `spec` of a chain, names first; raises `AerecError`."
 
-    def check(holds, why):
+    def check(holds, field, why):
         if not holds:
-            raise AerecError(f"chain.json: {why}")
+            where = f"chain.json:{field}" if field else "chain.json"
+            raise DataError(f"chain.json: {why}", code="damaged_file", where=where)
 
-    check(isinstance(spec, dict), "it holds no chain")
+    check(isinstance(spec, dict), "", "it holds no chain")
     steps = spec.get("steps")
     options = spec.get("options", {})
     seed = spec.get("seed", 0)
     banned = spec.get("banned_items")
-    check(isinstance(steps, list) and len(steps) <= 100, "steps must be a list of at most 100 names")
+    has_names = isinstance(steps, list) and len(steps) <= 100
+    check(has_names, "steps", "steps must be a list of at most 100 names")
     for name in steps:
         check_name(name, "chain.json: step")
-    check(len(set(steps)) == len(steps), "steps names a step twice")
+    check(len(set(steps)) == len(steps), "steps", "steps names a step twice")
     has_dicts = isinstance(options, dict) and all(isinstance(given, dict) for given in options.values())
-    check(has_dicts, "options must have a dict of parameters for each step")
+    check(has_dicts, "options", "options must have a dict of parameters for each step")
     for name in options:
         check_name(name, "chain.json: options of step")
     is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
-    check(is_seed, "seed must be a whole number of at least 0")
+    check(is_seed, "seed", "seed must be a whole number of at least 0")
     has_ids = isinstance(banned, list) and all(isinstance(item_id, (int, str)) for item_id in banned)
-    check(has_ids, "banned_items must be a list of ids")
+    check(has_ids, "banned_items", "banned_items must be a list of ids")
 
 # %% ../nbs/04a_postprocessing.ipynb #a5567e47
 MAX_PINS = 1_000  # pins of a request
@@ -1426,7 +1488,7 @@ def _plan_removing(self: Chain, request: Request) -> list:  # of `Bound`
         removing.append(Bound("candidates", "remove", lambda c, r: np.isin(c.items, r.candidates)))
     if request.filter is not None:
         passed, unknown = self._find_asked(request)
-        request.warnings += [f"filter: {u}" for u in unknown]
+        request.warnings += [Notice(u.code, f"filter: {u.message}") for u in unknown]
         removing.append(Bound("filter asked for", "remove", lambda c, r: passed[c.items]))
     return removing
 
@@ -1454,7 +1516,7 @@ def _as_number(value, name: str) -> int | float:
     "Return a number of a request; raises `AerecError` for anything else."
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -(2**63) <= value < 2**63:
-        raise AerecError(f"request: {name} = {preview(value)}: it must be a number")
+        raise SettingsError(f"request: {name} = {preview(value)}: it must be a number", code="not_a_number", where=name)
     return value
 
 
@@ -1463,9 +1525,10 @@ def _as_pins(pins) -> dict:  # position -> item id
     pins = pins.tolist() if isinstance(pins, np.ndarray) else pins
     if not isinstance(pins, (list, tuple, dict)):
         advice = "give item ids for the first positions, or {position: item id}"
-        raise AerecError(f"request: pins.places = {preview(pins)}: {advice}")
+        raise SettingsError(f"request: pins.places = {preview(pins)}: {advice}", code="wrong_type", where="pins.places")
     if len(pins) > MAX_PINS:
-        raise AerecError(f"request: at most {MAX_PINS:,} pins are allowed, not {len(pins):,}")
+        message = f"request: at most {MAX_PINS:,} pins are allowed, not {len(pins):,}"
+        raise SettingsError(message, code="too_large", where="pins.places")
     found = {}
     for position, item_id in _as_places(pins).items():
         number = _as_integer(position, "position")
@@ -1477,12 +1540,13 @@ def _as_integer(value, what: str) -> int:
     "Return a whole number of at most 64 bits, of a pin; raises `AerecError` for anything else."
     value = int(value) if isinstance(value, np.integer) else value
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise AerecError(f"request: pins.places: {preview(value)} is no {what}")
+        message = f"request: pins.places: {preview(value)} is no {what}"
+        raise SettingsError(message, code="wrong_type", where="pins.places")
     return value
 
 
 @patch
-def _find_asked(self: Chain, request: Request) -> tuple:  # bool [n_items], sentences about values that no item has
+def _find_asked(self: Chain, request: Request) -> tuple:  # bool [n_items], a `Notice` of each unknown value
     "Find the items that pass the filter of a request; the last few hundred filters are remembered."
     try:
         conditions = _conditions(request.filter)
@@ -1492,7 +1556,7 @@ def _find_asked(self: Chain, request: Request) -> tuple:  # bool [n_items], sent
     except DeadlineExceeded:
         raise
     except AerecError as e:
-        raise AerecError(f"filter: {e}") from None
+        raise type(e)(f"filter: {e}", code=e.code, where=e.where) from None
 
 
 @patch
@@ -1530,7 +1594,7 @@ class Processed:
     sources: np.ndarray  # 'model', 'popular', 'pin', 'promotion' or 'explore'
     propensities: np.ndarray  # probability of each item where it stands; 1 where nothing was drawn
     report: list  # dicts, one a step: step, kind, removed, moved, placed, left
-    warnings: list  # sentences
+    warnings: list  # of `Notice`
     snapshots: list = field(default_factory=list)  # with explain: (step, item numbers, scores), whole catalogue
     _positions: list = None  # of every snapshot: position by item number, -1 where it is not there; made by `trail`
 
@@ -1543,7 +1607,7 @@ class Processed:
     ) -> list:  # dicts, one a step: step, place and score before and after; place None: not there
         "What became of an item, step by step; needs `explain`."
         if not self.snapshots:
-            raise AerecError("there is no trail: ask with explain=True")
+            raise AerecError("there is no trail: ask with explain=True", code="not_explained", where="explain")
         if self._positions is None:
             self._positions = _positions_of([items for _, items, _ in self.snapshots])
         rows = []
@@ -1617,7 +1681,7 @@ def _best_first(scores, n) -> np.ndarray:
 
 # %% ../nbs/04a_postprocessing.ipynb #c80c48cf
 @patch
-def run(  # noqa: F811
+def run(
     self: Chain,
     scores: np.ndarray,  # float, one a candidate: [n_items], or as many as `items`
     request: Request,  # what is known and asked for
@@ -1805,9 +1869,11 @@ def _one_step(b: Bound, request: Request, c: Candidates, last: bool) -> Candidat
 
 def _check_mask(name, mask, n) -> None:
     if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != (n,):
-        raise AerecError(
+        raise PluginError(
             f"step {name} must return a mask of {n} True or False, an array of bool: it returned "
-            f"{getattr(mask, 'dtype', type(mask).__name__)} of shape {np.shape(mask)}"
+            f"{getattr(mask, 'dtype', type(mask).__name__)} of shape {np.shape(mask)}",
+            code="wrong_type",
+            where=name,
         )
 
 
@@ -1816,25 +1882,33 @@ def _checked_order(b, request, given, done) -> Candidates:
     said.
     """
     if not hasattr(done, "followed_by"):
-        raise AerecError(
-            f"step {b.name} must return candidates, such as candidates.take(order): it returned {type(done).__name__}"
+        raise PluginError(
+            f"step {b.name} must return candidates, such as candidates.take(order): it returned {type(done).__name__}",
+            code="wrong_type",
+            where=b.name,
         )
     if len(np.unique(done.items)) != len(done):
-        raise AerecError(f"step {b.name} returned an item twice")
+        raise PluginError(f"step {b.name} returned an item twice", code="duplicate_name", where=b.name)
     if not np.isfinite(done.scores.astype(np.float64)).all():
-        raise AerecError(f"step {b.name} returned a score that is not a number")
+        raise PluginError(f"step {b.name} returned a score that is not a number", code="not_a_number", where=b.name)
     if b.kind == "rank" and not np.array_equal(np.sort(done.items), np.sort(given.items)):
-        raise AerecError(
+        raise PluginError(
             f"step {b.name} is to put {len(given)} candidates into an order; it returned others (kind place may add, "
-            f"kind cut may leave out)"
+            f"kind cut may leave out)",
+            code="changed_items",
+            where=b.name,
         )
     refused = ~request.allowed[done.items]
     if refused.any():
-        request.warnings += [
-            f"{b.name}: item {request.catalogue.index.ids[i]!r} is not shown: {request.refused_by(i)} leaves it out"
-            for i in done.items[refused].tolist()
-        ]
+        request.warnings += [_refusal(b.name, i, request) for i in done.items[refused].tolist()]
     return done.take(~refused) if refused.any() else done
+
+
+def _refusal(name: str, item: int, request: Request) -> Notice:
+    "Say which removing step refuses an item that a step brought back."
+    item_id = request.catalogue.index.ids[item]
+    message = f"{name}: item {item_id!r} is not shown: {request.refused_by(item)} leaves it out"
+    return Notice("item_refused", message)
 
 
 def _removal_snapshots(request, source, candidates, scores) -> list:
@@ -2205,14 +2279,14 @@ def _change_in_words(change: float, se: float, level: float) -> str:
 # %% ../nbs/04a_postprocessing.ipynb #be4d3db6
 def check_chain(
     settings,  # from `load_settings`
-    elsewhere: bool = False,  # will the stage run in another process?
+    in_subprocess: bool = False,  # will the stage run in another process?
 ) -> None:
     """Refuse unknown steps, wrong parameters and ban lists that cannot be read, before anything is built; raises
     `AerecError`.
     """
     p = settings.postprocessing
     for name in p.steps:
-        find_step(name, elsewhere)
+        find_step(name, in_subprocess)
     Chain(p.steps, (), None, p.step_options, bans=[ban_list(settings)])
 
 
@@ -2224,22 +2298,22 @@ def chain_files(
     """
     p = settings.postprocessing
     bans = ban_list(settings)
-    found = {f"step {name}": sha256_file(own_file(name, "postprocessing.steps")) for name in p.steps if ":" in name}
+    found = {f"step {name}": sha256_file(plugin_file(name, "postprocessing.steps")) for name in p.steps if ":" in name}
     if bans.file:
-        found["ban_file"] = sha256_file(bans.file)
+        found["blocklist_file"] = sha256_file(bans.file)
     if bans.url:
-        found["ban_url"] = sha256_json([str(item_id) for item_id in bans.table_ids])
+        found["blocklist_url"] = sha256_json([str(item_id) for item_id in bans.table_ids])
     return found
 
 
 def load_catalogue(
-    run,  # `Run` from `aerec_nb.runs`, with data imported and split
+    run,  # `Run` from `aerec_nb.core.artifacts`, with data imported and split
     items,  # ids of the vocabulary
     popularity,  # [n_items] users of each item
 ) -> Catalogue:
     "What the run knows of the items of a vocabulary."
-    table = run.need("data_import") / "items.parquet"
-    features = run.need("model_preprocessing") / "features"
+    table = run.artifact_dir("data_import") / "items.parquet"
+    features = run.artifact_dir("model_preprocessing") / "features"
     return Catalogue(
         IdIndex(items),
         pd.read_parquet(table) if table.exists() else None,
@@ -2249,24 +2323,24 @@ def load_catalogue(
 
 # %% ../nbs/04a_postprocessing.ipynb #d14f91b4
 def served_items(
-    run,  # `Run` from `aerec_nb.runs`, with inference done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with inference done
     split: Split,  # of the run
 ) -> np.ndarray:  # ids: those the model was fitted on, then the new ones
     "The vocabulary of what may be recommended."
     known = np.asarray(split.refit().items)
-    path = run.need("inference") / "cold_items.parquet"
+    path = run.artifact_dir("inference") / "cold_items.parquet"
     return np.concatenate([known, pd.read_parquet(path).item_id.to_numpy()]) if path.exists() else known
 
 # %% ../nbs/04a_postprocessing.ipynb #90ac4363
 def build_postprocessing(
-    run,  # `Run` from `aerec_nb.runs`
+    run,  # `Run` from `aerec_nb.core.artifacts`
     folder: Path,  # where to write recommendations.parquet, steps.parquet, tradeoffs.parquet and chain.json
 ) -> dict:  # key figures for the manifest
     "Apply the configured chain to the candidates of the run, and measure what each ranking step would cost."
-    candidates = pd.read_parquet(run.need("inference") / "candidates.parquet")
+    candidates = pd.read_parquet(run.artifact_dir("inference") / "candidates.parquet")
     p = run.settings.postprocessing
     k = run.settings.validation.topk
-    split = Split.load(run.need("model_preprocessing") / "split")
+    split = Split.load(run.artifact_dir("model_preprocessing") / "split")
     histories = histories_over(split.interactions, served_items(run, split))
     chain = Chain(
         p.steps,
@@ -2296,12 +2370,12 @@ def build_postprocessing(
 
 def _measure_tradeoffs(run, split, chain, k) -> pd.DataFrame | None:
     "The curves on the validation fold; None where it has no users."
-    path = run.need("inference") / "valid_candidates.parquet"
+    path = run.artifact_dir("inference") / "valid_candidates.parquet"
     if not path.exists() or split.valid is None:
         return None
     candidates = pd.read_parquet(path)
     users = candidates.user_id.drop_duplicates().to_numpy()
-    most = run.settings.postprocessing.tradeoff_users
+    most = run.settings.postprocessing.n_tradeoff_users
     if len(users) > most:
         users = users[
             np.sort(np.random.default_rng(run.settings.run.random_seed).choice(len(users), most, replace=False))
@@ -2314,11 +2388,11 @@ def _measure_tradeoffs(run, split, chain, k) -> pd.DataFrame | None:
 
 # %% ../nbs/04a_postprocessing.ipynb #d0a8355c
 def describe_postprocessing(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
 ) -> str:  # one paragraph
     "What went in, what came out, and what deserves attention."
     m = run.manifest("postprocessing")["metrics"]
-    chain = read_json(run.need("postprocessing") / "chain.json")
+    chain = read_json(run.artifact_dir("postprocessing") / "chain.json")
     lines = [
         (
             f"Candidates of {m['n_users']:,} users through {' > '.join(chain['steps']) or 'no step at all'}; "
@@ -2338,12 +2412,12 @@ def describe_postprocessing(
 
 # %% ../nbs/04a_postprocessing.ipynb #7fd90ee7
 def before_after(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
     user_id=None,  # whose list; None: the user for whom least was taken out, but something
 ) -> pd.DataFrame:  # one row a candidate down to the last shown: rank, title, what became of it
     "One user's candidates and what the chain made of them."
-    candidates = pd.read_parquet(run.need("inference") / "candidates.parquet")
-    lists = pd.read_parquet(run.need("postprocessing") / "recommendations.parquet")
+    candidates = pd.read_parquet(run.artifact_dir("inference") / "candidates.parquet")
+    lists = pd.read_parquet(run.artifact_dir("postprocessing") / "recommendations.parquet")
     if user_id is None:
         last, n = (
             candidates.merge(lists[["user_id", "item_id"]]).groupby("user_id", sort=False)["rank"].agg(how)
@@ -2370,10 +2444,10 @@ def before_after(
 
 def _became(run, candidates, k) -> dict:
     "Item id -> the step that took it out."
-    split = Split.load(run.need("model_preprocessing") / "split")
+    split = Split.load(run.artifact_dir("model_preprocessing") / "split")
     histories = histories_over(split.interactions, served_items(run, split))
     chain = Chain.from_spec(
-        read_json(run.need("postprocessing") / "chain.json"),
+        read_json(run.artifact_dir("postprocessing") / "chain.json"),
         load_catalogue(run, histories.items, np.bincount(histories.matrix.indices, minlength=len(histories.items))),
     )
     now = None if histories.times is None else float(histories.times.max())
@@ -2389,10 +2463,10 @@ def _became(run, candidates, k) -> dict:
 # %% ../nbs/04a_postprocessing.ipynb #d6be39ea
 def with_titles(
     frame: pd.DataFrame,  # with item_id
-    run,  # `Run` from `aerec_nb.runs`, with data imported
+    run,  # `Run` from `aerec_nb.core.artifacts`, with data imported
 ) -> pd.DataFrame:  # with a title column
     "Titles beside ids; the id itself where a source has no titles."
-    path = run.need("data_import") / "items.parquet"
+    path = run.artifact_dir("data_import") / "items.parquet"
     titles = (
         pd.read_parquet(path).drop_duplicates("item_id").set_index("item_id").get("title") if path.exists() else None
     )
@@ -2401,10 +2475,10 @@ def with_titles(
 
 # %% ../nbs/04a_postprocessing.ipynb #c619bc19
 def plot_steps(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
 ):  # -> matplotlib Figure
     "What is left after each step."
-    report = pd.read_parquet(run.need("postprocessing") / "steps.parquet")[::-1]
+    report = pd.read_parquet(run.artifact_dir("postprocessing") / "steps.parquet")[::-1]
     fig, ax = plt.subplots(figsize=(8, 0.55 * len(report) + 1.2), layout="constrained")
     ax.barh(report.step, report.left, color="#0072b2")
     ax.barh(report.step, report.removed, left=report.left, color="#e69f00", label="taken out here")

@@ -6,7 +6,7 @@
 __all__ = ['PIECE_BYTES', 'PIECE_ROWS', 'PANEL_BYTES', 'MAX_DEATHS', 'ray_module', 'check_address', 'start_engine', 'stop_engine',
            'calm', 'engine_address', 'task_figures', 'keep_figures', 'taken_figures', 'workers_table', 'Piece',
            'pieces_of', 'check_source', 'run_rules', 'Shards', 'import_shards', 'RowsOnRay', 'fit_model', 'train',
-           'recommend_batch']
+           'recommend_batch', 'RayBackend']
 
 # %% ../nbs/06a_scale.ipynb #e15a371f
 import importlib.metadata
@@ -26,6 +26,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,26 +41,54 @@ from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from tqdm import tqdm
 
-from . import business_preprocessing as bp
 from . import data_import as di
 from . import training
-from .configuration import AerecError, ScaleSettings, load_settings
+from .core.code import code_hash
+from .core.errors import AerecError, DataError, RunError, SettingsError
+from .core.files import atomic_path, read_json, sha256_file, sha256_json, write_json, write_parquet
+from .core.profiling import peak_memory_mib
+from .core.settings import load_settings
+from aerec_nb.data.rule_runner import (
+    IMPORTED,
+    PlannedRule,
+    RuleResult,
+    as_interactions,
+    as_rule_settings,
+    call_rule,
+    check_ratings_frame,
+    check_rules_fit_data,
+    first_weights,
+    kept_rows,
+    negative_only_pairs,
+    no_interactions_left,
+    plan_rules,
+    rating_scale_of,
+    report_row,
+    rule_files,
+)
+from aerec_nb.data.rules import (
+    RuleContext,
+    deduplicate,
+    describe_rounds,
+    exclude_items,
+    exclude_users,
+    filter_bots,
+    filter_min_item_interactions,
+    filter_time_window,
+    k_core,
+    limit_user_interactions,
+    rating_weight,
+    time_decay,
+    value_counts,
+)
+from .data.schema import factorize, feedback_type
+from .distributed.settings import ComputeSettings
 from .inference import Recommender, check_k, make_shards, write_shards
 from .linear_models import MEETING, LinearAutoEncoder, Rows, gram_columns, scaled
 from .model_preprocessing import Interactions, _as_ids, _csr, load_vocabulary, save_vocabulary
 from .modeling import check_histories, create_model
 from .modeling import fit_model as fit_here
 from .neural_models import Share
-from aerec_nb.runs import (
-    atomic_path,
-    code_hash,
-    peak_memory_mib,
-    read_json,
-    sha256_file,
-    sha256_json,
-    write_json,
-    write_parquet,
-)
 
 # %% ../nbs/06a_scale.ipynb #4bdc3eb8
 def ray_module(
@@ -67,8 +96,10 @@ def ray_module(
 ):  # -> the module; raises `AerecError` where Ray is not installed
     "A module of Ray, without telemetry and without remarks."
     if importlib.util.find_spec("ray") is None:
-        raise AerecError(
-            'scale.engine = ray: Ray is not installed here; pip install "aerec_nb[ray]", or leave engine local'
+        raise SettingsError(
+            'compute.backend = ray: Ray is not installed here; pip install "aerec_nb[ray]", or leave backend local',
+            code="not_installed",
+            where="compute.backend",
         )
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
@@ -98,37 +129,55 @@ def check_address(
         return False
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise AerecError(f"scale.address = {address!r}: give host:port, as `ray start --head` prints it, or auto")
+        raise SettingsError(
+            f"compute.ray_address = {address!r}: give host:port, as `ray start --head` prints it, or auto",
+            code="not_an_address",
+            where="compute.ray_address",
+        )
     try:
         socket.create_connection((host, int(port)), timeout=min(5, seconds)).close()
     except OSError as e:
-        raise AerecError(
-            f"scale.address = {address}: nothing answers there ({e.strerror or e}); start one with `ray start "
-            f"--head`, or leave the address out"
+        raise SettingsError(
+            f"compute.ray_address = {address}: nothing answers there ({e.strerror or e}); start one with `ray start "
+            f"--head`, or leave the address out",
+            code="no_answer",
+            where="compute.ray_address",
         ) from None
     if address.startswith("ray://"):
         return False
     for token in (False, True):
-        said = _health(
+        health = _health(
             f"{host}:{port}", {**os.environ, **_QUIET, **({"RAY_AUTH_MODE": "token"} if token else {})}, seconds
         )
-        if said == "":
+        if health == _Health.GOOD:
             return token
-        if "AuthenticationError" not in said:
+        if health != _Health.REFUSED:
             break
-    if "AuthenticationError" in said:
-        raise AerecError(
-            f"scale.address = {address}: the cluster asks for another token than the one here; put what `ray "
-            f"get-auth-token` prints there into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+    if health == _Health.REFUSED:
+        raise SettingsError(
+            f"compute.ray_address = {address}: the cluster asks for another token than the one here; put what `ray "
+            f"get-auth-token` prints there into ~/.ray/auth_token or RAY_AUTH_TOKEN",
+            code="wrong_token",
+            where="compute.ray_address",
         )
-    raise AerecError(
-        f"scale.address = {address}: something answers there, but it is no Ray cluster of version "
-        f"{importlib.metadata.version('ray')}"
+    raise SettingsError(
+        f"compute.ray_address = {address}: something answers there, but it is no Ray cluster of version "
+        f"{importlib.metadata.version('ray')}",
+        code="not_a_cluster",
+        where="compute.ray_address",
     )
 
 
+class _Health(StrEnum):
+    "What came of asking a cluster how it is."
+
+    GOOD = "good"
+    REFUSED = "refused"  # it asks for another token
+    OTHER = "other"  # no answer, or that of another program
+
+
 def _health(address, environ, seconds):
-    "What is wrong with a cluster, '' for nothing."
+    "Ask a cluster how it is, with the command of Ray."
     asked = [
         sys.executable,
         "-c",
@@ -141,8 +190,11 @@ def _health(address, environ, seconds):
     try:
         found = subprocess.run(asked, capture_output=True, text=True, timeout=seconds, env=environ)
     except subprocess.TimeoutExpired:
-        return "no answer"
-    return "" if found.returncode == 0 else found.stderr or "no"
+        return _Health.OTHER
+    if found.returncode == 0:
+        return _Health.GOOD
+    # Ray's command tells a wrong token from other failures only by the name of the exception that it prints.
+    return _Health.REFUSED if "AuthenticationError" in found.stderr else _Health.OTHER
 
 # %% ../nbs/06a_scale.ipynb #9841be5a
 def _check_nodes(ray, seconds=120):
@@ -171,15 +223,26 @@ def _check_nodes(ray, seconds=120):
         try:
             found = ray.get(answer, timeout=seconds)
         except ray.exceptions.GetTimeoutError:
-            raise AerecError(
-                f"the Ray worker on {node} did not start within {seconds:g} s; look at `ray status` there"
+            raise RunError(
+                f"the Ray worker on {node} did not start within {seconds:g} s; look at `ray status` there",
+                code="timeout",
+                where=node,
             ) from None
         except ray.exceptions.RayError as e:
-            raise AerecError(f"the Ray worker on {node} failed: {_last_line(e)}") from None
+            message = f"the Ray worker on {node} failed: {_last_line(e)}"
+            raise RunError(message, code="worker_failed", where=node) from None
+        if found is None:
+            raise RunError(
+                f'the Ray worker on {node} has no aerec_nb: pip install "aerec_nb[ray]=={own}" in its Python',
+                code="not_installed",
+                where=node,
+            )
         if found != own:
-            raise AerecError(
-                f"the Ray worker on {node} has {f'aerec_nb {found}, this process {own}' if found else 'no aerec_nb'}: "
-                f'pip install "aerec_nb[ray]=={own}" in its Python'
+            raise RunError(
+                f"the Ray worker on {node} has aerec_nb {found}, this process {own}: "
+                f'pip install "aerec_nb[ray]=={own}" in its Python',
+                code="other_version",
+                where=node,
             )
 
 
@@ -188,15 +251,15 @@ def _last_line(error):
 
 # %% ../nbs/06a_scale.ipynb #7c9032aa
 def start_engine(
-    scale: ScaleSettings = None,  # of the settings; None: the defaults
+    scale: ComputeSettings = None,  # of the settings; None: the defaults
 ) -> None:  # raises `AerecError` where Ray is missing, does not answer, or has workers without this package
     "Connect to Ray, or start it on this machine; does nothing where that is done."
     ray = ray_module()
-    scale = scale or ScaleSettings(engine="ray")
+    scale = scale or ComputeSettings(backend="ray")
     if ray.is_initialized():
         return
     known = os.environ.get("RAY_ADDRESS")  # a pipeline that started Ray, or checked it, says so to its stages
-    address = known or scale.address
+    address = known or scale.ray_address
     if address and address != known and check_address(address):
         os.environ["RAY_AUTH_MODE"] = "token"  # for this process and those that it starts
         ray_module("ray._raylet").Config.initialize("")  # it was read when Ray was imported
@@ -211,8 +274,10 @@ def start_engine(
         try:
             ray.init(address=address, **quiet) if address else ray.init(**quiet, **own)
         except Exception as e:  # Ray raises a bare Exception where one of its processes starts late
-            raise AerecError(
-                f"Ray {f'at {address}' if address else 'on this machine'} does not start: {_last_line(e)}"
+            raise RunError(
+                f"Ray {f'at {address}' if address else 'on this machine'} does not start: {_last_line(e)}",
+                code="engine_not_started",
+                where=address,
             ) from None
     if address != known or not address:
         try:
@@ -361,9 +426,11 @@ def _large(source, encoding):
     "The files of a source; raises `AerecError` where it is in none."
     files = source.files("ratings")
     if not files:
-        raise AerecError(
+        raise DataError(
             f"{source.name}: the engine reads files, and this source is in none; write it to Parquet files first, or "
-            f"set scale.engine to local"
+            f"set compute.backend to local",
+            code="not_supported",
+            where=source.name,
         )
     table = source.ratings.zip.found.ratings if isinstance(source.ratings, di.Zipped) else source.ratings
     return di._Large(
@@ -450,6 +517,7 @@ def _check_piece(piece, where, columns, at, encoding, header, handed_over, found
         "header": names,
         "encoding": raw.attrs.get("encoding"),
         "empty": [c for c in names if di._empty(raw[c])],
+        "faults": raw[di._FAULT].dropna().to_dict() if di._FAULT in raw else {},  # row from 0 -> fault of its line
     }
     if found is None:
         found, _ = di._standard_columns(raw, where, columns)
@@ -498,7 +566,7 @@ class _Check:
             try:
                 facts, rows = _check_piece(self.pieces[number], *self.options)
             except AerecError as e:
-                facts = {"error": str(e)}
+                facts = {"error": _portable_error(e)}
                 rows = None
             made["number"].append(number)
             made["facts"].append(_told(facts))
@@ -506,6 +574,13 @@ class _Check:
         return pyarrow.table(
             {k: pyarrow.array(v, pyarrow.int64() if k == "number" else pyarrow.large_binary()) for k, v in made.items()}
         )
+
+
+def _portable_error(error):
+    "An error that every process can unpickle; a class of a plugin need not be known elsewhere."
+    if type(error).__module__.startswith("aerec_nb."):
+        return error
+    return AerecError(str(error), error.code, error.where)
 
 
 def _told(facts):
@@ -530,11 +605,14 @@ def _unpacked(data):
 
 # %% ../nbs/06a_scale.ipynb #0bc8b8dc
 def _data():
-    "Ray Data, quiet; its shuffles are made of tasks, which are done again when a worker dies with what it held."
+    """Ray Data, quiet; its shuffles are made of tasks, which are done again when a worker dies with what it held; an
+    error of a worker comes back as it is, and not as text.
+    """
     data = ray_module("ray.data")
     context = data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.shuffle_strategy = data.context.ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+    context.raise_original_map_exception = True
     return data
 
 
@@ -619,12 +697,14 @@ def _agreed(parts):
     return pd.Series(ids), np.split(codes.astype(np.int32), np.cumsum([len(p) for p in parts])[:-1])
 
 # %% ../nbs/06a_scale.ipynb #5970f961
-def _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding):
+def _check_pieces(source, columns, on_duplicate, on_invalid, as_of, encoding):
     "Check all pieces of a source and settle what only the whole can tell."
-    if on_bad not in di.ON_BAD:
-        raise AerecError(f"no rule {on_bad!r} for bad rows: choose {di._list(di.ON_BAD)}")
+    if on_invalid not in di.ON_BAD:
+        message = f"no rule {on_invalid!r} for bad rows: choose {di._list(di.ON_BAD)}"
+        raise SettingsError(message, code="unknown_name", where="data.on_invalid")
     if on_duplicate not in di.ON_DUPLICATE:
-        raise AerecError(f"no rule {on_duplicate!r} for duplicates: choose {di._list(di.ON_DUPLICATE)}")
+        message = f"no rule {on_duplicate!r} for duplicates: choose {di._list(di.ON_DUPLICATE)}"
+        raise SettingsError(message, code="unknown_name", where="data.on_duplicate")
     at = None if as_of is None else di.moment(as_of)
     large = _large(source, encoding)
     pieces = _cut(large, PIECE_BYTES)
@@ -649,7 +729,7 @@ def _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding):
     _raise_first(facts)
     found, why = _found(large, facts, columns, at)
     if not sum(f["n"] for f in facts.values()):
-        raise AerecError(f"{large.where}: the table has no rows")
+        raise DataError(f"{large.where}: the table has no rows", code="empty_data", where=large.where)
     data = [(made, [n for n, f in facts.items() if f["found"] == found])]
     if others := [
         n for n, f in sorted(facts.items()) if f["found"] != found
@@ -661,7 +741,7 @@ def _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding):
     facts = [facts[n] for n in range(len(pieces))]
     starts = np.cumsum([0, *(f["n"] for f in facts)])
     problems, bad = _through(pieces, facts, starts)
-    if len(problems) and (on_bad == "raise" or problems.row.nunique() == starts[-1]):
+    if len(problems) and (on_invalid == "raise" or problems.row.nunique() == starts[-1]):
         raise di._refusal(problems, large.where, int(starts[-1]))
     if at is not None and not sum(len(f["user_id"]) for f in facts):
         di.known_at(
@@ -683,19 +763,21 @@ def _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding):
         _agreed([f["item_id"] for f in facts]),
     )
 
-
+# %% ../nbs/06a_scale.ipynb #8c2e41f7
 def _undecodable(path, name, tried):
     line, byte = di._undecodable(path, tried[-1])
-    raise AerecError(
+    raise DataError(
         f"{name}, line {line}: byte 0x{byte:02x} is not {' or '.join(tried)}; correct it, or set encoding to what the "
-        f"file was written in"
+        f"file was written in",
+        code="wrong_encoding",
+        where=f"{name}, line {line}",
     )
 
 
 def _raise_first(facts):
     for _, f in sorted(facts.items()):
         if "error" in f:
-            raise AerecError(f["error"])
+            raise f["error"]
 
 
 def _found(large, facts, columns, at):
@@ -709,11 +791,14 @@ def _without_needless(found, at):
     return {s: own for s, own in found.items() if s != "event_id" and (s != "ingested_at" or at is not None)}
 
 
-def _lines_on(line, value):
-    "A value of a problem, whose line is counted on from a number of lines."
-    if not isinstance(value, str):
-        return value
-    return re.sub(r" in line (\d+)", lambda m: f" in line {int(m[1]) + line}", value)
+def _count_lines(table, faults, line):
+    "Add the lines of earlier pieces to the faults of lines in a table of problems."
+    is_fault = table.column == ""
+    if not line or not is_fault.any():
+        return table
+    moved = {row: replace(fault, line=fault.line + line).value for row, fault in faults.items()}
+    values = table.value.where(~is_fault, (table.row - 1).map(moved))
+    return table.assign(value=values.astype(table.value.dtype))
 
 
 def _through(pieces, facts, starts):
@@ -724,15 +809,9 @@ def _through(pieces, facts, starts):
     last = None
     for piece, f, start in zip(pieces, facts, starts, strict=False):
         line = line if piece.path == last else 0
-        told = partial(_lines_on, line)
-        problems, bad = (t.assign(row=t.row + start) for t in (f["problems"], f["bad"]))
-        if line:
-            problems, bad = (
-                t.assign(value=t.value.map(told).where(t.column == "", t.value).astype(t.value.dtype))
-                for t in (problems, bad)
-            )
-        all_problems.append(problems)
-        all_bad.append(bad)
+        problems, bad = (_count_lines(t, f["faults"], line) for t in (f["problems"], f["bad"]))
+        all_problems.append(problems.assign(row=problems.row + start))
+        all_bad.append(bad.assign(row=bad.row + start))
         line = line + f["n_lines"]
         last = piece.path
     some = [p for p in all_problems if len(p)] or all_problems[:1]
@@ -759,23 +838,23 @@ def check_source(
     source: di.Source,  # where the ratings are
     columns: dict = None,  # own column name -> standard name; None: recognised by name
     on_duplicate: str = "last",  # last, first, max, mean, sum or raise
-    on_bad: str = "raise",  # raise, or quarantine
+    on_invalid: str = "raise",  # raise, or quarantine
     as_of=None,  # only what was known at this moment; None: everything
     encoding: str = None,  # of text; None: the file's own mark, else UTF-8, else cp1252
-    large_mb: float = 500.0,  # of a source of more megabytes of text the ids come as categories, as from one process
-    scale: ScaleSettings = None,  # of the settings; None: the defaults
+    chunked_read_mb: float = 500.0,  # ids of a source of more megabytes of text come as categories
+    scale: ComputeSettings = None,  # of the settings; None: the defaults
 ) -> di.Checked:  # its `figures`: a row a piece
     "`data_import.check_source` by workers; the generated sample, and events with ids of their own, are read here."
     if isinstance(source.ratings, bytes) or source.files("ratings") and _has_event_ids(source):
-        return di.check_source(source, columns, on_duplicate, on_bad, as_of, encoding, large_mb)
+        return di.check_source(source, columns, on_duplicate, on_invalid, as_of, encoding, chunked_read_mb)
     _large(source, encoding)  # before Ray is started: what cannot be read is said at once
     start_engine(scale)
     with _one_line("import"):
-        pieces = _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding)
+        pieces = _check_pieces(source, columns, on_duplicate, on_invalid, as_of, encoding)
         ratings = _gathered(pieces)
     ratings, n_duplicates = di._one_per_pair(ratings, on_duplicate, pieces.large.where)
     ratings = ratings.reset_index(drop=True)
-    if sum(map(di._size_as_text, source.files("ratings"))) > large_mb * 1e6:
+    if sum(map(di._size_as_text, source.files("ratings"))) > chunked_read_mb * 1e6:
         ratings = ratings.assign(**{c: di._in_first_order(*pd.factorize(ratings[c])) for c in ("user_id", "item_id")})
     return pieces.checked(ratings, n_duplicates)
 
@@ -831,8 +910,9 @@ class _Told:
     on: bool  # did the rule have anything to do?
     verdict: object = None  # without the rows
     dropped: object = 0  # positions, or how many
-    error: str = None
+    error: AerecError = None
     seen: tuple = ()  # excluded ids that it has
+    counted: int = 0  # users, or pairs of user and item, that rows were dropped of; for rules that count them
     reweighed: bool = False
     after: dict = (
         None  # of the rows that are left: n, users, items (rows of each), weight (sum), times, ratings (least, largest)
@@ -853,15 +933,22 @@ def _facts(rows, n_items):
     }
 
 
-_EXCLUDING = {bp.leave_out_users: ("user_id", "excluded_users"), bp.leave_out_items: ("item_id", "excluded_items")}
+_EXCLUDING = {exclude_users: ("user_id", "excluded_users"), exclude_items: ("item_id", "excluded_items")}
+# Rules that say of how many users or pairs they dropped rows: what is counted, the note for one and for several.
+_COUNTING = {
+    deduplicate: (["user", "item"], "{:,} pairs had several rows", "{:,} pairs had several rows"),
+    limit_user_interactions: (["user"], "{:,} users had more", "{:,} users had more"),
+    filter_bots: (["user"], "{:,} bot-like user", "{:,} bot-like users"),
+}
 
 
-def _apply(rows, shared, steps, keep_positions):
+def _apply(rows, shared, steps, keep_positions, context):
     "Rules on some users, one after the other: (the rows that are left, what is said of each rule)."
     began = time.perf_counter()
     n = len(rows)
     told = []
-    for name, function, arguments in steps:
+    for planned in steps:
+        function = planned.rule.function
         if not len(rows):
             told.append(_Told(False, after=_facts(rows, len(shared.items))))
             continue
@@ -870,24 +957,25 @@ def _apply(rows, shared, steps, keep_positions):
         if function in _EXCLUDING:
             column, option = _EXCLUDING[function]
             seen = tuple(
-                set(map(str, arguments[option]))
+                set(map(str, planned.options[option]))
                 & set(shown[column].cat.remove_unused_categories().cat.categories.astype(str))
             )
         try:
-            said = bp._ask(name, function, arguments, shown)
-            if isinstance(said, str) and said == bp.OFF:
+            said = call_rule(planned, shown, context)
+            if said.rows is None:
                 told.append(_Told(False, seen=seen, after=_facts(rows, len(shared.items))))
                 continue
-            if not hasattr(said, "rows"):
-                said = bp.Verdict(said, ", ".join(f"{k} {v}" for k, v in arguments.items()))
-            left = bp._kept_rows(name, said.rows, shown)
+            left = kept_rows(planned.rule.name, said.rows, shown)
         except AerecError as e:
-            told.append(_Told(True, error=str(e)))
+            told.append(_Told(True, error=_portable_error(e)))
             break
         positions = left.index.to_numpy()
         before = rows.index.to_numpy()
         stays = np.isin(before, positions, assume_unique=True)
         reweighed = bool((left.weight.to_numpy() != rows.weight.to_numpy()[stays]).any())
+        counted = 0
+        if function in _COUNTING:
+            counted = len(rows.loc[~stays, _COUNTING[function][0]].drop_duplicates())
         rows = pd.concat([rows.loc[stays, ["user", "item"]], left.drop(columns=["user_id", "item_id"])], axis=1)
         gone = before[~stays]
         told.append(
@@ -897,6 +985,7 @@ def _apply(rows, shared, steps, keep_positions):
                 gone if keep_positions else len(gone),
                 None,
                 seen,
+                counted,
                 reweighed,
                 _facts(rows, len(shared.items)),
             )
@@ -909,7 +998,7 @@ def _core_round(rows, counts, k_users, k_items):
     began = time.perf_counter()
     n = len(rows)
     if n:
-        rows = rows[(bp._times_seen(rows.user) >= k_users) & (counts[rows["item"].to_numpy()] >= k_items)]
+        rows = rows[(value_counts(rows.user) >= k_users) & (counts[rows["item"].to_numpy()] >= k_items)]
     return rows, (np.bincount(rows["item"], minlength=len(counts)), len(rows), task_figures("rules", n, began))
 
 
@@ -966,15 +1055,17 @@ class _Everywhere:
             "ratings": ends("ratings"),
         }
 
-    def own(self, steps):
+    def own(self, steps, last_timestamp=None):
         "Rules that look at one user at a time; what each left."
-        said = self._pass(_apply, self.shared, [(n, _portable(f), a) for n, f, a in steps], self.keep_positions)
+        context = RuleContext(self.rating_scale, last_timestamp)
+        steps = [_portable(planned) for planned in steps]
+        said = self._pass(_apply, self.shared, steps, self.keep_positions, context)
         keep_figures([figures for _, figures in said])
-        for number, (name, function, arguments) in enumerate(steps):
+        for number, planned in enumerate(steps):
             told = [t[number] for t, _ in said if number < len(t)]
             before = self.facts
             if any(t.on for t in told):
-                verdict = _verdict(name, function, arguments, told, before)
+                verdict = _verdict(planned, told, before, context)
             else:
                 continue
             self.facts = self._add([t.after for t in told])
@@ -983,30 +1074,27 @@ class _Everywhere:
                 if self.keep_positions
                 else sum(t.dropped for t in told)
             )
-            yield name, function, verdict, dropped, any(t.reweighed for t in told)
+            yield planned.rule, verdict, dropped, any(t.reweighed for t in told)
 
 # %% ../nbs/06a_scale.ipynb #ff5fce44
 @patch
-def across(self: _Everywhere, name, function, arguments):
+def across(self: _Everywhere, planned: PlannedRule):
     "A rule that looks across users."
-    if function is bp.leave_out_rare_items:
-        yield from self._rare(name, function, arguments, 1, arguments["min_item_interactions"], False)
-    elif function is bp.keep_core:
-        yield from self._rare(
-            name,
-            function,
-            arguments,
-            *(arguments[k] or arguments["k_core"] or 1 for k in ("k_core_users", "k_core_items")),
-            True,
-        )
-    elif function is bp.decay:
-        yield from self.own([(name, function, arguments | {"last": self.facts["times"] and self.facts["times"][1]})])
+    function = planned.rule.function
+    options = planned.options
+    if function is filter_min_item_interactions:
+        yield from self._rare(planned, 1, options["min_item_interactions"], False)
+    elif function is k_core:
+        both = options["k_core"] or 1
+        yield from self._rare(planned, options["k_core_users"] or both, options["k_core_items"] or both, True)
+    elif function is time_decay:
+        yield from self.own([planned], self.facts["times"] and self.facts["times"][1])
     else:
-        yield from self._whole(name, function, arguments)
+        yield from self._whole(planned)
 
 
 @patch
-def _rare(self: _Everywhere, name, function, arguments, k_users, k_items, again):
+def _rare(self: _Everywhere, planned: PlannedRule, k_users, k_items, again):
     "Drop what has too few rows, once or until all have enough."
     if k_users <= 1 and k_items <= 1:
         return
@@ -1032,26 +1120,20 @@ def _rare(self: _Everywhere, name, function, arguments, k_users, k_items, again)
         )
     self.facts = self._add(self._each(_count_shard, self.n_items))
     few = pd.DataFrame({"user_id": [0], "item_id": [0]})
-    verdict = function(few, **arguments)
-    if again:
-        verdict.note = f"{len(rounds):,} round{'' if len(rounds) == 1 else 's'}"
-        if rounds:
-            more = ", ..." if len(rounds) > 6 else ""
-            verdict.note += f": {', '.join(f'{n:,}' for n in rounds[:6])}{more} rows"
-    yield name, function, replace(verdict, rows=None), dropped, False
+    verdict = call_rule(planned, few, RuleContext())
+    note = describe_rounds(rounds) if again else verdict.note
+    yield planned.rule, replace(verdict, rows=None, note=note), dropped, False
 
 
 @patch
-def _whole(self: _Everywhere, name, function, arguments):
+def _whole(self: _Everywhere, planned: PlannedRule):
     "A rule of which nothing is known, on all rows in one place."
     rows = pd.concat(self.ray.get(self.shards)).sort_index()
     shown = pd.concat([self.decode(rows), rows.drop(columns=["user", "item"])], axis=1)
-    said = bp._ask(name, function, arguments, shown)
-    if isinstance(said, str) and said == bp.OFF:
+    said = call_rule(planned, shown, RuleContext(self.rating_scale))
+    if said.rows is None:
         return
-    if not hasattr(said, "rows"):
-        said = bp.Verdict(said, ", ".join(f"{k} {v}" for k, v in arguments.items()))
-    left = bp._kept_rows(name, said.rows, shown)
+    left = kept_rows(planned.rule.name, said.rows, shown)
     stays = rows.index.isin(left.index)
     reweighed = bool((left.weight.to_numpy() != rows.weight.to_numpy()[stays]).any())
     gone = rows.index.to_numpy()[~stays]
@@ -1059,7 +1141,7 @@ def _whole(self: _Everywhere, name, function, arguments):
     shard = self.by_user[rows.user.to_numpy()]
     self.shards = [self.ray.put(rows[shard == n]) for n in range(len(self.shards))]
     self.facts = self._add([_facts(rows, self.n_items)])
-    yield name, function, replace(said, rows=None), gone if self.keep_positions else len(gone), reweighed
+    yield planned.rule, replace(said, rows=None), gone if self.keep_positions else len(gone), reweighed
 
 
 @patch
@@ -1067,133 +1149,108 @@ def walk(self: _Everywhere, steps):
     "All rules in their order; those that need no others' rows together."
     waiting = []
     for step in steps:
-        if getattr(step[1], "per_user", False):
+        if step.rule.user_local:
             waiting.append(step)
         else:
             if waiting:
                 yield from self.own(waiting)
             waiting = []
             if self.facts["n"]:
-                yield from self.across(*step)
+                yield from self.across(step)
     if waiting and self.facts["n"]:
         yield from self.own(waiting)
 
-# %% ../nbs/06a_scale.ipynb #ff5fce44
-def _portable(function):
-    "A function that workers can be given, also of a file that they cannot import."
+# %% ../nbs/06a_scale.ipynb #76d5091a
+def _portable(planned):
+    "Let workers be given a rule, also of a file that they cannot import."
+    function = planned.rule.function
     module = sys.modules.get(function.__module__)
     if module is not None and not function.__module__.startswith("aerec_nb.") and function.__module__ != "__main__":
         ray_module("ray.cloudpickle").register_pickle_by_value(module)
-    return function
+    return planned
 
 
-def _verdict(name, function, arguments, told, before):
-    "What is said of a rule when all workers have done it; the rule itself says it, of few rows that stand for all."
+def _verdict(planned, told, before, context):
+    "Return the outcome of a rule that all workers have applied; the rule itself makes it, from few rows."
+    function = planned.rule.function
     errors = [t.error for t in told if t.error]
+    few = None
     if function in _EXCLUDING:
         seen = sorted({excluded for t in told for excluded in t.seen})
-        return replace(
-            function(pd.DataFrame({_EXCLUDING[function][0]: pd.Series(seen, dtype=object)}), **arguments), rows=None
-        )
-    if function is bp.within_times:
-        return replace(function(pd.DataFrame({"timestamp": list(before["times"])}), **arguments), rows=None)
-    if function is bp.weigh_by_rating:
-        return replace(
-            function(pd.DataFrame({"rating": list(before["ratings"]), "weight": np.float32(1)}), **arguments), rows=None
-        )
+        few = pd.DataFrame({_EXCLUDING[function][0]: pd.Series(seen, dtype=object)})
+    elif function is filter_time_window:
+        few = pd.DataFrame({"timestamp": list(before["times"])})
+    elif function is rating_weight:
+        few = pd.DataFrame({"rating": list(before["ratings"]), "weight": np.float32(1)})
+    if few is not None:
+        return replace(call_rule(planned, few, context), rows=None)
     if errors:
-        raise AerecError(errors[0])
+        raise errors[0]
     verdicts = [t.verdict for t in told if t.on]
     notes = list(dict.fromkeys(v.note for v in verdicts if v.note))
-    if function in (
-        bp.settle_repeats,
-        bp.cap_users,
-        bp.leave_out_bots,
-    ):  # they begin with a number: so many users, or pairs
-        n = sum(int(v.note.split()[0].replace(",", "")) for v in verdicts)
-        rest = notes[0].split(" ", 1)[1]
-        if function is bp.leave_out_bots:
-            rest = f"bot-like user{'' if n == 1 else 's'}"
-        notes = [f"{n:,} {rest}"]
-    return replace(verdicts[0], note="; ".join(notes), warn=any(v.warn for v in verdicts))
+    if function in _COUNTING:
+        n = sum(t.counted for t in told)
+        _, one, several = _COUNTING[function]
+        notes = [(one if n == 1 else several).format(n)]
+    notice = next((v.notice for v in verdicts if v.notice), None)
+    return replace(verdicts[0], note="; ".join(notes), notice=notice)
 
 # %% ../nbs/06a_scale.ipynb #5a7d76b7
-def _waterfall(everywhere, rules, scale):
-    "The waterfall, and the dropped rows of each rule, as `business_preprocessing` has them."
-    steps = bp._steps(rules, bp._knobs(rules) | {"scale": scale})
-
-    def row(name, verdict, dropped, facts, before, reweighed):
-        note = verdict.note
-        mean = facts["weight"] / facts["n"] if facts["n"] else 0.0
-        if reweighed:
-            note = f"{note}; " * bool(note) + (
-                f"{'weights only: ' if not dropped else ''}mean weight {mean:.4g}, was {report[-1]['mean_weight']:.4g}"
-            )
-        now = {"rows": facts["n"], "users": int(facts["users"]), "items": int(np.count_nonzero(facts["items"]))}
-        report.append(
-            dict(
-                rule=name,
-                setting=verdict.setting,
-                dropped=dropped,
-                dropped_share=dropped / n,
-                kept=facts["n"],
-                kept_share=facts["n"] / n,
-                users=now["users"],
-                items=now["items"],
-                note=note,
-                **{f"{k}_before": v for k, v in (before or now).items()},
-                mean_weight=mean,
-                warn=verdict.warn,
-            )
-        )
-        return now
-
+def _filter_report(everywhere, rules):
+    "Return the filter report, and (rule, dropped rows, keeps negatives) of each rule, as `rule_runner` has them."
     n = everywhere.facts["n"]
     report = []
     gone = [("ratings", np.array([], np.int64), False)]
-    before = row("ratings", bp.Verdict(None, "as imported"), 0, everywhere.facts, None, False)
-    for name, function, verdict, dropped, reweighed in everywhere.walk(steps):
+
+    def sizes():
+        facts = everywhere.facts
+        return {"rows": facts["n"], "users": int(facts["users"]), "items": int(np.count_nonzero(facts["items"]))}
+
+    def mean_weight():
+        facts = everywhere.facts
+        return facts["weight"] / facts["n"] if facts["n"] else 0.0
+
+    before = sizes()
+    report.append(report_row("ratings", IMPORTED, 0, before, before, n, mean_weight()))
+    for rule, verdict, dropped, reweighed in everywhere.walk(plan_rules(rules)):
         n_dropped = len(dropped) if everywhere.keep_positions else dropped
-        before = row(name, verdict, n_dropped, everywhere.facts, before, reweighed)
-        gone.append((name, dropped, getattr(function, "negatives", False)))
-        if not everywhere.facts["n"]:
-            note = report[-1]["note"]
-            raise AerecError(
-                f"the rules leave no interactions: {name} ({verdict.setting}) dropped the last {n_dropped:,} "
-                f"rows{f' ({note})' if note else ''}; loosen it"
-            )
+        now = sizes()
+        mean_before = report[-1]["mean_weight"] if reweighed else None
+        report.append(report_row(rule.name, verdict, n_dropped, now, before, n, mean_weight(), mean_before))
+        before = now
+        gone.append((rule.name, dropped, rule.keeps_negatives))
+        if not now["rows"]:
+            raise no_interactions_left(report[-1])
     return pd.DataFrame(report), gone
 
 
 def _weighed(rows):
-    weight = rows.weight if "weight" in rows else pd.Series(1, rows.index)
-    if "count" in rows:
-        weight = rows["count"]
-    return rows.assign(weight=weight.astype(np.float32))
+    return rows.assign(weight=first_weights(rows))
 
 
-def _asks_for_users(rules):
-    return bp.leave_out_users in (
-        functions := [f for _, f, _ in bp._steps(rules, bp._knobs(rules) | {"scale": None})]
-    ) or any(not bp._is_ours(f) for f in functions)
+def _needs_user_ids(rules):
+    "Tell whether a rule looks at the ids of users."
+    planned = plan_rules(rules)
+    return any(p.rule.function is exclude_users or p.rule.config is None for p in planned)
 
 
 def run_rules(
     ratings: pd.DataFrame,  # user_id, item_id (, rating or count) (, timestamp); ids may be categorical
     rules=None,  # settings.rules, or a dict of some of its names; None: the defaults
-    n_shards: int = None,  # parts that users are divided into; None: as the settings say
-    scale: ScaleSettings = None,  # of the settings; None: the defaults
-) -> bp.RuleResult:  # interactions, waterfall, every dropped row with its rule, explicit negatives
-    "`business_preprocessing.run_rules` by workers."
-    rules = bp._as_rules(rules)
-    scale = scale or ScaleSettings(engine="ray")
-    rating_scale = bp._check_frame(ratings, rules)
-    n_shards = n_shards or _n_shards(scale)
+    n_partitions: int = None,  # parts that users are divided into; None: as the settings say
+    scale: ComputeSettings = None,  # of the settings; None: the defaults
+) -> RuleResult:  # interactions, waterfall, every dropped row with its rule, explicit negatives
+    "Apply the rules by workers, as `rule_runner.run_rules` does."
+    rules = as_rule_settings(rules)
+    scale = scale or ComputeSettings(backend="ray")
+    check_ratings_frame(ratings, rules)
+    rating_scale = rating_scale_of(ratings)
+    n_partitions = n_partitions or _n_shards(scale)
     start_engine(scale)
     ray = ray_module()
-    users = bp.codes_of(ratings.user_id)
-    items = bp.codes_of(ratings.item_id)
-    by_user = _shard_of_users(np.bincount(users[0], minlength=len(users[1])), n_shards)
+    users = factorize(ratings.user_id)
+    items = factorize(ratings.item_id)
+    by_user = _shard_of_users(np.bincount(users[0], minlength=len(users[1])), n_partitions)
     ratings = ratings.reset_index(drop=True)
     rows = _weighed(
         pd.DataFrame({"user": users[0], "item": items[0]}, copy=False).join(
@@ -1205,12 +1262,12 @@ def run_rules(
     def decode(some):
         return ratings.loc[some.index, ["user_id", "item_id"]]
 
-    shards = [ray.put(rows[shard == n]) for n in range(n_shards)]
+    shards = [ray.put(rows[shard == n]) for n in range(n_partitions)]
     del rows
-    shared = _Shared(items[1], users[1] if _asks_for_users(rules) else None)
+    shared = _Shared(items[1], users[1] if _needs_user_ids(rules) else None)
     with _one_line("rules"):
         everywhere = _Everywhere(shards, shared, decode, by_user, True, rating_scale)
-        report, gone = _waterfall(everywhere, rules, rating_scale)
+        report, gone = _filter_report(everywhere, rules)
         left = pd.concat(ray.get(everywhere.shards)).sort_index()
     at = left.index.to_numpy()
     left = ratings[["user_id", "item_id"]].iloc[at].assign(**{c: left[c] for c in left if c not in ("user", "item")})
@@ -1220,14 +1277,14 @@ def run_rules(
     )
     dropped = ratings[["user_id", "item_id"]].iloc[positions].reset_index(drop=True).assign(row=positions, rule=rule)
     disliked = np.sort(np.concatenate([np.array([], np.int64), *(p for _, p, negative in gone if negative)]))
-    disliked = bp._only_disliked(users, items, disliked, at)
-    return bp.RuleResult(
-        bp._interactions(left), report, dropped, ratings[["user_id", "item_id"]].iloc[disliked].reset_index(drop=True)
+    disliked = negative_only_pairs(users, items, disliked, at)
+    return RuleResult(
+        as_interactions(left), report, dropped, ratings[["user_id", "item_id"]].iloc[disliked].reset_index(drop=True)
     )
 
 
 def _n_shards(scale):
-    return scale.n_shards or 4 * scale.n_workers
+    return scale.n_partitions or 4 * scale.n_workers
 
 
 def _shard_of_users(counts, n):
@@ -1251,11 +1308,14 @@ class Shards:
         try:
             manifest = read_json(folder / "manifest.json")
         except FileNotFoundError:
-            raise AerecError(
-                f"{folder}: no manifest.json in it; the import there has not ended: begin it again, and it goes on"
+            raise DataError(
+                f"{folder}: no manifest.json in it; the import there has not ended: begin it again, and it goes on",
+                code="missing_file",
+                where="manifest.json",
             ) from None
         except ValueError:
-            raise AerecError(f"{folder}/manifest.json: damaged; import again") from None
+            message = f"{folder}/manifest.json: damaged; import again"
+            raise DataError(message, code="damaged_file", where="manifest.json") from None
         return cls(
             folder,
             manifest,
@@ -1263,7 +1323,7 @@ class Shards:
         )
 
     @property
-    def n_shards(self):
+    def n_partitions(self):
         return len(self.manifest["shards"])
 
     @property
@@ -1292,7 +1352,7 @@ class Shards:
 
     @property
     def waterfall(self):
-        return pd.read_parquet(self._whole("waterfall.parquet", self.manifest["files"]["waterfall.parquet"]))
+        return pd.read_parquet(self._whole("filter_report.parquet", self.manifest["files"]["filter_report.parquet"]))
 
     def rows(self, n):
         return self.manifest["shards"][n]["start"], self.manifest["shards"][n]["stop"]
@@ -1300,10 +1360,13 @@ class Shards:
     def _whole(self, name, sha256):
         path = self.folder / name
         if not path.is_file():
-            raise AerecError(f"{path}: missing; import again, and what is whole is kept")
+            message = f"{path}: missing; import again, and what is whole is kept"
+            raise DataError(message, code="missing_file", where=name)
         if sha256_file(path) != sha256:
-            raise AerecError(
-                f"{path}: damaged (not what manifest.json says); delete it and import again, and what is whole is kept"
+            raise DataError(
+                f"{path}: damaged (not what manifest.json says); delete it and import again, and what is whole is kept",
+                code="damaged_file",
+                where=name,
             )
         return path
 
@@ -1319,7 +1382,7 @@ class Shards:
 
     def gather(self):
         "All of them, as `Interactions.from_frame` would have made them."
-        parts = [self.arrays(n) for n in range(self.n_shards)]
+        parts = [self.arrays(n) for n in range(self.n_partitions)]
         joined = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k not in ("indptr", "rows")}
         indptr = np.cumsum(np.concatenate([[0], *(np.diff(p["indptr"]) for p in parts)])).astype(np.int32)
         return Interactions(
@@ -1412,14 +1475,14 @@ def _unpack(block, counted):
     return _weighed(rows)
 
 
-def _shared_out(pieces, on_duplicate, n_shards):
+def _shared_out(pieces, on_duplicate, n_partitions):
     "Rows by user, duplicates settled: (references to shards, shard of each user, duplicates that went)."
     ray = ray_module()
     _data()  # sets how Ray Data shuffles
     counts = np.zeros(len(pieces.users[0]), np.int64)
     for f, own in zip(pieces.facts, pieces.users[1], strict=True):
         np.add.at(counts, own, f["rows_of"])
-    by_user = _shard_of_users(counts, n_shards)
+    by_user = _shard_of_users(counts, n_partitions)
     encode = _ByUser(ray.put(pieces.numbers()), ray.put(by_user))
     sets = []
     for made, counted in pieces.data:
@@ -1472,7 +1535,8 @@ def _ends(rows, n_rows, n_items):
     there[rows.index.to_numpy()] = True
     rows = rows[rows.weight.to_numpy() != 0]
     if (bad := ~np.isfinite(rows.weight.to_numpy())).any():
-        raise AerecError(f"weight is not a number in {bad.sum():,} rows: fill it or drop them")
+        message = f"weight is not a number in {bad.sum():,} rows: fill it or drop them"
+        raise DataError(message, code="not_a_number", where="weight")
     codes, users = pd.factorize(rows.user)
     at = rows.index.to_numpy()
     first = np.full(len(users), n_rows, np.int64)
@@ -1584,32 +1648,32 @@ def import_shards(
     source,  # a `data_import.Source`, or what `load_ratings` takes
     folder: Path,  # where the shards shall be; all workers must see it
     rules=None,  # settings.rules, or a dict of some of its names; None: the defaults
-    n_shards: int = None,  # parts that users are divided into; None: as the settings say
+    n_partitions: int = None,  # parts that users are divided into; None: as the settings say
     columns: dict = None,  # own column name -> standard name; None: recognised by name
     on_duplicate: str = "last",  # last, first, max, mean, sum or raise
-    on_bad: str = "raise",  # raise, or quarantine
+    on_invalid: str = "raise",  # raise, or quarantine
     as_of=None,  # only what was known at this moment; None: everything
     encoding: str = None,  # of text; None: the file's own mark, else UTF-8, else cp1252
-    scale: ScaleSettings = None,  # of the settings; None: the defaults
+    scale: ComputeSettings = None,  # of the settings; None: the defaults
 ) -> Shards:  # with users, items, waterfall, quarantine (if any) as .parquet and manifest.json beside them
     "From files to matrices by workers, for data that no process could hold; begun again it goes on."
-    scale = scale or ScaleSettings(engine="ray")
-    rules = bp._as_rules(rules)
+    scale = scale or ComputeSettings(backend="ray")
+    rules = as_rule_settings(rules)
     folder = Path(folder).absolute()
     if not isinstance(source, di.Source):
         source = di._locate(source, load_settings(), [Path.cwd()])
-    n_shards = n_shards or _n_shards(scale)
+    n_partitions = n_partitions or _n_shards(scale)
     fingerprint = sha256_json(
         {
             "source": source.hashes(),
             "rules": rules.model_dump(mode="json"),
-            "rule_files": bp.rule_files(SimpleNamespace(rules=rules)),
+            "rule_files": rule_files(SimpleNamespace(rules=rules)),
             "columns": columns,
             "on_duplicate": on_duplicate,
-            "on_bad": on_bad,
+            "on_invalid": on_invalid,
             "as_of": as_of,
             "encoding": encoding,
-            "n_shards": n_shards,
+            "n_partitions": n_partitions,
             "code": code_hash("aerec_nb.scale"),
         }
     )
@@ -1619,7 +1683,9 @@ def import_shards(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
     with _one_line("import_shards"):
-        return _import(source, folder, rules, n_shards, fingerprint, (columns, on_duplicate, on_bad, as_of, encoding))
+        return _import(
+            source, folder, rules, n_partitions, fingerprint, (columns, on_duplicate, on_invalid, as_of, encoding)
+        )
 
 
 def _finished(folder, fingerprint):
@@ -1637,34 +1703,34 @@ def _finished(folder, fingerprint):
     return made
 
 # %% ../nbs/06a_scale.ipynb #bbe26307
-def _import(source, folder, rules, n_shards, fingerprint, options):
+def _import(source, folder, rules, n_partitions, fingerprint, options):
     ray = ray_module()
     data = _data()
     figures = []
-    columns, on_duplicate, on_bad, as_of, encoding = options
+    columns, on_duplicate, on_invalid, as_of, encoding = options
     if (
         isinstance(source.ratings, bytes) or source.files("ratings") and _has_event_ids(source)
     ):  # small, or of a kind that is read in one place
-        checked = di.check_source(source, columns, on_duplicate, on_bad, as_of, encoding)
+        checked = di.check_source(source, columns, on_duplicate, on_invalid, as_of, encoding)
         ratings = checked.ratings
         bad = checked.bad
         n_rows = len(ratings)
         n_duplicates = checked.n_duplicates
-        (u, users), (i, items) = (bp.codes_of(ratings[c]) for c in ("user_id", "item_id"))
+        (u, users), (i, items) = (factorize(ratings[c]) for c in ("user_id", "item_id"))
         users = pd.Series(users)
         items = pd.Series(items)
-        by_user = _shard_of_users(np.bincount(u, minlength=len(users)), n_shards)
+        by_user = _shard_of_users(np.bincount(u, minlength=len(users)), n_partitions)
         rows = _weighed(pd.DataFrame({"user": u, "item": i}).join(ratings.drop(columns=["user_id", "item_id"])))
-        shards = [ray.put(rows[by_user[u] == n]) for n in range(n_shards)]
+        shards = [ray.put(rows[by_user[u] == n]) for n in range(n_partitions)]
         kinds = list(ratings)
     else:
-        pieces = _check_pieces(source, columns, on_duplicate, on_bad, as_of, encoding)
+        pieces = _check_pieces(source, columns, on_duplicate, on_invalid, as_of, encoding)
         users = pieces.users[0]
         items = pieces.items[0]
         bad = pieces.bad
         n_rows = pieces.n_rows
         figures += [f["figures"] for f in pieces.facts]
-        shards, by_user, n_duplicates, told = _shared_out(pieces, on_duplicate, n_shards)
+        shards, by_user, n_duplicates, told = _shared_out(pieces, on_duplicate, n_partitions)
         figures += told
         kinds = [
             *pieces.found,
@@ -1675,7 +1741,7 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
             ),
         ]
         del pieces
-    shared = _Shared(pd.Index(items), pd.Index(users) if _asks_for_users(rules) else None)
+    shared = _Shared(pd.Index(items), pd.Index(users) if _needs_user_ids(rules) else None)
 
     def decode(rows):
         return pd.DataFrame(
@@ -1687,10 +1753,9 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
     del shards
     known = pd.DataFrame(columns=[k for k in kinds if k in ("user_id", "item_id", "rating", "count", "timestamp")])
     rating_scale = everywhere.facts["ratings"] and tuple(map(float, everywhere.facts["ratings"]))
-    bp.check_source(
-        rules, {"feedback": di.feedback_of(known), "scale": rating_scale, "has_times": "timestamp" in known}
-    )
-    report, _ = _waterfall(everywhere, rules, rating_scale)
+    check_rules_fit_data(rules, feedback_type(known), rating_scale, "timestamp" in known)
+    everywhere.rating_scale = rating_scale
+    report, _ = _filter_report(everywhere, rules)
     bits = 0
     firsts = np.full(len(users), n_rows, np.int64)
     counts = np.zeros(len(users), np.int64)
@@ -1703,8 +1768,9 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
     user_numbers, user_order = _in_order(firsts, n_rows)
     item_numbers, item_order = _in_order(item_first, n_rows)
     if not len(user_order):
-        raise AerecError("no interactions: the table is empty, or every row was dropped by the business rules")
-    shard = np.unique(_shard_of_users(counts[user_order], n_shards), return_inverse=True)[1].astype(np.int32)
+        message = "no interactions: the table is empty, or every row was dropped by the business rules"
+        raise DataError(message, code="empty_data")
+    shard = np.unique(_shard_of_users(counts[user_order], n_partitions), return_inverse=True)[1].astype(np.int32)
     starts = np.searchsorted(shard, np.arange(shard[-1] + 2))
     refs = [ray.put(a) for a in (user_numbers, item_numbers, shard, bits)]
     flat = ray.remote(max_retries=-1)(_as_position)
@@ -1723,14 +1789,14 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
     figures += own
     save_vocabulary(folder / "users.parquet", _as_ids(users.iloc[user_order].to_numpy()), "user_id")
     save_vocabulary(folder / "items.parquet", _as_ids(items.iloc[item_order].to_numpy()), "item_id")
-    write_parquet(folder / "waterfall.parquet", report)
+    write_parquet(folder / "filter_report.parquet", report)
     if len(bad):
         write_parquet(folder / "quarantine.parquet", bad)
     write_parquet(folder / "figures.parquet", pd.DataFrame(figures))
     files = [
         "users.parquet",
         "items.parquet",
-        "waterfall.parquet",
+        "filter_report.parquet",
         "figures.parquet",
         *(["quarantine.parquet"] if len(bad) else []),
     ]
@@ -1748,7 +1814,7 @@ def _import(source, folder, rules, n_shards, fingerprint, options):
             "nnz": int(written.nnz.sum()),
             "n_rows": n_rows,
             "n_duplicates": n_duplicates,
-            "feedback": di.feedback_of(known),
+            "feedback": feedback_type(known),
             "scale": rating_scale,
             "has_times": "timestamp" in known,
             "shards": shards,
@@ -1775,7 +1841,7 @@ def _parts(
         bounds = np.linspace(0, histories.shape[0], n + 1).astype(int)
         return [ray.put(histories[a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
     read = ray.remote(lambda folder, number: Shards.open(folder).read(number))
-    return [read.remote(str(histories.folder), number) for number in range(histories.n_shards)]
+    return [read.remote(str(histories.folder), number) for number in range(histories.n_partitions)]
 
 
 def _grouped(parts, n):
@@ -1830,7 +1896,7 @@ class RowsOnRay(Rows):
     def __init__(
         self,
         histories,  # CSR matrix or `Shards`, [n_users, n_items]
-        scale: ScaleSettings,
+        scale: ComputeSettings,
     ):
         self.ray = ray_module()
         self.scale = scale
@@ -1920,12 +1986,12 @@ def fit_model(
     model,  # not yet fitted, from `modeling.create_model`
     train,  # histories to learn from: CSR [n_users, n_items], or `Shards`
     item_features: sparse.csr_matrix = None,  # [n_items, n_features] for models that use them
-    scale: ScaleSettings = None,  # of the settings; None: the defaults
+    scale: ComputeSettings = None,  # of the settings; None: the defaults
 ):  # -> the model, fitted
     """`modeling.fit_model` by workers; models that are neither closed forms on items nor trained by gradients are
     fitted here, from whole histories.
     """
-    scale = scale or ScaleSettings(engine="ray")
+    scale = scale or ComputeSettings(backend="ray")
     if hasattr(model, "train_epoch"):
         return _fit_by_gradients(model, train, item_features, scale)
     n_users, n_items = train.shape
@@ -1995,9 +2061,16 @@ def _worker(config):
         if config["folds"]:
             training.train(model, data, progress=False, item_features=features, after_epoch=told, **config["options"])
         else:
-            _epochs(model, data, features, told, config["options"]["checkpoints"], config["options"]["checkpoint_s"])
+            _epochs(
+                model,
+                data,
+                features,
+                told,
+                config["options"]["checkpoints"],
+                config["options"]["checkpoint_interval_s"],
+            )
     except AerecError as e:  # would come again: Ray Train must not begin anew
-        config["queue"].put({"error": str(e)})
+        config["queue"].put({"error": _portable_error(e)})
         return
     config["queue"].put({"figures": task_figures(f"training {config['name']}", X.shape[0], ready)})
 
@@ -2108,7 +2181,7 @@ def _watch(trainer, queue, model, options, after_epoch, progress):
             except Exception:
                 continue  # nothing new
             if "error" in row:
-                done["error"] = AerecError(row["error"])
+                done["error"] = row["error"]
                 continue
             if "figures" in row:
                 keep_figures([row["figures"]])
@@ -2125,7 +2198,7 @@ def _watch(trainer, queue, model, options, after_epoch, progress):
 
 # %% ../nbs/06a_scale.ipynb #139ec883
 def _own_error(error, what):
-    "The line that a worker said; Ray puts its own around it."
+    "The error that a worker raised, in one line; Ray puts its own errors around it."
     seen = set()
     todo = [error]
     while todo:
@@ -2134,20 +2207,20 @@ def _own_error(error, what):
             continue
         seen.add(id(e))
         if isinstance(e, AerecError) and not isinstance(e, ray_module().exceptions.RayError):
-            return AerecError(str(e))  # Ray's own has a traceback in its text
+            e.args = tuple(str(e).splitlines()[:1])  # Ray Data adds a line about its attempts
+            return e
         todo += [
             e.__cause__,
             e.__context__,
             getattr(e, "cause", None),
             *(getattr(e, "worker_failures", None) or {}).values(),
         ]
-    lines = str(error).splitlines()
-    found = [re.match(r"\s*(?:\w+\.)*(\w*(?:AerecError|Diverged))(?:\(\))?: (.*)", line) for line in lines]
-    said = [m[2] for m in found if m]
-    if said:
-        return AerecError(said[-1])
-    other = [line.strip() for line in lines if re.match(r"\s*(?:\w+\.)*\w*(?:Error|Exception)\b.*: ", line)]
-    return AerecError(f"{what}: the workers failed: {other[-1] if other else _last_line(error)}")
+    # Errors of other libraries: in Ray's text, which has a traceback in it, the last line that names one is shown.
+    other = [
+        line.strip() for line in str(error).splitlines() if re.match(r"\s*(?:\w+\.)*\w*(?:Error|Exception)\b.*: ", line)
+    ]
+    message = f"{what}: the workers failed: {other[-1] if other else _last_line(error)}"
+    return RunError(message, code="worker_failed", where=what)
 
 
 def _some_of(fold, rows):
@@ -2174,7 +2247,7 @@ def _fit_by_gradients(model, train, item_features, scale):
             scale,
             None,
             True,
-            {"checkpoints": folder, "checkpoint_s": 60, "num_epoch": None},
+            {"checkpoints": folder, "checkpoint_interval_s": 60, "num_epoch": None},
         )
         model.prepare(
             sparse.csr_matrix(counts[None] > 0, dtype=np.float32), item_features
@@ -2194,17 +2267,21 @@ def train(
     item_features=None,
     max_valid_users: int = 10_000,
     checkpoints: Path = None,  # folder shared by workers, of checkpoints to continue from; None: a temporary one here
-    checkpoint_s: float = 60,
+    checkpoint_interval_s: float = 60,
     after_epoch=None,
-    scale: ScaleSettings = None,  # of the settings; None: the defaults
+    scale: ComputeSettings = None,  # of the settings; None: the defaults
 ) -> pd.DataFrame:  # a row an epoch, as `training.train` gives it
     "`training.train` by workers: the same arguments, the same table, the model with the weights of its best epoch."
-    scale = scale or ScaleSettings(engine="ray")
+    scale = scale or ComputeSettings(backend="ray")
     same = {"topk": topk, "metric": metric, "item_features": item_features, "max_valid_users": max_valid_users}
     if not hasattr(model, "train_epoch"):
         return training.train(model, split, fit=partial(fit_model, scale=scale), **same)
     if split.valid is None:
-        raise AerecError("the split has no valid fold to watch: train before the split is refitted, or call fit_model")
+        raise DataError(
+            "the split has no valid fold to watch: train before the split is refitted, or call fit_model",
+            code="not_found",
+            where="split.valid",
+        )
     with tempfile.TemporaryDirectory() if checkpoints is None else nullcontext(checkpoints) as folder:
         options = {
             "num_epoch": num_epoch or model.num_epoch,
@@ -2213,7 +2290,7 @@ def train(
             "metric": metric,
             "max_valid_users": max_valid_users,
             "checkpoints": str(folder),
-            "checkpoint_s": checkpoint_s,
+            "checkpoint_interval_s": checkpoint_interval_s,
         }
         _train_on_ray(
             model,
@@ -2238,8 +2315,13 @@ class _Lists:
         from aerec_nb.packaging import load_bundle
 
         began = time.perf_counter()
-        self.recommender = load_bundle(bundle)
         self.options = options
+        self.error = None
+        try:
+            self.recommender = load_bundle(bundle)
+        except AerecError as e:
+            self.error = e  # raised by the first call: of an actor that does not begin, Ray keeps only the text
+            return
         if users is None:
             self.users = self.recommender.users
         else:  # Ray may have looked it up
@@ -2247,6 +2329,8 @@ class _Lists:
         self.loading = [task_figures("loading the bundle", 0, began)]
 
     def __call__(self, rows):
+        if self.error:
+            raise self.error
         figures = self.loading
         self.loading = []
         for path, start, n in zip(rows["path"], rows["start"], rows["n"], strict=True):
@@ -2269,19 +2353,25 @@ def recommend_batch(
     shard_users: int = 50_000,  # users a shard
     progress=None,  # function(users done), called after each shard
     now: float = None,  # seconds since 1970; None: the clock
-    scale: ScaleSettings = None,  # of the settings; None: the defaults
+    scale: ComputeSettings = None,  # of the settings; None: the defaults
 ) -> pd.DataFrame:  # a row a shard, as `inference.write_shards` gives it
     "`Recommender.recommend_batch(folder=...)` by workers: the same shards."
     from aerec_nb.packaging import load_bundle
 
     k = check_k(k)
     if folder is None:
-        raise AerecError("folder: say where the lists shall be written; workers have no other way to give them back")
-    scale = scale or ScaleSettings(engine="ray")
+        raise SettingsError(
+            "folder: say where the lists shall be written; workers have no other way to give them back",
+            code="missing_value",
+            where="folder",
+        )
+    scale = scale or ComputeSettings(backend="ray")
     r = bundle if isinstance(bundle, Recommender) else load_bundle(bundle)
     if not (path := r.info.get("folder")):
-        raise AerecError(
-            "bundle: workers load it themselves, so give the folder of a bundle, or what load_bundle made of one"
+        raise SettingsError(
+            "bundle: workers load it themselves, so give the folder of a bundle, or what load_bundle made of one",
+            code="missing_value",
+            where="bundle",
         )
     make = partial(
         _make_on_ray,
@@ -2310,8 +2400,7 @@ def _make_on_ray(bundle, scale, users, missing, now, progress, **options):
         return
     start_engine(scale)
     ray = ray_module()
-    data = ray_module("ray.data")
-    shards = data.from_items(
+    shards = _data().from_items(
         [{"path": str(path), "start": start, "n": len(of)} for path, start, of in missing],
         override_num_blocks=len(missing),
     )
@@ -2321,7 +2410,7 @@ def _make_on_ray(bundle, scale, users, missing, now, progress, **options):
         fn_constructor_kwargs=dict(options, now=now),
         batch_size=1,
         batch_format="pandas",
-        compute=data.ActorPoolStrategy(size=min(scale.n_workers, len(missing))),
+        compute=ray_module("ray.data").ActorPoolStrategy(size=min(scale.n_workers, len(missing))),
         num_cpus=1,
     )
     done = 0
@@ -2334,3 +2423,24 @@ def _make_on_ray(bundle, scale, users, missing, now, progress, **options):
                     progress(done)
     except ray.exceptions.RayError as e:
         raise _own_error(e, "recommend_batch") from None
+
+# %% ../nbs/06a_scale.ipynb #c0ffee02
+_BY_WORKERS = {"check_source": check_source, "run_rules": run_rules, "fit_model": fit_model, "train": train}
+
+
+class RayBackend:
+    "Runs the heavy functions of the stages by workers on Ray."
+
+    def __init__(
+        self,
+        settings: ComputeSettings,
+    ):
+        self.settings = settings
+
+    def function(self, local):
+        "Return the function of the same name that workers run."
+        return partial(_BY_WORKERS[local.__name__], scale=self.settings)
+
+    def pop_stats(self) -> pd.DataFrame:  # a row a phase and worker
+        "Return what the workers measured since the last call."
+        return taken_figures()

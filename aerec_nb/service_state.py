@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL_BODY', 'MAX_VALUES', 'POLL_S', 'RETRY_S', 'PATIENCE_S', 'LOG_ERRORS', 'BAN_COMMENT', 'count_values', 'BadBody',
-           'parse_body', 'RequestThreads', 'first_line', 'LogReader', 'LogHealth', 'BadItemId', 'ban_file',
+           'parse_body', 'RequestThreads', 'first_line', 'LogReader', 'LogHealth', 'BadItemId', 'blocklist_file',
            'banned_through_service', 'ServiceBans', 'change_bans']
 
 # %% ../nbs/05c_service_state.ipynb #5a5cb556
@@ -22,10 +22,10 @@ from pydantic_core import from_json
 from sqlalchemy.exc import SQLAlchemyError
 
 from .blocklist import BanList
-from .configuration import AerecError
-from .id_lists import read_ids
-from .limits import Deadline, DeadlineExceeded
-from .runs import alone, atomic_path, file_errors
+from .core.errors import AerecError, DataError
+from .core.files import atomic_path, file_errors, file_lock
+from .core.limits import Deadline, DeadlineExceeded
+from .data.id_lists import read_ids
 
 # %% ../nbs/05c_service_state.ipynb #ba699ae4
 SMALL_BODY = 16 * 2**10  # bytes; a larger body is parsed in a thread
@@ -43,16 +43,19 @@ def count_values(
 
 # %% ../nbs/05c_service_state.ipynb #e9e27975
 class BadBody(AerecError):
-    "Raised for a body that is refused."
+    "Raised for a body that is refused; its code is the type of the first error."
+
+    code = "invalid_body"
 
     def __init__(
         self,
-        code: str,  # 'json_invalid', 'too_many_values', 'missing' or 'invalid'
         errors: list,  # dicts with type, loc and msg, as pydantic reports them
     ):
-        super().__init__(errors[0]["msg"])
-        self.code = code
+        super().__init__(errors[0]["msg"], code=errors[0]["type"], where="body")
         self.errors = errors
+
+    def __reduce__(self):
+        return type(self), (self.errors,)
 
 
 def parse_body(
@@ -61,7 +64,7 @@ def parse_body(
 ):  # -> what the adapter makes of it
     "Parse a JSON body and check it; raises `BadBody`."
     if not text.strip():
-        raise _bad_body("missing", "there is no body; send JSON")
+        raise _bad_body("missing_body", "there is no body; send JSON")
     if len(text) > SMALL_BODY and count_values(text) > MAX_VALUES:
         raise _bad_body("too_many_values", f"the body has more than {MAX_VALUES:,} values; send less at a time")
     try:
@@ -72,12 +75,12 @@ def parse_body(
         return adapter.validate_python(given)
     except ValidationError as e:
         errors = e.errors(include_url=False, include_input=False, include_context=False)
-        raise BadBody("invalid", [{**error, "loc": ("body", *error["loc"])} for error in errors]) from None
+        raise BadBody([{**error, "loc": ("body", *error["loc"])} for error in errors]) from None
 
 
 def _bad_body(code: str, message: str) -> BadBody:
     "A body that is refused as a whole."
-    return BadBody(code, [{"type": code, "loc": ("body",), "msg": message}])
+    return BadBody([{"type": code, "loc": ("body",), "msg": message}])
 
 # %% ../nbs/05c_service_state.ipynb #ead8c9c9
 class RequestThreads:
@@ -311,8 +314,10 @@ BAN_COMMENT = "# banned through the service, one item id a line"
 class BadItemId(AerecError):
     "Raised for an item id that cannot be a line of a list."
 
+    code = "invalid_id"
 
-def ban_file(
+
+def blocklist_file(
     settings,  # from `load_settings`
 ) -> Path:  # of the list of this environment
     """Find the list of items that were banned through the service, or begin one; raises `AerecError` where it cannot be
@@ -321,12 +326,14 @@ def ban_file(
     var = Path(settings.paths.var_dir)
     path = var / f"bans-{settings.env}.txt"
     kept_before = path.with_name(f"{path.name}.lock").exists()
-    with alone(path):
+    with file_lock(path):
         if not path.exists():
             if kept_before:
-                raise AerecError(
+                raise DataError(
                     f"{path}: the list of banned items is missing; restore it, or delete {path.name}.lock too if "
-                    f"nothing is banned"
+                    f"nothing is banned",
+                    code="missing_file",
+                    where=path.name,
                 )
             _write_bans(path, _bans_of_all_environments(var))
         banned_through_service(path)
@@ -340,15 +347,17 @@ def _bans_of_all_environments(var: Path) -> list:  # of str
 
 
 def banned_through_service(
-    path: Path,  # from `ban_file`
+    path: Path,  # from `blocklist_file`
 ) -> list:  # of str
     "Read the ids of banned items; raises `AerecError` where the list is missing or damaged."
     ids = read_ids(path, "item_id", "the list of banned items", may_be_empty=True)
     with file_errors(path):
         begins_well = path.read_bytes().startswith(BAN_COMMENT.encode())
     if not begins_well:
-        raise AerecError(
-            f"the list of banned items {path}: it does not begin with '{BAN_COMMENT}', so it is damaged; restore it"
+        raise DataError(
+            f"the list of banned items {path}: it does not begin with '{BAN_COMMENT}', so it is damaged; restore it",
+            code="damaged_file",
+            where=path.name,
         )
     return ids
 
@@ -361,14 +370,14 @@ class ServiceBans(BanList):
 
 # %% ../nbs/05c_service_state.ipynb #a10c75bd
 def change_bans(
-    path: Path,  # from `ban_file`
+    path: Path,  # from `blocklist_file`
     item_id: str,  # what to ban or to allow
     banned: bool,  # False: allow it
 ) -> bool:  # did that change anything?
     """Put an item on the list, or take it off; raises `BadItemId`, and `AerecError` where the list cannot be read or
     written.
     """
-    with alone(path, 5):
+    with file_lock(path, 5):
         ids = banned_through_service(path)
         if (item_id in ids) == banned:
             return False
@@ -385,7 +394,7 @@ def _write_bans(path: Path, ids: list) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(("\n".join(lines) + "\n").encode("utf-8", "replace"))
         if not _holds(temporary, ids):
-            raise BadItemId(f"{ids[-1]!r} cannot be a line of the list of banned items")
+            raise BadItemId(f"{ids[-1]!r} cannot be a line of the list of banned items", where="item_id")
 
 
 def _holds(path: Path, ids: list) -> bool:

@@ -8,12 +8,12 @@ __all__ = ['MAX_HISTORY', 'MAX_IN_QUERY', 'MAX_EVENTS', 'MAX_BATCH', 'MAX_BODY',
            'TITLES', 'MAX_DETAIL', 'PARTS', 'REFUSED_WITH', 'ROLES', 'OPEN_PATHS', 'MAX_OPEN', 'MAX_WRONG_KEYS',
            'LOGGED', 'LIST_THREADS', 'LOG_THREADS', 'ANY_PROBLEM', 'RETRY_S', 'LARGE_K', 'Wishes', 'RecommendBody',
            'BatchBody', 'RankBody', 'PopularQuery', 'SimilarQuery', 'ItemsQuery', 'check_payload', 'EventIn', 'Problem',
-           'problem', 'problems', 'validation_detail', 'new_api_key', 'ApiKeys', 'required_role', 'Shared',
-           'EventWriter', 'Metrics', 'share_metrics', 'say', 'JsonLines', 'RequestMiddleware', 'Live', 'page_token',
-           'shown_before', 'NotReady', 'State', 'likes', 'Together', 'read_query', 'DirectRoute', 'ItemOut', 'ListOut',
-           'BatchOut', 'AcceptedOut', 'create_app', 'follow', 'search_items', 'look_at', 'serve', 'supervise', 'main',
-           'service', 'drive_service', 'latency_table', 'build_serving', 'describe_serving', 'answers_table',
-           'plot_latencies']
+           'problem', 'problem_of', 'problems', 'validation_detail', 'problem_of_request', 'new_api_key', 'ApiKeys',
+           'required_role', 'Shared', 'EventWriter', 'Metrics', 'share_metrics', 'say', 'JsonLines',
+           'RequestMiddleware', 'Live', 'page_token', 'shown_before', 'error_kind', 'NotReady', 'State', 'likes',
+           'Together', 'read_query', 'DirectRoute', 'ItemOut', 'NoticeOut', 'ListOut', 'BatchOut', 'AcceptedOut',
+           'create_app', 'follow', 'search_items', 'look_at', 'serve', 'supervise', 'main', 'service', 'drive_service',
+           'latency_table', 'build_serving', 'describe_serving', 'answers_table', 'plot_latencies']
 
 # %% ../nbs/05a_serving.ipynb #c650f44e
 import argparse
@@ -84,13 +84,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .blocklist import BlocklistUnavailable
-from .configuration import AerecError, current_settings, load_settings, plugin_hashes
+from .core.custom import current_settings, plugin_hashes
+from .core.errors import AerecError, Notice, SettingsError
+from .core.files import read_json, write_json, write_parquet
+from .core.limits import Deadline, DeadlineExceeded
+from .core.settings import load_settings
 from .events import MAX_ID, EventLog, new_event, save_events, simulated_reaction, sqlite_url
 from .inference import Recent, Recommender, UnknownUser
-from .limits import Deadline, DeadlineExceeded
 from .packaging import Registry, load_bundle
 from .postprocessing import ban_list
-from .runs import read_json, write_json, write_parquet
 from aerec_nb.service_state import (
     LOG_ERRORS,
     PATIENCE_S,
@@ -101,8 +103,8 @@ from aerec_nb.service_state import (
     LogReader,
     RequestThreads,
     ServiceBans,
-    ban_file,
     banned_through_service,
+    blocklist_file,
     change_bans,
     first_line,
     parse_body,
@@ -385,7 +387,9 @@ class Problem(BaseModel):
     type: str = "about:blank"
     title: str
     status: int
+    code: str = Field(description="short name of what is wrong, for programs; the same whatever detail says")
     detail: str = Field(description="what is wrong with this very request, and what to do")
+    where: str | None = Field(None, description="field or id that is wrong; missing: none in particular")
     request_id: str | None = Field(None, description="to find it in the log")
 
 
@@ -397,19 +401,37 @@ def problem(
     detail: str,  # what is wrong with this very request, and what to do
     request_id: str = None,  # to find it in the log
     headers: dict = None,  # further headers
+    *,
+    code: str,  # short name of what is wrong
+    where: str = None,  # field or id that is wrong; None: none in particular
 ) -> JSONResponse:  # application/problem+json
     "A problem document (RFC 9457)."
-    detail = detail.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair cannot be sent
-    if len(detail) > MAX_DETAIL:
-        detail = f"{detail[:MAX_DETAIL]} ..."
     body = {
         "type": "about:blank",
         "title": TITLES.get(status, "Error"),
         "status": status,
-        "detail": detail,
+        "code": code,
+        "detail": _sendable(detail),
         "request_id": request_id,
     }
+    if where is not None:
+        body["where"] = _sendable(str(where))
     return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+def _sendable(text: str) -> str:
+    "Return a text of bounded length; half of a surrogate pair cannot be sent."
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return text if len(text) <= MAX_DETAIL else f"{text[:MAX_DETAIL]} ..."
+
+
+def problem_of(
+    error: AerecError,
+    status: int,  # HTTP status
+    request_id: str = None,  # to find it in the log
+) -> JSONResponse:  # application/problem+json
+    "Return the problem document of an error, with its code and place."
+    return problem(status, str(error), request_id, code=error.code, where=error.where)
 
 
 def problems(
@@ -451,6 +473,15 @@ def _place(loc: tuple) -> str:
     ]
     return ".".join(fields) or loc[0]
 
+
+def problem_of_request(
+    errors: list,  # as pydantic reports them, or as `BadBody` has them
+    request_id: str = None,  # to find it in the log
+) -> JSONResponse:  # application/problem+json
+    "Return the problem document of a request that does not fit its model; its code is the type of the first error."
+    first = errors[0]
+    return problem(*validation_detail(errors), request_id, code=first["type"], where=_place(first["loc"]))
+
 # %% ../nbs/05a_serving.ipynb #e059b19b
 ROLES = ("read", "feedback", "admin")
 _DIGEST = re.compile(rf"((?:{'|'.join(ROLES)})(?:\+(?:{'|'.join(ROLES)}))*):sha256:([0-9a-f]{{64}})")
@@ -462,7 +493,9 @@ def new_api_key(
     "A key of 256 random bits, and what the service shall know of it."
     for role in roles.split("+"):
         if role not in ROLES:
-            raise AerecError(f"no role '{role}': choose among {', '.join(ROLES)}, joined by +")
+            raise AerecError(
+                f"no role '{role}': choose among {', '.join(ROLES)}, joined by +", code="unknown_name", where=role
+            )
     key = secrets.token_urlsafe(32)
     return key, f"{roles}:sha256:{hashlib.sha256(key.encode()).hexdigest()}"
 
@@ -483,9 +516,11 @@ class ApiKeys:
         for secret in s.api_keys:
             found = _DIGEST.fullmatch(value := secret.get_secret_value())
             if not found and settings.env in ("stage", "live"):
-                raise AerecError(
+                raise SettingsError(
                     f"serving.api_keys: {settings.env} takes digests only, as roles:sha256:digest; make keys with "
-                    f"python -m aerec_nb.serving --new-key read"
+                    f"python -m aerec_nb.serving --new-key read",
+                    code="plain_key",
+                    where="serving.api_keys",
                 )
             self.known.append(
                 (bytes.fromhex(found[2]), frozenset(found[1].split("+")))
@@ -493,8 +528,11 @@ class ApiKeys:
                 else (hashlib.sha256(value.encode()).digest(), frozenset(ROLES))
             )
         if not self.known:
-            raise AerecError(
-                "serving.require_auth is on, but there is no key: set AEREC_SERVING__API_KEYS, or turn require_auth off"
+            raise SettingsError(
+                "serving.require_auth is on, but there is no key: set AEREC_SERVING__API_KEYS, or turn require_auth "
+                "off",
+                code="no_api_key",
+                where="serving.api_keys",
             )
 
     def __bool__(self):
@@ -861,7 +899,11 @@ class RequestMiddleware:
                     exchange.unread = body is None
                     if body is None:
                         refusal = problem(
-                            413, f"the body has more than {MAX_BODY:,} bytes; send less at a time", exchange.id
+                            413,
+                            f"the body has more than {MAX_BODY:,} bytes; send less at a time",
+                            exchange.id,
+                            code="too_large",
+                            where="body",
                         )
                 arrived = True
                 await (refusal or self.app)(
@@ -877,9 +919,13 @@ class RequestMiddleware:
             self._log_error(exchange.id, e)
             if exchange.begun:
                 raise
-            await problem(500, "the service failed to answer; it has noted why under this request_id", exchange.id)(
-                scope, receive, exchange.send
+            answer = problem(
+                500,
+                "the service failed to answer; it has noted why under this request_id",
+                exchange.id,
+                code="internal_error",
             )
+            await answer(scope, receive, exchange.send)
 
     def _timeout_response(self, request_id: str, arrived: bool) -> JSONResponse:
         "Return the answer to a request that takes too long."
@@ -890,8 +936,9 @@ class RequestMiddleware:
                 f"there was no answer within {seconds}; ask for less, or again later",
                 request_id,
                 {"Retry-After": "1"},
+                code="timeout",
             )
-        return problem(408, f"the body did not arrive within {seconds}; send it again", request_id)
+        return problem(408, f"the body did not arrive within {seconds}; send it again", request_id, code="body_timeout")
 
 # %% ../nbs/05a_serving.ipynb #b0fa44d3
 @patch
@@ -909,6 +956,8 @@ def _reject(self: RequestMiddleware, scope, exchange, route) -> JSONResponse | N
                 "use another address"
             ),
             request_id,
+            code="unknown_host",
+            where="Host",
         )
     if route is None:
         return None
@@ -942,30 +991,43 @@ def _reject_unauthorized(self: RequestMiddleware, scope, exchange, route) -> JSO
                         f"needs a key with the role {needed}"
                     ),
                     request_id,
+                    code="missing_role",
+                    where=needed,
                 )
             # a valid key is never refused for the wrong ones of others at its address: keys have 256 random bits,
             # what is saved here is work
             rate = s.rate_limit or MAX_WRONG_KEYS
             wait = s.shared.take(f"wrong keys of {address}", rate) if given else 0
             if wait:
-                return self._too_many(f"more than {rate:g} wrong keys a second", wait, request_id)
-            return problem(401, "send a valid key in the header X-API-Key", request_id, {"WWW-Authenticate": "ApiKey"})
+                return self._too_many(
+                    f"more than {rate:g} wrong keys a second", wait, request_id, "too_many_wrong_keys"
+                )
+            return problem(
+                401,
+                "send a valid key in the header X-API-Key",
+                request_id,
+                {"WWW-Authenticate": "ApiKey"},
+                code="unauthorized",
+                where="X-API-Key",
+            )
         client = f"key {number}"
     scope["charge"] = partial(
         s.shared.charge, client, s.rate_limit
     )  # for an endpoint that does the work of several requests
     wait = s.shared.take(client, s.rate_limit) if s.rate_limit else 0
-    return self._too_many(f"more than {s.rate_limit:g} requests a second", wait, request_id) if wait else None
+    if not wait:
+        return None
+    return self._too_many(f"more than {s.rate_limit:g} requests a second", wait, request_id, "rate_limited")
 
 
 @patch
-def _too_many(self: RequestMiddleware, what: str, wait: float, request_id: str) -> JSONResponse:
+def _too_many(self: RequestMiddleware, what: str, wait: float, request_id: str, code: str) -> JSONResponse:
     "Return the answer to a client that is too fast."
     seconds = max(1, round(wait))
     self.state.metrics.refused.labels("rate").inc()
-    return problem(429, f"{what}; ask again in {seconds} s", request_id, {"Retry-After": str(seconds)})
+    return problem(429, f"{what}; ask again in {seconds} s", request_id, {"Retry-After": str(seconds)}, code=code)
 
-
+# %% ../nbs/05a_serving.ipynb #c7d1e0a4
 @patch
 def _reject_busy(self: RequestMiddleware, route, request_id: str) -> JSONResponse | None:
     "Refuse a request where as many are being answered as may be."
@@ -979,6 +1041,7 @@ def _reject_busy(self: RequestMiddleware, route, request_id: str) -> JSONRespons
         f"{self.busy[slot]} requests are being answered, that is all at a time; ask again in a moment",
         request_id,
         {"Retry-After": "1"},
+        code="too_busy",
     )
 
 
@@ -990,11 +1053,21 @@ def _reject_content(self: RequestMiddleware, exchange, route) -> JSONResponse | 
     length = exchange.headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > MAX_BODY:
         return problem(
-            413, f"the body has {int(length):,} bytes, {MAX_BODY:,} are allowed; send less at a time", exchange.id
+            413,
+            f"the body has {int(length):,} bytes, {MAX_BODY:,} are allowed; send less at a time",
+            exchange.id,
+            code="too_large",
+            where="body",
         )
     kind = exchange.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if takes_json(route) and kind != b"application/json":
-        return problem(415, "send JSON, with the header Content-Type: application/json", exchange.id)
+        return problem(
+            415,
+            "send JSON, with the header Content-Type: application/json",
+            exchange.id,
+            code="unsupported_media_type",
+            where="Content-Type",
+        )
     return None
 
 # %% ../nbs/05a_serving.ipynb #99570c34
@@ -1173,7 +1246,16 @@ def shown_before(
     try:
         return parse_body(base64.urlsafe_b64decode(token.encode()), _PAGED)
     except (ValueError, BadBody):
-        raise AerecError("page is not the next_page of an answer: ask for the first page again") from None
+        raise AerecError(
+            "page is not the next_page of an answer: ask for the first page again", code="invalid_page", where="page"
+        ) from None
+
+# %% ../nbs/05a_serving.ipynb #d2f4a8b1
+def error_kind(
+    error: Exception,
+) -> tuple:  # equal for errors that are alike, whatever they say
+    "Tell errors apart by class, code and place."
+    return type(error), getattr(error, "code", None), getattr(error, "where", None)
 
 # %% ../nbs/05a_serving.ipynb #55bdd5b6
 # threads of a worker that make lists; that write to the event log
@@ -1210,14 +1292,14 @@ class State:
         self.access_log = s.access_log
         self.max_k = s.max_k
         self.default_k = min(s.max_k, settings.validation.topk)
-        self.ban_file = ban_file(settings)
+        self.blocklist_file = blocklist_file(settings)
         self._bans = [
             ban_list(settings),
-            ServiceBans(file=self.ban_file, on_error=settings.postprocessing.on_blocklist_error),
+            ServiceBans(file=self.blocklist_file, on_error=settings.postprocessing.on_blocklist_error),
         ]
         self.recent = Recent(s.max_feedback_per_user)
         self._children = {}
-        self._blocklist_error = None
+        self._blocklist_causes = []  # kinds of the errors that were said last
         self._blocklist_lock = threading.Lock()
         self._seq = 0
         self._erased_seq = 0
@@ -1232,7 +1314,7 @@ class State:
         self.operation_threads = RequestThreads(1, "operation")
         self.reader = LogReader(self._read_log, self.shared.news, self._reading_changed)
         self.log_health = LogHealth(log.check_writable, patience_s=min(1.0, s.timeout_s / 2))
-        self.writer = EventWriter(log, s.queue_size, count=lambda what, n: self.metrics.logged[what].inc(n))
+        self.writer = EventWriter(log, s.event_queue_size, count=lambda what, n: self.metrics.logged[what].inc(n))
         self.live = None
         self._serve(Live(recommender, settings, self._bans, self.recent))
 
@@ -1291,7 +1373,7 @@ class State:
 
     def warn(self, text: str, error: Exception, request_id: str) -> None:
         "Log why a change was refused; errors that are alike are logged once a minute."
-        held = self._warnings.admit((text, type(error), getattr(error, "code", None)))
+        held = self._warnings.admit((text, *error_kind(error)))
         if held is not None:
             say("alert", text=text, error=first_line(error), request_id=request_id, more_before=held)
 
@@ -1304,18 +1386,18 @@ class State:
 def likes(
     types,  # of the feedback: 'rating', 'click', ...
     values,  # of the feedback; None or NaN: it just happened
-    liked_from: float,  # ratings from here on are likes
+    like_threshold: float,  # ratings from here on are likes
 ) -> np.ndarray:  # bool
     "Tell which feedback says that a user likes an item."
     values = np.asarray(values, float)
-    return np.isnan(values) | np.where(np.asarray(types) == "rating", values >= liked_from, values > 0)
+    return np.isnan(values) | np.where(np.asarray(types) == "rating", values >= like_threshold, values > 0)
 
 # %% ../nbs/05a_serving.ipynb #05fc6614
 @patch
 def _read_log(self: State) -> None:
     "Bring what is known of users up to date with the event log, and look at the lists of banned items meanwhile."
     self.check_blocklists()
-    since = time.time() - 86400 * self.settings.serving.history_days
+    since = time.time() - 86400 * self.settings.serving.feedback_lookback_days
     more = True
     with self._reading:
         self._erased_seq = self._forget(self.live.recommender, self._erased_seq)
@@ -1329,7 +1411,7 @@ def _read_log(self: State) -> None:
             self.recent.add_many(
                 found.user_id,
                 found.item_id,
-                likes(found.type, found.value, self.settings.serving.liked_from).tolist(),
+                likes(found.type, found.value, self.settings.serving.like_threshold).tolist(),
                 times.tolist(),
             )
             more = seq != self._seq
@@ -1357,30 +1439,33 @@ def check_blocklists(self: State) -> None:
     with self._blocklist_lock:
         for bans in self._bans:
             bans.refresh()
-        error = "; ".join(bans.error for bans in self._bans if bans.error) or None
-        before = self._blocklist_error
-        self._blocklist_error = error
-    self.metrics.blocklist_failing.set(0 if error is None else 1)
-    if error == before:
+        errors = [error for bans in self._bans for error in bans.errors]
+        causes = [error_kind(error) for error in errors]
+        before = self._blocklist_causes
+        self._blocklist_causes = causes
+    self.metrics.blocklist_failing.set(1 if errors else 0)
+    if causes == before:
         return None
-    if error is None:
+    if not errors:
         return say("notice", text="the lists of banned items can be read again")
     kept = self.settings.postprocessing.on_blocklist_error == "keep_last"
     say(
         "alert",
         text="a list of banned items cannot be read: "
         + ("the last known one is kept" if kept else "nothing is recommended"),
-        error=error,
+        error="; ".join(map(str, errors)),
     )
     return None
 
 
 @patch
-def blocklist_problem(self: State) -> tuple:  # is nothing recommended?, what is wrong; None: nothing
+def blocklist_problem(self: State) -> tuple:  # is nothing recommended?, `Notice` of what is wrong; None: nothing
     "Tell whether the lists of banned items can be read."
-    failing = any(bans.error for bans in self._bans)
+    failing = any(bans.errors for bans in self._bans)
     refuses = failing and self.settings.postprocessing.on_blocklist_error == "refuse"
-    return refuses, "a list of banned items cannot be read" if failing else None
+    if not failing:
+        return False, None
+    return refuses, Notice("blocklist_unavailable", "a list of banned items cannot be read")
 
 
 @patch
@@ -1433,6 +1518,7 @@ def _no_blocklist(request_id: str) -> Response:
         "a list of banned items cannot be read; nothing is recommended until it can be",
         request_id,
         {"Retry-After": "5"},
+        code="blocklist_unavailable",
     )
 
 
@@ -1453,7 +1539,8 @@ def _list_of(state: State, live: Live, request_id: str, ask, user_id, k, page, d
     }
     about = {"user_id": user_id, "request_id": request_id, "dry_run": dry_run, "payload": payload}
     if k > state.max_k:
-        return problem(422, f"k is {k}, but a list has at most {state.max_k} items here", request_id), about
+        message = f"k is {k}, but a list has at most {state.max_k} items here"
+        return problem(422, message, request_id, code="out_of_range", where="k"), about
     try:
         before = shown_before(page) if page else []
         answer = ask(live.recommender, k, before)
@@ -1462,9 +1549,9 @@ def _list_of(state: State, live: Live, request_id: str, ask, user_id, k, page, d
     except BlocklistUnavailable:
         return _no_blocklist(request_id), about
     except UnknownUser as e:
-        return problem(404, str(e), request_id), about
+        return problem_of(e, 404, request_id), about
     except AerecError as e:
-        return problem(422, str(e), request_id), about
+        return problem_of(e, 422, request_id), about
     return _as_answer(state, live, request_id, user_id, answer, before, payload), about
 
 # %% ../nbs/05a_serving.ipynb #fc952dcb
@@ -1495,9 +1582,14 @@ def _as_answer(state: State, live: Live, request_id: str, user_id, answer, befor
         "user_id": user_id,
         "items": answer.items,
         "fallback_used": answer.fallback_used,
-        "warnings": answer.warnings,
+        "warnings": _notices(answer.warnings),
         "next_page": page_token([*before, *ids]) if len(ids) >= payload["k"] else None,
     }
+
+
+def _notices(notices: list) -> list:  # of dicts, see `NoticeOut`
+    "Write notices as JSON has them."
+    return [{"code": notice.code, "message": notice.message} for notice in notices]
 
 
 def _pages_before(token) -> list:
@@ -1599,7 +1691,9 @@ def read_query(
         if name in ("exclude",):
             given.setdefault(name, []).append(value)
         elif name in given:
-            raise RequestValidationError([{"type": "twice", "loc": ("query", name), "msg": "it is given twice"}])
+            raise RequestValidationError(
+                [{"type": "duplicate_name", "loc": ("query", name), "msg": "it is given twice"}]
+            )
         else:
             given[name] = value
     try:
@@ -1611,7 +1705,13 @@ def read_query(
     for name, value in request.path_params.items():
         if not 0 < len(value) <= MAX_ID or "\0" in value:
             raise RequestValidationError(
-                [{"type": "id", "loc": ("path", name), "msg": f"an id has 1 to {MAX_ID} characters, none of them zero"}]
+                [
+                    {
+                        "type": "invalid_id",
+                        "loc": ("path", name),
+                        "msg": f"an id has 1 to {MAX_ID} characters, none of them zero",
+                    }
+                ]
             )
     return found
 
@@ -1677,6 +1777,13 @@ class ItemOut(BaseModel):
     why: str | None = None
 
 
+class NoticeOut(BaseModel):
+    "Something that a client may want to change, and that did not keep it from being answered."
+
+    code: str = Field(description="short name, for programs: unknown_user, fewer_than_k, ...")
+    message: str
+
+
 class ListOut(BaseModel):
     "A list and what there is to say about it."
 
@@ -1686,7 +1793,7 @@ class ListOut(BaseModel):
     user_id: int | str | None
     items: list[ItemOut]
     fallback_used: bool
-    warnings: list[str]
+    warnings: list[NoticeOut]
     next_page: str | None
 
 
@@ -1719,7 +1826,7 @@ def create_app(
     simulated: bool = False,  # mark every event as simulated
     shared: Shared = None,  # what workers share; None: there is one
     metrics: Path = None,  # folder in which workers count together, see `share_metrics`; None: there is one
-    look=None,  # function() -> (version, bundle folder) to serve, asked every `serving.follow_s`; None: it stays
+    look=None,  # function() -> (version, bundle folder) to serve, asked every `serving.alias_poll_s`; None: it stays
 ) -> FastAPI:
     """The service as an ASGI app; raises `AerecError` if keys are required and there are none, the bundle does not
     verify, or an allowed host is no host name.
@@ -1734,9 +1841,9 @@ def create_app(
             LIST_THREADS  # of endpoints that are no coroutines
         )
         state.reader.start()
-        if look is not None and settings.serving.follow_s:
+        if look is not None and settings.serving.alias_poll_s:
             threading.Thread(
-                target=follow, args=(state, look, settings.serving.follow_s), name="follow", daemon=True
+                target=follow, args=(state, look, settings.serving.alias_poll_s), name="follow", daemon=True
             ).start()
         yield
         state.close()
@@ -1754,6 +1861,7 @@ def create_app(
     _add_lists(app, state)
     _add_other_lists(app, state)
     _add_changes(app, state)
+    _add_bans(app, state)
     _add_operation(app, state)
     add_docs(app)
     if settings.serving.demo:
@@ -1771,6 +1879,7 @@ def follow(state: State, look, seconds: float) -> None:
     stays, and an alert says why.
     """
     refused = None
+    kind = None  # of the error that refused it
     again = 0.0
     while not state.stopping.wait(seconds):
         candidate = None
@@ -1784,9 +1893,10 @@ def follow(state: State, look, seconds: float) -> None:
             _change_bundle(state, version, folder)
             refused = None
         except Exception as e:  # whatever is wrong with the new one, the old one answers
-            if candidate == refused and time.monotonic() < again and state.swap_error == first_line(e):
+            if candidate == refused and time.monotonic() < again and kind == error_kind(e):
                 continue
             refused = candidate
+            kind = error_kind(e)
             again = time.monotonic() + RETRY_S
             state.swap_error = first_line(e)
             state.metrics.swaps.labels("failed").inc()
@@ -1825,11 +1935,11 @@ def _add_problems(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, error):
-        return problem(*validation_detail(error.errors()), request.scope.get("request_id"))
+        return problem_of_request(error.errors(), request.scope.get("request_id"))
 
     @app.exception_handler(BadBody)
     async def bad_body(request, error):
-        return problem(*validation_detail(error.errors), request.scope.get("request_id"))
+        return problem_of_request(error.errors, request.scope.get("request_id"))
 
     @app.exception_handler(BlocklistUnavailable)
     async def no_blocklist(request, error):
@@ -1842,15 +1952,16 @@ def _add_problems(app: FastAPI) -> None:
             "the event log was not read yet; ask again in a moment",
             request.scope.get("request_id"),
             {"Retry-After": "1"},
+            code="not_ready",
         )
 
     @app.exception_handler(HTTPException)
     async def refused(request, error):
-        detail = {
-            404: f"there is nothing at {request.url.path}",
-            405: f"{request.method} is not possible at {request.url.path}",
-        }.get(error.status_code, str(error.detail))
-        return problem(error.status_code, detail, request.scope.get("request_id"), error.headers)
+        code, detail = {
+            404: ("not_found", f"there is nothing at {request.url.path}"),
+            405: ("method_not_allowed", f"{request.method} is not possible at {request.url.path}"),
+        }.get(error.status_code, ("refused", str(error.detail)))
+        return problem(error.status_code, detail, request.scope.get("request_id"), error.headers, code=code)
 
 # %% ../nbs/05a_serving.ipynb #fadb2aea
 def _key(state):
@@ -1976,7 +2087,13 @@ def _add_other_lists(app: FastAPI, state: State) -> None:
         item_id = request.path_params["item_id"]
         query = read_query(SimilarQuery, request)
         if state.live.recommender.item_index.number(item_id) < 0:
-            return problem(404, f"item {item_id!r} is unknown", request.scope["request_id"])
+            return problem(
+                404,
+                f"item {item_id!r} is unknown",
+                request.scope["request_id"],
+                code="unknown_item",
+                where="item_id",
+            )
         return await _answer(
             state,
             request,
@@ -2054,12 +2171,17 @@ def _answer_batch(state: State, request: Request, live: Live, asked: list, deadl
             422,
             f"the lists have {sum(ks):,} items together, {10 * state.max_k:,} are allowed: ask for less at a time",
             request_id,
+            code="too_large",
+            where="requests",
         )
     if max(ks) > state.max_k:
+        n = ks.index(max(ks))
         return problem(
             422,
-            f"request {ks.index(max(ks)) + 1}: k is {max(ks)}, but a list has at most {state.max_k} items here",
+            f"request {n + 1}: k is {max(ks)}, but a list has at most {state.max_k} items here",
             request_id,
+            code="out_of_range",
+            where=f"requests.{n}.k",
         )
     try:
         before = [shown_before(q.page) if q.page else [] for q in asked]
@@ -2072,9 +2194,9 @@ def _answer_batch(state: State, request: Request, live: Live, asked: list, deadl
     except BlocklistUnavailable:
         return _no_blocklist(request_id)
     except UnknownUser as e:
-        return problem(404, str(e), request_id)
+        return problem_of(e, 404, request_id)
     except AerecError as e:
-        return problem(422, str(e), request_id)
+        return problem_of(e, 422, request_id)
     done = []
     notes = []
     for n, (q, k, b, answer) in enumerate(zip(asked, ks, before, answers, strict=True)):
@@ -2141,7 +2263,7 @@ def _add_changes(app: FastAPI, state: State) -> None:
                 )
             )
         except AerecError as e:
-            return problem(422, str(e), request_id)
+            return problem_of(e, 422, request_id)
         except LOG_ERRORS as e:
             return _log_unavailable(state, e, "nothing was stored, send the same events again", request_id)
         state.log_health.note(None)
@@ -2166,7 +2288,7 @@ def _add_changes(app: FastAPI, state: State) -> None:
         try:
             removed = await state.log_threads.run(lambda: state.log.delete_user(user_id))
         except AerecError as e:
-            return problem(422, str(e), request_id)
+            return problem_of(e, 422, request_id)
         except LOG_ERRORS as e:
             state.shared.tell()  # it may have got half way
             return _log_unavailable(
@@ -2176,6 +2298,11 @@ def _add_changes(app: FastAPI, state: State) -> None:
         state.log_health.note(None)
         await state.told()
         return JSONResponse({"request_id": request_id, "user_id": user_id, "events_removed": removed})
+
+# %% ../nbs/05a_serving.ipynb #e5b90c37
+def _add_bans(app: FastAPI, state: State) -> None:
+    "Add the routes for the items that are never shown."
+    key = _key(state)
 
     @app.get(
         "/v1/bans",
@@ -2188,7 +2315,7 @@ def _add_changes(app: FastAPI, state: State) -> None:
         "What was banned through the service, and how many items are banned in all."
         request_id = request.scope["request_id"]
         try:
-            items = await state.operation_threads.run(lambda: banned_through_service(state.ban_file))
+            items = await state.operation_threads.run(lambda: banned_through_service(state.blocklist_file))
         except AerecError as e:
             return _bans_unavailable(state, e, request_id)
         return JSONResponse(
@@ -2199,21 +2326,28 @@ def _add_changes(app: FastAPI, state: State) -> None:
         request_id = request.scope["request_id"]
         r = state.live.recommender
         if "ban_list" not in r.chain.steps:
-            return problem(422, "the chain of this bundle has no step ban_list: nothing can be banned", request_id)
+            return problem(
+                422,
+                "the chain of this bundle has no step ban_list: nothing can be banned",
+                request_id,
+                code="not_supported",
+                where="ban_list",
+            )
         try:
-            changed = await state.log_threads.run(lambda: change_bans(state.ban_file, item_id, banned))
+            changed = await state.log_threads.run(lambda: change_bans(state.blocklist_file, item_id, banned))
         except BadItemId as e:
-            return problem(422, str(e), request_id)
+            return problem_of(e, 422, request_id)
         except AerecError as e:
             return _bans_unavailable(state, e, request_id)
         known = r.item_index.number(item_id) >= 0
+        unknown = [] if known else [Notice("unknown_item", f"item {item_id!r} is unknown here")]
         return JSONResponse(
             {
                 "request_id": request_id,
                 "item_id": item_id,
                 "banned": banned,
                 "changed": changed,
-                "warnings": [] if known else [f"item {item_id!r} is unknown here"],
+                "warnings": _notices(unknown),
             }
         )
 
@@ -2243,14 +2377,25 @@ def _add_changes(app: FastAPI, state: State) -> None:
 def _bans_unavailable(state: State, error: AerecError, request_id: str) -> Response:
     "Answer a request about the list of banned items that cannot be read or written."
     state.warn("the list of banned items could not be read or written", error, request_id)
-    return problem(503, "the list of banned items cannot be read or written now; nothing was changed", request_id)
+    return problem(
+        503,
+        "the list of banned items cannot be read or written now; nothing was changed",
+        request_id,
+        code="bans_unavailable",
+    )
 
 
 def _log_unavailable(state: State, error: Exception, advice: str, request_id: str) -> Response:
     "Answer a request for a change that the event log could not take."
     state.log_health.note(error)
     state.warn("the event log could not be written", error, request_id)
-    return problem(503, f"the event log cannot be written now; {advice}", request_id, {"Retry-After": "5"})
+    return problem(
+        503,
+        f"the event log cannot be written now; {advice}",
+        request_id,
+        {"Retry-After": "5"},
+        code="log_not_writable",
+    )
 
 # %% ../nbs/05a_serving.ipynb #3069f2fe
 def _add_operation(app: FastAPI, state: State) -> None:
@@ -2263,16 +2408,18 @@ def _add_operation(app: FastAPI, state: State) -> None:
     @app.get("/health/ready", tags=["operation"], responses=problems(408, 500, 503))
     async def ready(request: Request):
         "Can it answer, and can the event log be written?"
-        wrong = "the service is stopping" if state.stopping.is_set() else await _not_ready_because(state)
+        wrong = await _not_ready_because(state)
         await state.operation_threads.run(state.check_blocklists)
         refuses, blocklist = state.blocklist_problem()
         if wrong is not None or refuses:
-            return problem(503, wrong or blocklist, request.scope["request_id"])
+            wrong = wrong or blocklist
+            return problem(503, wrong.message, request.scope["request_id"], code=wrong.code)
+        kept = [] if blocklist is None else [Notice(blocklist.code, f"{blocklist.message}; the last known one is kept")]
         return {
             "status": "ready",
             "model": state.live.model,
             "version": state.live.version,
-            "warnings": [] if blocklist is None else [f"{blocklist}; the last known one is kept"],
+            "warnings": _notices(kept),
         }
 
     @app.get(
@@ -2305,18 +2452,18 @@ def _add_operation(app: FastAPI, state: State) -> None:
         }
 
 
-async def _not_ready_because(state: State) -> str | None:  # None: it is ready
+async def _not_ready_because(state: State) -> Notice | None:  # None: it is ready
     "Say what keeps the service from working; what a driver says goes to the alerts, for anyone may ask here."
+    if state.stopping.is_set():
+        return Notice("stopping", "the service is stopping")
     if not await state.reader.catch_up(min(1.0, state.timeout / 2)):
-        return (
-            "starting: the event log is being read"
-            if state.reader.error is None
-            else "starting: the event log cannot be read"
-        )
+        if state.reader.error is None:
+            return Notice("starting", "starting: the event log is being read")
+        return Notice("starting", "starting: the event log cannot be read")
     if await state.log_health.error() is not None:
-        return "the event log cannot be written"
+        return Notice("log_not_writable", "the event log cannot be written")
     if state.reader.error is not None:
-        return "the event log cannot be read"
+        return Notice("log_not_readable", "the event log cannot be read")
     return None
 
 
@@ -2371,8 +2518,10 @@ def _bind(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except OSError as e:
         sock.close()
-        raise AerecError(
-            f"cannot listen on {host}:{port}: {e.strerror or e}; choose another port (serving.port)"
+        raise SettingsError(
+            f"cannot listen on {host}:{port}: {e.strerror or e}; choose another port (serving.port)",
+            code="cannot_listen",
+            where="serving.port",
         ) from None
     return sock
 
@@ -2398,6 +2547,7 @@ def serve(
     events: str = None,  # URL of the event log; None: as configured
     simulated: bool = False,  # mark every event as simulated
     alias: str = None,  # follow this alias of the registry; None: serve the bundle and nothing else
+    ready_file: Path = None,  # gets {"url": ...} as JSON once the service listens; None: nothing is written
 ) -> None:
     "Serve until told to stop."
     logging.getLogger("aerec_nb").addHandler(JsonLines())
@@ -2411,12 +2561,13 @@ def serve(
     sock = _bind(s.host, s.port)
     recommender = load_bundle(folder, settings=settings)
     recommender.info["number"] = number
-    for blocklist in (ban_list, ban_file):
+    for blocklist in (ban_list, blocklist_file):
         blocklist(settings)  # one that cannot be read is said here, once
     log = EventLog.from_settings(settings, events)
     log.close()
     shared = Shared()
     host = f"[{s.host}]" if ":" in s.host else s.host
+    url = f"http://{host}:{sock.getsockname()[1]}"
     with tempfile.TemporaryDirectory(prefix="aerec-metrics-") as counters:
         share_metrics(Path(counters))
 
@@ -2439,18 +2590,34 @@ def serve(
             )
             refused = app.state.service.metrics.refused
             run_server(
-                app, sock, settings, MAX_HEAD, int(MAX_WAIT), count=lambda why: refused.labels(why).inc(), log=say
+                app,
+                sock,
+                settings,
+                MAX_HEAD,
+                int(MAX_WAIT),
+                count=lambda why: refused.labels(why).inc(),
+                log=say,
+                on_listening=partial(_write_ready, ready_file, url),
             )
 
         print(
             f"{settings.env}: {recommender.info['card'].get('name', recommender.model.name)} "
-            f"{recommender.info['id'][:16]} on http://{host}:{sock.getsockname()[1]}"
-            f"{f' (try it: http://{host}:{sock.getsockname()[1]}/demo)' if s.demo else ''}; API at /docs; events go "
-            f"to {log.url}",
+            f"{recommender.info['id'][:16]} on {url}{f' (try it: {url}/demo)' if s.demo else ''}; API at /docs; events "
+            f"go to {log.url}",
             flush=True,
         )
         supervise(work, s.workers, mark_process_dead)
     sock.close()
+
+
+def _write_ready(path: Path | None, url: str) -> None:
+    "Write the address of the service that listens; a worker that takes the place of another writes the same again."
+    if path is None:
+        return
+    try:
+        write_json(path, {"url": url})
+    except OSError as e:
+        say("alert", text="the ready file cannot be written", error=first_line(e))
 
 # %% ../nbs/05a_serving.ipynb #1b047679
 def supervise(
@@ -2511,7 +2678,7 @@ def supervise(
             signal.signal(sig, does)
         gc.unfreeze()
     if failures > 3 * n:
-        raise AerecError("the workers cannot start: what they said is above")
+        raise AerecError("the workers cannot start: what they said is above", code="not_started", where="workers")
 
 
 def _signal(pid, sig) -> None:
@@ -2571,8 +2738,16 @@ def main(
         action="store_true",
         help="listen on an address that other machines can reach although no keys are required",
     )
+    parser.add_argument(
+        "--ready-file",
+        type=Path,
+        metavar="PATH",
+        help="write the address there as JSON once the service listens, or why it does not start",
+    )
     parser.add_argument("--simulated", action="store_true", help="mark every event as simulated")
     args = parser.parse_args(argv)
+    if args.ready_file:
+        args.ready_file.unlink(missing_ok=True)
     try:
         if args.new_key:
             key, entry = new_api_key(args.new_key)
@@ -2589,8 +2764,12 @@ def main(
             args.events,
             args.simulated,
             args.alias,
+            args.ready_file,
         )
     except AerecError as e:
+        if args.ready_file:
+            with suppress(OSError):
+                write_json(args.ready_file, {"error": {"message": str(e), "code": e.code, "where": e.where}})
         sys.exit(f"error: {e}")
 
 
@@ -2634,12 +2813,14 @@ def service(
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
         **(variables or {}),
     }
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryDirectory(prefix="aerec-ready-") as folder, tempfile.TemporaryFile("w+") as said:
+        ready_file = Path(folder) / "ready.json"
+        command += ["--ready-file", str(ready_file)]
         process = subprocess.Popen(
             command, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **own}, stdin=subprocess.DEVNULL
         )
         try:
-            yield _Service(_wait_until_ready(process, said, seconds), process)
+            yield _Service(_wait_until_ready(process, ready_file, said, seconds), process)
         finally:
             _stop(process)
 
@@ -2658,23 +2839,28 @@ def _said(said) -> str:
     return said.read()
 
 
-def _wait_until_ready(process, said, seconds: float) -> str:  # its URL
+def _wait_until_ready(process, ready_file: Path, said, seconds: float) -> str:  # its URL
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise AerecError(
-                f"the service did not start: "
-                f"{(_said(said).strip().splitlines() or ['it said nothing'])[-1].removeprefix('error: ')}"
-            )
-        found = re.search(r" on (http://\S+)", _said(said))
-        if found:
+            raise _not_started(ready_file, said)
+        if ready_file.exists() and "url" in (found := read_json(ready_file)):
             try:
-                if httpx.get(f"{found[1]}/health/ready", timeout=5, trust_env=False).status_code == 200:
-                    return found[1]
+                if httpx.get(f"{found['url']}/health/ready", timeout=5, trust_env=False).status_code == 200:
+                    return found["url"]
             except httpx.TransportError:
                 pass
         time.sleep(0.05)
-    raise AerecError(f"the service was not ready after {seconds:.0f} s")
+    raise AerecError(f"the service was not ready after {seconds:.0f} s", code="not_ready", where="service")
+
+
+def _not_started(ready_file: Path, said) -> AerecError:
+    "Make the error for a service that ended by itself: of what it wrote, else of the last line that it said."
+    error = read_json(ready_file).get("error") if ready_file.exists() else None
+    if error is not None:
+        return AerecError(f"the service did not start: {error['message']}", code=error["code"], where=error["where"])
+    last = (_said(said).strip().splitlines() or ["it said nothing"])[-1]
+    return AerecError(f"the service did not start: {last}", code="not_started", where="service")
 
 
 def _stop(process, seconds: float = MAX_WAIT + 5) -> None:
@@ -2784,13 +2970,13 @@ def _service_variables(settings, key_entry: str = None) -> dict:
         for name in (
             "require_auth",
             "max_k",
-            "queue_size",
+            "event_queue_size",
             "workers",
             "timeout_s",
             "max_concurrency",
             "demo",
-            "liked_from",
-            "history_days",
+            "like_threshold",
+            "feedback_lookback_days",
         )
     }
     return (
@@ -2801,11 +2987,11 @@ def _service_variables(settings, key_entry: str = None) -> dict:
 
 
 def build_serving(
-    run,  # `Run` from `aerec_nb.runs`
+    run,  # `Run` from `aerec_nb.core.artifacts`
     folder: Path,  # where to write events.parquet, latencies.parquet and answers.json
 ) -> dict:  # key figures for the manifest
     "Serve the bundle of the run to simulated visitors, and keep what happened."
-    bundle = run.need("packaging") / "bundle"
+    bundle = run.artifact_dir("packaging") / "bundle"
     s = run.settings
     k = run.settings.validation.topk
     recommender = load_bundle(bundle)
@@ -2842,7 +3028,7 @@ def build_serving(
 
 # %% ../nbs/05a_serving.ipynb #73b03695
 def describe_serving(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
 ) -> str:  # one paragraph
     "What was served and what happened."
     m = run.manifest("serving")["metrics"]
@@ -2854,7 +3040,7 @@ def describe_serving(
 
 
 def answers_table(
-    run,  # `Run` from `aerec_nb.runs`, with the stage done
+    run,  # `Run` from `aerec_nb.core.artifacts`, with the stage done
     n: int = 5,  # items of each list
 ) -> pd.DataFrame:  # a row a place, a column a kind of visitor
     "The first answer to each kind of visitor, with titles."
@@ -2866,7 +3052,8 @@ def answers_table(
         return f"{a['what']} {a['user_id']}" if a["user_id"] is not None else f"{a['what']} of {len(a['history'])}"
 
     columns = {
-        who(a): pd.Series([title(i) for i in a["items"][:n]]) for a in read_json(run.need("serving") / "answers.json")
+        who(a): pd.Series([title(i) for i in a["items"][:n]])
+        for a in read_json(run.artifact_dir("serving") / "answers.json")
     }
     return pd.DataFrame(columns).rename(index=lambda i: i + 1).fillna("")
 

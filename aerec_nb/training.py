@@ -28,7 +28,13 @@ from safetensors.numpy import load_file, save
 from scipy import sparse
 from tqdm import tqdm
 
-from .configuration import AerecError, show_value
+from .core.backends import get_backend
+from .core.code import code_hash
+from .core.errors import AerecError, DataError, Notice, RunError, SettingsError
+from .core.files import atomic_path, file_lock, read_json, sha256_file, sha256_json, write_json, write_parquet
+from .core.optional import import_mlflow
+from .core.profiling import peak_memory_mib, versions
+from .core.project import format_value
 from .model_preprocessing import Fold, ItemFeatures, Split
 from aerec_nb.modeling import (
     AUTO,
@@ -46,20 +52,6 @@ from aerec_nb.modeling import (
     top_k,
 )
 from .neural_models import Diverged
-from aerec_nb.runs import (
-    alone,
-    atomic_path,
-    code_hash,
-    mlflow_module,
-    on_engine,
-    peak_memory_mib,
-    read_json,
-    sha256_file,
-    sha256_json,
-    versions,
-    write_json,
-    write_parquet,
-)
 from .validation import METRICS, evaluate
 
 # %% ../nbs/03_training.ipynb #f3a9ba34
@@ -144,13 +136,15 @@ class Checkpoints:
         about = read_json(self.folder / "checkpoint.json")
         if about["fingerprint"] != self.fingerprint:
             print(
-                f"{model.name}: the checkpoint in {show_value(self.folder)} is of other settings, data or code; "
+                f"{model.name}: the checkpoint in {format_value(self.folder)} is of other settings, data or code; "
                 f"training begins anew"
             )
             return Progress()
         if not (path := self.folder / about["file"]).exists() or sha256_file(path) != about["sha256"]:
-            raise AerecError(
-                f"{show_value(path)}: the checkpoint is damaged; delete the folder to train from the beginning"
+            raise DataError(
+                f"{format_value(path)}: the checkpoint is damaged; delete the folder to train from the beginning",
+                code="damaged_file",
+                where=format_value(path),
             )
         arrays = load_file(path)
         model.restore({k: v for k, v in arrays.items() if not k.startswith("best.")})
@@ -165,9 +159,9 @@ class Checkpoints:
             return "there was no checkpoint yet"
         p = read_json(self.folder / "checkpoint.json")["progress"]
         return (
-            f"the last good checkpoint is {show_value(self.folder)} (epoch {p['epoch'] + 1}, batch {p['batch']})"
+            f"the last good checkpoint is {format_value(self.folder)} (epoch {p['epoch'] + 1}, batch {p['batch']})"
             if p["batch"]
-            else f"the last good checkpoint is {show_value(self.folder)} (after epoch {p['epoch']})"
+            else f"the last good checkpoint is {format_value(self.folder)} (after epoch {p['epoch']})"
         )
 
 # %% ../nbs/03_training.ipynb #04fbfb55
@@ -190,19 +184,25 @@ def train(
     item_features=None,  # [n_items, n_features] CSR for models that use them
     max_valid_users: int = 10_000,  # users that validation looks at; more are sampled
     checkpoints: Path = None,  # folder to keep checkpoints in, and to go on from; None: none are kept
-    checkpoint_s: float = 60,  # seconds between checkpoints; 0: after every batch
+    checkpoint_interval_s: float = 60,  # seconds between checkpoints; 0: after every batch
     after_epoch=None,  # called with the epoch's row of the history
-    budget_s: float = None,  # seconds after which no further epoch begins; None: no limit
+    time_budget_s: float = None,  # seconds after which no further epoch begins; None: no limit
     fit=None,  # how closed forms are fitted: function(model, histories, item_features); None: `model.fit`
 ) -> pd.DataFrame:  # a row an epoch: epoch, loss, lr, ndcg, recall and the metric, best
     "Train a model in place, watching validation; it ends with the weights of its best epoch."
     if metric not in METRICS:
-        raise AerecError(f"valid_metric = {metric!r}: valid ones are {', '.join(METRICS)}")
+        raise SettingsError(
+            f"early_stopping_metric = {metric!r}: valid ones are {', '.join(METRICS)}",
+            code="unknown_name",
+            where="training.early_stopping_metric",
+        )
     if not hasattr(model, "train_epoch"):
         return _solve(model, split, topk, metric, item_features, max_valid_users, fit or type(model).fit)
     if split.valid is None:
-        raise AerecError(
-            "the split has no valid fold to watch: train before the split is refitted, or call model.fit(train)"
+        raise DataError(
+            "the split has no valid fold to watch: train before the split is refitted, or call model.fit(train)",
+            code="not_found",
+            where="split.valid",
         )
     num_epoch = num_epoch or model.num_epoch
     patience = patience or default_patience(model, split)
@@ -212,14 +212,14 @@ def train(
         Checkpoints(
             checkpoints,
             _fingerprint(model, split, item_features, num_epoch, patience, topk, metric, max_valid_users),
-            checkpoint_s,
+            checkpoint_interval_s,
         )
         if checkpoints
         else None
     )
     at = keep.load(model) if keep else Progress()
     same_place(model, at)
-    until = math.inf if budget_s is None else time.monotonic() + budget_s
+    until = math.inf if time_budget_s is None else time.monotonic() + time_budget_s
 
     def in_time():
         return not at.epoch or time.monotonic() < until
@@ -237,7 +237,8 @@ def train(
             try:
                 loss = model.train_epoch(rows, at.epoch + 1, at.batch, at.total, after_batch)
             except Diverged as e:
-                raise Diverged(f"{e}; {keep.where() if keep else 'no checkpoints were kept'}") from None
+                kept = keep.where() if keep else "no checkpoints were kept"
+                raise Diverged(f"{e}; {kept}", code=e.code, where=e.where) from None
             at.take(
                 {
                     "epoch": at.epoch + 1,
@@ -310,9 +311,11 @@ def same_place(model, at):
     if not torch.equal(
         sums, sums[0] * torch.tensor([1.0, at.epoch, at.batch, at.epoch**2, at.batch**2], dtype=torch.float64)
     ):
-        raise AerecError(
+        raise RunError(
             "the processes that train together found different checkpoints: keep the run on storage that all of them "
-            "see"
+            "see",
+            code="conflict",
+            where="training",
         )
 
 
@@ -452,7 +455,7 @@ def tune(
     name: str,  # model, one of `model_names()`
     split,  # `Split`, or several: then the mean over them decides
     n_trials: int = 30,  # trials, with those that `storage` has already
-    budget_s: float = None,  # seconds; no trial begins that cannot end in time, epochs end with them; None: no limit
+    time_budget_s: float = None,  # seconds; no trial starts that cannot end in time; None: no limit
     topk: int = 10,  # length of the lists that validation looks at
     metric: str = "ndcg",  # what decides: ndcg, or another of the accuracies of `evaluate`
     space: dict = None,  # hyperparameter -> (low, high, 'log', 'linear' or 'int'); None: the model's own `tune_space`
@@ -473,7 +476,11 @@ def tune(
     if "random_seed" in defaults:
         fixed["random_seed"] = random_seed
     if not space and n_trials > 1:
-        raise AerecError(f"model '{name}' says of no hyperparameter where to look: give ranges as space")
+        raise SettingsError(
+            f"model '{name}' says of no hyperparameter where to look: give ranges as space",
+            code="missing_value",
+            where="space",
+        )
     splits = list(split) if isinstance(split, (list, tuple)) else [split]
     optuna = _optuna()
     clock = time.monotonic()
@@ -488,7 +495,7 @@ def tune(
             study.enqueue_trial({k: v for k, v in {**defaults, **hp}.items() if k in space})
 
     def left():
-        return math.inf if budget_s is None else budget_s - (time.monotonic() - clock)
+        return math.inf if time_budget_s is None else time_budget_s - (time.monotonic() - clock)
 
     def n_done():
         return len(
@@ -537,7 +544,8 @@ def tune(
             except optuna.TrialPruned:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             except AerecError as e:
-                failures.append(str(e))
+                # not the error itself: its traceback holds the model
+                failures.append(AerecError(str(e), code=e.code, where=e.where))
                 trial.set_user_attr("why", str(e))
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
@@ -549,7 +557,11 @@ def tune(
             bar.n = min(n_trials, n_done())
             bar.set_postfix_str(f"best {metric} {found.value:.4f}" if found else "")
     if not [t for t in study.get_trials(deepcopy=False) if t.value is not None]:
-        raise AerecError(failures[-1] if failures else f"{name}: no trial ended in time; raise budget_s")
+        if failures:
+            raise failures[-1]
+        raise SettingsError(
+            f"{name}: no trial ended in time; raise time_budget_s", code="out_of_time", where="training.time_budget_s"
+        )
     if found is None or study.best_value > found.value:  # an earlier process found it
         best = study.best_trial
         found = Tuning(name, best.user_attrs["hyperparameters"], best.value, best.user_attrs["best_epoch"], None)
@@ -585,7 +597,7 @@ def _try(name, hp, splits, trial, left, topk, metric, max_valid_users, max_memor
             item_features=item_features,
             max_valid_users=max_valid_users,
             after_epoch=after_epoch,
-            budget_s=None if seconds == math.inf else max(0, seconds),
+            time_budget_s=None if seconds == math.inf else max(0, seconds),
         )
         models.append(model)
         values.append(history[metric].max())
@@ -845,15 +857,15 @@ class _Search:
     "What `auto` knows while it looks: the splits it decides on, the time, and what it found."
 
     def __init__(
-        self, split, budget_s, topk, metric, max_memory_gib, item_features, random_seed, progress, max_valid_users
+        self, split, time_budget_s, topk, metric, max_memory_gib, item_features, random_seed, progress, max_valid_users
     ):
         self.began = time.monotonic()
-        self.budget_s = budget_s
+        self.time_budget_s = time_budget_s
         self.topk = topk
         self.metric = metric
         self.progress = progress
         self.found = []
-        self.skipped = []
+        self.skipped = []  # (model, `Notice` why)
         redrawn = split.kind not in ("strong", "temporal")
         max_valid_users = min(
             max_valid_users, max(500, 30_000_000 // split.train.shape[1])
@@ -876,14 +888,15 @@ class _Search:
         self.speed = machine_speed() / n_folds
 
     def left(self):
-        return self.budget_s - (time.monotonic() - self.began)
+        return self.time_budget_s - (time.monotonic() - self.began)
 
     def say(self, text):
         if self.progress:
             print(f"{time.monotonic() - self.began:6.0f} s  {text}", flush=True)
 
-    def skip(self, name, why):
-        self.skipped.append({"model": name, "why": why})
+    def skip(self, name, code, why):
+        "Leave a model out: `no_time`, `no_gain`, `not_installed`, or the code of the error that it ended in."
+        self.skipped.append((name, Notice(code, why)))
         self.say(f"{name}: left out, {why}")
 
     def look(self, name, n_trials, share, space=None, first=(), label=None, **fixed):
@@ -893,14 +906,14 @@ class _Search:
                 name,
                 self.splits,
                 n_trials,
-                max(0, min(share * self.budget_s, self.left())),
+                max(0, min(share * self.time_budget_s, self.left())),
                 space=space,
                 first=first,
                 **self.options,
                 **fixed,
             )
         except AerecError as e:
-            return self.skip(label or name, str(e))
+            return self.skip(label or name, e.code, str(e))
         self.found.append(found)
         tried = ", ".join(
             f"{k} {found.hyperparameters[k]:.3g}" for k in (model_class(name).tune_space if space is None else space)
@@ -919,12 +932,12 @@ class _Search:
         first = create_model(name, **hp | {"num_epoch": 1, "cosine_epochs": 0})
         first.max_memory_gib = self.options["max_memory_gib"]
         if first.cost(self.n_users, self.n_items, self.nnz)[2] > 0.1 * max(0, self.left()) * self.speed:
-            return self.skip(name, "there is no time for its epochs")
+            return self.skip(name, "no_time", "there is no time for its epochs")
         clock = time.perf_counter()
         try:
             first.fit(self.splits[0].train, self.options["item_features"])
         except AerecError as e:
-            return self.skip(name, str(e))
+            return self.skip(name, e.code, str(e))
         return (time.perf_counter() - clock) * len(self.splits)
 
 # %% ../nbs/03_training.ipynb #99362921
@@ -935,8 +948,8 @@ def _look_at_references(search):
         ("cosine", {"n_neighbors": (20, 400, "log"), "shrink": (0.0, 100.0, "linear")}),
     ):
         operations = create_model("item_knn").cost(search.n_users, search.n_items, search.nnz)[2]
-        if operations > 0.05 * search.budget_s * search.speed:
-            search.skip(f"item_knn ({similarity})", "it would take more than a twentieth of the time")
+        if operations > 0.05 * search.time_budget_s * search.speed:
+            search.skip(f"item_knn ({similarity})", "no_time", "it would take more than a twentieth of the time")
         else:
             search.look("item_knn", 6, 0.03, space, label=f"item_knn ({similarity})", similarity=similarity)
 
@@ -946,11 +959,11 @@ def _look_at_closed_forms(search):
     what it finds on as many as there is time for.
     """
     small, large = (
-        closed_form_items(search.n_users, search.n_items, search.nnz, share * search.budget_s * search.speed)
+        closed_form_items(search.n_users, search.n_items, search.nnz, share * search.time_budget_s * search.speed)
         for share in (0.25 / 40, 0.08)
     )
     if not small:
-        return search.skip("closed forms", "even a hundred items would take too long")
+        return search.skip("closed forms", "no_time", "even a hundred items would take too long")
     searched = {} if small >= search.n_items else {"max_items": small}
     ease = search.look("ease", 10, 0.06, **searched)
     if ease is None:
@@ -968,7 +981,9 @@ def _look_at_closed_forms(search):
         if gain <= 0:
             search.found.remove(found.pop())
             search.skip(
-                "rdlae", f"its search does not pay for people that it was not chosen on ({gain:+.4f} against ease)"
+                "rdlae",
+                "no_gain",
+                f"its search does not pay for people that it was not chosen on ({gain:+.4f} against ease)",
             )
     if not searched or large <= small:
         return None
@@ -983,10 +998,10 @@ def _look_at_closed_forms(search):
 
 def _look_at_factors(search):
     if importlib.util.find_spec("implicit") is None:
-        return search.skip("ials", "the package implicit is not installed")
+        return search.skip("ials", "not_installed", "the package implicit is not installed")
     operations = create_model("ials").cost(search.n_users, search.n_items, search.nnz)[2]
-    if operations > 0.15 * search.budget_s * search.speed:
-        return search.skip("ials", "it would take too long")
+    if operations > 0.15 * search.time_budget_s * search.speed:
+        return search.skip("ials", "no_time", "it would take too long")
     search.look(
         "ials",
         12,
@@ -1027,30 +1042,30 @@ def _look_at_nets(search):
         ),
     ):
         # what is learned has to be learned again in the end
-        share = 0.4 * search.left() / search.budget_s
+        share = 0.4 * search.left() / search.time_budget_s
         seconds = search.epoch_seconds(name, hp)
         if seconds is None:
             continue
-        if seconds * hp["num_epoch"] > share * search.budget_s:
-            search.skip(name, "there is no time for its epochs")
+        if seconds * hp["num_epoch"] > share * search.time_budget_s:
+            search.skip(name, "no_time", "there is no time for its epochs")
         else:
             n_nets += search.look(name, 1, share, space={}, **hp) is not None
     if n_nets:
         return None
     hp = {"rank": 128, "batch_size": int(np.clip(search.n_users // 50, 64, 2048))}
-    share = 0.3 * search.left() / search.budget_s
+    share = 0.3 * search.left() / search.time_budget_s
     if (
         create_model("elsa", **hp, num_epoch=5).cost(search.n_users, search.n_items, search.nnz)[2]
-        > share * search.budget_s * search.speed
+        > share * search.time_budget_s * search.speed
     ):
-        return search.skip("elsa", "there is no time for five epochs")
+        return search.skip("elsa", "no_time", "there is no time for five epochs")
     search.look("elsa", 1, share, space={}, num_epoch=50, **hp)
     return None
 
 # %% ../nbs/03_training.ipynb #6d0ec5a0
 def auto(
     split: Split,  # chosen on validation, drawn anew where its own is far from test; test is not looked at
-    budget_s: float = 600,  # seconds for everything, the last fit included
+    time_budget_s: float = 600,  # seconds for everything, the last fit included
     topk: int = 10,  # length of the lists that count
     metric: str = "ndcg",  # what decides between settings of a model; between models it is NDCG
     max_memory_gib: float = None,  # what a model may use, GiB; None: 80 % of what is free
@@ -1059,17 +1074,25 @@ def auto(
     refit: bool = True,  # at last learn from validation's targets too, on the items of train; False: `split.train` only
     max_valid_users: int = 3_000,  # users that validation looks at, fewer above 10,000 items; more are sampled
     progress: bool = True,  # say what is done
-) -> Model:  # fitted, on the items of `split.train`; `candidates` is a table of what was tried, `why` says why this one
+) -> Model:  # fitted, on the items of `split.train`; `candidates`: what was tried or left out, `why`: why this one
     "Find, tune, choose and blend models by validation within a time budget."
     if split.valid is None:
-        raise AerecError("the split has no valid fold to choose on: give auto the split before it is refitted")
+        raise DataError(
+            "the split has no valid fold to choose on: give auto the split before it is refitted",
+            code="not_found",
+            where="split.valid",
+        )
     search = _Search(
-        split, budget_s, topk, metric, max_memory_gib, item_features, random_seed, progress, max_valid_users
+        split, time_budget_s, topk, metric, max_memory_gib, item_features, random_seed, progress, max_valid_users
     )
     for look in (_look_at_references, _look_at_closed_forms, _look_at_factors, _look_at_nets):
         look(search)
     if not search.found:
-        raise AerecError("no model could be fitted: " + "; ".join(f"{s['model']}: {s['why']}" for s in search.skipped))
+        raise AerecError(
+            "no model could be fitted: " + "; ".join(f"{name}: {why}" for name, why in search.skipped),
+            code="nothing_fitted",
+            where=AUTO,
+        )
     found = search.found
     lists = Shortlists.together(
         [Shortlists.of([f.models[i] for f in found], fold, max(100, 2 * topk)) for i, fold in enumerate(search.folds)]
@@ -1110,19 +1133,21 @@ def auto(
                 "trials": len(found[i].trials),
                 "seconds": found[i].trials.seconds.sum(),
                 "hyperparameters": found[i].hyperparameters,
+                "left_out": None,
             }
             for i in order
         ]
         + [
             {
-                "model": s["model"],
+                "model": name,
                 "ndcg": np.nan,
                 "weight": 0.0,
                 "trials": 0,
                 "seconds": np.nan,
-                "hyperparameters": s["why"],
+                "hyperparameters": {},
+                "left_out": why,
             }
-            for s in search.skipped
+            for name, why in search.skipped
         ]
     )
     model.why = why
@@ -1233,7 +1258,7 @@ def _mlflow_client(uri: str, seconds: int = 10):
     "MLflow's client of a SQLite file or a server."
     for name, value in (("MAX_RETRIES", 2), ("TIMEOUT", seconds)):
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", str(value))
-    return mlflow_module("mlflow.tracking").MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return import_mlflow("mlflow.tracking").MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 # %% ../nbs/03_training.ipynb #1ac2ecc6
 class ExperimentLog:
@@ -1249,7 +1274,7 @@ class ExperimentLog:
         self.run_id = None
         file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
         try:
-            with alone(file) if file else nullcontext():
+            with file_lock(file) if file else nullcontext():
                 self._client = _mlflow_client(uri)
                 known = self._client.get_experiment_by_name(name)
                 if known:
@@ -1260,9 +1285,11 @@ class ExperimentLog:
         except AerecError:
             raise
         except Exception as e:
-            raise AerecError(
-                f"training.tracking_uri {show_value(uri)}: MLflow cannot open it: "
-                f"{(str(e) or type(e).__name__).splitlines()[0]}; set it to off to train without a log"
+            raise SettingsError(
+                f"training.tracking_uri {format_value(uri)}: MLflow cannot open it: "
+                f"{(str(e) or type(e).__name__).splitlines()[0]}; set it to off to train without a log",
+                code="cannot_open",
+                where="training.tracking_uri",
             ) from None
 
     @classmethod
@@ -1288,7 +1315,7 @@ class ExperimentLog:
             return getattr(self._client, what)(*args, **kwargs)
         except Exception as e:
             print(
-                f"experiment log {show_value(self.uri)}: {(str(e) or type(e).__name__).splitlines()[0]}; training "
+                f"experiment log {format_value(self.uri)}: {(str(e) or type(e).__name__).splitlines()[0]}; training "
                 f"goes on without it"
             )
             self._client = None
@@ -1334,7 +1361,7 @@ def epoch(
 
 @patch
 def _metrics(self: ExperimentLog, values: dict, step: int):
-    entities = mlflow_module("mlflow.entities")
+    entities = import_mlflow("mlflow.entities")
     self._tell(
         "log_batch",
         self.run_id,
@@ -1369,25 +1396,27 @@ def end(
 
 # %% ../nbs/03_training.ipynb #ffd2f4ff
 def item_features_of(
-    run,  # `Run` from `aerec_nb.runs`
+    run,  # `Run` from `aerec_nb.core.artifacts`
     split: Split,  # whose items are meant
 ) -> sparse.csr_matrix:  # [n_items, n_features]
-    "What the items' table says of the items of a split; raises `AerecError` where there is none."
-    folder = run.need("model_preprocessing") / "features"
+    "What the items' table says of the items of a split; raises `DataError` where there is none."
+    folder = run.artifact_dir("model_preprocessing") / "features"
     if not folder.exists():
-        raise AerecError(
+        raise DataError(
             "use_item_features: these data say nothing of their items; bring items.csv or movies.csv, or leave "
-            "use_item_features out"
+            "use_item_features out",
+            code="missing_file",
+            where="items.csv",
         )
     return ItemFeatures.load(folder).over(split.items).matrix
 
 # %% ../nbs/03_training.ipynb #76771823
 def build_training(
-    run,  # `Run` from `aerec_nb.runs`
+    run,  # `Run` from `aerec_nb.core.artifacts`
     folder: Path,  # where to write a folder for each model, and summary.json
 ) -> dict:  # key figures for the manifest
     "Train the models that compete, one after another, and keep each with its history; tune first what shall be tuned."
-    split = Split.load(run.need("model_preprocessing") / "split")
+    split = Split.load(run.artifact_dir("model_preprocessing") / "split")
     s = run.settings
     log = ExperimentLog.from_settings(s)
     features = item_features_of(run, split) if s.model.use_item_features else None
@@ -1415,7 +1444,7 @@ def build_training(
                 "valid_ndcg": found.mean(),
                 "valid_se": found.se(),
                 "k": found.k,
-                "metric": s.training.valid_metric,
+                "metric": s.training.early_stopping_metric,
                 "item_features": features is not None,
                 "why": why,
             }
@@ -1430,7 +1459,7 @@ def build_training(
             log.end(
                 history,
                 dict(best_epoch=model.best_epoch, best_valid_ndcg=found.mean(), **measured[model.name]),
-                plot_history({model.name: history}, found.k, s.training.valid_metric),
+                plot_history({model.name: history}, found.k, s.training.early_stopping_metric),
             )
     write_json(folder / "summary.json", summary)
     write_json(folder / "measured.json", measured)
@@ -1446,18 +1475,18 @@ def build_training(
 def _trained(run, folder, split, m, log, features):
     "One of the models as configured, tuned before if that is wanted; its history, and what tuning did."
     s = run.settings
-    kept = run.unfinished("training") / m["name"]
+    kept = run.scratch_dir("training") / m["name"]
     hp = m["hyperparameters"]
     why = ""
     space = {k: v for k, v in model_class(m["name"]).tune_space.items() if k not in m["given"]}
-    if s.training.tune_trials and space:
+    if s.training.n_trials and space:
         tuning = tune(
             m["name"],
             split,
-            s.training.tune_trials,
+            s.training.n_trials,
             None,
             s.validation.topk,
-            s.training.valid_metric,
+            s.training.early_stopping_metric,
             space,
             storage=kept / "tuning.db",
             random_seed=s.run.random_seed,
@@ -1477,16 +1506,16 @@ def _trained(run, folder, split, m, log, features):
     if log:
         log.begin(model, _about(run, split), kept / "mlflow.json")
     try:
-        history = on_engine(s, train)(
+        history = get_backend(s).function(train)(
             model,
             split,
             patience=s.training.patience,
             topk=s.validation.topk,
-            metric=s.training.valid_metric,
+            metric=s.training.early_stopping_metric,
             max_valid_users=s.training.max_valid_users,
             item_features=features,
             checkpoints=kept,
-            checkpoint_s=s.training.checkpoint_s,
+            checkpoint_interval_s=s.training.checkpoint_interval_s,
             after_epoch=log and log.epoch,
         )
     except AerecError:
@@ -1501,9 +1530,9 @@ def _searched(run, folder, split, features):
     s = run.settings
     model = auto(
         split,
-        s.training.budget_s,
+        s.training.time_budget_s,
         s.validation.topk,
-        s.training.valid_metric,
+        s.training.early_stopping_metric,
         s.model.max_memory_gib,
         features,
         s.run.random_seed,
@@ -1513,10 +1542,9 @@ def _searched(run, folder, split, features):
     write_parquet(
         folder / "auto.parquet",
         model.candidates.assign(
-            hyperparameters=[
-                h if isinstance(h, str) else ", ".join(f"{k} {v}" for k, v in h.items())
-                for h in model.candidates.hyperparameters
-            ]
+            hyperparameters=[", ".join(f"{k} {v}" for k, v in h.items()) for h in model.candidates.hyperparameters],
+            left_out=["" if n is None else n.code for n in model.candidates.left_out],
+            why=["" if n is None else n.message for n in model.candidates.left_out],
         ),
     )
     found = evaluate(model, some_users(split.valid, s.training.max_valid_users), s.validation.topk)
@@ -1528,7 +1556,7 @@ def _searched(run, folder, split, features):
                     "epoch": model.best_epoch,
                     "loss": np.nan,
                     "lr": np.nan,
-                    **{k: found.mean(k) for k in dict.fromkeys(("ndcg", "recall", s.training.valid_metric))},
+                    **{k: found.mean(k) for k in dict.fromkeys(("ndcg", "recall", s.training.early_stopping_metric))},
                 }
             ],
             model.best_epoch,
@@ -1608,7 +1636,7 @@ def describe_search(
                     "NDCG on validation": t.ndcg,
                     "weight in the blend": t.weight,
                     "seconds": t.seconds,
-                    "hyperparameters": t.hyperparameters,
+                    "hyperparameters": t.hyperparameters.mask(t.left_out != "", t.why),
                 }
             )
         )

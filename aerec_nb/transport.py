@@ -35,7 +35,7 @@ from uvicorn.protocols.http.h11_impl import (
     H11Protocol,
 )  # public: uvicorn's option http takes a protocol class, and this is its own for h11
 
-from .configuration import AerecError
+from .core.errors import AerecError, SettingsError
 
 # %% ../nbs/05b_transport.ipynb #031dfd49
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
@@ -69,9 +69,11 @@ class AllowedHosts:
         if ":" in name and not name.startswith("["):
             name = f"[{name}]"  # an IPv6 address
         if not _HOST_PATTERN.fullmatch(name):
-            raise AerecError(
+            raise SettingsError(
                 f"serving.allowed_hosts: {pattern!r} is not a host name; write example.org or *.example.org, without "
-                f"scheme and port"
+                f"scheme and port",
+                code="invalid_host",
+                where="serving.allowed_hosts",
             )
         if name == "*":
             self.any = True
@@ -110,9 +112,11 @@ def is_loopback(
     try:
         found = {info[4][0] for info in socket.getaddrinfo(host or "0.0.0.0", None)}
     except OSError as e:
-        raise AerecError(
+        raise SettingsError(
             f"serving.host: {host!r} is not an address of this machine ({e.strerror or e}); 127.0.0.1 is for this "
-            f"machine alone"
+            f"machine alone",
+            code="invalid_host",
+            where="serving.host",
         ) from None
     addresses = [ipaddress.ip_address(address.partition("%")[0]) for address in found]
     return all((getattr(a, "ipv4_mapped", None) or a).is_loopback for a in addresses)
@@ -125,10 +129,12 @@ def check_exposure(
     s = settings.serving
     if s.require_auth or s.allow_unauthenticated or is_loopback(s.host):
         return
-    raise AerecError(
+    raise SettingsError(
         f"serving.host is {s.host or 'any address'}, which other machines can reach, and no keys are required: set "
         f"AEREC_SERVING__REQUIRE_AUTH=true and AEREC_SERVING__API_KEYS, "
-        "or say --allow-unauthenticated"
+        "or say --allow-unauthenticated",
+        code="exposed_without_keys",
+        where="serving.host",
     )
 
 # %% ../nbs/05b_transport.ipynb #ccfafb8e
@@ -141,8 +147,10 @@ def proxy_options(
         try:
             ipaddress.ip_network(proxy, strict=False)
         except ValueError:
-            raise AerecError(
-                f"serving.trusted_proxies: {proxy!r} is neither an IP address nor a network such as 10.0.0.0/8"
+            raise SettingsError(
+                f"serving.trusted_proxies: {proxy!r} is neither an IP address nor a network such as 10.0.0.0/8",
+                code="invalid_address",
+                where="serving.trusted_proxies",
             ) from None
     return {"proxy_headers": bool(proxies), "forwarded_allow_ips": list(proxies)}
 
@@ -521,7 +529,9 @@ def connection_cap(
     cap = max(soft, raised) - used - RESERVED_FILES
     if cap < 1:
         raise AerecError(
-            f"{soft} open files are allowed, too few for a service: raise the limit (ulimit -n) to {needed}"
+            f"{soft} open files are allowed, too few for a service: raise the limit (ulimit -n) to {needed}",
+            code="too_few_open_files",
+            where="ulimit -n",
         )
     return min(max_connections, cap)
 
@@ -708,6 +718,10 @@ class LimitedH11Protocol(LimitedConnection, H11Protocol):
 class _Server(uvicorn.Server):
     "uvicorn's server on a socket that workers share, with a long queue in the kernel."
 
+    def __init__(self, config: uvicorn.Config, on_listening):
+        super().__init__(config)
+        self._on_listening = on_listening
+
     async def startup(self, sockets=None) -> None:
         "Start to listen."
         await super().startup(sockets=sockets)
@@ -718,6 +732,7 @@ class _Server(uvicorn.Server):
                 # be
                 # large, the second small
             )
+        self._on_listening()
 
 
 def run_server(
@@ -728,6 +743,7 @@ def run_server(
     stop_within: int,  # seconds in which a stopping server finishes what it has
     count,  # function(Closed), called for every connection that is closed
     log,  # function(what, **fields), writes a line
+    on_listening=lambda: None,  # function(), called once the socket listens
 ) -> None:
     "Serve an app until told to stop."
     s = settings.serving
@@ -766,4 +782,4 @@ def run_server(
     )
     for name in ("asyncio", "uvicorn.error"):
         logging.getLogger(name).addFilter(ThrottleFilter(throttle))
-    _Server(config).run(sockets=[sock])
+    _Server(config, on_listening).run(sockets=[sock])

@@ -164,9 +164,10 @@ def aerec(*words, env, cwd, timeout=600):
         return run(BIN / "aerec", *words, env=env, cwd=cwd, timeout=timeout)
     for name in IMPORTED_BEFORE_A_FORK:
         importlib.import_module(name)
-    from aerec_nb import pipeline, runs
+    from aerec_nb import pipeline
+    from aerec_nb.core import artifacts
 
-    runs.read_code()
+    artifacts.read_code()
     return forked(pipeline.main, [str(w) for w in words], env=env, cwd=cwd, timeout=timeout)
 
 

@@ -1,7 +1,6 @@
 "Short notebooks: projects whose stages take seconds, and what tests see of their processes."
 
 import contextlib
-import re
 import time
 
 import nbformat
@@ -9,8 +8,8 @@ import pandas as pd
 import psutil
 from conftest import ROOT, STRESS
 
+from aerec_nb.core.stages import STAGES
 from aerec_nb.pipeline import new_project
-from aerec_nb.runs import STAGES
 
 # The first seven stages: enough for what the pipeline does with any stage.
 PART = [
@@ -50,26 +49,26 @@ def strip(source, target, stage, shows=False):
     begin = next(
         i
         for i, c in enumerate(cells)
-        if i > at and re.search(r"open_run\(\s*run,\s*env=env", c.source) and not c.source.startswith("#| export")
+        if i > at and "open_run(parameters(globals()" in c.source and not c.source.startswith("#| export")
     )
     imports = [
         c
-        for c in cells[at + 2 : begin]
+        for c in cells[at + 1 : begin]
         if not c.source.startswith("#| export")
-        and all(line.startswith(("import ", "from ", "#")) for line in c.source.splitlines())
+        and all(line.startswith(("import ", "from ", "#")) for line in c.source.splitlines() if line)
     ]
     library = (
         f"import {STAGES[stage].module} as module\n"
         'globals().update({k: v for k, v in vars(module).items() if k != "run" and not k.startswith("__")})'
     )
-    check = (
-        "from aerec_nb.configuration import check_parameters\nfrom aerec_nb.runs import open_run\ncheck_parameters(In)"
+    execute = (
+        "from aerec_nb.core.artifacts import open_run, parameters\n"
+        f"run = open_run(parameters(globals(), local=('dry_run',)))\nrun.execute({stage!r}).name"
     )
-    execute = f"run = open_run(run, env=env)\nrun.execute({stage!r}).name"
     if shows:
-        nb.cells = [cells[at], cells[at + 1], nbformat.v4.new_code_cell(library), *imports, *cells[begin:]]
+        nb.cells = [cells[at], nbformat.v4.new_code_cell(library), *imports, *cells[begin:]]
     else:
-        nb.cells = [cells[at], *map(nbformat.v4.new_code_cell, [check, execute])]
+        nb.cells = [cells[at], nbformat.v4.new_code_cell(execute)]
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, target)
 

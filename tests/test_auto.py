@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 from conftest import STRESS, variables
 
-from aerec_nb.configuration import AerecError
+from aerec_nb.core.artifacts import open_run
+from aerec_nb.core.files import read_json
 from aerec_nb.model_preprocessing import Split, split_interactions
 from aerec_nb.modeling import Blend, create_model, load_model, save_model
-from aerec_nb.runs import open_run, read_json
+from aerec_nb.testing import test_error
 from aerec_nb.training import auto, build_training, describe_search, tune
 from aerec_nb.validation import evaluate
 
@@ -50,7 +51,7 @@ def split(request):
     return split_interactions(
         people(),
         request.param,
-        **({"n_heldout_users": 30} if request.param == "strong" else {"valid_sample_size": 3}),
+        **({"n_test_users": 30} if request.param == "strong" else {"valid_sample_size": 3}),
     )
 
 
@@ -96,7 +97,8 @@ def test_auto_on_a_catalogue_too_large_for_the_time():
     model = auto(split, 2, progress=False)
     closed = model.candidates[model.candidates.model.isin(["ease", "rdlae", "closed forms"])]
     assert len(closed) and all(
-        isinstance(h, str) or h["max_items"] < split.train.shape[1] for h in closed.hyperparameters
+        row.left_out is not None or row.hyperparameters["max_items"] < split.train.shape[1]
+        for row in closed.itertuples()
     ), model.candidates  # the very slow leave them out
     assert model.score(split.valid.input[:2]).shape == (2, split.train.shape[1])
 
@@ -166,8 +168,8 @@ def test_the_stage_tunes_and_looks(tmp_path, monkeypatch):
         env="test",
         source=str(path),
         models=["ease", "auto", "mult_dae", "popularity"],
-        budget_s=20,
-        tune_trials=3,
+        time_budget_s=20,
+        n_trials=3,
         lr=0.01,
     )
     for stage, build in (
@@ -184,10 +186,12 @@ def test_the_stage_tunes_and_looks(tmp_path, monkeypatch):
     assert set(searched["searched by"]) == {"auto", "tune"} and abs(searched["weight in the blend"].sum() - 1) < 0.01
     for name, m in trained.items():
         assert (
-            evaluate(load_model(folder / name), Split.load(run.need("model_preprocessing") / "split"), m["k"]).mean()
+            evaluate(
+                load_model(folder / name), Split.load(run.artifact_dir("model_preprocessing") / "split"), m["k"]
+            ).mean()
             == m["valid_ndcg"]
         )
-    tuned = [m for m in trained.values() if m["why"].startswith("best of")]
+    tuned = [m for name, m in trained.items() if (folder / name / "trials.parquet").exists()]
     assert tuned and all(m["hyperparameters"].get("lr", 0.01) == 0.01 for m in tuned), "what was given is not searched"
 
 
@@ -230,8 +234,7 @@ def test_the_stages_use_item_features_where_asked(tmp_path, monkeypatch):
         ):
             run.execute(stage, build=build)
         if not items:
-            with pytest.raises(AerecError, match="these data say nothing of their items; bring items.csv"):
-                run.execute("training", build=build_training)
+            test_error(lambda run=run: run.execute("training", build=build_training), "missing_file", "items.csv")
             continue
         trained = {
             m["name"]: m["valid_ndcg"]
@@ -248,12 +251,8 @@ def test_the_stages_use_item_features_where_asked(tmp_path, monkeypatch):
         assert figures[True][1][name] != figures[False][1][name], "and what is refitted"
 
 
-def test_errors_say_what_to_do():
+def test_errors_have_a_code_and_a_place():
     split = split_interactions(people(), "leave_last", valid_sample_size=3)
-    for call, words in (
-        (lambda: auto(split.refit()), "before it is refitted"),
-        (lambda: tune("popularity", split), "give ranges as space"),
-        (lambda: tune("ease", split, 2, lamda=3), "has no hyperparameter 'lamda'"),
-    ):
-        with pytest.raises(AerecError, match=words):
-            call()
+    test_error(lambda: auto(split.refit()), "not_found", "split.valid")
+    test_error(lambda: tune("popularity", split), "missing_value", "space")
+    test_error(lambda: tune("ease", split, 2, lamda=3), "unknown_parameter", "lamda")

@@ -16,7 +16,9 @@ import pytest
 from conftest import BIN, ROOT, STRESS, run, variables
 
 from aerec_nb import pipeline
-from aerec_nb.runs import STAGES, all_runs, open_run
+from aerec_nb.core.artifacts import all_runs, open_run
+from aerec_nb.core.files import FileError
+from aerec_nb.core.stages import STAGES
 
 
 @pytest.fixture
@@ -29,6 +31,20 @@ def here(tmp_path, monkeypatch):
             monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def met(monkeypatch):
+    "The errors that commands called in this process have reported."
+    found = []
+    report = pipeline._report
+
+    def noted(error):
+        found.append(error)
+        return report(error)
+
+    monkeypatch.setattr(pipeline, "_report", noted)
+    return found
 
 
 def aerec(capsys, *words):
@@ -69,27 +85,38 @@ def test_help_names_every_command_and_shows_examples(capsys):
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, code, where",
     [
-        (["recommend"], "say for whom"),
-        (["stage", "train"], "no stage is called 'train'"),
-        (["run", "--from", "training", "--to", "01"], "comes after"),
-        (["run", "--only", "training", "--from", "03"], "leave out --from"),
-        (["run", "--resume"], "there is no run of test"),
-        (["run", "--resume", "--run", "x"], "leave one of them out"),
-        (["runs", "show", "nope"], "there is no run nope"),
-        (["sweep", "-p", "lr", "0.1"], "several values"),
-        (["sweep", "-p", "lrr", "1,2"], "did you mean 'lr'"),
-        (["models", "promote", "x", "live"], "is no version"),
-        (["run", "--env", "live"], "does not train"),
-        (["data", "nowhere"], "nowhere"),
-        (["config", "--env", "prod"], "unknown environment"),
+        (["recommend"], "missing_value", "USER"),
+        (["stage", "train"], "unknown_name", "train"),
+        (["run", "--from", "training", "--to", "01"], "empty_range", "training"),
+        (["run", "--only", "training", "--from", "03"], "conflict", "--only"),
+        (["run", "--resume"], "not_found", "test"),
+        (["run", "--resume", "--run", "x"], "conflict", "--resume"),
+        (["runs", "show", "nope"], "not_found", "nope"),
+        (["sweep", "-p", "lr", "0.1"], "missing_value", "-p"),
+        (["models", "promote", "x", "live"], "not_a_number", "x"),
+        (["run", "--env", "live"], "not_allowed", "training.training_enabled"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(words, said, here, capsys):
+def test_a_mistake_is_one_line_and_exit_code_2(words, code, where, here, capsys, met):
+    assert_one_line(capsys, words, here)
+    assert [(e.code, e.where) for e in met] == [(code, where)]
+
+
+# Refused by the settings and by the import: the line holds the name that was given.
+@pytest.mark.parametrize("words", [["sweep", "-p", "lrr", "1,2"], ["data", "nowhere"], ["config", "--env", "prod"]])
+def test_a_mistake_found_below_is_one_line_and_exit_code_2(words, here, capsys, met):
+    given = next(w for w in words if w in ("lrr", "nowhere", "prod"))
+    assert given in assert_one_line(capsys, words, here)
+    assert len(met) == 1
+
+
+def assert_one_line(capsys, words, folder):
     code, out, err = aerec(capsys, *words)
-    assert code == 2 and said in err and len(err.strip().splitlines()) == 1, (code, out, err)
-    assert not (here / "runs").exists()
+    assert code == 2 and len(err.strip().splitlines()) == 1, (code, out, err)
+    assert not (folder / "runs").exists()
+    return err
 
 
 def test_what_argparse_refuses_is_exit_code_2(capsys):
@@ -104,7 +131,7 @@ def test_config(here, capsys):
     code, out, _ = aerec(capsys, "config", "training.lr")
     assert code == 0 and "learning rate" in out and "topk" not in out
     rows = json.loads(aerec(capsys, "config", "--diff", "dev", "live", "--json")[1])
-    assert any(r["setting"] == "training.trains" for r in rows)
+    assert any(r["setting"] == "training.training_enabled" for r in rows)
 
 
 def test_data(here, capsys):
@@ -117,7 +144,10 @@ def test_data(here, capsys):
 
 def test_dry_run_says_why_and_writes_nothing(here, capsys):
     code, out, _ = aerec(capsys, "run", "--dry-run", "--to", "02", "--commands")
-    assert code == 0 and "it was never run" in out and "not asked for" in out and out.count("papermill ") == 5
+    assert code == 0 and out.count("papermill ") == 5
+    rows = json.loads(aerec(capsys, "run", "--dry-run", "--to", "02", "--json")[1])
+    reasons = ["never_run"] * 2 + ["input_made_anew"] * 3 + ["not_asked"] * 7
+    assert [r["reason"] for r in rows] == reasons and all(r["why"] in out for r in rows)
     assert not (here / "runs").exists()
 
 
@@ -157,8 +187,9 @@ def test_doctor(here, capsys, monkeypatch):
     monkeypatch.delenv("AEREC_TRAINING__LR")
     (here / "empty").mkdir()
     monkeypatch.setenv("AEREC_PROJECT", str(here / "empty"))
-    code, out, _ = aerec(capsys, "doctor")
-    assert code == 1 and "aerec new" in out
+    code, out, _ = aerec(capsys, "doctor", "--json")
+    rows = {r["check"]: r for r in json.loads(out)}
+    assert code == 1 and rows["notebooks"]["state"] == "fault" and "aerec new" in rows["notebooks"]["fix"], out
 
 
 # --- what the machine refuses: one line, exit code 1, and nothing half-written
@@ -194,9 +225,7 @@ def closed(tmp_path):
 def test_stores_that_may_not_be_written(closed, environ, tmp_path):
     var = closed(tmp_path / "var")
     for words in (["models", "list"], ["serve", "--port", "0"], ["run", "--data", "sample"]):
-        assert refused(*words, env=environ, cwd=tmp_path).endswith(
-            f"{var}: permission denied; change its owner or mode, or name another path"
-        ), words
+        assert str(var) in refused(*words, env=environ, cwd=tmp_path), words
     assert list(var.iterdir()) == [] and not (tmp_path / "runs").exists()
 
 
@@ -207,9 +236,9 @@ def test_the_doctor_never_fails_itself(closed, environ, tmp_path):
     assert done.returncode == 1 and not done.stderr, done.stderr
     rows = {r["check"]: r for r in json.loads(done.stdout)}
     for check in ("folder runs_dir", "folder var_dir", "runs", "registry", "event log"):
-        assert rows[check]["state"] == "fault" and "permission denied" in rows[check]["found"] and rows[check]["fix"], (
-            rows[check]
-        )
+        assert rows[check]["state"] == "fault" and str(tmp_path) in rows[check]["found"] and rows[check]["fix"], rows[
+            check
+        ]
     assert rows["notebooks"]["state"] == rows["settings of dev"]["state"] == "fine" and "memory" in rows
 
 
@@ -222,14 +251,10 @@ def test_a_run_that_may_not_be_read_stops_no_other(closed, here, environ, tmp_pa
     closed(newest, 0o000)
     done = run(*UNPRIVILEGED, BIN / "aerec", "runs", "list", "--json", env=environ, cwd=tmp_path)
     assert done.returncode == 0 and [r["run"] for r in json.loads(done.stdout)] == [oldest.name]
-    assert len(done.stderr.splitlines()) == 1 and newest.name in done.stderr and "permission denied" in done.stderr, (
-        done.stderr
-    )
+    assert len(done.stderr.splitlines()) == 1 and newest.name in done.stderr, done.stderr
     newest.chmod(0o555)
     done = run(*UNPRIVILEGED, BIN / "aerec", "runs", "prune", "--keep", "0", "--json", env=environ, cwd=tmp_path)
-    assert (
-        done.returncode == 0 and json.loads(done.stdout) == [oldest.name] and f"run {newest.name} stays" in done.stderr
-    ), done.stderr
+    assert done.returncode == 0 and json.loads(done.stdout) == [oldest.name] and newest.name in done.stderr, done.stderr
 
 
 def test_a_download_that_may_not_be_kept(closed, environ, tmp_path):
@@ -246,20 +271,18 @@ def test_a_download_that_may_not_be_kept(closed, environ, tmp_path):
     finally:
         server.shutdown()
         server.server_close()
-    assert said.startswith(f"error: {cache}: permission denied"), said
+    assert str(cache) in said, said
 
 
 def test_output_on_a_full_disk(environ, tmp_path):
     done = subprocess.run(
         f"{BIN}/aerec config > /dev/full", shell=True, env=environ, cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.returncode == 1 and done.stderr == "error: the disk is full; free some space and start again\n", (
-        done.stderr
-    )
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("content", ["garbage", "truncated", "folder"])
-def test_a_registry_that_is_none(content, here, capsys):
+def test_a_registry_that_is_none(content, here, capsys, met):
     var = here / "var"
     var.mkdir()
     if content == "folder":
@@ -284,22 +307,22 @@ def test_a_registry_that_is_none(content, here, capsys):
         ["models", "promote", "1", "dev"],
     ):
         code, _, err = aerec(capsys, *words)
-        assert code == 1 and len(err.strip().splitlines()) == 1 and "registry.db: " in err, (words, err)
+        assert code == 1 and len(err.strip().splitlines()) == 1 and "registry.db" in err, (words, err)
+        assert isinstance(met.pop(), FileError)
     rows = {r["check"]: r for r in json.loads(aerec(capsys, "doctor", "--json")[1])}
-    assert rows["registry"]["state"] == "fault" and "registry.db: " in rows["registry"]["found"]
+    assert rows["registry"]["state"] == "fault" and "registry.db" in rows["registry"]["found"]
 
 
-def test_an_event_log_that_is_none(here, capsys):
+def test_an_event_log_that_is_none(here, capsys, met):
     (here / "var").mkdir()
     (here / "var" / "events.db").write_bytes(b"garbage" * 1000)
     for words in (["serve", "--port", "0"], ["monitor"], ["monitor", "--once"]):
         code, _, err = aerec(capsys, *words)
-        assert code == 1 and err.strip().endswith(
-            "events.db: it is not a SQLite database; restore it from a copy, or move it away"
-        ), err
+        assert code == 1 and len(err.strip().splitlines()) == 1 and "events.db" in err, err
+        assert isinstance(met.pop(), FileError)
 
 
-def test_a_damaged_run_is_named_and_left_out(here, capsys, caplog, monkeypatch):
+def test_a_damaged_run_is_named_and_left_out(here, capsys, caplog, met, monkeypatch):
     monkeypatch.setenv("AEREC_RUN__LOG_LEVEL", "WARNING")  # the environment test only tells of errors
     for lr in (0.1, 0.2, 0.3):
         opened = open_run(lr=lr)
@@ -315,13 +338,14 @@ def test_a_damaged_run_is_named_and_left_out(here, capsys, caplog, monkeypatch):
     ]
     warned = [r.getMessage() for r in caplog.records]
     assert len(warned) == 2 and all("\n" not in line for line in warned), warned
-    assert any(manifest.name in line and "stage configuration" in line for line in warned) and any(
+    assert any(manifest.name in line and "configuration" in line for line in warned) and any(
         about.name in line and "run.json" in line for line in warned
     )
     shown = json.loads(aerec(capsys, "runs", "show", manifest.name, "--json")[1])
     assert shown[0]["state"] == "damaged"
     code, _, err = aerec(capsys, "runs", "show", about.name)
-    assert code == 1 and "it is not UTF-8" in err and len(err.splitlines()) == 1, err
+    assert code == 1 and about.name in err and len(err.splitlines()) == 1, err
+    assert isinstance(met.pop(), FileError)
     for words in (
         ["runs", "compare", good.name, manifest.name],
         ["run", "--resume", "--dry-run"],

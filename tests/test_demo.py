@@ -190,9 +190,9 @@ def test_choose_a_user(running, keys, page):
         and page.locator("#status").inner_text() == "10 titles"
     )
     assert page.locator("#list .rank").all_inner_texts() == [f"{n}." for n in range(1, 11)]
-    assert page.locator("#list .why").first.inner_text() == a["items"][0]["why"] and a["items"][0]["why"].startswith(
-        "because of "
-    )
+    best = a["items"][0]
+    assert page.locator("#list .why").first.inner_text() == best["why"]
+    assert best["reasons"] and all(reason["title"] in best["why"] for reason in best["reasons"])
     assert (
         page.locator("#model").inner_text() == "films"
         and page.locator("#version").inner_text() == a["version"]
@@ -217,11 +217,12 @@ def test_offered_users_and_strangers(running, page):
         and not page.locator("#notes").is_visible()
     )
     page.get_by_label("User id").fill("nobody <i>at all</i>")
-    settled(page, page.get_by_role("button", name="Show").click)
+    a = settled(page, page.get_by_role("button", name="Show").click)
     notes = page.locator("#notes").inner_text()
     assert (
-        "Fallback" in notes
-        and "'nobody <i>at all</i>' is unknown" in notes
+        [w["code"] for w in a["warnings"]] == ["unknown_user", "popular_fallback"]
+        and all("nobody <i>at all</i>" in w["message"] and w["message"] in notes for w in a["warnings"])
+        and page.locator("#fallback").is_visible()
         and page.locator("#list .badge.popular").count() == 10
     )
     assert page.locator("#knownhint").inner_text() == "Nothing yet."
@@ -419,7 +420,7 @@ def test_errors_are_one_line(running, page):
         lambda route: route.fulfill(
             status=503,
             content_type="application/problem+json",
-            json={"status": 503, "title": "Not available", "detail": detail},
+            json={"status": 503, "title": "Not available", "code": "log_not_writable", "detail": detail},
         ),
     )
     before = titles(page)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from aerec_nb.configuration import AerecError
+from aerec_nb.core.errors import AerecError
 from aerec_nb.inference import Recommender, Segments, unrated_items, with_cold_items
 from aerec_nb.modeling import create_model
 from aerec_nb.postprocessing import Chain
+from aerec_nb.testing import test_error
 
 N_USERS = 300
 N_ITEMS = 240
@@ -153,7 +155,7 @@ def test_random_requests(part):
             ids = answer.item_ids
             assert len(ids) == len(set(ids)) == min(q["k"], int(may.sum())), (q, answer.warnings)
             assert all(may[int(item[1:])] for item in ids), q
-            assert (len(ids) < q["k"]) == any("no more are eligible" in w for w in answer.warnings)
+            assert (len(ids) < q["k"]) == any(w.code == "fewer_than_k" for w in answer.warnings)
             if "pins" in q and ids and may[int(q["pins"][0][1:])]:
                 assert ids[0] == q["pins"][0]
             short += len(ids) < q["k"]
@@ -278,7 +280,8 @@ def test_any_arguments_give_a_list_of_finite_numbers_or_an_error_of_one_line(ans
     try:
         answer = ask()
         json.dumps([answer.items, answer.steps, list(answer.trails.values())], allow_nan=False)
-        said = answer.warnings
+        said = [w.message for w in answer.warnings]
+        assert all(re.fullmatch("[a-z_]+", w.code) for w in answer.warnings)
     except AerecError as e:
         said = [str(e)]
     assert all(len(s) < 1000 and "\n" not in s and s.encode() for s in said)
@@ -402,9 +405,9 @@ def test_new_items_are_found_better_than_by_chance():
 def test_segments_through_the_pipeline(environ, tmp_path):
     import aerec_nb.inference
     import aerec_nb.packaging
+    from aerec_nb.core.artifacts import open_run
     from aerec_nb.inference import load_recommender
     from aerec_nb.packaging import load_bundle
-    from aerec_nb.runs import open_run
 
     users = pd.read_csv(ROOT / "dataset" / "sample" / "ratings.csv").userId.drop_duplicates()
     (tmp_path / "people.csv").write_text(
@@ -419,7 +422,7 @@ def test_segments_through_the_pipeline(environ, tmp_path):
         r.segments.names == ["country=DE", "country=KR"]
         and r.recommend("nobody", context={"country": "KR"}).items[0]["source"] == "segment"
     )
-    cold = set(pd.read_parquet(opened.need("inference") / "cold_items.parquet").item_id)
+    cold = set(pd.read_parquet(opened.artifact_dir("inference") / "cold_items.parquet").item_id)
     assert r.n_items == r.model.model.n_items + len(cold)
     bundle = opened.execute("packaging", build=aerec_nb.packaging.build_packaging) / "bundle"
     served = load_bundle(bundle)
@@ -428,10 +431,9 @@ def test_segments_through_the_pipeline(environ, tmp_path):
         and served.recommend("nobody", k=3, exclude=sorted(cold)).item_ids
         == r.recommend("nobody", k=3, exclude=sorted(cold)).item_ids
     )
-    with pytest.raises(AerecError, match="inference.segments_file: there is no file"):
-        open_run(None, env="test", segments_file=str(tmp_path / "none.csv")).execute(
-            "inference", build=aerec_nb.inference.build_inference
-        )
+    without = open_run(None, env="test", segments_file=str(tmp_path / "none.csv"))
+    build = aerec_nb.inference.build_inference
+    test_error(lambda: without.execute("inference", build=build), "missing_file", "none.csv")
 
 
 # ---------------------------------------------------------------- arguments that a client chooses
@@ -519,7 +521,7 @@ def answered(call, *args, **kw):
     for a in answer if isinstance(answer, list) else [answer]:
         if not isinstance(a, AerecError):
             json.dumps([a.items, a.steps, list(a.trails.values())], allow_nan=False)
-            assert all(len(w) < 1500 for w in a.warnings)
+            assert all(len(w.message) < 1500 for w in a.warnings)
     return answer
 
 
@@ -580,14 +582,10 @@ def test_infinite_numbers_of_the_items_are_unknown():
 def test_parts_that_do_not_fit_are_refused(tmp_path):
     r = world(create_model("popularity"), 0)[0]
     people = Segments(["country=KR"], csr_matrix((1, 3), dtype=np.float32), np.array([1]))
-    for wrong, why in (
-        ({"times": np.zeros(3)}, "3 times, but histories have"),
-        ({"segments": people}, "segments are over 3 items"),
-    ):
-        with pytest.raises(AerecError, match=why):
-            Recommender(r.model, r.items, r.users, r.histories, **wrong)
+    for wrong in ({"times": np.zeros(3)}, {"segments": people}):
+        test_error(
+            lambda wrong=wrong: Recommender(r.model, r.items, r.users, r.histories, **wrong), "shape_mismatch", *wrong
+        )
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(AerecError, match="files that no job left here"):
-        r.recommend_batch(k=2, folder=tmp_path)
-    with pytest.raises(AerecError, match="there is no table of items"):
-        unrated_items(SimpleNamespace(need=lambda stage: tmp_path))
+    test_error(lambda: r.recommend_batch(k=2, folder=tmp_path), "foreign_files", tmp_path.name)
+    test_error(lambda: unrated_items(SimpleNamespace(artifact_dir=lambda stage: tmp_path)), "missing_file", "items.csv")

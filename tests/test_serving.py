@@ -28,6 +28,7 @@ from aerec_nb.monitoring import run_monitors
 from aerec_nb.packaging import Registry, bundle_id, load_bundle, save_bundle
 from aerec_nb.postprocessing import Chain
 from aerec_nb.serving import _bind, drive_service, new_api_key, service
+from aerec_nb.testing import raised
 
 BANNED = [3, 5]
 # `make stress` runs the long load and fault trials in full, `make test` a tenth of them
@@ -76,13 +77,20 @@ def report(n, tag="e"):
     ]
 
 
-def is_problem(answer, status):
+def is_problem(answer, status, code=None):
+    "Check a problem document, its code too where one is given, and return it."
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     body = answer.json()
     assert body["status"] == status and body["detail"] and body["title"] and body["type"] and "\n" not in body["detail"]
     assert "Traceback" not in answer.text
+    assert re.fullmatch("[a-z_]+", body["code"]) and code in (None, body["code"]), body
     return body
+
+
+def codes(answer):
+    "Codes of what there is to say about a list."
+    return [w["code"] for w in answer["warnings"]]
 
 
 def test_known_user(running):
@@ -122,18 +130,20 @@ def test_seen_items_are_left_out(running):
 
 def test_fewer_than_k_says_so(running):
     a = running.post("/v1/recommend", json={"history": [10], "k": 1000}).json()
-    assert len(a["items"]) == 57 and "57 items instead of 1000" in a["warnings"][0]
+    assert len(a["items"]) == 57 and codes(a) == ["fewer_than_k"]
 
 
 def test_unknown_user(running):
     a = running.get("/v1/recommend/nobody").json()
     assert (
         a["fallback_used"]
-        and any("nobody" in w for w in a["warnings"])
+        and codes(a) == ["unknown_user", "popular_fallback"]
+        and all("nobody" in w["message"] for w in a["warnings"])
         and len(a["items"]) == 10
         and a["items"][0]["source"] == "popular"
     )
-    assert "nobody" in is_problem(running.get("/v1/recommend/nobody", params={"fallback": "none"}), 404)["detail"]
+    refused = is_problem(running.get("/v1/recommend/nobody", params={"fallback": "none"}), 404, "unknown_user")
+    assert refused["where"] == "user_id" and "nobody" in refused["detail"]
     assert running.get("/v1/recommend/nobody", params={"fallback": "none", "k": 0}).status_code == 422
 
 
@@ -142,7 +152,8 @@ def test_history_with_user_and_unknown_items(running):
         "/v1/recommend", json={"history": [10, "no such film", 999, 10], "k": 5, "user_id": "visitor"}
     ).json()
     assert not a["fallback_used"] and len(a["items"]) == 5
-    assert any("'no such film', 999" in w for w in a["warnings"])
+    (unknown,) = (w["message"] for w in a["warnings"] if w["code"] == "unknown_items")
+    assert "no such film" in unknown and "999" in unknown
 
 
 @pytest.mark.parametrize(
@@ -201,9 +212,11 @@ def test_wrong_bodies(running, body, status):
 
 
 def test_other_wrong_requests(running):
-    is_problem(running.get("/nowhere"), 404)
-    is_problem(running.delete("/v1/recommend"), 405)
-    is_problem(running.post("/v1/events", content="{", headers={"content-type": "application/json"}), 400)
+    is_problem(running.get("/nowhere"), 404, "not_found")
+    is_problem(running.delete("/v1/recommend"), 405, "method_not_allowed")
+    is_problem(
+        running.post("/v1/events", content="{", headers={"content-type": "application/json"}), 400, "json_invalid"
+    )
     for payload, status in (('{"x": "\\ud800"}', 400), ('{"x": NaN}', 422), ("[]", 422)):
         is_problem(
             running.post(
@@ -213,8 +226,8 @@ def test_other_wrong_requests(running):
             ),
             status,
         )
-    is_problem(running.get("/v1/recommend/a%00b"), 422)
-    is_problem(running.post("/v1/events", content="{}"), 415)
+    assert is_problem(running.get("/v1/recommend/a%00b"), 422, "invalid_id")["where"] == "user_id"
+    is_problem(running.post("/v1/events", content="{}"), 415, "unsupported_media_type")
     is_problem(running.post("/v1/recommend", data={"history": "1"}), 415)
     for wrong in (
         [],
@@ -360,15 +373,15 @@ def test_keys(bundle, log_url):
             {"X-API-Key": "FIRST-KEY"},
             {"Authorization": "first-key"},
         ):
-            is_problem(client.get("/v1/recommend/1000", headers=headers), 401)
-            is_problem(client.post("/v1/events", content="{", headers=headers), 401)
+            is_problem(client.get("/v1/recommend/1000", headers=headers), 401, "unauthorized")
+            is_problem(client.post("/v1/events", content="{", headers=headers), 401, "unauthorized")
         assert client.get("/v1/recommend/1000", headers={"X-API-Key": "second-key"}).status_code == 200
         assert client.get("/health/ready").status_code == 200
         assert "first-key" not in client.get("/metrics").text + client.get("/openapi.json").text
 
 
 def start(bundle, log_url, *more, **variables):
-    "What it says when it does not start."
+    "The process of a service that does not start, after its end."
     command = [
         sys.executable,
         "-c",
@@ -396,13 +409,25 @@ def test_refuses_to_start(bundle, log_url, tmp_path):
         "0",
         "--events",
         log_url,
+        "--ready-file",
+        str(tmp_path / "ready.json"),
     ]
     no_key = subprocess.run(
         command, env={**env, "AEREC_SERVING__REQUIRE_AUTH": "true"}, capture_output=True, text=True, timeout=60
     )
-    assert no_key.returncode == 1 and "AEREC_SERVING__API_KEYS" in no_key.stderr and "Traceback" not in no_key.stderr
+    error = why_not(tmp_path)
+    assert (no_key.returncode, error["code"], error["where"]) == (1, "no_api_key", "serving.api_keys")
+    assert error["message"] in no_key.stderr and "Traceback" not in no_key.stderr
     nothing = start(tmp_path / "nothing", log_url, AEREC_SERVING__REQUIRE_AUTH="false")
-    assert nothing.returncode == 1 and "no bundle here" in nothing.stderr and "Traceback" not in nothing.stderr
+    assert nothing.returncode == 1 and len(nothing.stderr.splitlines()) == 1
+    assert str(tmp_path / "nothing") in nothing.stderr
+    stopped = raised(lambda: service(tmp_path / "nothing", log_url, variables=OPEN, seconds=30).__enter__())
+    assert stopped.code != "not_started" and str(tmp_path / "nothing") in str(stopped)
+
+
+def why_not(folder):
+    "The error that keeps a service from starting."
+    return json.loads((folder / "ready.json").read_text())["error"]
 
 
 def test_many_at_once(bundle, log_url):
@@ -492,10 +517,8 @@ def test_roles_and_rotation(bundle, log_url):
         assert [ask(new, m, p, **kw) for m, p, kw in asks] == [200, 200, 403, 403, 403, 403]
         assert [ask(feedback, m, p, **kw) for m, p, kw in asks] == [403, 403, 200, 403, 403, 403]
         assert [ask(admin, m, p, **kw) for m, p, kw in asks] == [200] * 6
-        assert (
-            "needs a key with the role admin"
-            in client.delete("/v1/users/nobody", headers={"X-API-Key": read}).json()["detail"]
-        )
+        forbidden = client.delete("/v1/users/nobody", headers={"X-API-Key": read})
+        assert is_problem(forbidden, 403, "missing_role")["where"] == "admin"
         metrics = client.get("/metrics").text
         assert not any(k in metrics for k in (read, feedback, admin))
         assert 'aerec_refused_total{why="key"}' in metrics
@@ -507,13 +530,15 @@ def test_live_takes_digests_only(bundle, log_url, tmp_path):
         log_url,
         "--env",
         "live",
+        "--ready-file",
+        str(tmp_path / "ready.json"),
         AEREC_SERVING__API_KEYS="secret-key",
         AEREC_PATHS__VAR_DIR=str(tmp_path / "var"),
         AEREC_PACKAGING__REQUIRE_SIGNATURE="false",
     )
     assert (
         plain.returncode == 1
-        and "live takes digests only" in plain.stderr
+        and why_not(tmp_path)["code"] == "plain_key"
         and "secret-key" not in plain.stderr + plain.stdout
     )
 
@@ -659,7 +684,7 @@ def test_slow_and_stubborn_clients(bundle, log_url):
             assert b" 408 " in slow.recv(4096)
 
 
-def test_what_is_logged_cannot_be_forged(bundle, log_url):
+def test_what_is_logged_cannot_be_forged(bundle, log_url, tmp_path):
     command = [
         sys.executable,
         "-c",
@@ -672,6 +697,8 @@ def test_what_is_logged_cannot_be_forged(bundle, log_url):
         "0",
         "--events",
         log_url,
+        "--ready-file",
+        str(tmp_path / "ready.json"),
     ]
     process = subprocess.Popen(
         command,
@@ -680,7 +707,9 @@ def test_what_is_logged_cannot_be_forged(bundle, log_url):
         text=True,
         env={**os.environ, **OPEN, "AEREC_SERVING__ACCESS_LOG": "true"},
     )
-    url = re.search(r" on (http://\S+)", process.stdout.readline())[1]
+    ready_file = tmp_path / "ready.json"
+    assert wait_until(ready_file.exists, 60)
+    url = json.loads(ready_file.read_text())["url"]
     with httpx.Client(base_url=url, trust_env=False) as client:
         for _ in range(100):
             try:
@@ -712,7 +741,7 @@ def published(bundle, tmp_path):
         registry,
         versions,
         expected,
-        {**OPEN, "AEREC_PATHS__VAR_DIR": str(tmp_path / "var"), "AEREC_SERVING__FOLLOW_S": ".2"},
+        {**OPEN, "AEREC_PATHS__VAR_DIR": str(tmp_path / "var"), "AEREC_SERVING__ALIAS_POLL_S": ".2"},
     )
 
 
@@ -781,9 +810,7 @@ def test_a_bad_bundle_is_not_served(published, log_url):
         while time.monotonic() < end and not httpx.get(f"{s.url}/version", trust_env=False).json()["swap_error"]:
             time.sleep(0.1)
         said = httpx.get(f"{s.url}/version", trust_env=False).json()
-        assert (
-            said["swap_error"] == "the newest version is not served; the log says why" and said["version"] == good
-        )  # the log names files, /version does not
+        assert "card.md" not in said["swap_error"] and said["version"] == good  # the log names files, /version does not
         assert httpx.get(f"{s.url}/v1/recommend/1000", trust_env=False).json()["version"] == good
         assert 'aerec_swaps_total{outcome="failed"} 1.0' in httpx.get(f"{s.url}/metrics", trust_env=False).text
         (stored / "card.md").write_bytes(card)  # repaired: it is looked at again
@@ -899,7 +926,7 @@ def ids_shown(client, user=1001, k=60):
     answer = client.get(f"/v1/recommend/{user}", params={"k": k, "exclude_seen": "false"})
     if answer.status_code == 200:
         return [i["item_id"] for i in answer.json()["items"]]
-    is_problem(answer, 503)
+    is_problem(answer, 503, "blocklist_unavailable")
     return None
 
 
@@ -940,7 +967,7 @@ def test_a_damaged_blocklist_shows_nothing_that_was_banned(bundle, log_url, tmp_
             damage(path)
             shown = ids_shown(client)
             assert (shown is None) == (policy == "refuse") and 20 not in (shown or []), name
-            is_problem(client.get("/v1/bans"), 503)
+            is_problem(client.get("/v1/bans"), 503, "bans_unavailable")
             others = [
                 client.get("/v1/items?q=film").status_code,
                 client.post("/v1/recommend:batch", json={"requests": [{"user_id": 1001}]}).status_code,
@@ -948,10 +975,13 @@ def test_a_damaged_blocklist_shows_nothing_that_was_banned(bundle, log_url, tmp_
             ]
             assert others == [200 if policy == "keep_last" else 503] * 3
             for method in ("PUT", "DELETE"):
-                is_problem(client.request(method, "/v1/bans/21"), 503)
+                is_problem(client.request(method, "/v1/bans/21"), 503, "bans_unavailable")
             assert wait_until(lambda: "aerec_blocklist_failing 1.0" in client.get("/metrics").text), name
             ready = client.get("/health/ready")
-            assert ready.json()["warnings"] if policy == "keep_last" else is_problem(ready, 503), name
+            if policy == "keep_last":
+                assert codes(ready.json()) == ["blocklist_unavailable"], name
+            else:
+                is_problem(ready, 503, "blocklist_unavailable")
             path.write_bytes(whole)
             assert wait_until(
                 lambda: ids_shown(client) is not None and "aerec_blocklist_failing 0.0" in client.get("/metrics").text
@@ -971,11 +1001,7 @@ def test_no_start_with_a_damaged_blocklist(bundle, log_url, tmp_path):
     for name, damage in DAMAGES if TRIALS > 1 else DAMAGES[:2]:
         damage(path)
         refused = start(bundle, log_url, "--env", "test", **variables)
-        assert (
-            refused.returncode == 1
-            and len(refused.stderr.splitlines()) == 1
-            and "list of banned items" in refused.stderr
-        ), name
+        assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1 and path.name in refused.stderr, name
         path.write_bytes(whole)
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from aerec_nb.configuration import AerecError
+from aerec_nb.core.errors import AerecError
 from aerec_nb.model_preprocessing import (
     LEFT_OUT,
     SPLITS,
@@ -29,6 +29,7 @@ from aerec_nb.model_preprocessing import (
     batches,
     split_interactions,
 )
+from aerec_nb.testing import test_error
 
 TIMED = ("leave_last", "temporal")
 quick = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -68,9 +69,9 @@ def rules(draw, frame, kinds=SPLITS):
     if kind == "lecture" or kind in ("holdout", "leave_last") and draw(st.booleans()):
         kw["valid_sample_size"] = draw(st.integers(1, 4))
     elif kind in ("holdout", "leave_last", "temporal"):
-        kw["heldout_share"] = draw(st.sampled_from([0.05, 0.1, 0.25, 0.45]))
+        kw["holdout_fraction"] = draw(st.sampled_from([0.05, 0.1, 0.25, 0.45]))
     if kind == "strong":
-        kw["n_heldout_users"] = draw(st.integers(1, 2))
+        kw["n_test_users"] = draw(st.integers(1, 2))
     if kind not in ("temporal", "strong"):
         kw["short_histories"] = draw(st.sampled_from(["train", "drop"]))
     return kind, kw
@@ -225,10 +226,10 @@ def test_in_time_nothing_is_learned_from_the_future(data):
         return times[split.part == part]
 
     assert of(TRAIN).max() < valid <= of(VALID).min() and of(VALID).max() < test <= of(TEST).min()
-    n = max(1, int(arguments["heldout_share"] * len(times)))
+    n = max(1, int(arguments["holdout_fraction"] * len(times)))
     assert (split.part == TEST).sum() >= n and (times > test).sum() < n, "the share, and the rest of its first second"
     assert (split.part == VALID).sum() >= n and ((times > valid) & (times < test)).sum() < n
-    again = split_interactions(frame, "temporal", cut_time=int(test), valid_cut_time=int(valid))
+    again = split_interactions(frame, "temporal", test_start=int(test), valid_start=int(valid))
     assert (again.part == split.part).all() and again.cuts == split.cuts
 
 
@@ -342,7 +343,7 @@ def test_strong_is_the_one_of_liang(data):
     n = data.draw(st.integers(1, 2))
     seed = data.draw(st.integers(0, 999))
     try:
-        split = split_interactions(frame, "strong", n_heldout_users=n, seed=seed)
+        split = split_interactions(frame, "strong", n_test_users=n, seed=seed)
     except AerecError:
         assume(False)
     train, (valid_in, valid_out), (test_in, test_out) = slow_strong(frame, n, seed)
@@ -420,7 +421,7 @@ def test_strong_gives_the_matrices_of_the_reference(reference):
     frame = read("ml-1m/ratings.csv.gz")
     frame = frame[frame.rating >= 4]
     frame = frame[frame.groupby("user_id").item_id.transform("size") >= 5]
-    split = split_interactions(frame[["user_id", "item_id"]], "strong", n_heldout_users=500, seed=98765)
+    split = split_interactions(frame[["user_id", "item_id"]], "strong", n_test_users=500, seed=98765)
     ids = reference("P3_ids")
     assert (split.users == ids["train"]).all() and (split.items == ids["items"]).all()
     assert (split.valid.users == np.sort(ids["val"])).all() and (split.test.users == np.sort(ids["test"])).all()
@@ -503,8 +504,8 @@ def test_temporal_split_is_evaluated_and_audited():
 
 def test_stage_makes_the_split_and_the_features_that_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")
+    from aerec_nb.core.artifacts import open_run
     from aerec_nb.data_import import load_items, load_ratings
-    from aerec_nb.runs import open_run
 
     runs = {"env": "test", "runs_dir": str(tmp_path / "runs")}
     items = load_items("sample")
@@ -519,7 +520,7 @@ def test_stage_makes_the_split_and_the_features_that_are_asked_for(tmp_path, mon
             "timestamp": [0, 2**31, 0, 2**31],
         }
     ).to_csv(tags, index=False)
-    run = open_run(**runs, split="temporal", cut_time=str(cut), tags_file=str(tags), max_categories=3)
+    run = open_run(**runs, split="temporal", test_start=str(cut), tags_file=str(tags), max_categories=3)
     run.quiet = True
     stage = run.execute("model_preprocessing")
     split = Split.load(stage / "split")
@@ -539,8 +540,8 @@ def test_stage_makes_the_split_and_the_features_that_are_asked_for(tmp_path, mon
         pd.read_parquet(stage / "report.parquet").set_index("part").users_without_history["test"]
         == split.test.n_without_history
     )
-    assert run.manifest("model_preprocessing")["settings"]["split.cut_time"]["value"] == str(cut)
-    with pytest.raises(AerecError, match="no such file"):
-        open_run(**runs, tags_file="nowhere.csv").execute("model_preprocessing")
-    with pytest.raises(AerecError, match="must lie behind the first interaction"):
-        open_run(**runs, split="temporal", cut_time="1900-01-01").execute("model_preprocessing")
+    assert run.manifest("model_preprocessing")["settings"]["split.test_start"]["value"] == str(cut)
+    no_tags = open_run(**runs, tags_file="nowhere.csv")
+    test_error(lambda: no_tags.execute("model_preprocessing"), "missing_file", "split.tags_file")
+    too_early = open_run(**runs, split="temporal", test_start="1900-01-01")
+    test_error(lambda: too_early.execute("model_preprocessing"), "out_of_range", "split.test_start")

@@ -58,7 +58,7 @@ def test_stage_runs_alone_from_an_unrelated_folder(path, notebooks, shared, envi
 @pytest.mark.parametrize("path", STAGES if STRESS else STAGES[:1], ids=lambda p: p.stem)
 def test_misspelt_parameter_names_the_valid_ones(path, environ, tmp_path):
     done = papermill(path, tmp_path / "out.ipynb", "-p", "runn", "x", env=environ, cwd=tmp_path)
-    assert done.returncode != 0 and "unknown parameter 'runn': did you mean 'run'? valid names are" in done.stderr
+    assert done.returncode != 0 and "'runn'" in done.stderr and "did you mean 'run'?" in done.stderr
     assert not Path(environ["AEREC_RUNS_DIR"]).exists()
 
 
@@ -94,12 +94,17 @@ def test_upstream_artifacts_are_reused_by_fingerprint(notebooks, environ, tmp_pa
     def executed(name, notebook, *options):
         done = papermill(notebooks / f"{notebook}.ipynb", tmp_path / name, *options, env=environ, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
-        return json.dumps(nbformat.read(tmp_path / name, 4))
+
+    def made_in(stage):
+        "Names of the runs that made what each run has of a stage."
+        return [manifest["run"] for manifest in manifests(environ, stage)]
 
     executed("a.ipynb", "01b_model_preprocessing")
-    assert "model_preprocessing: taken from run" in executed("b.ipynb", "02_modeling")
-    other = executed("c.ipynb", "02_modeling", "-p", "random_seed", "7")
-    assert "model_preprocessing: building" in other and "business_preprocessing: taken from run" in other
+    executed("b.ipynb", "02_modeling")
+    assert len(made_in("model_preprocessing")) == 2 and len(set(made_in("model_preprocessing"))) == 1
+    executed("c.ipynb", "02_modeling", "-p", "random_seed", "7")
+    assert len(set(made_in("model_preprocessing"))) == 2 and len(made_in("business_preprocessing")) >= 2
+    assert len(set(made_in("business_preprocessing"))) == 1
 
 
 # nbdev_test runs every notebook in the same working folder; these two show that a kernel of JupyterLab does too.

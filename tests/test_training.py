@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import STRESS, run
 
-from aerec_nb.configuration import AerecError
+from aerec_nb.testing import test_error
 from aerec_nb.training import ExperimentLog
 
 TRIALS = 10 if STRESS else 1  # `make stress` kills ten times as often
@@ -35,8 +35,9 @@ KILLED = textwrap.dedent("""
         rows, cols = np.nonzero(rng.random((300, 80)) < .2*np.linspace(2, .2, 80))
         split = split_interactions(pd.DataFrame(dict(user_id=rows, item_id=cols)), 'holdout', seed=1)
         model = create_model(name, **hp)
-        checkpoint_s = 0 if checkpoints else 60
-        history = train(model, split, patience=99, progress=False, checkpoints=checkpoints, checkpoint_s=checkpoint_s)
+        checkpoint_interval_s = 0 if checkpoints else 60
+        history = train(model, split, patience=99, progress=False, checkpoints=checkpoints,
+                        checkpoint_interval_s=checkpoint_interval_s)
         (folder/result).write_bytes(save(model.state()) + json.dumps(history.to_dict('list')).encode())
 
     def child(*args, after=None):
@@ -87,8 +88,9 @@ def test_killed_at_any_moment_training_goes_on_to_the_last_bit(name, tmp_path, e
 
 
 STAGE = (
-    "from aerec_nb.runs import open_run; r = open_run('r', env='test', model='mult_dae', hidden_dim=8, batch_size=16, "
-    "num_epoch=40, patience=40, checkpoint_s=0); "
+    "from aerec_nb.core.artifacts import open_run; "
+    "r = open_run('r', env='test', model='mult_dae', hidden_dim=8, batch_size=16, "
+    "num_epoch=40, patience=40, checkpoint_interval_s=0); "
 )
 
 
@@ -146,6 +148,5 @@ def test_a_killed_stage_goes_on_in_its_run_and_in_its_log(environ, tmp_path):
 
 def test_an_experiment_log_that_is_no_database(tmp_path):
     (path := tmp_path / "registry.db").write_bytes(b"no database" * 100)
-    with pytest.raises(AerecError, match="^training.tracking_uri sqlite:.*: MLflow cannot open it: .*; set it to off"):
-        ExperimentLog(f"sqlite:///{path}")
+    test_error(lambda: ExperimentLog(f"sqlite:///{path}"), "cannot_open", "training.tracking_uri")
     assert path.read_bytes() == b"no database" * 100

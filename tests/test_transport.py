@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -30,6 +31,14 @@ from aerec_nb.serving import MAX_BODY, MAX_HEAD, MAX_WAIT, new_api_key
 from aerec_nb.serving import main as serving_main
 
 JSON = "Content-Type: application/json\r\n"
+CODES = {
+    401: "unauthorized",
+    403: "missing_role",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +61,16 @@ class Running:
         self.process = process
         self.log = log
         self.host = host
-        self.port = int(self._url().rsplit(":", 1)[1])
+        self.port = self._port(log.with_name("ready.json"))
 
-    def _url(self):
+    def _port(self, ready_file):
         end = time.monotonic() + 60
         while time.monotonic() < end:
             assert self.process.poll() is None, self.log.read_text()
-            found = re.search(r" on (http://\S+?)[ ;]", self.log.read_text())
-            if found and self.answers(int(found[1].rsplit(":", 1)[1])):
-                return found[1]
+            if ready_file.exists():
+                port = urlsplit(json.loads(ready_file.read_text())["url"]).port
+                if self.answers(port):
+                    return port
             time.sleep(0.05)
         raise AssertionError(self.log.read_text())
 
@@ -137,6 +147,8 @@ def launch(bundle, folder, *words, files=None, host="127.0.0.1", **variables):
         "0",
         "--events",
         sqlite_url(folder / "events.db"),
+        "--ready-file",
+        str(folder / "ready.json"),
         *words,
     ]
     limit = (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))) if files else None
@@ -219,6 +231,7 @@ def test_answered_by_the_head(edge, keys, method, path, role, lines, status):
         assert got == status and headers["connection"] == "close", (got, headers, body)
         if status >= 400:
             assert headers["content-type"] == "application/problem+json" and json.loads(body)["status"] == status
+            assert json.loads(body)["code"] == CODES[status]
         assert took < 1
         assert read_all(connection) == b""
         assert time.monotonic() - began < 5
@@ -287,7 +300,8 @@ def test_a_body_must_arrive(edge, read):
         connection.sendall((edge.head("POST", "/v1/recommend", BODY, key=read) + "{").encode())
     time.sleep(0.2)
     with edge.client(read) as client:
-        assert client.get("/v1/recommend/1").status_code == 503
+        busy = client.get("/v1/recommend/1")
+        assert (busy.status_code, busy.json()["code"]) == (503, "too_busy")
         assert client.get("/health/live").status_code == 200 and client.get("/metrics").status_code == 200
     began = time.monotonic()
     for connection in slow:
@@ -657,9 +671,11 @@ def test_security_headers_everywhere(edge, read):
 
 def test_wrong_keys_are_limited(edge, read):
     with edge.client() as client:
-        statuses = [client.get("/v1/recommend/1", headers={"X-API-Key": f"guess{n}"}).status_code for n in range(60)]
+        refused = [client.get("/v1/recommend/1", headers={"X-API-Key": f"guess{n}"}) for n in range(60)]
+        codes = {(a.status_code, a.json()["code"]) for a in refused}
         assert (
-            set(statuses) == {401, 429} and client.get("/v1/recommend/1", headers={"X-API-Key": ""}).status_code == 401
+            codes == {(401, "unauthorized"), (429, "too_many_wrong_keys")}
+            and client.get("/v1/recommend/1", headers={"X-API-Key": ""}).status_code == 401
         )
         assert (
             client.get("/v1/recommend/1", headers={"X-API-Key": read}).status_code == 200
@@ -702,6 +718,7 @@ def test_a_batch_takes_as_many_tokens_as_it_has_requests(limited):
             == 200
         )
         again = client.get("/v1/recommend/1")
+        assert again.json()["code"] == "rate_limited"
         assert again.status_code == 429 and 2 <= int(again.headers["retry-after"]) <= 4  # 16 tokens at 5 a second
         time.sleep(3.5)
         assert client.get("/v1/recommend/1").status_code == 200
@@ -723,44 +740,42 @@ def test_forwarded_for_of_a_trusted_proxy(bundle, tmp_path):
         assert 429 in [status(f"2001:db8:0:1::{n}") for n in range(1, 40)]  # one network
 
 
-def start(*words):
-    "What it says when it does not start."
+def start(ready_file, *words):
+    "Code and place of the error that keeps it from starting."
     with pytest.raises(SystemExit) as ended:
-        serving_main([*words, "--env", "test"])
-    return str(ended.value)
+        serving_main([*words, "--env", "test", "--port", "0", "--ready-file", str(ready_file)])
+    error = json.loads(ready_file.read_text())["error"]
+    assert error["message"] in str(ended.value)
+    return error["code"], error["where"]
 
 
 def test_refuses_to_start(tmp_path, monkeypatch, capsys):
     for name in [n for n in os.environ if n.startswith("AEREC_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AEREC_PATHS__VAR_DIR", str(tmp_path / "var"))
-    words = ["--bundle", str(tmp_path / "none"), "--port", "0"]
-    assert "--allow-unauthenticated" in start(*words, "--host", "0.0.0.0")
-    assert "no bundle here" in start(
-        *words, "--host", "0.0.0.0", "--allow-unauthenticated"
-    )  # it gets as far as the bundle
+    words = [tmp_path / "ready.json", "--bundle", str(tmp_path / "none")]
+    no_bundle = start(*words)
+    exposed = ("exposed_without_keys", "serving.host")
+    assert start(*words, "--host", "0.0.0.0") == exposed != no_bundle
+    assert start(*words, "--host", "0.0.0.0", "--allow-unauthenticated") == no_bundle  # it gets as far as the bundle
     monkeypatch.setenv("AEREC_SERVING__ALLOW_UNAUTHENTICATED", "true")
-    assert "no bundle here" in start(*words, "--host", "0.0.0.0")
+    assert start(*words, "--host", "0.0.0.0") == no_bundle
     monkeypatch.delenv("AEREC_SERVING__ALLOW_UNAUTHENTICATED")
-    assert "is not an address of this machine" in start(*words, "--host", "not a host")
+    assert start(*words, "--host", "not a host") == ("invalid_host", "serving.host")
     with monkeypatch.context() as m:
         m.setenv("AEREC_SERVING__TRUSTED_PROXIES", "*")
-        assert "serving.trusted_proxies" in start(*words)
+        assert start(*words) == ("invalid_address", "serving.trusted_proxies")
     with monkeypatch.context() as m:
         m.setenv("AEREC_SERVING__ALLOWED_HOSTS", "http://a.example")
-        assert "serving.allowed_hosts" in start(*words)
+        assert start(*words) == ("invalid_host", "serving.allowed_hosts")
     with monkeypatch.context() as m:
         m.setattr(resource, "getrlimit", lambda what: (100, 100))
         m.setattr(resource, "setrlimit", lambda what, limits: None)
-        assert "open files are allowed" in start(*words)
-    assert (
-        aerec_main(["serve", "--host", "0.0.0.0", "--env", "test"]) == 2
-        and "--allow-unauthenticated" in capsys.readouterr().err
-    )
-    assert (
-        aerec_main(["serve", "--host", "0.0.0.0", "--allow-unauthenticated", "--env", "test"]) == 2
-        and "points to nothing yet" in capsys.readouterr().err
-    )
+        assert start(*words) == ("too_few_open_files", "ulimit -n")
+    assert aerec_main(["serve", "--host", "0.0.0.0", "--env", "test"]) == 2
+    assert "0.0.0.0" in capsys.readouterr().err
+    assert aerec_main(["serve", "--host", "0.0.0.0", "--allow-unauthenticated", "--env", "test"]) == 2
+    assert "0.0.0.0" not in capsys.readouterr().err  # it gets as far as the alias
 
 
 def test_stopping_with_connections_open(bundle, tmp_path):

@@ -54,6 +54,11 @@ def instrument(source, module, log):
     return b"".join(lines).decode()
 
 
+def module_name(path, root):
+    "Return the name of a module of a copy of the project, without the package."
+    return ".".join(path.relative_to(root / "aerec_nb").with_suffix("").parts)
+
+
 def copy_project(copy, log):
     "Copy what git tracks into the folder `copy`, with instrumented modules and notebooks."
     for path in tracked():
@@ -61,12 +66,12 @@ def copy_project(copy, log):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
 
-    for path in (copy / "aerec_nb").glob("*.py"):
-        path.write_text(instrument(path.read_text(), path.stem, log))
+    for path in (copy / "aerec_nb").rglob("*.py"):
+        path.write_text(instrument(path.read_text(), module_name(path, copy), log))
     for path in (copy / "nbs").rglob("*.ipynb"):
         notebook = json.loads(path.read_text())
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        module = re.search(r"#\| default_exp (\w+)", "\n".join("".join(cell["source"]) for cell in cells))
+        module = re.search(r"#\| default_exp ([\w.]+)", "\n".join("".join(cell["source"]) for cell in cells))
         for cell in cells if module else []:
             source = "".join(cell["source"])
             if not re.search(r"^\s*[%!]", source, re.M):
@@ -102,10 +107,11 @@ def report(modules, log):
     "Print each raise that has no file in `log` as file:line: text, then the counts."
     n_all = 0
     n_unreached = 0
-    for path in sorted((ROOT / "aerec_nb").glob("*.py")):
-        if modules and path.stem not in modules:
+    for path in sorted((ROOT / "aerec_nb").rglob("*.py")):
+        name = module_name(path, ROOT)
+        if modules and name not in modules:
             continue
-        for key, node in raises(path.read_text(), path.stem):
+        for key, node in raises(path.read_text(), name):
             n_all += 1
             if not (log / key).exists():
                 n_unreached += 1
