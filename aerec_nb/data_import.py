@@ -81,8 +81,9 @@ from aerec_nb.core.files import (
 )
 from .core.project import project_dir
 from .core.settings import Settings, load_settings
+from .data.event_log import events_url
+from .data.events import COLUMNS, events_frame
 from .data.schema import COLUMN_ALIASES, feedback_type
-from .events import COLUMNS, events_frame, events_url
 
 # %% ../nbs/01_data_import.ipynb #f847b183
 def _list(names):

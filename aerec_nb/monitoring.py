@@ -60,8 +60,9 @@ from aerec_nb.core.files import (
 )
 from .core.project import project_dir
 from .core.settings import load_settings
+from .data.event_log import EventLog
+from .data.events import COLUMNS, SCHEMA, check_event, load_events, new_event
 from .data_import import feedback_ratings
-from .events import COLUMNS, SCHEMA, EventLog, check_event, load_events, new_event
 from .inference import Recommender
 from .packaging import head_items, headline, load_bundle, same_answer
 from .postprocessing import ban_list, miscalibration
@@ -114,7 +115,7 @@ class Window:
 
     def __init__(
         self,
-        events,  # DataFrame as of `EventLog.read`, or a function (kind) -> Arrow tables as of `EventLog.chunks`
+        events,  # DataFrame as of `EventLog.read`, or a function (kind) -> Arrow tables as of `EventLog.iter_batches`
         recommender: Recommender,  # with vocabularies, histories, popularity and ban list
         end: float = None,  # of the span, UTC seconds; None: the newest event
         maturity: float = 1800.0,  # a request counts for clicks once it is so old, a click counts for so long, seconds
@@ -1797,7 +1798,7 @@ def measure_window(
 
 # %% ../nbs/06_monitoring.ipynb #aae75ccc
 def _is_log(events):
-    return hasattr(events, "chunks")
+    return isinstance(events, EventLog)
 
 
 def make_window(
@@ -1826,7 +1827,7 @@ def make_window(
         }
 
         def source(kind):
-            return events.chunks(
+            return events.iter_batches(
                 kind, first, after, simulated, names[kind], 250_000 if kind == "impression" else 50_000
             )
     else:
@@ -2803,7 +2804,7 @@ def _keep_only(settings) -> None:
         return
     events = EventLog.from_settings(settings)
     try:
-        events.prune(time.time() - 86400 * settings.events.retention_days)
+        events.delete_older_than(time.time() - 86400 * settings.events.retention_days)
     finally:
         events.close()
 

@@ -2582,7 +2582,7 @@ def _look_at_data(settings):
 
 # %% ../nbs/07_pipeline.ipynb #d64ad3dd
 def _look_at_stores(settings):
-    from aerec_nb.events import EventLog, events_url
+    from aerec_nb.data.event_log import EventLog, events_url
 
     uri = _registry_url(settings)
     url = events_url(settings)
@@ -2997,7 +2997,7 @@ def _cmd_recommend(args) -> int:
 
 
 def _cmd_serve(args) -> int:
-    from aerec_nb.events import events_url
+    from aerec_nb.data.event_log import events_url
     from aerec_nb.serving import serve
 
     settings = load_settings(
@@ -3018,7 +3018,7 @@ def _cmd_serve(args) -> int:
 
 
 def _cmd_monitor(args) -> int:
-    from aerec_nb.events import events_url
+    from aerec_nb.data.event_log import events_url
     from aerec_nb.monitoring import monitor, watch
 
     settings = load_settings(args.env, event_source="real")

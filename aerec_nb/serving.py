@@ -89,7 +89,9 @@ from .core.errors import AerecError, Notice, SettingsError
 from .core.files import read_json, write_json, write_parquet
 from .core.limits import Deadline, DeadlineExceeded
 from .core.settings import load_settings
-from .events import MAX_ID, EventLog, new_event, save_events, simulated_reaction, sqlite_url
+from .data.event_database import sqlite_url
+from .data.event_log import EventLog
+from .data.events import MAX_ID, new_event, save_events, simulate_clicks
 from .inference import Recent, Recommender, UnknownUser
 from .packaging import Registry, load_bundle
 from .postprocessing import ban_list
@@ -2929,7 +2931,7 @@ def drive_service(
             answer = answer.json()
             rows[-1]["fallback_used"] = answer["fallback_used"]
             answers.setdefault(what, {"what": what, "history": history, **answer})
-            events = simulated_reaction(
+            events = simulate_clicks(
                 answer["request_id"], user, [i["item_id"] for i in answer["items"]], rng, time.time()
             )
             if events:

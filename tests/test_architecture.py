@@ -33,8 +33,7 @@ PICTURE = [
 # Modules that have not moved into a folder of the picture yet, with the modules that they may import besides those of
 # the lines data and core.
 NOT_MOVED = {
-    "events": [],
-    "data_import": ["events"],
+    "data_import": [],
     "model_preprocessing": ["data_import"],
     "modeling": ["model_preprocessing", "data_import"],
     "linear_models": ["modeling"],
@@ -48,9 +47,9 @@ NOT_MOVED = {
     "packaging": ["validation", "inference"],
     "transport": [],
     "service_state": ["blocklist"],
-    "serving": ["events", "packaging", "transport", "service_state"],
-    "monitoring": ["events", "data_import", "packaging"],
-    "scale": ["events", "training", "packaging"],
+    "serving": ["packaging", "transport", "service_state"],
+    "monitoring": ["data_import", "packaging"],
+    "scale": ["training", "packaging"],
     "warm_kernels": [],
     "pipeline": ["training", "serving", "monitoring", "scale", "warm_kernels"],
 }

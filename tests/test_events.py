@@ -21,28 +21,21 @@ import pytest
 import sqlalchemy as sa
 from conftest import ROOT, STRESS, variables
 
-from aerec_nb import events
 from aerec_nb.core.errors import AerecError
 from aerec_nb.core.settings import default_settings, load_settings
-from aerec_nb.events import (
-    KEY_FILE,
-    EventLog,
-    EventLogUnavailable,
-    LogErrorCode,
-    error_code,
-    load_events,
-    new_event,
-    open_engine,
-    save_events,
-    sqlite_url,
-)
+from aerec_nb.data import event_store
+from aerec_nb.data.erasure import KEY_FILE
+from aerec_nb.data.event_database import EventLogUnavailable, LogErrorCode, error_code, open_engine, sqlite_url
+from aerec_nb.data.event_log import EventLog
+from aerec_nb.data.events import load_events, new_event, save_events
 from aerec_nb.testing import raised, test_error
 
 on_postgres = pytest.mark.xdist_group("postgres")
 
 WRITER = """
 import sys, time
-from aerec_nb.events import EventLog, new_event
+from aerec_nb.data.event_log import EventLog
+from aerec_nb.data.events import new_event
 name, url = sys.argv[1:3]
 log = EventLog(url)
 for n in range(10**6):
@@ -53,7 +46,7 @@ for n in range(10**6):
 
 
 def writers(url, folder, n):
-    "Processes that append batches of twenty and say which were accepted."
+    "Start processes that append batches of twenty and print the accepted ones."
     env = {**variables(folder), "PYTHONPATH": str(ROOT)}
     return [
         subprocess.Popen([sys.executable, "-c", WRITER, f"w{i}", url], stdout=subprocess.PIPE, text=True, env=env)
@@ -62,6 +55,7 @@ def writers(url, folder, n):
 
 
 def accepted(process, name, first):
+    "Return the ids of the events that a process printed as accepted."
     lines = first + process.stdout.read().split("\n")[:-1]
     process.wait()
     process.stdout.close()
@@ -69,6 +63,7 @@ def accepted(process, name, first):
 
 
 def kill_each(url, folder, rounds):
+    "Kill four writers and compare what they reported with what is stored."
     for r in range(rounds):
         running = writers(url, folder, 4)
         try:
@@ -82,15 +77,15 @@ def kill_each(url, folder, rounds):
         kept = log.read().event_id.tolist()
         assert len(kept) == len(set(kept)) and said <= set(kept), f"{len(said - set(kept))} accepted events are missing"
         batches = pd.Series([e.rsplit("-", 1)[0] for e in kept]).value_counts()
-        assert (batches == 20).all(), "a batch is there in part"
+        assert (batches == 20).all(), "a batch is stored in part"
         assert log.append([new_event("request", event_id=e) for e in sorted(said)[:100]]) == 0, (
-            "a report that is sent again counts twice"
+            "a batch that is sent again counts twice"
         )
-        log.prune(time.time() + 1)
+        log.delete_older_than(time.time() + 1)
         log.close()
 
 
-def test_kill_9_of_four_writers_loses_and_doubles_nothing(tmp_path):
+def test_kill_9_of_four_writers_keeps_each_event_once(tmp_path):
     kill_each(sqlite_url(tmp_path / "events.db"), tmp_path, 20 if STRESS else 1)
     assert sqlite3.connect(tmp_path / "events.db").execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
@@ -101,15 +96,15 @@ def test_kill_9_on_postgres(fresh_database, tmp_path):
 
 
 @on_postgres
-def test_many_may_open_a_new_log_at_once(fresh_database):
-    everybody = threading.Barrier(12)
+def test_threads_open_a_new_log_at_once(fresh_database):
+    barrier = threading.Barrier(12)
     logs = []
 
     def open_log():
-        everybody.wait()
+        barrier.wait()
         logs.append(EventLog(fresh_database))
 
-    threads = [threading.Thread(target=open_log) for _ in range(everybody.parties)]
+    threads = [threading.Thread(target=open_log) for _ in range(barrier.parties)]
     for t in threads:
         t.start()
     for t in threads:
@@ -125,7 +120,7 @@ from fastapi.testclient import TestClient
 import numpy as np
 from scipy.sparse import csr_matrix
 from aerec_nb.configuration import load_settings
-from aerec_nb.events import EventLog
+from aerec_nb.data.event_log import EventLog
 from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model
 from aerec_nb.serving import create_app
@@ -139,17 +134,17 @@ with TestClient(app) as client:
     post = lambda n: client.post('/v1/events', json={'event_id': f'p{n}', **liked}).status_code
     before = [(ask(), post(n)) for n in range(3)]
     time.sleep(.3)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY)) # not one byte more: the disk is full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY)) # as a full disk
     during = [(ask(), post(n)) for n in range(10, 16)]
     waiting = app.state.service.writer.waiting
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)) # somebody made room
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)) # space was freed
     time.sleep(.5)
     after = [(ask(), post(n)) for n in range(10, 16)]
 print(json.dumps({'before': before, 'during': during, 'after': after, 'waiting': waiting}))
 """
 
 
-def test_a_full_disk_refuses_events_loses_none_and_recommending_goes_on(tmp_path):
+def test_a_full_disk_refuses_events_and_does_not_stop_recommending(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", FULL, sqlite_url(tmp_path / "events.db")],
         env={**variables(tmp_path), "PYTHONPATH": str(ROOT)},
@@ -170,14 +165,14 @@ def test_a_full_disk_refuses_events_loses_none_and_recommending_goes_on(tmp_path
 
 
 def refusal(call) -> LogErrorCode:
-    "The code with which the log refuses a call, and one line of text."
+    "Return the code with which the log refuses a call; check that the message is one line."
     with pytest.raises(EventLogUnavailable) as refused:
         call()
     assert "\n" not in str(refused.value)
     return refused.value.code
 
 
-def test_a_locked_file_is_waited_for_and_then_refused_whole(tmp_path):
+def test_a_locked_file_is_refused_after_the_timeout(tmp_path):
     log = EventLog(tmp_path / "events.db")
     other = sqlite3.connect(tmp_path / "events.db", isolation_level=None, check_same_thread=False)
     events = [new_event("feedback", event_id=f"e{n}") for n in range(50)]
@@ -190,14 +185,14 @@ def test_a_locked_file_is_waited_for_and_then_refused_whole(tmp_path):
     with pytest.raises(EventLogUnavailable) as refused:
         log.append(events)
     assert refused.value.code == LogErrorCode.LOCKED and isinstance(refused.value.__cause__, sa.exc.OperationalError)
-    assert len(log.read()) == 10, "reading never waits, and nothing is there in part"
+    assert len(log.read()) == 10, "reading never waits, and nothing is stored in part"
     test_error(lambda: EventLog(tmp_path / "events.db", statement_timeout_s=0.1), "locked", log.url)
     other.execute("ROLLBACK")
     assert log.append(events) == 40 and log.count() == 50
     other.close()
 
 
-def test_a_write_that_hangs_does_not_hold_up_the_others_for_ever(tmp_path):
+def test_a_write_that_hangs_does_not_block_the_others(tmp_path):
     log = EventLog(tmp_path / "events.db", connect_timeout_s=0.2)
     with log._lock:
         assert refusal(lambda: log.append([new_event("feedback")])) == LogErrorCode.LOCKED
@@ -206,7 +201,8 @@ def test_a_write_that_hangs_does_not_hold_up_the_others_for_ever(tmp_path):
 
 MANY = """
 import sys
-from aerec_nb.events import EventLog, new_event
+from aerec_nb.data.event_log import EventLog
+from aerec_nb.data.events import new_event
 url, name, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
 log = EventLog(url)
 for start in range(0, n, 50):
@@ -217,7 +213,7 @@ log.append([new_event('feedback', event_id=f'shared-{i}', user_id='x', item_id=i
 
 
 def writers_and_a_reader(url, folder, n):
-    "A reader that reads on sees every event once, whoever wrote it and whenever it was committed."
+    "Check that a reader sees every event of many writers once."
     log = EventLog(url)
     seen = []
     last = 0
@@ -251,7 +247,8 @@ DAY = 86400.0
 T = 1.7e9 // 86400 * 86400
 
 
-def everything_a_log_does(url, folder):
+def check_everything(url, folder):
+    "Append, export, delete a user and delete older events, with two open logs."
     log = EventLog(url, folder / KEY_FILE)
     events = [
         new_event(
@@ -279,20 +276,20 @@ def everything_a_log_does(url, folder):
     ) == files
     both = pd.concat([load_events(f) for f in files], ignore_index=True)
     assert sorted(both.event_id) == sorted(log.read(until=T + 2 * DAY).event_id)
-    table = next(iter(log.chunks("request", rows=100)))
+    table = next(iter(log.iter_batches("request", rows=100)))
     assert (
         table.num_rows == 12
         and [json.loads(p.as_py())["n"] for p in table["payload"]] == list(range(12))
         and table["simulated"].to_pylist() == [False] * 12
     )
-    assert [len(t) for t in log.chunks(columns=["seq"], rows=10)] == [10, 10, 4]
+    assert [len(t) for t in log.iter_batches(columns=["seq"], rows=10)] == [10, 10, 4]
 
     assert (
         log.append(
             [new_event("feedback", event_id="ahead", time=T + 3 * DAY, user_id="äü", item_id=1)], now=T + 2 * DAY + 15
         )
         == 1
-    ), "a clock that is ahead"
+    ), "the clock of a client may be ahead"
     assert log.delete_user("äü", now=T + 2 * DAY + 20) == 13, (
         "six requests, the six impressions that belong to them, and the event of the future"
     )
@@ -306,7 +303,7 @@ def everything_a_log_does(url, folder):
         "a request event that waited in a queue while its user was deleted"
     )
     another = EventLog(url, folder / KEY_FILE)
-    assert another.append(late[:1]) == 0, "another process refuses it too"
+    assert another.append(late[:1]) == 0, "another open log refuses it too"
     assert (
         log.append([new_event("feedback", event_id="new", time=T, user_id="äü", item_id=2)], now=T + 2 * DAY + 23) == 1
     ), "what arrives after the deletion is new, whatever its time"
@@ -320,14 +317,14 @@ def everything_a_log_does(url, folder):
         "äü" in str(value) for line in lines for value in line
     )
 
-    assert log.prune(T + 2 * DAY + 1) == 6 and log.prune(T + 2 * DAY + 1) == 0, (
+    assert log.delete_older_than(T + 2 * DAY + 1) == 6 and log.delete_older_than(T + 2 * DAY + 1) == 0, (
         "arrival decides, not the time of the event"
     )
     assert log.read("request").event_id.tolist() == ["made after", "other", "anonymous"]
     newest = log.feedback_since()[1]
-    assert log.prune(time.time() + 1) == 10 and log.count() == 0
+    assert log.delete_older_than(time.time() + 1) == 10 and log.count() == 0
     assert log.append([new_event("feedback", user_id="b", item_id=1)]) == 1 and log.feedback_since()[1] > newest, (
-        "a number is never given again"
+        "a number is never used again"
     )
     log.check_writable()
     log.close()
@@ -335,18 +332,19 @@ def everything_a_log_does(url, folder):
 
 
 def test_everything_sqlite(tmp_path):
-    everything_a_log_does(sqlite_url(tmp_path / "events.db"), tmp_path)
+    check_everything(sqlite_url(tmp_path / "events.db"), tmp_path)
     assert "äü".encode() not in b"".join(f.read_bytes() for f in tmp_path.glob("events.db*")), (
-        "what was deleted is gone from the files"
+        "deleted events are not in the files"
     )
 
 
 @on_postgres
 def test_everything_postgres(fresh_database, tmp_path):
-    everything_a_log_does(fresh_database, tmp_path)
+    check_everything(fresh_database, tmp_path)
 
 
-def what_is_read_since(url):
+def check_new_feedback(url):
+    "Read feedback after a number, with every condition."
     log = EventLog(url)
     types = [{}, {"type": "click"}, {"type": "rating", "n": 1}, {"type": None}, {"type": 5}, {"a": {"type": "no"}}]
     log.append(
@@ -386,7 +384,7 @@ def what_is_read_since(url):
         and (np.diff(batch.seq) > 0).all()
     )
     assert log.feedback_since(last)[1] == last == log.feedback_since(last - 1, simulated=True)[1], (
-        "what is left out is seen as well"
+        "feedback that the conditions exclude counts as seen"
     )
     assert log.feedback_since(simulated=True)[0].item_id.tolist() == [str(n) for n in range(3, 24, 4)]
     assert log.feedback_since(max_per_user=2)[0].item_id.tolist() == [str(n) for n in range(18, 24)], (
@@ -403,16 +401,16 @@ def what_is_read_since(url):
 
 
 def test_new_feedback_sqlite(tmp_path):
-    what_is_read_since(sqlite_url(tmp_path / "events.db"))
+    check_new_feedback(sqlite_url(tmp_path / "events.db"))
 
 
 @on_postgres
 def test_new_feedback_postgres(fresh_database):
-    what_is_read_since(fresh_database)
+    check_new_feedback(fresh_database)
 
 
 def test_300_000_feedback_events_are_read_in_time(tmp_path):
-    "Processor time, which other programs change less; in full length: well below a second for 300,000 events."
+    "Limit the processor time: well below a second for 300,000 events."
     n = 300_000 if STRESS else 60_000
     log = EventLog(tmp_path / "events.db")
     for start in range(0, n, 10_000):
@@ -434,7 +432,7 @@ def test_300_000_feedback_events_are_read_in_time(tmp_path):
     assert time.process_time() - begun < 1.0 * n / 300_000 + 0.1 and (batch.user_id == "bot").sum() == 1000
 
 
-# --- logs of the version before ---------------------------------------------------------------------------------------
+# --- logs of an earlier version ---------------------------------------------------------------------------------------
 
 FIRST = (
     "CREATE TABLE events (seq INTEGER PRIMARY KEY, event_id VARCHAR(200) NOT NULL UNIQUE, kind VARCHAR(20) NOT NULL, "
@@ -448,8 +446,8 @@ FORGOTTEN = (
 SALT = bytes(range(16)).hex()
 
 
-def log_of_before(url, autoincrement):
-    "Make a log as the version before made it, with one deleted user."
+def make_legacy_log(url, autoincrement):
+    "Make a log of an earlier version, with one deleted user."
     engine = open_engine(url)
     who = hashlib.blake2b(b"77", key=bytes.fromhex(SALT), digest_size=20).hexdigest()
     false = "false" if engine.dialect.name == "postgresql" else 0
@@ -466,7 +464,8 @@ def log_of_before(url, autoincrement):
     return who
 
 
-def migrated(url, folder):
+def check_migration(url, folder):
+    "Open a log of an earlier version twice."
     log = EventLog(url, folder / KEY_FILE)
     assert (
         not log.is_new
@@ -484,28 +483,28 @@ def migrated(url, folder):
     with log.engine.begin() as db:
         db.exec_driver_sql(
             "INSERT INTO events (event_id, kind, time, payload, simulated) "
-            "SELECT 'from before', kind, time, payload, simulated FROM events WHERE seq = 1"
+            "SELECT 'of an earlier version', kind, time, payload, simulated FROM events WHERE seq = 1"
         )
     again = EventLog(url, folder / KEY_FILE)
-    assert again.erased_since()[0].has("77") and again.prune(T + 1) == 2, (
-        "a process of the version before may still write"
+    assert again.erased_since()[0].has("77") and again.delete_older_than(T + 1) == 2, (
+        "a process of an earlier version may still write"
     )
     assert again.delete_user("u") == 2 and len(again.erased_since()[0]) == 2
     log.close()
     again.close()
 
 
-def test_a_log_of_the_version_before_is_migrated(tmp_path):
-    who = log_of_before(sqlite_url(tmp_path / "events.db"), "INTEGER PRIMARY KEY")
-    migrated(sqlite_url(tmp_path / "events.db"), tmp_path)
+def test_a_log_of_an_earlier_version_is_migrated(tmp_path):
+    who = make_legacy_log(sqlite_url(tmp_path / "events.db"), "INTEGER PRIMARY KEY")
+    check_migration(sqlite_url(tmp_path / "events.db"), tmp_path)
     files = b"".join(f.read_bytes() for f in tmp_path.glob("events.db*"))
-    assert SALT.encode() not in files and who.encode() not in files, "the salt is not in the database any more"
+    assert SALT.encode() not in files and who.encode() not in files, "the salt is readable in the database"
 
 
 @on_postgres
-def test_a_log_of_the_version_before_is_migrated_on_postgres(fresh_database, tmp_path):
-    log_of_before(fresh_database, "BIGSERIAL PRIMARY KEY")
-    migrated(fresh_database, tmp_path)
+def test_a_log_of_an_earlier_version_is_migrated_on_postgres(fresh_database, tmp_path):
+    make_legacy_log(fresh_database, "BIGSERIAL PRIMARY KEY")
+    check_migration(fresh_database, tmp_path)
 
 
 def test_the_ids_of_deleted_users_cannot_be_recovered_from_the_database(tmp_path):
@@ -538,7 +537,7 @@ def test_the_ids_of_deleted_users_cannot_be_recovered_from_the_database(tmp_path
         for size in (16, 20, 32, 64)
         for person in (b"", b"aerec user")
     }
-    assert not hashes & texts, "what is in the database is no key"
+    assert not hashes & texts, "a key is in the database"
     assert (
         hashlib.blake2b(
             b"77", key=bytes.fromhex((tmp_path / KEY_FILE).read_text()), digest_size=20, person=b"aerec user"
@@ -549,7 +548,7 @@ def test_the_ids_of_deleted_users_cannot_be_recovered_from_the_database(tmp_path
 
 DELETERS = """
 import sys, threading
-from aerec_nb.events import EventLog
+from aerec_nb.data.event_log import EventLog
 begin = threading.Barrier(2)
 def delete(user):
     log = EventLog(sys.argv[1])
@@ -618,7 +617,7 @@ def test_a_new_log_is_reported(tmp_path, caplog):
     assert [r.levelname for r in caplog.records] == ["INFO", "WARNING", "INFO"]
 
 
-def test_a_deletion_waits_for_no_reader_and_says_where_the_data_still_are(tmp_path):
+def test_a_deletion_reports_a_reader_that_keeps_the_data(tmp_path):
     log = EventLog(tmp_path / "events.db", statement_timeout_s=0.2)
     log.append([new_event("feedback", user_id="secret-user", item_id=1)])
     reader = sqlite3.connect(tmp_path / "events.db", isolation_level=None)
@@ -632,7 +631,7 @@ def test_a_deletion_waits_for_no_reader_and_says_where_the_data_still_are(tmp_pa
     assert not any(b"secret-user" in f.read_bytes() for f in tmp_path.iterdir())
 
 
-# --- a store that was moved, replaced, truncated or damaged -----------------------------------------------------------
+# --- a log that was moved, replaced, truncated or damaged -----------------------------------------------------------
 
 
 def event(name):
@@ -645,29 +644,29 @@ def checkpoint(path):
 
 
 def overwrite(start, data):
-    def hurt(path):
+    def harm(path):
         checkpoint(path)
         with open(path, "r+b") as file:
             file.seek(start)
             file.write(data)
 
-    return hurt
+    return harm
 
 
 def truncate(part):
-    def hurt(path):
+    def harm(path):
         checkpoint(path)
         os.truncate(path, int(path.stat().st_size * part))
 
-    return hurt
+    return harm
 
 
 def remove(pattern):
-    def hurt(path):
+    def harm(path):
         for found in path.parent.glob(pattern):
             found.unlink()
 
-    return hurt
+    return harm
 
 
 def another_log(path):
@@ -679,11 +678,11 @@ def another_log(path):
 
 
 def statement(sql):
-    def hurt(path):
+    def harm(path):
         with sqlite3.connect(path) as db:
             db.execute(sql)
 
-    return hurt
+    return harm
 
 
 def copy_over(path):
@@ -710,24 +709,24 @@ HARM = {
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_no_event_is_accepted_by_a_log_that_is_not_the_one_it_was(harm, tmp_path):
+def test_a_changed_log_accepts_no_event(harm, tmp_path):
     (tmp_path / "var").mkdir()
     path = tmp_path / "var" / "events.db"
-    hurt, codes = HARM[harm]
+    damage, codes = HARM[harm]
     log = EventLog(path, statement_timeout_s=0.5)
     log.append([event(f"a{n}") for n in range(500)])
     checkpoint(path)
     log.append([event("last")])
     log.check_writable()
     log.feedback_since()
-    hurt(path)
+    damage(path)
     for _ in range(2):
         for call in (lambda: log.append([event("b")]), log.check_writable, lambda: log.delete_user(1)):
             assert refusal(call) in codes, harm
     log.close()
 
 
-def test_a_log_may_be_moved_back_and_made_smaller(tmp_path):
+def test_a_log_can_be_moved_back_and_vacuumed(tmp_path):
     log = EventLog(tmp_path / "events.db")
     log.append([event(f"a{n}") for n in range(3000)])
     checkpoint(tmp_path / "events.db")
@@ -765,12 +764,12 @@ def test_a_log_without_a_write_ahead_log_gets_one(tmp_path):
     reader.close()
 
 
-def test_a_large_log_is_not_read_whole_when_it_is_opened(tmp_path, monkeypatch):
+def test_opening_a_large_log_does_not_read_all_of_it(tmp_path, monkeypatch):
     log = EventLog(tmp_path / "events.db")
     log.append([event(f"a{n}") for n in range(3000)])
     overwrite(4096 * 40, b"\xff" * 8192)(tmp_path / "events.db")
     log.close()
-    monkeypatch.setattr(events, "QUICK_CHECK_BYTES", 10_000)
+    monkeypatch.setattr(event_store, "QUICK_CHECK_BYTES", 10_000)
     EventLog(tmp_path / "events.db").close()
 
 
@@ -783,7 +782,7 @@ def journal_alone(path):
     Path(f"{path}-wal").write_bytes(journal)
 
 
-UNUSABLE = {  # what -> how it is made, the code, and the place; None: the log
+UNUSABLE = {  # name -> how it is made, code, place (None: the log)
     "garbage": (lambda path: path.write_bytes(b"garbage" * 1000), "damaged", None),
     "empty": (lambda path: path.write_bytes(b""), "damaged", "{path}"),
     "a folder": (lambda path: path.mkdir(), "permission", None),
@@ -803,7 +802,7 @@ UNUSABLE = {  # what -> how it is made, the code, and the place; None: the log
 
 
 @pytest.mark.parametrize("what", UNUSABLE)
-def test_what_is_no_log_is_refused_in_one_line_when_it_is_opened(what, tmp_path):
+def test_a_file_that_is_no_log_is_refused_in_one_line(what, tmp_path):
     make, code, where = UNUSABLE[what]
     make(tmp_path / "events.db")
     where = where.format(path=tmp_path / "events.db") if where else sqlite_url(tmp_path / "events.db")
@@ -812,14 +811,16 @@ def test_what_is_no_log_is_refused_in_one_line_when_it_is_opened(what, tmp_path)
         refused = raised(lambda: EventLog(tmp_path / "events.db", connect_timeout_s=0.1))
         assert (refused.code, refused.where) == (code, where) and "\n" not in str(refused)
     if before is not None:
-        assert (tmp_path / "events.db").read_bytes() == before, "it is not touched"
+        assert (tmp_path / "events.db").read_bytes() == before, "the file is changed"
 
 
 LIMITED = """
 import json, resource, sqlite3, sys
 from pathlib import Path
 from aerec_nb.core.errors import AerecError
-from aerec_nb.events import EventLog, EventLogUnavailable, new_event
+from aerec_nb.data.event_database import EventLogUnavailable
+from aerec_nb.data.event_log import EventLog
+from aerec_nb.data.events import new_event
 
 folder, results = Path(sys.argv[1]), {}
 
@@ -837,7 +838,7 @@ FULL_DISK = (
 log = EventLog(folder/'events.db')
 log.append([new_event('feedback') for _ in range(50)])
 with sqlite3.connect(log.path) as db:
-    db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall() # so that a small row fits in
+    db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall() # so that a small row fits
 limit(60_000)
 tried('nearly full', log.check_writable)
 limit(4096)
@@ -899,7 +900,7 @@ def test_a_full_disk_is_noticed_by_readiness_writes_and_opening(tmp_path):
 
 
 def test_missing_permissions_are_refused_in_one_line(tmp_path):
-    "As root without capabilities, so that file modes count."
+    "Run as root without capabilities, so that file modes count."
     without = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
     if without and not shutil.which("setpriv"):
         pytest.skip("no setpriv here (Debian: apt-get install util-linux)")
@@ -923,7 +924,7 @@ def test_a_driver_that_is_not_installed_is_named(monkeypatch):
 
 
 class Refused(Exception):
-    "An error of a driver of PostgreSQL."
+    "Carries the SQLSTATE of an error, as a driver of PostgreSQL does."
 
     def __init__(self, sqlstate=None):
         self.sqlstate = sqlstate
@@ -948,11 +949,11 @@ class Refused(Exception):
         ("99999", "other"),
     ],
 )
-def test_reasons_of_postgres(state, code):
+def test_codes_of_postgres(state, code):
     assert error_code(sa.exc.OperationalError("", {}, Refused(state))) == code
 
 
-def test_reasons_of_the_rest():
+def test_codes_of_other_errors():
     assert error_code(sa.exc.ArgumentError()) == "other" and error_code(sqlite3.ProgrammingError()) == "other"
 
 
@@ -960,7 +961,7 @@ def test_reasons_of_the_rest():
 
 
 class Proxy:
-    "Forwards connections to a server, and stops when told to, as a network that drops packets."
+    "Forwards connections to a server, and can drop packets."
 
     def __init__(self, port):
         self.port = port
@@ -1009,7 +1010,7 @@ class Proxy:
 
 @pytest.fixture
 def proxied(fresh_database):
-    "A proxy, and the URL of a database behind it."
+    "Return a proxy and the URL of a database behind it."
     url = sa.make_url(fresh_database)
     proxy = Proxy(url.port)
     yield proxy, url.set(port=proxy.address[1]).render_as_string(hide_password=False)
@@ -1017,7 +1018,7 @@ def proxied(fresh_database):
 
 
 @on_postgres
-def test_a_silent_network_is_given_up_in_time_and_then_used_again(proxied, fresh_database, tmp_path):
+def test_calls_over_a_silent_network_end_in_time(proxied, fresh_database, tmp_path):
     proxy, url = proxied
     log = EventLog(url, tmp_path / KEY_FILE, connect_timeout_s=1, statement_timeout_s=1)
     log.append([event(f"a{n}") for n in range(300)])
@@ -1025,13 +1026,13 @@ def test_a_silent_network_is_given_up_in_time_and_then_used_again(proxied, fresh
     calls = {
         "append": lambda: log.append([event("b")]),
         "read": log.read,
-        "chunks": lambda: list(log.chunks()),
+        "iter_batches": lambda: list(log.iter_batches()),
         "count": log.count,
         "last_time": log.last_time,
         "feedback_since": log.feedback_since,
         "erased_since": log.erased_since,
         "delete_user": lambda: log.delete_user(1),
-        "prune": lambda: log.prune(1.0),
+        "delete_older_than": lambda: log.delete_older_than(1.0),
         "check_writable": log.check_writable,
     }
     calls["open"] = lambda: EventLog(url, connect_timeout_s=1, statement_timeout_s=1)
@@ -1056,14 +1057,14 @@ def test_a_silent_network_is_given_up_in_time_and_then_used_again(proxied, fresh
                 t.join()
         assert max(took.values()) < 5 and set(took) == set(calls), took
         assert set(codes.values()) <= {LogErrorCode.TIMEOUT, LogErrorCode.CONNECTION, LogErrorCode.LOCKED}, codes
-        assert log.count() == 300 and log.erased_since()[0].has("other"), "it is used again at once"
+        assert log.count() == 300 and log.erased_since()[0].has("other"), "the log is used again at once"
         took.clear()
     assert log.append([event("b")]) == 1
     log.close()
 
 
 @on_postgres
-def test_threads_that_wait_for_a_silent_network_are_released_together(proxied):
+def test_threads_over_a_silent_network_end_in_time(proxied):
     proxy, url = proxied
     log = EventLog(url, connect_timeout_s=1, statement_timeout_s=1)
     log.append([event("a")])
@@ -1086,7 +1087,7 @@ def test_threads_that_wait_for_a_silent_network_are_released_together(proxied):
 
 
 @on_postgres
-def test_a_writer_whose_network_is_gone_does_not_keep_the_lock(proxied, fresh_database):
+def test_a_writer_that_lost_its_network_releases_the_lock(proxied, fresh_database):
     proxy, url = proxied
     lost = EventLog(url, connect_timeout_s=1, statement_timeout_s=1)
     other = EventLog(fresh_database, connect_timeout_s=5, statement_timeout_s=20)
@@ -1100,21 +1101,21 @@ def test_a_writer_whose_network_is_gone_does_not_keep_the_lock(proxied, fresh_da
 
 
 @on_postgres
-def test_a_reader_may_take_its_time_between_chunks_but_not_the_server(proxied):
+def test_the_deadline_holds_for_the_server_and_not_for_the_reader(proxied):
     proxy, url = proxied
     log = EventLog(url, connect_timeout_s=1, statement_timeout_s=0.5)
     log.append([event(f"a{n}") for n in range(100)])
-    chunks = log.chunks(rows=10)
-    next(chunks)
+    batches = log.iter_batches(rows=10)
+    next(batches)
     time.sleep(1.5)
-    assert len(next(chunks)) == 10
+    assert len(next(batches)) == 10
     with proxy.silent():
-        assert refusal(lambda: list(chunks)) == LogErrorCode.TIMEOUT
+        assert refusal(lambda: list(batches)) == LogErrorCode.TIMEOUT
     log.close()
 
 
 @on_postgres
-def test_a_server_that_is_busy_stopped_or_of_another_schema(fresh_database, proxied):
+def test_codes_of_a_postgres_server(fresh_database, proxied):
     proxy, url = proxied
     log = EventLog(url, connect_timeout_s=1, statement_timeout_s=0.5)
     with sa.create_engine(fresh_database).begin() as other:
@@ -1147,7 +1148,7 @@ def test_a_server_that_is_busy_stopped_or_of_another_schema(fresh_database, prox
 
 
 @on_postgres
-def test_a_server_that_never_answers_is_given_up():
+def test_a_server_that_never_answers():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begun = time.monotonic()
         error = raised(lambda: EventLog(f"postgresql://x@127.0.0.1:{silent.getsockname()[1]}/x", connect_timeout_s=2))

@@ -16,7 +16,7 @@ import pytest
 from conftest import STRESS
 from scipy.sparse import csr_matrix
 
-from aerec_nb.events import sqlite_url
+from aerec_nb.data.event_database import sqlite_url
 from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model
 from aerec_nb.packaging import save_bundle

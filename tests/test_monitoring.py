@@ -18,8 +18,9 @@ from conftest import STRESS
 from scipy.sparse import csr_matrix
 
 from aerec_nb.core.settings import load_settings
+from aerec_nb.data.event_log import EventLog
+from aerec_nb.data.events import new_event
 from aerec_nb.data_import import load_ratings
-from aerec_nb.events import EventLog, new_event
 from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model
 from aerec_nb.monitoring import (
@@ -372,7 +373,7 @@ def test_a_watch_tells_log_file_webhook_and_exit_code(recommender, tmp_path, hoo
     assert [(g["monitor"], g["state"], g["env"]) for g in hook.got] == [("ban violations", "firing", "test")], (
         "told once, when it could be told"
     )
-    log.prune(time.time() + 1)
+    log.delete_older_than(time.time() + 1)
     lists(30, [1200])
     with caplog.at_level(logging.INFO, logger="aerec_nb"):
         codes = [once(), once(), once()]

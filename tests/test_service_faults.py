@@ -15,7 +15,8 @@ from conftest import STRESS
 from scipy.sparse import csr_matrix
 
 from aerec_nb.core.settings import load_settings
-from aerec_nb.events import EventLog, sqlite_url
+from aerec_nb.data.event_database import sqlite_url
+from aerec_nb.data.event_log import EventLog
 from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model
 from aerec_nb.packaging import save_bundle

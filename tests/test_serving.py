@@ -21,7 +21,8 @@ import pytest
 from conftest import BIN, STRESS
 from scipy.sparse import csr_matrix
 
-from aerec_nb.events import EventLog, sqlite_url
+from aerec_nb.data.event_database import sqlite_url
+from aerec_nb.data.event_log import EventLog
 from aerec_nb.inference import Recommender
 from aerec_nb.modeling import create_model
 from aerec_nb.monitoring import run_monitors

@@ -17,8 +17,9 @@ from aerec_nb import data_import
 from aerec_nb.core.artifacts import open_run
 from aerec_nb.core.errors import AerecError
 from aerec_nb.core.settings import load_settings
+from aerec_nb.data.event_log import EventLog
+from aerec_nb.data.events import new_event
 from aerec_nb.data_import import describe_source, load_items, load_ratings
-from aerec_nb.events import EventLog, new_event
 
 on_postgres = pytest.mark.xdist_group("postgres")
 SHOP = [uuid.uuid5(uuid.NAMESPACE_DNS, f"item {i}") for i in range(4)]
