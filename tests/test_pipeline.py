@@ -537,7 +537,13 @@ def test_a_full_disk(short, short_environ, tmp_path):
     """
     to = ("--to", "data_import")
     short_environ = {**short_environ, "AEREC_RUN__LOG_LEVEL": "WARNING"}
-    done = run("bash", "-c", f"ulimit -f 24; exec {BIN}/aerec run {' '.join(to)}", env=short_environ, cwd=tmp_path)
+    done = run(
+        "bash",
+        "-c",
+        f"ulimit -f 34; PYTHONDONTWRITEBYTECODE=1 exec {BIN}/aerec run {' '.join(to)}",
+        env=short_environ,
+        cwd=tmp_path,
+    )
     (folder,) = runs_of(short_environ)
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     assert re.search(r"01_data_import .*FileError: \S*data_import", done.stdout), done.stdout
@@ -708,7 +714,7 @@ def test_two_runs_at_once(short, short_environ, tmp_path):
             BIN / "python",
             "-c",
             (
-                f"import time; from aerec_nb.core.artifacts import *\nwith alone_with_run(open_run({str(one)!r})): "
+                f"import time; from aerec_nb.core.artifacts import *\nwith lock_run(open_run({str(one)!r})): "
                 f"print('held', flush=True); time.sleep(60)"
             ),
         ],

@@ -456,7 +456,7 @@ def test_ray_missing_and_an_address_that_does_not_answer(environ, tmp_path):
         port = s.getsockname()[1]
     for address in (f"127.0.0.1:{port}", "over-there"):
         said = fails(["run", "--backend", "ray", "--ray-address", address], environ, tmp_path)
-        assert "scale.ray_address" in said and address in said
+        assert "compute.ray_address" in said and address in said
     assert not Path(environ["AEREC_RUNS_DIR"]).exists()
 
 

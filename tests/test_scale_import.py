@@ -464,7 +464,8 @@ def test_a_killed_import_goes_on(sources, tmp_path):
 import os, signal, threading, time
 from pathlib import Path
 from aerec_nb import data_import as di, scale
-from aerec_nb.configuration import ComputeSettings, load_settings
+from aerec_nb.configuration import load_settings
+from aerec_nb.distributed.settings import ComputeSettings
 def watch():
     while not list(Path({str(tmp_path / "out")!r}).glob('shard-*.json')): time.sleep(.002)
     os.kill(os.getpid(), signal.SIGKILL)
