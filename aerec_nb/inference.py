@@ -42,8 +42,12 @@ from aerec_nb.core.files import (
 )
 from .core.limits import Deadline, DeadlineExceeded, did_you_mean, preview
 from .core.project import project_dir
-from .model_preprocessing import Split, item_features
-from .modeling import ColdItems, block_rows, load_model, mask_history, score_blocks, top_k
+from .data.features import item_features
+from .data.splits import Split
+from .models.cold_start import ColdStartWrapper
+from .models.planning import rows_per_block
+from .models.ranking import mask_history, score_blocks, top_k
+from .models.registry import load_model
 from .postprocessing import Catalogue, Chain, IdIndex, Request, histories_over, load_catalogue
 
 # %% ../nbs/04_inference.ipynb #651b96fe
@@ -758,7 +762,7 @@ def recommend_each(
 def _scores_of_each(r: Recommender, asked: dict, deadline):  # yields (number of the request, scores)
     "Score the requests, those that the model answers a block at a time."
     scored = [n for n, a in asked.items() if not a.fallback_used]
-    size = block_rows(r.n_items)
+    size = rows_per_block(r.n_items)
     for start in range(0, len(scored), size):
         _check(deadline)
         block = scored[start : start + size]
@@ -1096,7 +1100,7 @@ def recommend_batch(
 def _batch_blocks(r: Recommender, user_ids, k, exclude_seen, now, progress=None):
     "The lists of one block of users after another."
     rows = r.user_index.numbers(user_ids)
-    size = block_rows(r.n_items)
+    size = rows_per_block(r.n_items)
     for start in range(0, len(rows), size):
         of = user_ids[start : start + size]
         yield _as_lists(r, of, _block_lists(r, of, rows[start : start + size], 0, k, exclude_seen, now))
@@ -1378,7 +1382,7 @@ def with_cold_items(
 
     own = r.catalogue.features
     return Recommender(
-        ColdItems.of(r.model, features, r.popularity, n_neighbours),
+        ColdStartWrapper.wrap(r.model, features, r.popularity, n_neighbours),
         [*r.items, *new["item_id"].tolist()],
         r.users,
         wider(r.histories),
@@ -1415,7 +1419,7 @@ def load_recommender(
     "The chosen model with all that is known of users and items."
     artifact = run.artifact_dir("inference") if artifact is None else artifact
     split = Split.load(run.artifact_dir("model_preprocessing") / "split")
-    histories = histories_over(split.interactions, split.refit().items)
+    histories = histories_over(split.interactions, split.merge_valid_into_train().items)
     table = run.artifact_dir("data_import") / "items.parquet"
     negatives = pd.read_parquet(run.artifact_dir("business_preprocessing") / "negatives.parquet")
     features = load_catalogue(run, histories.items, None).features

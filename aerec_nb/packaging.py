@@ -65,7 +65,8 @@ from .core.profiling import versions as package_versions
 from .core.project import project_dir
 from .core.settings import load_settings
 from .inference import Recommender, Segments, load_recommender
-from .modeling import check_csr, restore_model, save_model
+from .models.base import check_csr
+from .models.registry import restore_model, save_model
 from .postprocessing import Chain
 from .release.settings import PackagingSettings
 from .validation import gini, list_metrics

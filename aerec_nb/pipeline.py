@@ -1270,7 +1270,7 @@ def _check_database(url: str, check=check_sqlite) -> None:
 def _check(run: Run, names: list) -> None:
     "Refuse unknown models, knobs that no model has, and rules that cannot be applied, before anything is read."
     if {"modeling", "training"} & set(names):
-        from aerec_nb.modeling import configured_models
+        from aerec_nb.models.registry import configured_models
 
         configured_models(run.settings, run.overrides)
     check_stages(run.settings, names, in_subprocess=True)
@@ -1698,7 +1698,7 @@ def sweep_points(
     first_seed: int = 42,  # the seeds follow each other
 ) -> list:  # of (knobs of the point, seeds)
     "The points of a grid; a knob that none of a point's models has is left out of it, so that no point is tried twice."
-    from aerec_nb.modeling import hyperparameters, model_names
+    from aerec_nb.models.registry import hyperparameters, model_names
 
     if unknown := [k for k in grid if k not in setting_sections()]:
         load_settings(**{unknown[0]: grid[unknown[0]][0]})  # raises with the valid names
@@ -1766,7 +1766,7 @@ def run_sweep(
     if twice := set(grid) & set(knobs):
         message = f"{min(twice)} is both swept over and fixed: leave one of them out"
         raise SettingsError(message, code="conflict", where=min(twice))
-    from aerec_nb.modeling import configured_models
+    from aerec_nb.models.registry import configured_models
 
     for point, _ in points:
         configured_models(

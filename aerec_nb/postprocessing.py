@@ -41,7 +41,9 @@ from .core.errors import AerecError, DataError, Notice, PluginError, SettingsErr
 from .core.files import read_json, sha256_file, sha256_json, write_json, write_parquet
 from .core.limits import Deadline, DeadlineExceeded, did_you_mean, preview
 from .core.project import project_dir
-from .model_preprocessing import NOTHING, Interactions, ItemFeatures, Split, _with_year
+from .data.features import MISSING_TEXT, ItemFeatures, add_year
+from .data.interactions import Interactions
+from .data.splits import Split
 
 # %% ../nbs/04a_postprocessing.ipynb #5eaa1f5b
 class IdIndex:
@@ -180,7 +182,7 @@ def _by_number(table, index) -> pd.DataFrame:
     ids = pd.DataFrame({"item_id": pd.Series(index.ids, dtype=None if len(index) else object)})
     if table is None:
         return ids
-    table = _with_year(table.reset_index(drop=True))
+    table = add_year(table.reset_index(drop=True))
     numbers = index.numbers(table["item_id"].tolist())
     rows = np.full(len(index), -1)
     known = np.flatnonzero(numbers >= 0)[::-1]
@@ -211,7 +213,7 @@ def _as_text(values: pd.Series) -> pd.Series:
 
 def _as_categories(column: pd.Series) -> Categories:
     texts = _as_text(column.dropna()).str.split("|").explode().str.strip()
-    texts = texts[~texts.isin(NOTHING)]
+    texts = texts[~texts.isin(MISSING_TEXT)]
     codes, values = pd.factorize(texts, sort=True)
     matrix = csr_matrix(
         (np.ones(len(codes), np.float32), (texts.index.to_numpy(), codes)), shape=(len(column), len(values))
@@ -254,7 +256,7 @@ def _as_moments(column: pd.Series) -> np.ndarray:
         message = f"the items' column '{column.name}' has no dates, but True and False"
         raise DataError(message, code="not_a_time", where=column.name)
     values = (
-        column.where(~column.isin(NOTHING))
+        column.where(~column.isin(MISSING_TEXT))
         if column.dtype == object or pd.api.types.is_string_dtype(column)
         else column
     )
@@ -2116,7 +2118,7 @@ def list_figures(
 # %% ../nbs/04a_postprocessing.ipynb #62629631
 def tradeoff_curves(
     candidates: pd.DataFrame,  # user_id, item_id, score of a fold's users, best first, nothing of their histories
-    fold,  # `Fold` with those users
+    fold,  # `EvalSet` with those users
     catalogue: Catalogue,  # over the fold's vocabulary
     k: int,  # length of the lists
     configured: Chain = None,  # a chain to compare with; None: none
@@ -2318,7 +2320,7 @@ def load_catalogue(
         IdIndex(items),
         pd.read_parquet(table) if table.exists() else None,
         popularity,
-        ItemFeatures.load(features).over(items).matrix if features.exists() else None,
+        ItemFeatures.load(features).reindex_items(items).matrix if features.exists() else None,
     )
 
 # %% ../nbs/04a_postprocessing.ipynb #d14f91b4
@@ -2327,7 +2329,7 @@ def served_items(
     split: Split,  # of the run
 ) -> np.ndarray:  # ids: those the model was fitted on, then the new ones
     "The vocabulary of what may be recommended."
-    known = np.asarray(split.refit().items)
+    known = np.asarray(split.merge_valid_into_train().items)
     path = run.artifact_dir("inference") / "cold_items.parquet"
     return np.concatenate([known, pd.read_parquet(path).item_id.to_numpy()]) if path.exists() else known
 

@@ -48,6 +48,7 @@ from .core.errors import AerecError, DataError, RunError, SettingsError
 from .core.files import atomic_path, read_json, sha256_file, sha256_json, write_json, write_parquet
 from .core.profiling import peak_memory_mib
 from .core.settings import load_settings
+from .data.interactions import Interactions, as_ids, canonical_csr, load_vocabulary, save_vocabulary
 from aerec_nb.data.rule_runner import (
     IMPORTED,
     PlannedRule,
@@ -84,11 +85,12 @@ from aerec_nb.data.rules import (
 from .data.schema import factorize, feedback_type
 from .distributed.settings import ComputeSettings
 from .inference import Recommender, check_k, make_shards, write_shards
-from .linear_models import MEETING, LinearAutoEncoder, Rows, gram_columns, scaled
-from .model_preprocessing import Interactions, _as_ids, _csr, load_vocabulary, save_vocabulary
-from .modeling import check_histories, create_model
-from .modeling import fit_model as fit_here
-from .neural_models import Share
+from .models.base import check_histories
+from .models.base import fit_model as fit_here
+from .models.linear import LinearAutoEncoder
+from .models.neural import DataParallelShard
+from .models.registry import create_model
+from .models.solver import SPARSE_SPARSE_COST, GramOperator, gram_columns, scaled
 
 # %% ../nbs/06a_scale.ipynb #4bdc3eb8
 def ray_module(
@@ -1378,7 +1380,7 @@ class Shards:
     def read(self, n):
         "The users of shard n as a CSR matrix over all items."
         a = self.arrays(n)
-        return _csr(a["data"], a["indices"], a["indptr"], (len(a["indptr"]) - 1, self.n_items))
+        return canonical_csr(a["data"], a["indices"], a["indptr"], (len(a["indptr"]) - 1, self.n_items))
 
     def gather(self):
         "All of them, as `Interactions.from_frame` would have made them."
@@ -1386,7 +1388,7 @@ class Shards:
         joined = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k not in ("indptr", "rows")}
         indptr = np.cumsum(np.concatenate([[0], *(np.diff(p["indptr"]) for p in parts)])).astype(np.int32)
         return Interactions(
-            _csr(joined["data"], joined["indices"], indptr, self.shape),
+            canonical_csr(joined["data"], joined["indices"], indptr, self.shape),
             self.users,
             self.items,
             joined.get("times"),
@@ -1787,8 +1789,8 @@ def _import(source, folder, rules, n_partitions, fingerprint, options):
     own = [json.loads(f) for f in written.figures]
     keep_figures(own)
     figures += own
-    save_vocabulary(folder / "users.parquet", _as_ids(users.iloc[user_order].to_numpy()), "user_id")
-    save_vocabulary(folder / "items.parquet", _as_ids(items.iloc[item_order].to_numpy()), "item_id")
+    save_vocabulary(folder / "users.parquet", as_ids(users.iloc[user_order].to_numpy()), "user_id")
+    save_vocabulary(folder / "items.parquet", as_ids(items.iloc[item_order].to_numpy()), "item_id")
     write_parquet(folder / "filter_report.parquet", report)
     if len(bad):
         write_parquet(folder / "quarantine.parquet", bad)
@@ -1866,7 +1868,7 @@ def _sum_of(what, weights, *parts):
     total = 0
     for X in parts:
         own = None if weights is None else weights[at : at + X.shape[0]]
-        total = total + what(Rows(X), own)
+        total = total + what(GramOperator(X), own)
         at = at + X.shape[0]
     return total, task_figures("sums", at, began)
 
@@ -1879,7 +1881,7 @@ def _panel(start, stop, dtype, roots, *parts):
     for X in parts:
         A = scaled(X, None if roots is None else roots[at : at + X.shape[0]]).T.tocsr().astype(dtype, copy=False)
         at += X.shape[0]
-        dense = A.nnz * A.shape[0] < MEETING * float((np.diff(X.indptr).astype(np.float64) ** 2).sum())
+        dense = A.nnz * A.shape[0] < SPARSE_SPARSE_COST * float((np.diff(X.indptr).astype(np.float64) ** 2).sum())
         step = min(512, max(16, 2**22 // A.shape[1])) if dense else max(1, 2**22 // A.shape[0])
         made = np.zeros((A.shape[0] - start, stop - start), dtype)
         for first in range(start, stop, step):
@@ -1890,7 +1892,7 @@ def _panel(start, stop, dtype, roots, *parts):
     return total, task_figures("Gram matrix", at, began)
 
 # %% ../nbs/06a_scale.ipynb #5614f82d
-class RowsOnRay(Rows):
+class RowsOnRay(GramOperator):
     "Sums over users that workers add up."
 
     def __init__(
@@ -1926,7 +1928,7 @@ class RowsOnRay(Rows):
         return sum(part for part, _ in found)
 
     def squares(self, weights):
-        return self._added(Rows.squares, weights)
+        return self._added(GramOperator.squares, weights)
 
     def times(self, weights, v):
         return self._added(partial(_times, v=v), weights)
@@ -1997,7 +1999,7 @@ def fit_model(
     n_users, n_items = train.shape
     primal = (
         isinstance(model, LinearAutoEncoder)
-        and model.n_head(n_items) == n_items
+        and model.n_fitted_items(n_items) == n_items
         and model.cost(n_users, n_items, train.nnz)[0] == "primal"
     )
     if not primal:
@@ -2005,7 +2007,7 @@ def fit_model(
     start_engine(scale)
     if sparse.issparse(train):
         train = check_histories(train, what="train")
-    return model.fit_rows(RowsOnRay(train, scale), item_features)
+    return model.fit_operator(RowsOnRay(train, scale), item_features)
 
 # %% ../nbs/06a_scale.ipynb #350bd426
 @dataclass
@@ -2049,7 +2051,9 @@ def _worker(config):
     model = create_model(config["name"], **config["hyperparameters"]).to(str(device))
     model.max_memory_gib = config["max_memory_gib"]
     first = config["starts"][rank]
-    model.share = Share(np.arange(first, first + X.shape[0]), lengths, counts, partial(_add_up, device), rank)
+    model.share = DataParallelShard(
+        np.arange(first, first + X.shape[0]), lengths, counts, partial(_add_up, device), rank
+    )
     ready = time.perf_counter()
 
     def told(row):

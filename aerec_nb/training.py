@@ -35,23 +35,20 @@ from .core.files import atomic_path, file_lock, read_json, sha256_file, sha256_j
 from .core.optional import import_mlflow
 from .core.profiling import peak_memory_mib, versions
 from .core.project import format_value
-from .model_preprocessing import Fold, ItemFeatures, Split
-from aerec_nb.modeling import (
+from .data.features import ItemFeatures
+from .data.splits import EvalSet, Split
+from .models.base import Model
+from .models.ensemble import Blend, zscore_unseen
+from .models.neural import TrainingDiverged
+from .models.ranking import mask_history, score_blocks, top_k
+from aerec_nb.models.registry import (
     AUTO,
-    Blend,
-    Model,
     configured_models,
     create_model,
     hyperparameters,
-    mask_history,
     model_class,
-    model_files,  # noqa: F401 (re-export: the stage looks it up by name)
     save_model,
-    score_blocks,
-    standardise,
-    top_k,
 )
-from .neural_models import Diverged
 from .validation import METRICS, evaluate
 
 # %% ../nbs/03_training.ipynb #f3a9ba34
@@ -236,14 +233,14 @@ def train(
         while at.epoch < num_epoch and at.epoch - at.best_epoch < patience and not at.finished and in_time():
             try:
                 loss = model.train_epoch(rows, at.epoch + 1, at.batch, at.total, after_batch)
-            except Diverged as e:
+            except TrainingDiverged as e:
                 kept = keep.where() if keep else "no checkpoints were kept"
-                raise Diverged(f"{e}; {kept}", code=e.code, where=e.where) from None
+                raise TrainingDiverged(f"{e}; {kept}", code=e.code, where=e.where) from None
             at.take(
                 {
                     "epoch": at.epoch + 1,
                     "loss": loss,
-                    "lr": model.lr_in(at.epoch + 1),
+                    "lr": model.lr_at(at.epoch + 1),
                     **_watched(model, fold, topk, dict.fromkeys(("ndcg", "recall", metric))),
                 },
                 metric,
@@ -297,7 +294,7 @@ def _watched(model, fold, topk, names):
         return {m: found.mean(m) for m in names}
     found = evaluate(model, fold, topk).metrics if len(fold) else {m: np.zeros(0) for m in names}
     sums = torch.tensor([len(fold), *(found[m].sum() for m in names)], dtype=torch.float64)
-    share.add(sums)
+    share.all_reduce(sums)
     return {m: float(total / sums[0]) for m, total in zip(names, sums[1:], strict=True)}
 
 
@@ -307,7 +304,7 @@ def same_place(model, at):
     if share is None:
         return
     sums = torch.tensor([1.0, at.epoch, at.batch, at.epoch**2, at.batch**2], dtype=torch.float64)
-    share.add(sums)
+    share.all_reduce(sums)
     if not torch.equal(
         sums, sums[0] * torch.tensor([1.0, at.epoch, at.batch, at.epoch**2, at.batch**2], dtype=torch.float64)
     ):
@@ -319,7 +316,7 @@ def same_place(model, at):
         )
 
 
-def some_users(fold: Fold, n: int, seed: int = 0) -> Fold:
+def some_users(fold: EvalSet, n: int, seed: int = 0) -> EvalSet:
     "At most `n` users of a fold, always the same ones."
     if len(fold) <= n:
         return fold
@@ -665,14 +662,14 @@ class Shortlists:
     def of(
         cls,
         models: list,  # fitted, on one vocabulary
-        fold: Fold,
+        fold: EvalSet,
         depth: int = 100,  # items taken of each model
     ):  # -> Shortlists
         "The best items of every model together."
 
         def blocks(m):
             for rows, scores in score_blocks(m, fold.input):
-                yield rows, mask_history(standardise(scores, fold.input[rows]), fold.input[rows])
+                yield rows, mask_history(zscore_unseen(scores, fold.input[rows]), fold.input[rows])
 
         items = np.sort(
             np.concatenate([np.concatenate([top_k(s, depth)[0] for _, s in blocks(m)]) for m in models], 1), 1
@@ -871,7 +868,7 @@ class _Search:
             max_valid_users, max(500, 30_000_000 // split.train.shape[1])
         )  # ranking a large catalogue takes longer than fitting a small model
         n_folds = int(np.clip(2000 // max(1, len(split.valid)), 1, 3)) if split.seeds and redrawn else 1
-        self.splits = [split.redraw_valid(seed=random_seed + i) for i in range(n_folds)]
+        self.splits = [split.resample_valid(seed=random_seed + i) for i in range(n_folds)]
         self.options = {
             "topk": topk,
             "metric": metric,
@@ -1189,7 +1186,7 @@ def _fit_again(split, found, weights, refit, max_memory_gib, item_features):
             if split.kind == "strong" and "num_epoch" not in f.hyperparameters
             else model.fit(rows, item_features)
         )
-    return models[0] if len(models) == 1 else Blend.of(models, [float(w) for _, w in chosen])
+    return models[0] if len(models) == 1 else Blend.from_models(models, [float(w) for _, w in chosen])
 
 # %% ../nbs/03_training.ipynb #0cbac564
 def plot_history(
@@ -1408,7 +1405,7 @@ def item_features_of(
             code="missing_file",
             where="items.csv",
         )
-    return ItemFeatures.load(folder).over(split.items).matrix
+    return ItemFeatures.load(folder).reindex_items(split.items).matrix
 
 # %% ../nbs/03_training.ipynb #76771823
 def build_training(

@@ -26,15 +26,20 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy import sparse
 
-from .baselines import Popularity
 from .core.backends import get_backend
 from .core.errors import AerecError, DataError, SettingsError
 from .core.files import file_lock, read_json, write_json, write_parquet
 from .core.profiling import profile_call
-from .linear_models import EASE
-from .model_preprocessing import TEST, TRAIN, VALID, Fold, Interactions, ItemFeatures, Split, split_interactions
-from .modeling import block_rows, create_model, fit_model, load_model, mask_history, save_model, top_k
-from .neural_models import LectureAutoEncoder
+from .data.features import ItemFeatures
+from .data.interactions import Interactions
+from .data.splits import TEST, TRAIN, VALID, EvalSet, Split, split_interactions
+from .models.autoencoders import AutoEncoderModel
+from .models.base import fit_model
+from .models.baselines import Popularity
+from .models.linear import EASE
+from .models.planning import rows_per_block
+from .models.ranking import mask_history, top_k
+from .models.registry import create_model, load_model, save_model
 
 # %% ../nbs/03a_validation.ipynb #f73afcda
 def get_ndcg(
@@ -219,7 +224,7 @@ class Evaluation:
     metrics: dict  # metric@k -> float64, a value a user; NaN where a list has no such value
     catalogue: dict = field(default_factory=dict)  # coverage@k and gini@k, of all lists together
     top: np.ndarray = None  # int32 [n, longest k] the lists themselves, -1 where one is shorter; None: not kept
-    fold: Fold = None  # what was asked
+    fold: EvalSet = None  # what was asked
     counts: np.ndarray = None  # [n_items] training users of each item
     n_users: int = None  # training users
     features: sparse.csr_matrix = None  # [n_items, n_features] what diversity was measured on
@@ -334,7 +339,7 @@ def _repr_html_(self: Evaluation):
 # %% ../nbs/03a_validation.ipynb #acad8c7e
 def rank(
     model,  # fitted, or float scores [n, n_items] of the fold's users
-    fold: Fold,  # histories in `input`
+    fold: EvalSet,  # histories in `input`
     k: int = 10,  # length of the lists
     block_size: int = None,  # users at a time; None: as many as give 64 MiB of scores
 ) -> np.ndarray:  # int32 [n, k], best first, histories masked; -1 where fewer than k items are left
@@ -351,7 +356,7 @@ def rank(
             where="scores",
         )
     step = block_size or (
-        block_rows(n_items) if given is None else max(1, 2**19 // n_items)
+        rows_per_block(n_items) if given is None else max(1, 2**19 // n_items)
     )  # given scores are copied: as many as stay in the cache
     lists = np.full((n, k), -1, np.int32)
     for start in range(0, n, step):
@@ -396,7 +401,7 @@ def _with_targets(fold):
 def evaluation(
     name: str,  # of the model
     top: np.ndarray,  # int [n, longest k] item indices, best first; -1 where a list is shorter
-    fold: Fold,  # what was asked; every user has a held-out item
+    fold: EvalSet,  # what was asked; every user has a held-out item
     on: str = "valid",  # valid or test
     k: tuple = None,  # where the lists are cut; None: their length
     **known,  # counts, n_users, features, seed: fields of `Evaluation`
@@ -431,7 +436,7 @@ def evaluation(
 
 def evaluate(
     model,  # fitted, or float scores [n, n_items] of the fold's users
-    fold,  # a `Split` whose fold `on` is meant, or a `Fold`
+    fold,  # a `Split` whose fold `on` is meant, or a `EvalSet`
     k: int = 10,  # length of the lists, or several: (10, 20, 100)
     on: str = "valid",  # valid or test
     block_size: int = None,  # users at a time; None: as many as give 64 MiB of scores
@@ -451,8 +456,8 @@ def evaluate(
         model = np.asarray(model)[np.asarray(fold.n_targets) > 0] if len(model) == len(fold.n_targets) else model
     fold = _with_targets(fold)
     features = (
-        item_features.over(split.items).matrix
-        if hasattr(item_features, "over") and split is not None
+        item_features.reindex_items(split.items).matrix
+        if isinstance(item_features, ItemFeatures) and split is not None
         else getattr(item_features, "matrix", item_features)
     )
     return evaluation(
@@ -470,7 +475,7 @@ def evaluate(
 # %% ../nbs/03a_validation.ipynb #e67ff5f3
 def bounds(
     train: sparse.csr_matrix,  # what popularity is counted on
-    fold: Fold,
+    fold: EvalSet,
     k: int = 10,  # length of the lists, or several
     on: str = "valid",  # valid or test
     features: sparse.csr_matrix = None,  # [n_items, n_features] what diversity is measured on; None: no diversity
@@ -909,7 +914,7 @@ def _known_times(inter, r, c):
 def _asked(split, fold, on, shape):
     "Histories and targets that are asked, over all ids and items."
     inter = split.interactions
-    columns = np.flatnonzero(split._columns >= 0)
+    columns = np.flatnonzero(split.item_columns >= 0)
 
     def matrix(r, c):
         return sparse.csr_matrix((np.ones(len(r), np.float32), (r, c)), shape=shape)
@@ -987,7 +992,7 @@ def _determined(values, counts):
 def _told(split, on, statistics):
     "Names of the statistics that the held-out rows have gone into, with the number of items that this changed."
     inter = split.interactions
-    columns = np.flatnonzero(split._columns >= 0)
+    columns = np.flatnonzero(split.item_columns >= 0)
     strong = split.kind == "strong"
     target = VALID if on == "valid" else TEST
     honest = [[TRAIN]] if on == "valid" or strong else [[TRAIN], [TRAIN, VALID]]
@@ -1030,7 +1035,7 @@ LEAKS = {
 def audit_leaks(
     split: Split,  # what was to be learned and asked
     learned_from=None,  # really learned from: frame with user_id, item_id, or CSR as the split's; None: `split.train`
-    fold: Fold = None,  # what it is really asked; None: the split's own folds
+    fold: EvalSet = None,  # what it is really asked; None: the split's own folds
     statistics: dict = None,  # name -> a value an item that was computed beforehand: popularity, normalisers
     model=None,  # fitted: its own values an item are statistics too
     on: str = None,  # valid or test; None: both
@@ -1137,7 +1142,7 @@ def _later(split, on, r, times, history, target):
     u, shown = when(history)
     v, wanted = when(target)
     if split.kind == "temporal":
-        cut = split.cuts[0 if on == "valid" else 1]
+        cut = split.split_times[0 if on == "valid" else 1]
         return np.unique(np.append(r[times >= cut], u[shown >= cut])), ""
     limit = np.full(int(max(r.max(initial=0) + 1, inter.n_users)), np.iinfo(np.int64).max)
     np.minimum.at(limit, v, wanted)
@@ -1284,14 +1289,12 @@ def reproduce_lecture(
     train = only(~is_test)
     target = only(is_test)
     asked = np.flatnonzero(np.diff(target.indptr))
-    fold = Fold(
+    fold = EvalSet(
         inter.users[asked], train[asked], target[asked], np.diff(target[asked].indptr), inter.n_users - len(asked)
     )
 
     def autoencoder(rows):
-        return LectureAutoEncoder(hidden_dim=256, lr=0.05, batch_size=32, num_epoch=10, random_seed=model_seed).fit(
-            rows
-        )
+        return AutoEncoderModel(hidden_dim=256, lr=0.05, batch_size=32, num_epoch=10, random_seed=model_seed).fit(rows)
 
     leaky = rank(autoencoder(everything), fold, k)
     ways = [
@@ -1444,11 +1447,11 @@ def build_validation(
     split = Split.load(data / "split")
     trained = {m["name"]: m for m in read_json(training / "summary.json")}
     known = ItemFeatures.load(data / "features") if (data / "features").exists() else None
-    refit = split.refit()
+    refit = split.merge_valid_into_train()
     leaks = _audited(split, refit)
     valid = [evaluate(load_model(training / name, device), split, ks, "valid", item_features=known) for name in trained]
     pick, why = choose(valid, n_bootstrap=n_bootstrap, seed=seed)
-    features = known.over(refit.items).matrix if any(m["item_features"] for m in trained.values()) else None
+    features = known.reindex_items(refit.items).matrix if any(m["item_features"] for m in trained.values()) else None
     costs = {}
     log = Path(s.paths.var_dir) / "test_readings.jsonl"
 
@@ -1467,7 +1470,7 @@ def build_validation(
     )
     readings = readings_of_test(log, refit)
     on_valid, on_test = (
-        bounds(t, f, ks, on, None if known is None else known.over(items).matrix, split.seed)
+        bounds(t, f, ks, on, None if known is None else known.reindex_items(items).matrix, split.seed)
         for t, f, on, items in (
             (split.train, split.valid, "valid", split.items),
             (refit.train, refit.test, "test", refit.items),

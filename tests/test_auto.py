@@ -17,8 +17,9 @@ from conftest import STRESS, variables
 
 from aerec_nb.core.artifacts import open_run
 from aerec_nb.core.files import read_json
-from aerec_nb.model_preprocessing import Split, split_interactions
-from aerec_nb.modeling import Blend, create_model, load_model, save_model
+from aerec_nb.data.splits import Split, split_interactions
+from aerec_nb.models.ensemble import Blend
+from aerec_nb.models.registry import create_model, load_model, save_model
 from aerec_nb.testing import test_error
 from aerec_nb.training import auto, build_training, describe_search, tune
 from aerec_nb.validation import evaluate
@@ -253,6 +254,6 @@ def test_the_stages_use_item_features_where_asked(tmp_path, monkeypatch):
 
 def test_errors_have_a_code_and_a_place():
     split = split_interactions(people(), "leave_last", valid_sample_size=3)
-    test_error(lambda: auto(split.refit()), "not_found", "split.valid")
+    test_error(lambda: auto(split.merge_valid_into_train()), "not_found", "split.valid")
     test_error(lambda: tune("popularity", split), "missing_value", "space")
     test_error(lambda: tune("ease", split, 2, lamda=3), "unknown_parameter", "lamda")

@@ -1,5 +1,5 @@
-"""Items that nobody has met: recommended by their features, on MovieLens latest-small with a tenth of its items made
-cold, and nothing lost on the others.
+"""Cold items are recommended by their features, on MovieLens latest-small with a tenth of its items made cold, and the
+other items lose nothing.
 """
 
 from types import SimpleNamespace
@@ -11,8 +11,9 @@ from conftest import real_data
 from scipy import sparse
 
 from aerec_nb import training
-from aerec_nb.model_preprocessing import item_features, split_interactions
-from aerec_nb.modeling import create_model, load_model, save_model
+from aerec_nb.data.features import item_features
+from aerec_nb.data.splits import split_interactions
+from aerec_nb.models.registry import create_model, load_model, save_model
 from aerec_nb.testing import test_error
 
 DATA = real_data("data/ml-latest-small")
@@ -28,8 +29,8 @@ NETS = {
 
 @pytest.fixture(scope="module")
 def data():
-    """The lecture's split, a tenth of the items taken out of every history, features of all of them from genres, year
-    and tags.
+    """Return the lecture's split without a tenth of the items in any history, and features of all items from genres,
+    year and tags.
     """
     ratings, movies, tags = (
         pd.read_csv(DATA / f"{name}.csv").rename(columns={"userId": "user_id", "movieId": "item_id"})
@@ -57,16 +58,16 @@ def data():
 
 
 def best(scores, k, seed=0):
-    """Positions of the k best of each row.
+    """Return the k best items of each row.
 
-    Ties fall at random: by item index they would fall on the popular, since ids are in order of first appearance.
+    Ties are broken at random: item indices follow first appearance, so by index they would favour popular items.
     """
     shuffled = np.random.default_rng(seed).permutation(scores.shape[1])
     return shuffled[np.argsort(-scores[:, shuffled], 1, kind="stable")[:, :k]]
 
 
 def recall(scores, targets, k=20):
-    "Mean recall@k of those who have a target, and what a random order would have."
+    "Return the mean recall@k of users with a target, and that of a random order."
     hits = np.take_along_axis(targets.toarray() > 0, best(scores, k), 1).sum(1)
     n = np.diff(targets.indptr)
     some = n > 0
@@ -75,7 +76,7 @@ def recall(scores, targets, k=20):
 
 
 def ndcg(scores, targets, k=10):
-    "NDCG@k of each who has a target."
+    "Return the NDCG@k of each user with a target."
     hits = np.take_along_axis(targets.toarray() > 0, best(scores, k), 1)
     n = np.diff(targets.indptr)
     gains = 1 / np.log2(np.arange(k) + 2)
@@ -83,7 +84,7 @@ def ndcg(scores, targets, k=10):
 
 
 def measure(data, model, features):
-    "What a model finds of the cold items and of the others."
+    "Measure a model on the cold items and on the others."
     scores = model.fit(data.history, features).score(data.history)
     cold, chance = recall(scores[:, data.cold], data.cold_targets[:, data.cold])
     unseen = np.where(data.history.toarray() > 0, -np.inf, scores)
@@ -101,7 +102,7 @@ def measure(data, model, features):
 @pytest.mark.parametrize(
     "name,hp", [("rlae", {"lam": 300.0, "xi": 0.3}), ("mult_dae", {"preset": "small", "lr": 0.003, "num_epoch": 40})]
 )
-def test_cold_items_are_found_and_the_others_not_lost(name, hp, data):
+def test_cold_items_are_found_and_warm_items_are_not_lost(name, hp, data):
     with_features, without = (measure(data, create_model(name, **hp), features) for features in (data.features, None))
     error = without.warm.std() / len(without.warm) ** 0.5  # of the mean over users
     found = (
@@ -117,27 +118,27 @@ def test_cold_items_are_found_and_the_others_not_lost(name, hp, data):
     assert with_features.warm.mean() > without.warm.mean() - error, found
     assert with_features.every.mean() > without.every.mean() - 1.5 * error, (
         found
-    )  # ranked among all items, every target: cold ones come at the price of warm ones
+    )  # ranked among all items: cold items displace warm ones
     assert with_features.cold_listed > 0, found
-    # histories of cold items and nothing else
+    # histories of cold items only
     own = data.cold_targets
     rng = np.random.default_rng(0)
-    strangers = own[rng.permutation(own.shape[0])]
-    told, misled = (
+    others = own[rng.permutation(own.shape[0])]
+    informed, misled = (
         ndcg(
             np.where(data.cold, -np.inf, np.where(data.history.toarray() > 0, -np.inf, with_features.model.score(h))),
             data.warm_targets,
         ).mean()
-        for h in (own, strangers)
+        for h in (own, others)
     )
-    assert told > misled, (
-        f"{name}: NDCG@10 of the warm from own cold items alone {told:.4f}, from a stranger's {misled:.4f}"
+    assert informed > misled, (
+        f"{name}: NDCG@10 of the warm from own cold items alone {informed:.4f}, from another user's {misled:.4f}"
     )
 
 
-def test_nothing_else_gives_the_cold_items_away(data):
-    """The cold are in no history, have no score of their own without features, and a random order finds what chance
-    says.
+def test_only_features_reveal_cold_items(data):
+    """Check that cold items are in no history and have no score without features, and that a random order finds as many
+    as expected.
     """
     assert not data.history[:, data.cold].nnz and data.cold_targets.nnz > 5_000
     scores = np.random.default_rng(0).random((data.history.shape[0], data.cold.sum()))
@@ -148,13 +149,13 @@ def test_nothing_else_gives_the_cold_items_away(data):
 
 
 class Killed(Exception):
-    "In place of a kill -9."
+    "Raised instead of a kill -9."
 
 
 @pytest.mark.parametrize("name,hp", NETS.items())
-def test_training_with_features_goes_on_to_the_last_bit_and_is_saved(name, hp, tmp_path, monkeypatch):
-    """Interrupted after every few batches and taken up by a new model each time: the same history, scores and bytes as
-    in one go; a saved model scores as the trained one.
+def test_interrupted_training_with_features_gives_the_same_bytes(name, hp, tmp_path, monkeypatch):
+    """Interrupt training every few batches and resume with a new model: history, scores and bytes are those of one
+    uninterrupted training, and a saved model scores like the trained one.
     """
     rng = np.random.default_rng(0)
     users, items = np.nonzero(rng.random((120, 40)) < 0.3 * np.linspace(1.6, 0.4, 40))
@@ -203,19 +204,19 @@ def test_training_with_features_goes_on_to_the_last_bit_and_is_saved(name, hp, t
 
 
 @pytest.mark.parametrize("name,hp", NETS.items())
-def test_memory_of_features_is_asked_for_before_it_is_taken(name, hp):
+def test_memory_of_features_is_checked_before_it_is_allocated(name, hp):
     X, F = (
         sparse.random(*shape, 0.05, "csr", np.float32, np.random.default_rng(0))
         for shape in ((60, 2_000), (2_000, 9_000))
     )
     plain = create_model(name, **hp, num_epoch=1)
-    told = create_model(name, **hp, num_epoch=1)
+    featured = create_model(name, **hp, num_epoch=1)
     n_bytes = plain.cost(*X.shape, X.nnz)[1]
     more = create_model(name, **hp, num_epoch=1).fit(X, F).cost(*X.shape, X.nnz)[1]
     assert more > n_bytes + 16 * 9_000 * next(
         v for k, v in hp.items() if k in ("hidden_dim", "rank")
     )  # weights, gradients and two moments of the features
-    plain.max_memory_gib = told.max_memory_gib = (n_bytes + more) / 2 / 2**30 + 0.02
+    plain.max_memory_gib = featured.max_memory_gib = (n_bytes + more) / 2 / 2**30 + 0.02
     assert plain.fit(X).n_items == 2_000
-    test_error(lambda: told.fit(X, F), "no_memory", name)
-    assert told.net is None
+    test_error(lambda: featured.fit(X, F), "no_memory", name)
+    assert featured.net is None

@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 
 from aerec_nb.core.errors import AerecError
 from aerec_nb.inference import Recommender, Segments, unrated_items, with_cold_items
-from aerec_nb.modeling import create_model
+from aerec_nb.models.registry import create_model
 from aerec_nb.postprocessing import Chain
 from aerec_nb.testing import test_error
 

@@ -22,7 +22,7 @@ from aerec_nb.data.event_log import EventLog
 from aerec_nb.data.events import new_event
 from aerec_nb.data_import import load_ratings
 from aerec_nb.inference import Recommender
-from aerec_nb.modeling import create_model
+from aerec_nb.models.registry import create_model
 from aerec_nb.monitoring import (
     COLORS,
     FAULTS,

@@ -55,8 +55,7 @@ def together(tmp_path_factory):
 
 
 def marked(path):
-    is_slow = path.parent.name == "how_to" or path.stem == "02b_neural_models"
-    return pytest.param(path, marks=pytest.mark.slow) if is_slow else path
+    return pytest.param(path, marks=pytest.mark.slow) if path.parent.name == "how_to" else path
 
 
 @pytest.mark.parametrize("path", map(marked, NOTEBOOKS), ids=lambda p: p.stem)

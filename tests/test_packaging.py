@@ -38,8 +38,10 @@ from scipy.sparse import csr_matrix
 from aerec_nb.core.errors import AerecError
 from aerec_nb.core.settings import default_settings
 from aerec_nb.inference import Recommender, Segments, with_cold_items
-from aerec_nb.linear_models import solve_path
-from aerec_nb.modeling import Blend, ColdItems, create_model, model_names
+from aerec_nb.models.cold_start import ColdStartWrapper
+from aerec_nb.models.ensemble import Blend
+from aerec_nb.models.linear import regularization_path
+from aerec_nb.models.registry import create_model, model_names
 from aerec_nb.packaging import (
     LoadPolicy,
     Registry,
@@ -1686,11 +1688,14 @@ def fitted_models():
         "mult_dae features": create_model("mult_dae", num_epoch=2).fit(x, features),
         "mult_vae linear": create_model("mult_vae", linear_decoder=True, num_epoch=2).fit(x),
     }
-    made |= {f"path {n}": m for n, m in enumerate(solve_path(create_model("rdlae", form="dual"), x, lam=[10.0, 100.0]))}
-    made["blend"] = Blend.of([made["ease"], made["mult_dae"], made["popularity"]], [1, 0.5, 0.2])
+    made |= {
+        f"path {n}": m
+        for n, m in enumerate(regularization_path(create_model("rdlae", form="dual"), x, lam=[10.0, 100.0]))
+    }
+    made["blend"] = Blend.from_models([made["ease"], made["mult_dae"], made["popularity"]], [1, 0.5, 0.2])
     likes = csr_matrix(np.vstack([features.toarray(), rng.random((4, 6)) < 0.4, np.zeros((1, 6))]).astype(np.float32))
-    made["cold items"] = ColdItems.of(made["ease"], likes)
-    made["blend of cold items"] = Blend.of([made["cold items"], made["cold items"]], [1, -2])
+    made["cold items"] = ColdStartWrapper.wrap(made["ease"], likes)
+    made["blend of cold items"] = Blend.from_models([made["cold items"], made["cold items"]], [1, -2])
     return made
 
 

@@ -22,7 +22,7 @@ from aerec_nb.core.errors import AerecError
 from aerec_nb.core.limits import Deadline, DeadlineExceeded
 from aerec_nb.core.settings import load_settings
 from aerec_nb.inference import Recommender
-from aerec_nb.modeling import create_model
+from aerec_nb.models.registry import create_model
 from aerec_nb.postprocessing import (
     BanList,
     Catalogue,

@@ -23,7 +23,7 @@ from aerec_nb.core.errors import AerecError
 from aerec_nb.core.plugins import registry
 from aerec_nb.data.rules import rule_params
 from aerec_nb.inference import Recommender, pair_matrix
-from aerec_nb.modeling import create_model
+from aerec_nb.models.registry import create_model
 from aerec_nb.packaging import load_bundle, save_bundle
 
 quick = settings(

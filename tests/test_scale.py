@@ -24,12 +24,14 @@ from short import left_after, short_project
 from aerec_nb import scale, training
 from aerec_nb.business_preprocessing import apply_rules
 from aerec_nb.core.errors import AerecError, DataError
+from aerec_nb.data.features import item_features
+from aerec_nb.data.interactions import Interactions
+from aerec_nb.data.splits import split_interactions
 from aerec_nb.data_import import load_ratings
 from aerec_nb.distributed.settings import ComputeSettings
 from aerec_nb.inference import Recommender
-from aerec_nb.model_preprocessing import Interactions, item_features, split_interactions
-from aerec_nb.modeling import create_model
-from aerec_nb.neural_models import Diverged
+from aerec_nb.models.neural import TrainingDiverged
+from aerec_nb.models.registry import create_model
 from aerec_nb.packaging import load_bundle, save_bundle
 from aerec_nb.testing import raised, test_error
 
@@ -122,7 +124,11 @@ def test_an_engine_that_does_not_start_is_one_line(monkeypatch):
 
 
 def test_a_split_without_a_valid_fold(split):
-    test_error(lambda: scale.train(create_model("mult_vae"), split.refit(), scale=TWO), "not_found", "split.valid")
+    test_error(
+        lambda: scale.train(create_model("mult_vae"), split.merge_valid_into_train(), scale=TWO),
+        "not_found",
+        "split.valid",
+    )
 
 
 def test_a_wrong_token_is_told_from_another_program(monkeypatch):
@@ -289,7 +295,7 @@ def test_a_killed_worker_of_a_training_is_replaced(engine, split):
 @pytest.mark.stress
 def test_diverging_is_one_line(engine, split):
     model = create_model("recvae", lr=1e20, num_epoch=3, hidden_dim=8, latent_dim=4)
-    with pytest.raises(Diverged) as said:
+    with pytest.raises(TrainingDiverged) as said:
         scale.train(model, split, progress=False, scale=TWO)
     assert "\n" not in str(said.value)
 

@@ -21,8 +21,8 @@ from aerec_nb import scale  # noqa: E402
 from aerec_nb.core.errors import AerecError  # noqa: E402
 from aerec_nb.core.plugins import registry  # noqa: E402
 from aerec_nb.core.settings import load_settings  # noqa: E402
+from aerec_nb.data.interactions import Interactions  # noqa: E402
 from aerec_nb.distributed.settings import ComputeSettings  # noqa: E402
-from aerec_nb.model_preprocessing import Interactions  # noqa: E402
 from aerec_nb.testing import raised, test_error  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray")

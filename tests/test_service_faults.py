@@ -18,7 +18,7 @@ from aerec_nb.core.settings import load_settings
 from aerec_nb.data.event_database import sqlite_url
 from aerec_nb.data.event_log import EventLog
 from aerec_nb.inference import Recommender
-from aerec_nb.modeling import create_model
+from aerec_nb.models.registry import create_model
 from aerec_nb.packaging import save_bundle
 from aerec_nb.serving import create_app, service
 

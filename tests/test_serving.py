@@ -24,7 +24,7 @@ from scipy.sparse import csr_matrix
 from aerec_nb.data.event_database import sqlite_url
 from aerec_nb.data.event_log import EventLog
 from aerec_nb.inference import Recommender
-from aerec_nb.modeling import create_model
+from aerec_nb.models.registry import create_model
 from aerec_nb.monitoring import run_monitors
 from aerec_nb.packaging import Registry, bundle_id, load_bundle, save_bundle
 from aerec_nb.postprocessing import Chain

@@ -1,5 +1,5 @@
-"""Splits cannot leak: properties over random frames, slow constructions written independently, and the neighbours' own
-matrices.
+"""Splits cannot leak: properties on random frames, slow independent constructions, and the matrices of other
+libraries.
 """
 
 import subprocess
@@ -14,24 +14,27 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from aerec_nb.core.errors import AerecError
-from aerec_nb.model_preprocessing import (
-    LEFT_OUT,
-    SPLITS,
+from aerec_nb.core.plugins import registry
+from aerec_nb.data.batches import iter_batches
+from aerec_nb.data.features import ItemFeatures
+from aerec_nb.data.interactions import Interactions
+from aerec_nb.data.split_report import split_table
+from aerec_nb.data.splits import (
     TEST,
     TEST_INPUT,
     TRAIN,
+    UNUSED,
     VALID,
     VALID_INPUT,
-    AEDataSet,
-    Interactions,
-    ItemFeatures,
     Split,
-    batches,
+    make_splitter,
     split_interactions,
 )
+from aerec_nb.model_preprocessing import AEDataSet
 from aerec_nb.testing import test_error
 
-TIMED = ("leave_last", "temporal")
+SPLITS = tuple(registry("splitters").names())
+TIMED = ("leave_last", "temporal", "rolling")
 quick = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 # ---- random frames ----
@@ -68,11 +71,14 @@ def rules(draw, frame, kinds=SPLITS):
     kw = {"seed": draw(st.integers(0, 1000))}
     if kind == "lecture" or kind in ("holdout", "leave_last") and draw(st.booleans()):
         kw["valid_sample_size"] = draw(st.integers(1, 4))
-    elif kind in ("holdout", "leave_last", "temporal"):
+    elif kind in ("holdout", "leave_last", "temporal", "rolling"):
         kw["holdout_fraction"] = draw(st.sampled_from([0.05, 0.1, 0.25, 0.45]))
     if kind == "strong":
         kw["n_test_users"] = draw(st.integers(1, 2))
-    if kind not in ("temporal", "strong"):
+    if kind == "rolling":
+        kw["n_folds"] = draw(st.integers(1, 3))
+        kw["fold"] = draw(st.integers(0, kw["n_folds"] - 1))
+    if kind not in ("temporal", "rolling", "strong"):
         kw["short_histories"] = draw(st.sampled_from(["train", "drop"]))
     return kind, kw
 
@@ -133,59 +139,59 @@ def test_every_interaction_plays_one_part_and_none_is_invented(data):
 @given(st.data())
 def test_no_target_leaks(data):
     _, kind, _, split = made(data)
-    for s in (split, split.refit()):
+    for s in (split, split.merge_valid_into_train()):
         train = named(s.users, s.items, s.train)
         assert train == pairs(s, TRAIN)
         assert set(s.items.tolist()) == {i for _, i in train} and set(s.users.tolist()) == {u for u, _ in train}, (
             "vocabulary is of train alone"
         )
-        for fold, target, inputs in (
+        for held_out, target, inputs in (
             (s.valid, VALID, (VALID_INPUT,) if kind == "strong" else (TRAIN,)),
             (s.test, TEST, (TEST_INPUT,) if kind == "strong" else (TRAIN, VALID)),
         ):
-            if fold is None:
+            if held_out is None:
                 continue
-            seen = named(fold.users, s.items, fold.input)
-            asked = named(fold.users, s.items, fold.target)
+            seen = named(held_out.users, s.items, held_out.input)
+            target_pairs = named(held_out.users, s.items, held_out.target)
             known = set(s.items.tolist())
-            with_history = set(fold.users.tolist())
-            assert not asked & seen and not asked & train and not pairs(s, target) & train
-            assert asked == {(u, i) for u, i in pairs(s, target) if i in known and u in with_history}
+            with_history = set(held_out.users.tolist())
+            assert not target_pairs & seen and not target_pairs & train and not pairs(s, target) & train
+            assert target_pairs == {(u, i) for u, i in pairs(s, target) if i in known and u in with_history}
             assert seen == {(u, i) for u, i in pairs(s, *inputs) if i in known and u in with_history}
-            assert (np.diff(fold.input.indptr) > 0).all() and (fold.n_targets > 0).all()
-            held_out = pd.Series([u for u, _ in pairs(s, target)]).value_counts()
-            assert fold.n_targets.tolist() == [held_out[u] for u in fold.users.tolist()]
-            # who is not asked is counted
-            cold = set(held_out.index) - {u for u, i in pairs(s, *inputs) if i in known}
-            idle = {u for u, _ in pairs(s, *inputs)} - set(held_out.index)
-            assert (fold.n_without_history, fold.n_without_target, fold.n_left_out) == (
+            assert (np.diff(held_out.input.indptr) > 0).all() and (held_out.n_targets > 0).all()
+            targets_by_user = pd.Series([u for u, _ in pairs(s, target)]).value_counts()
+            assert held_out.n_targets.tolist() == [targets_by_user[u] for u in held_out.users.tolist()]
+            # who is not target_pairs is counted
+            cold = set(targets_by_user.index) - {u for u, i in pairs(s, *inputs) if i in known}
+            idle = {u for u, _ in pairs(s, *inputs)} - set(targets_by_user.index)
+            assert (held_out.n_without_history, held_out.n_without_target, held_out.n_dropped_targets) == (
                 len(cold),
                 len(idle),
-                int(held_out[list(cold)].sum()),
+                int(targets_by_user[list(cold)].sum()),
             )
-            assert with_history == set(held_out.index) - cold
+            assert with_history == set(targets_by_user.index) - cold
             if kind == "strong":
                 assert not with_history & set(s.users.tolist())
-        table = s.report().set_index("part")
+        table = split_table(s).set_index("part")
         assert (
             table.interactions["test"] == s.test.n_targets.sum()
             and table.unknown_targets["test"] == s.test.n_targets.sum() - s.test.target.nnz
         )
-        assert ("left out" in table.index) == (s.part == LEFT_OUT).any()
+        assert ("left out" in table.index) == (s.part == UNUSED).any()
 
 
 @quick
 @given(st.data())
-def test_refit_moves_exactly_the_targets_of_validation(data):
+def test_merging_moves_exactly_the_targets_of_validation(data):
     _, kind, _, split = made(data)
-    refit = split.refit()
+    merged = split.merge_valid_into_train()
     if kind == "strong":
-        assert refit is split
+        assert merged is split
         return
-    assert refit.valid is None and pairs(refit, TEST) == pairs(split, TEST)
-    assert pairs(refit, TRAIN) == pairs(split, TRAIN) | pairs(split, VALID)
-    assert pairs(refit, LEFT_OUT) == pairs(split, LEFT_OUT)
-    assert refit.fingerprint != split.fingerprint
+    assert merged.valid is None and pairs(merged, TEST) == pairs(split, TEST)
+    assert pairs(merged, TRAIN) == pairs(split, TRAIN) | pairs(split, VALID)
+    assert pairs(merged, UNUSED) == pairs(split, UNUSED)
+    assert merged.fingerprint != split.fingerprint
 
 
 @quick
@@ -196,7 +202,11 @@ def test_same_seed_same_split_and_kept_as_it_was(data):
     with __import__("tempfile").TemporaryDirectory() as d:
         split.save(d)
         back = Split.load(d)
-    assert back.fingerprint == split.fingerprint and repr(back) == repr(split) and back.report().equals(split.report())
+    assert (
+        back.fingerprint == split.fingerprint
+        and repr(back) == repr(split)
+        and split_table(back).equals(split_table(split))
+    )
     assert back.interactions.users.tolist() == split.interactions.users.tolist()
     assert all((getattr(back.test, m) != getattr(split.test, m)).nnz == 0 for m in ("input", "target"))
 
@@ -220,7 +230,7 @@ def test_another_seed_is_another_split_where_anything_is_drawn(kind):
 def test_in_time_nothing_is_learned_from_the_future(data):
     frame, _, arguments, split = made(data, times=True, kinds=("temporal",))
     times = split.interactions.times
-    valid, test = split.cuts
+    valid, test = split.split_times
 
     def of(part):
         return times[split.part == part]
@@ -230,7 +240,7 @@ def test_in_time_nothing_is_learned_from_the_future(data):
     assert (split.part == TEST).sum() >= n and (times > test).sum() < n, "the share, and the rest of its first second"
     assert (split.part == VALID).sum() >= n and ((times > valid) & (times < test)).sum() < n
     again = split_interactions(frame, "temporal", test_start=int(test), valid_start=int(valid))
-    assert (again.part == split.part).all() and again.cuts == split.cuts
+    assert (again.part == split.part).all() and again.split_times == split.split_times
 
 
 @quick
@@ -253,7 +263,7 @@ def test_leave_last_takes_the_latest_of_each_user(data):
 def test_the_order_of_the_file_does_not_matter_where_times_decide(data):
     frame, kind, arguments, split = made(data, times=True, unique_times=True, kinds=TIMED)
     other = split_interactions(frame.sample(frac=1, random_state=data.draw(st.integers(0, 99))), kind, **arguments)
-    for part in (TRAIN, VALID, TEST, LEFT_OUT):
+    for part in (TRAIN, VALID, TEST, UNUSED):
         assert pairs(other, part) == pairs(split, part)
 
 
@@ -356,7 +366,7 @@ def test_strong_is_the_one_of_liang(data):
     )
 
 
-# ---- the neighbours' own matrices ----
+# ---- matrices of other libraries ----
 
 
 @pytest.fixture(scope="module")
@@ -403,14 +413,14 @@ def test_lecture_gives_the_matrices_of_the_reference(reference, name, n):
         )
 
     assert same(only(TEST), test) and same(only(TRAIN, VALID), train)
-    refit = split.refit()
+    merged = split.merge_valid_into_train()
     known = np.asarray(train.sum(0)).ravel() > 0
     assert (
-        same(refit.train, train[:, known])
-        and same(refit.test.input, train[:, known])
-        and same(refit.test.target, test[:, known])
+        same(merged.train, train[:, known])
+        and same(merged.test.input, train[:, known])
+        and same(merged.test.target, test[:, known])
     )
-    assert (refit.test.n_targets == n).all() and refit.test.n_targets.sum() - refit.test.target.nnz == test[
+    assert (merged.test.n_targets == n).all() and merged.test.n_targets.sum() - merged.test.target.nnz == test[
         :, ~known
     ].nnz
 
@@ -469,7 +479,7 @@ def test_vocabularies_grow_without_moving(frame, seed):
 @given(frames(), st.integers(1, 9), st.booleans(), st.integers(0, 99))
 def test_batches_are_the_rows(frame, batch_size, shuffle, seed):
     m = Interactions.from_frame(frame).matrix
-    got = list(batches(m, batch_size, shuffle, seed))
+    got = list(iter_batches(m, batch_size, shuffle, seed))
     rows = [
         (i[a:b].tolist(), w[a:b].tolist())
         for i, o, w in got
@@ -488,11 +498,11 @@ def test_batches_are_the_rows(frame, batch_size, shuffle, seed):
 
 def test_temporal_split_is_evaluated_and_audited():
     from aerec_nb.data_import import load_ratings
-    from aerec_nb.modeling import create_model
+    from aerec_nb.models.registry import create_model
     from aerec_nb.validation import METRICS, audit_leaks, bounds, evaluate
 
     split = split_interactions(load_ratings("sample"), "temporal")
-    for s, on in ((split, "valid"), (split.refit(), "test")):
+    for s, on in ((split, "valid"), (split.merge_valid_into_train(), "test")):
         model = create_model("ease", lam=50.0).fit(s.train)
         found = evaluate(model, s, 10, on)
         ends = bounds(s.train, getattr(s, on), 10, on)
@@ -502,7 +512,7 @@ def test_temporal_split_is_evaluated_and_audited():
         assert not audit_leaks(s, model=model, on=on).leaks.any()
 
 
-def test_stage_makes_the_split_and_the_features_that_are_asked_for(tmp_path, monkeypatch):
+def test_stage_makes_the_configured_split_and_features(tmp_path, monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")
     from aerec_nb.core.artifacts import open_run
     from aerec_nb.data_import import load_items, load_ratings
@@ -527,15 +537,15 @@ def test_stage_makes_the_split_and_the_features_that_are_asked_for(tmp_path, mon
     features = ItemFeatures.load(stage / "features")
     assert (
         split.kind == "temporal"
-        and split.cuts[1] == cut
-        and split.interactions.times[split.part == TRAIN].max() < split.cuts[0]
+        and split.split_times[1] == cut
+        and split.interactions.times[split.part == TRAIN].max() < split.split_times[0]
     )
     assert set(features.items.tolist()) == set(items.item_id) | set(split.interactions.items.tolist()), (
         "cold items have features, too"
     )
     assert "tag=slow" in features.names and "tag=late" not in features.names, "tags of the future are not known"
     assert sum(n.startswith("genres=") for n in features.names) == 4 and "genres=other" in features.names
-    assert features.over(split.items).matrix.shape[0] == split.train.shape[1]
+    assert features.reindex_items(split.items).matrix.shape[0] == split.train.shape[1]
     assert (
         pd.read_parquet(stage / "report.parquet").set_index("part").users_without_history["test"]
         == split.test.n_without_history
@@ -545,3 +555,61 @@ def test_stage_makes_the_split_and_the_features_that_are_asked_for(tmp_path, mon
     test_error(lambda: no_tags.execute("model_preprocessing"), "missing_file", "split.tags_file")
     too_early = open_run(**runs, split="temporal", test_start="1900-01-01")
     test_error(lambda: too_early.execute("model_preprocessing"), "out_of_range", "split.test_start")
+
+
+# ---- every registered splitter ----
+
+
+@quick
+@given(st.data())
+@pytest.mark.parametrize("kind", SPLITS)
+def test_every_splitter_labels_every_interaction_once(kind, data):
+    frame = data.draw(frames(times=True if kind in TIMED else None))
+    kind, arguments = data.draw(rules(frame, (kind,)))
+    interactions = Interactions.from_frame(frame)
+    splitter = make_splitter(kind, arguments)
+    try:
+        split = splitter.split(interactions)
+    except AerecError:
+        assume(False)
+
+    labels = splitter.label(interactions)
+    assert labels.shape == (interactions.nnz,) and labels.dtype == np.int8
+    assert set(labels.tolist()) <= {TRAIN, VALID, TEST, VALID_INPUT, TEST_INPUT, UNUSED}
+    by_row = dict(zip(interactions.position.tolist(), labels.tolist(), strict=True))
+    assert by_row == dict(zip(split.interactions.position.tolist(), split.part.tolist(), strict=True))
+
+    train = pairs(split, TRAIN)
+    for held_out, target, inputs in (
+        (split.valid, VALID, splitter.valid_input),
+        (split.test, TEST, splitter.test_input),
+    ):
+        targets = pairs(split, target)
+        shown = named(held_out.users, split.items, held_out.input)
+        scored = named(held_out.users, split.items, held_out.target)
+        assert not targets & train and not targets & pairs(split, *inputs)
+        assert not scored & shown and scored <= targets and shown <= pairs(split, *inputs)
+    assert set(split.items.tolist()) == {item for _, item in train}
+    if splitter.is_user_split:
+        assert not {user for user, _ in train} & {user for user, _ in pairs(split, VALID, TEST)}
+    if splitter.is_time_split:
+        times = split.interactions.times
+        valid, test = split.split_times
+        assert times[split.part == TRAIN].max() < valid <= times[split.part == VALID].min()
+        assert times[split.part == VALID].max() < test <= times[split.part == TEST].min()
+
+
+@quick
+@given(st.data())
+def test_rolling_folds_follow_one_another(data):
+    frame = data.draw(frames(times=True))
+    n_folds = data.draw(st.integers(2, 4))
+    try:
+        folds = [split_interactions(frame, "rolling", n_folds=n_folds, fold=k) for k in range(n_folds)]
+    except AerecError:
+        assume(False)
+    assert (folds[-1].part == split_interactions(frame, "temporal").part).all()
+    for earlier, later in zip(folds, folds[1:], strict=False):
+        assert ((earlier.part == TEST) == (later.part == VALID)).all()
+        assert (np.isin(earlier.part, [TRAIN, VALID]) == (later.part == TRAIN)).all()
+        assert (earlier.part[np.isin(later.part, [TEST, UNUSED])] == UNUSED).all()

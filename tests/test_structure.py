@@ -40,9 +40,6 @@ def test_the_table_of_notebooks_is_whole():
     libraries = {p.stem for p in NUMBERED if p.parent == ROOT / "nbs"} - {p.stem for p in STAGES}
     assert libraries == {
         "00e_warm_kernels",
-        "02a_linear_models",
-        "02b_neural_models",
-        "02c_baselines",
         "04b_blocklist",
         "05b_transport",
         "05c_service_state",

@@ -9,8 +9,9 @@ import pytest
 from conftest import STRESS, variables
 from scipy import sparse, stats
 
-from aerec_nb.model_preprocessing import Fold, split_interactions
-from aerec_nb.modeling import create_model, top_k
+from aerec_nb.data.splits import EvalSet, split_interactions
+from aerec_nb.models.ranking import top_k
+from aerec_nb.models.registry import create_model
 from aerec_nb.testing import test_error
 from aerec_nb.validation import Evaluation, audit_leaks, compare, evaluate, get_hit, get_ndcg, list_metrics, slices
 
@@ -26,7 +27,7 @@ def random_fold(n, n_items, seed=0, tied=False):
         else random.standard_normal((n, n_items)).astype(np.float32)
     )
     history, target = (sparse.csr_matrix((kind == c).astype(np.float32)) for c in (1, 2))
-    return Fold(np.arange(n), history, target, np.diff(target.indptr) + random.integers(0, 3, n), 0), scores
+    return EvalSet(np.arange(n), history, target, np.diff(target.indptr) + random.integers(0, 3, n), 0), scores
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -206,7 +207,7 @@ def test_nothing_leaks_on_twenty_clean_splits():
     for seed in range(4):
         for kind in ("lecture", "holdout", "leave_last", "temporal", "strong"):
             split = split_interactions(ratings(seed=seed), kind, seed=seed)
-            for s in (split, split.refit()):
+            for s in (split, split.merge_valid_into_train()):
                 model = create_model("popularity").fit(s.train)
                 found = audit_leaks(s, model=model)
                 assert not found.leaks.any(), (kind, seed, found.to_dict("records"))

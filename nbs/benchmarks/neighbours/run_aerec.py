@@ -4,8 +4,6 @@ import numpy as np
 import torch
 from common import serve
 
-import aerec_nb.linear_models
-import aerec_nb.neural_models  # noqa: F401 (registers its models)
 from aerec_nb.modeling import create_model, mask_history, score_blocks, top_k
 
 torch.set_num_threads(1)
