@@ -863,7 +863,7 @@ class _Search:
         self.progress = progress
         self.found = []
         self.skipped = []  # (model, `Notice` why)
-        redrawn = split.kind not in ("strong", "temporal")
+        redrawn = not (split.splitter.is_user_split or split.splitter.is_time_split)
         max_valid_users = min(
             max_valid_users, max(500, 30_000_000 // split.train.shape[1])
         )  # ranking a large catalogue takes longer than fitting a small model
@@ -1183,7 +1183,7 @@ def _fit_again(split, found, weights, refit, max_memory_gib, item_features):
         model.max_memory_gib = max_memory_gib
         models.append(
             f.models[0]
-            if split.kind == "strong" and "num_epoch" not in f.hyperparameters
+            if split.splitter.is_user_split and "num_epoch" not in f.hyperparameters
             else model.fit(rows, item_features)
         )
     return models[0] if len(models) == 1 else Blend.from_models(models, [float(w) for _, w in chosen])

@@ -753,7 +753,7 @@ def _last_times(split, users, on):
     inter = split.interactions
     if inter.times is None:
         return None
-    if split.kind == "strong":
+    if split.splitter.is_user_split:
         seen = ~np.isin(split.part, [VALID, TEST])
     else:
         seen = np.isin(split.part, [TRAIN] if on == "valid" else [TRAIN, VALID])
@@ -854,7 +854,7 @@ def _ids_and_entries(split, learned_from, on):
     """
     inter = split.interactions
     if learned_from is None:
-        parts = [TRAIN] if on == "valid" or split.kind == "strong" else [TRAIN, VALID]
+        parts = [TRAIN] if on == "valid" or split.splitter.is_user_split else [TRAIN, VALID]
         keep = np.isin(split.part, parts)
         return (
             inter.users,
@@ -993,7 +993,7 @@ def _told(split, on, statistics):
     "Names of the statistics that the held-out rows have gone into, with the number of items that this changed."
     inter = split.interactions
     columns = np.flatnonzero(split.item_columns >= 0)
-    strong = split.kind == "strong"
+    strong = split.splitter.is_user_split
     target = VALID if on == "valid" else TEST
     honest = [[TRAIN]] if on == "valid" or strong else [[TRAIN], [TRAIN, VALID]]
     peeping = [[TRAIN, target], [TRAIN, VALID, TEST], [0, 1, 2, 3, 4, 5]]
@@ -1141,7 +1141,7 @@ def _later(split, on, r, times, history, target):
 
     u, shown = when(history)
     v, wanted = when(target)
-    if split.kind == "temporal":
+    if split.splitter.is_time_split:
         cut = split.split_times[0 if on == "valid" else 1]
         return np.unique(np.append(r[times >= cut], u[shown >= cut])), ""
     limit = np.full(int(max(r.max(initial=0) + 1, inter.n_users)), np.iinfo(np.int64).max)
