@@ -210,7 +210,7 @@ def test_an_error_of_a_worker_keeps_its_code(engine):
 def test_closed_forms_are_equal_to_the_bit(engine, split, n_workers):
     features = (
         item_features(pd.read_csv(ROOT / "dataset" / "sample" / "movies.csv").rename(columns={"movieId": "item_id"}))
-        .over(split.items)
+        .reindex_items(split.items)
         .matrix
     )
     for name, hp, given in (
