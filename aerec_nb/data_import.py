@@ -8,10 +8,10 @@ __all__ = ['ON_DUPLICATE', 'ON_BAD', 'CONTRACT', 'VERSION', 'GENRES', 'POSITIONS
            'validate_items', 'handover_contract', 'handover_schema', 'check_handover', 'write_handover',
            'generate_sample', 'write_sample', 'Source', 'Parts', 'unpack', 'NoRoomError', 'Zip', 'Zipped',
            'ChecksumError', 'download', 'Database', 'Query', 'feedback_ratings', 'Feedback', 'resolve_source',
-           'SourceFiles', 'source_files', 'found_source', 'small_pages', 'side_by_side', 'check_large', 'check_source',
-           'load_ratings', 'load_items', 'ratings_facts', 'facts_table', 'describe_ratings', 'log_axis', 'plot_ratings',
-           'plot_activity', 'js_distance', 'psi', 'compare_ratings', 'ratings_distances', 'plot_comparison',
-           'describe_source', 'build_data_import', 'quarantine_table', 'plot_quarantine']
+           'SourceFiles', 'source_files', 'found_source', 'check_large', 'check_source', 'load_ratings', 'load_items',
+           'ratings_facts', 'facts_table', 'describe_ratings', 'plot_ratings', 'plot_activity', 'js_distance', 'psi',
+           'compare_ratings', 'ratings_distances', 'plot_comparison', 'describe_source', 'build_data_import',
+           'quarantine_table', 'plot_quarantine']
 
 # %% ../nbs/01_data_import.ipynb #abbd7005
 import base64
@@ -41,7 +41,6 @@ import urllib.request
 import uuid
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
@@ -62,7 +61,7 @@ import pyarrow.parquet as pq
 import sqlalchemy as sa
 from filelock import FileLock
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from tqdm import tqdm
 
 from .core.backends import get_backend
@@ -79,11 +78,13 @@ from aerec_nb.core.files import (
     write_json,
     write_parquet,
 )
+from .core.plots import log_axis
 from .core.project import project_dir
 from .core.settings import Settings, load_settings
 from .data.event_log import events_url
 from .data.events import COLUMNS, events_frame
 from .data.schema import COLUMN_ALIASES, feedback_type
+from .data.threads import disable_huge_pages, n_cores, thread_map
 
 # %% ../nbs/01_data_import.ipynb #f847b183
 def _list(names):
@@ -2894,34 +2895,6 @@ def found_source(
     return getattr(run.found, "source", None) or resolve_source(run.settings)
 
 # %% ../nbs/01_data_import.ipynb #49d7fd37
-@contextmanager
-def small_pages():
-    """Let numpy take memory in small pages: huge ones, beside busy threads or on a virtual machine, can take longer
-    than the work.
-    """
-    madvise = getattr(
-        np._core.multiarray, "_set_madvise_hugepage", lambda on: on
-    )  # NUMPY_MADVISE_HUGEPAGE, while the process runs
-    before = madvise(False)
-    try:
-        yield
-    finally:
-        madvise(before)
-
-
-def side_by_side(
-    function,  # that spends its time in numpy, scipy or Arrow, which let others run meanwhile
-    *arguments: list,  # as for `map`
-) -> list:  # the results, in order
-    "`map` on all cores."
-    with ThreadPoolExecutor(_n_threads()) as pool:
-        return list(pool.map(function, *arguments))
-
-
-def _n_threads():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 class _Growing:
     """An array that grows at its end; where about `expected` are to come, it has the room, which is no memory before it
     is written to.
@@ -3131,7 +3104,7 @@ def _duckdb(folder):
     con = duckdb.connect(
         config={
             "memory_limit": "1GB",
-            "threads": _n_threads(),
+            "threads": n_cores(),
             "temp_directory": str(folder),
             "autoinstall_known_extensions": False,
         }
@@ -3588,7 +3561,7 @@ def _any_repeated(user, item, n_items, block=2**20):
         key.sort()
         return bool((key[1:] == key[:-1]).any())
 
-    return any(side_by_side(repeated, starts[:-1], starts[1:]))
+    return any(thread_map(repeated, starts[:-1], starts[1:]))
 
 
 def _settle(frame, on_duplicate, where):
@@ -3719,7 +3692,7 @@ def check_large(
         if not needed
     ]
     found = {s: own for own, s in _recognise(large.header, list(_MAKE), columns).items() if s not in needless}
-    with small_pages():
+    with disable_huge_pages():
         taken = large.scan(
             list(found.values()), [found["user_id"], found["item_id"]], lambda: _Columns(found, large, large.expected)
         )
@@ -3737,7 +3710,7 @@ def check_large(
     typed = dict(
         zip(
             ("user_id", "item_id"),
-            side_by_side(lambda s, column: _categories(column, large, found[s], good), ("user_id", "item_id"), ids),
+            thread_map(lambda s, column: _categories(column, large, found[s], good), ("user_id", "item_id"), ids),
             strict=True,
         )
     )
@@ -4132,21 +4105,6 @@ def describe_ratings(
     return facts_table(ratings_facts(ratings))
 
 # %% ../nbs/01_data_import.ipynb #0c31e839
-def log_axis(axis, low, high):
-    "A logarithmic axis with plain numbers, as many as can be read."
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    ratio = high / max(low, 1)
-    if ratio < 30:
-        subs = (1, 2, 5)
-    elif ratio < 1000:
-        subs = (1, 3)
-    else:
-        subs = (1,)
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
 def plot_ratings(
     ratings: pd.DataFrame,  # a ratings frame
     name: str = "",  # of the data, for the title

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'RED', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'PALETTE', 'SMALL', 'WIDTH', 'new_axes', 'finish',
-           'label_bar']
+           'label_bar', 'log_axis']
 
-# %% ../../nbs/core/12_plots.ipynb #83155b4e
+# %% ../../nbs/core/12_plots.ipynb #b0174c66
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # %% ../../nbs/core/12_plots.ipynb #44cc829f
 BLUE = "#0072b2"
@@ -55,3 +57,22 @@ def label_bar(
 ) -> None:
     "Write a text behind the end of a horizontal bar."
     ax.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=SMALL)
+
+# %% ../../nbs/core/12_plots.ipynb #a5af76f6
+def log_axis(
+    axis: Axis,  # x or y
+    low: float,  # of the values
+    high: float,
+) -> None:
+    "Make an axis logarithmic, with as many plain numbers as can be read."
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    ratio = high / max(low, 1)
+    if ratio < 30:
+        subs = (1, 2, 5)
+    elif ratio < 1000:
+        subs = (1, 3)
+    else:
+        subs = (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
+    axis.set_minor_formatter(NullFormatter())
