@@ -10,6 +10,7 @@ __all__ = ['TRAIN', 'VALID', 'TEST', 'VALID_INPUT', 'TEST_INPUT', 'UNUSED', 'spl
 
 # %% ../../nbs/data/11_splits.ipynb #22d298e7
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -350,7 +351,7 @@ def load(
 
 # %% ../../nbs/data/11_splits.ipynb #8c0e03d1
 @dataclass(frozen=True)
-class Splitter:
+class Splitter(ABC):
     "Base class of splitters."
 
     name: ClassVar[str]
@@ -366,12 +367,12 @@ class Splitter:
     def __post_init__(self):
         _check_options({f.name: getattr(self, f.name) for f in fields(self)})
 
+    @abstractmethod
     def label(
         self,
         interactions: Interactions,
     ) -> np.ndarray:  # int8 [nnz]
         "Return a label for every interaction."
-        raise NotImplementedError
 
     def split(
         self,
@@ -400,9 +401,9 @@ class Splitter:
         return None
 
     @classmethod
+    @abstractmethod
     def describe(cls, split: Split) -> str:
         "Describe what is held out."
-        raise NotImplementedError
 
     def _make_split(self, interactions: Interactions, part: np.ndarray, split_times: tuple = None) -> Split:
         "Make the split of labels if there are targets."
@@ -453,9 +454,9 @@ class HistorySplitter(Splitter):
             part[(n_test == 0)[interactions.rows]] = UNUSED
         return part
 
+    @abstractmethod
     def hold_out(self, interactions: Interactions) -> np.ndarray:  # int8 [nnz]
         "Label the interactions of each history."
-        raise NotImplementedError
 
     @classmethod
     def resample_order(cls, interactions: Interactions, seed: int) -> np.ndarray:
@@ -623,9 +624,9 @@ class TimeSplitter(Splitter):
 
     holdout_fraction: float = None  # of all interactions; None: .1
 
+    @abstractmethod
     def periods(self, interactions: Interactions) -> tuple:  # start of validation, start of test, end (None: the last)
         "Return the seconds at which validation and test begin, and test ends."
-        raise NotImplementedError
 
     def label(self, interactions: Interactions) -> np.ndarray:
         return label_by_time(interactions.times, *self.periods(interactions))
