@@ -152,7 +152,8 @@ MEASURE = """
 import ctypes, json, os, sys
 sys.path.insert(0, sys.argv[1])
 from test_linear import skewed
-from aerec_nb.modeling import create_model, plan, score_blocks
+from aerec_nb.modeling import create_model, plan
+from aerec_nb.models.ranking import score_blocks
 def status(key): return 1024*int(next(line for line in open('/proc/self/status') if line.startswith(key)).split()[1])
 # the memory that libraries take at their first use is not measured
 create_model('ease').fit(skewed(60, 60, 400)).score(skewed(60, 60, 400))

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from common import serve
 
-from aerec_nb.modeling import create_model, mask_history, score_blocks, top_k
+from aerec_nb.modeling import create_model
+from aerec_nb.models.ranking import mask_history, score_blocks, top_k
 
 torch.set_num_threads(1)
 
