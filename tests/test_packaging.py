@@ -25,6 +25,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -1875,3 +1876,45 @@ def test_the_dockerfile_as_plain_commands(bundle, tmp_path):
         != 0
     )
     assert (tmp_path / "data" / "registry.db").exists() and (tmp_path / "data" / "events.db").exists()
+
+
+def test_text_in_a_zip_that_is_too_long_is_not_unpacked(plain, monkeypatch):
+    from aerec_nb import packaging
+
+    monkeypatch.setattr(packaging, "_SMALL", 100)
+    error = raised(lambda: load_bundle(plain))
+    assert error.code == "too_large" and error.where.endswith((".json", ".md", ".sha256"))
+
+
+def test_a_zip_whose_data_cannot_be_inflated(plain, monkeypatch):
+    def fail(self, n=-1):
+        raise zlib.error("Error -3 while decompressing data")
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", fail)
+    test_error(lambda: load_bundle(plain), "damaged_file", str(plain))
+
+
+def test_a_registered_bundle_that_is_gone_or_another_one(bundles, home):
+    r = registry_at(home)
+    r.register(bundles[0])
+    (folder,) = (p for p in (home / "bundles").iterdir() if not p.name.startswith("."))
+    folder.rename(home / "elsewhere")
+    test_error(lambda: r.promote(1, "dev", by="ann"), "missing_bundle", "1")
+    shutil.copytree(bundles[1], folder)
+    test_error(lambda: r.promote(1, "dev", by="ann"), "other_bundle", "1")
+
+
+def test_a_bundle_that_changes_while_it_is_registered(bundles, home, monkeypatch):
+    from aerec_nb import packaging
+
+    monkeypatch.setattr(packaging, "verify_bundle", lambda path, *a, **kw: "0" * 64)
+    test_error(lambda: registry_at(home).register(bundles[0]), "changed_bundle")
+    assert not [p for p in (home / "bundles").glob(".*") if p.is_dir()], "the copy is removed"
+
+
+def test_a_graph_that_one_onnx_file_cannot_hold():
+    from aerec_nb import packaging
+
+    graph = object.__new__(packaging._Graph)
+    graph.n_bytes = 2**31
+    test_error(lambda: graph.const([1.0]), "too_large")

@@ -24,7 +24,7 @@ from aerec_nb.core.artifacts import open_run
 from aerec_nb.core.stages import STAGES
 from aerec_nb.data_import import load_ratings
 from aerec_nb.pipeline import Reason
-from aerec_nb.testing import raised
+from aerec_nb.testing import raised, test_error
 
 
 def only_run(environ):
@@ -791,3 +791,10 @@ def test_no_secret_is_written(short, short_environ, tmp_path):
     assert (
         refused.returncode == 2 and "api_keys" in refused.stderr and "k3y" not in refused.stderr.replace("api_keys", "")
     ), refused.stderr
+
+
+def test_a_notebook_that_leaves_no_artifact_has_failed(tmp_path):
+    from aerec_nb.pipeline import _checked_mark
+
+    opened = open_run(env="test", runs_dir=str(tmp_path))
+    test_error(lambda: _checked_mark(STAGES["training"], opened), "missing_output", "training")

@@ -29,7 +29,7 @@ from aerec_nb.monitoring import run_monitors
 from aerec_nb.packaging import Registry, bundle_id, load_bundle, save_bundle
 from aerec_nb.postprocessing import Chain
 from aerec_nb.serving import _bind, drive_service, new_api_key, service
-from aerec_nb.testing import raised
+from aerec_nb.testing import raised, test_error
 
 BANNED = [3, 5]
 # `make stress` runs the long load and fault trials in full, `make test` a tenth of them
@@ -1069,3 +1069,15 @@ def test_a_deleted_user_is_forgotten(bundle, log_url, tmp_path):
         assert late == []
     with service(bundle, log_url, variables=variables, simulated=False) as s:
         assert forgotten(s, secret) and forgotten(s, 1005)
+
+
+def test_a_service_that_is_never_ready(tmp_path):
+    from aerec_nb.serving import _wait_until_ready
+
+    process = subprocess.Popen(["sleep", "30"])
+    try:
+        with open(tmp_path / "out", "w+") as out:
+            test_error(lambda: _wait_until_ready(process, tmp_path / "ready.json", out, 0.1), "not_ready")
+    finally:
+        process.kill()
+        process.wait()
