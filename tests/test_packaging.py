@@ -1918,3 +1918,16 @@ def test_a_graph_that_one_onnx_file_cannot_hold():
     graph = object.__new__(packaging._Graph)
     graph.n_bytes = 2**31
     test_error(lambda: graph.const([1.0]), "too_large")
+
+
+def test_a_rollback_beside_another_move_is_refused(bundles, home, monkeypatch):
+    r = registry_at(home)
+    for n in (0, 1):
+        r.register(bundles[n])
+        r.promote(n + 1, "dev", by="ann")
+
+    def move(self, number, alias):
+        monkeypatch.setattr(type(r), "current", lambda self, alias: 99)
+
+    monkeypatch.setattr(type(r), "_load_sound", move)
+    test_error(lambda: r.rollback("dev", by="ann"), "moved_meanwhile", "dev")

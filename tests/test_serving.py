@@ -1081,3 +1081,28 @@ def test_a_service_that_is_never_ready(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_lists_wait_for_the_log_that_tells_of_deleted_users():
+    import asyncio
+    from types import SimpleNamespace
+
+    from aerec_nb.serving import NotReady, State
+
+    async def catch_up(patience):
+        return False
+
+    state = SimpleNamespace(reader=SimpleNamespace(up_to_date=lambda: False, catch_up=catch_up), _patience=lambda: 0)
+    with pytest.raises(NotReady):
+        asyncio.run(State.refresh(state))
+
+
+def test_workers_that_end_at_once_are_given_up(environ, tmp_path):
+    script = (
+        "from aerec_nb.serving import supervise\nfrom aerec_nb.core.errors import AerecError\nimport os\n"
+        "try: supervise(lambda number: os._exit(3), 1)\nexcept AerecError as e: print(e.code, e.where)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "not_started workers", done.stderr
