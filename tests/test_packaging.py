@@ -1931,3 +1931,15 @@ def test_a_rollback_beside_another_move_is_refused(bundles, home, monkeypatch):
 
     monkeypatch.setattr(type(r), "_load_sound", move)
     test_error(lambda: r.rollback("dev", by="ann"), "moved_meanwhile", "dev")
+
+
+def test_a_folder_of_a_bundle_that_may_not_be_opened(bundle, monkeypatch):
+    from aerec_nb import packaging
+
+    def refuse(path, *options, **named):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packaging.os, "open", refuse)
+        error = raised(lambda: packaging._Files(bundle, bundle))
+    assert (error.code, error.where) == ("not_allowed", str(bundle))

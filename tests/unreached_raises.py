@@ -91,6 +91,7 @@ def main():
     options = parser.parse_args()
 
     scratch = Path(tempfile.mkdtemp(prefix="aerec_nb-raises-"))
+    scratch.chmod(0o755)  # some tests give up their rights and still read the project
     log = (options.log or scratch / "log").resolve()
     log.mkdir(parents=True, exist_ok=True)
     log.chmod(0o777)
